@@ -1,0 +1,164 @@
+//! The life of a virtio device, and what its transport lends it.
+
+use std::sync::Arc;
+
+use virtio_queue::Queue;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::GuestRam;
+use crate::event_loop::Registrar;
+
+/// What went wrong in a device. The guest's own mistakes are not errors of the VMM: they break the
+/// device ([`VirtioDevice::notify_queue`]), nothing else.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// A queue is laid out wrongly or asks for something outside RAM.
+    #[error("queue {queue} of the {device} device: {source}")]
+    Queue {
+        /// The device's name, as in [`VirtioDevice::name`].
+        device: &'static str,
+        /// The queue's index.
+        queue: u16,
+        /// What the queue code objected to.
+        source: virtio_queue::Error,
+    },
+    /// The host refused something that the device needs.
+    #[error("{device} device: cannot {action}: {source}")]
+    Host {
+        /// The device's name.
+        device: &'static str,
+        /// What was tried, as in "read the tap".
+        action: &'static str,
+        /// The host's answer.
+        source: std::io::Error,
+    },
+    /// A saved state does not fit this device.
+    #[error("{device} device: saved state refused: {reason}")]
+    State {
+        /// The device's name.
+        device: &'static str,
+        /// Why it does not fit.
+        reason: String,
+    },
+    /// The driver did what the specification forbids.
+    #[error("{device} device: the driver broke the specification: {reason}")]
+    Driver {
+        /// The device's name.
+        device: &'static str,
+        /// What it did.
+        reason: String,
+    },
+}
+
+/// How a device interrupts the guest. Implemented by the transport; in tests by a counter.
+pub trait Interrupt: Send + Sync {
+    /// Used buffers were added to `queue`. The caller has already asked
+    /// `Queue::needs_notification`.
+    fn signal_queue(&self, queue: u16);
+
+    /// The device's configuration space changed.
+    fn signal_config(&self);
+
+    /// An eventfd that interrupts for `queue` when written, for data paths in the kernel (vhost).
+    /// `None` where the guest gave the queue no vector.
+    fn queue_eventfd(&self, queue: u16) -> Option<EventFd>;
+}
+
+/// A queue that the driver has set up, as handed to the device.
+pub struct ActiveQueue {
+    /// Its index in the device.
+    pub index: u16,
+    /// The rings, validated against RAM.
+    pub queue: Queue,
+    /// Written by KVM when the driver kicks the queue. The transport waits on it and calls
+    /// [`VirtioDevice::notify_queue`], unless the device said [`VirtioDevice::in_kernel`].
+    pub kick: EventFd,
+}
+
+/// What a device is lent when the driver is ready (`DRIVER_OK`).
+pub struct Activation {
+    /// Guest RAM.
+    pub ram: GuestRam,
+    /// The queues that the driver enabled, in order; those left out were not enabled.
+    pub queues: Vec<ActiveQueue>,
+    /// The features both sides agreed on.
+    pub features: u64,
+    /// How to interrupt the guest.
+    pub interrupt: Arc<dyn Interrupt>,
+    /// For the device's own file descriptors. Tokens are the device's own affair, below
+    /// `0x8000_0000`; their events come to [`VirtioDevice::handle_event`].
+    pub events: Registrar,
+}
+
+/// A virtio device: its features, configuration space, queues and life cycle.
+///
+/// The transport owns the device and calls it under a lock: from vCPU threads for configuration
+/// and activation, from the event loop for everything else. No call may block for long.
+///
+/// Life: built (from its state, at boot and at restore alike) → [`activate`] → (notify, events) …
+/// → [`pause`] ⇄ [`resume`] … → [`reset`] (back to built) or dropped.
+///
+/// [`activate`]: VirtioDevice::activate
+/// [`pause`]: VirtioDevice::pause
+/// [`resume`]: VirtioDevice::resume
+/// [`reset`]: VirtioDevice::reset
+pub trait VirtioDevice: Send {
+    /// A short name for messages, as in "block".
+    fn name(&self) -> &'static str;
+
+    /// The device id of the specification (section 5), as in 2 for block.
+    fn device_type(&self) -> u32;
+
+    /// The features offered. The transport adds `VIRTIO_F_VERSION_1` and acknowledges no others.
+    fn features(&self) -> u64;
+
+    /// The largest size of each queue (powers of two); its length is the number of queues.
+    fn queue_max_sizes(&self) -> Vec<u16>;
+
+    /// Reads the device's configuration space; bytes past its end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the device's configuration space; by default nothing in it is writable.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Whether `queue` is served by the kernel (vhost), so that the transport must leave its kicks
+    /// alone. Asked after [`VirtioDevice::activate`] returned.
+    fn in_kernel(&self, _queue: u16) -> bool {
+        false
+    }
+
+    /// The driver is ready, or a saved device comes back to life: take the queues and start.
+    ///
+    /// At restore the device was built from its state and the queues carry their saved positions;
+    /// it must look at each queue for work that was left (a kick may have been lost).
+    /// An error marks the device as broken (`DEVICE_NEEDS_RESET`).
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError>;
+
+    /// The driver kicked `queue`. An error means the driver broke the rules or the host failed for
+    /// good: the transport marks the device as broken and stops calling it until a reset.
+    fn notify_queue(&mut self, queue: u16) -> Result<(), DeviceError>;
+
+    /// One of the device's own file descriptors is ready. Errors as in
+    /// [`VirtioDevice::notify_queue`].
+    fn handle_event(&mut self, token: u32, ready: EventSet) -> Result<(), DeviceError>;
+
+    /// Stops all work: after it returns no request is in flight, RAM and queues are at rest, and
+    /// [`VirtioDevice::queues`] tells their true positions. Host resources stay open.
+    fn pause(&mut self) -> Result<(), DeviceError>;
+
+    /// Goes on after a pause, looking at every queue for work that came meanwhile.
+    fn resume(&mut self) -> Result<(), DeviceError>;
+
+    /// Forgets the driver: drops what [`VirtioDevice::activate`] lent and waits for what was in
+    /// flight. The device can be activated again. Host resources stay open.
+    fn reset(&mut self);
+
+    /// The queues lent at activation, with their present positions; empty when not activated.
+    /// Exact only while paused.
+    fn queues(&self) -> Vec<(u16, &Queue)>;
+
+    /// The device's own state beyond its queues, as an encoded versioned value of its `state.rs`.
+    /// Called while paused or before activation.
+    fn save(&self) -> Result<Vec<u8>, DeviceError>;
+}
