@@ -1,3 +1,5 @@
 //! The devices of a machine, a folder each: `state.rs` (plain data, saved and restored),
 //! `queue.rs` (what the guest asks, no KVM), `backend.rs` (files, taps, sockets), `mod.rs` (the
 //! device), `tests.rs`.
+
+pub mod net;

@@ -1,0 +1,229 @@
+//! What of a network device is saved and restored, and its configuration space.
+
+use serde::{Deserialize, Serialize};
+
+use super::{DEVICE, features};
+use crate::virtio::DeviceError;
+
+/// The most queue pairs that a device may have: one per vCPU of the largest machine.
+pub const MAX_QUEUE_PAIRS: u16 = 32;
+
+/// The MTUs that a driver may be told: IPv6's least, and the most that a frame's length allows.
+const MTU_RANGE: std::ops::RangeInclusive<u16> = 1280..=65_520;
+
+/// What a new network device is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NetConfig {
+    /// The hardware address that the driver is told.
+    pub mac: [u8; 6],
+    /// The MTU in bytes that the driver is told; `None` leaves the driver its own (1,500).
+    pub mtu: Option<u16>,
+    /// Pairs of a receive and a transmit queue, 1 to [`MAX_QUEUE_PAIRS`].
+    pub queue_pairs: u16,
+}
+
+/// The saved state of a network device. New versions are added, old ones are never changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NetState {
+    /// The first version.
+    V1(NetStateV1),
+}
+
+/// The first version of a network device's state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetStateV1 {
+    /// The hardware address in the configuration space.
+    pub mac: [u8; 6],
+    /// The MTU in the configuration space, in bytes.
+    pub mtu: Option<u16>,
+    /// Queue pairs that exist.
+    pub queue_pairs: u16,
+    /// The features offered, decided once from what the host's taps could do; `None` before that.
+    pub offered: Option<u64>,
+    /// Whether the link is up.
+    pub link_up: bool,
+    /// Queue pairs that the driver uses.
+    pub active_pairs: u16,
+    /// The offloads that the driver switched on by its control queue, as feature bits; `None`
+    /// where it kept what it negotiated.
+    pub guest_offloads: Option<u64>,
+    /// Whether the guest must announce itself (gratuitous ARP) when it next runs.
+    pub announce: bool,
+}
+
+impl NetState {
+    /// The state of a device that no driver has seen yet.
+    pub fn fresh(config: NetConfig) -> Self {
+        Self::V1(NetStateV1 {
+            mac: config.mac,
+            mtu: config.mtu,
+            queue_pairs: config.queue_pairs,
+            offered: None,
+            link_up: true,
+            active_pairs: 1,
+            guest_offloads: None,
+            announce: false,
+        })
+    }
+
+    /// Reads what [`NetState::encode`] wrote; the bytes may come from another host.
+    ///
+    /// # Errors
+    /// [`DeviceError::State`] where they are no state, or none that a device could have.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DeviceError> {
+        let state: Self =
+            postcard::from_bytes(bytes).map_err(|error| refused(error.to_string()))?;
+        let Self::V1(v1) = &state;
+        v1.check()?;
+        Ok(state)
+    }
+
+    /// The bytes to be saved.
+    ///
+    /// # Errors
+    /// [`DeviceError::State`] where the encoder fails, which plain data does not.
+    pub fn encode(&self) -> Result<Vec<u8>, DeviceError> {
+        postcard::to_stdvec(self).map_err(|error| refused(error.to_string()))
+    }
+
+    /// The same state with another hardware address, for a clone.
+    #[must_use]
+    pub fn with_mac(self, mac: [u8; 6]) -> Self {
+        let Self::V1(v1) = self;
+        Self::V1(NetStateV1 { mac, ..v1 })
+    }
+
+    /// The hardware address in the configuration space.
+    pub fn mac(&self) -> [u8; 6] {
+        let Self::V1(v1) = self;
+        v1.mac
+    }
+
+    /// Queue pairs that exist, and so the taps and vhost instances that the device needs.
+    pub fn queue_pairs(&self) -> u16 {
+        let Self::V1(v1) = self;
+        v1.queue_pairs
+    }
+}
+
+impl NetStateV1 {
+    /// Refuses what no device could have come to.
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        if !(1..=MAX_QUEUE_PAIRS).contains(&self.queue_pairs) {
+            return Err(refused(format!(
+                "{} queue pairs, where 1 to {MAX_QUEUE_PAIRS} are possible",
+                self.queue_pairs
+            )));
+        }
+        if !(1..=self.queue_pairs).contains(&self.active_pairs) {
+            return Err(refused(format!(
+                "{} active of {} queue pairs",
+                self.active_pairs, self.queue_pairs
+            )));
+        }
+        let possible = features::offered(self.queue_pairs, self.mtu.is_some(), true);
+        if let Some(offered) = self.offered
+            && offered & !possible != 0
+        {
+            return Err(refused(format!(
+                "it offers the features {:#x}, which this device does not have",
+                offered & !possible
+            )));
+        }
+        if self.mac[0] & 1 == 1 {
+            return Err(refused("its MAC address is a multicast one".to_owned()));
+        }
+        if let Some(mtu) = self.mtu
+            && !MTU_RANGE.contains(&mtu)
+        {
+            return Err(refused(format!(
+                "an MTU of {mtu}, where {} to {} are possible",
+                MTU_RANGE.start(),
+                MTU_RANGE.end()
+            )));
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn refused(reason: String) -> DeviceError {
+    DeviceError::State {
+        device: DEVICE,
+        reason,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> NetStateV1 {
+        NetStateV1 {
+            mac: [0x02, 0, 0, 0x12, 0x34, 0x56],
+            mtu: Some(1400),
+            queue_pairs: 4,
+            offered: Some(0x2000_0021),
+            link_up: true,
+            active_pairs: 2,
+            guest_offloads: None,
+            announce: true,
+        }
+    }
+
+    #[test]
+    fn the_first_version_keeps_its_bytes() {
+        let golden = [
+            0x00, 0x02, 0x00, 0x00, 0x12, 0x34, 0x56, 0x01, 0xf8, 0x0a, 0x04, 0x01, 0xa1, 0x80,
+            0x80, 0x80, 0x02, 0x01, 0x02, 0x00, 0x01,
+        ];
+        let state = NetState::V1(sample());
+        assert_eq!(state.encode().unwrap(), golden);
+        assert_eq!(NetState::decode(&golden).unwrap(), state);
+    }
+
+    #[test]
+    fn states_that_no_device_can_have_are_refused() {
+        let cases = [
+            NetStateV1 {
+                queue_pairs: 0,
+                ..sample()
+            },
+            NetStateV1 {
+                queue_pairs: 33,
+                ..sample()
+            },
+            NetStateV1 {
+                active_pairs: 0,
+                ..sample()
+            },
+            NetStateV1 {
+                active_pairs: 5,
+                ..sample()
+            },
+            NetStateV1 {
+                mac: [1, 0, 0, 0, 0, 0],
+                ..sample()
+            },
+            NetStateV1 {
+                mtu: Some(68),
+                ..sample()
+            },
+            NetStateV1 {
+                offered: Some(1 << 63),
+                ..sample()
+            },
+        ];
+        for case in cases {
+            let bytes = NetState::V1(case.clone()).encode().unwrap();
+            assert!(NetState::decode(&bytes).is_err(), "{case:?} was taken");
+        }
+    }
+
+    #[test]
+    fn a_truncated_state_is_refused() {
+        let bytes = NetState::V1(sample()).encode().unwrap();
+        for end in 0..bytes.len() {
+            assert!(NetState::decode(&bytes[..end]).is_err());
+        }
+    }
+}

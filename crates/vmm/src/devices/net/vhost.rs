@@ -1,0 +1,246 @@
+//! vhost-net: the host kernel serves a queue pair itself, from the guest's rings to the tap.
+//!
+//! The kernel reads and writes guest RAM through this process's page tables, so what it writes
+//! shows there like any other write. It is stopped by taking its tap away, after which the ring
+//! positions can be read back.
+//!
+//! Source: `linux/vhost.h`, `drivers/vhost/{vhost,net}.c` of the Linux kernel.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use vhost::net::VhostNet as _;
+use vhost::vhost_kern::VhostKernBackend;
+use vhost::vhost_kern::vhost_binding::{VHOST_NET_SET_BACKEND, vhost_vring_file};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+
+use super::{DEVICE, features};
+use crate::virtio::{ActiveQueue, DeviceError, GuestRam, Interrupt};
+
+/// vhost's own numbers of a pair's rings.
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+
+/// One vhost-net instance, which serves one queue pair.
+pub(super) struct VhostNet {
+    file: File,
+    /// What the kernel was told; empty before the first start.
+    ram: Arc<GuestRam>,
+    /// Written by the kernel when it finds a ring broken.
+    errors: EventFd,
+    /// Takes the interrupts of a queue that has no vector.
+    nowhere: EventFd,
+}
+
+/// What running the pair needs besides its rings.
+pub(super) struct Start<'a> {
+    /// Guest RAM.
+    pub(super) ram: &'a GuestRam,
+    /// The features agreed on.
+    pub(super) features: u64,
+    /// Where call eventfds come from.
+    pub(super) interrupt: &'a dyn Interrupt,
+    /// The tap.
+    pub(super) tap: &'a File,
+}
+
+impl VhostNet {
+    /// Takes an open `/dev/vhost-net`. This process becomes the owner: it must be the one whose
+    /// memory holds guest RAM.
+    pub(super) fn new(file: File) -> Result<Self, DeviceError> {
+        let eventfd = || EventFd::new(EFD_NONBLOCK).map_err(host("make an eventfd for vhost"));
+        let vhost = Self {
+            file,
+            ram: Arc::new(GuestRam::new()),
+            errors: eventfd()?,
+            nowhere: eventfd()?,
+        };
+        vhost.set_owner().map_err(refused("own vhost-net"))?;
+        let offered = vhost
+            .get_features()
+            .map_err(refused("read the features of vhost-net"))?;
+        if offered & features::VHOST != features::VHOST {
+            return Err(host("use vhost-net")(io::Error::other(format!(
+                "the kernel's lacks the features {:#x}",
+                features::VHOST & !offered
+            ))));
+        }
+        Ok(vhost)
+    }
+
+    /// Readable when the kernel found one of the rings broken.
+    pub(super) fn errors(&self) -> &EventFd {
+        &self.errors
+    }
+
+    /// Sets the kernel to work on the pair from the queues' present positions.
+    pub(super) fn start(
+        &mut self,
+        rx: &ActiveQueue,
+        tx: &ActiveQueue,
+        with: &Start<'_>,
+    ) -> Result<(), DeviceError> {
+        self.set_features(with.features & features::VHOST)
+            .map_err(refused("set the features of vhost-net"))?;
+        self.share_ram(with.ram)?;
+        for (ring, queue) in [(RECEIVE, rx), (TRANSMIT, tx)] {
+            self.set_up_ring(ring, queue, with.interrupt)
+                .map_err(refused("hand a ring to vhost-net"))?;
+        }
+        for ring in [RECEIVE, TRANSMIT] {
+            if let Err(error) = self.set_backend(ring, Some(with.tap)) {
+                // A pair runs wholly or not at all.
+                self.take_tap_away()?;
+                return Err(refused("give the tap to vhost-net")(error));
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops the kernel, waits for what it has in hand, and brings the queues' positions up to
+    /// date.
+    pub(super) fn stop(
+        &mut self,
+        ram: &GuestRam,
+        rx: &mut ActiveQueue,
+        tx: &mut ActiveQueue,
+    ) -> Result<(), DeviceError> {
+        self.take_tap_away()?;
+        for (ring, queue) in [(RECEIVE, rx), (TRANSMIT, tx)] {
+            let base = self
+                .get_vring_base(ring)
+                .map_err(refused("read a ring's position from vhost-net"))?;
+            // The upper half is used by packed rings only.
+            queue.queue.set_next_avail(base as u16);
+            // vhost starts from the used index in RAM, and leaves it true when it stops.
+            let used = queue
+                .queue
+                .used_idx(ram, Ordering::Acquire)
+                .map_err(|source| DeviceError::Queue {
+                    device: DEVICE,
+                    queue: queue.index,
+                    source,
+                })?;
+            queue.queue.set_next_used(used.0);
+        }
+        Ok(())
+    }
+
+    fn take_tap_away(&self) -> Result<(), DeviceError> {
+        for ring in [RECEIVE, TRANSMIT] {
+            self.set_backend(ring, None)
+                .map_err(refused("take the tap from vhost-net"))?;
+        }
+        Ok(())
+    }
+
+    fn share_ram(&mut self, ram: &GuestRam) -> Result<(), DeviceError> {
+        self.ram = Arc::new(ram.clone());
+        let regions: Vec<_> = ram
+            .iter()
+            .map(|region| VhostUserMemoryRegionInfo {
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+                ..Default::default()
+            })
+            .collect();
+        self.set_mem_table(&regions)
+            .map(drop)
+            .map_err(refused("share RAM with vhost-net"))
+    }
+
+    fn set_up_ring(
+        &self,
+        ring: usize,
+        active: &ActiveQueue,
+        interrupt: &dyn Interrupt,
+    ) -> vhost::Result<()> {
+        let queue = &active.queue;
+        self.set_vring_num(ring, queue.size())?;
+        self.set_vring_base(ring, queue.next_avail())?;
+        self.set_vring_addr(ring, &ring_addresses(queue))?;
+        let call = interrupt.queue_eventfd(active.index);
+        self.set_vring_call(ring, call.as_ref().unwrap_or(&self.nowhere))?;
+        self.set_vring_err(ring, &self.errors)?;
+        self.set_vring_kick(ring, &active.kick)
+    }
+}
+
+impl VhostKernBackend for VhostNet {
+    type AS = Arc<GuestRam>;
+
+    fn mem(&self) -> &Self::AS {
+        &self.ram
+    }
+
+    /// Each ring must lie in one region, as the kernel gets one host address for it. (The
+    /// default also refuses a ring that ends where a region ends.)
+    fn is_valid(&self, ring: &VringConfigData) -> bool {
+        let size = usize::from(ring.queue_size);
+        [
+            (ring.desc_table_addr, 16 * size),
+            (ring.avail_ring_addr, 6 + 2 * size),
+            (ring.used_ring_addr, 6 + 8 * size),
+        ]
+        .into_iter()
+        .all(|(address, len)| self.ram.get_slice(GuestAddress(address), len).is_ok())
+    }
+}
+
+impl vhost::net::VhostNet for VhostNet {
+    fn set_backend(&self, ring: usize, tap: Option<&File>) -> vhost::Result<()> {
+        let request = vhost_vring_file {
+            index: ring as u32,
+            fd: tap.map_or(-1, AsRawFd::as_raw_fd),
+        };
+        // SAFETY: VHOST_NET_SET_BACKEND reads one vhost_vring_file, which lives through the call.
+        if unsafe { ioctl_with_ref(self, VHOST_NET_SET_BACKEND(), &request) } < 0 {
+            return Err(vhost::Error::IoctlError(io::Error::last_os_error()));
+        }
+        Ok(())
+    }
+}
+
+impl AsRawFd for VhostNet {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+fn ring_addresses(queue: &Queue) -> VringConfigData {
+    VringConfigData {
+        queue_max_size: queue.max_size(),
+        queue_size: queue.size(),
+        flags: 0,
+        desc_table_addr: queue.desc_table(),
+        used_ring_addr: queue.used_ring(),
+        avail_ring_addr: queue.avail_ring(),
+        log_addr: None,
+    }
+}
+
+fn host(action: &'static str) -> impl FnOnce(io::Error) -> DeviceError {
+    move |source| DeviceError::Host {
+        device: DEVICE,
+        action,
+        source,
+    }
+}
+
+fn refused(action: &'static str) -> impl FnOnce(vhost::Error) -> DeviceError {
+    move |error| {
+        let source = match error {
+            vhost::Error::IoctlError(source) | vhost::Error::IOError(source) => source,
+            other => io::Error::other(other),
+        };
+        host(action)(source)
+    }
+}
