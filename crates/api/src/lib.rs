@@ -1,1 +1,30 @@
-//! Placeholder.
+//! What the outside world says to a VM and hears from it.
+//!
+//! - [`config`]: the description of a VM, the same type from flags, from a TOML file and over the
+//!   control socket; [`validate`] finds everything that is wrong with one.
+//! - [`control`]: what the control socket takes and answers; [`routes`] lists its operations, and
+//!   `openapi.json` describes them to other programs (a test generates it from the types and
+//!   compares).
+//! - [`client`]: a small blocking client of that socket.
+//!
+//! This crate opens no KVM, no disk and no network: it is what a client needs and no more.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod client;
+pub mod config;
+pub mod control;
+pub mod routes;
+pub mod units;
+pub mod validate;
+
+#[cfg(test)]
+mod openapi_tests;
+
+pub use client::{Client, ClientError};
+pub use config::VmConfig;
+pub use control::{ApiError, ErrorCode};
+pub use routes::{Method, Operation, Route};
+pub use units::{Bytes, MacAddr};
+
+/// The OpenAPI 3.1 document of the control socket, as served at `/openapi.json`.
+pub const OPENAPI: &str = include_str!("../openapi.json");

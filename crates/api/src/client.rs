@@ -1,0 +1,312 @@
+//! A blocking client of a VM's control socket: one request on one connection.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::control::{ApiError, BalloonStatus, BalloonTarget, ConsoleInfo, VmInfo, VmStats};
+use crate::routes::{self, Operation};
+use crate::units::Bytes;
+
+/// The largest answer that is read: far above what a VM sends.
+const MAX_RESPONSE: usize = 4 << 20;
+/// How many headers an answer may have.
+const MAX_HEADERS: usize = 32;
+/// How long to wait for an answer by default.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a VM gave no answer of use.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens on the socket.
+    #[error("cannot connect to {socket}: {source}")]
+    Connect {
+        /// The control socket.
+        socket: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The connection failed or timed out.
+    #[error("no answer from {socket}: {source}")]
+    Transfer {
+        /// The control socket.
+        socket: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The answer is not what the API promises.
+    #[error("{socket} gave an answer that cannot be read: {reason}")]
+    Malformed {
+        /// The control socket.
+        socket: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The VM refused.
+    #[error(transparent)]
+    Refused(#[from] ApiError),
+}
+
+/// A client of one VM's control socket.
+///
+/// ```no_run
+/// let vm = clone_api::Client::new("/run/clone/vms/web/control.sock");
+/// println!("{:?}", vm.info()?.state);
+/// # Ok::<(), clone_api::ClientError>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Client {
+    socket: PathBuf,
+    timeout: Duration,
+}
+
+impl Client {
+    /// A client of the VM that listens on `socket`. Connects with each call, not now.
+    pub fn new(socket: impl AsRef<Path>) -> Self {
+        Self {
+            socket: socket.as_ref().to_owned(),
+            timeout: DEFAULT_TIMEOUT,
+        }
+    }
+
+    /// The same client with another limit to each read and write.
+    #[must_use]
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// What the VM is and what it is doing.
+    pub fn info(&self) -> Result<VmInfo, ClientError> {
+        self.ask(Operation::Info)
+    }
+
+    /// What the VM uses.
+    pub fn stats(&self) -> Result<VmStats, ClientError> {
+        self.ask(Operation::Stats)
+    }
+
+    /// Stops the vCPUs and devices.
+    pub fn pause(&self) -> Result<(), ClientError> {
+        self.tell(Operation::Pause)
+    }
+
+    /// Lets a paused VM go on.
+    pub fn resume(&self) -> Result<(), ClientError> {
+        self.tell(Operation::Resume)
+    }
+
+    /// Asks the guest to shut down, and does not wait for it.
+    pub fn power_button(&self) -> Result<(), ClientError> {
+        self.tell(Operation::PowerButton)
+    }
+
+    /// Ends the VM at once.
+    pub fn kill(&self) -> Result<(), ClientError> {
+        self.tell(Operation::Kill)
+    }
+
+    /// What the balloon holds.
+    pub fn balloon(&self) -> Result<BalloonStatus, ClientError> {
+        self.ask(Operation::GetBalloon)
+    }
+
+    /// Sets what the balloon should hold.
+    pub fn set_balloon(&self, size: Bytes) -> Result<BalloonStatus, ClientError> {
+        let body = self.encode(&BalloonTarget { size })?;
+        let answer = self.exchange(Operation::SetBalloon, &body)?;
+        self.decode(&answer)
+    }
+
+    /// Where the console is.
+    pub fn console(&self) -> Result<ConsoleInfo, ClientError> {
+        self.ask(Operation::Console)
+    }
+
+    fn tell(&self, operation: Operation) -> Result<(), ClientError> {
+        self.exchange(operation, &[]).map(drop)
+    }
+
+    fn ask<T: DeserializeOwned>(&self, operation: Operation) -> Result<T, ClientError> {
+        let body = self.exchange(operation, &[])?;
+        self.decode(&body)
+    }
+
+    fn encode(&self, body: &impl Serialize) -> Result<Vec<u8>, ClientError> {
+        serde_json::to_vec(body).map_err(|error| self.malformed(error))
+    }
+
+    fn decode<T: DeserializeOwned>(&self, body: &[u8]) -> Result<T, ClientError> {
+        serde_json::from_slice(body).map_err(|error| self.malformed(error))
+    }
+
+    fn malformed(&self, reason: impl ToString) -> ClientError {
+        ClientError::Malformed {
+            socket: self.socket.clone(),
+            reason: reason.to_string(),
+        }
+    }
+
+    /// Sends one request and gives the body of its answer.
+    fn exchange(&self, operation: Operation, body: &[u8]) -> Result<Vec<u8>, ClientError> {
+        let stream = UnixStream::connect(&self.socket).map_err(|source| ClientError::Connect {
+            socket: self.socket.clone(),
+            source,
+        })?;
+        let response =
+            self.transfer(stream, operation, body)
+                .map_err(|source| ClientError::Transfer {
+                    socket: self.socket.clone(),
+                    source,
+                })?;
+        let (status, body) = parse_response(&response).map_err(|error| self.malformed(error))?;
+        if (200..300).contains(&status) {
+            return Ok(body.to_vec());
+        }
+        Err(match serde_json::from_slice::<ApiError>(body) {
+            Ok(error) => ClientError::Refused(error),
+            Err(error) => self.malformed(format!("status {status}: {error}")),
+        })
+    }
+
+    fn transfer(
+        &self,
+        mut stream: UnixStream,
+        operation: Operation,
+        body: &[u8],
+    ) -> io::Result<Vec<u8>> {
+        stream.set_read_timeout(Some(self.timeout))?;
+        stream.set_write_timeout(Some(self.timeout))?;
+        let route = routes::of(operation);
+        let mut request = format!(
+            "{} {} HTTP/1.1\r\nHost: clone\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+            route.method.as_str(),
+            route.path,
+            body.len()
+        )
+        .into_bytes();
+        request.extend_from_slice(body);
+        stream.write_all(&request)?;
+        let mut response = Vec::new();
+        stream
+            .take(MAX_RESPONSE as u64)
+            .read_to_end(&mut response)?;
+        Ok(response)
+    }
+}
+
+/// Splits an answer whose end is the end of the connection into status and body.
+fn parse_response(response: &[u8]) -> Result<(u16, &[u8]), String> {
+    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut head = httparse::Response::new(&mut headers);
+    let body_at = match head.parse(response) {
+        Ok(httparse::Status::Complete(at)) => at,
+        Ok(httparse::Status::Partial) => return Err("it ends within the headers".into()),
+        Err(error) => return Err(error.to_string()),
+    };
+    let status = head.code.ok_or("no status")?;
+    let body = &response[body_at..];
+    let length = head
+        .headers
+        .iter()
+        .find(|header| header.name.eq_ignore_ascii_case("content-length"));
+    let Some(length) = length else {
+        return Ok((status, body));
+    };
+    let length: usize = std::str::from_utf8(length.value)
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .ok_or("its content-length is no number")?;
+    let body = body
+        .get(..length)
+        .ok_or_else(|| format!("{} bytes of {length} came", body.len()))?;
+    Ok((status, body))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::ErrorCode;
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    /// Answers one connection with `response`, whatever is asked; gives what was asked.
+    fn serve_once(
+        response: &'static str,
+    ) -> (tempfile::TempDir, Client, thread::JoinHandle<String>) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut request = vec![0; 4096];
+            let count = stream.read(&mut request).unwrap();
+            stream.write_all(response.as_bytes()).unwrap();
+            String::from_utf8(request[..count].to_vec()).unwrap()
+        });
+        (dir, Client::new(path), server)
+    }
+
+    #[test]
+    fn a_call_sends_its_route_and_reads_the_answer() {
+        let (_dir, client, server) = serve_once(
+            "HTTP/1.1 200 OK\r\nContent-Length: 38\r\n\r\n{\"target_bytes\":4096,\"actual_bytes\":0}",
+        );
+        let status = client.set_balloon(Bytes(4096)).unwrap();
+        assert_eq!(status.target_bytes, 4096);
+        let request = server.join().unwrap();
+        assert!(
+            request.starts_with("PUT /v1/vm/balloon HTTP/1.1\r\n"),
+            "{request}"
+        );
+        assert!(request.ends_with("{\"size\":4096}"), "{request}");
+    }
+
+    #[test]
+    fn a_refusal_carries_its_code_and_advice() {
+        let (_dir, client, _server) = serve_once(
+            "HTTP/1.1 409 Conflict\r\n\r\n{\"code\":\"conflict\",\"message\":\"no\",\"advice\":\"yes\"}",
+        );
+        match client.pause() {
+            Err(ClientError::Refused(error)) => {
+                assert_eq!(error.code, ErrorCode::Conflict);
+                assert_eq!(error.advice.as_deref(), Some("yes"));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn answers_that_are_cut_or_no_http_are_told_as_such() {
+        for response in [
+            "",
+            "HTTP/1.1 200",
+            "HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{}",
+            "HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n{}",
+            "SSH-2.0-x\r\n\r\n",
+            "HTTP/1.1 500 No\r\n\r\nnot json",
+        ] {
+            let (_dir, client, _server) = serve_once(response);
+            let error = client.info().unwrap_err();
+            assert!(
+                matches!(error, ClientError::Malformed { .. }),
+                "{response:?}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_server_that_never_answers_is_left_after_the_time_limit() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control.sock");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let client = Client::new(&path).with_timeout(Duration::from_millis(20));
+        assert!(matches!(client.info(), Err(ClientError::Transfer { .. })));
+        drop(dir);
+        assert!(matches!(client.info(), Err(ClientError::Connect { .. })));
+    }
+}

@@ -1,0 +1,370 @@
+//! The description of a VM: one type from flags, from a TOML file and over the control socket.
+//!
+//! Every field has a default, so that flags can be laid over a file; what is missing or does not
+//! fit together is told by [`crate::validate`]. Unknown fields are refused.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::units::{Bytes, MacAddr};
+
+/// A virtual machine as its owner describes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct VmConfig {
+    /// Its name, unique on the host: letters, digits, `-`, `_` and `.`, at most 48. `clone run`
+    /// invents one where it is empty.
+    pub name: String,
+    /// Virtual CPUs, 1 to 32.
+    pub vcpus: u32,
+    /// RAM, a whole number of MiB.
+    pub memory: Bytes,
+    /// The guest's kernel on the host: a bzImage or an ELF `vmlinux`.
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line. Where it is not given, one is made that suits the devices.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<String>,
+    /// Words added at the end of the command line, given or made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub append: Option<String>,
+    /// Disks; the first is `/dev/vda`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskConfig>,
+    /// Network interfaces; the first is `eth0`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub net: Vec<NetConfig>,
+    /// The socket device through which the host reaches the guest's agent.
+    pub vsock: VsockConfig,
+    /// The memory balloon.
+    pub balloon: BalloonConfig,
+    /// Whether the guest gets a source of random numbers.
+    pub rng: bool,
+    /// The serial console.
+    pub console: ConsoleConfig,
+}
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            vcpus: 1,
+            memory: Bytes::mib(512),
+            kernel: PathBuf::new(),
+            initrd: None,
+            cmdline: None,
+            append: None,
+            disks: Vec::new(),
+            net: Vec::new(),
+            vsock: VsockConfig::default(),
+            balloon: BalloonConfig::default(),
+            rng: true,
+            console: ConsoleConfig::default(),
+        }
+    }
+}
+
+impl VmConfig {
+    /// The command line that the kernel gets.
+    ///
+    /// The made one names the serial console, restarts never (a guest that panics or reboots ends
+    /// its VM), skips probing for hardware that the machine does not have, and names the first
+    /// disk as the root.
+    pub fn kernel_cmdline(&self) -> String {
+        let mut line = match &self.cmdline {
+            Some(given) => given.clone(),
+            None => self.made_cmdline(),
+        };
+        if let Some(more) = self.append.as_deref().filter(|more| !more.is_empty()) {
+            if !line.is_empty() {
+                line.push(' ');
+            }
+            line.push_str(more);
+        }
+        line
+    }
+
+    fn made_cmdline(&self) -> String {
+        let mut line = String::from(
+            "console=ttyS0 panic=-1 i8042.noaux i8042.nokbd i8042.nomux i8042.nopnp \
+             8250.nr_uarts=1 random.trust_cpu=on",
+        );
+        if let Some(root) = self.disks.first() {
+            let mode = if root.read_only { "ro" } else { "rw" };
+            line.push_str(" root=/dev/vda ");
+            line.push_str(mode);
+        }
+        line
+    }
+}
+
+/// A disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct DiskConfig {
+    /// The image or block device on the host.
+    pub path: PathBuf,
+    /// How the image is written. A file whose format is not told is raw: guessing from content
+    /// would let a guest turn its raw disk into one that names other files.
+    pub format: DiskFormat,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// Where the guest's writes go.
+    pub overlay: Overlay,
+    /// How fast the guest may read and write.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limit: Option<RateLimit>,
+}
+
+/// How a disk image is written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum DiskFormat {
+    /// Bytes as the guest sees them.
+    #[default]
+    Raw,
+    /// QEMU's copy-on-write format, version 2 or 3.
+    Qcow2,
+}
+
+/// Where the writes to a disk go.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum Overlay {
+    /// Into the image itself.
+    #[default]
+    None,
+    /// Into a layer that ends with the VM; the image is opened for reading only.
+    Ephemeral,
+    /// Into a layer kept in this file, made where it does not exist; the image is opened for
+    /// reading only.
+    Kept(PathBuf),
+}
+
+/// A limit to the rate of a device, by token buckets.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct RateLimit {
+    /// Bytes a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<Bytes>,
+    /// Bytes that may go at once after a rest; a second's worth where it is not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth_burst: Option<Bytes>,
+    /// Operations a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iops: Option<u64>,
+    /// Operations that may go at once after a rest; a second's worth where it is not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iops_burst: Option<u64>,
+}
+
+/// A network interface.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct NetConfig {
+    /// What it is connected to.
+    pub mode: NetMode,
+    /// The tap of mode `tap`, which must exist.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// The bridge of mode `bridge`, which must exist.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bridge: Option<String>,
+    /// The guest's hardware address; a random one where it is not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddr>,
+    /// Pairs of queues, 1 to 8; one where it is not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+    /// Whether the host's kernel moves the packets.
+    pub vhost: Vhost,
+    /// How fast packets may go, each way.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limit: Option<RateLimit>,
+}
+
+/// What a network interface is connected to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum NetMode {
+    /// A bridge of our own with addresses and translation to the host's network, made with the
+    /// first VM that asks and removed with the last.
+    #[default]
+    Nat,
+    /// A tap of ours on a bridge of the owner's.
+    Bridge,
+    /// A tap of the owner's.
+    Tap,
+}
+
+/// Who moves the packets between a tap and the guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum Vhost {
+    /// The host's kernel where `/dev/vhost-net` is there, else the VM's process.
+    #[default]
+    Auto,
+    /// The host's kernel, or the VM does not start.
+    On,
+    /// The VM's process.
+    Off,
+}
+
+/// The socket device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct VsockConfig {
+    /// Whether the guest has it. Without it there is no `exec`, `shell` or `cp`.
+    pub enabled: bool,
+    /// The guest's address, 3 or more. Addresses need not be unique on a host: each VM has its
+    /// own Unix socket.
+    pub cid: u32,
+}
+
+impl Default for VsockConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            cid: 3,
+        }
+    }
+}
+
+/// The memory balloon.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct BalloonConfig {
+    /// Whether the guest has it.
+    pub enabled: bool,
+    /// How much of the guest's RAM it holds from the start.
+    pub size: Bytes,
+    /// Whether the guest gives memory back by itself when a process fails to get some.
+    pub deflate_on_oom: bool,
+    /// Whether the guest reports pages that it no longer uses, for the host to take back.
+    pub free_page_reporting: bool,
+}
+
+impl Default for BalloonConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            size: Bytes(0),
+            deflate_on_oom: true,
+            free_page_reporting: true,
+        }
+    }
+}
+
+/// The serial console.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct ConsoleConfig {
+    /// How much of the console's output is kept, 4 KiB or more; 0 keeps none.
+    pub log_limit: Bytes,
+}
+
+impl Default for ConsoleConfig {
+    fn default() -> Self {
+        Self {
+            log_limit: Bytes::mib(1),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_says_what_flags_can_say() {
+        let config: VmConfig = toml::from_str(
+            r#"
+            name = "web"
+            vcpus = 2
+            memory = "1G"
+            kernel = "/boot/vmlinuz"
+            append = "quiet"
+
+            [[disks]]
+            path = "root.qcow2"
+            format = "qcow2"
+            overlay = "ephemeral"
+
+            [[disks]]
+            path = "data.raw"
+            overlay = { kept = "data.layer" }
+            rate_limit = { bandwidth = "10M", iops = 500 }
+
+            [[net]]
+            mode = "tap"
+            tap = "tap7"
+            mac = "02:c1:00:00:00:07"
+
+            [console]
+            log_limit = "64K"
+            "#,
+        )
+        .unwrap();
+        assert_eq!(config.memory, Bytes::gib(1));
+        assert_eq!(config.disks[0].format, DiskFormat::Qcow2);
+        assert_eq!(config.disks[1].overlay, Overlay::Kept("data.layer".into()));
+        assert_eq!(config.net[0].mode, NetMode::Tap);
+        assert_eq!(config.console.log_limit, Bytes::kib(64));
+        assert!(config.rng && config.vsock.enabled && config.balloon.enabled);
+    }
+
+    #[test]
+    fn a_config_survives_json_and_toml() {
+        let config = VmConfig {
+            name: "a".into(),
+            kernel: "k".into(),
+            disks: vec![DiskConfig {
+                overlay: Overlay::Kept("o".into()),
+                ..DiskConfig::default()
+            }],
+            net: vec![NetConfig::default()],
+            ..VmConfig::default()
+        };
+        let json = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<VmConfig>(&json).unwrap(), config);
+        let toml = toml::to_string(&config).unwrap();
+        assert_eq!(toml::from_str::<VmConfig>(&toml).unwrap(), config);
+    }
+
+    #[test]
+    fn unknown_fields_are_refused_by_name() {
+        for text in ["vcpu = 2", "[[disks]]\npth = \"x\"", "[vsock]\nport = 1"] {
+            let error = toml::from_str::<VmConfig>(text).unwrap_err().to_string();
+            assert!(error.contains("unknown field"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_made_command_line_names_the_first_disk_as_root() {
+        let mut config = VmConfig::default();
+        assert!(!config.kernel_cmdline().contains("root="));
+        config.disks.push(DiskConfig {
+            read_only: true,
+            ..DiskConfig::default()
+        });
+        config.append = Some("quiet".into());
+        assert!(config.kernel_cmdline().ends_with("root=/dev/vda ro quiet"));
+        config.cmdline = Some("console=hvc0".into());
+        assert_eq!(config.kernel_cmdline(), "console=hvc0 quiet");
+    }
+}

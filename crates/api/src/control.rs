@@ -1,0 +1,237 @@
+//! What the control socket takes and answers.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::VmConfig;
+
+/// What a VM is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum VmState {
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs and devices are stopped; it can go on.
+    Paused,
+    /// The guest has ended; the process is about to.
+    Stopping,
+}
+
+/// What a VM is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct VmInfo {
+    /// Its name.
+    pub name: String,
+    /// What it is doing.
+    pub state: VmState,
+    /// The host's id of its process.
+    pub pid: u32,
+    /// When its process started, in milliseconds since 1970.
+    pub started_unix_ms: u64,
+    /// The version of the program that runs it.
+    pub version: String,
+    /// Its description, with everything filled in that was left to us.
+    pub config: VmConfig,
+}
+
+/// What a VM uses.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct VmStats {
+    /// Memory.
+    pub memory: MemoryStats,
+    /// Processor time.
+    pub cpu: CpuStats,
+    /// The balloon; absent where the VM has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonStatus>,
+    /// Counters of each device by the device's name, as in `block0`.
+    pub devices: BTreeMap<String, BTreeMap<String, u64>>,
+}
+
+/// Memory of the VM's process, as the host counts it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct MemoryStats {
+    /// The RAM that the guest was promised.
+    pub guest_bytes: u64,
+    /// Pages in RAM, shared ones counted whole.
+    pub resident_bytes: u64,
+    /// Pages that only this process has: what would come free with it.
+    pub private_bytes: u64,
+    /// Pages in swap.
+    pub swapped_bytes: u64,
+}
+
+/// Processor time of the VM's process.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct CpuStats {
+    /// In user space, guest time included.
+    pub user_us: u64,
+    /// In the host's kernel.
+    pub system_us: u64,
+}
+
+/// The size wanted of the balloon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct BalloonTarget {
+    /// How much of the guest's RAM the balloon should hold.
+    pub size: crate::units::Bytes,
+}
+
+/// What the balloon holds and what the guest tells of its memory.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct BalloonStatus {
+    /// How much it should hold.
+    pub target_bytes: u64,
+    /// How much it holds.
+    pub actual_bytes: u64,
+    /// What the guest last told; absent until its driver has told anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<GuestMemoryStats>,
+}
+
+/// The guest's own view of its memory (virtio 1.2, 5.5.6.3). Each figure is absent where the
+/// guest's driver does not tell it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(default)]
+pub struct GuestMemoryStats {
+    /// Swapped in since boot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub swap_in_bytes: Option<u64>,
+    /// Swapped out since boot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub swap_out_bytes: Option<u64>,
+    /// Faults that needed the disk, since boot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub major_faults: Option<u64>,
+    /// Faults that did not, since boot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub minor_faults: Option<u64>,
+    /// Unused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub free_bytes: Option<u64>,
+    /// All that the guest's kernel manages.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub total_bytes: Option<u64>,
+    /// What could be had without swapping.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub available_bytes: Option<u64>,
+    /// Cached file content.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_caches_bytes: Option<u64>,
+}
+
+/// Where the serial console is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct ConsoleInfo {
+    /// The Unix stream socket that carries its bytes both ways.
+    pub socket: String,
+    /// The file with its latest output; what is older is in the same path with `.old` added.
+    pub log: String,
+    /// How much of the output the two files keep.
+    pub log_limit_bytes: u64,
+    /// How many are attached.
+    pub attached: u32,
+}
+
+/// What kind of failure an error is, for programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    /// The request could not be read as HTTP or as JSON of the right shape.
+    BadRequest,
+    /// The request was read and asks for something that cannot be.
+    InvalidConfig,
+    /// No such operation, or no such VM.
+    NotFound,
+    /// The operation exists with another method.
+    MethodNotAllowed,
+    /// The request is larger than what is read.
+    TooLarge,
+    /// Not in the VM's present state, or the name is taken.
+    Conflict,
+    /// The VM has no such device, or the guest's side of it is not running.
+    Unavailable,
+    /// The host lacks what is needed.
+    HostUnsupported,
+    /// Something did not happen in time.
+    Timeout,
+    /// Anything else that failed.
+    Internal,
+}
+
+impl ErrorCode {
+    /// The status of an HTTP answer with this error.
+    pub fn http_status(self) -> u16 {
+        match self {
+            Self::BadRequest => 400,
+            Self::InvalidConfig => 422,
+            Self::NotFound => 404,
+            Self::MethodNotAllowed => 405,
+            Self::TooLarge => 413,
+            Self::Conflict => 409,
+            Self::Unavailable => 503,
+            Self::Timeout => 504,
+            Self::HostUnsupported | Self::Internal => 500,
+        }
+    }
+}
+
+/// A failure: what it is, what happened, and what to do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[error("{message}")]
+pub struct ApiError {
+    /// What kind of failure it is.
+    pub code: ErrorCode,
+    /// What was tried on what, and what went wrong.
+    pub message: String,
+    /// What to do about it; absent where nothing better is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub advice: Option<String>,
+}
+
+impl ApiError {
+    /// An error without advice.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            message: message.into(),
+            advice: None,
+        }
+    }
+
+    /// The same error with advice.
+    #[must_use]
+    pub fn advise(mut self, advice: impl Into<String>) -> Self {
+        self.advice = Some(advice.into());
+        self
+    }
+
+    /// An [`ErrorCode::Internal`] error that tells `error` and all its sources.
+    pub fn internal(error: &(dyn std::error::Error + 'static)) -> Self {
+        let mut message = error.to_string();
+        let mut source = error.source();
+        while let Some(cause) = source {
+            let cause_text = cause.to_string();
+            // Many errors already end with their source's words.
+            if !message.ends_with(&cause_text) {
+                message.push_str(": ");
+                message.push_str(&cause_text);
+            }
+            source = cause.source();
+        }
+        Self::new(ErrorCode::Internal, message)
+    }
+}

@@ -1,0 +1,246 @@
+//! Holds `openapi.json` against the types and routes: the document is made from them here and
+//! compared. `UPDATE_OPENAPI=1 cargo test -p clone-api` writes it anew after a change.
+
+use std::path::Path;
+
+use schemars::generate::SchemaSettings;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
+
+use crate::config::{DiskConfig, NetConfig, Overlay, RateLimit, VmConfig};
+use crate::control::*;
+use crate::routes::{ROUTES, Route};
+use crate::units::{Bytes, MacAddr};
+
+fn full_config() -> VmConfig {
+    VmConfig {
+        name: "web".into(),
+        vcpus: 2,
+        memory: Bytes::mib(512),
+        kernel: "/boot/vmlinuz".into(),
+        initrd: Some("/boot/initrd.img".into()),
+        append: Some("quiet".into()),
+        disks: vec![DiskConfig {
+            path: "/var/lib/images/debian.raw".into(),
+            overlay: Overlay::Ephemeral,
+            rate_limit: Some(RateLimit {
+                bandwidth: Some(Bytes::mib(100)),
+                iops: Some(2000),
+                ..RateLimit::default()
+            }),
+            ..DiskConfig::default()
+        }],
+        net: vec![NetConfig {
+            mac: Some(MacAddr([2, 0xc1, 0, 0, 0, 1])),
+            ..NetConfig::default()
+        }],
+        ..VmConfig::default()
+    }
+}
+
+fn balloon() -> BalloonStatus {
+    BalloonStatus {
+        target_bytes: 128 << 20,
+        actual_bytes: 96 << 20,
+        guest: Some(GuestMemoryStats {
+            free_bytes: Some(200 << 20),
+            total_bytes: Some(480 << 20),
+            ..GuestMemoryStats::default()
+        }),
+    }
+}
+
+/// An example of each type that a body can have.
+fn example(type_name: &str) -> Value {
+    fn same<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(value: T) -> Value {
+        let json = serde_json::to_value(&value).unwrap();
+        assert_eq!(serde_json::from_value::<T>(json.clone()).unwrap(), value);
+        json
+    }
+    match type_name {
+        "VmInfo" => same(VmInfo {
+            name: "web".into(),
+            state: VmState::Running,
+            pid: 4242,
+            started_unix_ms: 1_790_000_000_000,
+            version: "0.1.0".into(),
+            config: full_config(),
+        }),
+        "VmStats" => same(VmStats {
+            memory: MemoryStats {
+                guest_bytes: 512 << 20,
+                resident_bytes: 90 << 20,
+                private_bytes: 88 << 20,
+                swapped_bytes: 0,
+            },
+            cpu: CpuStats {
+                user_us: 1_500_000,
+                system_us: 200_000,
+            },
+            balloon: Some(balloon()),
+            devices: [("block0".to_owned(), [("reads".to_owned(), 812)].into())].into(),
+        }),
+        "BalloonStatus" => same(balloon()),
+        "BalloonTarget" => same(BalloonTarget {
+            size: Bytes::mib(128),
+        }),
+        "ConsoleInfo" => same(ConsoleInfo {
+            socket: "/run/clone/vms/web/console.sock".into(),
+            log: "/run/clone/vms/web/console.log".into(),
+            log_limit_bytes: 1 << 20,
+            attached: 1,
+        }),
+        "ApiError" => same(
+            ApiError::new(ErrorCode::Conflict, "the VM is stopping")
+                .advise("wait for it to end, then start it again"),
+        ),
+        "OpenApi" => json!({ "openapi": "3.1.0" }),
+        other => panic!("no example of {other}: add one"),
+    }
+}
+
+/// The schemas of all types, by name.
+fn schemas() -> Map<String, Value> {
+    let mut settings = SchemaSettings::draft2020_12();
+    settings.definitions_path = "/components/schemas".into();
+    let mut generator = settings.into_generator();
+    generator.subschema_for::<VmInfo>();
+    generator.subschema_for::<VmStats>();
+    generator.subschema_for::<BalloonTarget>();
+    generator.subschema_for::<ConsoleInfo>();
+    generator.subschema_for::<ApiError>();
+    let mut schemas = generator.take_definitions(true);
+    schemas.insert(
+        "OpenApi".into(),
+        json!({ "description": "An OpenAPI document.", "type": "object" }),
+    );
+    schemas
+}
+
+fn body(type_name: &str, description: &str) -> Value {
+    json!({
+        "description": description,
+        "content": { "application/json": {
+            "schema": { "$ref": format!("#/components/schemas/{type_name}") },
+            "example": example(type_name),
+        }}
+    })
+}
+
+fn operation(route: &Route) -> Value {
+    let mut responses = Map::new();
+    match route.response {
+        Some(name) => responses.insert("200".into(), body(name, "Done.")),
+        None => responses.insert("204".into(), json!({ "description": "Done." })),
+    };
+    responses.insert("default".into(), body("ApiError", "What went wrong."));
+    let mut operation = json!({
+        "operationId": route.id,
+        "summary": route.summary,
+        "responses": responses,
+    });
+    if let Some(name) = route.request {
+        let mut request = body(name, "What is wanted.");
+        request["required"] = json!(true);
+        operation["requestBody"] = request;
+    }
+    operation
+}
+
+fn document() -> Value {
+    let mut paths = Map::new();
+    for route in ROUTES {
+        let path = paths.entry(route.path).or_insert_with(|| json!({}));
+        path[route.method.as_str().to_ascii_lowercase()] = operation(route);
+    }
+    json!({
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Clone: the control socket of a virtual machine",
+            "version": env!("CARGO_PKG_VERSION"),
+            "description": "HTTP/1.1 and JSON on the Unix socket `control.sock` in the VM's runtime directory, as in `curl --unix-socket /run/clone/vms/NAME/control.sock http://vm/v1/vm`.",
+        },
+        "paths": paths,
+        "components": { "schemas": schemas() },
+    })
+}
+
+#[test]
+fn the_document_in_the_repository_is_what_the_types_and_routes_say() {
+    let made = serde_json::to_string_pretty(&document()).unwrap() + "\n";
+    if std::env::var_os("UPDATE_OPENAPI").is_some() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("openapi.json");
+        std::fs::write(path, made).unwrap();
+        return;
+    }
+    assert!(
+        made == crate::OPENAPI,
+        "openapi.json is out of date: run UPDATE_OPENAPI=1 cargo test -p clone-api"
+    );
+}
+
+#[test]
+fn every_reference_in_the_document_leads_somewhere() {
+    fn walk(value: &Value, document: &Value, seen: &mut usize) {
+        if let Some(Value::String(reference)) = value.get("$ref") {
+            let pointer = reference.strip_prefix('#').unwrap();
+            assert!(document.pointer(pointer).is_some(), "{reference}");
+            *seen += 1;
+        }
+        match value {
+            Value::Object(map) => map.values().for_each(|v| walk(v, document, seen)),
+            Value::Array(list) => list.iter().for_each(|v| walk(v, document, seen)),
+            _ => {}
+        }
+    }
+    let document: Value = serde_json::from_str(crate::OPENAPI).unwrap();
+    let mut seen = 0;
+    walk(&document, &document, &mut seen);
+    assert!(seen > ROUTES.len(), "only {seen} references");
+}
+
+#[test]
+fn every_field_of_an_example_is_in_the_schema() {
+    fn resolve<'a>(schema: &'a Value, document: &'a Value) -> &'a Value {
+        match schema.get("$ref").and_then(Value::as_str) {
+            Some(reference) => document.pointer(&reference[1..]).unwrap(),
+            None => schema,
+        }
+    }
+    fn check(value: &Value, schema: &Value, document: &Value) {
+        let schema = resolve(schema, document);
+        match value {
+            Value::Object(map) => {
+                for (key, value) in map {
+                    let inner = match schema["properties"].get(key) {
+                        Some(inner) => inner,
+                        // A choice or a map: its values are checked where the schema names them.
+                        None if schema.get("properties").is_none() => continue,
+                        None => panic!("`{key}` is not in {schema}"),
+                    };
+                    check(value, inner, document);
+                }
+            }
+            Value::Array(list) => list
+                .iter()
+                .for_each(|value| check(value, &schema["items"], document)),
+            _ => {}
+        }
+    }
+    let document: Value = serde_json::from_str(crate::OPENAPI).unwrap();
+    for name in [
+        "VmInfo",
+        "VmStats",
+        "BalloonStatus",
+        "BalloonTarget",
+        "ConsoleInfo",
+        "ApiError",
+    ] {
+        let schema = document
+            .pointer(&format!("/components/schemas/{name}"))
+            .unwrap();
+        assert!(schema["properties"].is_object(), "{name}");
+        check(&example(name), schema, &document);
+    }
+}

@@ -1,0 +1,234 @@
+//! The operations of the control socket: one table for the server, the client and the document.
+
+/// An HTTP method that an operation uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// Reads.
+    Get,
+    /// Does something.
+    Post,
+    /// Sets something to a value.
+    Put,
+}
+
+impl Method {
+    /// As it stands in a request.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Get => "GET",
+            Self::Post => "POST",
+            Self::Put => "PUT",
+        }
+    }
+}
+
+/// What can be asked of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Operation {
+    /// What it is.
+    Info,
+    /// What it uses.
+    Stats,
+    /// Stop its vCPUs and devices.
+    Pause,
+    /// Let them go on.
+    Resume,
+    /// Press the power button.
+    PowerButton,
+    /// End it at once.
+    Kill,
+    /// What the balloon holds.
+    GetBalloon,
+    /// Set what the balloon should hold.
+    SetBalloon,
+    /// Where the console is.
+    Console,
+    /// The document.
+    OpenApi,
+}
+
+/// How an operation is asked for and answered.
+#[derive(Debug, Clone, Copy)]
+pub struct Route {
+    /// What is asked.
+    pub operation: Operation,
+    /// By which method.
+    pub method: Method,
+    /// On which path.
+    pub path: &'static str,
+    /// The operation's name in the document.
+    pub id: &'static str,
+    /// What it does.
+    pub summary: &'static str,
+    /// The type in the request's body, if any.
+    pub request: Option<&'static str>,
+    /// The type in the answer's body; without one the answer has status 204 and no body.
+    pub response: Option<&'static str>,
+}
+
+const fn route(
+    operation: Operation,
+    method: Method,
+    path: &'static str,
+    id: &'static str,
+    summary: &'static str,
+) -> Route {
+    Route {
+        operation,
+        method,
+        path,
+        id,
+        summary,
+        request: None,
+        response: None,
+    }
+}
+
+impl Route {
+    const fn takes(mut self, request: &'static str) -> Self {
+        self.request = Some(request);
+        self
+    }
+
+    const fn gives(mut self, response: &'static str) -> Self {
+        self.response = Some(response);
+        self
+    }
+}
+
+/// Every operation, once.
+pub const ROUTES: &[Route] = &[
+    route(
+        Operation::Info,
+        Method::Get,
+        "/v1/vm",
+        "getVm",
+        "What the VM is and what it is doing",
+    )
+    .gives("VmInfo"),
+    route(
+        Operation::Stats,
+        Method::Get,
+        "/v1/vm/stats",
+        "getStats",
+        "What the VM uses: memory, processor time, counters of its devices",
+    )
+    .gives("VmStats"),
+    route(
+        Operation::Pause,
+        Method::Post,
+        "/v1/vm/pause",
+        "pause",
+        "Stop the vCPUs and devices; a VM that is paused already stays so",
+    ),
+    route(
+        Operation::Resume,
+        Method::Post,
+        "/v1/vm/resume",
+        "resume",
+        "Let a paused VM go on; a VM that runs already stays so",
+    ),
+    route(
+        Operation::PowerButton,
+        Method::Post,
+        "/v1/vm/power-button",
+        "pressPowerButton",
+        "Press the ACPI power button: asks the guest to shut down, and does not wait for it",
+    ),
+    route(
+        Operation::Kill,
+        Method::Post,
+        "/v1/vm/kill",
+        "kill",
+        "End the VM at once, without asking the guest",
+    ),
+    route(
+        Operation::GetBalloon,
+        Method::Get,
+        "/v1/vm/balloon",
+        "getBalloon",
+        "What the balloon holds, and the guest's memory statistics",
+    )
+    .gives("BalloonStatus"),
+    route(
+        Operation::SetBalloon,
+        Method::Put,
+        "/v1/vm/balloon",
+        "setBalloon",
+        "Set what the balloon should hold; the guest follows as it can",
+    )
+    .takes("BalloonTarget")
+    .gives("BalloonStatus"),
+    route(
+        Operation::Console,
+        Method::Get,
+        "/v1/vm/console",
+        "getConsole",
+        "Where the serial console's socket and log are",
+    )
+    .gives("ConsoleInfo"),
+    route(
+        Operation::OpenApi,
+        Method::Get,
+        "/openapi.json",
+        "getOpenApi",
+        "This document",
+    )
+    .gives("OpenApi"),
+];
+
+/// The routes on a path; empty where there is no such path.
+pub fn on_path(path: &str) -> impl Iterator<Item = &'static Route> {
+    ROUTES.iter().filter(move |route| route.path == path)
+}
+
+/// The route of an operation.
+pub fn of(operation: Operation) -> &'static Route {
+    // The table has every operation: `every_operation_has_one_route` holds that.
+    ROUTES
+        .iter()
+        .find(|route| route.operation == operation)
+        .unwrap_or(&ROUTES[0])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_operation_has_one_route() {
+        use Operation::*;
+        let all = [
+            Info,
+            Stats,
+            Pause,
+            Resume,
+            PowerButton,
+            Kill,
+            GetBalloon,
+            SetBalloon,
+            Console,
+            OpenApi,
+        ];
+        for operation in all {
+            // Without a wildcard: a new operation must be added here to compile.
+            match operation {
+                Info | Stats | Pause | Resume | PowerButton | Kill | GetBalloon | SetBalloon
+                | Console | OpenApi => {}
+            }
+            let count = ROUTES.iter().filter(|r| r.operation == operation).count();
+            assert_eq!(count, 1, "{operation:?}");
+        }
+        assert_eq!(ROUTES.len(), all.len());
+    }
+
+    #[test]
+    fn no_two_routes_share_method_and_path() {
+        for (index, a) in ROUTES.iter().enumerate() {
+            for b in &ROUTES[..index] {
+                assert!(a.method != b.method || a.path != b.path, "{}", a.path);
+                assert_ne!(a.id, b.id);
+            }
+        }
+    }
+}

@@ -1,0 +1,361 @@
+//! Everything that is wrong with a VM's description, at once.
+//!
+//! Only what the description itself tells: whether files exist and the host can do what is asked
+//! is for the one who starts the VM.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use crate::config::{DiskConfig, NetConfig, NetMode, Overlay, RateLimit, VmConfig};
+use crate::units::Bytes;
+
+/// The most vCPUs of a VM.
+pub const MAX_VCPUS: u32 = 32;
+/// The longest name of a VM: its directory and its sockets must fit a Unix socket's address.
+pub const MAX_NAME: usize = 48;
+/// The longest command line that Linux on x86-64 takes, without its terminator.
+pub const MAX_CMDLINE: usize = 2047;
+/// The least RAM that a Linux guest can unpack itself in.
+pub const MIN_MEMORY: Bytes = Bytes::mib(16);
+/// The most disks and interfaces together: the slots of the PCI bus that are not ours.
+pub const MAX_DEVICES: usize = 24;
+/// The longest name of a network interface on Linux.
+const MAX_INTERFACE_NAME: usize = 15;
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// The field, as in `disks[1].overlay`.
+    pub field: String,
+    /// What is wrong and what would be right.
+    pub message: String,
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.field, self.message)
+    }
+}
+
+/// Gathers problems.
+#[derive(Default)]
+struct Problems(Vec<Problem>);
+
+impl Problems {
+    fn check(&mut self, right: bool, field: impl Into<String>, message: impl Into<String>) {
+        if !right {
+            self.0.push(Problem {
+                field: field.into(),
+                message: message.into(),
+            });
+        }
+    }
+}
+
+/// Whether `name` may name a VM; it becomes a directory and part of socket paths.
+pub fn is_valid_name(name: &str) -> bool {
+    let head = name
+        .bytes()
+        .next()
+        .is_some_and(|c| c.is_ascii_alphanumeric());
+    let rest = name
+        .bytes()
+        .all(|c| c.is_ascii_alphanumeric() || b"-_.".contains(&c));
+    head && rest && name.len() <= MAX_NAME
+}
+
+/// All that is wrong with `config`; empty where nothing is.
+pub fn validate(config: &VmConfig) -> Vec<Problem> {
+    let mut problems = Problems::default();
+    machine(config, &mut problems);
+    cmdline(config, &mut problems);
+    for (index, disk) in config.disks.iter().enumerate() {
+        one_disk(&format!("disks[{index}]"), disk, &mut problems);
+    }
+    shared_disks(config, &mut problems);
+    for (index, net) in config.net.iter().enumerate() {
+        one_net(&format!("net[{index}]"), net, &mut problems);
+    }
+    problems.check(
+        config.disks.len() + config.net.len() <= MAX_DEVICES,
+        "disks",
+        format!("too many: at most {MAX_DEVICES} disks and interfaces together"),
+    );
+    problems.0
+}
+
+fn machine(config: &VmConfig, problems: &mut Problems) {
+    problems.check(
+        is_valid_name(&config.name),
+        "name",
+        format!(
+            "`{}` cannot be a name: use letters, digits, `-`, `_` and `.`, a letter or digit first, at most {MAX_NAME}",
+            config.name.escape_debug()
+        ),
+    );
+    problems.check(
+        (1..=MAX_VCPUS).contains(&config.vcpus),
+        "vcpus",
+        format!("{} is not between 1 and {MAX_VCPUS}", config.vcpus),
+    );
+    problems.check(
+        config.memory >= MIN_MEMORY && config.memory.0 % Bytes::mib(1).0 == 0,
+        "memory",
+        format!(
+            "{} is not a whole number of MiB of at least {MIN_MEMORY}",
+            config.memory
+        ),
+    );
+    problems.check(
+        !config.kernel.as_os_str().is_empty(),
+        "kernel",
+        "not given: name a bzImage or an ELF vmlinux, as in /boot/vmlinuz",
+    );
+    problems.check(
+        config.vsock.cid >= 3 && config.vsock.cid != u32::MAX,
+        "vsock.cid",
+        format!("{} is reserved: use 3 or more", config.vsock.cid),
+    );
+    problems.check(
+        config.balloon.size.0 % 4096 == 0 && config.balloon.size < config.memory,
+        "balloon.size",
+        format!(
+            "{} must be a multiple of 4096 and less than the memory",
+            config.balloon.size
+        ),
+    );
+    let limit = config.console.log_limit;
+    problems.check(
+        limit.0 == 0 || (Bytes::kib(4)..=Bytes::gib(1)).contains(&limit),
+        "console.log_limit",
+        format!("{limit} is neither 0 nor between 4K and 1G"),
+    );
+}
+
+fn cmdline(config: &VmConfig, problems: &mut Problems) {
+    let line = config.kernel_cmdline();
+    problems.check(
+        line.len() <= MAX_CMDLINE,
+        "cmdline",
+        format!("{} bytes long; Linux takes {MAX_CMDLINE}", line.len()),
+    );
+    problems.check(
+        !line.chars().any(char::is_control),
+        "cmdline",
+        "has a line break or another control character",
+    );
+}
+
+fn one_disk(field: &str, disk: &DiskConfig, problems: &mut Problems) {
+    problems.check(
+        !disk.path.as_os_str().is_empty(),
+        format!("{field}.path"),
+        "not given: name an image or a block device",
+    );
+    problems.check(
+        !disk.read_only || disk.overlay == Overlay::None,
+        format!("{field}.overlay"),
+        "a disk that is only read has no writes to keep: drop read_only or the overlay",
+    );
+    if let Overlay::Kept(layer) = &disk.overlay {
+        problems.check(
+            !layer.as_os_str().is_empty() && *layer != disk.path,
+            format!("{field}.overlay"),
+            "must name a file other than the disk itself",
+        );
+    }
+    rate_limit(field, disk.rate_limit.as_ref(), problems);
+}
+
+/// Two disks that write one file destroy it.
+fn shared_disks(config: &VmConfig, problems: &mut Problems) {
+    let mut written: HashSet<&Path> = HashSet::new();
+    for (index, disk) in config.disks.iter().enumerate() {
+        let file = match &disk.overlay {
+            Overlay::None if !disk.read_only => disk.path.as_path(),
+            Overlay::Kept(layer) => layer.as_path(),
+            Overlay::None | Overlay::Ephemeral => continue,
+        };
+        problems.check(
+            written.insert(file) || file.as_os_str().is_empty(),
+            format!("disks[{index}]"),
+            format!("{} is written by another disk too", file.display()),
+        );
+    }
+}
+
+fn one_net(field: &str, net: &NetConfig, problems: &mut Problems) {
+    for (name, value, mode) in [
+        ("tap", &net.tap, NetMode::Tap),
+        ("bridge", &net.bridge, NetMode::Bridge),
+    ] {
+        let wanted = net.mode == mode;
+        problems.check(
+            value.is_some() == wanted,
+            format!("{field}.{name}"),
+            if wanted {
+                format!("mode \"{name}\" needs the name of one")
+            } else {
+                format!("only mode \"{name}\" has one: set mode = \"{name}\"")
+            },
+        );
+        problems.check(
+            value.as_deref().is_none_or(is_interface_name),
+            format!("{field}.{name}"),
+            format!("not an interface's name: 1 to {MAX_INTERFACE_NAME} bytes, no `/` or spaces"),
+        );
+    }
+    problems.check(
+        net.mac.is_none_or(|mac| !mac.is_group() && mac.0 != [0; 6]),
+        format!("{field}.mac"),
+        "names a group or nothing; the first byte must be even, as in 02:…",
+    );
+    problems.check(
+        net.queues.is_none_or(|queues| (1..=8).contains(&queues)),
+        format!("{field}.queues"),
+        "not between 1 and 8",
+    );
+    rate_limit(field, net.rate_limit.as_ref(), problems);
+}
+
+fn is_interface_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= MAX_INTERFACE_NAME
+        && name != "."
+        && name != ".."
+        && name
+            .bytes()
+            .all(|c| c.is_ascii_graphic() && c != b'/' && c != b':')
+}
+
+fn rate_limit(field: &str, limit: Option<&RateLimit>, problems: &mut Problems) {
+    let Some(limit) = limit else { return };
+    let rates = [
+        (
+            "bandwidth",
+            limit.bandwidth.map(|rate| rate.0),
+            limit.bandwidth_burst.map(|burst| burst.0),
+        ),
+        ("iops", limit.iops, limit.iops_burst),
+    ];
+    for (name, rate, burst) in rates {
+        problems.check(
+            rate != Some(0) && burst != Some(0),
+            format!("{field}.rate_limit.{name}"),
+            "0 would stop the device for good: leave it out for no limit",
+        );
+        problems.check(
+            rate.is_some() || burst.is_none(),
+            format!("{field}.rate_limit.{name}_burst"),
+            format!("a burst needs a rate: set {name} too"),
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::MacAddr;
+
+    fn good() -> VmConfig {
+        VmConfig {
+            name: "web-1".into(),
+            kernel: "/boot/vmlinuz".into(),
+            ..VmConfig::default()
+        }
+    }
+
+    fn fields(config: &VmConfig) -> Vec<String> {
+        validate(config).into_iter().map(|p| p.field).collect()
+    }
+
+    #[test]
+    fn a_plain_config_has_no_problems() {
+        assert_eq!(validate(&good()), []);
+    }
+
+    #[test]
+    fn every_problem_is_listed_with_its_field() {
+        let mut config = VmConfig {
+            name: "../etc".into(),
+            vcpus: 0,
+            memory: Bytes(1000),
+            append: Some("a\nb".into()),
+            disks: vec![DiskConfig {
+                read_only: true,
+                overlay: Overlay::Ephemeral,
+                rate_limit: Some(RateLimit {
+                    iops: Some(0),
+                    bandwidth_burst: Some(Bytes(1)),
+                    ..RateLimit::default()
+                }),
+                ..DiskConfig::default()
+            }],
+            net: vec![NetConfig {
+                bridge: Some("br/0".into()),
+                mac: Some(MacAddr([1, 0, 0, 0, 0, 1])),
+                queues: Some(9),
+                ..NetConfig::default()
+            }],
+            ..VmConfig::default()
+        };
+        config.vsock.cid = 2;
+        config.balloon.size = Bytes::gib(1);
+        config.console.log_limit = Bytes(1);
+        assert_eq!(
+            fields(&config),
+            [
+                "name",
+                "vcpus",
+                "memory",
+                "kernel",
+                "vsock.cid",
+                "balloon.size",
+                "console.log_limit",
+                "cmdline",
+                "disks[0].path",
+                "disks[0].overlay",
+                "disks[0].rate_limit.bandwidth_burst",
+                "disks[0].rate_limit.iops",
+                "net[0].bridge",
+                "net[0].bridge",
+                "net[0].mac",
+                "net[0].queues",
+            ]
+        );
+    }
+
+    #[test]
+    fn one_file_is_not_written_by_two_disks_but_may_be_read_by_many() {
+        let disk = |read_only| DiskConfig {
+            path: "a.img".into(),
+            read_only,
+            ..DiskConfig::default()
+        };
+        let mut config = good();
+        config.disks = vec![disk(true), disk(false), disk(true)];
+        assert!(fields(&config).is_empty());
+        config.disks.push(disk(false));
+        assert_eq!(fields(&config), ["disks[3]"]);
+    }
+
+    #[test]
+    fn names_cannot_leave_their_directory() {
+        for name in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "-x",
+            ".hidden",
+            "a b",
+            "é",
+            &"x".repeat(49),
+        ] {
+            assert!(!is_valid_name(name), "{name}");
+        }
+        for name in ["a", "0", "web-1.example_x", &"x".repeat(48)] {
+            assert!(is_valid_name(name), "{name}");
+        }
+    }
+}
