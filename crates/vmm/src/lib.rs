@@ -6,6 +6,13 @@
 //! the command line and the control socket (`clone`).
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod acpi;
+pub mod boot;
+pub mod bus;
 pub mod devices;
 pub mod event_loop;
+pub mod irq;
+pub mod machine;
+pub mod pci;
+pub mod vcpu;
 pub mod virtio;

@@ -3,3 +3,4 @@
 //! device), `tests.rs`.
 
 pub mod net;
+pub mod serial;

@@ -1,0 +1,113 @@
+//! Interrupts and doorbells between devices and the guest.
+//!
+//! [`Wiring`] is all that the rest of the machine knows of KVM's interrupt interface: message
+//! signalled interrupts through irqfds, and eventfds behind guest addresses (ioeventfd). The local
+//! APICs live in KVM; the I/O APIC ([`ioapic`]) lives here, because with KVM's split irqchip only
+//! the pins that need one (serial port, ACPI events) pay for it. There is no PIC and no PIT.
+
+pub mod ioapic;
+mod kvm;
+
+use std::io;
+
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::EventFd;
+
+pub use kvm::KvmWiring;
+
+/// A message signalled interrupt: a write of `data` to `address`.
+///
+/// Source: Intel SDM volume 3, 11.11 "Message Signalled Interrupts".
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MsiMessage {
+    /// The destination, in `0xFEEx_xxxx`.
+    pub address: u64,
+    /// Vector, delivery mode and trigger mode.
+    pub data: u32,
+}
+
+/// An interrupt line of KVM's routing table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Gsi(pub u32);
+
+/// How devices reach the guest's CPUs, and how its writes reach devices. KVM in a machine
+/// ([`KvmWiring`]), a recorder in tests.
+pub trait Wiring: Send + Sync {
+    /// A line that nobody else uses.
+    fn allocate(&self) -> io::Result<Gsi>;
+
+    /// Sets the message that `gsi` stands for.
+    fn set_route(&self, gsi: Gsi, message: MsiMessage) -> io::Result<()>;
+
+    /// From now on a write to `fd` raises `gsi`; a write made before counts.
+    fn connect(&self, fd: &EventFd, gsi: Gsi) -> io::Result<()>;
+
+    /// Undoes [`Wiring::connect`]; writes then stay pending in `fd`.
+    fn disconnect(&self, fd: &EventFd, gsi: Gsi) -> io::Result<()>;
+
+    /// Raises an interrupt now.
+    fn signal(&self, message: MsiMessage) -> io::Result<()>;
+
+    /// From now on the guest's writes to `address`, of any size and value, are counted in `fd` and
+    /// do not leave the kernel.
+    fn watch(&self, address: u64, fd: &EventFd) -> io::Result<()>;
+
+    /// Undoes [`Wiring::watch`].
+    fn unwatch(&self, address: u64, fd: &EventFd) -> io::Result<()>;
+}
+
+/// A wiring that records instead of raising, for tests of everything above it.
+#[cfg(test)]
+pub(crate) mod testing {
+    use std::collections::BTreeMap;
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[derive(Default)]
+    pub(crate) struct RecordingWiring {
+        pub(crate) routes: Mutex<BTreeMap<u32, MsiMessage>>,
+        pub(crate) connected: Mutex<Vec<u32>>,
+        pub(crate) signalled: Mutex<Vec<MsiMessage>>,
+        pub(crate) watched: Mutex<Vec<u64>>,
+        next: Mutex<u32>,
+    }
+
+    impl Wiring for RecordingWiring {
+        fn allocate(&self) -> io::Result<Gsi> {
+            let mut next = self.next.lock().unwrap();
+            *next += 1;
+            Ok(Gsi(*next + 23))
+        }
+        fn set_route(&self, gsi: Gsi, message: MsiMessage) -> io::Result<()> {
+            self.routes.lock().unwrap().insert(gsi.0, message);
+            Ok(())
+        }
+        fn connect(&self, _fd: &EventFd, gsi: Gsi) -> io::Result<()> {
+            self.connected.lock().unwrap().push(gsi.0);
+            Ok(())
+        }
+        fn disconnect(&self, _fd: &EventFd, gsi: Gsi) -> io::Result<()> {
+            self.connected
+                .lock()
+                .unwrap()
+                .retain(|&other| other != gsi.0);
+            Ok(())
+        }
+        fn signal(&self, message: MsiMessage) -> io::Result<()> {
+            self.signalled.lock().unwrap().push(message);
+            Ok(())
+        }
+        fn watch(&self, address: u64, _fd: &EventFd) -> io::Result<()> {
+            self.watched.lock().unwrap().push(address);
+            Ok(())
+        }
+        fn unwatch(&self, address: u64, _fd: &EventFd) -> io::Result<()> {
+            self.watched
+                .lock()
+                .unwrap()
+                .retain(|&other| other != address);
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,375 @@
+//! The machine: RAM, CPUs, interrupts, buses and devices put together, and its life.
+//!
+//! [`Machine::new`] assembles, [`Machine::boot`] loads a kernel, [`Machine::resume`] lets it run.
+//! The machine's devices wait in an [`EventLoop`] that the caller runs. Save and restore walk the
+//! devices' common contract, never a list of kinds.
+
+mod exit;
+mod memory_slots;
+mod state;
+
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use clone_memory::GuestMemory;
+use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+
+pub use exit::{Exit, ExitSignal};
+pub use state::MachineState;
+
+use crate::acpi::power::{self, EVENT_POWER_BUTTON, PowerRegisters};
+use crate::acpi::{self, SERIAL_PIN};
+use crate::boot::{self, BootError, BootSource};
+use crate::bus::Bus;
+use crate::devices::serial::{self, COM1_PORT, Serial, SerialState};
+use crate::event_loop::{EventLoop, Registrar};
+use crate::irq::ioapic::{IOAPIC_BASE, IOAPIC_SIZE, Ioapic, IoapicState, PIN_COUNT};
+use crate::irq::{KvmWiring, Wiring};
+use crate::pci::virtio_pci::{SharedVirtioDevice, VirtioPci};
+use crate::pci::{
+    ECAM_BASE, ECAM_SIZE, EcamWindow, MMIO32_BASE, MMIO32_SIZE, MmioWindow, PciBus, SLOT_COUNT,
+};
+use crate::vcpu::{Buses, StateFormat, Vcpu, VcpuContext, VcpuError};
+use crate::virtio::DeviceError;
+
+/// The most CPUs that a machine may have.
+pub const MAX_VCPUS: u8 = 32;
+
+/// What went wrong with a machine.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// KVM refused something.
+    #[error("KVM: cannot {action}: {source}")]
+    Kvm {
+        /// What was tried.
+        action: &'static str,
+        /// KVM's answer.
+        source: kvm_ioctls::Error,
+    },
+    /// The host's KVM is too old, or of another kind.
+    #[error("this host's KVM lacks {0}")]
+    Missing(&'static str),
+    /// More CPUs or devices than the machine has room for.
+    #[error("{what}: {asked} asked for, {limit} possible")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// How many were asked for.
+        asked: usize,
+        /// How many there can be.
+        limit: usize,
+    },
+    /// A CPU.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// The kernel.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The host refused a file descriptor or the like.
+    #[error("cannot {action}: {source}")]
+    Host {
+        /// What was tried.
+        action: &'static str,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// A saved state does not fit this machine.
+    #[error("saved machine state refused: {0}")]
+    State(String),
+}
+
+impl MachineError {
+    fn kvm(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
+        move |source| Self::Kvm { action, source }
+    }
+
+    fn host(action: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Host { action, source }
+    }
+}
+
+/// A virtio device for the machine, and the registrar that it was built with (if it needed one).
+pub struct DeviceSlot {
+    /// The device.
+    pub device: SharedVirtioDevice,
+    /// Its place in the event loop.
+    pub registrar: Registrar,
+}
+
+/// What a machine is made from. All host resources are open already.
+pub struct Parts {
+    /// `/dev/kvm`.
+    pub kvm: Kvm,
+    /// Guest RAM.
+    pub memory: GuestMemory,
+    /// CPUs, 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Where the serial console prints. Must not block.
+    pub console: serial::Output,
+    /// The virtio devices, in slot order from slot 1.
+    pub devices: Vec<DeviceSlot>,
+    /// Confines each vCPU thread before it runs the guest (seccomp).
+    pub confine_vcpu: Arc<dyn Fn() -> io::Result<()> + Send + Sync>,
+}
+
+/// What a machine boots.
+pub struct Kernel {
+    /// An ELF `vmlinux` or a bzImage.
+    pub image: File,
+    /// The initial RAM disk.
+    pub initrd: Option<File>,
+    /// The kernel's command line.
+    pub cmdline: String,
+}
+
+type SharedTransport = Arc<Mutex<VirtioPci>>;
+
+/// A virtual machine. Owned by the event loop's thread.
+///
+/// Fields drop in order: CPUs stop before the memory that they run in is unmapped.
+pub struct Machine {
+    vcpus: Vec<Vcpu>,
+    transports: Vec<SharedTransport>,
+    pci: Arc<PciBus>,
+    ioapic: Arc<Ioapic>,
+    serial: Arc<Serial>,
+    power: Arc<PowerRegisters>,
+    exit: ExitSignal,
+    vm: Arc<VmFd>,
+    memory: GuestMemory,
+    running: bool,
+}
+
+fn locked(transport: &SharedTransport) -> MutexGuard<'_, VirtioPci> {
+    // A panic in a device leaves it suspect, but pausing and dropping it is still right.
+    transport.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Machine {
+    /// Assembles a machine, paused before its first instruction. Its devices wait in `events`.
+    pub fn new(parts: Parts, events: &mut EventLoop) -> Result<Self, MachineError> {
+        check_limits(&parts)?;
+        let kvm = parts.kvm;
+        let exit = ExitSignal::new().map_err(MachineError::host("make an eventfd"))?;
+        let vm = Arc::new(create_vm(&kvm)?);
+        memory_slots::register(&vm, &parts.memory)?;
+        let wiring: Arc<dyn Wiring> = Arc::new(KvmWiring::new(Arc::clone(&vm)));
+        let ioapic = Arc::new(Ioapic::new(Arc::clone(&wiring), IoapicState::fresh()));
+        let serial = Serial::new(
+            SerialState::fresh(),
+            Arc::clone(&ioapic),
+            SERIAL_PIN,
+            parts.console,
+        );
+        let serial = Arc::new(serial.map_err(MachineError::host("make the serial console"))?);
+        let power = Arc::new(PowerRegisters::new(Arc::clone(&ioapic), exit.clone()));
+        let pci = PciBus::new();
+        let transports = plug(parts.devices, &pci, &wiring, &parts.memory, events)?;
+        let buses = Arc::new(buses(&serial, &power, &ioapic, &pci));
+        let format = StateFormat::new(&kvm, StateFormat::xsave_capability(&vm))?;
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(MachineError::kvm("ask for the supported CPUID"))?;
+        let context = VcpuContext {
+            vm: &vm,
+            cpuid: &cpuid,
+            count: parts.vcpus,
+            buses,
+            exit: exit.clone(),
+            format: Arc::new(format),
+            confine: parts.confine_vcpu,
+        };
+        let vcpus = (0..parts.vcpus)
+            .map(|id| Vcpu::new(&context, id))
+            .collect::<Result<_, _>>()?;
+        let memory = parts.memory;
+        Ok(Self {
+            vcpus,
+            transports,
+            pci,
+            ioapic,
+            serial,
+            power,
+            exit,
+            vm,
+            memory,
+            running: false,
+        })
+    }
+
+    /// Puts a kernel into RAM and the first CPU at its entry.
+    pub fn boot(&mut self, kernel: &mut Kernel) -> Result<(), MachineError> {
+        let ram = self.memory.ram();
+        let rsdp = acpi::write_tables(ram, self.vcpus.len() as u8).map_err(BootError::Write)?;
+        let source = BootSource {
+            kernel: &mut kernel.image,
+            initrd: kernel.initrd.as_mut(),
+            cmdline: &kernel.cmdline,
+            rsdp,
+        };
+        let entry = boot::load(ram, source)?;
+        Ok(self.vcpus[0].start(entry)?)
+    }
+
+    /// Stops everything: afterwards nothing changes RAM, and the state can be saved. Does nothing
+    /// when it is paused already.
+    pub fn pause(&mut self) -> Result<(), MachineError> {
+        if !self.running {
+            return Ok(());
+        }
+        // All are asked before the first is waited for, so that they stop side by side.
+        self.vcpus.iter().for_each(Vcpu::park);
+        self.vcpus.iter().for_each(Vcpu::wait_parked);
+        self.running = false;
+        for transport in &self.transports {
+            locked(transport).pause()?;
+        }
+        Ok(())
+    }
+
+    /// Lets everything go on. Does nothing when it runs already.
+    pub fn resume(&mut self) -> Result<(), MachineError> {
+        if self.running {
+            return Ok(());
+        }
+        for transport in &self.transports {
+            locked(transport).resume()?;
+        }
+        self.vcpus.iter().for_each(Vcpu::run);
+        self.running = true;
+        Ok(())
+    }
+
+    /// Whether its CPUs run.
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
+    /// Why the machine ended, once it has. [`Machine::exit_signal`] wakes an event loop.
+    pub fn exit(&self) -> Option<Exit> {
+        self.exit.get()
+    }
+
+    /// Readable once the machine has ended; anybody may end it.
+    pub fn exit_signal(&self) -> ExitSignal {
+        self.exit.clone()
+    }
+
+    /// Presses the power button: asks the guest to switch itself off.
+    pub fn press_power_button(&self) {
+        self.power.raise(EVENT_POWER_BUTTON);
+    }
+
+    /// The serial console, to type into.
+    pub fn serial(&self) -> Arc<Serial> {
+        Arc::clone(&self.serial)
+    }
+
+    /// Guest RAM.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+}
+
+fn check_limits(parts: &Parts) -> Result<(), MachineError> {
+    let check = |what, asked: usize, limit: usize| {
+        if asked > limit {
+            Err(MachineError::TooMany { what, asked, limit })
+        } else {
+            Ok(())
+        }
+    };
+    check("vCPUs", usize::from(parts.vcpus), usize::from(MAX_VCPUS))?;
+    check("devices", parts.devices.len(), SLOT_COUNT - 1)?;
+    if parts.vcpus == 0 {
+        return Err(MachineError::TooMany {
+            what: "vCPUs (at least 1 is needed)",
+            asked: 0,
+            limit: 32,
+        });
+    }
+    Ok(())
+}
+
+/// A VM with in-kernel local APICs and nothing else of a PC's interrupt hardware.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, MachineError> {
+    for (capability, name) in [
+        (Cap::SplitIrqchip, "a split irqchip (KVM_CAP_SPLIT_IRQCHIP)"),
+        (Cap::Irqfd, "irqfd (KVM_CAP_IRQFD)"),
+        (Cap::Ioeventfd, "ioeventfd (KVM_CAP_IOEVENTFD)"),
+        (
+            Cap::SignalMsi,
+            "message signalled interrupts (KVM_CAP_SIGNAL_MSI)",
+        ),
+        (
+            Cap::ImmediateExit,
+            "immediate exit (KVM_CAP_IMMEDIATE_EXIT)",
+        ),
+        (
+            Cap::TscDeadlineTimer,
+            "the TSC-deadline timer (KVM_CAP_TSC_DEADLINE_TIMER)",
+        ),
+    ] {
+        if !kvm.check_extension(capability) {
+            return Err(MachineError::Missing(name));
+        }
+    }
+    let vm = kvm.create_vm().map_err(MachineError::kvm("create a VM"))?;
+    // Intel's CPUs need three pages for real mode, above our highest device and below the LAPIC.
+    vm.set_tss_address(0xFFFB_D000)
+        .map_err(MachineError::kvm("set the TSS address"))?;
+    let mut split = kvm_enable_cap {
+        cap: KVM_CAP_SPLIT_IRQCHIP,
+        ..Default::default()
+    };
+    split.args[0] = PIN_COUNT as u64;
+    vm.enable_cap(&split)
+        .map_err(MachineError::kvm("split the irqchip"))?;
+    Ok(vm)
+}
+
+/// Gives each device a slot and a BAR, in order.
+fn plug(
+    devices: Vec<DeviceSlot>,
+    pci: &Arc<PciBus>,
+    wiring: &Arc<dyn Wiring>,
+    memory: &GuestMemory,
+    events: &mut EventLoop,
+) -> Result<Vec<SharedTransport>, MachineError> {
+    let mut transports = Vec::with_capacity(devices.len());
+    for (slot, DeviceSlot { device, registrar }) in (1..).zip(devices) {
+        let bar = MMIO32_BASE as u32 + slot as u32 * VirtioPci::BAR_SIZE;
+        let ram = memory.ram().clone();
+        let transport = VirtioPci::new(device, bar, Arc::clone(wiring), ram, registrar.clone())
+            .map_err(MachineError::host("wire a device"))?;
+        let transport = Arc::new(Mutex::new(transport));
+        pci.insert(slot, transport.clone());
+        events.attach(&registrar, transport.clone());
+        transports.push(transport);
+    }
+    Ok(transports)
+}
+
+fn buses(
+    serial: &Arc<Serial>,
+    power: &Arc<PowerRegisters>,
+    ioapic: &Arc<Ioapic>,
+    pci: &Arc<PciBus>,
+) -> Buses {
+    let (mut ports, mut mmio) = (Bus::default(), Bus::default());
+    ports.insert(u64::from(COM1_PORT), serial::PORT_COUNT, serial.clone());
+    ports.insert(u64::from(power::PORT_BASE), power::PORT_SIZE, power.clone());
+    mmio.insert(
+        MMIO32_BASE,
+        MMIO32_SIZE,
+        Arc::new(MmioWindow(Arc::clone(pci))),
+    );
+    mmio.insert(ECAM_BASE, ECAM_SIZE, Arc::new(EcamWindow(Arc::clone(pci))));
+    mmio.insert(IOAPIC_BASE, IOAPIC_SIZE, ioapic.clone());
+    Buses { ports, mmio }
+}

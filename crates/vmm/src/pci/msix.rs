@@ -1,0 +1,307 @@
+//! MSI-X: a table of messages, one per vector, each raised through an eventfd.
+//!
+//! A vector's eventfd is connected to KVM (irqfd) exactly while the vector is unmasked. A device
+//! writes to the eventfd in any case; what it wrote while the vector was masked stays in the
+//! eventfd's counter and is raised when KVM is connected again. So there are no pending bits to
+//! keep, and vhost can be given the eventfd and needs to know nothing of masks.
+//!
+//! Source: PCI Local Bus Specification 3.0, 6.8.2.
+
+use std::io;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::irq::{Gsi, MsiMessage, Wiring};
+
+/// Bytes of a table entry: address, data, vector control.
+pub const ENTRY_SIZE: u64 = 16;
+const VECTOR_CONTROL: usize = 12;
+const CONTROL_ENABLE: u16 = 1 << 15;
+const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
+
+/// What is saved of a vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct VectorState {
+    message: MsiMessage,
+    masked: bool,
+    /// Raised while it could not be delivered.
+    pending: bool,
+}
+
+/// What is saved of a table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MsixState {
+    control: u16,
+    vectors: Vec<VectorState>,
+}
+
+struct Vector {
+    fd: EventFd,
+    gsi: Gsi,
+    message: MsiMessage,
+    masked: bool,
+    connected: bool,
+}
+
+/// The MSI-X table of a function.
+pub struct MsixTable {
+    wiring: Arc<dyn Wiring>,
+    control: u16,
+    vectors: Vec<Vector>,
+}
+
+impl MsixTable {
+    /// A table of `count` vectors, all masked, as after a reset.
+    pub fn new(wiring: Arc<dyn Wiring>, count: u16) -> io::Result<Self> {
+        let vector = |_| {
+            Ok(Vector {
+                fd: EventFd::new(EFD_NONBLOCK)?,
+                gsi: wiring.allocate()?,
+                message: MsiMessage::default(),
+                masked: true,
+                connected: false,
+            })
+        };
+        let vectors = (0..count).map(vector).collect::<io::Result<_>>()?;
+        Ok(Self {
+            wiring,
+            control: 0,
+            vectors,
+        })
+    }
+
+    /// The eventfds of all vectors, in order; a write raises the vector.
+    pub fn eventfds(&self) -> io::Result<Vec<EventFd>> {
+        self.vectors
+            .iter()
+            .map(|vector| vector.fd.try_clone())
+            .collect()
+    }
+
+    /// The message control word of the capability, table size included.
+    pub fn control(&self) -> u16 {
+        self.control | (self.vectors.len() as u16 - 1)
+    }
+
+    /// The guest wrote the message control word.
+    pub fn set_control(&mut self, value: u16) {
+        self.control = value & (CONTROL_ENABLE | CONTROL_FUNCTION_MASK);
+        for index in 0..self.vectors.len() {
+            self.update(index);
+        }
+    }
+
+    /// Reads the table.
+    pub fn read_table(&self, offset: u64, data: &mut [u8]) {
+        let index = (offset / ENTRY_SIZE) as usize;
+        let Some(vector) = self.vectors.get(index) else {
+            return data.fill(0);
+        };
+        crate::bus::read_at(&encode(vector), offset % ENTRY_SIZE, data);
+    }
+
+    /// Writes the table: aligned accesses of 4 or 8 bytes, as the specification demands of the
+    /// driver; others are ignored.
+    pub fn write_table(&mut self, offset: u64, data: &[u8]) {
+        let index = (offset / ENTRY_SIZE) as usize;
+        let at = (offset % ENTRY_SIZE) as usize;
+        let aligned = matches!(data.len(), 4 | 8) && at.is_multiple_of(data.len());
+        let Some(vector) = self.vectors.get_mut(index).filter(|_| aligned) else {
+            return;
+        };
+        let mut entry = encode(vector);
+        entry[at..at + data.len()].copy_from_slice(data);
+        let field = |at: usize| {
+            u32::from_le_bytes([entry[at], entry[at + 1], entry[at + 2], entry[at + 3]])
+        };
+        vector.message = MsiMessage {
+            address: u64::from(field(0)) | u64::from(field(4)) << 32,
+            data: field(8),
+        };
+        vector.masked = entry[VECTOR_CONTROL] & 1 != 0;
+        self.update(index);
+    }
+
+    /// Reads the pending bits: what a vector holds back while it is masked.
+    ///
+    /// The counter can only be read by taking it, so it is put back at once.
+    pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
+        let mut bits = vec![0u8; self.vectors.len().div_ceil(64) * 8];
+        for (index, vector) in self.vectors.iter().enumerate() {
+            if vector.is_pending() {
+                bits[index / 8] |= 1 << (index % 8);
+            }
+        }
+        crate::bus::read_at(&bits, offset, data);
+    }
+
+    /// Brings KVM in line with the vector's mask and message. A refusal by KVM leaves the vector
+    /// disconnected: the guest loses its own interrupts, nobody else's.
+    fn update(&mut self, index: usize) {
+        let open = self.control & (CONTROL_ENABLE | CONTROL_FUNCTION_MASK) == CONTROL_ENABLE;
+        let vector = &mut self.vectors[index];
+        let result = if open && !vector.masked {
+            let routed = self.wiring.set_route(vector.gsi, vector.message);
+            routed.and_then(|()| vector.connect(self.wiring.as_ref()))
+        } else {
+            vector.disconnect(self.wiring.as_ref())
+        };
+        if let Err(error) = result {
+            tracing::warn!(vector = index, %error, "MSI-X vector could not be wired");
+        }
+    }
+
+    /// The table, to be saved. Exact only while the devices and the vCPUs are paused.
+    pub fn save(&self) -> MsixState {
+        let vector = |vector: &Vector| VectorState {
+            message: vector.message,
+            masked: vector.masked,
+            pending: vector.is_pending(),
+        };
+        MsixState {
+            control: self.control,
+            vectors: self.vectors.iter().map(vector).collect(),
+        }
+    }
+
+    /// Puts a saved table in place and wires it.
+    pub fn restore(&mut self, state: &MsixState) -> Result<(), String> {
+        if state.vectors.len() != self.vectors.len() {
+            return Err(format!(
+                "{} MSI-X vectors when saved, {} in this machine",
+                state.vectors.len(),
+                self.vectors.len()
+            ));
+        }
+        for (vector, saved) in self.vectors.iter_mut().zip(&state.vectors) {
+            vector.message = saved.message;
+            vector.masked = saved.masked;
+            if saved.pending {
+                vector
+                    .fd
+                    .write(1)
+                    .map_err(|error| format!("cannot mark a vector: {error}"))?;
+            }
+        }
+        self.set_control(state.control);
+        Ok(())
+    }
+
+    /// Back to the state after power-on; what was pending is dropped.
+    pub fn reset(&mut self) {
+        for vector in &mut self.vectors {
+            vector.masked = true;
+            vector.message = MsiMessage::default();
+        }
+        self.set_control(0);
+        for vector in &self.vectors {
+            // Empty counters answer EAGAIN, which is what we want.
+            let _ = vector.fd.read();
+        }
+    }
+}
+
+impl Vector {
+    fn connect(&mut self, wiring: &dyn Wiring) -> io::Result<()> {
+        if !self.connected {
+            wiring.connect(&self.fd, self.gsi)?;
+            self.connected = true;
+        }
+        Ok(())
+    }
+
+    fn disconnect(&mut self, wiring: &dyn Wiring) -> io::Result<()> {
+        if self.connected {
+            wiring.disconnect(&self.fd, self.gsi)?;
+            self.connected = false;
+        }
+        Ok(())
+    }
+
+    /// While connected KVM takes the counter at once, so only a disconnected vector can be pending.
+    fn is_pending(&self) -> bool {
+        let pending = !self.connected && self.fd.read().is_ok();
+        if pending {
+            // It was readable, so its counter is 0 now and one more cannot overflow it.
+            let _ = self.fd.write(1);
+        }
+        pending
+    }
+}
+
+fn encode(vector: &Vector) -> [u8; ENTRY_SIZE as usize] {
+    let mut entry = [0; ENTRY_SIZE as usize];
+    entry[..8].copy_from_slice(&vector.message.address.to_le_bytes());
+    entry[8..12].copy_from_slice(&vector.message.data.to_le_bytes());
+    entry[VECTOR_CONTROL] = u8::from(vector.masked);
+    entry
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::irq::testing::RecordingWiring;
+
+    fn table() -> (MsixTable, Arc<RecordingWiring>) {
+        let wiring = Arc::new(RecordingWiring::default());
+        (MsixTable::new(wiring.clone(), 3).unwrap(), wiring)
+    }
+
+    fn program(table: &mut MsixTable, vector: u64, address: u64, data: u32, masked: bool) {
+        table.write_table(vector * 16, &address.to_le_bytes());
+        table.write_table(vector * 16 + 8, &data.to_le_bytes());
+        table.write_table(vector * 16 + 12, &u32::from(masked).to_le_bytes());
+    }
+
+    #[test]
+    fn a_vector_is_wired_only_while_enabled_and_unmasked() {
+        let (mut table, wiring) = table();
+        program(&mut table, 1, 0xFEE0_1000, 0x31, false);
+        assert!(wiring.connected.lock().unwrap().is_empty());
+        table.set_control(CONTROL_ENABLE);
+        assert_eq!(*wiring.connected.lock().unwrap(), [25]);
+        assert_eq!(
+            wiring.routes.lock().unwrap()[&25],
+            MsiMessage {
+                address: 0xFEE0_1000,
+                data: 0x31
+            }
+        );
+        table.set_control(CONTROL_ENABLE | CONTROL_FUNCTION_MASK);
+        assert!(wiring.connected.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_is_raised_while_masked_is_pending_and_survives_a_save() {
+        let (mut table, _) = table();
+        program(&mut table, 2, 0xFEE0_0000, 0x40, true);
+        table.set_control(CONTROL_ENABLE);
+        table.eventfds().unwrap()[2].write(1).unwrap();
+        let mut bits = [0; 8];
+        table.read_pending(0, &mut bits);
+        assert_eq!(bits[0], 0b100);
+        let state = table.save();
+        let (mut copy, _) = self::table();
+        copy.restore(&state).unwrap();
+        assert_eq!(copy.save(), state);
+    }
+
+    #[test]
+    fn odd_accesses_are_survived() {
+        let (mut table, _) = table();
+        for (offset, len) in [(13, 4), (3 * 16, 4), (u64::MAX - 3, 4), (4, 8), (0, 2)] {
+            table.write_table(offset, &vec![0xFF; len]);
+            table.read_table(offset, &mut vec![0; len]);
+        }
+        assert_eq!(table.save(), self::table().0.save());
+    }
+
+    #[test]
+    fn a_state_with_other_vectors_is_refused() {
+        let (table, wiring) = table();
+        let mut smaller = MsixTable::new(wiring, 2).unwrap();
+        assert!(smaller.restore(&table.save()).is_err());
+    }
+}

@@ -1,0 +1,425 @@
+//! Virtio over PCI: the transport between a guest's driver and a [`VirtioDevice`].
+//!
+//! One memory BAR holds everything: the common configuration, the device's own, a doorbell per
+//! queue (an ioeventfd: a kick never leaves the kernel) and the MSI-X table. There is no legacy
+//! interface and no INTx.
+//!
+//! Locks: the transport's own lock is taken by vCPU threads (registers) and by the event loop
+//! (kicks, events); the device's lock is taken inside it, and by the control socket alone.
+//!
+//! Source: VIRTIO 1.3, section 4.1.
+
+mod common;
+mod interrupt;
+mod layout;
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use virtio_queue::{Queue, QueueT};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use self::common::{CommonConfig, CommonState, Request};
+use self::interrupt::PciInterrupt;
+use super::config::ConfigState;
+use super::msix::{MsixState, MsixTable};
+use super::{BarRange, ConfigSpace, PciDevice};
+use crate::event_loop::{EventHandler, Registrar};
+use crate::irq::Wiring;
+use crate::virtio::{
+    Activation, ActiveQueue, DeviceError, GuestRam, Interrupt, SavedQueue, VirtioDevice,
+};
+
+/// Tokens from here on are kicks: this plus the queue's index.
+const KICK_TOKEN: u32 = 0x8000_0000;
+
+/// A device as the transport shares it with whoever controls it (the balloon's target, say).
+pub type SharedVirtioDevice = Arc<Mutex<dyn VirtioDevice>>;
+
+/// What is saved of a transport and the device behind it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VirtioPciState {
+    device_type: u32,
+    config: ConfigState,
+    msix: MsixState,
+    common: CommonState,
+    /// The device's own state, as [`VirtioDevice::save`] encoded it.
+    pub device: Vec<u8>,
+}
+
+/// A virtio device on the PCI bus.
+pub struct VirtioPci {
+    name: &'static str,
+    config: ConfigSpace,
+    layout: layout::Capabilities,
+    msix: MsixTable,
+    common: CommonConfig,
+    interrupt: Arc<PciInterrupt>,
+    kicks: Vec<EventFd>,
+    /// Where the doorbells are at present, so that they can follow the BAR.
+    doorbells_at: Option<u64>,
+    wiring: Arc<dyn Wiring>,
+    device: SharedVirtioDevice,
+    ram: GuestRam,
+    events: Registrar,
+    activated: bool,
+    paused: bool,
+}
+
+impl VirtioPci {
+    /// Puts `device` behind a BAR at `bar_address` (guest-physical, aligned to
+    /// [`VirtioPci::BAR_SIZE`]).
+    pub fn new(
+        device: SharedVirtioDevice,
+        bar_address: u32,
+        wiring: Arc<dyn Wiring>,
+        ram: GuestRam,
+        events: Registrar,
+    ) -> io::Result<Self> {
+        let (name, device_type, features, sizes) = {
+            let device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            (
+                device.name(),
+                device.device_type(),
+                device.features(),
+                device.queue_max_sizes(),
+            )
+        };
+        let queues = sizes.len() as u16;
+        // One vector for configuration changes and one for each queue.
+        let msix = MsixTable::new(Arc::clone(&wiring), queues + 1)?;
+        let (config, layout) =
+            layout::configuration(device_type, bar_address, queues, msix.control());
+        let kicks: Vec<EventFd> = sizes
+            .iter()
+            .map(|_| EventFd::new(EFD_NONBLOCK))
+            .collect::<io::Result<_>>()?;
+        let interrupt = Arc::new(PciInterrupt::new(msix.eventfds()?, queues));
+        let mut transport = Self {
+            name,
+            config,
+            layout,
+            msix,
+            common: CommonConfig::new(features, &sizes),
+            interrupt,
+            kicks,
+            doorbells_at: None,
+            wiring,
+            device,
+            ram,
+            events,
+            activated: false,
+            paused: false,
+        };
+        transport.move_doorbells();
+        Ok(transport)
+    }
+
+    /// Bytes of the one BAR.
+    pub const BAR_SIZE: u32 = layout::BAR_SIZE;
+
+    /// The device behind this transport.
+    pub fn device(&self) -> SharedVirtioDevice {
+        Arc::clone(&self.device)
+    }
+
+    /// The device's short name, for messages.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn locked(device: &SharedVirtioDevice) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
+        // A panic inside a device leaves it suspect, but it can still be reset or dropped.
+        device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts the doorbells where the BAR is now.
+    fn move_doorbells(&mut self) {
+        let now = self
+            .config
+            .bars()
+            .first()
+            .map(|bar| bar.address + layout::NOTIFY_OFFSET);
+        if now == self.doorbells_at {
+            return;
+        }
+        for (queue, kick) in (0u64..).zip(&self.kicks) {
+            let offset = queue * layout::NOTIFY_STRIDE;
+            let unwatched = self
+                .doorbells_at
+                .map(|at| self.wiring.unwatch(at + offset, kick));
+            let watched = now.map(|at| self.wiring.watch(at + offset, kick));
+            for result in [unwatched, watched].into_iter().flatten() {
+                if let Err(error) = result {
+                    tracing::warn!(device = self.name, queue, %error, "doorbell could not be moved");
+                }
+            }
+        }
+        self.doorbells_at = now;
+    }
+
+    /// The driver is ready, or was when the state was saved.
+    fn activate(&mut self) {
+        if let Err(error) = self.try_activate() {
+            self.fail(&error);
+        }
+    }
+
+    fn try_activate(&mut self) -> Result<(), DeviceError> {
+        let queues = self.ready_queues()?;
+        let indices: Vec<u16> = queues.iter().map(|queue| queue.index).collect();
+        let mut device = Self::locked(&self.device);
+        device.activate(Activation {
+            ram: self.ram.clone(),
+            queues,
+            features: self.common.agreed_features(),
+            interrupt: Arc::clone(&self.interrupt) as Arc<dyn Interrupt>,
+            events: self.events.clone(),
+        })?;
+        for index in indices
+            .into_iter()
+            .filter(|&index| !device.in_kernel(index))
+        {
+            let kick = &self.kicks[usize::from(index)];
+            let token = KICK_TOKEN + u32::from(index);
+            self.events
+                .add(kick, token, EventSet::IN)
+                .map_err(|source| DeviceError::Host {
+                    device: self.name,
+                    action: "watch a queue",
+                    source,
+                })?;
+        }
+        self.activated = true;
+        Ok(())
+    }
+
+    fn ready_queues(&self) -> Result<Vec<ActiveQueue>, DeviceError> {
+        let ready = (0u16..)
+            .zip(&self.common.queues)
+            .filter(|(_, queue)| queue.saved.ready);
+        ready
+            .map(|(index, registers)| {
+                let wrong = |source| DeviceError::Queue {
+                    device: self.name,
+                    queue: index,
+                    source,
+                };
+                let queue = Queue::try_from(registers.saved).map_err(wrong)?;
+                if !queue.is_valid(&self.ram) {
+                    return Err(DeviceError::Driver {
+                        device: self.name,
+                        reason: format!("queue {index} does not lie within RAM"),
+                    });
+                }
+                let kick = self.kicks[usize::from(index)]
+                    .try_clone()
+                    .map_err(|source| DeviceError::Host {
+                        device: self.name,
+                        action: "share a kick",
+                        source,
+                    })?;
+                Ok(ActiveQueue { index, queue, kick })
+            })
+            .collect()
+    }
+
+    /// The device cannot go on: the guest is told so and may reset it. The VM lives.
+    fn fail(&mut self, error: &DeviceError) {
+        tracing::warn!(device = self.name, %error, "device broken until the driver resets it");
+        self.stop_device();
+        self.common.set_needs_reset();
+        self.interrupt.signal_config();
+    }
+
+    fn stop_device(&mut self) {
+        for kick in &self.kicks {
+            // Not watched (never activated, or served by the kernel): nothing to stop.
+            let _ = self.events.remove(kick);
+            let _ = kick.read();
+        }
+        Self::locked(&self.device).reset();
+        self.activated = false;
+    }
+
+    /// The driver wrote 0 to the status: forget all it said. MSI-X is the bus's and stays.
+    fn reset_by_driver(&mut self) {
+        self.stop_device();
+        self.common.reset();
+        self.interrupt.reset();
+    }
+
+    /// The machine is reset: as after power-on.
+    pub fn reset(&mut self) {
+        self.reset_by_driver();
+        self.msix.reset();
+    }
+
+    /// Stops the device's work; see [`VirtioDevice::pause`].
+    pub fn pause(&mut self) -> Result<(), DeviceError> {
+        if self.activated && !self.paused {
+            Self::locked(&self.device).pause()?;
+        }
+        self.paused = true;
+        Ok(())
+    }
+
+    /// Lets the device go on.
+    pub fn resume(&mut self) -> Result<(), DeviceError> {
+        self.paused = false;
+        if self.activated {
+            Self::locked(&self.device).resume()?;
+        }
+        Ok(())
+    }
+
+    /// Everything that a transport built the same way needs to go on. Only while paused.
+    pub fn save(&mut self) -> Result<VirtioPciState, DeviceError> {
+        let device = Self::locked(&self.device);
+        let mut common = self.common.save();
+        common.msix_vectors(self.interrupt.as_ref());
+        for (index, queue) in device.queues() {
+            common.set_queue(index, SavedQueue::from(queue));
+        }
+        Ok(VirtioPciState {
+            device_type: device.device_type(),
+            config: self.config.save(),
+            msix: self.msix.save(),
+            common,
+            device: device.save()?,
+        })
+    }
+
+    /// Takes a saved state over. The device must have been built from [`VirtioPciState::device`].
+    /// It is left paused: [`VirtioPci::resume`] lets it go on.
+    pub fn restore(&mut self, state: &VirtioPciState) -> Result<(), DeviceError> {
+        let refuse = |reason| DeviceError::State {
+            device: self.name,
+            reason,
+        };
+        let device_type = Self::locked(&self.device).device_type();
+        if device_type != state.device_type {
+            let saved = state.device_type;
+            return Err(refuse(format!(
+                "it is of a device of type {saved}, not {device_type}"
+            )));
+        }
+        self.config.restore(&state.config).map_err(refuse)?;
+        self.common.restore(&state.common).map_err(refuse)?;
+        self.interrupt.restore(&state.common).map_err(refuse)?;
+        self.msix.restore(&state.msix).map_err(refuse)?;
+        self.move_doorbells();
+        self.paused = true;
+        if self.common.is_driver_ready() {
+            self.try_activate()?;
+            Self::locked(&self.device).pause()?;
+        }
+        Ok(())
+    }
+
+    fn write_common(&mut self, offset: u64, data: &[u8]) {
+        match self.common.write(offset, data, &self.interrupt) {
+            Request::Nothing => {}
+            Request::Reset => self.reset_by_driver(),
+            Request::Activate => self.activate(),
+        }
+    }
+
+    /// Reads the BAR through the window of the configuration space (VIRTIO 1.3, 4.1.4.9).
+    fn config_window(&self) -> Option<(u64, usize)> {
+        self.layout.window(&self.config)
+    }
+}
+
+impl PciDevice for VirtioPci {
+    fn config_read(&mut self, offset: u16, data: &mut [u8]) {
+        if self.layout.is_window_data(offset)
+            && let Some((at, len)) = self.config_window()
+        {
+            let mut value = [0; 4];
+            self.bar_read(0, at, &mut value[..len]);
+            return crate::bus::fill(data, &value[..len]);
+        }
+        self.config.read(offset, data);
+    }
+
+    fn config_write(&mut self, offset: u16, data: &[u8]) {
+        self.config.write(offset, data);
+        if self.layout.is_window_data(offset)
+            && let Some((at, len)) = self.config_window()
+            && len == data.len()
+        {
+            self.bar_write(0, at, data);
+        }
+        if self.layout.touches_msix_control(offset, data.len()) {
+            let mut control = [0; 2];
+            self.config.read(self.layout.msix_control(), &mut control);
+            self.msix.set_control(u16::from_le_bytes(control));
+        }
+        self.move_doorbells();
+    }
+
+    fn bars(&self) -> Vec<BarRange> {
+        self.config.bars()
+    }
+
+    fn bar_read(&mut self, _index: u8, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        match layout::region(offset) {
+            layout::Region::Common(at) => self.common.read(at, data, &self.interrupt),
+            layout::Region::Device(at) => Self::locked(&self.device).read_config(at, data),
+            layout::Region::MsixTable(at) => self.msix.read_table(at, data),
+            layout::Region::MsixPending(at) => self.msix.read_pending(at, data),
+            // Without INTx there is no interrupt status to tell.
+            layout::Region::Isr | layout::Region::Notify(_) | layout::Region::Nothing => {}
+        }
+    }
+
+    fn bar_write(&mut self, _index: u8, offset: u64, data: &[u8]) {
+        match layout::region(offset) {
+            layout::Region::Common(at) => self.write_common(at, data),
+            layout::Region::Device(at) => Self::locked(&self.device).write_config(at, data),
+            layout::Region::MsixTable(at) => self.msix.write_table(at, data),
+            layout::Region::Notify(at) => {
+                // Only accesses that KVM did not take for a doorbell come here: across one, or
+                // through the configuration window.
+                let queue = (at / layout::NOTIFY_STRIDE) as usize;
+                if let Some(kick) = self.kicks.get(queue) {
+                    let _ = kick.write(1);
+                }
+            }
+            layout::Region::Isr | layout::Region::MsixPending(_) | layout::Region::Nothing => {}
+        }
+    }
+}
+
+impl EventHandler for VirtioPci {
+    fn handle_event(&mut self, token: u32, ready: EventSet) {
+        // A kick that comes while paused is left in its eventfd and seen after the resume: the
+        // device looks at every queue then, but level-triggered epoll must not spin meanwhile.
+        let queue = token.checked_sub(KICK_TOKEN);
+        if let Some(queue) = queue {
+            let Some(kick) = self.kicks.get(queue as usize) else {
+                return;
+            };
+            if kick.read().is_err() {
+                return;
+            }
+        }
+        if !self.activated || self.paused {
+            return;
+        }
+        let result = {
+            let mut device = Self::locked(&self.device);
+            match queue {
+                Some(queue) => device.notify_queue(queue as u16),
+                None => device.handle_event(token, ready),
+            }
+        };
+        if let Err(error) = result {
+            self.fail(&error);
+        }
+    }
+}

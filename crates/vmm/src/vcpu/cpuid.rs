@@ -1,0 +1,138 @@
+//! What each CPU says it is: the host's features as KVM offers them, with this machine's topology.
+//!
+//! Source: Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E; Linux
+//! `Documentation/virt/kvm/x86/cpuid.rst`.
+
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+
+/// Leaf 1 ECX: the TSC-deadline timer, which KVM's LAPIC has but does not announce by itself.
+const TSC_DEADLINE: u32 = 1 << 24;
+const HYPERVISOR: u32 = 1 << 31;
+/// Leaf 1 EDX: several logical processors in the package.
+const HTT: u32 = 1 << 28;
+/// Leaf 0x8000_0001 ECX: AMD's own topology leaves, which we do not fill.
+const AMD_TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
+const AMD_CORE_PERFORMANCE: u32 = 1 << 23 | 1 << 24;
+
+/// Fits `supported` (from `KVM_GET_SUPPORTED_CPUID`) to CPU `id` of `count`.
+///
+/// The topology is one package of single-threaded cores: the host decides where they really run.
+pub(super) fn for_vcpu(
+    supported: &CpuId,
+    id: u8,
+    count: u8,
+) -> Result<CpuId, vmm_sys_util::fam::Error> {
+    let mut entries: Vec<kvm_cpuid_entry2> = supported
+        .as_slice()
+        .iter()
+        .filter(|entry| !matches!(entry.function, 0xB | 0x1F))
+        .copied()
+        .collect();
+    for entry in &mut entries {
+        match entry.function {
+            1 => {
+                let count = if count > 1 { u32::from(count) } else { 1 };
+                entry.ebx = entry.ebx & 0x0000_FFFF | count << 16 | u32::from(id) << 24;
+                entry.ecx |= TSC_DEADLINE | HYPERVISOR;
+                entry.edx = if count > 1 {
+                    entry.edx | HTT
+                } else {
+                    entry.edx & !HTT
+                };
+            }
+            // Cores per package (bits 26 to 31) and CPUs per cache (14 to 25), less one each.
+            4 if entry.eax & 0x1F != 0 => {
+                let shared = if entry.eax >> 5 & 7 >= 3 {
+                    u32::from(count) - 1
+                } else {
+                    0
+                };
+                entry.eax =
+                    entry.eax & 0x3FFF | shared << 14 | (u32::from(count) - 1).min(63) << 26;
+            }
+            // No performance counters: a clone may run on another host's.
+            0xA => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            0x8000_0001 => entry.ecx &= !(AMD_TOPOLOGY_EXTENSIONS | AMD_CORE_PERFORMANCE),
+            // Cores, less one, and the width of the APIC id.
+            0x8000_0008 => {
+                entry.ecx = entry.ecx & !0xF0FF | u32::from(count) - 1 | apic_id_bits(count) << 12;
+            }
+            _ => {}
+        }
+    }
+    entries.extend(
+        [0xB, 0x1F]
+            .into_iter()
+            .flat_map(|function| topology(function, id, count)),
+    );
+    CpuId::from_entries(&entries)
+}
+
+fn apic_id_bits(count: u8) -> u32 {
+    u32::from(count).next_power_of_two().trailing_zeros()
+}
+
+/// The two levels of an extended topology leaf, and its end.
+fn topology(function: u32, id: u8, count: u8) -> [kvm_cpuid_entry2; 3] {
+    let level = |index: u32, shift: u32, cpus: u32, kind: u32| kvm_cpuid_entry2 {
+        function,
+        index,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax: shift,
+        ebx: cpus,
+        ecx: index | kind << 8,
+        edx: u32::from(id),
+        ..Default::default()
+    };
+    [
+        level(0, 0, 1, 1),
+        level(1, apic_id_bits(count), u32::from(count), 2),
+        level(2, 0, 0, 0),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
+        let found = |entry: &&kvm_cpuid_entry2| entry.function == function && entry.index == index;
+        *cpuid.as_slice().iter().find(found).unwrap()
+    }
+
+    fn supported() -> CpuId {
+        let entry = |function, eax| kvm_cpuid_entry2 {
+            function,
+            eax,
+            ..Default::default()
+        };
+        CpuId::from_entries(&[
+            entry(1, 0),
+            entry(4, 0x121),
+            entry(0xA, 7),
+            entry(0x8000_0008, 0),
+        ])
+        .unwrap()
+    }
+
+    #[test]
+    fn every_cpu_has_its_own_id_in_every_leaf() {
+        let cpuid = for_vcpu(&supported(), 5, 6).unwrap();
+        assert_eq!(leaf(&cpuid, 1, 0).ebx >> 24, 5);
+        for function in [0xB, 0x1F] {
+            assert_eq!(leaf(&cpuid, function, 0).edx, 5);
+            assert_eq!(
+                (leaf(&cpuid, function, 1).eax, leaf(&cpuid, function, 1).ebx),
+                (3, 6)
+            );
+        }
+        assert_eq!(leaf(&cpuid, 0x8000_0008, 0).ecx, 5 | 3 << 12);
+    }
+
+    #[test]
+    fn the_deadline_timer_is_announced_and_performance_counters_are_not() {
+        let cpuid = for_vcpu(&supported(), 0, 1).unwrap();
+        assert_ne!(leaf(&cpuid, 1, 0).ecx & TSC_DEADLINE, 0);
+        assert_eq!(leaf(&cpuid, 0xA, 0).eax, 0);
+    }
+}

@@ -1,0 +1,413 @@
+//! The CPUs: a thread each, which runs the guest and answers its port and memory accesses.
+//!
+//! A thread is in one of three modes: running, parked (paused, or not started yet), ended. To get
+//! a thread out of the guest, its `immediate_exit` flag is set and it is sent a signal; the flag
+//! makes KVM return even if the signal came a moment too early. A thread looks at its mode only
+//! when KVM says it was interrupted, which also lets KVM finish an access that was under way, so
+//! that the state of a parked CPU is complete.
+
+mod cpuid;
+mod registers;
+mod state;
+
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicU8, Ordering, fence};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError, mpsc};
+use std::thread::JoinHandle;
+use std::{io, thread};
+
+use kvm_bindings::CpuId;
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+
+pub use self::state::{StateFormat, VcpuState};
+use crate::boot::Entry;
+use crate::bus::Bus;
+use crate::machine::{Exit, ExitSignal};
+
+/// A vCPU thread's stack: it only passes accesses on to devices.
+const STACK_BYTES: usize = 128 << 10;
+
+/// What went wrong with a CPU.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// KVM refused something.
+    #[error("KVM: cannot {action}: {source}")]
+    Kvm {
+        /// What was tried.
+        action: &'static str,
+        /// KVM's answer.
+        source: kvm_ioctls::Error,
+    },
+    /// The saved state does not fit this host.
+    #[error("saved CPU state refused: {0}")]
+    Corrupt(&'static str),
+    /// The host refuses a register value that the guest relies on.
+    #[error("this host refuses the saved value {data:#x} of MSR {index:#x}")]
+    MsrRefused {
+        /// The register.
+        index: u32,
+        /// Its saved value.
+        data: u64,
+    },
+    /// No thread could be made.
+    #[error("cannot start a vCPU thread: {0}")]
+    Thread(#[source] io::Error),
+    /// The thread is gone, after a panic in a device.
+    #[error("vCPU {0} is gone")]
+    Gone(u8),
+}
+
+impl VcpuError {
+    fn kvm(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
+        move |source| Self::Kvm { action, source }
+    }
+}
+
+/// The buses that a CPU's accesses go to.
+pub struct Buses {
+    /// I/O ports.
+    pub ports: Bus,
+    /// Memory-mapped I/O.
+    pub mmio: Bus,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Parked,
+    Running,
+    Ended,
+}
+
+/// What others ask of a parked CPU.
+enum Job {
+    Save(mpsc::Sender<Result<VcpuState, VcpuError>>),
+    Restore(Box<VcpuState>, mpsc::Sender<Result<(), VcpuError>>),
+    Start(Entry, mpsc::Sender<Result<(), VcpuError>>),
+}
+
+struct Control {
+    wanted: Mode,
+    /// What the thread says of itself.
+    present: Mode,
+    jobs: Vec<Job>,
+}
+
+struct Shared {
+    id: u8,
+    control: Mutex<Control>,
+    /// Notified whenever `control` changed, by either side.
+    changed: Condvar,
+    exit: ExitSignal,
+    format: Arc<StateFormat>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Control> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, control: MutexGuard<'a, Control>) -> MutexGuard<'a, Control> {
+        self.changed
+            .wait(control)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The `immediate_exit` byte of a CPU's `kvm_run` page, writable from other threads.
+struct ImmediateExit(*const AtomicU8);
+
+// SAFETY: the pointer is to one byte of the vCPU's shared page, which KVM and any thread may read
+// and write at any time (that is its purpose); it is only used as an atomic.
+unsafe impl Send for ImmediateExit {}
+
+/// A CPU of a machine, seen from outside its thread.
+pub struct Vcpu {
+    shared: Arc<Shared>,
+    immediate_exit: ImmediateExit,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What all CPUs of a machine are made from.
+pub struct VcpuContext<'a> {
+    /// The VM.
+    pub vm: &'a VmFd,
+    /// Supported CPUID of the host.
+    pub cpuid: &'a CpuId,
+    /// How many CPUs there will be.
+    pub count: u8,
+    /// Where accesses go.
+    pub buses: Arc<Buses>,
+    /// Where the end of the machine is told.
+    pub exit: ExitSignal,
+    /// How state is saved on this host.
+    pub format: Arc<StateFormat>,
+    /// Called first thing on the CPU's own thread, to confine it (seccomp). An error ends it.
+    pub confine: Arc<dyn Fn() -> io::Result<()> + Send + Sync>,
+}
+
+impl Vcpu {
+    /// Creates CPU `id` and its thread, parked. The first CPU waits for [`Vcpu::start`], the
+    /// others for the guest to wake them, in KVM.
+    pub fn new(context: &VcpuContext<'_>, id: u8) -> Result<Self, VcpuError> {
+        let kvm = VcpuError::kvm;
+        let mut fd = context
+            .vm
+            .create_vcpu(u64::from(id))
+            .map_err(kvm("create a vCPU"))?;
+        let cpuid = cpuid::for_vcpu(context.cpuid, id, context.count)
+            .map_err(|_| VcpuError::Corrupt("too many CPUID entries"))?;
+        fd.set_cpuid2(&cpuid).map_err(kvm("set CPUID"))?;
+        registers::set_firmware_msrs(&fd).map_err(kvm("set the firmware's MSRs"))?;
+        let run = fd.get_kvm_run();
+        let immediate_exit = ImmediateExit((&raw const run.immediate_exit).cast());
+        let shared = Arc::new(Shared {
+            id,
+            control: Mutex::new(Control {
+                wanted: Mode::Parked,
+                present: Mode::Parked,
+                jobs: Vec::new(),
+            }),
+            changed: Condvar::new(),
+            exit: context.exit.clone(),
+            format: Arc::clone(&context.format),
+        });
+        install_signal_handler();
+        let worker = Worker {
+            shared: Arc::clone(&shared),
+            fd,
+            buses: Arc::clone(&context.buses),
+        };
+        let confine = Arc::clone(&context.confine);
+        let thread = thread::Builder::new()
+            .name(format!("vcpu{id}"))
+            .stack_size(STACK_BYTES)
+            .spawn(move || worker.main(confine.as_ref()))
+            .map_err(VcpuError::Thread)?;
+        Ok(Self {
+            shared,
+            immediate_exit,
+            thread: Some(thread),
+        })
+    }
+
+    fn job<T>(
+        &self,
+        make: impl FnOnce(mpsc::Sender<Result<T, VcpuError>>) -> Job,
+    ) -> Result<T, VcpuError> {
+        let (reply, answer) = mpsc::channel();
+        self.shared.lock().jobs.push(make(reply));
+        self.shared.changed.notify_all();
+        answer
+            .recv()
+            .unwrap_or(Err(VcpuError::Gone(self.shared.id)))
+    }
+
+    /// Sets the registers of a parked CPU so that it starts the kernel when it runs.
+    pub fn start(&self, entry: Entry) -> Result<(), VcpuError> {
+        self.job(|reply| Job::Start(entry, reply))
+    }
+
+    /// The state of a parked CPU.
+    pub fn save(&self) -> Result<VcpuState, VcpuError> {
+        self.job(Job::Save)
+    }
+
+    /// Puts a state into a parked CPU.
+    pub fn restore(&self, state: VcpuState) -> Result<(), VcpuError> {
+        self.job(|reply| Job::Restore(Box::new(state), reply))
+    }
+
+    /// Asks the thread to run or to park, without waiting; see [`Vcpu::wait_parked`].
+    fn want(&self, mode: Mode) {
+        let mut control = self.shared.lock();
+        if control.wanted != Mode::Ended {
+            control.wanted = mode;
+        }
+        if mode != Mode::Running && control.present == Mode::Running {
+            self.interrupt();
+        }
+        drop(control);
+        self.shared.changed.notify_all();
+    }
+
+    /// Gets the thread out of the guest. Only while `control` is locked and says that the thread
+    /// runs, so that the thread, which parks and ends under the same lock, is still there.
+    fn interrupt(&self) {
+        // SAFETY: the page is mapped as long as the thread owns the vCPU, and it does (see above).
+        unsafe { &*self.immediate_exit.0 }.store(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        if let Some(thread) = &self.thread {
+            // SAFETY: the thread was not joined (only `drop` does that), so its id is valid.
+            unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
+        }
+    }
+
+    /// Lets the CPU run.
+    pub fn run(&self) {
+        self.want(Mode::Running);
+    }
+
+    /// Asks the CPU to park.
+    pub fn park(&self) {
+        self.want(Mode::Parked);
+    }
+
+    /// Waits until the CPU has parked (or ended, with the machine).
+    pub fn wait_parked(&self) {
+        let mut control = self.shared.lock();
+        while control.present == Mode::Running && control.wanted != Mode::Running {
+            control = self.shared.wait(control);
+        }
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.want(Mode::Ended);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!(vcpu = self.shared.id, "vCPU thread panicked");
+        }
+    }
+}
+
+fn kick_signal() -> i32 {
+    libc::SIGRTMIN()
+}
+
+/// The signal only has to interrupt `KVM_RUN`.
+fn install_signal_handler() {
+    static INSTALLED: Once = Once::new();
+    extern "C" fn nothing(_: i32) {}
+    INSTALLED.call_once(|| {
+        // SAFETY: an all-zero `sigaction` is valid: no flags, empty mask, default action.
+        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+        action.sa_sigaction = nothing as extern "C" fn(i32) as usize;
+        // SAFETY: the handler does nothing, so it is async-signal-safe; the pointers are to a live
+        // structure and null.
+        let result = unsafe { libc::sigaction(kick_signal(), &action, std::ptr::null_mut()) };
+        debug_assert_eq!(result, 0, "SIGRTMIN can be handled");
+    });
+}
+
+/// The inside of a vCPU thread.
+struct Worker {
+    shared: Arc<Shared>,
+    fd: VcpuFd,
+    buses: Arc<Buses>,
+}
+
+impl Worker {
+    fn main(mut self, confine: &dyn Fn() -> io::Result<()>) {
+        if let Err(error) = confine() {
+            self.end(Exit::Crash(format!(
+                "cannot confine vCPU {}: {error}",
+                self.shared.id
+            )));
+        }
+        while self.parked() {
+            self.run();
+        }
+    }
+
+    /// Waits for a reason to run, doing jobs meanwhile. False when it is time to end.
+    fn parked(&mut self) -> bool {
+        let shared = Arc::clone(&self.shared);
+        let mut control = shared.lock();
+        control.present = Mode::Parked;
+        shared.changed.notify_all();
+        loop {
+            if let Some(job) = control.jobs.pop() {
+                drop(control);
+                self.work(job);
+                control = shared.lock();
+                continue;
+            }
+            match control.wanted {
+                Mode::Running => break,
+                Mode::Ended => {
+                    control.present = Mode::Ended;
+                    return false;
+                }
+                Mode::Parked => control = shared.wait(control),
+            }
+        }
+        // Before anybody can see that it runs, and so before anybody can set it again.
+        self.fd.set_kvm_immediate_exit(0);
+        control.present = Mode::Running;
+        true
+    }
+
+    fn work(&self, job: Job) {
+        // A requester that went away does not need the answer.
+        match job {
+            Job::Save(reply) => {
+                let _ = reply.send(state::save(&self.fd, &self.shared.format));
+            }
+            Job::Restore(state, reply) => {
+                let _ = reply.send(state::restore(&self.fd, &state, &self.shared.format));
+            }
+            Job::Start(entry, reply) => {
+                let set = registers::set(&self.fd, entry);
+                let _ = reply.send(set.map_err(VcpuError::kvm("set the first registers")));
+            }
+        }
+    }
+
+    /// Runs the guest until somebody asks to park, or it cannot go on.
+    fn run(&mut self) {
+        loop {
+            match self.fd.run() {
+                Ok(VcpuExit::IoOut(port, data)) => self.buses.ports.write(u64::from(port), data),
+                Ok(VcpuExit::IoIn(port, data)) => self.buses.ports.read(u64::from(port), data),
+                Ok(VcpuExit::MmioWrite(address, data)) => self.buses.mmio.write(address, data),
+                Ok(VcpuExit::MmioRead(address, data)) => self.buses.mmio.read(address, data),
+                // Only levels need it, and our pins are edges.
+                Ok(VcpuExit::IoapicEoi(_)) => {}
+                Ok(VcpuExit::Shutdown) => return self.end(Exit::Crash("triple fault".to_owned())),
+                Ok(VcpuExit::InternalError) => {
+                    let reason = format!("KVM internal error: {}", self.describe());
+                    return self.end(Exit::Crash(reason));
+                }
+                Ok(VcpuExit::FailEntry(reason, cpu)) => {
+                    let reason = format!("KVM cannot enter the guest: {reason:#x} on CPU {cpu}");
+                    return self.end(Exit::Crash(reason));
+                }
+                Ok(other) => {
+                    let reason = format!("unexpected exit from the guest: {other:?}");
+                    return self.end(Exit::Crash(reason));
+                }
+                Err(error) if error.errno() == libc::EINTR => {
+                    if self.shared.lock().wanted != Mode::Running {
+                        return;
+                    }
+                    self.fd.set_kvm_immediate_exit(0);
+                }
+                // A CPU that the guest has not woken yet is told so by EAGAIN.
+                Err(error) if error.errno() == libc::EAGAIN => {}
+                Err(error) => {
+                    let reason = format!("KVM cannot run the guest: {error}");
+                    return self.end(Exit::Crash(reason));
+                }
+            }
+        }
+    }
+
+    fn end(&self, exit: Exit) {
+        self.shared.exit.send(exit);
+        let mut control = self.shared.lock();
+        if control.wanted == Mode::Running {
+            control.wanted = Mode::Parked;
+        }
+    }
+
+    /// Where the guest was, for an error message.
+    fn describe(&mut self) -> String {
+        let run = self.fd.get_kvm_run();
+        // SAFETY: KVM has just filled this member of the union, as the exit reason says.
+        let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
+        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        format!("suberror {suberror} at rip {rip:#x}")
+    }
+}

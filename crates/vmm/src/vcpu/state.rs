@@ -1,0 +1,326 @@
+//! All that a CPU is, saved and restored.
+//!
+//! What makes the difference between a clone that runs and one that only looks alive: every MSR
+//! that KVM lists (without them the first system call dies), the LAPIC (without it no timer
+//! fires), the extended state in KVM's own size, and the order in which it all goes back.
+//!
+//! Source: Linux `Documentation/virt/kvm/api.rst`.
+
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
+use serde::{Deserialize, Serialize};
+
+use super::VcpuError;
+
+/// `IA32_TSC_DEADLINE`.
+const MSR_TSC_DEADLINE: u32 = 0x6E0;
+/// `IA32_TSC`.
+const MSR_TSC: u32 = 0x10;
+/// How many MSRs go in one call: KVM takes at most 256.
+const MSR_BATCH: usize = 128;
+
+/// The saved state of one CPU. Byte images are KVM's own structures.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VcpuState {
+    cpuid: Vec<kvm_cpuid_entry2>,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xcrs: kvm_xcrs,
+    /// `KVM_GET_XSAVE2`, in words, as long as the host's CPU makes it.
+    xsave: Vec<u32>,
+    lapic: kvm_lapic_state,
+    /// Index and value of every MSR that KVM lists and could read.
+    msrs: Vec<(u32, u64)>,
+    events: kvm_vcpu_events,
+    debug_registers: kvm_debugregs,
+    mp_state: kvm_mp_state,
+    /// The TSC's frequency.
+    tsc_khz: u32,
+}
+
+/// What saving needs to know of the host, asked once for a machine.
+pub struct StateFormat {
+    msr_indices: Vec<u32>,
+    xsave_bytes: usize,
+}
+
+impl StateFormat {
+    /// Asks KVM.
+    pub fn new(kvm: &Kvm, xsave_bytes: i32) -> Result<Self, VcpuError> {
+        let list = kvm
+            .get_msr_index_list()
+            .map_err(VcpuError::kvm("list the MSRs"))?;
+        let msr_indices = list.as_slice().to_vec();
+        // Hosts older than XSAVE2 have the fixed size of `kvm_xsave`.
+        let xsave_bytes = usize::try_from(xsave_bytes).unwrap_or(0).max(4096);
+        Ok(Self {
+            msr_indices,
+            xsave_bytes,
+        })
+    }
+
+    /// The size of the extended state in bytes, from a VM's capability.
+    pub fn xsave_capability(vm: &kvm_ioctls::VmFd) -> i32 {
+        vm.check_extension_int(Cap::Xsave2)
+    }
+
+    fn xsave(&self) -> Result<Xsave, VcpuError> {
+        let extra_words = (self.xsave_bytes - 4096) / size_of::<u32>();
+        Xsave::new(extra_words).map_err(|_| VcpuError::Corrupt("extended state too large"))
+    }
+}
+
+/// Reads the whole state of a CPU that is not running.
+pub(super) fn save(vcpu: &VcpuFd, format: &StateFormat) -> Result<VcpuState, VcpuError> {
+    let kvm = VcpuError::kvm;
+    // First, because reading it lets KVM finish what it has pending for the other registers.
+    let mp_state = vcpu.get_mp_state().map_err(kvm("read the MP state"))?;
+    let mut xsave = format.xsave()?;
+    // SAFETY: `xsave` was made with the size that KVM names for this VM (KVM_CAP_XSAVE2), so KVM
+    // writes within it.
+    unsafe { vcpu.get_xsave2(&mut xsave) }.map_err(kvm("read the extended state"))?;
+    let cpuid = vcpu
+        .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+        .map_err(kvm("read CPUID"))?;
+    let lapic = vcpu.get_lapic().map_err(kvm("read the local APIC"))?;
+    let mut msrs = read_msrs(vcpu, &format.msr_indices)?;
+    repair_deadline(&mut msrs, &lapic);
+    Ok(VcpuState {
+        cpuid: cpuid.as_slice().to_vec(),
+        regs: vcpu.get_regs().map_err(kvm("read the registers"))?,
+        sregs: vcpu.get_sregs().map_err(kvm("read the system registers"))?,
+        xcrs: vcpu
+            .get_xcrs()
+            .map_err(kvm("read the extended control registers"))?,
+        xsave: xsave_words(&xsave),
+        lapic,
+        msrs,
+        events: vcpu.get_vcpu_events().map_err(kvm("read pending events"))?,
+        debug_registers: vcpu
+            .get_debug_regs()
+            .map_err(kvm("read the debug registers"))?,
+        mp_state,
+        tsc_khz: vcpu.get_tsc_khz().unwrap_or(0),
+    })
+}
+
+/// Puts a saved state into a CPU that has not run yet.
+///
+/// The order matters: CPUID decides what the others may hold; the system registers (with the APIC
+/// base) come before the LAPIC, the LAPIC before the deadline MSR that arms its timer, pending
+/// events after all that could raise one, and the MP state last.
+pub(super) fn restore(
+    vcpu: &VcpuFd,
+    state: &VcpuState,
+    format: &StateFormat,
+) -> Result<(), VcpuError> {
+    let kvm = VcpuError::kvm;
+    let cpuid = CpuId::from_entries(&state.cpuid)
+        .map_err(|_| VcpuError::Corrupt("too many CPUID entries"))?;
+    vcpu.set_cpuid2(&cpuid).map_err(kvm("set CPUID"))?;
+    set_tsc_frequency(vcpu, state.tsc_khz)?;
+    vcpu.set_sregs(&state.sregs)
+        .map_err(kvm("set the system registers"))?;
+    vcpu.set_xcrs(&state.xcrs)
+        .map_err(kvm("set the extended control registers"))?;
+    let xsave = xsave_from_words(&state.xsave, format)?;
+    // SAFETY: `xsave` was made with the size that KVM names for this VM (KVM_CAP_XSAVE2), so KVM
+    // reads within it; its content is validated by KVM.
+    unsafe { vcpu.set_xsave2(&xsave) }.map_err(kvm("set the extended state"))?;
+    vcpu.set_regs(&state.regs)
+        .map_err(kvm("set the registers"))?;
+    vcpu.set_lapic(&state.lapic)
+        .map_err(kvm("set the local APIC"))?;
+    write_msrs(vcpu, &state.msrs)?;
+    vcpu.set_debug_regs(&state.debug_registers)
+        .map_err(kvm("set the debug registers"))?;
+    vcpu.set_vcpu_events(&state.events)
+        .map_err(kvm("set pending events"))?;
+    vcpu.set_mp_state(state.mp_state)
+        .map_err(kvm("set the MP state"))
+}
+
+/// A host whose TSC cannot be scaled takes a state only of its own frequency.
+fn set_tsc_frequency(vcpu: &VcpuFd, saved_khz: u32) -> Result<(), VcpuError> {
+    let mine = vcpu.get_tsc_khz().unwrap_or(0);
+    // Measured frequencies differ a little from boot to boot; KVM itself tolerates 250 ppm.
+    if saved_khz == 0 || u64::from(mine.abs_diff(saved_khz)) * 4000 <= u64::from(saved_khz) {
+        return Ok(());
+    }
+    vcpu.set_tsc_khz(saved_khz)
+        .map_err(VcpuError::kvm("set the TSC's frequency"))
+}
+
+fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, VcpuError> {
+    let mut values = Vec::with_capacity(indices.len());
+    let mut rest = indices;
+    while !rest.is_empty() {
+        let batch = &rest[..rest.len().min(MSR_BATCH)];
+        let entries: Vec<_> = batch
+            .iter()
+            .map(|&index| kvm_msr_entry {
+                index,
+                ..Default::default()
+            })
+            .collect();
+        let mut msrs =
+            Msrs::from_entries(&entries).map_err(|_| VcpuError::Corrupt("too many MSRs"))?;
+        let read = vcpu
+            .get_msrs(&mut msrs)
+            .map_err(VcpuError::kvm("read the MSRs"))?;
+        values.extend(
+            msrs.as_slice()[..read]
+                .iter()
+                .map(|entry| (entry.index, entry.data)),
+        );
+        // KVM stops at the first one that this CPU does not have: leave it out and go on.
+        rest = &rest[if read < batch.len() { read + 1 } else { read }..];
+    }
+    Ok(values)
+}
+
+fn write_msrs(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), VcpuError> {
+    // The TSC before everything that is relative to it; the deadline after it and the LAPIC.
+    let order = |&(index, _): &(u32, u64)| match index {
+        MSR_TSC => 0,
+        MSR_TSC_DEADLINE => 2,
+        _ => 1,
+    };
+    let mut values = values.to_vec();
+    values.sort_by_key(order);
+    let mut rest = values.as_slice();
+    while !rest.is_empty() {
+        let batch = &rest[..rest.len().min(MSR_BATCH)];
+        let entries: Vec<_> = batch
+            .iter()
+            .map(|&(index, data)| kvm_msr_entry {
+                index,
+                data,
+                ..Default::default()
+            })
+            .collect();
+        let msrs = Msrs::from_entries(&entries).map_err(|_| VcpuError::Corrupt("too many MSRs"))?;
+        let written = vcpu
+            .set_msrs(&msrs)
+            .map_err(VcpuError::kvm("set the MSRs"))?;
+        if written < batch.len() {
+            let (index, data) = batch[written];
+            // Many are readable but take only the value that they have; one that the guest set
+            // and the host refuses would be felt, so it is an error unless it is zero.
+            if data != 0 && !is_host_owned(index) {
+                return Err(VcpuError::MsrRefused { index, data });
+            }
+            tracing::debug!(index, data, "MSR not restored");
+        }
+        rest = &rest[if written < batch.len() {
+            written + 1
+        } else {
+            written
+        }..];
+    }
+    Ok(())
+}
+
+/// MSRs that report what the host's CPU is: readable, and writable only with the same value.
+fn is_host_owned(index: u32) -> bool {
+    matches!(
+        index,
+        0x3A | 0x8B | 0xCE | 0x10A | 0x345 | 0x480..=0x491 | 0xC001_1029
+    )
+}
+
+/// A deadline that passed while KVM saved it reads as 0, and the timer would never fire again:
+/// let it fire at once instead. The LAPIC's timer register (offset 0x320) tells whether the guest
+/// uses deadlines (bits 17 and 18) and wants them (bit 16 masks).
+fn repair_deadline(msrs: &mut [(u32, u64)], lapic: &kvm_lapic_state) {
+    let timer = lapic.regs[0x320..0x324].iter().rev();
+    let timer = timer.fold(0u32, |value, &byte| value << 8 | u32::from(byte as u8));
+    let deadline_mode = timer >> 17 & 3 == 2;
+    let masked = timer & 1 << 16 != 0;
+    if !deadline_mode || masked {
+        return;
+    }
+    let tsc = msrs
+        .iter()
+        .find(|(index, _)| *index == MSR_TSC)
+        .map(|(_, value)| *value);
+    if let Some((_, deadline)) = msrs
+        .iter_mut()
+        .find(|(index, _)| *index == MSR_TSC_DEADLINE)
+        && *deadline == 0
+        && let Some(tsc) = tsc
+    {
+        *deadline = tsc;
+    }
+}
+
+fn xsave_words(xsave: &Xsave) -> Vec<u32> {
+    let fixed = &xsave.as_fam_struct_ref().xsave.region;
+    fixed.iter().chain(xsave.as_slice()).copied().collect()
+}
+
+fn xsave_from_words(words: &[u32], format: &StateFormat) -> Result<Xsave, VcpuError> {
+    let mut xsave = format.xsave()?;
+    let (fixed_len, extra_len) = (
+        xsave.as_fam_struct_ref().xsave.region.len(),
+        xsave.as_slice().len(),
+    );
+    // A larger image than this host makes is of features that it lacks.
+    if words.len() < fixed_len || words.len() - fixed_len > extra_len {
+        return Err(VcpuError::Corrupt("extended state of another CPU"));
+    }
+    let (fixed, extra) = words.split_at(fixed_len);
+    xsave.as_mut_slice()[..extra.len()].copy_from_slice(extra);
+    // SAFETY: the wrapper asks that its length field is left alone, and only the region of plain
+    // words is written.
+    unsafe { xsave.as_mut_fam_struct() }
+        .xsave
+        .region
+        .copy_from_slice(fixed);
+    Ok(xsave)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lapic_with_timer(timer: u32) -> kvm_lapic_state {
+        let mut lapic = kvm_lapic_state::default();
+        for (slot, byte) in lapic.regs[0x320..].iter_mut().zip(timer.to_le_bytes()) {
+            *slot = byte as i8;
+        }
+        lapic
+    }
+
+    fn deadline_after_repair(timer: u32, deadline: u64) -> u64 {
+        let mut msrs = vec![(MSR_TSC, 1000), (MSR_TSC_DEADLINE, deadline)];
+        repair_deadline(&mut msrs, &lapic_with_timer(timer));
+        msrs[1].1
+    }
+
+    #[test]
+    fn a_deadline_that_passed_during_the_save_fires_at_once() {
+        assert_eq!(deadline_after_repair(2 << 17 | 0xEC, 0), 1000);
+    }
+
+    #[test]
+    fn a_deadline_ahead_or_a_timer_not_in_use_stays() {
+        assert_eq!(deadline_after_repair(2 << 17 | 0xEC, 5000), 5000);
+        assert_eq!(deadline_after_repair(2 << 17 | 1 << 16, 0), 0);
+        assert_eq!(deadline_after_repair(0xEC, 0), 0);
+    }
+
+    #[test]
+    fn an_extended_state_of_another_size_is_refused() {
+        let format = StateFormat {
+            msr_indices: Vec::new(),
+            xsave_bytes: 4096,
+        };
+        assert!(xsave_from_words(&[0; 1024], &format).is_ok());
+        assert!(xsave_from_words(&[0; 1023], &format).is_err());
+        assert!(xsave_from_words(&[0; 1025], &format).is_err());
+    }
+}
