@@ -1,0 +1,98 @@
+//! What can go wrong with the host's network.
+
+use std::io;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+
+use clone_vmm::devices::net::TapError;
+
+/// A failure to set up or clear up the host's side of a VM's network.
+#[derive(Debug, thiserror::Error)]
+pub enum HostNetError {
+    /// The lease directory does not do what it must.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Lease {
+        /// What was tried, as in "lock".
+        action: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// There is no netlink socket.
+    #[error("cannot talk to the kernel's network configuration (netlink): {0}")]
+    Netlink(#[source] io::Error),
+    /// The kernel refuses to change or show an interface.
+    #[error("cannot {action} {object}: {source}")]
+    Link {
+        /// What was tried, as in "create the bridge".
+        action: &'static str,
+        /// The interface or address.
+        object: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The process may not configure networks.
+    #[error(
+        "{action} {object} needs the right to configure networks (CAP_NET_ADMIN): run as root, \
+         or name a tap that was made for you, or do without a network"
+    )]
+    NotAllowed {
+        /// What was tried.
+        action: &'static str,
+        /// The interface or address.
+        object: String,
+    },
+    /// The bridge that was named does not exist.
+    #[error("there is no network interface {0}")]
+    NoSuchLink(String),
+    /// The interface that was named is no bridge.
+    #[error("{0} is not a bridge")]
+    NotABridge(String),
+    /// A bridge takes no more ports.
+    #[error("the bridge {0} is full: Linux allows 1,023 ports on one")]
+    BridgeFull(String),
+    /// An interface of our name exists that we did not make.
+    #[error(
+        "the network interface {0} exists but is not ours (no record of it in the lease \
+         directory); remove it, or use another bridge"
+    )]
+    Foreign(String),
+    /// Every range is in use on this host.
+    #[error("every address range that guests could have is in use on this host: {0}")]
+    NoFreeRange(String),
+    /// Every address is leased.
+    #[error("no address is left for another guest")]
+    NoFreeAddress,
+    /// `nft` is not installed.
+    #[error(
+        "the program nft was not found: install the nftables package, or name a tap that was made \
+         for you"
+    )]
+    NftMissing,
+    /// `nft` failed.
+    #[error("nft could not {action}: {stderr}")]
+    Nft {
+        /// What was tried.
+        action: &'static str,
+        /// What it said.
+        stderr: String,
+    },
+    /// Forwarding could not be turned on.
+    #[error("cannot turn on forwarding (net.ipv4.ip_forward): {0}")]
+    Forwarding(#[source] io::Error),
+    /// The tap does not open.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// A hardware address that no station can have.
+    #[error("{0} is a multicast address, which no network interface can have")]
+    MulticastMac(String),
+    /// An address range that was asked for is no use.
+    #[error("{address}/{prefix} is no range for guests: a private network of /16 to /28 is")]
+    BadRange {
+        /// The network's address.
+        address: Ipv4Addr,
+        /// The prefix length.
+        prefix: u8,
+    },
+}

@@ -1,0 +1,188 @@
+//! The packet filter: address translation for the bridge of our own, and a guard on every tap
+//! that lets a guest send only under its own addresses.
+//!
+//! All of it is in two tables named `clone` (families `inet` and `bridge`), which are ours alone;
+//! other tables are neither read nor touched. Other tables' rules still hold beside them: a
+//! host firewall that drops forwarded packets drops the guests' too.
+
+use std::fmt::Write as _;
+use std::io::{self, ErrorKind, Write as _};
+use std::process::{Command, Stdio};
+
+use super::lease::Lease;
+use super::range::Range;
+use super::{BRIDGE, HostNetError};
+
+/// Lets one more guest send. The tables are made anew where they are not whole.
+pub(super) fn admit(
+    lease: &Lease,
+    all: &[Lease],
+    range: Option<&Range>,
+) -> Result<(), HostNetError> {
+    let mut script = String::new();
+    if range.is_some() {
+        // Fails where the table is missing, changes nothing where all is well.
+        script.push_str("add chain inet clone postrouting\n");
+    }
+    push_element(&mut script, "add", lease);
+    match run(&script, "admit a guest") {
+        Err(HostNetError::Nft { .. }) => rebuild(all, range),
+        result => result,
+    }
+}
+
+/// Stops letting a guest send. No tables, no guest: that is no error.
+pub(super) fn dismiss(leases: &[Lease]) -> Result<(), HostNetError> {
+    if leases.is_empty() {
+        return Ok(());
+    }
+    let mut script = String::new();
+    for lease in leases {
+        // Adding first makes the deletion succeed for an element that is not there.
+        push_element(&mut script, "add", lease);
+        push_element(&mut script, "delete", lease);
+    }
+    match run(&script, "dismiss a guest") {
+        Err(HostNetError::Nft { .. }) if !has_table("bridge")? => Ok(()),
+        result => result,
+    }
+}
+
+/// Makes the tables from the leases, in one step.
+pub(super) fn rebuild(leases: &[Lease], range: Option<&Range>) -> Result<(), HostNetError> {
+    let mut script = clear_script();
+    if let Some(range) = range {
+        push_nat(&mut script, range);
+    }
+    push_guard(&mut script);
+    for lease in leases {
+        push_element(&mut script, "add", lease);
+    }
+    run(&script, "set up its tables")
+}
+
+/// Removes the tables, if they are there.
+pub(super) fn clear() -> Result<(), HostNetError> {
+    run(&clear_script(), "remove its tables")
+}
+
+fn clear_script() -> String {
+    // Adding first makes the deletion succeed for a table that is not there.
+    ["inet", "bridge"]
+        .map(|family| format!("add table {family} clone\ndelete table {family} clone\n"))
+        .concat()
+}
+
+fn push_nat(script: &mut String, range: &Range) {
+    // Guests reach the world and the host; the world reaches them only in answer, and so do
+    // other guests by way of the host.
+    let _ = write!(
+        script,
+        "table inet clone {{
+  chain forward {{
+    type filter hook forward priority filter; policy accept;
+    oifname {BRIDGE:?} ct state established,related accept
+    oifname {BRIDGE:?} drop
+  }}
+  chain postrouting {{
+    type nat hook postrouting priority srcnat; policy accept;
+    ip saddr {range} oifname != {BRIDGE:?} masquerade
+  }}
+}}
+"
+    );
+}
+
+fn push_guard(script: &mut String) {
+    // `senders` have an address that we gave them and speak IPv4 and ARP under it alone;
+    // `stations`, on bridges that are not ours, are held to their hardware address.
+    script.push_str(
+        "table bridge clone {
+  set senders { type ifname . ether_addr . ipv4_addr; }
+  set stations { type ifname . ether_addr; }
+  chain guard {
+    type filter hook prerouting priority -300; policy accept;
+    iifname != \"clone-*\" accept
+    iifname . ether saddr @stations accept
+    iifname . ether saddr . ip saddr @senders accept
+    iifname . ether saddr . arp saddr ip @senders iifname . arp saddr ether . arp saddr ip @senders accept
+    drop
+  }
+}
+",
+    );
+}
+
+fn push_element(script: &mut String, verb: &str, lease: &Lease) {
+    let (tap, mac) = (lease.tap(), lease.mac);
+    let _ = match lease.address {
+        Some(address) => writeln!(
+            script,
+            "{verb} element bridge clone senders {{ {tap:?} . {mac} . {address} }}"
+        ),
+        None => writeln!(
+            script,
+            "{verb} element bridge clone stations {{ {tap:?} . {mac} }}"
+        ),
+    };
+}
+
+fn has_table(family: &str) -> Result<bool, HostNetError> {
+    match run(
+        &format!("list table {family} clone\n"),
+        "look for its tables",
+    ) {
+        Ok(()) => Ok(true),
+        Err(HostNetError::Nft { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Runs a script, which nft does as one transaction.
+fn run(script: &str, action: &'static str) -> Result<(), HostNetError> {
+    let failed = |stderr: String| HostNetError::Nft { action, stderr };
+    let mut child = spawn().map_err(|error| match error.kind() {
+        ErrorKind::NotFound => HostNetError::NftMissing,
+        _ => failed(format!("it does not start: {error}")),
+    })?;
+    if let Some(mut stdin) = child.stdin.take()
+        && let Err(error) = stdin.write_all(script.as_bytes())
+        // It ends early where it finds a mistake, and says so itself.
+        && error.kind() != ErrorKind::BrokenPipe
+    {
+        return Err(failed(format!("it takes no script: {error}")));
+    }
+    let output = child
+        .wait_with_output()
+        .map_err(|error| failed(format!("it does not end: {error}")))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    if stderr.contains("Operation not permitted") {
+        return Err(HostNetError::NotAllowed {
+            action: "setting up the packet filter's",
+            object: "table clone".to_owned(),
+        });
+    }
+    Err(failed(stderr.trim().to_owned()))
+}
+
+fn spawn() -> io::Result<std::process::Child> {
+    let mut last = io::Error::from(ErrorKind::NotFound);
+    // The usual place is not in every user's PATH.
+    for program in ["nft", "/usr/sbin/nft", "/sbin/nft"] {
+        let spawned = Command::new(program)
+            .args(["-f", "-"])
+            .env("LC_ALL", "C")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn();
+        match spawned {
+            Err(error) if error.kind() == ErrorKind::NotFound => last = error,
+            result => return result,
+        }
+    }
+    Err(last)
+}

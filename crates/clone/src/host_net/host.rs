@@ -1,0 +1,55 @@
+//! What the host itself must do or tell: forward packets, and name its name servers.
+
+use std::fs;
+use std::net::IpAddr;
+use std::path::Path;
+
+use super::HostNetError;
+
+const IP_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
+
+/// Turns on forwarding between interfaces. Returns whether that changed anything.
+pub(super) fn enable_forwarding() -> Result<bool, HostNetError> {
+    let now = fs::read_to_string(IP_FORWARD).map_err(HostNetError::Forwarding)?;
+    if now.trim() == "1" {
+        return Ok(false);
+    }
+    fs::write(IP_FORWARD, "1").map_err(HostNetError::Forwarding)?;
+    Ok(true)
+}
+
+/// The name servers that this host asks and that guests can reach too; none where it cannot say.
+pub(super) fn name_servers() -> Vec<IpAddr> {
+    // Where resolved runs, the first file names only it, at an address of the host's own.
+    for path in ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"] {
+        let servers = servers_in(&fs::read_to_string(Path::new(path)).unwrap_or_default());
+        if !servers.is_empty() {
+            return servers;
+        }
+    }
+    Vec::new()
+}
+
+fn servers_in(resolv_conf: &str) -> Vec<IpAddr> {
+    resolv_conf
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("nameserver"))
+        .filter_map(|rest| rest.trim().parse().ok())
+        .filter(|address: &IpAddr| address.is_ipv4() && !address.is_loopback())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_name_servers_that_a_guest_can_reach_are_told() {
+        let text = "# made by hand\nsearch example.org\nnameserver 127.0.0.53\n\
+                    nameserver 192.0.2.7\n nameserver\t192.0.2.8\nnameserver fe80::1\noptions edns0\n";
+        assert_eq!(
+            servers_in(text),
+            ["192.0.2.7", "192.0.2.8"].map(|address| address.parse::<IpAddr>().unwrap())
+        );
+    }
+}

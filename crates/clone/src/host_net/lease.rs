@@ -1,0 +1,332 @@
+//! The record of what was set up for which VM: a directory with a file per network interface.
+//!
+//! Whoever changes anything holds the directory's lock (`flock`), so commands that run at once do
+//! not meet, and one that dies gives it up. A file is written before the thing that it speaks of
+//! is made, and removed after it is gone: what is there without a VM is found by its file.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Write};
+use std::net::Ipv4Addr;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use clone_api::MacAddr;
+use rustix::fs::{FlockOperation, flock};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::HostNetError;
+use super::range::{FIRST_SLOT, Range};
+
+/// How long a VM may take from its lease to its first sign of life.
+const STARTING: Duration = Duration::from_secs(120);
+
+const LEASE_SUFFIX: &str = ".lease";
+
+/// What was set up for one network interface of a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Lease {
+    /// The VM's name.
+    pub(super) vm: String,
+    /// The lease's number, which names the tap.
+    pub(super) slot: u16,
+    /// The guest's hardware address.
+    pub(super) mac: MacAddr,
+    /// The guest's address, where we give it one.
+    pub(super) address: Option<Ipv4Addr>,
+    /// Who made it, while the VM is starting.
+    pub(super) creator: Creator,
+}
+
+impl Lease {
+    /// The name of the tap of slot `slot`.
+    pub(super) fn tap_name(slot: u16) -> String {
+        format!("clone-{slot:04x}")
+    }
+
+    /// The name of this lease's tap.
+    pub(super) fn tap(&self) -> String {
+        Self::tap_name(self.slot)
+    }
+}
+
+/// The process that made a lease, by pid and start time, and when it did.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Creator {
+    pid: u32,
+    /// Clock ticks from boot to the process's start, as in `/proc/PID/stat`.
+    started: u64,
+    /// Seconds since 1970.
+    at: u64,
+}
+
+impl Creator {
+    pub(super) fn this_process() -> Self {
+        let pid = std::process::id();
+        Self {
+            pid,
+            started: start_time(pid).unwrap_or(0),
+            at: now(),
+        }
+    }
+
+    /// Whether the VM may still be starting: its creator lives, and has not had too long.
+    pub(super) fn may_be_starting(&self) -> bool {
+        now().saturating_sub(self.at) < STARTING.as_secs()
+            && start_time(self.pid) == Some(self.started)
+    }
+}
+
+fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command's name, in parentheses, may hold anything; the 20th field after it is meant.
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(19)?.parse().ok()
+}
+
+/// What was set up for all VMs that share the bridge of our own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Nat {
+    /// The addresses behind the bridge.
+    pub(super) range: Range,
+}
+
+/// The lease directory, locked for as long as this lives.
+pub(super) struct Leases {
+    dir: PathBuf,
+    _lock: File,
+}
+
+/// All that is in the directory.
+#[derive(Default)]
+pub(super) struct Contents {
+    /// The leases that make sense.
+    pub(super) leases: Vec<Lease>,
+    /// Slots whose files hold nonsense.
+    pub(super) damaged: Vec<u16>,
+}
+
+impl Leases {
+    /// Locks the directory, making it if need be; waits for whoever has it.
+    pub(super) fn lock(dir: &Path) -> Result<Self, HostNetError> {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(failed("create the directory", dir))?;
+        let path = dir.join("lock");
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(failed("open", &path))?;
+        loop {
+            match flock(&lock, FlockOperation::LockExclusive) {
+                Ok(()) => break,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(failed("lock", &path)(error.into())),
+            }
+        }
+        Ok(Self {
+            dir: dir.to_owned(),
+            _lock: lock,
+        })
+    }
+
+    /// Reads all leases.
+    pub(super) fn contents(&self) -> Result<Contents, HostNetError> {
+        let mut contents = Contents::default();
+        let wrong = failed("list", &self.dir);
+        let entries = match fs::read_dir(&self.dir) {
+            Ok(entries) => entries.collect::<io::Result<Vec<_>>>().map_err(wrong)?,
+            Err(error) => return Err(wrong(error)),
+        };
+        for entry in entries {
+            let name = entry.file_name();
+            let Some(slot) = name
+                .to_str()
+                .and_then(|name| name.strip_suffix(LEASE_SUFFIX))
+                .and_then(|slot| u16::from_str_radix(slot, 16).ok())
+            else {
+                continue;
+            };
+            match self.read::<Lease>(&entry.path())? {
+                Some(lease) if lease.slot == slot => contents.leases.push(lease),
+                _ => contents.damaged.push(slot),
+            }
+        }
+        contents.leases.sort_by_key(|lease| lease.slot);
+        Ok(contents)
+    }
+
+    /// The first slot that no lease has and that `free` agrees to.
+    pub(super) fn free_slot(
+        &self,
+        last: u16,
+        mut free: impl FnMut(u16) -> Result<bool, HostNetError>,
+    ) -> Result<u16, HostNetError> {
+        for slot in FIRST_SLOT..=last {
+            let path = self.lease_path(slot);
+            let taken = path.try_exists().map_err(failed("look for", &path))?;
+            if !taken && free(slot)? {
+                return Ok(slot);
+            }
+        }
+        Err(HostNetError::NoFreeAddress)
+    }
+
+    pub(super) fn add(&self, lease: &Lease) -> Result<(), HostNetError> {
+        self.write(&self.lease_path(lease.slot), lease)
+    }
+
+    pub(super) fn remove(&self, slot: u16) -> Result<(), HostNetError> {
+        remove_file(&self.lease_path(slot))
+    }
+
+    /// What was set up for the bridge of our own, if it was.
+    pub(super) fn nat(&self) -> Result<Option<Nat>, HostNetError> {
+        self.read(&self.nat_path())
+    }
+
+    /// Whether a record of our own bridge is there, be it readable or not.
+    pub(super) fn has_nat(&self) -> bool {
+        self.nat_path().exists()
+    }
+
+    pub(super) fn set_nat(&self, nat: &Nat) -> Result<(), HostNetError> {
+        self.write(&self.nat_path(), nat)
+    }
+
+    pub(super) fn remove_nat(&self) -> Result<(), HostNetError> {
+        remove_file(&self.nat_path())
+    }
+
+    fn lease_path(&self, slot: u16) -> PathBuf {
+        self.dir.join(format!("{slot:04x}{LEASE_SUFFIX}"))
+    }
+
+    fn nat_path(&self) -> PathBuf {
+        self.dir.join("nat")
+    }
+
+    /// `None` where there is no such file, or no sense in it.
+    fn read<T: DeserializeOwned>(&self, path: &Path) -> Result<Option<T>, HostNetError> {
+        match fs::read(path) {
+            Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(failed("read", path)(error)),
+        }
+    }
+
+    /// Writes a file whole or not at all.
+    fn write(&self, path: &Path, value: &impl Serialize) -> Result<(), HostNetError> {
+        let temporary = self.dir.join("new");
+        let written = serde_json::to_vec(value)
+            .map_err(io::Error::from)
+            .and_then(|bytes| {
+                let mut file = File::create(&temporary)?;
+                file.write_all(&bytes)?;
+                fs::rename(&temporary, path)
+            });
+        written.map_err(failed("write", path))
+    }
+}
+
+fn remove_file(path: &Path) -> Result<(), HostNetError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(failed("remove", path)(error)),
+        _ => Ok(()),
+    }
+}
+
+fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> HostNetError {
+    move |source| HostNetError::Lease {
+        action,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lease(slot: u16) -> Lease {
+        Lease {
+            vm: "web".to_owned(),
+            slot,
+            mac: MacAddr([2, 0xc1, 0, 0, 0, slot as u8]),
+            address: Some(Ipv4Addr::new(10, 213, 0, 2)),
+            creator: Creator::this_process(),
+        }
+    }
+
+    #[test]
+    fn leases_come_back_and_their_slots_are_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let leases = Leases::lock(dir.path()).unwrap();
+        for slot in [2, 3] {
+            assert_eq!(leases.free_slot(10, |_| Ok(true)).unwrap(), slot);
+            leases.add(&lease(slot)).unwrap();
+        }
+        assert_eq!(leases.contents().unwrap().leases, [lease(2), lease(3)]);
+        leases.remove(2).unwrap();
+        assert_eq!(leases.free_slot(10, |_| Ok(true)).unwrap(), 2);
+        assert_eq!(leases.free_slot(10, |slot| Ok(slot > 5)).unwrap(), 6);
+        leases.free_slot(3, |slot| Ok(slot > 3)).unwrap_err();
+    }
+
+    #[test]
+    fn a_damaged_lease_is_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let leases = Leases::lock(dir.path()).unwrap();
+        leases.add(&lease(7)).unwrap();
+        fs::write(dir.path().join("0009.lease"), "{\"vm\":").unwrap();
+        // A lease under another's name.
+        fs::copy(dir.path().join("0007.lease"), dir.path().join("000a.lease")).unwrap();
+        let mut contents = leases.contents().unwrap();
+        contents.damaged.sort_unstable();
+        assert_eq!(contents.leases.len(), 1);
+        assert_eq!(contents.damaged, [9, 10]);
+    }
+
+    #[test]
+    fn only_one_holds_the_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = Leases::lock(dir.path()).unwrap();
+        let path = dir.path().to_owned();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let waiter = std::thread::spawn(move || {
+            let _leases = Leases::lock(&path).unwrap();
+            sender.send(()).unwrap();
+        });
+        receiver
+            .recv_timeout(Duration::from_millis(50))
+            .expect_err("the lock was given twice");
+        drop(held);
+        receiver.recv().unwrap();
+        waiter.join().unwrap();
+    }
+
+    #[test]
+    fn a_creator_that_is_gone_or_late_starts_nothing() {
+        assert!(Creator::this_process().may_be_starting());
+        let mut another = Creator::this_process();
+        another.started += 1;
+        assert!(!another.may_be_starting(), "the pid was used again");
+        let mut late = Creator::this_process();
+        late.at -= STARTING.as_secs();
+        assert!(!late.may_be_starting());
+    }
+}
