@@ -1,2 +1,70 @@
-//! Placeholder.
-fn main() {}
+//! Every chore of the project, one command: `cargo xtask --help`.
+//!
+//! This crate knows the workspace, the host it runs on and the testbed. It contains no part of the
+//! product and is not shipped.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+// A chore talks to the person who runs it.
+#![allow(clippy::print_stdout)]
+
+mod assets;
+mod cpio;
+mod debian;
+mod demo;
+mod guest;
+mod host;
+mod kvm;
+mod modules;
+mod paths;
+mod process;
+mod test;
+mod testbed;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Every chore of Clone and Army.
+///
+/// The two that a newcomer needs are `demo` and `test`; both set up what they need first.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs the main job, from nothing: what the product does today, with its times.
+    Demo,
+    /// Runs all tests: format, lints, licences, unit tests, then the guest tests under KVM.
+    Test(test::Options),
+    /// A nested KVM host under QEMU, for machines without hardware KVM.
+    #[command(subcommand)]
+    Testbed(testbed::Command),
+    /// Kernels and file systems for test guests, from Debian's packages.
+    #[command(subcommand)]
+    Guest(guest::Command),
+    /// Installs the system packages and cargo tools that the chores need (with apt).
+    Setup,
+    /// Says whether this machine's /dev/kvm runs stock guests.
+    Kvm,
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Demo => demo::run(),
+        Command::Test(options) => test::run(&options),
+        Command::Testbed(command) => testbed::run(command),
+        Command::Guest(command) => guest::run(&command),
+        Command::Setup => host::setup().map(|()| ExitCode::SUCCESS),
+        Command::Kvm => {
+            println!("{}", kvm::probe());
+            Ok(ExitCode::SUCCESS)
+        }
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,240 @@
+//! What test guests are made of: a stock Debian cloud kernel, a tiny RAM disk, and a whole Debian
+//! with systemd and Python, all from Debian's signed packages.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Subcommand;
+
+use crate::process::{cargo, run as run_command};
+use crate::{assets, cpio, debian, host, modules};
+
+/// Bumped when the recipes below change in a way that their inputs do not show.
+const RECIPE: u32 = 3;
+const KERNEL: &str = "guest-kernel";
+const INITRAMFS: &str = "guest-initramfs";
+const DEBIAN: &str = "guest-debian";
+
+/// The packages that kernel and RAM disk are made of.
+const KERNEL_PACKAGES: &[&str] = &["linux-image-cloud-amd64", "busybox-static"];
+/// The packages of the Debian guest: an init, Python, and what its tests use.
+const DEBIAN_PACKAGES: &[&str] = &[
+    "systemd-sysv",
+    "udev",
+    "dbus",
+    "kmod",
+    "login",
+    "python3",
+    "iproute2",
+    "iputils-ping",
+    "procps",
+    "vim-tiny",
+    "netcat-openbsd",
+    "iperf3",
+    "util-linux",
+    "less",
+    "strace",
+];
+/// Modules that the RAM disk loads: what the guest's root and its devices need.
+const GUEST_MODULES: &[&str] = &[
+    "crc32c_generic",
+    "crc32c_intel",
+    "virtio_blk",
+    "ext4",
+    "virtio_net",
+    "virtio_balloon",
+    "virtio_rng",
+    "vmw_vsock_virtio_transport",
+    "virtiofs",
+    "vmgenid",
+];
+const DEBIAN_SIZE: &str = "2G";
+const INIT: &str = include_str!("guest_init.sh");
+
+/// Kernels and file systems for test guests. They end up in target/assets/guest-*:
+/// guest-kernel/{bzImage,vmlinux,version}, guest-initramfs/initramfs.cpio, guest-debian/debian.ext4.
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Builds what is missing or out of date, and prints where everything is.
+    Build,
+    /// Forgets the built assets and builds them from the newest packages.
+    Update,
+}
+
+/// Where the assets are.
+pub(crate) struct GuestAssets {
+    pub(crate) bzimage: PathBuf,
+    pub(crate) vmlinux: PathBuf,
+    pub(crate) initramfs: PathBuf,
+    pub(crate) debian: PathBuf,
+}
+
+pub(crate) fn run(command: &Command) -> Result<ExitCode> {
+    if matches!(command, Command::Update) {
+        for name in [KERNEL, INITRAMFS, DEBIAN] {
+            assets::forget(name)?;
+        }
+    }
+    let built = build()?;
+    for path in [
+        &built.bzimage,
+        &built.vmlinux,
+        &built.initramfs,
+        &built.debian,
+    ] {
+        println!("{}", path.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Builds what is missing or out of date.
+pub(crate) fn build() -> Result<GuestAssets> {
+    host::install_packages()?;
+    let kernel = kernel()?;
+    let agent = agent()?;
+    let agent_key = match &agent {
+        Some(path) => blake3::hash(&fs::read(path)?).to_string(),
+        None => "no agent".to_owned(),
+    };
+    let initramfs = initramfs(&kernel, agent.as_deref(), &agent_key)?;
+    let debian = debian(&kernel, agent.as_deref(), &agent_key)?;
+    Ok(GuestAssets {
+        bzimage: kernel.join("bzImage"),
+        vmlinux: kernel.join("vmlinux"),
+        initramfs: initramfs.join("initramfs.cpio"),
+        debian: debian.join("debian.ext4"),
+    })
+}
+
+fn kernel() -> Result<PathBuf> {
+    let key = format!("{RECIPE} {} {KERNEL_PACKAGES:?}", debian::SUITE);
+    assets::ensure(KERNEL, &key, |folder| {
+        let root = folder.join("root");
+        debian::unpack(KERNEL_PACKAGES, &root)?;
+        let kernel = debian::kernel(&root, "cloud-amd64", None)?;
+        fs::copy(&kernel.image, folder.join("bzImage"))?;
+        let vmlinux = clone_image::kernel::extract_vmlinux(&kernel.image)?;
+        fs::write(folder.join("vmlinux"), vmlinux)?;
+        fs::rename(&kernel.modules, folder.join("modules"))?;
+        fs::copy(root.join("usr/bin/busybox"), folder.join("busybox"))?;
+        fs::write(folder.join("version"), &kernel.version)?;
+        fs::remove_dir_all(&root).context("cannot remove the unpacked packages")
+    })
+}
+
+/// The static guest agent.
+fn agent() -> Result<Option<PathBuf>> {
+    const TARGET: &str = "x86_64-unknown-linux-gnu";
+    let source = crate::paths::workspace().join("crates/agent/src/main.rs");
+    if !fs::read_to_string(&source).is_ok_and(|text| text.contains("mod ")) {
+        return Ok(None);
+    }
+    let mut build = cargo(&[
+        "build",
+        "--quiet",
+        "--profile",
+        "agent",
+        "-p",
+        "clone-agent",
+        "--target",
+        TARGET,
+    ]);
+    // With an explicit target the flag does not hit build scripts and procedural macros.
+    run_command(build.env("RUSTFLAGS", "-C target-feature=+crt-static"))
+        .context("cannot build the guest agent")?;
+    Ok(Some(
+        crate::paths::target()
+            .join(TARGET)
+            .join("agent/clone-agent"),
+    ))
+}
+
+fn initramfs(kernel: &Path, agent: Option<&Path>, agent_key: &str) -> Result<PathBuf> {
+    let version = fs::read_to_string(kernel.join("version"))?;
+    let key = format!("{RECIPE} {version} {GUEST_MODULES:?} {agent_key} {INIT}");
+    assets::ensure(INITRAMFS, &key, |folder| {
+        let out = fs::File::create(folder.join("initramfs.cpio"))?;
+        let mut archive = cpio::Archive::new(std::io::BufWriter::new(out));
+        for path in [
+            "bin", "dev", "etc", "modules", "mnt", "proc", "root", "run", "sys", "tmp",
+        ] {
+            archive.folder(path)?;
+        }
+        let mut order = String::new();
+        for module in modules::closure(&kernel.join("modules"), GUEST_MODULES)? {
+            archive.file(
+                &format!("modules/{}.ko", module.name),
+                0o644,
+                &module.content,
+            )?;
+            order.push_str(&module.name);
+            order.push('\n');
+        }
+        archive.file("modules/order", 0o644, order.as_bytes())?;
+        archive.file("bin/busybox", 0o755, &fs::read(kernel.join("busybox"))?)?;
+        if let Some(agent) = agent {
+            archive.file("bin/clone-agent", 0o755, &fs::read(agent)?)?;
+        }
+        archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n")?;
+        archive.file("etc/group", 0o644, b"root:x:0:\n")?;
+        archive.file("init", 0o755, INIT.as_bytes())?;
+        archive.finish()?.flush()?;
+        Ok(())
+    })
+}
+
+fn debian(kernel: &Path, agent: Option<&Path>, agent_key: &str) -> Result<PathBuf> {
+    let version = fs::read_to_string(kernel.join("version"))?;
+    let key = format!(
+        "{RECIPE} {} {version} {DEBIAN_PACKAGES:?} {agent_key}",
+        debian::SUITE
+    );
+    assets::ensure(DEBIAN, &key, |folder| {
+        let image = folder.join("debian.ext4");
+        debian::file_system(DEBIAN_PACKAGES, &hooks(kernel, &version, agent, folder)?)?;
+        anyhow::ensure!(image.exists(), "mmdebstrap left no disk image");
+        Ok(())
+    })
+}
+
+/// The changes to a plain Debian, as shell commands with its folder as `$1`; the last one makes
+/// the disk image of it (inside mmdebstrap, because only there the files have their owners).
+fn hooks(kernel: &Path, version: &str, agent: Option<&Path>, folder: &Path) -> Result<Vec<String>> {
+    let quoted = |path: &Path| format!("'{}'", path.display());
+    let mut hooks = vec![
+        format!("mkdir -p \"$1\"/usr/lib/modules && cp -a {} \"$1\"/usr/lib/modules/{version}", quoted(&kernel.join("modules"))),
+        format!("chroot \"$1\" depmod {version}"),
+        "chroot \"$1\" passwd -d root".to_owned(),
+        "echo debian > \"$1\"/etc/hostname".to_owned(),
+        "echo '127.0.0.1 localhost debian' > \"$1\"/etc/hosts".to_owned(),
+        ": > \"$1\"/etc/machine-id".to_owned(),
+        "printf '/dev/vda / ext4 defaults,noatime 0 1\\n' > \"$1\"/etc/fstab".to_owned(),
+        // Timers that wake an idle guest would dirty its pages.
+        "chroot \"$1\" systemctl mask apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer".to_owned(),
+    ];
+    if let Some(agent) = agent {
+        let unit = crate::paths::workspace().join("crates/agent/clone-agent.service");
+        let service = folder.join("clone-agent.service");
+        fs::copy(&unit, &service)?;
+        fs::set_permissions(&service, fs::Permissions::from_mode(0o644))?;
+        hooks.push(format!(
+            "install -m 755 {} \"$1\"/usr/local/bin/clone-agent",
+            quoted(agent)
+        ));
+        hooks.push(format!(
+            "install -m 644 {} \"$1\"/etc/systemd/system/clone-agent.service",
+            quoted(&service)
+        ));
+        hooks.push("chroot \"$1\" systemctl enable clone-agent.service".to_owned());
+    }
+    hooks.push("rm -rf \"$1\"/var/lib/apt/lists/* \"$1\"/var/cache/apt/*".to_owned());
+    let image = quoted(&folder.join("debian.ext4"));
+    hooks.push(format!(
+        "mke2fs -q -F -t ext4 -L root -d \"$1\" {image} {DEBIAN_SIZE}"
+    ));
+    Ok(hooks)
+}

@@ -1,0 +1,105 @@
+//! What the host must have installed, and how it gets there.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::process::{cargo, is_installed, run};
+
+/// A program that chores start, the Debian package that has it, and what it is for.
+const PROGRAMS: &[(&str, &str, &str)] = &[
+    ("cc", "gcc", "links Rust programs"),
+    (
+        "mmdebstrap",
+        "mmdebstrap",
+        "unpacks QEMU, kernels and guest file systems from Debian",
+    ),
+    ("mke2fs", "e2fsprogs", "makes the guests' disk images"),
+    ("xz", "xz-utils", "unpacks kernel modules"),
+    ("ip", "iproute2", "sets up test networks"),
+    ("nft", "nftables", "sets up the guests' address translation"),
+    (
+        "qemu-img",
+        "qemu-utils",
+        "checks our qcow2 images against QEMU's",
+    ),
+];
+
+/// Packages without a program of their own: a file that tells, the package, what it is for.
+const FILES: &[(&str, &str, &str)] = &[
+    (
+        "/usr/share/keyrings/debian-archive-keyring.gpg",
+        "debian-archive-keyring",
+        "checks Debian's signatures",
+    ),
+    (
+        "/usr/lib/x86_64-linux-gnu/libc.a",
+        "libc6-dev",
+        "links the static guest agent",
+    ),
+];
+
+/// A cargo tool and the version that the project is developed with.
+const CARGO_TOOLS: &[(&str, &str)] = &[("cargo-nextest", "0.9.143"), ("cargo-deny", "0.20.2")];
+
+/// Installs what is missing, saying what and why.
+pub(crate) fn setup() -> Result<()> {
+    install_packages()?;
+    for (tool, version) in CARGO_TOOLS {
+        if !is_installed(tool) {
+            println!("installing {tool} {version} with cargo (some minutes, once)");
+            run(&mut cargo(&[
+                "install",
+                "--locked",
+                "--quiet",
+                tool,
+                "--version",
+                version,
+            ]))?;
+        }
+    }
+    Ok(())
+}
+
+/// Installs missing system packages with apt.
+pub(crate) fn install_packages() -> Result<()> {
+    let programs = PROGRAMS
+        .iter()
+        .filter(|(program, ..)| !is_installed(program));
+    let files = FILES
+        .iter()
+        .filter(|(path, ..)| !std::path::Path::new(path).exists());
+    let missing: Vec<_> = programs.chain(files).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    println!("installing with apt:");
+    for (_, package, why) in &missing {
+        println!("  {package}: {why}");
+    }
+    if !is_installed("apt-get") {
+        let names: Vec<_> = missing.iter().map(|(_, package, _)| *package).collect();
+        bail!(
+            "this machine has no apt; install these by hand: {}",
+            names.join(" ")
+        );
+    }
+    run(apt().args(["-qq", "update"])).context("cannot refresh the package lists")?;
+    let mut install = apt();
+    install.args(["-qq", "-y", "--no-install-recommends", "install"]);
+    install.args(missing.iter().map(|(_, package, _)| package));
+    run(&mut install).context("cannot install packages")
+}
+
+/// `apt-get`, through `sudo` where we are not root.
+fn apt() -> Command {
+    let mut apt = if rustix::process::geteuid().is_root() {
+        Command::new("apt-get")
+    } else {
+        let mut sudo = Command::new("sudo");
+        sudo.args(["env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]);
+        sudo
+    };
+    apt.env("DEBIAN_FRONTEND", "noninteractive");
+    apt
+}

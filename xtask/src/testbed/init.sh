@@ -1,0 +1,41 @@
+#!/bin/busybox sh
+# PID 1 of the testbed until the supervisor takes over: modules, then the host's root under a
+# writable overlay, with only the shared folders writable for real.
+b=/bin/busybox
+$b mount -t proc proc /proc
+$b mount -t sysfs sysfs /sys
+$b mount -t devtmpfs devtmpfs /dev
+while read -r module; do
+    $b insmod "/modules/$module.ko" 2>/dev/null || echo "testbed: cannot load $module"
+done < /modules/order
+for word in $($b cat /proc/cmdline); do
+    case $word in testbed.*) value=${word#*=}; name=${word%%=*}; eval "${name#testbed.}=\$value" ;; esac
+done
+fs9p="trans=virtio,version=9p2000.L,msize=512000"
+$b mount -t 9p -o "ro,$fs9p,cache=loose" root /lower || echo "testbed: no root"
+$b mount -t tmpfs tmpfs /upper
+$b mkdir /upper/files /upper/work
+$b mount -t overlay -o lowerdir=/lower,upperdir=/upper/files,workdir=/upper/work overlay /root
+# Sources change outside while we run, so their metadata is never cached.
+$b mount -t 9p -o "ro,$fs9p,cache=mmap" workspace "/root$workspace" || echo "testbed: no workspace"
+$b mount -t 9p -o "$fs9p,cache=mmap" target "/root$target" || echo "testbed: no target folder"
+[ -n "$assets" ] && $b mount -t 9p -o "$fs9p,cache=mmap" assets "/root$assets"
+$b mount -t proc proc /root/proc
+$b mount -t sysfs sysfs /root/sys
+$b mount -o move /dev /root/dev
+$b mkdir -p /root/dev/pts /root/dev/shm /root/dev/hugepages
+$b mount -t devpts -o ptmxmode=666 devpts /root/dev/pts
+$b mount -t tmpfs tmpfs /root/dev/shm
+$b mount -t tmpfs -o mode=755 tmpfs /root/run
+$b mount -t tmpfs -o mode=1777 tmpfs /root/tmp
+$b mount -t cgroup2 cgroup2 /root/sys/fs/cgroup
+$b mount -t tracefs tracefs /root/sys/kernel/tracing 2>/dev/null
+$b mount -t debugfs debugfs /root/sys/kernel/debug 2>/dev/null
+$b hostname testbed
+$b ifconfig lo up
+[ -n "$spare" ] && {
+    echo vfio-pci > "/sys/bus/pci/devices/$spare/driver_override"
+    echo "$spare" > "/sys/bus/pci/devices/$spare/driver/unbind" 2>/dev/null
+    echo "$spare" > /sys/bus/pci/drivers_probe
+}
+exec $b chroot /root "$supervisor" testbed supervise

@@ -1,0 +1,295 @@
+//! QEMU's process: started, found again, ended, and explained when it dies.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+
+use super::image::Image;
+use super::{PORTS, Size, client};
+
+/// How long a testbed may take to answer before it is given up.
+const START_LIMIT: Duration = Duration::from_secs(120);
+/// Lines of the console shown when a testbed dies.
+const TAIL: usize = 15;
+const PID_FILE: &str = "pid";
+const CONSOLE: &str = "console.log";
+const QEMU_LOG: &str = "qemu.log";
+/// Where the spare device of the VFIO flavour is put on its bus.
+const SPARE_DEVICE: &str = "0000:00:10.0";
+
+/// A running testbed. One that was started for a single command ends with this value.
+pub(crate) struct Testbed {
+    folder: PathBuf,
+    pid: Pid,
+    /// Ours to end.
+    child: Option<Child>,
+}
+
+impl Testbed {
+    /// The testbed of this work tree that `up` left running.
+    pub(crate) fn find() -> Result<Option<Self>> {
+        let folder = up_folder();
+        let Ok(text) = fs::read_to_string(folder.join(PID_FILE)) else {
+            return Ok(None);
+        };
+        let mut fields = text.split_whitespace();
+        let pid = fields
+            .next()
+            .and_then(|field| field.parse().ok())
+            .and_then(Pid::from_raw);
+        let Some(pid) = pid else { return Ok(None) };
+        // A process with that number but another start time is somebody else's.
+        let same = start_time(pid).is_some_and(|time| Some(time.as_str()) == fields.next());
+        Ok((same && test_kill_process(pid).is_ok()).then_some(Self {
+            folder,
+            pid,
+            child: None,
+        }))
+    }
+
+    /// Starts one in the background, or returns the one that is up.
+    pub(crate) fn up(size: &Size) -> Result<Self> {
+        if let Some(testbed) = Self::find()? {
+            return Ok(testbed);
+        }
+        let mut testbed = Self::start(up_folder(), size, false)?;
+        testbed.wait_ready()?;
+        let time = start_time(testbed.pid).context("the testbed ended at once")?;
+        fs::write(
+            testbed.folder.join(PID_FILE),
+            format!("{} {time}", testbed.pid),
+        )?;
+        // It goes on without us.
+        testbed.child = None;
+        Ok(testbed)
+    }
+
+    /// The one that is up, else a fresh one that ends with this value.
+    pub(crate) fn find_or_start(size: &Size) -> Result<Self> {
+        if let Some(testbed) = Self::find()?.filter(|_| !size.vfio) {
+            return Ok(testbed);
+        }
+        let folder = crate::paths::testbed_state().join(format!("run-{}", std::process::id()));
+        let mut testbed = Self::start(folder, size, true)?;
+        testbed.wait_ready()?;
+        Ok(testbed)
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    fn start(folder: PathBuf, size: &Size, dies_with_us: bool) -> Result<Self> {
+        crate::host::install_packages()?;
+        let image = Image::ensure()?;
+        if folder.exists() {
+            fs::remove_dir_all(&folder)
+                .with_context(|| format!("cannot clear {}", folder.display()))?;
+        }
+        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        // Cargo may replace our own file while the testbed runs from it.
+        let supervisor = folder.join("supervisor");
+        fs::copy(std::env::current_exe()?, &supervisor).context("cannot copy the supervisor")?;
+        let log = File::create(folder.join(QEMU_LOG))?;
+        let mut command = image.qemu();
+        command
+            .args(arguments(&image, size, &folder, &supervisor)?)
+            .current_dir(&folder)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .process_group(0);
+        if dies_with_us {
+            // SAFETY: between fork and exec only async-signal-safe calls are allowed; prctl is one.
+            unsafe {
+                command.pre_exec(|| {
+                    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+                    Ok(())
+                });
+            }
+        }
+        let child = command.spawn().context("cannot start QEMU")?;
+        let pid = Pid::from_child(&child);
+        Ok(Self {
+            folder,
+            pid,
+            child: Some(child),
+        })
+    }
+
+    /// Waits until the supervisor answers.
+    fn wait_ready(&mut self) -> Result<()> {
+        let deadline = Instant::now() + START_LIMIT;
+        loop {
+            if let Some(child) = &mut self.child
+                && let Some(status) = child.try_wait()?
+            {
+                bail!(
+                    "the testbed ended before it was ready ({status})\n{}",
+                    self.logs()
+                );
+            }
+            // The sockets appear with QEMU; once connected, the answer is waited for in the kernel.
+            if let Some(answered) = client::ping(self, deadline)? {
+                return if answered {
+                    Ok(())
+                } else {
+                    bail!("the testbed does not answer\n{}", self.logs())
+                };
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "the testbed did not start within {START_LIMIT:?}\n{}",
+                    self.logs()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The ends of QEMU's and the kernel's logs, for an error message.
+    pub(super) fn logs(&self) -> String {
+        let tail = |name: &str| {
+            let text = fs::read(self.folder.join(name)).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text).replace('\r', "");
+            let lines: Vec<_> = text
+                .lines()
+                .filter(|line| !line.trim().is_empty())
+                .collect();
+            lines[lines.len().saturating_sub(TAIL)..].join("\n")
+        };
+        format!(
+            "--- QEMU\n{}\n--- console\n{}",
+            tail(QEMU_LOG),
+            tail(CONSOLE)
+        )
+    }
+}
+
+impl Drop for Testbed {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+            let _ = fs::remove_dir_all(&self.folder);
+        }
+    }
+}
+
+/// Ends the testbed that is up; false where none was.
+pub(super) fn down() -> Result<bool> {
+    let Some(testbed) = Testbed::find()? else {
+        return Ok(false);
+    };
+    let pidfd = rustix::process::pidfd_open(testbed.pid, rustix::process::PidfdFlags::empty())?;
+    kill_process(testbed.pid, Signal::KILL).context("cannot end the testbed")?;
+    let mut gone = [rustix::event::PollFd::new(
+        &pidfd,
+        rustix::event::PollFlags::IN,
+    )];
+    rustix::event::poll(&mut gone, None)?;
+    fs::remove_dir_all(&testbed.folder)?;
+    Ok(true)
+}
+
+fn up_folder() -> PathBuf {
+    crate::paths::testbed_state().join("up")
+}
+
+/// When a process started, in clock ticks since boot (field 22 of `/proc/PID/stat`).
+fn start_time(pid: Pid) -> Option<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field, a name in parentheses, may hold spaces.
+    let rest = stat.rsplit_once(')')?.1;
+    rest.split_whitespace().nth(19).map(str::to_owned)
+}
+
+fn arguments(
+    image: &Image,
+    size: &Size,
+    folder: &Path,
+    supervisor: &Path,
+) -> Result<Vec<OsString>> {
+    let workspace = crate::paths::workspace();
+    let target = crate::paths::target().canonicalize()?;
+    let assets = crate::paths::assets().canonicalize()?;
+    let assets_apart = !assets.starts_with(&target);
+    for path in [&workspace, &target, &assets] {
+        let text = path.to_string_lossy();
+        if text.contains([' ', ',', '\'', '"']) {
+            bail!(
+                "the testbed cannot share {text}: move the work tree to a path without spaces, commas and quotes"
+            );
+        }
+    }
+    let mut cmdline = format!(
+        "console=ttyS0 quiet panic=-1 i8042.noaux i8042.nokbd i8042.nopnp tsc=reliable \
+         mitigations=off cryptomgr.notests rcupdate.rcu_expedited=1 random.trust_cpu=on \
+         testbed.workspace={} testbed.target={} testbed.supervisor={}",
+        workspace.display(),
+        target.display(),
+        supervisor.canonicalize()?.display(),
+    );
+    if assets_apart {
+        cmdline.push_str(&format!(" testbed.assets={}", assets.display()));
+    }
+    let mut words: Vec<OsString> = Vec::new();
+    let mut add = |text: &str| words.extend(text.split_whitespace().map(OsString::from));
+    add("-accel tcg,thread=multi,tb-size=512 -cpu EPYC-v1,+svm,+npt,-xsavec");
+    add(&format!("-smp {} -m {}", size.cpus, size.mem));
+    if size.vfio {
+        add("-M q35,kernel-irqchip=split -device intel-iommu,intremap=on,caching-mode=on");
+        add("-device edu,addr=0x10");
+        cmdline.push_str(&format!(" intel_iommu=on testbed.spare={SPARE_DEVICE}"));
+    } else {
+        add("-M pc");
+    }
+    add("-display none -nodefaults -no-user-config -no-reboot -nic none");
+    add(&format!(
+        "-chardev file,id=console,path={CONSOLE} -serial chardev:console"
+    ));
+    let mut share = |tag: &str, path: &Path, mode: &str| {
+        add(&format!(
+            "-fsdev local,id={tag},path={},security_model=none,multidevs=remap{mode}",
+            path.display()
+        ));
+        add(&format!(
+            "-device virtio-9p-pci,fsdev={tag},mount_tag={tag}"
+        ));
+    };
+    share("root", Path::new("/"), ",readonly=on");
+    share("workspace", &workspace, ",readonly=on");
+    share("target", &target, "");
+    if assets_apart {
+        share("assets", &assets, "");
+    }
+    add("-device virtio-serial-pci,max_ports=31 -device virtio-rng-pci");
+    for port in 0..PORTS {
+        // Relative to QEMU's working directory: socket paths are short.
+        add(&format!(
+            "-chardev socket,id=port{port},path=port{port},server=on,wait=off"
+        ));
+        add(&format!(
+            "-device virtserialport,chardev=port{port},name=port{port},nr={}",
+            port + 1
+        ));
+    }
+    add("-kernel");
+    words.push(image.kernel().into());
+    words.push("-initrd".into());
+    words.push(image.initramfs().into());
+    words.push("-append".into());
+    words.push(cmdline.into());
+    let _ = folder;
+    Ok(words)
+}

@@ -1,0 +1,118 @@
+//! The testbed: a nested KVM host under QEMU's software emulation of an AMD machine.
+//!
+//! The host's file system is the testbed's root, read-only below a writable overlay, so that what
+//! was built outside runs inside at the same path; only cargo's target folder (and where the
+//! assets are) is shared writable. Commands travel over virtio-serial ports, one session a port.
+//!
+//! [`machine`] starts QEMU, [`image`] makes its kernel and RAM disk, [`client`] runs a command from
+//! outside, [`supervisor`] is the other end inside, [`wire`] is what they say to each other.
+
+mod client;
+mod image;
+mod machine;
+mod supervisor;
+mod wire;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+
+pub(crate) use machine::Testbed;
+
+/// Ports, and so commands that can run at the same time in one testbed.
+const PORTS: usize = 15;
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Size {
+    /// Memory of the testbed in MiB.
+    #[arg(long, default_value_t = 8192)]
+    pub(crate) mem: u32,
+    /// CPUs of the testbed.
+    #[arg(long, default_value_t = 2)]
+    pub(crate) cpus: u32,
+    /// A machine with an IOMMU, and a spare PCI device bound to vfio-pci.
+    #[arg(long)]
+    pub(crate) vfio: bool,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Keeps a testbed running in the background, so that `run` starts at once.
+    Up(Size),
+    /// Ends the testbed that `up` started.
+    Down,
+    /// Says whether a testbed is up.
+    Status,
+    /// Runs a command inside, in this directory, and ends with its exit status. Uses the testbed
+    /// that is up, else a fresh one that goes away with the command.
+    Run {
+        #[command(flatten)]
+        size: Size,
+        /// Ends the command after so many seconds.
+        #[arg(long)]
+        timeout: Option<u64>,
+        /// The command and its arguments.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        command: Vec<OsString>,
+    },
+    /// An interactive shell inside.
+    Shell {
+        #[command(flatten)]
+        size: Size,
+    },
+    /// The testbed's own end of the sessions.
+    #[command(hide = true)]
+    Supervise,
+}
+
+pub(crate) fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Up(size) => {
+            let testbed = Testbed::up(&size)?;
+            println!("testbed up (process {})", testbed.pid());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Down => {
+            println!(
+                "{}",
+                if machine::down()? {
+                    "testbed down"
+                } else {
+                    "no testbed was up"
+                }
+            );
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Status => Ok(match Testbed::find()? {
+            Some(testbed) => {
+                println!("testbed up (process {})", testbed.pid());
+                ExitCode::SUCCESS
+            }
+            None => {
+                println!("no testbed is up");
+                ExitCode::FAILURE
+            }
+        }),
+        Command::Run {
+            size,
+            timeout,
+            command,
+        } => {
+            let testbed = Testbed::find_or_start(&size)?;
+            client::run(&testbed, &command, timeout, false)
+        }
+        Command::Shell { size } => {
+            let testbed = Testbed::find_or_start(&size)?;
+            let shell = std::env::var_os("SHELL").unwrap_or_else(|| "/bin/bash".into());
+            client::run(&testbed, &[shell], None, true)
+        }
+        Command::Supervise => supervisor::main(),
+    }
+}
+
+/// Runs a command inside and returns how it ended, for the other chores.
+pub(crate) fn execute(testbed: &Testbed, command: &[OsString]) -> Result<ExitCode> {
+    client::run(testbed, command, None, false)
+}
