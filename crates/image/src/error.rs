@@ -88,6 +88,14 @@ impl ImageError {
             source,
         }
     }
+
+    /// A malformed part of the input.
+    pub(crate) fn malformed(what: impl Into<String>, reason: impl ToString) -> Self {
+        Self::Malformed {
+            what: what.into(),
+            reason: reason.to_string(),
+        }
+    }
 }
 
 /// Shorthand of this crate.

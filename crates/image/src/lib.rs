@@ -1,6 +1,8 @@
 //! Kernels, initramfs archives and root file systems for guests.
 //!
 //! - [`kernel`]: recognises kernels, extracts `vmlinux` from bzImages, caches it.
+//! - [`build_rootfs`]: turns a directory or a container image into a bootable ext4 disk: [`source`](Source) → one
+//!   tree in memory → the guest's agent and identity added → the disk written.
 //!
 //! This crate knows nothing of KVM or of running guests: paths go in, files come out. It prints nothing; long work
 //! reports through callbacks and `tracing` spans.
@@ -9,6 +11,19 @@
 
 mod decompress;
 mod error;
+mod ext4;
+mod guest;
 pub mod kernel;
+mod progress;
+mod rootfs;
+mod source;
+mod staging;
+mod tree;
 
 pub use error::{ImageError, Result};
+pub use ext4::DiskSize;
+pub use guest::{AGENT_PATH, FoundInit, IMAGE_DESCRIPTION_PATH, ImageDescription, Init};
+pub use progress::{Progress, Step};
+pub use rootfs::{RootfsReport, RootfsSpec, Source, build_rootfs};
+pub use source::{ImageConfig, Ownership};
+pub use tree::Limits;

@@ -10,6 +10,7 @@ const TYPE_EXEC: u16 = 2;
 const TYPE_DYN: u16 = 3;
 const MACHINE_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
+const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
 /// `XEN_ELFNOTE_PHYS32_ENTRY`, the note that names the 32-bit PVH entry point.
 const NOTE_PVH_ENTRY: u32 = 18;
@@ -83,23 +84,8 @@ impl<'a> Elf<'a> {
 
     /// Checks that this is an executable with loadable segments that are all inside the file.
     pub(crate) fn vmlinux(&self) -> Result<Vmlinux, String> {
-        let kind = u16_at(self.bytes, 16)?;
-        if kind != TYPE_EXEC && kind != TYPE_DYN {
-            return Err("it is an ELF file, but not an executable".to_owned());
-        }
-        let table = u64_at(self.bytes, 32)?;
-        let (size, count) = (u16_at(self.bytes, 54)?, u16_at(self.bytes, 56)?);
-        if size < 56 {
-            return Err(format!(
-                "its program headers have {size} bytes where 56 are needed"
-            ));
-        }
         let (mut loads, mut pvh) = (0, false);
-        for index in 0..u64::from(count) {
-            let header = table
-                .checked_add(index * u64::from(size))
-                .ok_or("its program headers wrap around")?;
-            let kind = u32_at(self.bytes, header)?;
+        for (kind, header) in self.program_headers()? {
             if kind != PT_LOAD && kind != PT_NOTE {
                 continue;
             }
@@ -117,6 +103,38 @@ impl<'a> Elf<'a> {
             return Err("it has nothing to load".to_owned());
         }
         Ok(Vmlinux { pvh })
+    }
+
+    /// True for an executable that asks for no dynamic loader.
+    pub(crate) fn is_static(&self) -> Result<bool, String> {
+        Ok(self
+            .program_headers()?
+            .iter()
+            .all(|(kind, _)| *kind != PT_INTERP))
+    }
+
+    /// The program headers of an executable: types, and where each lies in the file.
+    fn program_headers(&self) -> Result<Vec<(u32, u64)>, String> {
+        let kind = u16_at(self.bytes, 16)?;
+        if kind != TYPE_EXEC && kind != TYPE_DYN {
+            return Err("it is an ELF file, but not an executable".to_owned());
+        }
+        let table = u64_at(self.bytes, 32)?;
+        let (size, count) = (u16_at(self.bytes, 54)?, u16_at(self.bytes, 56)?);
+        if size < 56 {
+            return Err(format!(
+                "its program headers have {size} bytes where 56 are needed"
+            ));
+        }
+        (0..u64::from(count))
+            .map(|index| {
+                let header = table
+                    .checked_add(index * u64::from(size))
+                    .filter(|at| at.checked_add(64).is_some())
+                    .ok_or("its program headers wrap around")?;
+                Ok((u32_at(self.bytes, header)?, header))
+            })
+            .collect()
     }
 }
 

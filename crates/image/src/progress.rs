@@ -1,0 +1,57 @@
+//! How long work tells its caller where it is. Nothing here prints: the command draws bars from these calls.
+
+/// A step of long work. Its [`Display`](std::fmt::Display) is a short text for a progress bar.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Step {
+    /// Downloading a blob.
+    Fetch {
+        /// Its digest.
+        digest: String,
+    },
+    /// Running mmdebstrap; its output arrives as bytes.
+    Debootstrap {
+        /// The suite that is installed.
+        suite: String,
+    },
+    /// Reading a directory of the host.
+    Scan,
+    /// Merging a layer.
+    Layer {
+        /// Which one, from 1.
+        number: usize,
+        /// Of how many.
+        of: usize,
+    },
+    /// Writing the disk image.
+    Write,
+}
+
+impl std::fmt::Display for Step {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Fetch { digest } => {
+                let short = digest.split(':').next_back().unwrap_or_default();
+                write!(f, "fetching {}", short.get(..12).unwrap_or(short))
+            }
+            Self::Debootstrap { suite } => write!(f, "installing Debian {suite}"),
+            Self::Scan => write!(f, "reading the directory"),
+            Self::Layer { number, of } => write!(f, "merging layer {number} of {of}"),
+            Self::Write => write!(f, "writing the disk"),
+        }
+    }
+}
+
+/// Receives progress. Every method may be called often and from the building thread only.
+pub trait Progress {
+    /// A step begins; `bytes` is its size if that is known. The step before is over.
+    fn begin(&self, step: Step, bytes: Option<u64>);
+    /// So many more bytes of the step are done.
+    fn advance(&self, bytes: u64);
+}
+
+/// Ignores all progress.
+impl Progress for () {
+    fn begin(&self, _: Step, _: Option<u64>) {}
+    fn advance(&self, _: u64) {}
+}

@@ -1,0 +1,229 @@
+//! Root file systems: from a source to a bootable disk image.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+use tracing::info_span;
+
+use crate::ext4::{self, DiskSize};
+use crate::guest::{self, FoundInit, Init, Outfit};
+use crate::progress::Progress;
+use crate::source::oci::{self, OciImage, Wanted};
+use crate::source::store::Store;
+use crate::source::{ImageConfig, Ownership, directory};
+use crate::staging::Staging;
+use crate::tree::{Limits, Spool, Tree};
+use crate::{ImageError, Result};
+
+/// Where the files come from.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Source {
+    /// A directory of the host.
+    Directory {
+        /// Its path.
+        path: PathBuf,
+        /// Whose its files become.
+        ownership: Ownership,
+    },
+    /// An OCI image layout (a directory, or a tar of one) or an archive of `docker save`, compressed or not.
+    Image {
+        /// Its path.
+        path: PathBuf,
+        /// Which image, where it holds several: a tag, name or digest.
+        reference: Option<String>,
+    },
+}
+
+impl Source {
+    /// Tells what a path of the host is: an image layout, an archive of an image, or a plain directory.
+    ///
+    /// # Errors
+    /// If it does not exist.
+    pub fn at(path: impl Into<PathBuf>) -> Result<Self> {
+        let path = path.into();
+        let meta = std::fs::metadata(&path).map_err(ImageError::io("open", &path))?;
+        Ok(if meta.is_dir() && !oci::is_layout(&path) {
+            Self::Directory {
+                path,
+                ownership: Ownership::Keep,
+            }
+        } else {
+            Self::Image {
+                path,
+                reference: None,
+            }
+        })
+    }
+
+    /// A line for people.
+    fn describe(&self) -> String {
+        match self {
+            Self::Directory { path, .. } => format!("directory {}", path.display()),
+            Self::Image {
+                path,
+                reference: None,
+            } => format!("image {}", path.display()),
+            Self::Image {
+                path,
+                reference: Some(name),
+            } => format!("image {name} in {}", path.display()),
+        }
+    }
+}
+
+/// What to build. Start from [`RootfsSpec::new`] and change what you need.
+#[derive(Clone, Debug)]
+pub struct RootfsSpec {
+    /// Where the files come from.
+    pub source: Source,
+    /// The disk image to make.
+    pub output: PathBuf,
+    /// Replace an `output` that exists.
+    pub replace: bool,
+    /// The disk's size.
+    pub size: DiskSize,
+    /// A static `clone-agent` for the guest.
+    pub agent: Option<PathBuf>,
+    /// What is to be PID 1.
+    pub init: Init,
+    /// The guest's host name.
+    pub hostname: String,
+    /// Written to the guest's `/etc/resolv.conf`, if there are any.
+    pub nameservers: Vec<IpAddr>,
+    /// The file system's label, at most 16 bytes.
+    pub label: String,
+    /// The file system's UUID; a random one if not given.
+    pub uuid: Option<[u8; 16]>,
+    /// The time that generated files and the file system carry, in seconds since 1970; now if not given. With this
+    /// and `uuid` given, the same input makes the same bytes.
+    pub created: Option<u64>,
+    /// How much the source may hold.
+    pub limits: Limits,
+}
+
+impl RootfsSpec {
+    /// Builds `output` from `source`, with defaults for the rest.
+    pub fn new(source: Source, output: impl Into<PathBuf>) -> Self {
+        Self {
+            source,
+            output: output.into(),
+            replace: false,
+            size: DiskSize::default(),
+            agent: None,
+            init: Init::Auto,
+            hostname: "clone".to_owned(),
+            nameservers: Vec::new(),
+            label: "clone-root".to_owned(),
+            uuid: None,
+            created: None,
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// What was built.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RootfsReport {
+    /// The disk image.
+    pub path: PathBuf,
+    /// Its size in bytes; it is sparse and takes less.
+    pub bytes: u64,
+    /// Files, directories and other nodes in it.
+    pub inodes: u64,
+    /// What PID 1 is.
+    pub init: FoundInit,
+    /// How a container image's program is to be run.
+    pub config: ImageConfig,
+}
+
+/// Builds a root file system as a sparse raw ext4 disk.
+///
+/// Needs no privilege. The output appears when it is complete; a failed build leaves nothing behind.
+///
+/// # Errors
+/// See [`ImageError`]; every message names the source's part that is wrong.
+pub fn build_rootfs(spec: &RootfsSpec, progress: &dyn Progress) -> Result<RootfsReport> {
+    let _span = info_span!("rootfs_build", source = %spec.source.describe(), output = %spec.output.display()).entered();
+    let staging = Staging::create(&spec.output, spec.replace)?;
+    let created = spec.created.unwrap_or_else(now);
+    let mut tree = Tree::new(spec.limits);
+    let mut spool = Spool::new(staging.dir(), spec.limits.content_bytes)?;
+    let config = fill(&mut tree, &mut spool, spec, staging.dir(), progress)?;
+    let init = guest::fit_out(
+        &mut tree,
+        &Outfit {
+            agent: spec.agent.as_deref(),
+            init: spec.init,
+            hostname: &spec.hostname,
+            nameservers: &spec.nameservers,
+            label: &spec.label,
+            source: spec.source.describe(),
+            config: config.clone(),
+            created: i64::try_from(created).unwrap_or(i64::MAX),
+        },
+    )?;
+    let uuid = match spec.uuid {
+        Some(uuid) => uuid,
+        None => random_uuid()?,
+    };
+    let options = ext4::Options {
+        size: spec.size,
+        uuid,
+        label: spec.label.clone(),
+        created,
+    };
+    let made = ext4::write(&tree, &options, staging.file(), staging.target(), progress)?;
+    staging.commit(spec.replace)?;
+    Ok(RootfsReport {
+        path: spec.output.clone(),
+        bytes: made.bytes,
+        inodes: made.inodes,
+        init,
+        config,
+    })
+}
+
+fn fill(
+    tree: &mut Tree,
+    spool: &mut Spool,
+    spec: &RootfsSpec,
+    scratch: &Path,
+    progress: &dyn Progress,
+) -> Result<ImageConfig> {
+    match &spec.source {
+        Source::Directory { path, ownership } => {
+            directory::read(tree, path, *ownership, progress)?;
+            Ok(ImageConfig::default())
+        }
+        Source::Image { path, reference } => {
+            let store = Store::open(path, scratch, spec.limits.content_bytes)?;
+            let wanted = Wanted {
+                reference: reference.as_deref(),
+                architecture: "amd64",
+            };
+            let image = OciImage::open(store, wanted)?;
+            image.merge(tree, spool, progress)?;
+            Ok(image.config)
+        }
+    }
+}
+
+fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
+}
+
+/// A random UUID (version 4, RFC 9562).
+fn random_uuid() -> Result<[u8; 16]> {
+    let mut uuid = [0; 16];
+    let filled = rustix::rand::getrandom(&mut uuid[..], rustix::rand::GetRandomFlags::empty());
+    filled.map_err(|e| ImageError::io("read random bytes for", "a UUID")(e.into()))?;
+    uuid[6] = uuid[6] & 0x0f | 0x40;
+    uuid[8] = uuid[8] & 0x3f | 0x80;
+    Ok(uuid)
+}

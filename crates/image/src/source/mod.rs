@@ -1,0 +1,15 @@
+//! Where a root file system's files come from. Each source fills the same in-memory tree.
+
+pub(crate) mod digest;
+pub(crate) mod directory;
+pub(crate) mod layer;
+pub(crate) mod oci;
+pub(crate) mod store;
+pub(crate) mod tar_stream;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+
+pub use directory::Ownership;
+pub use oci::ImageConfig;
