@@ -14,5 +14,6 @@ pub mod event_loop;
 pub mod irq;
 pub mod machine;
 pub mod pci;
+pub mod timer;
 pub mod vcpu;
 pub mod virtio;

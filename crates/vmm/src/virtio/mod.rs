@@ -7,7 +7,10 @@
 //! Source: OASIS Virtual I/O Device (VIRTIO) Version 1.3.
 
 mod device;
+#[cfg(any(test, feature = "testing"))]
+pub mod driver;
 mod queue_state;
+pub mod ring;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
@@ -16,3 +19,11 @@ pub use queue_state::SavedQueue;
 
 /// Guest RAM as devices see it.
 pub type GuestRam = vm_memory::GuestMemoryMmap<()>;
+
+/// Reads `data.len()` bytes at `offset` of a device's configuration space; past its end it is zero.
+pub fn read_bytes(space: &[u8], offset: u64, data: &mut [u8]) {
+    let start = usize::try_from(offset).map_or(space.len(), |at| at.min(space.len()));
+    let present = data.len().min(space.len() - start);
+    data[..present].copy_from_slice(&space[start..start + present]);
+    data[present..].fill(0);
+}

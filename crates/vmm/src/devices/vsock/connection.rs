@@ -1,0 +1,470 @@
+//! One stream between a Unix socket of the host and a socket of the guest: its phases, credit in
+//! both directions (VIRTIO 1.3, 5.10.6.3) and the end of each direction (5.10.6.4).
+//!
+//! Data goes straight between the socket and guest memory. Only what the host's socket does not
+//! take at once is buffered, and never more than the credit the guest was given. Who it belongs
+//! to, when it is its turn and how long it may take is the business of `mux`.
+
+use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::net::Shutdown;
+use std::num::Wrapping;
+use std::os::unix::net::UnixStream;
+
+use vm_memory::{ReadVolatile, VolatileMemoryError, WriteVolatile};
+use vmm_sys_util::epoll::EventSet;
+
+use super::packet::{Header, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
+use crate::virtio::ring::Segment;
+
+/// The two ports that name a connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct Ports {
+    pub(super) host: u32,
+    pub(super) guest: u32,
+}
+
+/// Where a connection is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Accepted from the host; which port it wants is not yet known.
+    Greeting,
+    /// Waits for the guest's answer.
+    Connecting,
+    /// Both sides talk.
+    Established,
+    /// Over for the guest; what it sent is still on its way into the host's socket.
+    Draining,
+}
+
+/// What is to become of a connection after something happened to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// It lives on.
+    Keep,
+    /// It is over, and the guest knows or never heard of it.
+    Close,
+    /// It is over, and the guest must be told.
+    Reset,
+}
+
+/// What a connection waits for that must not take for ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// The host's line that names the port.
+    Greeting,
+    /// The guest's answer to a request.
+    Response,
+    /// The guest's reset after both directions were ended.
+    Close,
+}
+
+/// A connection. `ports` are meaningful from [`Phase::Connecting`] on.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) stream: UnixStream,
+    pub(super) phase: Phase,
+    pub(super) ports: Ports,
+    /// In the queue of connections that have something for the guest.
+    pub(super) queued: bool,
+    /// The socket is watched for room to write.
+    pub(super) watching_room: bool,
+
+    // From the host to the guest.
+    /// The socket may have data: reading it has not said otherwise yet.
+    readable: bool,
+    /// The socket's data has been read to its end.
+    ended: bool,
+    /// The host closed its socket: it will neither send nor take anything.
+    hung_up: bool,
+    peer_buf_alloc: u32,
+    peer_fwd_cnt: Wrapping<u32>,
+    sent: Wrapping<u32>,
+
+    // From the guest to the host.
+    buffer: VecDeque<u8>,
+    buf_alloc: u32,
+    forwarded: Wrapping<u32>,
+    /// The `forwarded` that the guest has heard of.
+    forwarded_told: Wrapping<u32>,
+    /// The directions that the guest has ended.
+    guest_shutdown: u32,
+    /// The host's socket was told that no more will come.
+    write_ended: bool,
+
+    // Owed to the guest.
+    owes_opening: Option<u16>,
+    owes_credit: bool,
+    owed_shutdown: u32,
+    sent_shutdown: u32,
+}
+
+impl Connection {
+    /// A stream that the host opened; `buf_alloc` bytes may be buffered for it.
+    pub(super) fn from_host(stream: UnixStream, buf_alloc: u32) -> Self {
+        Self {
+            stream,
+            phase: Phase::Greeting,
+            ports: Ports::default(),
+            queued: false,
+            watching_room: false,
+            readable: false,
+            ended: false,
+            hung_up: false,
+            peer_buf_alloc: 0,
+            peer_fwd_cnt: Wrapping(0),
+            sent: Wrapping(0),
+            buffer: VecDeque::new(),
+            buf_alloc,
+            forwarded: Wrapping(0),
+            forwarded_told: Wrapping(0),
+            guest_shutdown: 0,
+            write_ended: false,
+            owes_opening: None,
+            owes_credit: false,
+            owed_shutdown: 0,
+            sent_shutdown: 0,
+        }
+    }
+
+    /// A stream that answers the guest's `request`.
+    pub(super) fn from_guest(stream: UnixStream, buf_alloc: u32, request: &Header) -> Self {
+        let mut connection = Self::from_host(stream, buf_alloc);
+        connection.ports = Ports {
+            host: request.dst_port,
+            guest: request.src_port,
+        };
+        connection.phase = Phase::Established;
+        connection.owes_opening = Some(op::RESPONSE);
+        connection.learn_credit(request);
+        connection
+    }
+
+    /// The host named the port it wants: a request is due.
+    pub(super) fn request(&mut self, ports: Ports) {
+        self.ports = ports;
+        self.phase = Phase::Connecting;
+        self.owes_opening = Some(op::REQUEST);
+        // Data may have come with the port.
+        self.readable = true;
+    }
+
+    /// The bytes of buffer that were granted to it.
+    pub(super) fn buf_alloc(&self) -> u32 {
+        self.buf_alloc
+    }
+
+    /// Whether the host still has to get what the guest sent before it was done.
+    pub(super) fn lingers(&self) -> bool {
+        self.phase == Phase::Draining && !self.buffer.is_empty() && !self.hung_up
+    }
+
+    /// Whether the guest has heard of it, or is waiting to.
+    pub(super) fn guest_knows(&self) -> bool {
+        self.phase != Phase::Greeting && self.owes_opening != Some(op::REQUEST)
+    }
+
+    /// Whether data waits for room in the host's socket.
+    pub(super) fn wants_room(&self) -> bool {
+        !self.buffer.is_empty()
+    }
+
+    /// What it waits for that must not take for ever.
+    pub(super) fn waits_for(&self) -> Option<Wait> {
+        match self.phase {
+            Phase::Greeting => Some(Wait::Greeting),
+            Phase::Connecting => Some(Wait::Response),
+            Phase::Established => (self.sent_shutdown == SHUTDOWN_BOTH).then_some(Wait::Close),
+            Phase::Draining => None,
+        }
+    }
+
+    /// Takes note of what the host's socket is ready for. Touches nothing else.
+    pub(super) fn note_ready(&mut self, ready: EventSet) {
+        if ready.intersects(EventSet::HANG_UP | EventSet::ERROR) {
+            self.hung_up = true;
+        }
+        if ready != EventSet::OUT {
+            self.readable = true;
+        }
+    }
+
+    /// Acts on what was noted: flushes, and looks whether the host is gone.
+    pub(super) fn go_on(&mut self) -> Outcome {
+        self.flush();
+        match self.phase {
+            Phase::Greeting if self.hung_up => Outcome::Close,
+            Phase::Connecting if self.hung_up => match self.owes_opening {
+                Some(_) => Outcome::Close,
+                None => Outcome::Reset,
+            },
+            Phase::Draining if self.hung_up || self.buffer.is_empty() => Outcome::Close,
+            _ => {
+                if self.hung_up && (self.ended || self.guest_shutdown & SHUTDOWN_RECEIVE != 0) {
+                    self.owed_shutdown = SHUTDOWN_BOTH;
+                }
+                Outcome::Keep
+            }
+        }
+    }
+
+    /// Takes a packet of the guest; `payload` holds exactly `header.len` bytes for `RW`.
+    pub(super) fn receive(&mut self, header: &Header, payload: &[Segment<'_>]) -> Outcome {
+        self.learn_credit(header);
+        match (self.phase, header.op) {
+            (_, op::RST) => self.over_for_guest(Outcome::Close),
+            (Phase::Connecting, op::RESPONSE) if self.owes_opening.is_none() => self.established(),
+            (Phase::Established, op::RW) => self.data(header.len, payload),
+            (Phase::Established, op::SHUTDOWN) => self.shutdown(header.flags),
+            (Phase::Established, op::CREDIT_UPDATE) => Outcome::Keep,
+            (Phase::Established, op::CREDIT_REQUEST) => {
+                self.owes_credit = true;
+                Outcome::Keep
+            }
+            _ => Outcome::Reset,
+        }
+    }
+
+    fn learn_credit(&mut self, header: &Header) {
+        self.peer_buf_alloc = header.buf_alloc;
+        self.peer_fwd_cnt = Wrapping(header.fwd_cnt);
+    }
+
+    /// Bytes that the guest has room for. A guest that counts wrongly only starves itself.
+    fn credit(&self) -> u32 {
+        let in_flight = (self.sent - self.peer_fwd_cnt).0;
+        self.peer_buf_alloc.saturating_sub(in_flight)
+    }
+
+    fn established(&mut self) -> Outcome {
+        let line = format!("OK {}\n", self.ports.host);
+        match self.stream.write(line.as_bytes()) {
+            Ok(written) if written == line.len() => {
+                self.phase = Phase::Established;
+                self.go_on()
+            }
+            // Nothing was written to it before: it has room unless the host is gone.
+            _ => Outcome::Reset,
+        }
+    }
+
+    fn data(&mut self, len: u32, payload: &[Segment<'_>]) -> Outcome {
+        let room = self.buf_alloc as usize - self.buffer.len();
+        if self.guest_shutdown & SHUTDOWN_SEND != 0 || len as usize > room {
+            return Outcome::Reset;
+        }
+        for segment in payload {
+            let mut rest = segment.slice;
+            while !rest.is_empty() && self.buffer.is_empty() && !self.host_takes_nothing() {
+                match retry(|| (&self.stream).write_volatile(&rest)) {
+                    Ok(written) => {
+                        self.forwarded += written as u32;
+                        match rest.offset(written) {
+                            Ok(left) => rest = left,
+                            Err(_) => return Outcome::Reset,
+                        }
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(_) => self.host_left(),
+                }
+            }
+            if self.host_takes_nothing() {
+                self.forwarded += rest.len() as u32;
+            } else {
+                let mut chunk = [0; 4096];
+                for at in (0..rest.len()).step_by(chunk.len()) {
+                    let Ok(left) = rest.offset(at) else {
+                        return Outcome::Reset;
+                    };
+                    let copied = left.copy_to(&mut chunk);
+                    self.buffer.extend(&chunk[..copied]);
+                }
+            }
+        }
+        Outcome::Keep
+    }
+
+    fn host_takes_nothing(&self) -> bool {
+        (self.owed_shutdown | self.sent_shutdown) & SHUTDOWN_RECEIVE != 0
+    }
+
+    /// Writing failed for good: what is left for the host is dropped, and the guest told.
+    fn host_left(&mut self) {
+        self.forwarded += self.buffer.len() as u32;
+        self.buffer = VecDeque::new();
+        self.owed_shutdown |= SHUTDOWN_RECEIVE;
+    }
+
+    fn shutdown(&mut self, flags: u32) -> Outcome {
+        let new = flags & SHUTDOWN_BOTH & !self.guest_shutdown;
+        self.guest_shutdown |= new;
+        if self.guest_shutdown == SHUTDOWN_BOTH {
+            return self.over_for_guest(Outcome::Reset);
+        }
+        if new & SHUTDOWN_RECEIVE != 0 {
+            // The host's next write fails, as it would on a socket of its own kind. An error
+            // means that it has left already, which its socket tells as an event.
+            let _ = self.stream.shutdown(Shutdown::Read);
+        }
+        self.go_on()
+    }
+
+    /// The guest is done with it. `answer` is what it gets; what it sent still goes to the host.
+    fn over_for_guest(&mut self, answer: Outcome) -> Outcome {
+        if self.phase == Phase::Established {
+            self.flush();
+            if !self.buffer.is_empty() {
+                self.phase = Phase::Draining;
+            }
+        }
+        answer
+    }
+
+    fn flush(&mut self) {
+        while !self.buffer.is_empty() {
+            match (&self.stream).write(self.buffer.as_slices().0) {
+                Ok(written) => {
+                    self.buffer.drain(..written);
+                    self.forwarded += written as u32;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => self.host_left(),
+            }
+        }
+        // Thousands of idle connections must not keep the memory of one busy moment.
+        self.buffer = VecDeque::new();
+        if self.guest_shutdown & SHUTDOWN_SEND != 0 && !self.write_ended {
+            // Once only: it wakes its own socket. As above, it fails only where the host has left.
+            let _ = self.stream.shutdown(Shutdown::Write);
+            self.write_ended = true;
+        }
+    }
+
+    /// Whether it has, or may have, a packet for the guest now.
+    pub(super) fn has_packet(&self) -> bool {
+        match self.phase {
+            Phase::Greeting | Phase::Draining => false,
+            Phase::Connecting => self.owes_opening.is_some(),
+            Phase::Established => {
+                self.owes_opening.is_some()
+                    || self.new_shutdown() != 0
+                    || self.can_read()
+                    || self.credit_is_due()
+            }
+        }
+    }
+
+    fn new_shutdown(&self) -> u32 {
+        self.owed_shutdown & !self.sent_shutdown
+    }
+
+    fn can_read(&self) -> bool {
+        self.readable
+            && !self.ended
+            && self.guest_shutdown & SHUTDOWN_RECEIVE == 0
+            && self.credit() > 0
+    }
+
+    fn credit_is_due(&self) -> bool {
+        let untold = (self.forwarded - self.forwarded_told).0;
+        self.owes_credit
+            || (untold >= self.buf_alloc / 2 && self.guest_shutdown & SHUTDOWN_SEND == 0)
+    }
+
+    /// The next packet for the guest; data is read into `room`. Context ids are not filled in.
+    pub(super) fn next_packet(&mut self, room: &[Segment<'_>]) -> Option<Header> {
+        if let Some(opening) = self.owes_opening.take() {
+            return Some(self.header(opening));
+        }
+        if self.phase != Phase::Established {
+            return None;
+        }
+        let mut len = 0;
+        if self.new_shutdown() == 0 && self.can_read() {
+            len = self.read(room);
+        }
+        if len > 0 {
+            self.sent += len;
+            return Some(Header {
+                len,
+                ..self.header(op::RW)
+            });
+        }
+        if self.new_shutdown() != 0 {
+            self.sent_shutdown |= self.owed_shutdown;
+            return Some(Header {
+                flags: self.sent_shutdown,
+                ..self.header(op::SHUTDOWN)
+            });
+        }
+        self.credit_is_due().then(|| self.header(op::CREDIT_UPDATE))
+    }
+
+    /// Reads as much as the guest has room and credit for; 0 where there is nothing (more).
+    fn read(&mut self, room: &[Segment<'_>]) -> u32 {
+        let mut total = 0;
+        for segment in room {
+            let want = segment.slice.len().min((self.credit() - total) as usize);
+            let Ok(mut target) = segment.slice.subslice(0, want) else {
+                break;
+            };
+            if want == 0 {
+                continue;
+            }
+            match retry(|| (&self.stream).read_volatile(&mut target)) {
+                Ok(0) => self.end_of_host_data(),
+                Ok(read) => {
+                    total += read as u32;
+                    if read == want {
+                        continue;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,
+                Err(_) => {
+                    self.hung_up = true;
+                    self.end_of_host_data();
+                }
+            }
+            break;
+        }
+        total
+    }
+
+    fn end_of_host_data(&mut self) {
+        self.ended = true;
+        self.owed_shutdown |= if self.hung_up {
+            SHUTDOWN_BOTH
+        } else {
+            SHUTDOWN_SEND
+        };
+    }
+
+    fn header(&mut self, op: u16) -> Header {
+        self.owes_credit = false;
+        self.forwarded_told = self.forwarded;
+        Header {
+            src_port: self.ports.host,
+            dst_port: self.ports.guest,
+            op,
+            buf_alloc: self.buf_alloc,
+            fwd_cnt: self.forwarded.0,
+            ..Header::default()
+        }
+    }
+}
+
+/// Calls again while a signal interrupts.
+fn retry(mut call: impl FnMut() -> Result<usize, VolatileMemoryError>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Ok(count) => return Ok(count),
+            Err(VolatileMemoryError::IOError(error)) => {
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+            Err(error) => return Err(io::Error::other(error)),
+        }
+    }
+}

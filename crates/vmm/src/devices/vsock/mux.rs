@@ -1,0 +1,453 @@
+//! All connections of a device: which packet belongs to which, whose turn it is, and how long
+//! each may wait. Knows nothing of queues: packets come in with [`Mux::receive`] and go out with
+//! [`Mux::next_packet`].
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::epoll::EventSet;
+
+use super::backend::{self, Accepted, Greeting, GuestConnector};
+use super::connection::{Connection, Outcome, Phase, Ports, Wait};
+use super::deadlines::Deadlines;
+use super::packet::{HOST_CID, Header, TYPE_STREAM, op};
+use super::table::Table;
+use super::{VsockLimits, VsockResources};
+use crate::event_loop::Registrar;
+use crate::virtio::ring::Segment;
+
+/// The listener's token.
+pub(super) const TOKEN_LISTENER: u32 = 0;
+/// The timer's token.
+pub(super) const TOKEN_TIMER: u32 = 1;
+
+/// Ports of the host's side lie from here to twice this.
+const HOST_PORTS: u32 = 1 << 30;
+/// Resets that may wait for receive buffers before the guest's own packets have to wait.
+const MAX_REPLIES: usize = 256;
+/// Connections accepted before others have their turn.
+const MAX_ACCEPTS: usize = 64;
+/// How long to leave the listener alone when the process is out of file descriptors.
+const RELISTEN: Duration = Duration::from_millis(100);
+
+/// See the module.
+pub(super) struct Mux {
+    guest_cid: u64,
+    next_host_port: u32,
+    limits: VsockLimits,
+    table: Table,
+    /// Resets for packets of no connection, and of connections that are gone.
+    replies: VecDeque<Header>,
+    /// Connections that may have a packet, each once, in the order of their turns.
+    ready: VecDeque<u32>,
+    connector: Option<Box<dyn GuestConnector>>,
+    listener: UnixListener,
+    listening: bool,
+    deadlines: Deadlines,
+    events: Option<Registrar>,
+    frozen_at: Option<Instant>,
+}
+
+impl Mux {
+    pub(super) fn new(
+        resources: VsockResources,
+        guest_cid: u64,
+        next_host_port: u32,
+    ) -> io::Result<Self> {
+        let VsockResources {
+            listener,
+            connector,
+            limits,
+        } = resources;
+        listener.set_nonblocking(true)?;
+        Ok(Self {
+            guest_cid,
+            next_host_port: HOST_PORTS | next_host_port & (HOST_PORTS - 1),
+            table: Table::new(limits.max_connections, limits.max_buffered_bytes),
+            limits,
+            replies: VecDeque::new(),
+            ready: VecDeque::new(),
+            connector,
+            listener,
+            listening: false,
+            deadlines: Deadlines::new()?,
+            events: None,
+            frozen_at: None,
+        })
+    }
+
+    pub(super) fn guest_cid(&self) -> u64 {
+        self.guest_cid
+    }
+
+    pub(super) fn next_host_port(&self) -> u32 {
+        self.next_host_port
+    }
+
+    pub(super) fn connections(&self) -> usize {
+        self.table.len()
+    }
+
+    /// Starts: timers run, sockets are watched. The listener waits for [`Mux::listen`].
+    pub(super) fn start(&mut self, events: Registrar) -> io::Result<()> {
+        events.add(self.deadlines.timer(), TOKEN_TIMER, EventSet::IN)?;
+        self.events = Some(events);
+        self.frozen_at = None;
+        Ok(())
+    }
+
+    /// Ends every connection and forgets the loop.
+    pub(super) fn stop(&mut self) -> io::Result<()> {
+        let unlistened = self.listen(false);
+        for token in self.table.tokens() {
+            self.remove(token);
+        }
+        self.replies.clear();
+        self.ready.clear();
+        self.deadlines.clear();
+        self.frozen_at = None;
+        if let Some(events) = self.events.take() {
+            events.remove(self.deadlines.timer())?;
+        }
+        unlistened
+    }
+
+    /// Opens or closes the door for hosts; who comes meanwhile waits in the listener's backlog.
+    pub(super) fn listen(&mut self, on: bool) -> io::Result<()> {
+        let Some(events) = &self.events else {
+            return Ok(());
+        };
+        match (self.listening, on) {
+            (false, true) => events.add(&self.listener, TOKEN_LISTENER, EventSet::IN)?,
+            (true, false) => events.remove(&self.listener)?,
+            _ => {}
+        }
+        self.listening = on;
+        Ok(())
+    }
+
+    /// Opens the door after `patience` at the latest.
+    pub(super) fn expect_listening(&mut self, patience: Duration) {
+        self.deadlines
+            .add(Instant::now() + patience, TOKEN_LISTENER);
+    }
+
+    /// Stops the clock of all deadlines.
+    pub(super) fn freeze(&mut self) -> io::Result<()> {
+        self.frozen_at = Some(Instant::now());
+        self.deadlines.disarm()
+    }
+
+    /// Gives every deadline the time back that it was frozen, and acts on what sockets became
+    /// ready for meanwhile.
+    pub(super) fn thaw(&mut self) {
+        if let Some(since) = self.frozen_at.take() {
+            let frozen = since.elapsed();
+            self.deadlines.delay(frozen);
+            for token in self.table.tokens() {
+                if let Some(member) = self.table.get_mut(token)
+                    && let Some((_, at)) = &mut member.deadline
+                {
+                    *at += frozen;
+                }
+            }
+        }
+        for token in self.table.tokens() {
+            self.go_on(token);
+        }
+    }
+
+    /// Accepts hosts that wait.
+    pub(super) fn accept(&mut self) -> io::Result<()> {
+        for _ in 0..MAX_ACCEPTS {
+            match backend::accept(&self.listener)? {
+                Accepted::Nobody => break,
+                Accepted::NoDescriptors => {
+                    tracing::warn!("vsock: no file descriptors left for new connections");
+                    self.listen(false)?;
+                    self.deadlines
+                        .add(Instant::now() + RELISTEN, TOKEN_LISTENER);
+                    break;
+                }
+                Accepted::Stream(stream) => match self.table.next_grant() {
+                    Some(grant) => {
+                        let token = self.table.insert(Connection::from_host(stream, grant));
+                        self.watch(token);
+                    }
+                    None => tracing::warn!(
+                        limit = self.limits.max_connections,
+                        "vsock: refused a connection, too many are open"
+                    ),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// A connection's socket is ready. While frozen this is only noted.
+    pub(super) fn socket_ready(&mut self, token: u32, ready: EventSet) {
+        if let Some(member) = self.table.get_mut(token) {
+            member.connection.note_ready(ready);
+            if self.frozen_at.is_none() {
+                self.go_on(token);
+            }
+        }
+    }
+
+    /// Acts on deadlines that have passed; `true` if one of them opened the door.
+    pub(super) fn timer_ready(&mut self) -> io::Result<bool> {
+        let mut opened = false;
+        if self.frozen_at.is_some() {
+            return Ok(opened);
+        }
+        for token in self.deadlines.take_due(Instant::now())? {
+            if token == TOKEN_LISTENER {
+                self.listen(true)?;
+                opened = true;
+            } else if let Some(member) = self.table.get_mut(token) {
+                let waited = member.deadline.take();
+                tracing::debug!(?waited, ports = ?member.connection.ports, "vsock: timed out");
+                self.settle(token, Outcome::Reset);
+            }
+        }
+        Ok(opened)
+    }
+
+    /// Makes the timer fire when the next deadline passes. Call when done with an event.
+    pub(super) fn arm(&mut self) -> io::Result<()> {
+        self.deadlines.arm(Instant::now())
+    }
+
+    /// Whether the guest's packets must wait because too many answers to them do.
+    pub(super) fn is_congested(&self) -> bool {
+        self.replies.len() >= MAX_REPLIES
+    }
+
+    /// Takes a packet of the guest; `payload` holds exactly its data.
+    pub(super) fn receive(&mut self, header: &Header, payload: &[Segment<'_>]) {
+        if header.src_cid != self.guest_cid {
+            // Nobody the answer could go to (5.10.6.4: a driver uses its own context id).
+            tracing::debug!(?header, "vsock: packet from another context id dropped");
+            return;
+        }
+        let ports = Ports {
+            host: header.dst_port,
+            guest: header.src_port,
+        };
+        let known = if header.dst_cid == HOST_CID && header.socket_type == TYPE_STREAM {
+            self.table.find(ports)
+        } else {
+            None
+        };
+        if let Some(token) = known {
+            if let Some(member) = self.table.get_mut(token) {
+                let outcome = member.connection.receive(header, payload);
+                self.settle(token, outcome);
+            }
+        } else if header.op == op::REQUEST
+            && header.dst_cid == HOST_CID
+            && header.socket_type == TYPE_STREAM
+        {
+            self.guest_connects(ports, header);
+        } else if header.op != op::RST {
+            self.replies.push_back(header.reset());
+        }
+    }
+
+    fn guest_connects(&mut self, ports: Ports, request: &Header) {
+        let grant = self.table.next_grant();
+        let (Some(connector), Some(grant)) = (&mut self.connector, grant) else {
+            self.replies.push_back(request.reset());
+            return;
+        };
+        match connector.connect(ports.host) {
+            Ok(stream) => {
+                let connection = Connection::from_guest(stream, grant, request);
+                let token = self.table.insert(connection);
+                self.table.bind(token, ports);
+                self.watch(token);
+            }
+            Err(error) => {
+                tracing::debug!(port = ports.host, %error, "vsock: the guest's connection is refused");
+                self.replies.push_back(request.reset());
+            }
+        }
+    }
+
+    /// Whether [`Mux::next_packet`] may have one.
+    pub(super) fn has_packets(&self) -> bool {
+        !self.replies.is_empty() || !self.ready.is_empty()
+    }
+
+    /// The next packet for the guest, its data already in `room`.
+    pub(super) fn next_packet(&mut self, room: &[Segment<'_>]) -> Option<Header> {
+        if let Some(reply) = self.replies.pop_front() {
+            return Some(reply);
+        }
+        while let Some(token) = self.ready.pop_front() {
+            let Some(member) = self.table.get_mut(token) else {
+                continue;
+            };
+            member.connection.queued = false;
+            let packet = member.connection.next_packet(room);
+            self.settle(token, Outcome::Keep);
+            if let Some(packet) = packet {
+                return Some(Header {
+                    src_cid: HOST_CID,
+                    dst_cid: self.guest_cid,
+                    socket_type: TYPE_STREAM,
+                    ..packet
+                });
+            }
+        }
+        None
+    }
+
+    /// Registers a new connection's socket. Edge-triggered: sockets whose data the guest has no
+    /// room for must not wake the loop again and again.
+    fn watch(&mut self, token: u32) {
+        let interest = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        let (Some(member), Some(events)) = (self.table.get_mut(token), &self.events) else {
+            return;
+        };
+        let outcome = match events.add(&member.connection.stream, token, interest) {
+            Ok(()) => Outcome::Keep,
+            Err(error) => {
+                tracing::warn!(%error, "vsock: cannot watch a connection");
+                Outcome::Reset
+            }
+        };
+        self.settle(token, outcome);
+    }
+
+    fn go_on(&mut self, token: u32) {
+        let Some(member) = self.table.get_mut(token) else {
+            return;
+        };
+        let mut outcome = member.connection.go_on();
+        if outcome == Outcome::Keep && member.connection.phase == Phase::Greeting {
+            outcome = match backend::read_greeting(&member.connection.stream) {
+                Greeting::Incomplete => Outcome::Keep,
+                Greeting::Bad => Outcome::Close,
+                Greeting::Port(port) => self.host_connects(token, port),
+            };
+        }
+        self.settle(token, outcome);
+    }
+
+    fn host_connects(&mut self, token: u32, guest: u32) -> Outcome {
+        // At most one port per connection is taken, so this ends.
+        let ports = loop {
+            let host = self.next_host_port;
+            self.next_host_port = HOST_PORTS | host.wrapping_add(1) & (HOST_PORTS - 1);
+            let ports = Ports { host, guest };
+            if self.table.bind(token, ports) {
+                break ports;
+            }
+        };
+        if let Some(member) = self.table.get_mut(token) {
+            member.connection.request(ports);
+        }
+        Outcome::Keep
+    }
+
+    /// Brings everything about a connection in line after it changed.
+    fn settle(&mut self, token: u32, outcome: Outcome) {
+        let Some(member) = self.table.get_mut(token) else {
+            return;
+        };
+        let connection = &mut member.connection;
+        if outcome != Outcome::Keep {
+            if outcome == Outcome::Reset && connection.guest_knows() {
+                self.replies
+                    .push_back(reset(self.guest_cid, connection.ports));
+            }
+            if !connection.lingers() {
+                self.remove(token);
+                return;
+            }
+            let ports = connection.ports;
+            self.table.unbind(token, ports);
+        }
+        self.queue_and_watch(token);
+        self.set_deadline(token);
+    }
+
+    fn queue_and_watch(&mut self, token: u32) {
+        let (Some(member), Some(events)) = (self.table.get_mut(token), &self.events) else {
+            return;
+        };
+        let connection = &mut member.connection;
+        if !connection.queued && connection.has_packet() {
+            connection.queued = true;
+            self.ready.push_back(token);
+        }
+        let wants_room = connection.wants_room();
+        if wants_room != connection.watching_room {
+            let mut interest = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+            interest.set(EventSet::OUT, wants_room);
+            match events.modify(&connection.stream, token, interest) {
+                Ok(()) => connection.watching_room = wants_room,
+                Err(error) => {
+                    tracing::warn!(%error, "vsock: cannot watch a connection");
+                    if connection.guest_knows() && connection.phase != Phase::Draining {
+                        self.replies
+                            .push_back(reset(self.guest_cid, connection.ports));
+                    }
+                    self.remove(token);
+                }
+            }
+        }
+    }
+
+    fn set_deadline(&mut self, token: u32) {
+        let Some(member) = self.table.get_mut(token) else {
+            return;
+        };
+        let wait = member.connection.waits_for();
+        if member.deadline.map(|(wait, _)| wait) == wait {
+            return;
+        }
+        if let Some((_, at)) = member.deadline.take() {
+            self.deadlines.remove(at, token);
+        }
+        if let Some(wait) = wait {
+            let patience = match wait {
+                Wait::Greeting => self.limits.greeting_timeout,
+                Wait::Response => self.limits.connect_timeout,
+                Wait::Close => self.limits.close_timeout,
+            };
+            let at = Instant::now() + patience;
+            member.deadline = Some((wait, at));
+            self.deadlines.add(at, token);
+        }
+    }
+
+    fn remove(&mut self, token: u32) {
+        let Some(member) = self.table.remove(token) else {
+            return;
+        };
+        if let Some((_, at)) = member.deadline {
+            self.deadlines.remove(at, token);
+        }
+        if let Some(events) = &self.events {
+            // Closing the socket, which follows, removes it as well.
+            let _ = events.remove(&member.connection.stream);
+        }
+    }
+}
+
+/// The reset that ends the connection between `ports`.
+fn reset(guest_cid: u64, ports: Ports) -> Header {
+    Header {
+        src_cid: HOST_CID,
+        dst_cid: guest_cid,
+        src_port: ports.host,
+        dst_port: ports.guest,
+        socket_type: TYPE_STREAM,
+        op: op::RST,
+        ..Header::default()
+    }
+}

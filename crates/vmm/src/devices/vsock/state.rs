@@ -1,0 +1,105 @@
+//! What a vsock device remembers across save and restore: little, because connections end there.
+
+use serde::{Deserialize, Serialize};
+
+use crate::virtio::DeviceError;
+
+/// The first port used on the host's side of connections that the host starts.
+const FIRST_HOST_PORT: u32 = 1 << 30;
+
+/// The saved form, by version. Never change a version: add one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SavedVsock {
+    /// The first.
+    V1(VsockState),
+}
+
+/// A vsock device's state. Built fresh at boot, decoded at restore.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockState {
+    /// The guest's context id (3 to 2^32 - 2).
+    pub guest_cid: u64,
+    /// The next port for the host's side. Goes on after a restore, so that what the guest still
+    /// sends on connections of its former life cannot be taken for a new one.
+    pub next_host_port: u32,
+    /// The guest had connections, or might have: tell it at once that they are gone.
+    pub transport_reset: bool,
+}
+
+impl VsockState {
+    /// The state of a device that no driver has seen.
+    pub fn fresh(guest_cid: u64) -> Self {
+        Self {
+            guest_cid,
+            next_host_port: FIRST_HOST_PORT,
+            transport_reset: false,
+        }
+    }
+
+    /// Encodes it with its version.
+    pub fn encode(&self) -> Result<Vec<u8>, DeviceError> {
+        postcard::to_stdvec(&SavedVsock::V1(self.clone())).map_err(refused)
+    }
+
+    /// Decodes and checks what [`VsockState::encode`] wrote, perhaps on another host.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DeviceError> {
+        let (SavedVsock::V1(state), rest) = postcard::take_from_bytes(bytes).map_err(refused)?;
+        if !rest.is_empty() {
+            return Err(refused(format_args!("{} bytes too many", rest.len())));
+        }
+        state.check()?;
+        Ok(state)
+    }
+
+    /// Refuses context ids that no guest can have.
+    pub fn check(&self) -> Result<(), DeviceError> {
+        if (3..u64::from(u32::MAX)).contains(&self.guest_cid) {
+            Ok(())
+        } else {
+            Err(refused(format_args!(
+                "{} cannot be a guest's context id",
+                self.guest_cid
+            )))
+        }
+    }
+}
+
+fn refused(reason: impl std::fmt::Display) -> DeviceError {
+    DeviceError::State {
+        device: super::NAME,
+        reason: reason.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOLDEN_V1: &[u8] = &[0, 42, 0x83, 0x80, 0x80, 0x80, 0x04, 1];
+
+    fn golden() -> VsockState {
+        VsockState {
+            guest_cid: 42,
+            next_host_port: FIRST_HOST_PORT + 3,
+            transport_reset: true,
+        }
+    }
+
+    #[test]
+    fn version_1_keeps_its_bytes() {
+        assert_eq!(golden().encode().unwrap(), GOLDEN_V1);
+        assert_eq!(VsockState::decode(GOLDEN_V1).unwrap(), golden());
+    }
+
+    #[test]
+    fn cut_padded_or_impossible_states_are_refused() {
+        for len in 0..GOLDEN_V1.len() {
+            assert!(VsockState::decode(&GOLDEN_V1[..len]).is_err());
+        }
+        assert!(VsockState::decode(&[GOLDEN_V1, &[0]].concat()).is_err());
+        for cid in [0, 1, 2, u64::from(u32::MAX), 1 << 40] {
+            let bytes = VsockState::fresh(cid).encode().unwrap();
+            assert!(VsockState::decode(&bytes).is_err());
+        }
+    }
+}
