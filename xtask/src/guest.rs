@@ -232,10 +232,15 @@ fn hooks(kernel: &Path, version: &str, agent: Option<&Path>, folder: &Path) -> R
         hooks.push("chroot \"$1\" systemctl enable clone-agent.service".to_owned());
     }
     hooks.push("rm -rf \"$1\"/var/lib/apt/lists/* \"$1\"/var/cache/apt/*".to_owned());
-    let (image, tree) = (quoted(&folder.join("debian.ext4")), quoted(&folder.join("tree")));
+    let (image, tree) = (
+        quoted(&folder.join("debian.ext4")),
+        quoted(&folder.join("tree")),
+    );
     // A bind mount shows the folder without what is mounted in it (proc).
     hooks.push(format!("mkdir {tree} && mount --bind \"$1\" {tree}"));
-    hooks.push(format!("mke2fs -q -F -t ext4 -L root -d {tree} {image} {DEBIAN_SIZE}"));
+    hooks.push(format!(
+        "mke2fs -q -F -t ext4 -L root -d {tree} {image} {DEBIAN_SIZE}"
+    ));
     hooks.push(format!("umount {tree} && rmdir {tree}"));
     Ok(hooks)
 }

@@ -1,9 +1,160 @@
-//! placeholder
-use anyhow::Result;
-use clap::Args;
+//! All tests, in the order in which they fail fastest: format, lints, licences, unit and
+//! documentation tests here, then the guest tests where stock guests run.
+//!
+//! A guest test is an ordinary `#[test]` in an integration-test binary whose name starts with
+//! `guest`. It is built here; with hardware KVM it also runs here, else in the testbed.
+
+use std::ffi::OsString;
+use std::fs;
 use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use crate::process::{cargo, output, run as run_command};
+use crate::testbed::{self, Size, Testbed};
+use crate::{guest, host, kvm, paths};
+
+/// Where guest tests find kernels and file systems.
+const ASSETS_VARIABLE: &str = "CLONE_TEST_ASSETS";
+const GUEST_TESTS: &str = "binary(/^guest/)";
+
 #[derive(Args)]
-pub(crate) struct Options {}
-pub(crate) fn run(_o: &Options) -> Result<ExitCode> {
-    anyhow::bail!("later")
+pub(crate) struct Options {
+    /// Only what needs no guest: format, lints, licences, unit and documentation tests.
+    #[arg(long, conflicts_with = "guest")]
+    unit: bool,
+    /// Only the guest tests, or those of them whose name holds FILTER.
+    #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "")]
+    guest: Option<String>,
+    /// Use the testbed even where hardware KVM would do.
+    #[arg(long)]
+    testbed: bool,
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    host::setup()?;
+    if options.guest.is_none() {
+        step("format", || {
+            run_command(&mut cargo(&["fmt", "--all", "--check"]))
+        })?;
+        step("lints", || {
+            let lints = [
+                "clippy",
+                "--quiet",
+                "--workspace",
+                "--all-targets",
+                "--",
+                "-D",
+                "warnings",
+            ];
+            run_command(&mut cargo(&lints))
+        })?;
+        step("licences and sources", || {
+            // Advisories need a database from the network; bans, licences and sources do not.
+            let checks = [
+                "deny",
+                "--log-level",
+                "error",
+                "check",
+                "bans",
+                "licenses",
+                "sources",
+            ];
+            run_command(&mut cargo(&checks))
+        })?;
+        step("unit tests", || {
+            let filter = format!("not {GUEST_TESTS}");
+            let tests = [
+                "nextest",
+                "run",
+                "--workspace",
+                "--no-fail-fast",
+                "-E",
+                &filter,
+            ];
+            run_command(&mut cargo(&tests))
+        })?;
+        step("documentation tests", || {
+            run_command(&mut cargo(&["test", "--quiet", "--workspace", "--doc"]))
+        })?;
+    }
+    if options.unit {
+        return Ok(ExitCode::SUCCESS);
+    }
+    step("guest assets", || guest::build().map(drop))?;
+    guest_tests(options)
+}
+
+fn step(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    println!("== {name}");
+    let start = Instant::now();
+    work().with_context(|| format!("{name} failed"))?;
+    println!("== {name}: {:.0} s", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+fn guest_tests(options: &Options) -> Result<ExitCode> {
+    println!("== guest tests");
+    run_command(&mut cargo(&["build", "--quiet", "--workspace", "--bins"]))?;
+    let list = [
+        "nextest",
+        "list",
+        "--workspace",
+        "--list-type",
+        "binaries-only",
+        "--message-format",
+        "json",
+    ];
+    let binaries = output(&mut cargo(&list)).context("cannot build the guest tests")?;
+    let metadata = output(&mut cargo(&["metadata", "--format-version", "1"]))?;
+    let folder = paths::target().join("guest-tests");
+    fs::create_dir_all(&folder)?;
+    let (binaries_file, metadata_file) = (folder.join("binaries.json"), folder.join("cargo.json"));
+    fs::write(&binaries_file, binaries)?;
+    fs::write(&metadata_file, metadata)?;
+    let filter = match options.guest.as_deref() {
+        None | Some("") => GUEST_TESTS.to_owned(),
+        Some(name) => format!("{GUEST_TESTS} & test({name})"),
+    };
+    let variable = format!(
+        "{ASSETS_VARIABLE}={}",
+        paths::assets().canonicalize()?.display()
+    );
+    // No test at all is a failure: nextest ends with a status of its own then.
+    let mut words: Vec<OsString> = [
+        "env".into(),
+        variable.into(),
+        "cargo-nextest".into(),
+        "nextest".into(),
+    ]
+    .into();
+    words.extend(
+        [
+            "run",
+            "--profile",
+            "guest",
+            "--no-fail-fast",
+            "--binaries-metadata",
+        ]
+        .map(Into::into),
+    );
+    words.push(binaries_file.into());
+    words.push("--cargo-metadata".into());
+    words.push(metadata_file.into());
+    words.extend(["-E".into(), filter.into()]);
+    let verdict = kvm::probe();
+    println!("{verdict}");
+    if verdict.runs_stock_guests() && !options.testbed {
+        let status = std::process::Command::new(&words[0])
+            .args(&words[1..])
+            .current_dir(paths::workspace())
+            .status()
+            .context("cannot start cargo-nextest")?;
+        return Ok(ExitCode::from(status.code().unwrap_or(1) as u8));
+    }
+    std::env::set_current_dir(paths::workspace())?;
+    let testbed = Testbed::find_or_start(&Size::default())?;
+    testbed::execute(&testbed, &words)
 }

@@ -15,7 +15,11 @@ use kvm_ioctls::Kvm;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut words = std::env::args().skip(1);
-    let image = File::open(words.next().ok_or("usage: boot KERNEL [INITRD [CMDLINE…]]")?)?;
+    let image = File::open(
+        words
+            .next()
+            .ok_or("usage: boot KERNEL [INITRD [CMDLINE…]]")?,
+    )?;
     let initrd = words.next().map(File::open).transpose()?;
     let more: Vec<String> = words.collect();
     let cmdline = format!("console=ttyS0 panic=-1 {}", more.join(" "));
@@ -31,7 +35,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         confine_vcpu: Arc::new(|| Ok(())),
     };
     let mut machine = Machine::new(parts, &mut events)?;
-    machine.boot(&mut Kernel { image, initrd, cmdline })?;
+    machine.boot(&mut Kernel {
+        image,
+        initrd,
+        cmdline,
+    })?;
     println!("assembled in {:?}", start.elapsed());
     machine.resume()?;
     let exit = loop {

@@ -37,6 +37,16 @@ pub(crate) struct Size {
     pub(crate) vfio: bool,
 }
 
+impl Default for Size {
+    fn default() -> Self {
+        Self {
+            mem: 8192,
+            cpus: 2,
+            vfio: false,
+        }
+    }
+}
+
 #[derive(Subcommand)]
 pub(crate) enum Command {
     /// Keeps a testbed running in the background, so that `run` starts at once.
