@@ -54,7 +54,7 @@ pub(super) fn rebuild(leases: &[Lease], range: Option<&Range>) -> Result<(), Hos
     if let Some(range) = range {
         push_nat(&mut script, range);
     }
-    push_guard(&mut script);
+    push_guard(&mut script, range);
     for lease in leases {
         push_element(&mut script, "add", lease);
     }
@@ -74,13 +74,14 @@ fn clear_script() -> String {
 }
 
 fn push_nat(script: &mut String, range: &Range) {
-    // Guests reach the world and the host; the world reaches them only in answer, and so do
-    // other guests by way of the host.
+    // Guests reach the world and the host; the world reaches them only in answer. What stays on
+    // the bridge is the guard's affair, and passes here only where br_netfilter is loaded.
     let _ = write!(
         script,
         "table inet clone {{
   chain forward {{
     type filter hook forward priority filter; policy accept;
+    iifname {BRIDGE:?} accept
     oifname {BRIDGE:?} ct state established,related accept
     oifname {BRIDGE:?} drop
   }}
@@ -93,23 +94,37 @@ fn push_nat(script: &mut String, range: &Range) {
     );
 }
 
-fn push_guard(script: &mut String) {
+fn push_guard(script: &mut String, range: Option<&Range>) {
+    // No detour by the host to guests that cannot be reached directly.
+    let detour = range.map_or_else(String::new, |range| {
+        let (gateway, mac) = (range.gateway(), Range::mac_of(range.gateway()));
+        format!("    ether daddr {mac} ip daddr {range} ip daddr != {gateway} drop\n")
+    });
     // `senders` have an address that we gave them and speak IPv4 and ARP under it alone;
-    // `stations`, on bridges that are not ours, are held to their hardware address.
-    script.push_str(
-        "table bridge clone {
-  set senders { type ifname . ether_addr . ipv4_addr; }
-  set stations { type ifname . ether_addr; }
-  chain guard {
+    // `stations`, on bridges that are not ours, are held to their hardware address. From guest to
+    // guest only what both take part in passes: a bridge port's own flag (isolated) keeps a guest
+    // from another isolated one, but not from those that are not.
+    let _ = write!(
+        script,
+        "table bridge clone {{
+  set senders {{ type ifname . ether_addr . ipv4_addr; }}
+  set stations {{ type ifname . ether_addr; }}
+  set neighbours {{ type ifname; }}
+  chain guard {{
     type filter hook prerouting priority -300; policy accept;
     iifname != \"clone-*\" accept
     iifname . ether saddr @stations accept
-    iifname . ether saddr . ip saddr @senders accept
+{detour}    iifname . ether saddr . ip saddr @senders accept
     iifname . ether saddr . arp saddr ip @senders iifname . arp saddr ether . arp saddr ip @senders accept
     drop
-  }
-}
-",
+  }}
+  chain apart {{
+    type filter hook forward priority filter; policy accept;
+    iifname \"clone-*\" oifname \"clone-*\" iifname != @neighbours drop
+    iifname \"clone-*\" oifname \"clone-*\" oifname != @neighbours drop
+  }}
+}}
+"
     );
 }
 
@@ -125,6 +140,12 @@ fn push_element(script: &mut String, verb: &str, lease: &Lease) {
             "{verb} element bridge clone stations {{ {tap:?} . {mac} }}"
         ),
     };
+    if lease.neighbours {
+        let _ = writeln!(
+            script,
+            "{verb} element bridge clone neighbours {{ {tap:?} }}"
+        );
+    }
 }
 
 fn has_table(family: &str) -> Result<bool, HostNetError> {

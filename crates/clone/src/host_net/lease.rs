@@ -36,6 +36,8 @@ pub(super) struct Lease {
     pub(super) mac: MacAddr,
     /// The guest's address, where we give it one.
     pub(super) address: Option<Ipv4Addr>,
+    /// Whether the guest may reach others of which the same is true.
+    pub(super) neighbours: bool,
     /// Who made it, while the VM is starting.
     pub(super) creator: Creator,
 }
@@ -268,6 +270,7 @@ mod tests {
             slot,
             mac: MacAddr([2, 0xc1, 0, 0, 0, slot as u8]),
             address: Some(Ipv4Addr::new(10, 213, 0, 2)),
+            neighbours: false,
             creator: Creator::this_process(),
         }
     }

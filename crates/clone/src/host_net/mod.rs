@@ -351,6 +351,7 @@ impl Site {
             slot,
             mac,
             address,
+            neighbours: request.neighbours,
             creator: Creator::this_process(),
         };
         self.leases.add(&lease)?;
@@ -373,7 +374,9 @@ impl Site {
                 notices: Vec::new(),
             }),
             Err(error) => {
-                // The tap went with its descriptors.
+                // The tap goes with its descriptors, but a child that this process is just
+                // starting may hold copies for a moment.
+                self.undo(self.links.delete(&lease.tap()));
                 self.undo(firewall::dismiss(std::slice::from_ref(&lease)));
                 self.undo(self.leases.remove(slot));
                 self.undo(self.remove_if_unused());

@@ -75,8 +75,7 @@ fn a_guest_gets_an_address_and_the_host_answers_it() {
         let mut guest = guest(&host, "web");
         assert_eq!(guest.attachment.tap_name, "clone-0002");
         let gateway = guest.gateway();
-        guest.ask(gateway, guest.mac, guest.address);
-        let gateway_mac = guest.answer_from(gateway).expect("the host answers");
+        let gateway_mac = guest.finds(gateway).expect("the host answers");
         let server = UdpSocket::bind((gateway, 9)).unwrap();
         server
             .set_read_timeout(Some(Duration::from_secs(2)))
@@ -122,6 +121,7 @@ fn a_guest_speaks_for_nobody_else() {
         let mut liar = guest(&host, "liar");
         let victim = guest(&host, "victim");
         let gateway = liar.gateway();
+        let gateway_mac = liar.finds(gateway).expect("the truth is answered");
         let claims = [
             (liar.mac, victim.address),
             (victim.mac, liar.address),
@@ -134,8 +134,6 @@ fn a_guest_speaks_for_nobody_else() {
         }
         assert_eq!(liar.answer_from(gateway), None);
         // Nor by datagrams.
-        liar.ask(gateway, liar.mac, liar.address);
-        let gateway_mac = liar.answer_from(gateway).expect("the truth is answered");
         let server = UdpSocket::bind((gateway, 9)).unwrap();
         server
             .set_read_timeout(Some(Duration::from_millis(300)))
@@ -145,9 +143,6 @@ fn a_guest_speaks_for_nobody_else() {
         let mut text = [0; 16];
         let (len, _) = server.recv_from(&mut text).unwrap();
         assert_eq!(&text[..len], b"truth");
-        // Nor in other protocols.
-        liar.send([0xff; 6], liar.mac.0, [0x86, 0xdd], &[0x60; 40]);
-        assert!(server.recv_from(&mut text).is_err());
     });
 }
 
@@ -166,14 +161,25 @@ fn guests_see_each_other_only_if_both_may() {
         let mut hearing = guest(&host, "b");
         let mut first = neighbour("c");
         let mut second = neighbour("d");
-        asking.ask(hearing.address, asking.mac, asking.address);
-        assert!(!hearing.hears_question_for(hearing.address));
         first.ask(second.address, first.mac, first.address);
         assert!(second.hears_question_for(second.address));
+        first.datagram(second.mac, first.address, (second.address, 9), b"hello");
+        assert_eq!(second.hears_datagram().as_deref(), Some(&b"hello"[..]));
+        // Only in the protocols that are guarded.
+        first.send(second.mac.0, first.mac.0, [0x86, 0xdd], &[0x60; 40]);
+        assert_eq!(
+            second.expect(|frame| frame[12..14] == [0x86, 0xdd] && frame[6..12] == first.mac.0),
+            None
+        );
+        asking.ask(hearing.address, asking.mac, asking.address);
+        assert!(!hearing.hears_question_for(hearing.address));
+        first.ask(hearing.address, first.mac, first.address);
+        assert!(!hearing.hears_question_for(hearing.address));
+        hearing.ask(first.address, hearing.mac, hearing.address);
+        assert!(!first.hears_question_for(first.address));
         // The detour by the host is closed too.
         let gateway = asking.gateway();
-        asking.ask(gateway, asking.mac, asking.address);
-        let gateway_mac = asking.answer_from(gateway).unwrap();
+        let gateway_mac = asking.finds(gateway).unwrap();
         run(&format!(
             "ip neigh replace {} lladdr {} dev {BRIDGE}",
             hearing.address, hearing.mac
@@ -223,8 +229,7 @@ fn the_world_is_reached_under_the_hosts_address_and_reaches_nobody_by_itself() {
         to_world.send(()).unwrap();
         from_world.recv().unwrap();
         let gateway = guest.gateway();
-        guest.ask(gateway, guest.mac, guest.address);
-        let gateway_mac = guest.answer_from(gateway).unwrap();
+        let gateway_mac = guest.finds(gateway).unwrap();
         run(&format!(
             "ip neigh replace {address} lladdr {} dev {BRIDGE}",
             guest.mac
@@ -271,8 +276,7 @@ fn only_the_last_guest_takes_the_bridge_along() {
         drop(first);
         host.detach("first").unwrap();
         let gateway = second.gateway();
-        second.ask(gateway, second.mac, second.address);
-        assert!(second.answer_from(gateway).is_some());
+        assert!(second.finds(gateway).is_some());
         assert!(!run("nft list table bridge clone").contains("clone-0002"));
         // By its own name, and while its process still has the tap.
         host.detach("second").unwrap();
@@ -287,10 +291,12 @@ fn what_killed_vms_left_is_swept_and_the_living_are_spared() {
         let killed = guest(&host, "killed");
         let mut living = guest(&host, "living");
         drop(killed);
-        assert!(
-            !links().contains("clone-0002"),
-            "a tap goes with its process"
-        );
+        // Programs that other tests start may hold copies of its descriptors for a moment.
+        let gone = (0..100).any(|_| {
+            thread::sleep(Duration::from_millis(10));
+            !links().contains("clone-0002")
+        });
+        assert!(gone, "a tap goes with its process");
         assert!(
             host.sweep(|vm| vm == "living").unwrap().is_empty(),
             "a VM that may be starting is left alone"
@@ -299,8 +305,7 @@ fn what_killed_vms_left_is_swept_and_the_living_are_spared() {
         assert_eq!(host.sweep(|vm| vm == "living").unwrap(), ["killed"]);
         assert!(!run("nft list table bridge clone").contains("clone-0002"));
         let gateway = living.gateway();
-        living.ask(gateway, living.mac, living.address);
-        assert!(living.answer_from(gateway).is_some());
+        assert!(living.finds(gateway).is_some());
         drop(living);
         assert_eq!(host.sweep(|_| false).unwrap(), ["living"]);
         assert_nothing_left(dir.path());
@@ -319,8 +324,7 @@ fn damaged_records_are_swept_with_what_they_spoke_of() {
         assert!(!links().contains("clone-0002"));
         assert!(!run("nft list table bridge clone").contains("clone-0002"));
         let gateway = living.gateway();
-        living.ask(gateway, living.mac, living.address);
-        assert!(living.answer_from(gateway).is_some());
+        assert!(living.finds(gateway).is_some());
         drop((damaged, living));
         fs::write(dir.path().join("net/nat"), "nonsense").unwrap();
         host.detach("living").unwrap();
@@ -404,8 +408,7 @@ fn rules_that_someone_flushed_come_back_with_the_next_guest() {
         let _second = guest(&host, "second");
         assert!(run("nft list table inet clone").contains("masquerade"));
         let gateway = first.gateway();
-        first.ask(gateway, first.mac, first.address);
-        assert!(first.answer_from(gateway).is_some());
+        assert!(first.finds(gateway).is_some());
         first.ask(gateway, first.mac, Ipv4Addr::new(10, 213, 0, 77));
         assert!(first.answer_from(gateway).is_none(), "the guard is back");
     });
@@ -441,8 +444,8 @@ fn a_guest_joins_a_bridge_of_the_owners() {
         );
         let gateway = Ipv4Addr::new(192, 0, 2, 1);
         // Any address, but its own station only.
-        guest.ask(gateway, guest.mac, Ipv4Addr::new(192, 0, 2, 50));
-        assert!(guest.answer_from(gateway).is_some());
+        let address = Ipv4Addr::new(192, 0, 2, 50);
+        assert!(guest.finds_as(address, gateway).is_some());
         guest.ask(
             gateway,
             MacAddr([2, 0, 0, 0, 0, 9]),

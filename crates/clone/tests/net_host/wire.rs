@@ -167,6 +167,20 @@ impl Guest {
         poll(&mut fds, Some(&limit)).unwrap();
     }
 
+    /// Asks for a station until it answers. The first frames on a new bridge may be lost: the
+    /// kernel looks at changes of carriers once a second.
+    pub(crate) fn finds(&mut self, whom: Ipv4Addr) -> Option<MacAddr> {
+        self.finds_as(self.address, whom)
+    }
+
+    /// The same from an address of any.
+    pub(crate) fn finds_as(&mut self, address: Ipv4Addr, whom: Ipv4Addr) -> Option<MacAddr> {
+        (0..6).find_map(|_| {
+            self.ask(whom, self.mac, address);
+            self.answer_from(whom)
+        })
+    }
+
     /// Whether an answer to [`Guest::ask`] comes, and from which station.
     pub(crate) fn answer_from(&mut self, whom: Ipv4Addr) -> Option<MacAddr> {
         self.expect(|frame| {
