@@ -3,6 +3,7 @@
 //! - [`kernel`]: recognises kernels, extracts `vmlinux` from bzImages, caches it.
 //! - [`build_rootfs`]: turns a directory or a container image into a bootable ext4 disk: [`source`](Source) → one
 //!   tree in memory → the guest's agent and identity added → the disk written.
+//! - [`build_initramfs`]: packs busybox, the agent and kernel modules as an initramfs.
 //!
 //! This crate knows nothing of KVM or of running guests: paths go in, files come out. It prints nothing; long work
 //! reports through callbacks and `tracing` spans.
@@ -13,6 +14,7 @@ mod decompress;
 mod error;
 mod ext4;
 mod guest;
+mod initramfs;
 pub mod kernel;
 mod progress;
 mod rootfs;
@@ -23,7 +25,10 @@ mod tree;
 pub use error::{ImageError, Result};
 pub use ext4::DiskSize;
 pub use guest::{AGENT_PATH, FoundInit, IMAGE_DESCRIPTION_PATH, ImageDescription, Init};
+pub use initramfs::{
+    InitramfsInit, InitramfsReport, InitramfsSpec, USUAL_MODULES, build_initramfs,
+};
 pub use progress::{Progress, Step};
 pub use rootfs::{RootfsReport, RootfsSpec, Source, build_rootfs};
-pub use source::{ImageConfig, Ownership};
+pub use source::{Debian, ImageConfig, Ownership};
 pub use tree::Limits;

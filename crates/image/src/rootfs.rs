@@ -12,7 +12,7 @@ use crate::guest::{self, FoundInit, Init, Outfit};
 use crate::progress::Progress;
 use crate::source::oci::{self, OciImage, Wanted};
 use crate::source::store::Store;
-use crate::source::{ImageConfig, Ownership, directory};
+use crate::source::{Debian, ImageConfig, Ownership, debian, directory};
 use crate::staging::Staging;
 use crate::tree::{Limits, Spool, Tree};
 use crate::{ImageError, Result};
@@ -21,6 +21,8 @@ use crate::{ImageError, Result};
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Source {
+    /// A Debian suite, installed by mmdebstrap.
+    Debian(Debian),
     /// A directory of the host.
     Directory {
         /// Its path.
@@ -61,6 +63,7 @@ impl Source {
     /// A line for people.
     fn describe(&self) -> String {
         match self {
+            Self::Debian(debian) => format!("Debian {}", debian.suite),
             Self::Directory { path, .. } => format!("directory {}", path.display()),
             Self::Image {
                 path,
@@ -194,6 +197,10 @@ fn fill(
     progress: &dyn Progress,
 ) -> Result<ImageConfig> {
     match &spec.source {
+        Source::Debian(debian) => {
+            debian::install(debian, tree, spool, progress)?;
+            Ok(ImageConfig::default())
+        }
         Source::Directory { path, ownership } => {
             directory::read(tree, path, *ownership, progress)?;
             Ok(ImageConfig::default())

@@ -1,4 +1,4 @@
-//! Just enough ELF to tell a bootable x86-64 `vmlinux` from anything else.
+//! Just enough ELF to tell a bootable x86-64 `vmlinux` from anything else, and to read a kernel module's `.modinfo`.
 //!
 //! Every offset is untrusted: all reads go through bounds-checked slices. The loader that later maps the kernel does
 //! its own checks; these exist so that a bad file is named when the image is made and not when the guest hangs.
@@ -135,6 +135,40 @@ impl<'a> Elf<'a> {
                 Ok((u32_at(self.bytes, header)?, header))
             })
             .collect()
+    }
+
+    /// The contents of the section with this name, if there is one.
+    pub(crate) fn section(&self, wanted: &str) -> Result<Option<&'a [u8]>, String> {
+        let table = u64_at(self.bytes, 40)?;
+        let (size, count, names) = (
+            u16_at(self.bytes, 58)?,
+            u16_at(self.bytes, 60)?,
+            u16_at(self.bytes, 62)?,
+        );
+        if table == 0 || size < 64 {
+            return Ok(None);
+        }
+        let header = |index: u16| {
+            table
+                .checked_add(u64::from(index) * u64::from(size))
+                .ok_or_else(|| "its section headers wrap".to_owned())
+        };
+        let contents =
+            |at: u64| self.slice(u64_at(self.bytes, at + 24)?, u64_at(self.bytes, at + 32)?);
+        let strings = contents(header(names)?)?;
+        for index in 0..count {
+            let at = header(index)?;
+            let name = strings
+                .get(u32_at(self.bytes, at)? as usize..)
+                .unwrap_or_default();
+            if name
+                .strip_prefix(wanted.as_bytes())
+                .is_some_and(|rest| rest.first() == Some(&0))
+            {
+                return contents(at).map(Some);
+            }
+        }
+        Ok(None)
     }
 }
 

@@ -17,6 +17,8 @@ use std::path::Path;
 
 pub use cache::{CachedKernel, KernelCache};
 pub(crate) use elf::Elf;
+#[cfg(test)]
+pub(crate) use elf::testing;
 
 use crate::{ImageError, Result};
 

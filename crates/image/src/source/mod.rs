@@ -1,5 +1,6 @@
 //! Where a root file system's files come from. Each source fills the same in-memory tree.
 
+pub(crate) mod debian;
 pub(crate) mod digest;
 pub(crate) mod directory;
 pub(crate) mod layer;
@@ -11,5 +12,6 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
+pub use debian::Debian;
 pub use directory::Ownership;
 pub use oci::ImageConfig;
