@@ -3,5 +3,6 @@
 //! device), `tests.rs`.
 
 pub mod net;
+pub mod rng;
 pub mod serial;
 pub mod vsock;
