@@ -14,6 +14,7 @@ pub mod event_loop;
 pub mod irq;
 pub mod machine;
 pub mod pci;
+pub mod rate_limit;
 pub mod timer;
 pub mod vcpu;
 pub mod virtio;

@@ -1,0 +1,151 @@
+//! Ops on a thread of their own, for images whose calls block (qcow2) and for hosts that forbid
+//! io_uring. Started with the first op; ended, after its last op, when it is dropped.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::op::{Op, Target};
+use super::{Finished, OpId};
+
+/// Room for the qcow2 code, which inflates clusters. Only pages that are touched cost memory.
+const STACK_BYTES: usize = 256 << 10;
+
+/// What the disk's thread and the worker share.
+struct Shared {
+    /// Held only to move ops in and out, never during an op.
+    state: Mutex<State>,
+    /// There is work, or the end.
+    work: Condvar,
+    /// Something is finished.
+    done: Condvar,
+    /// The same for the event loop.
+    wake: OwnedFd,
+}
+
+#[derive(Default)]
+struct State {
+    queue: VecDeque<(OpId, Op, Target)>,
+    finished: Vec<Finished>,
+    stop: bool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // The state is consistent between statements: a panic elsewhere does not spoil it.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A disk's worker thread.
+pub(crate) struct Worker {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+    in_flight: usize,
+}
+
+impl Worker {
+    /// Makes ready; the thread starts with the first op.
+    pub(crate) fn new() -> io::Result<Self> {
+        let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                state: Mutex::default(),
+                work: Condvar::new(),
+                done: Condvar::new(),
+                wake,
+            }),
+            thread: None,
+            in_flight: 0,
+        })
+    }
+
+    /// Whether nothing is in flight or unseen.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.in_flight == 0
+    }
+
+    /// Hands an op to the thread; an error means that it cannot be started.
+    pub(crate) fn push(&mut self, id: OpId, op: Op, target: Target) -> io::Result<()> {
+        if self.thread.is_none() {
+            let shared = Arc::clone(&self.shared);
+            self.thread = Some(
+                std::thread::Builder::new()
+                    .name("disk".to_owned())
+                    .stack_size(STACK_BYTES)
+                    .spawn(move || serve(&shared))?,
+            );
+        }
+        self.in_flight += 1;
+        self.shared.lock().queue.push_back((id, op, target));
+        self.shared.work.notify_one();
+        Ok(())
+    }
+
+    /// Takes what is finished.
+    pub(crate) fn reap(&mut self, finished: &mut Vec<Finished>) {
+        // Under the lock, so that the descriptor is readable exactly while something is unseen.
+        let mut state = self.shared.lock();
+        let mut count = [0; 8];
+        // Fails where nothing was written since the last read, which is fine.
+        let _ = rustix::io::read(&self.shared.wake, &mut count);
+        self.in_flight -= state.finished.len();
+        finished.append(&mut state.finished);
+    }
+
+    /// Waits until something is finished. Something must be in flight.
+    pub(crate) fn wait(&self) {
+        let state = self.shared.lock();
+        let waited = self
+            .shared
+            .done
+            .wait_while(state, |state| state.finished.is_empty());
+        drop(waited);
+    }
+}
+
+impl AsRawFd for Worker {
+    fn as_raw_fd(&self) -> RawFd {
+        self.shared.wake.as_raw_fd()
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.shared.lock().stop = true;
+        self.shared.work.notify_one();
+        if let Some(thread) = self.thread.take() {
+            // It fails only where the thread panicked; there is nobody left to tell.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The thread: one op after the other, in order.
+fn serve(shared: &Shared) {
+    let mut state = shared.lock();
+    loop {
+        if let Some((id, op, target)) = state.queue.pop_front() {
+            drop(state);
+            let result = op.execute(&target);
+            state = shared.lock();
+            state.finished.push((id, result));
+            shared.done.notify_one();
+            if state.finished.len() == 1 {
+                // Fails only where the counter is full, and then the loop is awake anyway.
+                let _ = rustix::io::write(&shared.wake, &1u64.to_ne_bytes());
+            }
+        } else if state.stop {
+            return;
+        } else {
+            state = shared
+                .work
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! qcow2 images: a strict look at the header, then the `imago` crate for all the rest.
+//!
+//! The header is checked before `imago` sees the file, because an image may come from a hostile
+//! hand and tables are read whole into memory by sizes in it. Paths in a header are never
+//! followed: a backing file is used only where the caller opened one. Leaves to others: threads
+//! (calls here block).
+//!
+//! Source: QEMU's `docs/interop/qcow2.rst`.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use imago::io_buffers::{IoVector, IoVectorMut};
+use imago::qcow2::Qcow2;
+use imago::raw::Raw;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
+use vm_memory::VolatileSlice;
+
+use crate::buffer::Buffers;
+use crate::engine::OpKind;
+use crate::error::{DiskError, io_error};
+
+/// The first bytes of every qcow2 image.
+pub(crate) const MAGIC: [u8; 4] = *b"QFI\xfb";
+/// The largest virtual size taken: what a header can make us allocate grows with it.
+const MAX_SIZE: u64 = 64 << 40;
+/// The largest first-level table taken, in bytes (16 TiB of disk with 64 KiB clusters).
+const MAX_L1_BYTES: u64 = 4 << 20;
+/// The largest refcount table taken, in bytes, as QEMU has it.
+const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+
+type Image = FormatAccess<imago::file::File>;
+
+/// What the header of a qcow2 image says, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Qcow2Header {
+    /// The size of the disk in bytes.
+    pub virtual_size: u64,
+    /// The size of a cluster in bytes.
+    pub cluster_size: u64,
+    /// The backing file that the header names. Not to be trusted as a path.
+    pub backing_file: Option<String>,
+}
+
+impl Qcow2Header {
+    /// Reads and checks the header of `file`.
+    ///
+    /// # Errors
+    /// [`DiskError::Image`] with the reason where the image is broken, hostile or uses features
+    /// that are not supported; [`DiskError::Io`] where it cannot be read.
+    pub fn read(file: &File) -> Result<Self, DiskError> {
+        let file_size = crate::size_of(file)?;
+        let mut bytes = [0u8; 104];
+        file.read_exact_at(&mut bytes[..72], 0)
+            .map_err(|_| refused("shorter than a header"))?;
+        if bytes[..4] != MAGIC {
+            return Err(refused("no qcow2 magic number"));
+        }
+        match be32(&bytes, 4) {
+            2 => {}
+            3 => file
+                .read_exact_at(&mut bytes, 0)
+                .map_err(|_| refused("shorter than a header"))?,
+            version => return Err(refused(format!("version {version} is not supported"))),
+        }
+        let header = Self::check(&bytes, file_size)?;
+        let backing_file = backing_name(file, &bytes, header.cluster_size)?;
+        Ok(Self {
+            backing_file,
+            ..header
+        })
+    }
+
+    /// Checks all that is in the fixed part of the header.
+    fn check(bytes: &[u8; 104], file_size: u64) -> Result<Self, DiskError> {
+        let cluster_bits = be32(bytes, 20);
+        if !(9..=21).contains(&cluster_bits) {
+            return Err(refused(format!("cluster size of 2^{cluster_bits} bytes")));
+        }
+        let cluster_size = 1u64 << cluster_bits;
+        let virtual_size = be64(bytes, 24);
+        if virtual_size == 0 || virtual_size > MAX_SIZE || !virtual_size.is_multiple_of(512) {
+            return Err(refused(format!("virtual size of {virtual_size} bytes")));
+        }
+        if be32(bytes, 32) != 0 {
+            return Err(refused("it is encrypted"));
+        }
+        if be32(bytes, 60) != 0 {
+            return Err(refused("it has internal snapshots"));
+        }
+        // Entries of 8 bytes, each for a cluster of such entries for a cluster each.
+        let per_l1_entry = cluster_size / 8 * cluster_size;
+        let l1_bytes = u64::from(be32(bytes, 36)) * 8;
+        if l1_bytes < virtual_size.div_ceil(per_l1_entry) * 8 {
+            return Err(refused("first-level table shorter than the disk"));
+        }
+        table(
+            "first-level table",
+            be64(bytes, 40),
+            l1_bytes,
+            MAX_L1_BYTES,
+            cluster_size,
+            file_size,
+        )?;
+        let refcounts = u64::from(be32(bytes, 56)) * cluster_size;
+        table(
+            "refcount table",
+            be64(bytes, 48),
+            refcounts,
+            MAX_REFCOUNT_TABLE_BYTES,
+            cluster_size,
+            file_size,
+        )?;
+        // Version 2 has none of this, and the bytes are zero.
+        let incompatible = be64(bytes, 72);
+        for (bit, feature) in [
+            (1, "it is marked as corrupt"),
+            (2, "it has an external data file"),
+            (3, "it has a compression type that is not supported"),
+            (4, "it has extended second-level entries"),
+        ] {
+            if incompatible & (1 << bit) != 0 {
+                return Err(refused(feature));
+            }
+        }
+        if incompatible >> 5 != 0 {
+            return Err(refused(format!("unknown features {incompatible:#x}")));
+        }
+        if be32(bytes, 4) == 3 && be32(bytes, 96) > 6 {
+            return Err(refused("refcounts wider than 64 bits"));
+        }
+        Ok(Self {
+            virtual_size,
+            cluster_size,
+            backing_file: None,
+        })
+    }
+}
+
+/// Checks that a table lies where it can.
+fn table(
+    name: &str,
+    offset: u64,
+    len: u64,
+    max_len: u64,
+    cluster_size: u64,
+    file_size: u64,
+) -> Result<(), DiskError> {
+    if len == 0 || len > max_len {
+        return Err(refused(format!("{name} of {len} bytes")));
+    }
+    let inside = offset
+        .checked_add(len)
+        .is_some_and(|end| end <= file_size.next_multiple_of(cluster_size));
+    if offset < cluster_size || !offset.is_multiple_of(cluster_size) || !inside {
+        return Err(refused(format!("{name} outside of the file")));
+    }
+    Ok(())
+}
+
+/// The backing file's name as the header has it.
+fn backing_name(
+    file: &File,
+    bytes: &[u8; 104],
+    cluster_size: u64,
+) -> Result<Option<String>, DiskError> {
+    let (offset, len) = (be64(bytes, 8), be32(bytes, 16));
+    if offset == 0 {
+        return Ok(None);
+    }
+    if len > 1023
+        || offset
+            .checked_add(u64::from(len))
+            .is_none_or(|end| end > cluster_size)
+    {
+        return Err(refused("backing file name outside of the header"));
+    }
+    let mut name = vec![0; len as usize];
+    file.read_exact_at(&mut name, offset)
+        .map_err(|_| refused("backing file name outside of the file"))?;
+    String::from_utf8(name)
+        .map(Some)
+        .map_err(|_| refused("backing file name is not UTF-8"))
+}
+
+/// A file of a chain of backing files, opened by the caller.
+pub(crate) enum Backing {
+    /// A raw image: the end of a chain.
+    Raw(File),
+    /// A qcow2 image.
+    Qcow2(File),
+}
+
+/// An open qcow2 image with its backing files.
+pub(crate) struct Qcow2Image {
+    image: Image,
+    size: u64,
+}
+
+impl Qcow2Image {
+    /// Opens `file` over `backing`, nearest first.
+    pub(crate) fn open(
+        file: File,
+        writable: bool,
+        backing: Vec<Backing>,
+    ) -> Result<Self, DiskError> {
+        let mut below: Option<Arc<Image>> = None;
+        for part in backing.into_iter().rev() {
+            let image = match part {
+                Backing::Raw(file) if below.is_none() => open_raw(file)?,
+                Backing::Raw(_) => return Err(refused("a raw backing file cannot have another")),
+                Backing::Qcow2(file) => open_one(file, false, below.take())?,
+            };
+            below = Some(Arc::new(image));
+        }
+        let image = open_one(file, writable, below)?;
+        let size = image.size();
+        Ok(Self { image, size })
+    }
+
+    /// The size of the disk in bytes.
+    pub(crate) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Carries out what an op wants, waiting for it.
+    pub(crate) fn execute(&self, offset: u64, kind: OpKind) -> io::Result<()> {
+        match kind {
+            OpKind::Read(buffers) => {
+                // Layers round their size up to blocks and may ask for more than there is.
+                let inside = self.size.saturating_sub(offset).min(buffers.len());
+                buffers.range(inside, buffers.len() - inside).fill_zero();
+                let slices = volatile(&buffers.range(0, inside));
+                let (vector, _guard) = IoVectorMut::from_volatile_slice(&slices);
+                self.image.readv(vector, offset)
+            }
+            OpKind::Write(buffers) | OpKind::Fill { buffers, .. } => {
+                let slices = volatile(&buffers);
+                let (vector, _guard) = IoVector::from_volatile_slice(&slices);
+                self.image.writev(vector, offset)
+            }
+            OpKind::Sync => {
+                self.image.flush()?;
+                self.image.sync()
+            }
+            OpKind::Zero { len, punch: false } => self.image.write_zeroes(offset, len),
+            OpKind::Zero { len, punch: true } | OpKind::Discard { len } => {
+                // SAFETY: an image is used by one thread at a time (its disk's worker, or the
+                // caller of a blocking disk), and no mapping is held between calls.
+                unsafe { self.image.discard_to_zero_unsafe(offset, len) }
+            }
+        }
+    }
+}
+
+/// The buffers as `imago` takes them.
+fn volatile(buffers: &Buffers) -> Vec<VolatileSlice<'static>> {
+    buffers
+        .iter()
+        // SAFETY: `Buffer::new` was promised that the memory stays mapped until the op is over,
+        // and the slices do not outlive the op.
+        .map(|buffer| unsafe { VolatileSlice::new(buffer.address(), buffer.len()) })
+        .collect()
+}
+
+fn open_raw(file: File) -> Result<Image, DiskError> {
+    let file = imago::file::File::try_from(file).map_err(io_error("open the raw backing file"))?;
+    let raw = Raw::builder(file)
+        .open(DenyImplicitOpenGate::default())
+        .map_err(io_error("open the raw backing file"))?;
+    Ok(FormatAccess::new(raw))
+}
+
+fn open_one(file: File, writable: bool, below: Option<Arc<Image>>) -> Result<Image, DiskError> {
+    let header = Qcow2Header::read(&file)?;
+    match (&header.backing_file, &below) {
+        (Some(name), None) => {
+            return Err(refused(format!(
+                "it needs the backing file {name:?}, which must be given explicitly"
+            )));
+        }
+        (None, Some(_)) => return Err(refused("a backing file was given but it has none")),
+        _ => {}
+    }
+    let file = imago::file::File::try_from(file).map_err(io_error("open the qcow2 image"))?;
+    let image = Qcow2::<_, Arc<Image>>::builder(file)
+        .write(writable)
+        .backing(below)
+        .open(DenyImplicitOpenGate::default())
+        .map_err(|error| refused(error.to_string()))?;
+    Ok(FormatAccess::new(image))
+}
+
+fn refused(reason: impl Into<String>) -> DiskError {
+    DiskError::Image {
+        format: "qcow2",
+        reason: reason.into(),
+    }
+}
+
+fn be32(bytes: &[u8], at: usize) -> u32 {
+    let mut field = [0; 4];
+    field.copy_from_slice(&bytes[at..at + 4]);
+    u32::from_be_bytes(field)
+}
+
+fn be64(bytes: &[u8], at: usize) -> u64 {
+    let mut field = [0; 8];
+    field.copy_from_slice(&bytes[at..at + 8]);
+    u64::from_be_bytes(field)
+}

@@ -1,0 +1,188 @@
+//! What of a block device is saved and restored, and its configuration space.
+//!
+//! Source: VIRTIO 1.3, 5.2.3 (feature bits) and 5.2.4 (configuration layout).
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use super::{DEVICE, SECTOR};
+use crate::rate_limit::RateLimits;
+use crate::virtio::DeviceError;
+
+/// The most queues that a device may have: one per vCPU of the largest machine.
+pub const MAX_QUEUES: u16 = 32;
+/// The length of a device's id string in bytes.
+pub const ID_BYTES: usize = 20;
+/// The size of each queue.
+pub(super) const QUEUE_SIZE: u16 = 256;
+/// Data segments of a request: a queue's worth, without header and status.
+pub(super) const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// The longest segment in bytes.
+pub(super) const SIZE_MAX: u32 = 1 << 20;
+/// The longest discard or zeroing in sectors: 1 GiB, so that a pause never waits long for one.
+pub(super) const MAX_ZERO_SECTORS: u32 = 1 << 21;
+
+/// What a new block device is to be.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BlockConfig {
+    /// What the guest reads as the disk's serial number; cut at [`ID_BYTES`].
+    pub id: String,
+    /// Queues, 1 to [`MAX_QUEUES`]; 0 stands for 1.
+    pub queues: u16,
+    /// Limits on what the guest reads and writes together.
+    pub limits: RateLimits,
+}
+
+/// The saved state of a block device. New versions are added, old ones are never changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BlockState {
+    /// The first version.
+    V1(BlockStateV1),
+}
+
+/// The first version of a block device's state. The buckets of its limits are not saved: a
+/// restored device starts with full ones.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockStateV1 {
+    /// The id string.
+    pub id: [u8; ID_BYTES],
+    /// Queues.
+    pub queues: u16,
+    /// The limits.
+    pub limits: RateLimits,
+    /// What the guest was told of the disk; `None` before a disk was attached.
+    pub disk: Option<SeenDisk>,
+}
+
+/// The properties of a disk that a running guest relies on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeenDisk {
+    /// Its size in bytes.
+    pub size: u64,
+    /// Whether it takes no writes.
+    pub read_only: bool,
+    /// The unit that is cheapest to write, in bytes.
+    pub block_size: u32,
+}
+
+impl BlockState {
+    /// The state of a device that no driver has seen yet.
+    pub fn fresh(config: &BlockConfig) -> Self {
+        let mut id = [0; ID_BYTES];
+        let len = config.id.len().min(ID_BYTES);
+        id[..len].copy_from_slice(&config.id.as_bytes()[..len]);
+        Self::V1(BlockStateV1 {
+            id,
+            queues: config.queues.max(1),
+            limits: config.limits,
+            disk: None,
+        })
+    }
+
+    /// Decodes a saved state.
+    ///
+    /// # Errors
+    /// [`DeviceError::State`] where it is none.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DeviceError> {
+        postcard::from_bytes(bytes).map_err(|error| refused(error.to_string()))
+    }
+
+    pub(super) fn encode(&self) -> Result<Vec<u8>, DeviceError> {
+        postcard::to_stdvec(self).map_err(|error| refused(error.to_string()))
+    }
+}
+
+impl BlockStateV1 {
+    /// Fits the state to the disk: a new device learns of it, a saved one must have seen the same.
+    pub(super) fn attach(mut self, disk: SeenDisk) -> Result<Self, DeviceError> {
+        if !(1..=MAX_QUEUES).contains(&self.queues) {
+            return Err(refused(format!("{} queues", self.queues)));
+        }
+        if let Some(seen) = self.disk {
+            if (seen.size, seen.read_only) != (disk.size, disk.read_only) {
+                return Err(refused(format!(
+                    "the guest knows a disk of {} bytes ({}), this one has {} ({})",
+                    seen.size,
+                    access(seen.read_only),
+                    disk.size,
+                    access(disk.read_only)
+                )));
+            }
+            return Ok(self);
+        }
+        self.disk = Some(disk);
+        Ok(self)
+    }
+
+    /// The features offered.
+    pub(super) fn features(&self) -> u64 {
+        let read_only = self.disk.is_some_and(|disk| disk.read_only);
+        let mut bits = vec![
+            VIRTIO_RING_F_EVENT_IDX,
+            VIRTIO_RING_F_INDIRECT_DESC,
+            VIRTIO_BLK_F_SEG_MAX,
+            VIRTIO_BLK_F_SIZE_MAX,
+            VIRTIO_BLK_F_BLK_SIZE,
+            VIRTIO_BLK_F_TOPOLOGY,
+            VIRTIO_BLK_F_FLUSH,
+        ];
+        if read_only {
+            bits.push(VIRTIO_BLK_F_RO);
+        } else {
+            bits.extend([VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
+        }
+        if self.queues > 1 {
+            bits.push(VIRTIO_BLK_F_MQ);
+        }
+        bits.into_iter()
+            .fold(0, |features, bit| features | 1 << bit)
+    }
+
+    /// The configuration space, little endian.
+    pub(super) fn config_space(&self) -> [u8; CONFIG_BYTES] {
+        let disk = self.disk.unwrap_or(SeenDisk {
+            size: 0,
+            read_only: true,
+            block_size: SECTOR as u32,
+        });
+        let sectors_per_block = disk.block_size / SECTOR as u32;
+        let mut space = [0; CONFIG_BYTES];
+        let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &(disk.size / SECTOR).to_le_bytes());
+        put(8, &SIZE_MAX.to_le_bytes());
+        put(12, &SEG_MAX.to_le_bytes());
+        put(20, &(SECTOR as u32).to_le_bytes());
+        // Topology: logical blocks in a physical one (as a power of two), alignment, and the
+        // smallest and best sizes of a request in logical blocks.
+        put(24, &[sectors_per_block.trailing_zeros() as u8, 0]);
+        put(26, &(sectors_per_block as u16).to_le_bytes());
+        put(34, &self.queues.to_le_bytes());
+        put(36, &MAX_ZERO_SECTORS.to_le_bytes());
+        put(40, &1u32.to_le_bytes());
+        put(44, &sectors_per_block.to_le_bytes());
+        put(48, &MAX_ZERO_SECTORS.to_le_bytes());
+        put(52, &1u32.to_le_bytes());
+        // A zeroing may give space back.
+        put(56, &[1]);
+        space
+    }
+}
+
+/// The length of the configuration space: as far as the zeroing limits.
+pub(super) const CONFIG_BYTES: usize = 60;
+
+fn access(read_only: bool) -> &'static str {
+    if read_only { "read-only" } else { "writable" }
+}
+
+fn refused(reason: String) -> DeviceError {
+    DeviceError::State {
+        device: DEVICE,
+        reason,
+    }
+}

@@ -1,0 +1,670 @@
+//! The block device against a driver written by hand, on plain memory.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use clone_disk::{DiskSpec, EngineKind, Format, Writes};
+use proptest::prelude::*;
+use virtio_bindings::virtio_blk::*;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::*;
+use crate::devices::net::testing::DriverQueue;
+use crate::event_loop::{EventHandler, EventLoop};
+use crate::rate_limit::{Rate, RateLimits};
+use crate::virtio::testing::{CountingInterrupt, ram};
+use crate::virtio::{GuestRam, SavedQueue};
+
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+const RAM_BYTES: usize = 8 << 20;
+/// Headers, data and status bytes of the driver's requests.
+const HEADERS: u64 = 1 << 20;
+const DATA: u64 = 2 << 20;
+const STATUS: u64 = 7 << 20;
+const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
+
+struct Adapter(Arc<Mutex<Block>>);
+
+impl EventHandler for Adapter {
+    fn handle_event(&mut self, token: u32, ready: EventSet) {
+        self.0.lock().unwrap().handle_event(token, ready).unwrap();
+    }
+}
+
+/// A device with its driver.
+struct Rig {
+    ram: GuestRam,
+    driver: DriverQueue,
+    device: Arc<Mutex<Block>>,
+    events: EventLoop,
+    interrupt: Arc<CountingInterrupt>,
+    _kick: EventFd,
+    requests: u64,
+    directory: tempfile::TempDir,
+}
+
+fn image(directory: &Path, len: usize) -> PathBuf {
+    let path = directory.join("base.img");
+    let bytes: Vec<u8> = (0..len).map(|at| (at / 512 + 1) as u8).collect();
+    std::fs::write(&path, bytes).unwrap();
+    path
+}
+
+fn open(spec: &DiskSpec, engine: EngineKind) -> SharedDisk {
+    Arc::new(Mutex::new(
+        Disk::open(spec.open().unwrap(), engine).unwrap(),
+    ))
+}
+
+impl Rig {
+    fn new(engine: EngineKind, writes: Writes, config: &BlockConfig, features: u64) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = image(directory.path(), 1 << 20);
+        let spec = DiskSpec {
+            writes,
+            ..DiskSpec::image(path, Format::Raw, false)
+        };
+        let disk = open(&spec, engine);
+        let device = Block::new(disk, BlockState::fresh(config)).unwrap();
+        Self::over(device, features, directory)
+    }
+
+    fn plain(writes: Writes) -> Self {
+        Self::new(EngineKind::Uring, writes, &BlockConfig::default(), FLUSH)
+    }
+
+    fn over(device: Block, features: u64, directory: tempfile::TempDir) -> Self {
+        let ram = ram(RAM_BYTES);
+        let driver = DriverQueue::new(&ram, 0x10000, QUEUE_SIZE, false);
+        let (queue, kick) = driver.activate(0);
+        let mut events = EventLoop::new().unwrap();
+        let registrar = events.reserve();
+        let interrupt = CountingInterrupt::shared();
+        let device = Arc::new(Mutex::new(device));
+        events.attach(&registrar, Arc::new(Mutex::new(Adapter(device.clone()))));
+        let activation = Activation {
+            ram: ram.clone(),
+            queues: vec![queue],
+            features,
+            interrupt: interrupt.clone(),
+            events: registrar,
+        };
+        device.lock().unwrap().activate(activation).unwrap();
+        Self {
+            ram,
+            driver,
+            device,
+            events,
+            interrupt,
+            _kick: kick,
+            requests: 0,
+            directory,
+        }
+    }
+
+    fn header(&mut self, kind: u32, sector: u64) -> (u64, u64) {
+        let number = self.requests % 200;
+        self.requests += 1;
+        let at = HEADERS + 16 * number;
+        self.ram.write_obj([kind, 0], GuestAddress(at)).unwrap();
+        self.ram.write_obj(sector, GuestAddress(at + 8)).unwrap();
+        let status = STATUS + number;
+        self.ram.write_obj(0xffu8, GuestAddress(status)).unwrap();
+        (at, status)
+    }
+
+    /// Adds a request on `len` bytes at `data`; returns where its status will be.
+    fn add(&mut self, kind: u32, sector: u64, data: u64, len: u32) -> u64 {
+        let (header, status) = self.header(kind, sector);
+        let device_writes = matches!(kind, VIRTIO_BLK_T_IN | VIRTIO_BLK_T_GET_ID);
+        let flags = if device_writes { WRITE } else { 0 };
+        if len == 0 {
+            self.driver.add(&[(header, 16, 0), (status, 1, WRITE)]);
+        } else {
+            self.driver
+                .add(&[(header, 16, 0), (data, len, flags), (status, 1, WRITE)]);
+        }
+        status
+    }
+
+    fn kick(&self) -> Result<(), DeviceError> {
+        self.device.lock().unwrap().notify_queue(0)
+    }
+
+    /// Kicks and waits for `count` used chains.
+    fn finish(&mut self, count: usize) -> Vec<(u16, u32)> {
+        self.kick().unwrap();
+        let mut used = self.driver.take_used();
+        while used.len() < count {
+            assert!(
+                self.events.run_once(10_000).unwrap() > 0,
+                "an answer is missing"
+            );
+            used.extend(self.driver.take_used());
+        }
+        assert_eq!(used.len(), count);
+        used
+    }
+
+    fn status(&self, at: u64) -> u32 {
+        u32::from(self.ram.read_obj::<u8>(GuestAddress(at)).unwrap())
+    }
+
+    /// One request, to its end.
+    fn request(&mut self, kind: u32, sector: u64, len: u32) -> u32 {
+        let status = self.add(kind, sector, DATA, len);
+        self.finish(1);
+        self.status(status)
+    }
+
+    fn fill(&self, at: u64, len: usize, value: u8) {
+        self.ram
+            .write_slice(&vec![value; len], GuestAddress(at))
+            .unwrap();
+    }
+
+    fn bytes(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.ram.read_slice(&mut bytes, GuestAddress(at)).unwrap();
+        bytes
+    }
+
+    fn range(&self, sector: u64, count: u32, flags: u32) {
+        self.ram.write_obj(sector, GuestAddress(DATA)).unwrap();
+        self.ram
+            .write_obj([count, flags], GuestAddress(DATA + 8))
+            .unwrap();
+    }
+
+    fn base(&self) -> File {
+        File::open(self.directory.path().join("base.img")).unwrap()
+    }
+}
+
+#[test]
+fn what_is_written_is_read_back_and_in_the_file_with_every_engine() {
+    for engine in [EngineKind::Uring, EngineKind::Worker, EngineKind::Blocking] {
+        let mut rig = Rig::new(engine, Writes::Base, &BlockConfig::default(), FLUSH);
+        rig.fill(DATA, 8192, 0xab);
+        assert_eq!(rig.request(VIRTIO_BLK_T_OUT, 3, 8192), VIRTIO_BLK_S_OK);
+        assert_eq!(rig.request(VIRTIO_BLK_T_FLUSH, 0, 0), VIRTIO_BLK_S_OK);
+        rig.fill(DATA, 8192, 0);
+        assert_eq!(rig.request(VIRTIO_BLK_T_IN, 2, 8192), VIRTIO_BLK_S_OK);
+        let bytes = rig.bytes(DATA, 8192);
+        assert_eq!((bytes[511], bytes[512], bytes[8191]), (3, 0xab, 0xab));
+        let mut sector = [0; 512];
+        rig.base().read_exact_at(&mut sector, 3 * 512).unwrap();
+        assert_eq!(sector, [0xab; 512]);
+        assert!(rig.interrupt.queue_count() > 0);
+    }
+}
+
+#[test]
+fn a_read_tells_how_many_bytes_were_written() {
+    let mut rig = Rig::plain(Writes::Base);
+    rig.add(VIRTIO_BLK_T_IN, 0, DATA, 4096);
+    assert_eq!(rig.finish(1)[0].1, 4097);
+    rig.add(VIRTIO_BLK_T_OUT, 0, DATA, 4096);
+    assert_eq!(rig.finish(1)[0].1, 1);
+}
+
+#[test]
+fn more_requests_than_the_ring_holds_are_all_answered_rightly() {
+    for engine in [EngineKind::Uring, EngineKind::Worker] {
+        let mut rig = Rig::new(
+            engine,
+            Writes::Ephemeral(None),
+            &BlockConfig::default(),
+            FLUSH,
+        );
+        let data = |n: u64| DATA + 512 * n;
+        let statuses: Vec<u64> = (0..80)
+            .map(|n| rig.add(VIRTIO_BLK_T_IN, n * 3, data(n), 512))
+            .collect();
+        rig.finish(80);
+        for (n, status) in (0..80).zip(statuses) {
+            assert_eq!(rig.status(status), VIRTIO_BLK_S_OK);
+            assert_eq!(rig.bytes(data(n), 512), vec![(n * 3 + 1) as u8; 512]);
+        }
+    }
+}
+
+#[test]
+fn the_id_string_is_told_and_cut() {
+    let config = BlockConfig {
+        id: "a-serial-longer-than-twenty-bytes".to_owned(),
+        ..BlockConfig::default()
+    };
+    let mut rig = Rig::new(EngineKind::Uring, Writes::Base, &config, FLUSH);
+    assert_eq!(rig.request(VIRTIO_BLK_T_GET_ID, 0, 20), VIRTIO_BLK_S_OK);
+    assert_eq!(rig.bytes(DATA, 20), b"a-serial-longer-than");
+}
+
+#[test]
+fn the_configuration_space_describes_the_disk() {
+    let rig = Rig::plain(Writes::Ephemeral(None));
+    let device = rig.device.lock().unwrap();
+    let mut space = [0xee; 64];
+    device.read_config(0, &mut space);
+    assert_eq!(space[..8], 2048u64.to_le_bytes());
+    assert_eq!(space[20..24], 512u32.to_le_bytes());
+    assert_eq!(space[24], 3, "eight logical blocks in a physical one");
+    assert_eq!(space[60..], [0; 4]);
+    let mut byte = [9];
+    device.read_config(u64::MAX, &mut byte);
+    assert_eq!(byte, [0]);
+}
+
+#[test]
+fn a_read_only_disk_says_so_and_refuses_changes() {
+    let mut rig = Rig::plain(Writes::Refused);
+    assert_ne!(
+        rig.device.lock().unwrap().features() & 1 << VIRTIO_BLK_F_RO,
+        0
+    );
+    assert_eq!(rig.request(VIRTIO_BLK_T_OUT, 0, 512), VIRTIO_BLK_S_IOERR);
+    rig.range(0, 8, 0);
+    assert_eq!(rig.request(VIRTIO_BLK_T_DISCARD, 0, 16), VIRTIO_BLK_S_IOERR);
+    assert_eq!(rig.request(VIRTIO_BLK_T_FLUSH, 0, 0), VIRTIO_BLK_S_OK);
+    assert_eq!(rig.request(VIRTIO_BLK_T_IN, 0, 512), VIRTIO_BLK_S_OK);
+    let mut sector = [0; 512];
+    rig.base().read_exact_at(&mut sector, 0).unwrap();
+    assert_eq!(sector, [1; 512]);
+}
+
+#[test]
+fn requests_that_do_not_fit_the_disk_fail_alone() {
+    let mut rig = Rig::plain(Writes::Base);
+    for (kind, sector, len) in [
+        (VIRTIO_BLK_T_IN, 2048, 512),
+        (VIRTIO_BLK_T_IN, 2047, 1024),
+        (VIRTIO_BLK_T_OUT, u64::MAX, 512),
+        (VIRTIO_BLK_T_OUT, u64::MAX / 512, 512),
+        (VIRTIO_BLK_T_IN, 0, 100),
+    ] {
+        assert_eq!(
+            rig.request(kind, sector, len),
+            VIRTIO_BLK_S_IOERR,
+            "{kind} {sector} {len}"
+        );
+    }
+    assert_eq!(rig.request(77, 0, 512), VIRTIO_BLK_S_UNSUPP);
+    assert_eq!(rig.request(VIRTIO_BLK_T_IN, 2047, 512), VIRTIO_BLK_S_OK);
+}
+
+#[test]
+fn zeros_and_discards_never_show_the_base_again() {
+    let mut rig = Rig::plain(Writes::Ephemeral(None));
+    rig.fill(DATA, 4096, 0x77);
+    assert_eq!(rig.request(VIRTIO_BLK_T_OUT, 8, 4096), VIRTIO_BLK_S_OK);
+    rig.range(8, 8, 0);
+    assert_eq!(rig.request(VIRTIO_BLK_T_DISCARD, 0, 16), VIRTIO_BLK_S_OK);
+    // From the middle of a block to the middle of another.
+    rig.range(20, 9, 1);
+    assert_eq!(
+        rig.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, 16),
+        VIRTIO_BLK_S_OK
+    );
+    assert_eq!(rig.request(VIRTIO_BLK_T_IN, 0, 32 * 512), VIRTIO_BLK_S_OK);
+    let bytes = rig.bytes(DATA, 32 * 512);
+    for sector in 0..32 {
+        let zero = (8..16).contains(&sector) || (20..29).contains(&sector);
+        let expected = if zero { 0 } else { sector as u8 + 1 };
+        assert_eq!(
+            bytes[sector * 512..][..512],
+            [expected; 512],
+            "sector {sector}"
+        );
+    }
+}
+
+#[test]
+fn ranges_with_unknown_flags_or_lengths_are_refused() {
+    let mut rig = Rig::plain(Writes::Base);
+    rig.range(0, 8, 1);
+    assert_eq!(
+        rig.request(VIRTIO_BLK_T_DISCARD, 0, 16),
+        VIRTIO_BLK_S_UNSUPP
+    );
+    rig.range(0, 8, 2);
+    assert_eq!(
+        rig.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, 16),
+        VIRTIO_BLK_S_UNSUPP
+    );
+    rig.range(0, u32::MAX, 0);
+    assert_eq!(
+        rig.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, 16),
+        VIRTIO_BLK_S_IOERR
+    );
+    rig.range(u64::MAX / 2, 8, 0);
+    assert_eq!(
+        rig.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, 16),
+        VIRTIO_BLK_S_IOERR
+    );
+    assert_eq!(
+        rig.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, 24),
+        VIRTIO_BLK_S_IOERR
+    );
+}
+
+#[test]
+fn a_request_may_be_cut_into_descriptors_anywhere() {
+    let mut rig = Rig::plain(Writes::Base);
+    let (header, status) = rig.header(VIRTIO_BLK_T_IN, 5);
+    rig.driver.add(&[
+        (header, 7, 0),
+        (header + 7, 9, 0),
+        (DATA, 100, WRITE),
+        (DATA + 4096, 412, WRITE),
+        (DATA + 8192, 511, WRITE),
+        // The last byte of data together with the status.
+        (status - 1, 2, WRITE),
+    ]);
+    rig.finish(1);
+    assert_eq!(rig.status(status), VIRTIO_BLK_S_OK);
+    assert_eq!(rig.bytes(DATA, 101), [vec![6; 100], vec![0]].concat());
+    assert_eq!(rig.bytes(DATA + 4096, 412), vec![6; 412]);
+    assert_eq!(rig.bytes(DATA + 8192, 511), vec![7; 511]);
+    assert_eq!(rig.bytes(status - 1, 1), [7]);
+}
+
+#[test]
+fn an_indirect_table_works_like_a_chain() {
+    let mut rig = Rig::plain(Writes::Base);
+    let (header, status) = rig.header(VIRTIO_BLK_T_IN, 9);
+    let table = 0x8_0000u64;
+    for (n, (address, len, flags)) in [
+        (header, 16u32, 1u16),
+        (DATA, 512, 1 | WRITE),
+        (status, 1, WRITE),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let at = table + 16 * n as u64;
+        rig.ram.write_obj(address, GuestAddress(at)).unwrap();
+        rig.ram.write_obj(len, GuestAddress(at + 8)).unwrap();
+        rig.ram
+            .write_obj([flags, n as u16 + 1], GuestAddress(at + 12))
+            .unwrap();
+    }
+    rig.driver.add(&[(table, 48, INDIRECT)]);
+    rig.finish(1);
+    assert_eq!(rig.status(status), VIRTIO_BLK_S_OK);
+    assert_eq!(rig.bytes(DATA, 512), [10; 512]);
+}
+
+#[test]
+fn a_driver_that_breaks_the_rules_breaks_its_device_only() {
+    let far = RAM_BYTES as u64;
+    let broken: [&[(u64, u32, u16)]; 8] = [
+        &[(HEADERS, 16, 0)],
+        &[(STATUS, 1, WRITE)],
+        &[(HEADERS, 15, 0), (STATUS, 1, WRITE)],
+        &[(far, 16, 0), (STATUS, 1, WRITE)],
+        &[(HEADERS, 16, 0), (far, 1, WRITE)],
+        &[
+            (HEADERS, 16, 0),
+            (far - 512, 1024, WRITE),
+            (STATUS, 1, WRITE),
+        ],
+        &[
+            (HEADERS, 16, 0),
+            (u64::MAX - 1, u32::MAX, WRITE),
+            (STATUS, 1, WRITE),
+        ],
+        &[(0x8_0000, 24, INDIRECT)],
+    ];
+    for chain in broken {
+        let mut rig = Rig::plain(Writes::Base);
+        rig.driver.add(chain);
+        assert!(rig.kick().is_err(), "{chain:?}");
+        rig.device.lock().unwrap().reset();
+        assert!(rig.device.lock().unwrap().queues().is_empty());
+    }
+}
+
+#[test]
+fn a_chain_that_loops_or_an_index_that_jumps_breaks_the_device() {
+    let mut rig = Rig::plain(Writes::Base);
+    rig.driver.write_descriptor(0, HEADERS, 16, 1, 1);
+    rig.driver.write_descriptor(1, DATA, 512, 1 | WRITE, 0);
+    rig.driver.offer(0);
+    assert!(matches!(rig.kick(), Err(DeviceError::Driver { .. })));
+    let rig = Rig::plain(Writes::Base);
+    rig.driver.set_avail_index(QUEUE_SIZE + 1);
+    assert!(matches!(rig.kick(), Err(DeviceError::Queue { .. })));
+}
+
+#[test]
+fn without_flushes_agreed_on_every_write_is_kept_before_it_is_answered() {
+    let directory = tempfile::tempdir().unwrap();
+    let base = image(directory.path(), 1 << 20);
+    let top = directory.path().join("top.layer");
+    let spec = DiskSpec {
+        writes: Writes::Layer(top.clone()),
+        ..DiskSpec::image(base, Format::Raw, false)
+    };
+    let disk = open(&spec, EngineKind::Uring);
+    let device = Block::new(disk, BlockState::fresh(&BlockConfig::default())).unwrap();
+    let mut rig = Rig::over(device, 0, directory);
+    rig.fill(DATA, 512, 0x55);
+    assert_eq!(rig.request(VIRTIO_BLK_T_OUT, 1, 512), VIRTIO_BLK_S_OK);
+    // The file alone, as after a crash of this process.
+    let copy = rig.directory.path().join("copy.layer");
+    std::fs::copy(&top, &copy).unwrap();
+    let spec = DiskSpec {
+        layers: vec![copy],
+        writes: Writes::Refused,
+        ..spec
+    };
+    let mut disk = Disk::open(spec.open().unwrap(), EngineKind::Blocking).unwrap();
+    let mut sectors = [0; 1536];
+    disk.read_at(&mut sectors, 0).unwrap();
+    assert_eq!((sectors[0], sectors[512], sectors[1024]), (1, 0x55, 3));
+}
+
+#[test]
+fn a_pause_finishes_what_was_begun_and_a_resume_finds_what_came_since() {
+    for engine in [EngineKind::Uring, EngineKind::Worker] {
+        let mut rig = Rig::new(
+            engine,
+            Writes::Ephemeral(None),
+            &BlockConfig::default(),
+            FLUSH,
+        );
+        for n in 0..60 {
+            rig.add(VIRTIO_BLK_T_OUT, n * 8, DATA, 4096);
+        }
+        rig.kick().unwrap();
+        rig.device.lock().unwrap().pause().unwrap();
+        assert_eq!(rig.driver.take_used().len(), 60);
+        let queue = SavedQueue::from(rig.device.lock().unwrap().queues()[0].1);
+        assert_eq!((queue.next_avail, queue.next_used), (60, 60));
+        rig.add(VIRTIO_BLK_T_IN, 0, DATA, 512);
+        rig.kick().unwrap();
+        assert!(rig.driver.take_used().is_empty(), "a paused device works");
+        rig.device.lock().unwrap().resume().unwrap();
+        rig.finish(1);
+    }
+}
+
+#[test]
+fn a_frozen_disk_keeps_its_content_while_the_guest_goes_on() {
+    let mut rig = Rig::plain(Writes::Ephemeral(None));
+    rig.fill(DATA, 4096, 0x11);
+    assert_eq!(rig.request(VIRTIO_BLK_T_OUT, 0, 4096), VIRTIO_BLK_S_OK);
+    let disk = {
+        let mut device = rig.device.lock().unwrap();
+        device.pause().unwrap();
+        let disk = device.disk().clone();
+        let top = clone_disk::ephemeral(None).unwrap();
+        disk.lock().unwrap().freeze(top, false).unwrap();
+        device.resume().unwrap();
+        disk
+    };
+    rig.fill(DATA, 512, 0x22);
+    assert_eq!(rig.request(VIRTIO_BLK_T_OUT, 1, 512), VIRTIO_BLK_S_OK);
+    assert_eq!(rig.request(VIRTIO_BLK_T_IN, 0, 4096), VIRTIO_BLK_S_OK);
+    let bytes = rig.bytes(DATA, 4096);
+    assert_eq!((bytes[0], bytes[512], bytes[1024]), (0x11, 0x22, 0x11));
+    let frozen = disk.lock().unwrap().layer_file(0).unwrap();
+    let mut block = [0; 4096];
+    frozen.read_exact_at(&mut block, 1 << 20).unwrap();
+    assert_eq!(block, [0x11; 4096]);
+}
+
+#[test]
+fn a_rate_limit_holds_requests_back_and_lets_them_go_in_order() {
+    let config = BlockConfig {
+        limits: RateLimits {
+            operations: Some(Rate {
+                per_second: 50,
+                burst: 2,
+            }),
+            ..RateLimits::default()
+        },
+        ..BlockConfig::default()
+    };
+    let mut rig = Rig::new(EngineKind::Blocking, Writes::Base, &config, FLUSH);
+    let heads: Vec<u64> = (0..5)
+        .map(|n| rig.add(VIRTIO_BLK_T_IN, n, DATA, 512))
+        .collect();
+    rig.kick().unwrap();
+    let first = rig.driver.take_used().len();
+    assert!((2..5).contains(&first), "{first} passed at once");
+    let mut rest = first;
+    while rest < 5 {
+        assert!(
+            rig.events.run_once(10_000).unwrap() > 0,
+            "the timer is missing"
+        );
+        rest += rig.driver.take_used().len();
+    }
+    assert!(heads.iter().all(|at| rig.status(*at) == VIRTIO_BLK_S_OK));
+}
+
+#[test]
+fn every_queue_of_several_is_served() {
+    let directory = tempfile::tempdir().unwrap();
+    let base = image(directory.path(), 1 << 20);
+    let disk = open(
+        &DiskSpec::image(base, Format::Raw, true),
+        EngineKind::Blocking,
+    );
+    let config = BlockConfig {
+        queues: 2,
+        ..BlockConfig::default()
+    };
+    let mut device = Block::new(disk, BlockState::fresh(&config)).unwrap();
+    assert_ne!(device.features() & 1 << VIRTIO_BLK_F_MQ, 0);
+    assert_eq!(device.queue_max_sizes().len(), 2);
+    let ram = ram(RAM_BYTES);
+    let mut drivers = [0x10000, 0x20000].map(|base| DriverQueue::new(&ram, base, 16, false));
+    let (first, second) = (drivers[0].activate(0).0, drivers[1].activate(1).0);
+    let interrupt = CountingInterrupt::shared();
+    let activation = Activation {
+        ram: ram.clone(),
+        queues: vec![first, second],
+        features: FLUSH,
+        interrupt: interrupt.clone(),
+        events: EventLoop::new().unwrap().reserve(),
+    };
+    device.activate(activation).unwrap();
+    for (n, driver) in drivers.iter_mut().enumerate() {
+        ram.write_obj([VIRTIO_BLK_T_FLUSH, 0, 0, 0], GuestAddress(HEADERS))
+            .unwrap();
+        driver.add(&[(HEADERS, 16, 0), (STATUS, 1, WRITE)]);
+        device.notify_queue(n as u16).unwrap();
+        assert_eq!(driver.take_used().len(), 1);
+    }
+    assert_eq!(interrupt.queue_count(), 2);
+}
+
+#[test]
+fn a_saved_state_comes_back_and_refuses_another_disk() {
+    let rig = Rig::plain(Writes::Ephemeral(None));
+    let saved = rig.device.lock().unwrap().save().unwrap();
+    let state = BlockState::decode(&saved).unwrap();
+    let other = tempfile::tempdir().unwrap();
+    let disk = |len| {
+        let path = image(other.path(), len);
+        open(
+            &DiskSpec::image(path, Format::Raw, false),
+            EngineKind::Blocking,
+        )
+    };
+    assert!(Block::new(disk(1 << 20), state.clone()).is_ok());
+    let refused = Block::new(disk(1 << 19), state).err().unwrap();
+    assert!(refused.to_string().contains("1048576"), "{refused}");
+    assert!(BlockState::decode(&[9, 9]).is_err());
+}
+
+#[test]
+fn the_first_version_of_the_state_is_still_understood() {
+    let golden = [
+        &[0u8][..],
+        b"serial\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
+        &[2, 0, 1, 100, 10, 1, 0x80, 0x80, 0x40, 1, 0x80, 0x20],
+    ]
+    .concat();
+    let state = BlockState::V1(BlockStateV1 {
+        id: *b"serial\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
+        queues: 2,
+        limits: RateLimits {
+            bytes: None,
+            operations: Some(Rate {
+                per_second: 100,
+                burst: 10,
+            }),
+        },
+        disk: Some(SeenDisk {
+            size: 1 << 20,
+            read_only: true,
+            block_size: 4096,
+        }),
+    });
+    assert_eq!(state.encode().unwrap(), golden);
+    assert_eq!(BlockState::decode(&golden).unwrap(), state);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+    #[test]
+    fn no_ring_content_harms_the_host(
+        descriptors in prop::collection::vec(
+            (prop_oneof![0u64..0x90_0000, any::<u64>()], prop_oneof![0u32..5000, any::<u32>()], 0u16..8, 0u16..10),
+            8
+        ),
+        header in (0u32..16, 0u64..3000),
+        heads in prop::collection::vec(0u16..9, 1..6),
+        index in prop::option::of(any::<u16>()),
+    ) {
+        let mut rig = Rig::new(
+            EngineKind::Blocking, Writes::Ephemeral(None), &BlockConfig::default(), FLUSH,
+        );
+        for at in [HEADERS, DATA] {
+            rig.ram.write_obj([header.0, 0], GuestAddress(at)).unwrap();
+            rig.ram.write_obj(header.1, GuestAddress(at + 8)).unwrap();
+        }
+        for (number, (address, len, flags, next)) in descriptors.into_iter().enumerate() {
+            // Some descriptors are as a driver would make them.
+            let address = if address % 3 == 0 { HEADERS } else { address };
+            let len = if len % 3 == 0 { 16 } else { len };
+            rig.driver.write_descriptor(number as u16, address, len, flags, next);
+        }
+        for head in heads {
+            rig.driver.offer(head);
+        }
+        if let Some(index) = index {
+            rig.driver.set_avail_index(index);
+        }
+        // Either is fine: what matters is that it returns, and that a reset brings rest.
+        let _ = rig.kick();
+        rig.device.lock().unwrap().reset();
+        prop_assert!(rig.device.lock().unwrap().disk().lock().unwrap().is_idle());
+    }
+}
