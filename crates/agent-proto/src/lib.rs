@@ -1,1 +1,35 @@
-//! Placeholder.
+//! What hosts and guest agents say to each other.
+//!
+//! A connection (vsock, port [`PORT`]) carries one operation. The agent speaks first
+//! ([`messages::Hello`]); the host sends one [`messages::Request`], and what follows depends on it.
+//! The protocol only grows: a template may hold an agent that is years older than its host, so
+//! fields and operations are added and never changed, an agent answers what it does not know with
+//! an error, and both sides skip fields that they do not know.
+//!
+//! - [`messages`]: the messages, as protobuf.
+//! - [`frame`]: how they are cut out of a byte stream, without I/O.
+//! - [`client`]: the host's side with blocking I/O.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod client;
+pub mod frame;
+pub mod messages;
+
+/// The vsock port that the agent listens on.
+pub const PORT: u32 = 1024;
+
+/// The version that [`messages::Hello`] tells. It changes only if an old host could no longer talk
+/// to a new agent at all, which the rules above are there to avoid.
+pub const PROTOCOL: u32 = 1;
+
+/// The most output per stream that an agent keeps until the host acknowledges it (bytes).
+pub const OUTPUT_WINDOW: usize = 256 << 10;
+
+/// The most input that a host may send ahead of what the command has taken (bytes).
+///
+/// With it neither side ever has to stop reading messages, so that input that nobody takes cannot
+/// keep acknowledgements of output from arriving.
+pub const INPUT_WINDOW: usize = 256 << 10;
+
+/// The most data in one message (bytes).
+pub const CHUNK: usize = 64 << 10;

@@ -1,0 +1,472 @@
+//! The host's side with blocking I/O, over a VM's vsock socket.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown as SocketEnd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::frame::{self, Decoder, FrameError};
+use crate::messages::{
+    Acknowledge, Attach, CommandInfo, Empty, Exec, Exited, FileInfo, FromAgent, FromHost, Get,
+    Hello, Identity, Info, Put, Request, Shutdown, Started, Stream, TerminalSize, from_agent,
+    from_host, request::Operation,
+};
+use crate::{CHUNK, INPUT_WINDOW, OUTPUT_WINDOW, PORT};
+
+/// Output is acknowledged at least this often (bytes), well before the agent's window is full.
+const ACKNOWLEDGE_EVERY: u64 = OUTPUT_WINDOW as u64 / 4;
+/// The longest answer to `CONNECT`.
+const CONNECT_ANSWER_MAX: usize = 32;
+
+/// Why an operation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The VM's socket cannot be reached.
+    #[error("cannot reach the VM's vsock socket {path}: {source}")]
+    Connect {
+        /// The socket.
+        path: String,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// Nobody listens in the guest.
+    #[error("no agent answers in the guest: it is still starting, or it is not in its image")]
+    NoAgent,
+    /// The connection was lost; the guest may have ended.
+    #[error("the connection to the agent was lost: {0}")]
+    Lost(#[source] io::Error),
+    /// The agent said something that is not the protocol.
+    #[error("the agent cannot be understood: {0}")]
+    Garbled(#[from] FrameError),
+    /// The agent said something out of turn.
+    #[error("the agent answered with something else than asked for")]
+    OutOfTurn,
+    /// The agent refused.
+    #[error("{}", .0.message)]
+    Refused(crate::messages::Error),
+    /// A local file or stream failed.
+    #[error("cannot read or write the data locally: {0}")]
+    Local(#[source] io::Error),
+}
+
+type Result<T> = std::result::Result<T, ClientError>;
+
+/// A connection to an agent, before its one request.
+pub struct Connection {
+    stream: UnixStream,
+    out: Arc<Out>,
+    decoder: Decoder,
+    hello: Hello,
+}
+
+/// The way to the agent, shared by whoever sends: messages must not be mixed.
+struct Out {
+    stream: Mutex<UnixStream>,
+    credit: Mutex<Credit>,
+    /// Notified when `credit` changed.
+    credit_changed: Condvar,
+}
+
+/// How much input may be sent.
+#[derive(Default)]
+struct Credit {
+    sent: u64,
+    taken: u64,
+    lost: bool,
+}
+
+impl Out {
+    fn send(&self, kind: from_host::Kind) -> Result<()> {
+        let mut bytes = Vec::new();
+        frame::encode(&FromHost { kind: Some(kind) }, &mut bytes)?;
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        stream.write_all(&bytes).map_err(ClientError::Lost)
+    }
+
+    fn credit(&self) -> MutexGuard<'_, Credit> {
+        self.credit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change_credit(&self, change: impl FnOnce(&mut Credit)) {
+        change(&mut self.credit());
+        self.credit_changed.notify_all();
+    }
+
+    /// Waits until `len` more bytes of input may be sent, and counts them as sent.
+    fn take_credit(&self, len: u64) -> Result<()> {
+        let mut credit = self.credit();
+        while !credit.lost && credit.sent + len > credit.taken + INPUT_WINDOW as u64 {
+            credit = self
+                .credit_changed
+                .wait(credit)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        if credit.lost {
+            return Err(ClientError::Lost(io::ErrorKind::NotConnected.into()));
+        }
+        credit.sent += len;
+        Ok(())
+    }
+}
+
+impl Connection {
+    /// Connects to the agent behind the vsock socket at `path`, which takes `CONNECT port` and
+    /// answers `OK …`. `timeout` bounds the wait for the agent's greeting, and nothing after it.
+    pub fn open(path: &Path, timeout: Duration) -> Result<Self> {
+        let unreachable = |source| ClientError::Connect {
+            path: path.display().to_string(),
+            source,
+        };
+        let mut stream = UnixStream::connect(path).map_err(unreachable)?;
+        stream
+            .set_read_timeout(Some(timeout))
+            .map_err(unreachable)?;
+        stream
+            .write_all(format!("CONNECT {PORT}\n").as_bytes())
+            .map_err(|_| ClientError::NoAgent)?;
+        read_connect_answer(&mut stream)?;
+        Self::greet(stream)
+    }
+
+    /// Takes a stream that already leads to an agent.
+    pub fn greet(stream: UnixStream) -> Result<Self> {
+        let out = Out {
+            stream: Mutex::new(stream.try_clone().map_err(ClientError::Lost)?),
+            credit: Mutex::default(),
+            credit_changed: Condvar::new(),
+        };
+        let (decoder, hello) = (Decoder::default(), Hello::default());
+        let mut connection = Self {
+            stream,
+            out: Arc::new(out),
+            decoder,
+            hello,
+        };
+        match connection.receive() {
+            Ok(from_agent::Kind::Hello(hello)) => connection.hello = hello,
+            Ok(_) => return Err(ClientError::OutOfTurn),
+            Err(ClientError::Lost(_)) => return Err(ClientError::NoAgent),
+            Err(error) => return Err(error),
+        }
+        connection
+            .stream
+            .set_read_timeout(None)
+            .map_err(ClientError::Lost)?;
+        Ok(connection)
+    }
+
+    /// What the agent said of itself.
+    pub fn hello(&self) -> &Hello {
+        &self.hello
+    }
+
+    fn send(&mut self, kind: from_host::Kind) -> Result<()> {
+        self.out.send(kind)
+    }
+
+    fn request(&mut self, operation: Operation) -> Result<()> {
+        self.send(from_host::Kind::Request(Request {
+            operation: Some(operation),
+        }))
+    }
+
+    /// The next message that this side knows.
+    fn receive(&mut self) -> Result<from_agent::Kind> {
+        let mut chunk = [0; 16 << 10];
+        loop {
+            while let Some(message) = self.decoder.next::<FromAgent>()? {
+                match message.kind {
+                    Some(from_agent::Kind::Error(error)) => {
+                        return Err(ClientError::Refused(error));
+                    }
+                    Some(from_agent::Kind::InputTaken(taken)) => {
+                        self.out.change_credit(|credit| credit.taken = taken);
+                    }
+                    Some(kind) => return Ok(kind),
+                    // From a newer agent: not for us.
+                    None => {}
+                }
+            }
+            let len = self.stream.read(&mut chunk).map_err(ClientError::Lost)?;
+            if len == 0 {
+                return Err(ClientError::Lost(io::ErrorKind::UnexpectedEof.into()));
+            }
+            self.decoder.push(&chunk[..len]);
+        }
+    }
+
+    fn expect_done(&mut self) -> Result<()> {
+        match self.receive()? {
+            from_agent::Kind::Done(_) => Ok(()),
+            _ => Err(ClientError::OutOfTurn),
+        }
+    }
+
+    /// Asks about the guest.
+    pub fn info(mut self) -> Result<Info> {
+        self.request(Operation::Info(Empty {}))?;
+        match self.receive()? {
+            from_agent::Kind::Info(info) => Ok(info),
+            _ => Err(ClientError::OutOfTurn),
+        }
+    }
+
+    /// Lets the guest write dirty data to its disks.
+    pub fn sync(mut self) -> Result<()> {
+        self.request(Operation::Sync(Empty {}))?;
+        self.expect_done()
+    }
+
+    /// Gives the guest an identity.
+    pub fn set_identity(mut self, identity: Identity) -> Result<()> {
+        self.request(Operation::SetIdentity(identity))?;
+        self.expect_done()
+    }
+
+    /// Asks the guest to end, or to start anew.
+    pub fn shutdown(mut self, reboot: bool) -> Result<()> {
+        self.request(Operation::Shutdown(Shutdown { reboot }))?;
+        self.expect_done()
+    }
+
+    /// The commands that the agent knows.
+    pub fn commands(mut self) -> Result<Vec<CommandInfo>> {
+        self.request(Operation::ListCommands(Empty {}))?;
+        match self.receive()? {
+            from_agent::Kind::Commands(list) => Ok(list.commands),
+            _ => Err(ClientError::OutOfTurn),
+        }
+    }
+
+    /// Writes a file in the guest with what `source` gives.
+    pub fn put(mut self, put: Put, source: &mut impl Read) -> Result<()> {
+        self.request(Operation::Put(put))?;
+        let mut chunk = vec![0; CHUNK];
+        loop {
+            let len = source.read(&mut chunk).map_err(ClientError::Local)?;
+            if len == 0 {
+                break;
+            }
+            if self
+                .send(from_host::Kind::Data(chunk[..len].to_vec()))
+                .is_err()
+            {
+                // The agent gave up; it has said why.
+                return self.expect_done();
+            }
+        }
+        // As above: where this is not taken, the answer is there.
+        let _ = self.send(from_host::Kind::DataEnd(Empty {}));
+        self.expect_done()
+    }
+
+    /// Reads a file of the guest into `sink`, and returns what it is.
+    pub fn get(mut self, path: &str, sink: &mut impl Write) -> Result<FileInfo> {
+        self.request(Operation::Get(Get {
+            path: path.to_owned(),
+        }))?;
+        let from_agent::Kind::File(info) = self.receive()? else {
+            return Err(ClientError::OutOfTurn);
+        };
+        loop {
+            match self.receive()? {
+                from_agent::Kind::Data(data) => {
+                    sink.write_all(&data).map_err(ClientError::Local)?
+                }
+                from_agent::Kind::Done(_) => return Ok(info),
+                _ => return Err(ClientError::OutOfTurn),
+            }
+        }
+    }
+
+    /// Runs a command.
+    pub fn exec(mut self, exec: Exec) -> Result<Running> {
+        self.request(Operation::Exec(exec))?;
+        let from_agent::Kind::Started(started) = self.receive()? else {
+            return Err(ClientError::OutOfTurn);
+        };
+        Ok(Running {
+            connection: self,
+            started,
+            arrived: Acknowledge::default(),
+            acknowledged: 0,
+        })
+    }
+
+    /// Goes on with a command, from where `arrived` says.
+    pub fn attach(mut self, id: u64, arrived: Acknowledge) -> Result<Running> {
+        let Acknowledge {
+            stdout_cursor,
+            stderr_cursor,
+        } = arrived;
+        self.request(Operation::Attach(Attach {
+            id,
+            stdout_cursor,
+            stderr_cursor,
+        }))?;
+        let from_agent::Kind::Started(started) = self.receive()? else {
+            return Err(ClientError::OutOfTurn);
+        };
+        Ok(Running {
+            connection: self,
+            started,
+            arrived,
+            acknowledged: 0,
+        })
+    }
+}
+
+fn read_connect_answer(stream: &mut UnixStream) -> Result<()> {
+    let mut answer = Vec::new();
+    let mut byte = [0];
+    while byte != *b"\n" {
+        match stream.read(&mut byte) {
+            Ok(1) if answer.len() < CONNECT_ANSWER_MAX => answer.push(byte[0]),
+            _ => return Err(ClientError::NoAgent),
+        }
+    }
+    if answer.starts_with(b"OK ") {
+        Ok(())
+    } else {
+        Err(ClientError::NoAgent)
+    }
+}
+
+/// What happens to a command.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// It printed something.
+    Output(Stream, Vec<u8>),
+    /// So many bytes of a detached command's output are gone for good.
+    Lost(Stream, u64),
+    /// It ended.
+    Exited(Exited),
+}
+
+/// A command that runs in the guest.
+pub struct Running {
+    connection: Connection,
+    started: Started,
+    arrived: Acknowledge,
+    acknowledged: u64,
+}
+
+impl Running {
+    /// What the agent calls it.
+    pub fn started(&self) -> Started {
+        self.started
+    }
+
+    /// How much of its output has arrived: with it and the command's id, a later connection can go
+    /// on where this one was lost.
+    pub fn arrived(&self) -> Acknowledge {
+        self.arrived
+    }
+
+    /// The way in: input, signals, the terminal's size. For another thread.
+    pub fn input(&self) -> Input {
+        Input {
+            out: Arc::clone(&self.connection.out),
+        }
+    }
+
+    /// Waits for the next event. What was handed out before counts as arrived.
+    pub fn next_event(&mut self) -> Result<Event> {
+        let total = self.arrived.stdout_cursor + self.arrived.stderr_cursor;
+        if total >= self.acknowledged + ACKNOWLEDGE_EVERY {
+            self.connection
+                .send(from_host::Kind::Acknowledge(self.arrived))?;
+            self.acknowledged = total;
+        }
+        match self.connection.receive()? {
+            from_agent::Kind::Exited(exited) => {
+                // So that the agent can forget the command; it may be gone already.
+                let _ = self
+                    .connection
+                    .send(from_host::Kind::Acknowledge(self.arrived));
+                Ok(Event::Exited(exited))
+            }
+            from_agent::Kind::Output(output) => {
+                let stream = output.stream();
+                let cursor = match stream {
+                    Stream::Stdout => &mut self.arrived.stdout_cursor,
+                    Stream::Stderr => &mut self.arrived.stderr_cursor,
+                };
+                let gap = output.cursor.saturating_sub(*cursor);
+                *cursor = output.cursor + output.data.len() as u64;
+                if gap > 0 && output.data.is_empty() {
+                    return Ok(Event::Lost(stream, gap));
+                }
+                Ok(Event::Output(stream, output.data))
+            }
+            _ => Err(ClientError::OutOfTurn),
+        }
+    }
+
+    /// Waits for the end and gathers all output. For small ones: it is kept in memory.
+    pub fn collect(mut self) -> Result<(Exited, Vec<u8>, Vec<u8>)> {
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        loop {
+            match self.next_event()? {
+                Event::Output(Stream::Stdout, data) => stdout.extend_from_slice(&data),
+                Event::Output(Stream::Stderr, data) => stderr.extend_from_slice(&data),
+                Event::Lost(..) => {}
+                Event::Exited(exited) => return Ok((exited, stdout, stderr)),
+            }
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Whoever waits to send input would wait for ever.
+        self.connection
+            .out
+            .change_credit(|credit| credit.lost = true);
+    }
+}
+
+/// The way into a running command. Input is taken only while somebody waits for the command's
+/// events.
+#[derive(Clone)]
+pub struct Input {
+    out: Arc<Out>,
+}
+
+impl Input {
+    /// Input for the command; waits while it takes none.
+    pub fn write(&self, bytes: &[u8]) -> Result<()> {
+        bytes.chunks(CHUNK).try_for_each(|chunk| {
+            self.out.take_credit(chunk.len() as u64)?;
+            self.out.send(from_host::Kind::Stdin(chunk.to_vec()))
+        })
+    }
+
+    /// The end of its input.
+    pub fn end(&self) -> Result<()> {
+        self.out.send(from_host::Kind::StdinEnd(Empty {}))
+    }
+
+    /// A signal for its process group.
+    pub fn signal(&self, signal: i32) -> Result<()> {
+        self.out.send(from_host::Kind::Signal(signal))
+    }
+
+    /// The terminal's new size.
+    pub fn resize(&self, size: TerminalSize) -> Result<()> {
+        self.out.send(from_host::Kind::Resize(size))
+    }
+
+    /// Drops the connection, from any thread; [`Running::next_event`] ends with an error.
+    pub fn disconnect(&self) {
+        let stream = self
+            .out
+            .stream
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // Not connected any more is what was asked for.
+        let _ = stream.shutdown(SocketEnd::Both);
+    }
+}

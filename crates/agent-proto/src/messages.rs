@@ -1,0 +1,505 @@
+//! The messages. Tags are for ever: a field or an operation is added with a new one, and one that
+//! was dropped keeps its tag unused.
+// Fields of protobuf messages are documented where their meaning is not in their name.
+
+use prost::{Message, Oneof};
+
+/// What a host sends.
+#[derive(Clone, PartialEq, Message)]
+pub struct FromHost {
+    /// What it is; absent where a newer host sent something this side does not know.
+    #[prost(oneof = "from_host::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    pub kind: Option<from_host::Kind>,
+}
+
+/// What a host can send.
+pub mod from_host {
+    use super::*;
+
+    /// One of these.
+    #[derive(Clone, PartialEq, Oneof)]
+    pub enum Kind {
+        /// The one request of a connection; must come first.
+        #[prost(message, tag = "1")]
+        Request(Request),
+        /// Input for a command, at most [`crate::CHUNK`] bytes. No more than
+        /// [`crate::INPUT_WINDOW`] bytes may be under way beyond what the agent said was taken.
+        #[prost(bytes, tag = "2")]
+        Stdin(Vec<u8>),
+        /// The end of a command's input.
+        #[prost(message, tag = "3")]
+        StdinEnd(Empty),
+        /// A signal for a command's process group.
+        #[prost(int32, tag = "4")]
+        Signal(i32),
+        /// The terminal's new size.
+        #[prost(message, tag = "5")]
+        Resize(TerminalSize),
+        /// How much of a command's output has safely arrived.
+        #[prost(message, tag = "6")]
+        Acknowledge(Acknowledge),
+        /// A piece of a file that is being put.
+        #[prost(bytes, tag = "7")]
+        Data(Vec<u8>),
+        /// The end of a file that is being put.
+        #[prost(message, tag = "8")]
+        DataEnd(Empty),
+    }
+}
+
+/// What an agent sends.
+#[derive(Clone, PartialEq, Message)]
+pub struct FromAgent {
+    /// What it is; absent where a newer agent sent something this side does not know.
+    #[prost(oneof = "from_agent::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    pub kind: Option<from_agent::Kind>,
+}
+
+/// What an agent can send.
+pub mod from_agent {
+    use super::*;
+
+    /// One of these.
+    #[derive(Clone, PartialEq, Oneof)]
+    pub enum Kind {
+        /// First on every connection.
+        #[prost(message, tag = "1")]
+        Hello(Hello),
+        /// A command runs.
+        #[prost(message, tag = "2")]
+        Started(Started),
+        /// A command's output.
+        #[prost(message, tag = "3")]
+        Output(Output),
+        /// A command ended, and all its output was sent.
+        #[prost(message, tag = "4")]
+        Exited(Exited),
+        /// The request failed.
+        #[prost(message, tag = "5")]
+        Error(Error),
+        /// The request was carried out, and there is no more to say.
+        #[prost(message, tag = "6")]
+        Done(Empty),
+        /// About the guest.
+        #[prost(message, tag = "7")]
+        Info(Info),
+        /// About a file that follows.
+        #[prost(message, tag = "8")]
+        File(FileInfo),
+        /// A piece of a file.
+        #[prost(bytes, tag = "9")]
+        Data(Vec<u8>),
+        /// The commands that the agent knows.
+        #[prost(message, tag = "10")]
+        Commands(Commands),
+        /// How many bytes of input the command has taken since its start.
+        #[prost(uint64, tag = "11")]
+        InputTaken(u64),
+    }
+}
+
+/// What a connection is for.
+#[derive(Clone, PartialEq, Message)]
+pub struct Request {
+    /// The operation; absent where a newer host asks for one that this agent does not know.
+    #[prost(oneof = "request::Operation", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    pub operation: Option<request::Operation>,
+}
+
+/// What can be asked for.
+pub mod request {
+    use super::*;
+
+    /// One of these.
+    #[derive(Clone, PartialEq, Oneof)]
+    pub enum Operation {
+        /// Run a command: `Started`, `Output`…, `Exited`.
+        #[prost(message, tag = "1")]
+        Exec(Exec),
+        /// Go on with a command after a lost connection: `Output`…, `Exited`.
+        #[prost(message, tag = "2")]
+        Attach(Attach),
+        /// Tell about the guest: `Info`.
+        #[prost(message, tag = "3")]
+        Info(Empty),
+        /// Write a file: host sends `Data`…, `DataEnd`; agent `Done`.
+        #[prost(message, tag = "4")]
+        Put(Put),
+        /// Read a file: `File`, `Data`…, `Done`.
+        #[prost(message, tag = "5")]
+        Get(Get),
+        /// Write dirty data to the disks: `Done`.
+        #[prost(message, tag = "6")]
+        Sync(Empty),
+        /// Become somebody of one's own: `Done`.
+        #[prost(message, tag = "7")]
+        SetIdentity(Identity),
+        /// Switch off or start anew: `Done`, then the guest ends.
+        #[prost(message, tag = "8")]
+        Shutdown(Shutdown),
+        /// Which commands there are: `Commands`.
+        #[prost(message, tag = "9")]
+        ListCommands(Empty),
+    }
+}
+
+/// Nothing more to say.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Empty {}
+
+/// The agent's greeting.
+#[derive(Clone, PartialEq, Message)]
+pub struct Hello {
+    /// [`crate::PROTOCOL`].
+    #[prost(uint32, tag = "1")]
+    pub protocol: u32,
+    /// The agent's own version, for people.
+    #[prost(string, tag = "2")]
+    pub agent_version: String,
+    /// The tags of the operations that it knows.
+    #[prost(uint32, repeated, tag = "3")]
+    pub operations: Vec<u32>,
+}
+
+/// A command to run.
+#[derive(Clone, PartialEq, Message)]
+pub struct Exec {
+    /// Program and arguments; a program without a slash is looked up in the PATH.
+    #[prost(string, repeated, tag = "1")]
+    pub command: Vec<String>,
+    /// `NAME=value`, added to the agent's defaults.
+    #[prost(string, repeated, tag = "2")]
+    pub environment: Vec<String>,
+    /// Working directory; the user's home by default.
+    #[prost(string, tag = "3")]
+    pub directory: String,
+    /// `user`, `user:group`, or numbers; root by default.
+    #[prost(string, tag = "4")]
+    pub user: String,
+    /// A terminal of this size; stdout and stderr are one stream then.
+    #[prost(message, optional, tag = "5")]
+    pub terminal: Option<TerminalSize>,
+    /// Ends the command (and all that it started in its process group) after so long; 0 is never.
+    #[prost(uint64, tag = "6")]
+    pub timeout_ms: u64,
+    /// Whether it goes on when nobody is connected, keeping only its newest output.
+    #[prost(bool, tag = "7")]
+    pub detached: bool,
+    /// Whether input will follow; else the command's input is empty.
+    #[prost(bool, tag = "8")]
+    pub input: bool,
+}
+
+/// A terminal's size in characters.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct TerminalSize {
+    /// Height.
+    #[prost(uint32, tag = "1")]
+    pub rows: u32,
+    /// Width.
+    #[prost(uint32, tag = "2")]
+    pub columns: u32,
+}
+
+/// Goes on with a command.
+#[derive(Clone, PartialEq, Message)]
+pub struct Attach {
+    /// As in [`Started`].
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// How many bytes of its standard output have arrived.
+    #[prost(uint64, tag = "2")]
+    pub stdout_cursor: u64,
+    /// How many bytes of its standard error have arrived.
+    #[prost(uint64, tag = "3")]
+    pub stderr_cursor: u64,
+}
+
+/// How much of a command's output has safely arrived, in bytes since its start.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Acknowledge {
+    /// Of standard output.
+    #[prost(uint64, tag = "1")]
+    pub stdout_cursor: u64,
+    /// Of standard error.
+    #[prost(uint64, tag = "2")]
+    pub stderr_cursor: u64,
+}
+
+/// A command runs.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Started {
+    /// Names the command on this guest, for [`Attach`].
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// Its process id in the guest.
+    #[prost(uint32, tag = "2")]
+    pub pid: u32,
+}
+
+/// Which of a command's outputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum Stream {
+    /// Standard output, or the terminal.
+    Stdout = 0,
+    /// Standard error.
+    Stderr = 1,
+}
+
+/// A piece of a command's output.
+#[derive(Clone, PartialEq, Message)]
+pub struct Output {
+    /// Which output.
+    #[prost(enumeration = "Stream", tag = "1")]
+    pub stream: i32,
+    /// How many bytes of this output came before. More than was seen so far where a detached
+    /// command's older output was dropped.
+    #[prost(uint64, tag = "2")]
+    pub cursor: u64,
+    /// At most [`crate::CHUNK`] bytes.
+    #[prost(bytes = "vec", tag = "3")]
+    pub data: Vec<u8>,
+}
+
+/// How a command ended.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Exited {
+    /// Its exit status, unless a signal ended it.
+    #[prost(int32, optional, tag = "1")]
+    pub code: Option<i32>,
+    /// The signal that ended it.
+    #[prost(int32, optional, tag = "2")]
+    pub signal: Option<i32>,
+    /// Whether it ran longer than allowed.
+    #[prost(bool, tag = "3")]
+    pub timed_out: bool,
+}
+
+/// Why a request failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum ErrorCode {
+    /// Anything else.
+    Other = 0,
+    /// The agent does not know the operation: it is older than the host.
+    Unsupported = 1,
+    /// The request makes no sense.
+    Invalid = 2,
+    /// A program, file, user or command that does not exist.
+    NotFound = 3,
+    /// A file that may not be reached, or a program that may not be run.
+    Denied = 4,
+    /// The guest is out of something.
+    Exhausted = 5,
+}
+
+/// A request failed.
+#[derive(Clone, PartialEq, Message)]
+pub struct Error {
+    /// The kind, for programs.
+    #[prost(enumeration = "ErrorCode", tag = "1")]
+    pub code: i32,
+    /// What was tried and what came of it, for people.
+    #[prost(string, tag = "2")]
+    pub message: String,
+}
+
+/// About the guest.
+#[derive(Clone, PartialEq, Message)]
+pub struct Info {
+    /// `uname -n`.
+    #[prost(string, tag = "1")]
+    pub hostname: String,
+    /// `uname -r`.
+    #[prost(string, tag = "2")]
+    pub kernel: String,
+    /// Since boot.
+    #[prost(uint64, tag = "3")]
+    pub uptime_ms: u64,
+    /// `MemTotal`.
+    #[prost(uint64, tag = "4")]
+    pub memory_total: u64,
+    /// `MemAvailable`.
+    #[prost(uint64, tag = "5")]
+    pub memory_available: u64,
+    /// The load average of one minute, in thousandths.
+    #[prost(uint32, tag = "6")]
+    pub load_milli: u32,
+    /// Commands that run.
+    #[prost(uint32, tag = "7")]
+    pub commands: u32,
+    /// Since the last request other than this one.
+    #[prost(uint64, tag = "8")]
+    pub idle_ms: u64,
+    /// The guest's clock, nanoseconds since 1970.
+    #[prost(uint64, tag = "9")]
+    pub clock_ns: u64,
+}
+
+/// A file to write.
+#[derive(Clone, PartialEq, Message)]
+pub struct Put {
+    /// An absolute path. The file appears, or changes, all at once.
+    #[prost(string, tag = "1")]
+    pub path: String,
+    /// Permission bits.
+    #[prost(uint32, tag = "2")]
+    pub mode: u32,
+    /// Owner, as in [`Exec::user`].
+    #[prost(string, tag = "3")]
+    pub user: String,
+}
+
+/// A file to read.
+#[derive(Clone, PartialEq, Message)]
+pub struct Get {
+    /// An absolute path.
+    #[prost(string, tag = "1")]
+    pub path: String,
+}
+
+/// About a file.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct FileInfo {
+    /// Bytes; a guess for a file that grows.
+    #[prost(uint64, tag = "1")]
+    pub size: u64,
+    /// Permission bits.
+    #[prost(uint32, tag = "2")]
+    pub mode: u32,
+}
+
+/// Who a guest is from now on. Empty fields leave things as they are.
+#[derive(Clone, PartialEq, Message)]
+pub struct Identity {
+    /// Host name.
+    #[prost(string, tag = "1")]
+    pub hostname: String,
+    /// `/etc/machine-id`: 32 hexadecimal digits.
+    #[prost(string, tag = "2")]
+    pub machine_id: String,
+    /// Fresh randomness for the kernel's pool.
+    #[prost(bytes = "vec", tag = "3")]
+    pub seed: Vec<u8>,
+    /// The wall clock, nanoseconds since 1970; 0 leaves it.
+    #[prost(uint64, tag = "4")]
+    pub clock_ns: u64,
+    /// Network interfaces.
+    #[prost(message, repeated, tag = "5")]
+    pub interfaces: Vec<Interface>,
+    /// Name servers.
+    #[prost(string, repeated, tag = "6")]
+    pub dns: Vec<String>,
+}
+
+/// A network interface's new settings.
+#[derive(Clone, PartialEq, Message)]
+pub struct Interface {
+    /// Which: as in `eth0`, or by its place among the Ethernet interfaces when empty.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// Hardware address, as in `02:00:00:00:00:01`.
+    #[prost(string, tag = "2")]
+    pub mac: String,
+    /// IPv4 address with prefix length, as in `10.0.0.2/24`.
+    #[prost(string, tag = "3")]
+    pub address: String,
+    /// IPv4 default gateway.
+    #[prost(string, tag = "4")]
+    pub gateway: String,
+}
+
+/// Ends the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Shutdown {
+    /// Start again instead of switching off.
+    #[prost(bool, tag = "1")]
+    pub reboot: bool,
+}
+
+/// The commands that an agent knows.
+#[derive(Clone, PartialEq, Message)]
+pub struct Commands {
+    /// Running ones, and ended ones whose end nobody has seen.
+    #[prost(message, repeated, tag = "1")]
+    pub commands: Vec<CommandInfo>,
+}
+
+/// A command.
+#[derive(Clone, PartialEq, Message)]
+pub struct CommandInfo {
+    /// As in [`Started`].
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// Its process id in the guest.
+    #[prost(uint32, tag = "2")]
+    pub pid: u32,
+    /// Program and arguments.
+    #[prost(string, repeated, tag = "3")]
+    pub command: Vec<String>,
+    /// How it ended, once it has.
+    #[prost(message, optional, tag = "4")]
+    pub exited: Option<Exited>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What agents of the first release put on the wire. It must decode for ever.
+    const GOLDEN_EXEC: &str = "0a320a300a0273680a022d630a066578697420331203413d311a042f746d70\
+                               22066e6f626f64792a040818105030dc0b38014001";
+
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    fn request() -> FromHost {
+        let exec = Exec {
+            command: vec!["sh".to_owned(), "-c".to_owned(), "exit 3".to_owned()],
+            environment: vec!["A=1".to_owned()],
+            directory: "/tmp".to_owned(),
+            user: "nobody".to_owned(),
+            terminal: Some(TerminalSize {
+                rows: 24,
+                columns: 80,
+            }),
+            timeout_ms: 1500,
+            detached: true,
+            input: true,
+        };
+        let request = Request {
+            operation: Some(request::Operation::Exec(exec)),
+        };
+        FromHost {
+            kind: Some(from_host::Kind::Request(request)),
+        }
+    }
+
+    #[test]
+    fn an_exec_request_is_encoded_as_in_the_first_release() {
+        assert_eq!(hex(&request().encode_to_vec()), GOLDEN_EXEC);
+    }
+
+    #[test]
+    fn an_operation_of_a_newer_host_is_seen_as_unknown_and_not_as_garbage() {
+        // Operation tag 99, an empty message.
+        let bytes = [0x0A, 0x03, 0x9A, 0x06, 0x00];
+        let message = FromHost::decode(&bytes[..]).unwrap();
+        let Some(from_host::Kind::Request(request)) = message.kind else {
+            panic!("{message:?}")
+        };
+        assert_eq!(request.operation, None);
+    }
+
+    #[test]
+    fn fields_of_a_newer_agent_are_skipped() {
+        let mut bytes = Started { id: 7, pid: 9 }.encode_to_vec();
+        bytes.extend_from_slice(&[0xF8, 0x06, 0x01]);
+        assert_eq!(
+            Started::decode(&bytes[..]).unwrap(),
+            Started { id: 7, pid: 9 }
+        );
+    }
+}
