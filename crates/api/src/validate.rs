@@ -99,7 +99,7 @@ fn machine(config: &VmConfig, problems: &mut Problems) {
         format!("{} is not between 1 and {MAX_VCPUS}", config.vcpus),
     );
     problems.check(
-        config.memory >= MIN_MEMORY && config.memory.0 % Bytes::mib(1).0 == 0,
+        config.memory >= MIN_MEMORY && config.memory.0.is_multiple_of(Bytes::mib(1).0),
         "memory",
         format!(
             "{} is not a whole number of MiB of at least {MIN_MEMORY}",
@@ -117,7 +117,7 @@ fn machine(config: &VmConfig, problems: &mut Problems) {
         format!("{} is reserved: use 3 or more", config.vsock.cid),
     );
     problems.check(
-        config.balloon.size.0 % 4096 == 0 && config.balloon.size < config.memory,
+        config.balloon.size.0.is_multiple_of(4096) && config.balloon.size < config.memory,
         "balloon.size",
         format!(
             "{} must be a multiple of 4096 and less than the memory",

@@ -1,4 +1,20 @@
-//! The parts of the `clone` command that other programs and tests reach too.
+//! The `clone` command: its client side, and the process of a VM.
+//!
+//! - [`cli`]: one file per command; a client of the VMs' sockets.
+//! - [`process`]: what runs as a VM: opens resources, jails itself, assembles the machine, serves
+//!   the control socket and the console.
+//! - [`runtime`]: the directory of a VM while it runs, which is all that both sides share.
+//! - [`host_net`]: taps, bridges and addresses on the host.
+//! - [`jail`]: what a VM's process may still do.
+//!
+//! It is a library only so that tests and fuzz targets reach its parts.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod cli;
+mod error;
 pub mod host_net;
+pub mod jail;
+pub mod process;
+pub mod runtime;
+
+pub use error::{Result, failed};

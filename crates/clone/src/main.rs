@@ -1,2 +1,5 @@
-//! Placeholder.
-fn main() {}
+//! The `clone` command.
+
+fn main() -> std::process::ExitCode {
+    clone::cli::main()
+}

@@ -1,0 +1,360 @@
+//! Flags that describe a VM, and how they lie over a configuration file.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clone_api::config::{DiskConfig, DiskFormat, NetConfig, NetMode, Overlay, RateLimit, Vhost};
+use clone_api::validate::validate;
+use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
+
+use crate::error::{Result, failed};
+
+/// What a VM is. Flags win over the file; lists of disks or interfaces replace the file's.
+#[derive(Debug, Default, clap::Args)]
+pub(super) struct VmArgs {
+    /// Take the description from this TOML file; flags win over it.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The VM's name; one is invented where it is not given.
+    #[arg(long, short)]
+    name: Option<String>,
+    /// Virtual CPUs, 1 to 32.
+    #[arg(long, short = 'c', value_name = "N")]
+    cpus: Option<u32>,
+    /// RAM, as in 512M or 2G.
+    #[arg(long, short, value_name = "SIZE")]
+    memory: Option<Bytes>,
+    /// The kernel: a bzImage or an ELF vmlinux.
+    #[arg(long, short, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// The initial RAM disk.
+    #[arg(long, short, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// The kernel's whole command line, in place of the one that is made.
+    #[arg(long, value_name = "TEXT")]
+    cmdline: Option<String>,
+    /// Words to add to the kernel's command line.
+    #[arg(long, value_name = "TEXT")]
+    append: Option<String>,
+    /// A disk (can be given several times): PATH[,ro][,format=raw|qcow2]
+    /// [,overlay=ephemeral|FILE][,bandwidth=SIZE][,iops=N]
+    #[arg(long = "disk", value_name = "DISK")]
+    disks: Vec<DiskArg>,
+    /// A network interface (can be given several times): nat, bridge=NAME or tap=NAME
+    /// [,mac=ADDRESS][,queues=N][,vhost=auto|on|off][,bandwidth=SIZE]
+    #[arg(long = "net", value_name = "NET")]
+    nets: Vec<NetArg>,
+    /// No socket device: no exec, shell or cp.
+    #[arg(long)]
+    no_vsock: bool,
+    /// No memory balloon.
+    #[arg(long)]
+    no_balloon: bool,
+    /// No source of random numbers.
+    #[arg(long)]
+    no_rng: bool,
+    /// How much of the console's output is kept; 0 keeps none.
+    #[arg(long, value_name = "SIZE")]
+    console_log: Option<Bytes>,
+}
+
+/// `--disk`.
+#[derive(Debug, Clone)]
+struct DiskArg(DiskConfig);
+
+/// `--net`.
+#[derive(Debug, Clone)]
+struct NetArg(NetConfig);
+
+/// The keys after the first word of a `--disk` or `--net`.
+fn options(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    text.split(',')
+        .map(|option| option.split_once('=').unwrap_or((option, "")))
+}
+
+fn number<T: FromStr>(key: &str, value: &str) -> std::result::Result<T, String> {
+    value
+        .parse()
+        .map_err(|_| format!("{key}={value}: not a number"))
+}
+
+fn size(value: &str) -> std::result::Result<Option<Bytes>, String> {
+    value
+        .parse()
+        .map(Some)
+        .map_err(|error: clone_api::units::UnitError| error.to_string())
+}
+
+impl FromStr for DiskArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let (path, rest) = text.split_once(',').unwrap_or((text, ""));
+        let mut disk = DiskConfig {
+            path: path.into(),
+            ..DiskConfig::default()
+        };
+        for (key, value) in options(rest).filter(|(key, _)| !key.is_empty()) {
+            let limit = &mut disk.rate_limit;
+            match (key, value) {
+                ("ro", "") => disk.read_only = true,
+                ("format", "raw") => disk.format = DiskFormat::Raw,
+                ("format", "qcow2") => disk.format = DiskFormat::Qcow2,
+                ("overlay", "none") => disk.overlay = Overlay::None,
+                ("overlay", "ephemeral") => disk.overlay = Overlay::Ephemeral,
+                ("overlay", file) if !file.is_empty() => disk.overlay = Overlay::Kept(file.into()),
+                ("bandwidth", rate) => limit.get_or_insert_default().bandwidth = size(rate)?,
+                ("iops", rate) => {
+                    limit.get_or_insert_default().iops = Some(number(key, rate)?);
+                }
+                _ => {
+                    return Err(format!(
+                        "`{key}={value}` is no option of a disk: there are ro, format=raw|qcow2, overlay=ephemeral|FILE, bandwidth=SIZE, iops=N"
+                    ));
+                }
+            }
+        }
+        Ok(Self(disk))
+    }
+}
+
+impl FromStr for NetArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let mut net = NetConfig::default();
+        for (key, value) in options(text) {
+            match (key, value) {
+                ("nat", "") => net.mode = NetMode::Nat,
+                ("bridge", name) => {
+                    net.mode = NetMode::Bridge;
+                    net.bridge = Some(name.into());
+                }
+                ("tap", name) => {
+                    net.mode = NetMode::Tap;
+                    net.tap = Some(name.into());
+                }
+                ("mac", mac) => {
+                    let mac = mac.parse();
+                    net.mac =
+                        Some(mac.map_err(|error: clone_api::units::UnitError| error.to_string())?);
+                }
+                ("queues", count) => net.queues = Some(number(key, count)?),
+                ("vhost", "auto") => net.vhost = Vhost::Auto,
+                ("vhost", "on") => net.vhost = Vhost::On,
+                ("vhost", "off") => net.vhost = Vhost::Off,
+                ("bandwidth", rate) => {
+                    net.rate_limit
+                        .get_or_insert_with(RateLimit::default)
+                        .bandwidth = size(rate)?;
+                }
+                _ => {
+                    return Err(format!(
+                        "`{key}={value}` is no option of an interface: there are nat, bridge=NAME, tap=NAME, mac=ADDRESS, queues=N, vhost=auto|on|off, bandwidth=SIZE"
+                    ));
+                }
+            }
+        }
+        Ok(Self(net))
+    }
+}
+
+impl VmArgs {
+    /// The description that file and flags make, with all paths absolute and a name.
+    pub(super) fn into_config(self) -> Result<VmConfig> {
+        let mut config = match &self.config {
+            Some(path) => read_file(path)?,
+            None => VmConfig::default(),
+        };
+        self.lay_over(&mut config);
+        if config.name.is_empty() {
+            config.name = invent_name();
+        }
+        absolute_paths(&mut config, Path::new(""))?;
+        check(&config)?;
+        Ok(config)
+    }
+
+    fn lay_over(self, config: &mut VmConfig) {
+        fn set<T>(field: &mut T, flag: Option<T>) {
+            if let Some(value) = flag {
+                *field = value;
+            }
+        }
+        set(&mut config.name, self.name);
+        set(&mut config.vcpus, self.cpus);
+        set(&mut config.memory, self.memory);
+        set(&mut config.kernel, self.kernel);
+        set(&mut config.console.log_limit, self.console_log);
+        config.initrd = self.initrd.or(config.initrd.take());
+        config.cmdline = self.cmdline.or(config.cmdline.take());
+        config.append = self.append.or(config.append.take());
+        if !self.disks.is_empty() {
+            config.disks = self.disks.into_iter().map(|disk| disk.0).collect();
+        }
+        if !self.nets.is_empty() {
+            config.net = self.nets.into_iter().map(|net| net.0).collect();
+        }
+        config.vsock.enabled &= !self.no_vsock;
+        config.balloon.enabled &= !self.no_balloon;
+        config.rng &= !self.no_rng;
+    }
+}
+
+/// Reads a file; its relative paths are relative to where it is.
+fn read_file(path: &Path) -> Result<VmConfig> {
+    let text = std::fs::read_to_string(path).map_err(failed("read the configuration", path))?;
+    let mut config: VmConfig = toml::from_str(&text).map_err(|error| {
+        ApiError::new(
+            ErrorCode::InvalidConfig,
+            format!("{}: {error}", path.display()),
+        )
+    })?;
+    let base = path.parent().unwrap_or(Path::new(""));
+    absolute_paths(&mut config, base)?;
+    Ok(config)
+}
+
+/// Makes paths absolute: the VM's process has no working directory to speak of.
+fn absolute_paths(config: &mut VmConfig, base: &Path) -> Result<()> {
+    let mut paths: Vec<&mut PathBuf> = vec![&mut config.kernel];
+    paths.extend(&mut config.initrd);
+    for disk in &mut config.disks {
+        paths.push(&mut disk.path);
+        if let Overlay::Kept(layer) = &mut disk.overlay {
+            paths.push(layer);
+        }
+    }
+    for path in paths {
+        // What is not given stays so, for validation to tell.
+        if !path.as_os_str().is_empty() {
+            *path = std::path::absolute(base.join(&*path)).map_err(failed("find", path))?;
+        }
+    }
+    Ok(())
+}
+
+/// All that is wrong, in one error.
+fn check(config: &VmConfig) -> Result<()> {
+    let problems = validate(config);
+    if problems.is_empty() {
+        return Ok(());
+    }
+    let list: Vec<String> = problems.iter().map(|p| format!("  {p}")).collect();
+    Err(ApiError::new(
+        ErrorCode::InvalidConfig,
+        format!("the VM cannot be made like this:\n{}", list.join("\n")),
+    )
+    .advise("`clone run --help` tells the flags"))
+}
+
+/// A name that nobody else has, most likely; the runtime directory makes sure.
+fn invent_name() -> String {
+    let mut random = [0; 3];
+    // An empty answer leaves zeros, which are a name too.
+    let _ = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty());
+    format!("vm-{:02x}{:02x}{:02x}", random[0], random[1], random[2])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        vm: VmArgs,
+    }
+
+    fn parse(flags: &[&str]) -> VmArgs {
+        let line = std::iter::once("clone").chain(flags.iter().copied());
+        Line::try_parse_from(line).unwrap().vm
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_the_rest_of_it_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("vm.toml");
+        std::fs::write(
+            &file,
+            "name = \"a\"\nvcpus = 4\nmemory = \"1G\"\nkernel = \"vmlinuz\"\ninitrd = \"/i\"\n\
+             [[disks]]\npath = \"one\"\n[[disks]]\npath = \"two\"\n",
+        )
+        .unwrap();
+        let file_flag = file.to_str().unwrap();
+        let config = parse(&[
+            "--config",
+            file_flag,
+            "-c",
+            "2",
+            "--disk",
+            "/three,ro",
+            "--no-rng",
+        ])
+        .into_config()
+        .unwrap();
+        assert_eq!((config.vcpus, config.memory), (2, Bytes::gib(1)));
+        assert_eq!(config.kernel, dir.path().join("vmlinuz"));
+        assert_eq!(config.disks.len(), 1);
+        assert!(config.disks[0].read_only && !config.rng);
+    }
+
+    #[test]
+    fn all_problems_are_told_at_once_by_their_fields() {
+        let error = parse(&[
+            "--cpus", "0", "--memory", "1K", "--disk", "a", "--disk", "a",
+        ])
+        .into_config()
+        .unwrap_err();
+        assert_eq!(error.code, ErrorCode::InvalidConfig);
+        for field in ["vcpus:", "memory:", "kernel:", "disks[1]:"] {
+            assert!(error.message.contains(field), "{field}: {}", error.message);
+        }
+    }
+
+    #[test]
+    fn a_mistake_in_the_file_is_told_with_its_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("vm.toml");
+        std::fs::write(&file, "vcpus = 1\nmemori = \"1G\"\n").unwrap();
+        let error = parse(&["--config", file.to_str().unwrap()])
+            .into_config()
+            .unwrap_err();
+        assert!(error.message.contains("line 2"), "{}", error.message);
+        assert!(error.message.contains("memori"), "{}", error.message);
+    }
+
+    #[test]
+    fn disks_and_interfaces_say_everything_in_one_word() {
+        let disk: DiskArg = "/a=b,format=qcow2,overlay=/o,bandwidth=10M,iops=7"
+            .parse()
+            .unwrap();
+        assert_eq!(disk.0.path, Path::new("/a=b"));
+        assert_eq!(disk.0.overlay, Overlay::Kept("/o".into()));
+        assert_eq!(disk.0.rate_limit.unwrap().iops, Some(7));
+        let net: NetArg = "tap=t0,mac=02:00:00:00:00:01,queues=2,vhost=off"
+            .parse()
+            .unwrap();
+        assert_eq!((net.0.mode, net.0.queues), (NetMode::Tap, Some(2)));
+        for wrong in [
+            "a,rw",
+            "a,format=vmdk",
+            "a,iops=x",
+            "a,bandwidth=",
+            "a,overlay=",
+        ] {
+            assert!(wrong.parse::<DiskArg>().is_err(), "{wrong}");
+        }
+        for wrong in ["", "nat,mac=x", "wifi", "nat,vhost=maybe"] {
+            assert!(wrong.parse::<NetArg>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn invented_names_are_valid_and_differ() {
+        let names: std::collections::HashSet<_> = (0..50).map(|_| invent_name()).collect();
+        assert!(names.len() > 40);
+        assert!(names.iter().all(|n| clone_api::validate::is_valid_name(n)));
+    }
+}

@@ -1,0 +1,51 @@
+//! `clone balloon`: looks at a VM's balloon, or sets it.
+
+use std::process::ExitCode;
+
+use clone_api::control::BalloonStatus;
+use clone_api::{Bytes, Client};
+
+use super::Context;
+use super::output::{human_bytes, told};
+use crate::error::Result;
+
+/// Show how much of a VM's memory its balloon holds, or set how much it should.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The VM.
+    name: String,
+    /// How much the balloon should take from the guest, as in 128M; 0 gives all back.
+    size: Option<Bytes>,
+}
+
+pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
+    let vm = context.runtime()?.find(&args.name)?;
+    let client = Client::new(vm.dir.control_socket());
+    let status = match args.size {
+        Some(size) => client.set_balloon(size),
+        None => client.balloon(),
+    };
+    let status = status.map_err(told(&args.name))?;
+    context.output.print(&status, text);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn text(status: &BalloonStatus) -> String {
+    let mut text = format!(
+        "holds {} of the {} that it should",
+        human_bytes(status.actual_bytes),
+        human_bytes(status.target_bytes)
+    );
+    let guest = status.guest.unwrap_or_default();
+    for (what, bytes) in [
+        ("total", guest.total_bytes),
+        ("free", guest.free_bytes),
+        ("available", guest.available_bytes),
+        ("caches", guest.disk_caches_bytes),
+    ] {
+        if let Some(bytes) = bytes {
+            text += &format!("\nguest {what}: {}", human_bytes(bytes));
+        }
+    }
+    text
+}

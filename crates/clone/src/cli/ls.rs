@@ -1,0 +1,125 @@
+//! `clone ls`: lists the VMs that run.
+
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use clone_api::control::VmState;
+use clone_api::{Client, VmConfig};
+use serde::Serialize;
+
+use super::Context;
+use super::output::{human_bytes, table};
+use crate::error::Result;
+use crate::runtime::RunningVm;
+
+/// How long a VM may take to tell its state.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// How many VMs are asked at once.
+const ASKERS: usize = 16;
+
+/// List the VMs that run.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Print names only.
+    #[arg(long, short)]
+    quiet: bool,
+    /// Ask each VM for its state too.
+    #[arg(long, short)]
+    state: bool,
+}
+
+#[derive(Serialize)]
+struct Row {
+    name: String,
+    pid: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vcpus: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory_bytes: Option<u64>,
+    /// Absent where it was not asked for; `null` where the VM gave no answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    state: Option<Option<VmState>>,
+}
+
+pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
+    let running = context.runtime()?.running()?;
+    if args.quiet && !context.output.is_json() {
+        let names: Vec<String> = running.iter().map(|vm| vm.dir.name()).collect();
+        context.output.print(&names, |names| names.join("\n"));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut rows: Vec<Row> = running.iter().map(row).collect();
+    if args.state {
+        for (row, state) in rows.iter_mut().zip(states(&running)) {
+            row.state = Some(state);
+        }
+    }
+    context.output.print(&rows, |rows| text(rows, args.state));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn row(vm: &RunningVm) -> Row {
+    // It may end while we look: then it is listed without what its file said.
+    let config: Option<VmConfig> = vm.dir.config().ok();
+    Row {
+        name: vm.dir.name(),
+        pid: vm.process.pid,
+        vcpus: config.as_ref().map(|config| config.vcpus),
+        memory_bytes: config.as_ref().map(|config| config.memory.0),
+        state: None,
+    }
+}
+
+/// The state of each VM, asked side by side; `None` for those that do not answer in time.
+fn states(vms: &[RunningVm]) -> Vec<Option<VmState>> {
+    let next = AtomicUsize::new(0);
+    // Each asker holds it for one assignment.
+    let states = Mutex::new(vec![None; vms.len()]);
+    std::thread::scope(|scope| {
+        for _ in 0..ASKERS.min(vms.len()) {
+            scope.spawn(|| {
+                while let Some(vm) = {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    vms.get(index).map(|vm| (index, vm))
+                } {
+                    let (index, vm) = vm;
+                    let client = Client::new(vm.dir.control_socket()).with_timeout(PATIENCE);
+                    let state = client.info().ok().map(|info| info.state);
+                    if let Ok(mut states) = states.lock() {
+                        states[index] = state;
+                    }
+                }
+            });
+        }
+    });
+    states.into_inner().unwrap_or_default()
+}
+
+fn text(rows: &[Row], with_state: bool) -> String {
+    let mut head = vec!["NAME", "PID", "CPUS", "MEMORY"];
+    if with_state {
+        head.push("STATE");
+    }
+    let mut lines = vec![head.into_iter().map(str::to_owned).collect()];
+    for row in rows {
+        let unknown = || "?".to_owned();
+        let mut line = vec![
+            row.name.clone(),
+            row.pid.to_string(),
+            row.vcpus.map_or_else(unknown, |n| n.to_string()),
+            row.memory_bytes.map_or_else(unknown, human_bytes),
+        ];
+        if let Some(state) = row.state {
+            line.push(match state {
+                Some(VmState::Running) => "running".into(),
+                Some(VmState::Paused) => "paused".into(),
+                Some(VmState::Stopping) => "stopping".into(),
+                None => "no answer".into(),
+            });
+        }
+        lines.push(line);
+    }
+    table(&lines)
+}

@@ -1,0 +1,158 @@
+//! The command line: one file per command.
+//!
+//! A command is a client of the VMs' sockets and of the runtime directory. It prints for people,
+//! or JSON with `--json`; what went wrong goes to standard error with what to do about it, and
+//! into the exit code ([`exit`]).
+
+mod args;
+mod attach;
+mod balloon;
+pub mod exit;
+mod generate;
+mod launch;
+mod logs;
+mod ls;
+mod output;
+mod power;
+mod run;
+mod stat;
+mod terminal;
+mod tty_console;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::Result;
+use crate::runtime::Runtime;
+use output::Output;
+
+/// Virtual machines that start fast and fork faster.
+#[derive(Debug, Parser)]
+#[command(
+    name = "clone",
+    version,
+    after_help = exit::HELP,
+    arg_required_else_help = true,
+    disable_help_subcommand = true
+)]
+pub struct Cli {
+    /// Print JSON instead of text.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    // Boxed: it has many more flags than the others.
+    Run(Box<run::Args>),
+    Ls(ls::Args),
+    Stat(stat::Args),
+    Attach(attach::Args),
+    Logs(logs::Args),
+    Pause(power::PauseArgs),
+    Resume(power::ResumeArgs),
+    Stop(power::StopArgs),
+    Kill(power::KillArgs),
+    Rm(power::RmArgs),
+    Balloon(balloon::Args),
+    Completions(generate::CompletionsArgs),
+    Man(generate::ManArgs),
+    /// The process of a VM; started by `run`.
+    #[command(hide = true)]
+    VmProcess {
+        /// The VM's runtime directory.
+        dir: std::path::PathBuf,
+    },
+}
+
+/// What a command needs beside its own arguments.
+struct Context {
+    output: Output,
+}
+
+impl Context {
+    fn runtime(&self) -> Result<Runtime> {
+        Runtime::from_env()
+    }
+}
+
+/// The whole of the `clone` command.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are "errors" that go to standard output with code 0.
+            let code = if error.use_stderr() { exit::USAGE } else { 0 };
+            return match error.print() {
+                Ok(()) => ExitCode::from(code),
+                Err(_) => ExitCode::from(exit::FAILURE),
+            };
+        }
+    };
+    start_log();
+    let context = Context {
+        output: Output::new(cli.json),
+    };
+    match dispatch(&context, cli.command) {
+        Ok(code) => code,
+        Err(error) => {
+            context.output.error(&error);
+            ExitCode::from(exit::code_of(&error))
+        }
+    }
+}
+
+fn dispatch(context: &Context, command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Run(args) => run::run(context, *args),
+        Command::Ls(args) => ls::run(context, &args),
+        Command::Stat(args) => stat::run(context, &args),
+        Command::Attach(args) => attach::run(context, &args),
+        Command::Logs(args) => logs::run(context, &args),
+        Command::Pause(args) => power::pause(context, &args),
+        Command::Resume(args) => power::resume(context, &args),
+        Command::Stop(args) => power::stop(context, &args),
+        Command::Kill(args) => power::kill(context, &args),
+        Command::Rm(args) => power::rm(context, &args),
+        Command::Balloon(args) => balloon::run(context, &args),
+        Command::Completions(args) => generate::completions(&args),
+        Command::Man(args) => generate::man(&args),
+        Command::VmProcess { dir } => Ok(crate::process::main(dir)),
+    }
+}
+
+/// What libraries tell goes to standard error: warnings, or what `CLONE_LOG` asks for.
+fn start_log() {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_env("CLONE_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .without_time();
+    // Only a second call could fail, and there is none.
+    let _ = log.try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed_and_every_part_of_it_explained() {
+        let mut command = Cli::command();
+        command.clone().debug_assert();
+        command.build();
+        for sub in command.get_subcommands() {
+            assert!(sub.get_about().is_some(), "{}", sub.get_name());
+            for arg in sub.get_arguments() {
+                let explained = arg.get_help().is_some() || arg.get_long_help().is_some();
+                assert!(explained, "{} {}", sub.get_name(), arg.get_id());
+            }
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! `clone pause`, `resume`, `stop`, `kill` and `rm`: the life of a VM.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clone_api::{ApiError, Client, ErrorCode};
+use rustix::process::Signal;
+
+use super::Context;
+use super::output::told;
+use crate::error::Result;
+use crate::runtime::{RunningVm, Runtime};
+
+/// How long a killed process may take to be gone: it only has memory to give back.
+const KILL_LIMIT: Duration = Duration::from_secs(30);
+
+/// Stop a VM's CPUs and devices; it can be resumed.
+#[derive(Debug, clap::Args)]
+pub(super) struct PauseArgs {
+    /// The VMs.
+    #[arg(required = true)]
+    names: Vec<String>,
+}
+
+/// Let a paused VM go on.
+#[derive(Debug, clap::Args)]
+pub(super) struct ResumeArgs {
+    /// The VMs.
+    #[arg(required = true)]
+    names: Vec<String>,
+}
+
+/// Ask a VM's guest to shut down, and wait until it has.
+#[derive(Debug, clap::Args)]
+pub(super) struct StopArgs {
+    /// The VMs.
+    #[arg(required = true)]
+    names: Vec<String>,
+    /// Seconds to wait for the guest.
+    #[arg(long, short, default_value_t = 30, value_name = "SECONDS")]
+    timeout: u64,
+    /// Kill a VM whose guest has not shut down in time.
+    #[arg(long, short)]
+    force: bool,
+}
+
+/// End a VM at once, without asking its guest.
+#[derive(Debug, clap::Args)]
+pub(super) struct KillArgs {
+    /// The VMs.
+    #[arg(required = true)]
+    names: Vec<String>,
+}
+
+/// Remove what a VM left on this host.
+///
+/// A VM that has ended leaves nothing that the next command does not remove by itself; with
+/// --force, one that runs is killed first.
+#[derive(Debug, clap::Args)]
+pub(super) struct RmArgs {
+    /// The VMs.
+    #[arg(required = true)]
+    names: Vec<String>,
+    /// Kill a VM that runs.
+    #[arg(long, short)]
+    force: bool,
+}
+
+/// Does `act` for each VM; one that fails does not keep the others from their turn. All failures
+/// but the last are told at once, the last is returned.
+fn each(
+    context: &Context,
+    names: &[String],
+    act: impl Fn(&Runtime, &str) -> Result<()>,
+) -> Result<ExitCode> {
+    let runtime = context.runtime()?;
+    let mut last = None;
+    let mut done = Vec::new();
+    for name in names {
+        match act(&runtime, name) {
+            Ok(()) => done.push(name),
+            Err(error) => {
+                if let Some(earlier) = last.replace(error) {
+                    context.output.error(&earlier);
+                }
+            }
+        }
+    }
+    context.output.print(&done, |done| {
+        let lines: Vec<&str> = done.iter().map(|name| name.as_str()).collect();
+        lines.join("\n")
+    });
+    last.map_or(Ok(ExitCode::SUCCESS), Err)
+}
+
+fn client(vm: &RunningVm) -> Client {
+    Client::new(vm.dir.control_socket())
+}
+
+pub(super) fn pause(context: &Context, args: &PauseArgs) -> Result<ExitCode> {
+    each(context, &args.names, |runtime, name| {
+        client(&runtime.find(name)?).pause().map_err(told(name))
+    })
+}
+
+pub(super) fn resume(context: &Context, args: &ResumeArgs) -> Result<ExitCode> {
+    each(context, &args.names, |runtime, name| {
+        client(&runtime.find(name)?).resume().map_err(told(name))
+    })
+}
+
+pub(super) fn stop(context: &Context, args: &StopArgs) -> Result<ExitCode> {
+    let limit = Duration::from_secs(args.timeout);
+    each(context, &args.names, |runtime, name| {
+        let vm = runtime.find(name)?;
+        client(&vm).power_button().map_err(told(name))?;
+        if vm.process.wait(Some(limit))? {
+            return runtime.sweep_one(&vm.dir).map(drop);
+        }
+        if args.force {
+            return end(runtime, &vm);
+        }
+        Err(ApiError::new(
+            ErrorCode::Timeout,
+            format!(
+                "the guest of `{name}` has not shut down within {} seconds",
+                args.timeout
+            ),
+        )
+        .advise(format!(
+            "wait longer with --timeout, or end it with: clone kill {name}"
+        )))
+    })
+}
+
+pub(super) fn kill(context: &Context, args: &KillArgs) -> Result<ExitCode> {
+    each(context, &args.names, |runtime, name| {
+        end(runtime, &runtime.find(name)?)
+    })
+}
+
+pub(super) fn rm(context: &Context, args: &RmArgs) -> Result<ExitCode> {
+    each(context, &args.names, |runtime, name| {
+        let swept = runtime.sweep()?;
+        if swept.iter().any(|gone| gone == name) {
+            return Ok(());
+        }
+        let vm = runtime.find(name)?;
+        if !args.force {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!("the VM `{name}` runs"),
+            )
+            .advise(format!(
+                "stop it first (clone stop {name}), or kill and remove it: clone rm --force {name}"
+            )));
+        }
+        end(runtime, &vm)
+    })
+}
+
+/// Kills the process itself, which also ends one that no longer answers, and sweeps up.
+fn end(runtime: &Runtime, vm: &RunningVm) -> Result<()> {
+    vm.process.signal(Signal::KILL)?;
+    if !vm.process.wait(Some(KILL_LIMIT))? {
+        return Err(ApiError::new(
+            ErrorCode::Timeout,
+            format!(
+                "process {} of `{}` was killed and does not end",
+                vm.process.pid,
+                vm.dir.name()
+            ),
+        )
+        .advise("it may wait for a disk or network that does not answer: see dmesg"));
+    }
+    runtime.sweep_one(&vm.dir).map(drop)
+}

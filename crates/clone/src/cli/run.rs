@@ -1,0 +1,118 @@
+//! `clone run`: starts a VM.
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clone_api::{ApiError, ErrorCode};
+use serde::Serialize;
+
+use super::args::VmArgs;
+use super::launch::{Launched, launch};
+use super::tty_console::{self, End};
+use super::{Context, exit};
+use crate::error::Result;
+use crate::process;
+use crate::runtime::Runtime;
+
+/// Start a VM, and stay attached to its console.
+///
+/// On a terminal, Ctrl-] leaves the console and lets the VM run on. Without a terminal the
+/// console's output is printed until the VM ends.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    vm: VmArgs,
+    /// Return as soon as the guest runs, and print the VM's name.
+    #[arg(long, short)]
+    detach: bool,
+}
+
+/// What `clone run --json` prints.
+#[derive(Serialize)]
+struct Started {
+    name: String,
+    pid: u32,
+    control_socket: String,
+    vsock_socket: String,
+    console_socket: String,
+}
+
+pub(super) fn run(context: &Context, args: Args) -> Result<ExitCode> {
+    let config = args.vm.into_config()?;
+    let runtime = context.runtime()?;
+    let launched = launch(&runtime, config)?;
+    if args.detach || context.output.is_json() {
+        let dir = &launched.dir;
+        let started = Started {
+            name: dir.name(),
+            pid: launched.process.pid,
+            control_socket: dir.control_socket().display().to_string(),
+            vsock_socket: dir.vsock_socket().display().to_string(),
+            console_socket: dir.console_socket().display().to_string(),
+        };
+        context
+            .output
+            .print(&started, |started| started.name.clone());
+        return Ok(ExitCode::SUCCESS);
+    }
+    stay(context, &runtime, launched)
+}
+
+fn stay(context: &Context, runtime: &Runtime, mut launched: Launched) -> Result<ExitCode> {
+    let name = launched.dir.name();
+    if std::io::stdin().is_terminal() {
+        context
+            .output
+            .note(&format!("[clone: console of {name}; Ctrl-] leaves it]\r"));
+    }
+    match tty_console::attach(&launched.dir) {
+        Ok(End::Left) => {
+            context.output.note(&format!(
+                "[clone: {name} runs on; come back with: clone attach {name}]"
+            ));
+            return Ok(ExitCode::SUCCESS);
+        }
+        Ok(End::Closed) => {}
+        // The VM may have been so quick to end that nobody could attach.
+        Err(_) if !launched.process.is_alive() => {}
+        Err(error) => return Err(error),
+    }
+    let status = launched
+        .child
+        .wait()
+        .map_err(|error| ApiError::internal(&error))?;
+    let log = std::fs::read_to_string(launched.dir.vmm_log()).unwrap_or_default();
+    runtime.sweep_one(&launched.dir)?;
+    told_end(context, &name, status.code(), &log)
+}
+
+/// How the VM ended, as a message and an exit code.
+fn told_end(context: &Context, name: &str, code: Option<i32>, log: &str) -> Result<ExitCode> {
+    match code.and_then(|code| u8::try_from(code).ok()) {
+        Some(process::EXIT_POWER_OFF) => Ok(ExitCode::SUCCESS),
+        Some(process::EXIT_REBOOT) => {
+            context.output.note(&format!(
+                "[clone: {name} asked for a reboot, which ends a VM]"
+            ));
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(process::EXIT_KILLED) => {
+            context.output.note(&format!("[clone: {name} was killed]"));
+            Ok(ExitCode::from(exit::FAILURE))
+        }
+        Some(process::EXIT_CRASH) => Err(ended(format!("the guest of `{name}` crashed"), log)),
+        Some(_) => Err(ended(format!("the VM `{name}` failed"), log)),
+        None => {
+            context.output.note(&format!("[clone: {name} was killed]"));
+            Ok(ExitCode::from(exit::FAILURE))
+        }
+    }
+}
+
+fn ended(mut message: String, log: &str) -> ApiError {
+    if let Some(last) = log.lines().last() {
+        message.push_str(": ");
+        message.push_str(last);
+    }
+    ApiError::new(ErrorCode::Internal, message)
+}

@@ -1,0 +1,73 @@
+//! `clone stat`: what a VM is and what it uses.
+
+use std::process::ExitCode;
+
+use clone_api::Client;
+use clone_api::control::{VmInfo, VmStats};
+use serde::Serialize;
+
+use super::Context;
+use super::output::{human_bytes, table, told};
+use crate::error::Result;
+
+/// Show what a VM is and what it uses.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The VM.
+    name: String,
+}
+
+#[derive(Serialize)]
+struct Stat {
+    info: VmInfo,
+    stats: VmStats,
+}
+
+pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
+    let vm = context.runtime()?.find(&args.name)?;
+    let client = Client::new(vm.dir.control_socket());
+    let told = told(&args.name);
+    let mut info = client.info().map_err(&told)?;
+    // In its jail the process may count itself differently.
+    info.pid = vm.process.pid;
+    let stats = client.stats().map_err(&told)?;
+    context.output.print(&Stat { info, stats }, text);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn text(stat: &Stat) -> String {
+    let Stat { info, stats } = stat;
+    let config = &info.config;
+    let seconds = |us: u64| format!("{:.2} s", us as f64 / 1e6);
+    let mut rows = vec![
+        ("name", info.name.clone()),
+        ("state", format!("{:?}", info.state).to_lowercase()),
+        ("pid", info.pid.to_string()),
+        ("kernel", config.kernel.display().to_string()),
+        ("vcpus", config.vcpus.to_string()),
+        ("memory", human_bytes(stats.memory.guest_bytes)),
+        ("resident", human_bytes(stats.memory.resident_bytes)),
+        ("private", human_bytes(stats.memory.private_bytes)),
+        ("user time", seconds(stats.cpu.user_us)),
+        ("system time", seconds(stats.cpu.system_us)),
+    ];
+    for disk in &config.disks {
+        rows.push(("disk", disk.path.display().to_string()));
+    }
+    if let Some(balloon) = &stats.balloon {
+        let (actual, target) = (balloon.actual_bytes, balloon.target_bytes);
+        rows.push((
+            "balloon",
+            format!("{} of {}", human_bytes(actual), human_bytes(target)),
+        ));
+    }
+    for (device, counters) in &stats.devices {
+        let text: Vec<String> = counters.iter().map(|(k, v)| format!("{k} {v}")).collect();
+        rows.push((device, text.join(", ")));
+    }
+    let rows: Vec<Vec<String>> = rows
+        .into_iter()
+        .map(|(key, value)| vec![key.to_owned(), value])
+        .collect();
+    table(&rows)
+}

@@ -1,0 +1,153 @@
+//! The control socket's server: HTTP/1.1 and JSON from the VM's event loop.
+//!
+//! Nothing here blocks: each client has a bounded buffer each way, and one that is slow waits
+//! for itself only. What is asked of the VM goes through [`VmControl`], so that all of it is
+//! tested without a machine. Every route of `clone_api::routes` is served: [`dispatch`] matches
+//! on the operations.
+
+mod connection;
+mod dispatch;
+pub mod http;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use clone_api::control::{BalloonStatus, ConsoleInfo, VmInfo, VmStats};
+use clone_api::{ApiError, Bytes};
+use clone_vmm::event_loop::{EventHandler, Registrar};
+use vmm_sys_util::epoll::EventSet;
+
+use connection::Connection;
+
+/// Who may be connected at once. One more pushes out who was silent for longest.
+const MAX_CONNECTIONS: usize = 32;
+
+const LISTENER: u32 = 0;
+const FIRST_CONNECTION: u32 = 1;
+
+/// What a VM can be asked through its control socket. No call may block for long.
+pub trait VmControl: Send {
+    /// What it is and what it is doing.
+    fn info(&self) -> VmInfo;
+    /// What it uses.
+    fn stats(&mut self) -> Result<VmStats, ApiError>;
+    /// Stops vCPUs and devices; a paused VM stays so.
+    fn pause(&mut self) -> Result<(), ApiError>;
+    /// Lets them go on; a running VM stays so.
+    fn resume(&mut self) -> Result<(), ApiError>;
+    /// Asks the guest to shut down.
+    fn power_button(&mut self) -> Result<(), ApiError>;
+    /// Ends the VM; the answer is still sent.
+    fn kill(&mut self);
+    /// What the balloon holds.
+    fn balloon(&mut self) -> Result<BalloonStatus, ApiError>;
+    /// Sets what it should hold.
+    fn set_balloon(&mut self, size: Bytes) -> Result<BalloonStatus, ApiError>;
+    /// Where the console is.
+    fn console(&self) -> ConsoleInfo;
+}
+
+/// The server, a handler in the event loop.
+pub struct ControlServer {
+    registrar: Registrar,
+    listener: UnixListener,
+    control: Box<dyn VmControl>,
+    connections: Vec<Option<Connection>>,
+    /// Counts events, to tell who was silent for longest.
+    clock: u64,
+}
+
+impl ControlServer {
+    /// A server that waits in `registrar`'s slot for clients of `listener` (non-blocking).
+    pub fn new(
+        registrar: Registrar,
+        listener: UnixListener,
+        control: Box<dyn VmControl>,
+    ) -> io::Result<Self> {
+        registrar.add(&listener, LISTENER, EventSet::IN)?;
+        Ok(Self {
+            registrar,
+            listener,
+            control,
+            connections: Vec::new(),
+            clock: 0,
+        })
+    }
+
+    fn accept(&mut self) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            let index = self.free_slot();
+            if let Err(error) = self.welcome(index, stream) {
+                tracing::warn!(%error, "a client of the control socket could not be served");
+            }
+        }
+    }
+
+    /// A free slot, if need be that of the connection which was silent for longest.
+    fn free_slot(&mut self) -> usize {
+        if let Some(free) = self.connections.iter().position(Option::is_none) {
+            return free;
+        }
+        if self.connections.len() < MAX_CONNECTIONS {
+            self.connections.push(None);
+            return self.connections.len() - 1;
+        }
+        let active = |slot: &Option<Connection>| slot.as_ref().map_or(0, |c| c.last_active);
+        let oldest = (0..self.connections.len()).min_by_key(|&i| active(&self.connections[i]));
+        let oldest = oldest.unwrap_or(0);
+        self.close(oldest);
+        oldest
+    }
+
+    fn welcome(&mut self, index: usize, stream: UnixStream) -> io::Result<()> {
+        stream.set_nonblocking(true)?;
+        self.registrar
+            .add(&stream, FIRST_CONNECTION + index as u32, EventSet::IN)?;
+        self.connections[index] = Some(Connection::new(stream, self.clock));
+        Ok(())
+    }
+
+    fn close(&mut self, index: usize) {
+        if let Some(connection) = self.connections[index].take() {
+            // The stream is closed with it, which removes it from the loop too.
+            let _ = self.registrar.remove(connection.stream());
+        }
+    }
+
+    fn serve(&mut self, index: usize, ready: EventSet) {
+        let Some(Some(connection)) = self.connections.get_mut(index) else {
+            return;
+        };
+        connection.last_active = self.clock;
+        let control = self.control.as_mut();
+        let token = FIRST_CONNECTION + index as u32;
+        let go_on = connection
+            .advance(ready, |request| dispatch::answer(control, request))
+            .and_then(|open| {
+                if open {
+                    connection.watch(&self.registrar, token)?;
+                }
+                Ok(open)
+            });
+        match go_on {
+            Ok(true) => {}
+            Ok(false) => self.close(index),
+            Err(error) => {
+                tracing::debug!(%error, "a client of the control socket is gone");
+                self.close(index);
+            }
+        }
+    }
+}
+
+impl EventHandler for ControlServer {
+    fn handle_event(&mut self, token: u32, ready: EventSet) {
+        self.clock += 1;
+        match token {
+            LISTENER => self.accept(),
+            client => self.serve((client - FIRST_CONNECTION) as usize, ready),
+        }
+    }
+}

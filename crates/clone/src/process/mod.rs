@@ -1,0 +1,116 @@
+//! The process of a VM.
+//!
+//! Its launcher starts it with the description on standard input, and hears from it on standard
+//! output ([`report`]). In order: read the description, take a session of its own, open every
+//! resource ([`open`]), jail itself, assemble the machine ([`assemble`]), report, and run the
+//! event loop until the guest ends ([`vm`]).
+
+pub mod assemble;
+pub mod console;
+pub mod control;
+pub mod open;
+pub mod report;
+pub mod start;
+mod vm;
+
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clone_api::ApiError;
+use clone_vmm::event_loop::EventLoop;
+use clone_vmm::machine::Exit;
+use rustix::process::Signal;
+use start::Start;
+
+use crate::error::Result;
+use crate::jail::{self, JailSpec};
+use crate::runtime::VmDir;
+
+/// How the process ends when the guest switched itself off, or was stopped by us.
+pub const EXIT_POWER_OFF: u8 = 0;
+/// How it ends when it could not start; the report says why.
+pub const EXIT_START_FAILED: u8 = 1;
+/// How it ends when the guest crashed; the log says how.
+pub const EXIT_CRASH: u8 = 2;
+/// How it ends when the guest asked for a reset, which ends a VM.
+pub const EXIT_REBOOT: u8 = 3;
+/// How it ends when `kill` was asked of its control socket.
+pub const EXIT_KILLED: u8 = 4;
+/// How it ends when its own event loop failed.
+pub const EXIT_INTERNAL: u8 = 5;
+
+/// Runs a VM whose runtime directory is `dir`, from its description on standard input to its end.
+pub fn main(dir: PathBuf) -> ExitCode {
+    let dir = VmDir::at(dir);
+    // Until the report, the VM is its launcher's: should that end (Ctrl-C), so does this.
+    let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
+    let start = match start::read(io::stdin().lock()) {
+        Ok(Some(start)) => start,
+        // The launcher is gone before it said what to run: there is nobody to tell.
+        Ok(None) => return ExitCode::from(EXIT_START_FAILED),
+        Err(error) => return fail(error),
+    };
+    let mut events = match EventLoop::new() {
+        Ok(events) => events,
+        Err(error) => return fail(ApiError::internal(&error)),
+    };
+    let mut vm = match start_vm(&dir, start, &mut events) {
+        Ok(vm) => vm,
+        Err(error) => return fail(error),
+    };
+    let _ = rustix::process::set_parent_process_death_signal(None);
+    if let Err(error) = report::ready() {
+        // The launcher is gone; the VM is not less wanted for that.
+        tracing::warn!(%error, "nobody heard that the VM is ready");
+    }
+    let code = match vm.run(&mut events) {
+        Ok(exit) => exit_code(&exit),
+        Err(error) => {
+            tracing::error!(%error, "the event loop failed");
+            EXIT_INTERNAL
+        }
+    };
+    ExitCode::from(code)
+}
+
+fn start_vm(dir: &VmDir, start: Start, events: &mut EventLoop) -> Result<vm::Vm> {
+    let Start {
+        config,
+        boot_kernel,
+    } = start;
+    // Its launcher's terminal and its Ctrl-C are not ours. It fails only for a group's leader,
+    // which a process that was just started is only by its launcher's will.
+    let _ = rustix::process::setsid();
+    let resources = open::open(dir, &config, &boot_kernel)?;
+    jail::enter(&JailSpec {
+        name: config.name.clone(),
+        runtime_dir: dir.path().to_owned(),
+        guest_memory_bytes: config.memory.0,
+        vcpus: config.vcpus,
+    })
+    .map_err(|error| ApiError::internal(&error))?;
+    let mut vm = assemble::assemble(dir, config, resources, events)?;
+    vm.begin()?;
+    Ok(vm)
+}
+
+fn fail(error: ApiError) -> ExitCode {
+    if report::failed(&error).is_err() {
+        // Nobody reads the report: the log is the last place to tell.
+        tracing::error!(message = error.message, "the VM could not start");
+    }
+    ExitCode::from(EXIT_START_FAILED)
+}
+
+fn exit_code(exit: &Exit) -> u8 {
+    match exit {
+        Exit::PowerOff => EXIT_POWER_OFF,
+        Exit::Reboot => EXIT_REBOOT,
+        Exit::Killed => EXIT_KILLED,
+        Exit::Crash(how) => {
+            tracing::error!(how, "the guest crashed");
+            EXIT_CRASH
+        }
+    }
+}

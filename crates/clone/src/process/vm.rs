@@ -1,0 +1,272 @@
+//! The running VM: its event loop, and what its control socket can do with it.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clone_api::control::{
+    BalloonStatus, ConsoleInfo, CpuStats, MemoryStats, VmInfo, VmState, VmStats,
+};
+use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
+use clone_vmm::event_loop::EventLoop;
+use clone_vmm::machine::{Exit, ExitSignal, Machine};
+use vmm_sys_util::epoll::EventSet;
+
+use super::assemble::told;
+use super::console::ConsoleHub;
+use super::control::VmControl;
+use crate::runtime::VmDir;
+
+/// Locked by the event loop's thread only, for one call at a time: the lock is there because
+/// handlers must be able to move between threads, not because any waits for it.
+type SharedMachine = Arc<Mutex<Machine>>;
+
+fn locked(machine: &SharedMachine) -> MutexGuard<'_, Machine> {
+    // After a panic the machine is suspect, but ending it in order is still right.
+    machine.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A VM in its event loop.
+pub(super) struct Vm {
+    machine: SharedMachine,
+    hub: Arc<Mutex<ConsoleHub>>,
+    exit: ExitSignal,
+}
+
+impl Vm {
+    pub(super) fn new(
+        machine: Machine,
+        hub: Arc<Mutex<ConsoleHub>>,
+        events: &mut EventLoop,
+    ) -> io::Result<Self> {
+        let exit = machine.exit_signal();
+        // A slot without a handler: its event only ends the wait, and the loop looks by itself.
+        events.reserve().add(&exit, 0, EventSet::IN)?;
+        Ok(Self {
+            machine: Arc::new(Mutex::new(machine)),
+            hub,
+            exit,
+        })
+    }
+
+    /// Lets the guest run its first instruction.
+    pub(super) fn begin(&mut self) -> Result<(), ApiError> {
+        locked(&self.machine).resume().map_err(told)
+    }
+
+    /// Serves the VM until it ends.
+    pub(super) fn run(&mut self, events: &mut EventLoop) -> io::Result<Exit> {
+        let exit = loop {
+            if let Some(exit) = self.exit.get() {
+                break exit;
+            }
+            events.run_once(-1)?;
+        };
+        // What devices have under way reaches its file, and the last words of the guest its log.
+        if let Err(error) = locked(&self.machine).pause() {
+            tracing::warn!(%error, "the devices did not stop in order");
+        }
+        self.hub
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .flush();
+        Ok(exit)
+    }
+}
+
+/// What the control socket holds of the VM.
+pub(super) struct VmHandle {
+    machine: SharedMachine,
+    exit: ExitSignal,
+    config: VmConfig,
+    console: ConsoleInfo,
+    attached: Arc<AtomicU32>,
+    memory_map: File,
+    started_unix_ms: u64,
+}
+
+impl VmHandle {
+    /// A handle of `vm`; `memory_map` is its open `/proc/self/smaps_rollup`.
+    pub(super) fn new(
+        vm: &Vm,
+        dir: &VmDir,
+        config: VmConfig,
+        memory_map: File,
+        attached: Arc<AtomicU32>,
+    ) -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        Self {
+            machine: Arc::clone(&vm.machine),
+            exit: vm.exit.clone(),
+            console: ConsoleInfo {
+                socket: dir.console_socket().display().to_string(),
+                log: dir.console_log().display().to_string(),
+                log_limit_bytes: config.console.log_limit.0,
+                attached: 0,
+            },
+            config,
+            attached,
+            memory_map,
+            started_unix_ms: now.map_or(0, |now| now.as_millis() as u64),
+        }
+    }
+
+    /// An error unless the guest is still there.
+    fn check_alive(&self) -> Result<(), ApiError> {
+        match self.exit.get() {
+            None => Ok(()),
+            Some(_) => Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!("the VM `{}` is ending", self.config.name),
+            )),
+        }
+    }
+}
+
+impl VmControl for VmHandle {
+    fn info(&self) -> VmInfo {
+        let state = if self.exit.get().is_some() {
+            VmState::Stopping
+        } else if locked(&self.machine).is_running() {
+            VmState::Running
+        } else {
+            VmState::Paused
+        };
+        VmInfo {
+            name: self.config.name.clone(),
+            state,
+            pid: std::process::id(),
+            started_unix_ms: self.started_unix_ms,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            config: self.config.clone(),
+        }
+    }
+
+    fn stats(&mut self) -> Result<VmStats, ApiError> {
+        let mut text = vec![0; 4096];
+        let length = self
+            .memory_map
+            .read_at(&mut text, 0)
+            .map_err(|error| ApiError::internal(&error))?;
+        let mut memory = parse_memory_map(&String::from_utf8_lossy(&text[..length]));
+        memory.guest_bytes = self.config.memory.0;
+        Ok(VmStats {
+            memory,
+            cpu: cpu_time(),
+            balloon: self.balloon().ok(),
+            devices: Default::default(),
+        })
+    }
+
+    fn pause(&mut self) -> Result<(), ApiError> {
+        self.check_alive()?;
+        locked(&self.machine).pause().map_err(told)
+    }
+
+    fn resume(&mut self) -> Result<(), ApiError> {
+        self.check_alive()?;
+        locked(&self.machine).resume().map_err(told)
+    }
+
+    fn power_button(&mut self) -> Result<(), ApiError> {
+        self.check_alive()?;
+        let machine = locked(&self.machine);
+        if !machine.is_running() {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!(
+                    "the VM `{}` is paused: its guest cannot react",
+                    self.config.name
+                ),
+            )
+            .advise("resume it first"));
+        }
+        machine.press_power_button();
+        Ok(())
+    }
+
+    fn kill(&mut self) {
+        self.exit.send(Exit::Killed);
+    }
+
+    fn balloon(&mut self) -> Result<BalloonStatus, ApiError> {
+        Err(no_balloon(&self.config.name))
+    }
+
+    fn set_balloon(&mut self, _size: Bytes) -> Result<BalloonStatus, ApiError> {
+        Err(no_balloon(&self.config.name))
+    }
+
+    fn console(&self) -> ConsoleInfo {
+        ConsoleInfo {
+            attached: self.attached.load(Ordering::Relaxed),
+            ..self.console.clone()
+        }
+    }
+}
+
+fn no_balloon(name: &str) -> ApiError {
+    ApiError::new(
+        ErrorCode::Unavailable,
+        format!("the VM `{name}` has no balloon"),
+    )
+    .advise("start it without --no-balloon")
+}
+
+/// Reads `smaps_rollup` (proc_pid_smaps(5)).
+fn parse_memory_map(text: &str) -> MemoryStats {
+    let field = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        let kib = line.and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse().ok());
+        kib.unwrap_or(0_u64) << 10
+    };
+    MemoryStats {
+        guest_bytes: 0,
+        resident_bytes: field("Rss:"),
+        private_bytes: field("Private_Clean:") + field("Private_Dirty:"),
+        swapped_bytes: field("Swap:"),
+    }
+}
+
+fn cpu_time() -> CpuStats {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the pointer is to a writable `rusage`, which the call fills.
+    unsafe { libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr()) };
+    // SAFETY: all zero is a valid `rusage` of integers, and so is what the call left.
+    let usage = unsafe { usage.assume_init() };
+    let micros = |time: libc::timeval| time.tv_sec as u64 * 1_000_000 + time.tv_usec as u64;
+    CpuStats {
+        user_us: micros(usage.ru_utime),
+        system_us: micros(usage.ru_stime),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_from_the_kernels_words() {
+        let text = "00400000-7fff r--p 00000000 00:00 0 [rollup]\nRss:                1336 kB\n\
+                    Pss:                 400 kB\nPrivate_Clean:        16 kB\n\
+                    Private_Dirty:        92 kB\nSwap:                  4 kB\nSwapPss: 2 kB\n";
+        let memory = parse_memory_map(text);
+        assert_eq!(memory.resident_bytes, 1336 << 10);
+        assert_eq!(memory.private_bytes, 108 << 10);
+        assert_eq!(memory.swapped_bytes, 4 << 10);
+    }
+
+    #[test]
+    fn processor_time_grows_with_work() {
+        let before = cpu_time();
+        let mut x = 1_u64;
+        while cpu_time() == before {
+            x = std::hint::black_box(x.wrapping_mul(3));
+        }
+        let after = cpu_time();
+        assert!(after.user_us + after.system_us > before.user_us + before.system_us);
+    }
+}

@@ -1,0 +1,45 @@
+//! Removing what a VM left on the host when its process is gone.
+
+use std::fs;
+
+use super::{Runtime, Status, VmDir};
+use crate::error::{Result, failed};
+use crate::jail;
+
+impl Runtime {
+    /// Removes every stale directory and what belongs to it; gives the names.
+    pub fn sweep(&self) -> Result<Vec<String>> {
+        let mut swept = Vec::new();
+        for dir in self.dirs()? {
+            if dir.status()? == Status::Stale && self.sweep_one(&dir)? {
+                swept.push(dir.name());
+            }
+        }
+        Ok(swept)
+    }
+
+    /// Removes `dir` and what belongs to it, if it is stale; whether it was.
+    pub fn sweep_one(&self, dir: &VmDir) -> Result<bool> {
+        let _root = self.lock()?;
+        // Another command may have swept it, and a new VM taken its name, before we had the lock.
+        if dir.status()? != Status::Stale {
+            return Ok(false);
+        }
+        remove(dir)?;
+        Ok(true)
+    }
+}
+
+/// Host resources first: while the directory is there, a failure is tried again.
+fn remove(dir: &VmDir) -> Result<()> {
+    jail::sweep(&dir.name()).map_err(failed("remove the jail of", dir.path()))?;
+    fs::remove_dir_all(dir.path()).map_err(failed("remove", dir.path()))
+}
+
+impl super::StartingVm {
+    /// Gives up: removes everything again. The VM's process must be gone.
+    pub fn abandon(self, runtime: &Runtime) -> Result<()> {
+        let _root = runtime.lock()?;
+        remove(&self.dir)
+    }
+}
