@@ -6,7 +6,7 @@ mod net_rig;
 
 use std::fs::{File, OpenOptions};
 
-use clone_vmm::virtio::{DeviceError, VirtioDevice};
+use clone_vmm::virtio::DeviceError;
 
 use net_rig::{Rig, TX, moves_between_paths, talks_to_the_host, with_tap};
 
@@ -21,7 +21,7 @@ fn vhost(count: usize) -> Vec<File> {
 
 #[test]
 fn vhost_lets_a_driver_talk_to_the_host() {
-    with_tap(|| talks_to_the_host(vhost(1)));
+    with_tap(|| talks_to_the_host(&mut Rig::new(1, vhost(1))));
 }
 
 #[test]
@@ -47,7 +47,7 @@ fn vhost_reports_a_broken_ring_and_works_again_after_a_reset() {
             matches!(failure, Some(DeviceError::Driver { .. })),
             "{failure:?}"
         );
-        rig.device(VirtioDevice::reset);
-        talks_to_the_host(vhost(1));
+        rig.start_over();
+        talks_to_the_host(&mut rig);
     });
 }

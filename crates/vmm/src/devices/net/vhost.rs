@@ -87,6 +87,8 @@ impl VhostNet {
         tx: &ActiveQueue,
         with: &Start<'_>,
     ) -> Result<(), DeviceError> {
+        // What it said of the rings of before; nothing to read is the usual case.
+        let _ = self.errors.read();
         self.set_features(with.features & features::VHOST)
             .map_err(refused("set the features of vhost-net"))?;
         self.share_ram(with.ram)?;
