@@ -2,6 +2,7 @@
 //! `queue.rs` (what the guest asks, no KVM), `backend.rs` (files, taps, sockets), `mod.rs` (the
 //! device), `tests.rs`.
 
+pub mod balloon;
 pub mod block;
 pub mod net;
 pub mod rng;

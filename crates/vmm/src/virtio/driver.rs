@@ -203,9 +203,22 @@ impl<D: VirtioDevice + 'static> Rig<D> {
     /// Sets up all queues with `size` descriptors at most, and activates the device with all the
     /// features it offers but `without`.
     pub fn new(device: D, ram: GuestRam, size: u16, without: u64) -> Self {
+        let all = device.queue_max_sizes().len();
+        Self::with_driver_queues(device, ram, size, without, all)
+    }
+
+    /// As [`Rig::new`], with only the first `count` queues.
+    pub fn with_driver_queues(
+        device: D,
+        ram: GuestRam,
+        size: u16,
+        without: u64,
+        count: usize,
+    ) -> Self {
         let queues: Vec<_> = device
             .queue_max_sizes()
             .iter()
+            .take(count)
             .zip(0..)
             .map(|(&max, at)| DriverQueue::new(&ram, at * RINGS_SIZE, max.min(size)))
             .collect();

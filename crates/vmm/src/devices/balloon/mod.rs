@@ -1,0 +1,344 @@
+//! Taking memory from a running guest and giving it back: virtio-balloon (VIRTIO 1.3, 5.5).
+//!
+//! - **Balloon**: the host sets a target ([`Balloon::set_target_bytes`]), the driver fills or
+//!   empties the balloon and tells what it holds. Pages in it are released at once; taken out,
+//!   they come back at the first touch.
+//! - **Reporting**: the driver names free pages by itself, they are released.
+//! - **Hinting**: on request ([`Balloon::start_hinting`]) the driver names all its free pages and
+//!   leaves them alone until the end ([`Balloon::stop_hinting`]): for snapshots.
+//! - **Statistics**, as often as the host wants them.
+//!
+//! A released page of a clone comes back as the template's: as good as any, since the guest has
+//! given up its content, and nothing that this guest could not see before. For the same reason
+//! `VIRTIO_BALLOON_F_PAGE_POISON` is not offered: it would promise that pages keep a pattern or come
+//! back as zeros. A driver whose kernel relies on that (`init_on_free`) then switches reporting
+//! off by itself.
+//!
+//! How memory is released is left to [`ReleaseRanges`]. `queue` is what the driver asks;
+//! `stats` what it tells; this file is the device.
+
+mod backend;
+mod queue;
+mod state;
+mod stats;
+#[cfg(test)]
+mod tests;
+
+pub use backend::{DiscardRam, GuestRange, ReleaseRanges};
+pub use state::{BalloonOffer, BalloonState, SavedBalloon};
+pub use stats::BalloonStats;
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
+use virtio_queue::Queue;
+use vm_memory::GuestMemoryBackend;
+use vm_memory::GuestMemoryRegion;
+use vmm_sys_util::epoll::EventSet;
+
+use self::queue::{Hints, Queues, Role};
+use crate::timer::Timer;
+use crate::virtio::{Activation, DeviceError, VirtioDevice};
+
+const NAME: &str = "balloon";
+const QUEUE_SIZE: u16 = 128;
+
+/// The balloon counts in pages of this size, whatever the guest's.
+const PAGE: u64 = 4096;
+
+/// `VIRTIO_BALLOON_F_STATS_VQ`.
+const F_STATS: u64 = 1 << 1;
+/// `VIRTIO_BALLOON_F_DEFLATE_ON_OOM`.
+const F_DEFLATE_ON_OOM: u64 = 1 << 2;
+/// `VIRTIO_BALLOON_F_FREE_PAGE_HINT`.
+const F_HINT: u64 = 1 << 3;
+/// `VIRTIO_BALLOON_F_REPORTING`.
+const F_REPORTING: u64 = 1 << 5;
+
+/// The hinting command that ends a round: the driver may use its pages again.
+const HINT_DONE: u32 = 1;
+/// The first id of a round of hinting; those below are commands.
+const FIRST_HINT_ROUND: u32 = 2;
+
+const TOKEN_TIMER: u32 = 0;
+
+/// The balloon device, and its control for the host.
+pub struct Balloon {
+    state: BalloonState,
+    release: Box<dyn ReleaseRanges>,
+    hints: Option<Hints>,
+    stats: Option<(BalloonStats, Instant)>,
+    timer: Timer,
+    queues: Option<Queues>,
+    paused: bool,
+}
+
+impl Balloon {
+    /// Builds the device from its state, [`BalloonState::fresh`] or a decoded one. Makes a timer.
+    pub fn new(release: Box<dyn ReleaseRanges>, state: BalloonState) -> Result<Self, DeviceError> {
+        let timer = Timer::new().map_err(|source| host("make its timer", source))?;
+        let mut balloon = Self {
+            state,
+            release,
+            hints: None,
+            stats: None,
+            timer,
+            queues: None,
+            paused: false,
+        };
+        if balloon.state.hint_command >= FIRST_HINT_ROUND {
+            // Whoever asked is not here: the driver must not keep its pages for them.
+            balloon.state.hint_command = HINT_DONE;
+            balloon.state.config_changed = true;
+        }
+        balloon.arm_stats()?;
+        Ok(balloon)
+    }
+
+    /// Asks the guest to give up `bytes` of its memory in all, rounded down to 4 KiB and held to
+    /// the size of RAM. Returns the target that is now set. The guest follows in its own time;
+    /// [`Balloon::actual_bytes`] tells how far it is.
+    pub fn set_target_bytes(&mut self, bytes: u64) -> u64 {
+        let most = match &self.queues {
+            Some(queues) => queues.ram.iter().map(|region| region.len() / PAGE).sum(),
+            None => u64::from(u32::MAX),
+        };
+        let pages = (bytes / PAGE).min(most).min(u64::from(u32::MAX)) as u32;
+        if pages != self.state.target_pages {
+            self.state.target_pages = pages;
+            self.change_config();
+        }
+        self.target_bytes()
+    }
+
+    /// What the guest was asked to give up, in bytes.
+    pub fn target_bytes(&self) -> u64 {
+        u64::from(self.state.target_pages) * PAGE
+    }
+
+    /// What the guest says it has given up, in bytes.
+    pub fn actual_bytes(&self) -> u64 {
+        u64::from(self.state.actual_pages) * PAGE
+    }
+
+    /// The guest's latest statistics and their age; `None` before the first.
+    pub fn stats(&self) -> Option<(BalloonStats, Duration)> {
+        self.stats.map(|(stats, at)| (stats, at.elapsed()))
+    }
+
+    /// Asks for statistics every `interval` (whole milliseconds); zero stops asking.
+    pub fn set_stats_interval(&mut self, interval: Duration) -> Result<(), DeviceError> {
+        self.state.stats_interval_ms = u64::try_from(interval.as_millis()).unwrap_or(u64::MAX);
+        self.arm_stats()
+    }
+
+    /// Asks for statistics once, now. They arrive when the guest has answered.
+    pub fn refresh_stats(&mut self) -> Result<(), DeviceError> {
+        match &mut self.queues {
+            Some(queues) if !self.paused => queues.ask_stats(&mut self.state.stats_buffer),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the driver can be asked for its free pages.
+    pub fn can_hint(&self) -> bool {
+        let ring = |queues: &Queues| queues.has(Role::Hint);
+        self.queues.as_ref().is_some_and(ring)
+    }
+
+    /// Asks the driver for its free pages; `sink` gets them as they come. `false`, and nothing
+    /// asked, where the driver does not know how.
+    ///
+    /// The driver leaves the pages alone until [`Balloon::stop_hinting`], but may take some back
+    /// when memory is short: a sink that only notes them must also learn of later writes. One
+    /// that releases them needs not. A round that is under way is ended.
+    pub fn start_hinting(&mut self, sink: Box<dyn ReleaseRanges>) -> bool {
+        if !self.can_hint() {
+            return false;
+        }
+        let last = self.state.last_hint_round;
+        let round = last
+            .checked_add(1)
+            .map_or(FIRST_HINT_ROUND, |next| next.max(FIRST_HINT_ROUND));
+        self.state.last_hint_round = round;
+        self.state.hint_command = round;
+        self.hints = Some(Hints::new(round, sink));
+        self.change_config();
+        true
+    }
+
+    /// Whether the driver has named all its free pages since [`Balloon::start_hinting`].
+    pub fn hinting_is_complete(&self) -> bool {
+        self.hints.as_ref().is_some_and(Hints::is_complete)
+    }
+
+    /// Ends a round of hinting, complete or not: the driver uses its pages again.
+    pub fn stop_hinting(&mut self) {
+        if self.hints.take().is_some() {
+            self.state.hint_command = HINT_DONE;
+            self.change_config();
+        }
+    }
+
+    /// Tells the driver to read its configuration space, now or when it runs again.
+    fn change_config(&mut self) {
+        self.state.config_changed = true;
+        self.tell_config();
+    }
+
+    fn tell_config(&mut self) {
+        if let Some(queues) = self.queues.as_ref().filter(|_| !self.paused)
+            && self.state.config_changed
+        {
+            queues.interrupt.signal_config();
+            self.state.config_changed = false;
+        }
+    }
+
+    fn arm_stats(&self) -> Result<(), DeviceError> {
+        self.timer
+            .arm_every(Duration::from_millis(self.state.stats_interval_ms))
+            .map_err(|source| host("arm its timer", source))
+    }
+
+    /// Works off one queue.
+    fn serve(&mut self, role: Role) -> Result<(), DeviceError> {
+        let Some(queues) = self.queues.as_mut().filter(|_| !self.paused) else {
+            return Ok(());
+        };
+        match role {
+            Role::Inflate => queues.inflate(&mut *self.release),
+            Role::Deflate => queues.deflate(),
+            Role::Stats => {
+                if let Some(stats) = queues.take_stats(&mut self.state.stats_buffer)? {
+                    self.stats = Some((stats, Instant::now()));
+                }
+                Ok(())
+            }
+            Role::Hint => queues.take_hints(self.hints.as_mut()),
+            Role::Report => queues.take_reports(&mut *self.release),
+        }
+    }
+
+    /// Looks at everything: work may have come while nobody looked.
+    fn serve_all(&mut self) -> Result<(), DeviceError> {
+        self.tell_config();
+        Role::ALL.into_iter().try_for_each(|role| self.serve(role))
+    }
+
+    fn config(&self) -> [u8; 16] {
+        let mut config = [0; 16];
+        config[0..4].copy_from_slice(&self.state.target_pages.to_le_bytes());
+        config[4..8].copy_from_slice(&self.state.actual_pages.to_le_bytes());
+        config[8..12].copy_from_slice(&self.state.hint_command.to_le_bytes());
+        config
+    }
+}
+
+impl VirtioDevice for Balloon {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BALLOON
+    }
+
+    fn features(&self) -> u64 {
+        let rings = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+        rings | self.state.offer.features()
+    }
+
+    fn queue_max_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; Role::ALL.len()]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        crate::virtio::read_bytes(&self.config(), offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        // Only `actual` is the driver's to write; it may come in pieces.
+        let mut config = self.config();
+        for (at, &byte) in (0..).zip(data) {
+            let place = offset
+                .checked_add(at)
+                .and_then(|at| usize::try_from(at).ok());
+            if let Some(place @ 4..8) = place {
+                config[place] = byte;
+            }
+        }
+        let actual = [config[4], config[5], config[6], config[7]];
+        self.state.actual_pages = u32::from_le_bytes(actual);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        activation
+            .events
+            .add(&self.timer, TOKEN_TIMER, EventSet::IN)
+            .map_err(|source| host("watch its timer", source))?;
+        self.queues = Some(Queues::new(activation)?);
+        self.paused = false;
+        self.serve_all()
+    }
+
+    fn notify_queue(&mut self, queue: u16) -> Result<(), DeviceError> {
+        let role = self.queues.as_ref().and_then(|queues| queues.role(queue));
+        role.map_or(Ok(()), |role| self.serve(role))
+    }
+
+    fn handle_event(&mut self, _token: u32, _ready: EventSet) -> Result<(), DeviceError> {
+        let due = self
+            .timer
+            .take()
+            .map_err(|source| host("read its timer", source))?;
+        if due { self.refresh_stats() } else { Ok(()) }
+    }
+
+    fn pause(&mut self) -> Result<(), DeviceError> {
+        // Every call finishes what it starts: there is nothing to drain.
+        self.paused = true;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), DeviceError> {
+        self.paused = false;
+        self.serve_all()
+    }
+
+    fn reset(&mut self) {
+        if let Some(queues) = self.queues.take()
+            && let Err(error) = queues.events.remove(&self.timer)
+        {
+            tracing::error!(%error, "balloon: cannot leave the event loop");
+        }
+        self.paused = false;
+        self.hints = None;
+        self.stats = None;
+        // The next driver starts with an empty balloon, and reads the target by itself.
+        self.state.actual_pages = 0;
+        self.state.hint_command = 0;
+        self.state.stats_buffer = None;
+        self.state.config_changed = false;
+    }
+
+    fn queues(&self) -> Vec<(u16, &Queue)> {
+        self.queues.as_ref().map_or_else(Vec::new, Queues::list)
+    }
+
+    fn save(&self) -> Result<Vec<u8>, DeviceError> {
+        self.state.encode()
+    }
+}
+
+fn host(action: &'static str, source: io::Error) -> DeviceError {
+    DeviceError::Host {
+        device: NAME,
+        action,
+        source,
+    }
+}

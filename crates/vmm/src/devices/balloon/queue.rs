@@ -1,0 +1,335 @@
+//! What the driver asks on the five queues (VIRTIO 1.3, 5.5.2 and 5.5.6).
+//!
+//! Every page number and range is the guest's word: nothing outside RAM is ever passed on. Work is
+//! bounded per call; a queue with more to do kicks itself, so that others get their turn.
+
+use std::sync::Arc;
+
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::Queue;
+use vm_memory::{GuestAddress, GuestMemory, Permissions};
+
+use super::backend::{GuestRange, ReleaseRanges};
+use super::stats::{BalloonStats, MAX_PAIRS, PAIR};
+use super::{F_HINT, F_REPORTING, F_STATS, NAME, PAGE, host};
+use crate::event_loop::Registrar;
+use crate::virtio::ring::{Chain, Ring, Segment, read_prefix};
+use crate::virtio::{Activation, DeviceError, GuestRam, Interrupt};
+
+/// Requests handled on one queue before others have their turn.
+const BUDGET: usize = 64;
+/// Page numbers in one request: a gibibyte's worth.
+const MAX_PAGES: usize = 256 << 10;
+/// The driver's word that a round of hinting is over.
+const HINT_STOP: u32 = 0;
+
+/// What a queue is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    Inflate,
+    Deflate,
+    Stats,
+    Hint,
+    Report,
+}
+
+impl Role {
+    /// In the order of the specification's queue numbers.
+    pub(super) const ALL: [Self; 5] = [
+        Self::Inflate,
+        Self::Deflate,
+        Self::Stats,
+        Self::Hint,
+        Self::Report,
+    ];
+
+    fn is_agreed(self, features: u64) -> bool {
+        match self {
+            Self::Inflate | Self::Deflate => true,
+            Self::Stats => features & F_STATS != 0,
+            Self::Hint => features & F_HINT != 0,
+            Self::Report => features & F_REPORTING != 0,
+        }
+    }
+}
+
+/// A round of hinting.
+pub(super) struct Hints {
+    round: u32,
+    phase: HintPhase,
+    sink: Box<dyn ReleaseRanges>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum HintPhase {
+    Asked,
+    Collecting,
+    Complete,
+}
+
+impl Hints {
+    pub(super) fn new(round: u32, sink: Box<dyn ReleaseRanges>) -> Self {
+        Self {
+            round,
+            phase: HintPhase::Asked,
+            sink,
+        }
+    }
+
+    pub(super) fn is_complete(&self) -> bool {
+        self.phase == HintPhase::Complete
+    }
+
+    /// The driver says which round its next pages belong to.
+    fn command(&mut self, command: u32) {
+        self.phase = match self.phase {
+            HintPhase::Asked if command == self.round => HintPhase::Collecting,
+            HintPhase::Collecting if command == HINT_STOP => HintPhase::Complete,
+            phase => phase,
+        };
+    }
+}
+
+/// What the driver lent at activation.
+pub(super) struct Queues {
+    pub(super) ram: GuestRam,
+    pub(super) interrupt: Arc<dyn Interrupt>,
+    pub(super) events: Registrar,
+    rings: Vec<(Role, Ring)>,
+}
+
+impl Queues {
+    pub(super) fn new(activation: Activation) -> Result<Self, DeviceError> {
+        let features = activation.features;
+        let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let agreed = |role: &Role| role.is_agreed(features);
+        let roles: Vec<Role> = Role::ALL.into_iter().filter(agreed).collect();
+        if activation.queues.len() != roles.len() {
+            return Err(DeviceError::Driver {
+                device: NAME,
+                reason: format!(
+                    "it set up {} queues where its features need {}",
+                    activation.queues.len(),
+                    roles.len()
+                ),
+            });
+        }
+        // In order, the queues are the agreed roles, whether the driver numbers them as the
+        // specification does or, as Linux, without gaps.
+        let queues = activation.queues.into_iter();
+        let ring = |queue| Ring::new(NAME, queue, event_idx);
+        Ok(Self {
+            ram: activation.ram,
+            interrupt: activation.interrupt,
+            events: activation.events,
+            rings: roles.into_iter().zip(queues.map(ring)).collect(),
+        })
+    }
+
+    pub(super) fn has(&self, role: Role) -> bool {
+        self.rings.iter().any(|(of, _)| *of == role)
+    }
+
+    pub(super) fn role(&self, index: u16) -> Option<Role> {
+        let found = self.rings.iter().find(|(_, ring)| ring.queue().0 == index);
+        found.map(|(role, _)| *role)
+    }
+
+    pub(super) fn list(&self) -> Vec<(u16, &Queue)> {
+        self.rings.iter().map(|(_, ring)| ring.queue()).collect()
+    }
+
+    /// Hands the requests of a queue to `work` and gives their buffers back. A queue that was not
+    /// agreed on has none.
+    fn serve(
+        &mut self,
+        role: Role,
+        mut work: impl FnMut(&GuestRam, &Ring, &mut Chain<'_>) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let Some((_, ring)) = self.rings.iter_mut().find(|(of, _)| *of == role) else {
+            return Ok(());
+        };
+        ring.mute(&self.ram)?;
+        for handled in 0.. {
+            if handled == BUDGET {
+                ring.again()?;
+                break;
+            }
+            let Some(mut chain) = ring.pop(&self.ram)? else {
+                if ring.unmute(&self.ram)? {
+                    continue;
+                }
+                break;
+            };
+            work(&self.ram, ring, &mut chain)?;
+            ring.push_used(&self.ram, chain.head, 0)?;
+        }
+        ring.signal(&self.ram, &*self.interrupt)
+    }
+
+    /// Pages that go into the balloon.
+    pub(super) fn inflate(&mut self, release: &mut dyn ReleaseRanges) -> Result<(), DeviceError> {
+        self.serve(Role::Inflate, |ram, ring, chain| {
+            let runs = page_runs(ram, ring, chain)?;
+            release
+                .release(&runs)
+                .map_err(|source| host("release pages of the balloon", source))
+        })
+    }
+
+    /// Pages that come out of it: they are there when touched.
+    pub(super) fn deflate(&mut self) -> Result<(), DeviceError> {
+        self.serve(Role::Deflate, |ram, ring, chain| {
+            page_runs(ram, ring, chain).map(drop)
+        })
+    }
+
+    /// Free pages that the driver reports: they are the buffers.
+    pub(super) fn take_reports(
+        &mut self,
+        release: &mut dyn ReleaseRanges,
+    ) -> Result<(), DeviceError> {
+        self.serve(Role::Report, |_, _, chain| {
+            release
+                .release(&buffer_runs(&chain.writable))
+                .map_err(|source| host("release free pages", source))
+        })
+    }
+
+    /// Free pages that the driver was asked for, and its words about them.
+    pub(super) fn take_hints(&mut self, hints: Option<&mut Hints>) -> Result<(), DeviceError> {
+        let mut hints = hints;
+        self.serve(Role::Hint, |_, ring, chain| {
+            let Some(hints) = hints.as_deref_mut() else {
+                return Ok(());
+            };
+            if !chain.readable.is_empty() {
+                let mut command = [0; 4];
+                if read_prefix(&mut chain.readable, &mut command).is_none() {
+                    return Err(ring.broken("a hinting command is shorter than 4 bytes"));
+                }
+                hints.command(u32::from_le_bytes(command));
+            }
+            if hints.phase == HintPhase::Collecting && !chain.writable.is_empty() {
+                hints
+                    .sink
+                    .release(&buffer_runs(&chain.writable))
+                    .map_err(|source| host("take free pages", source))?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Statistics that came. Their buffer is `held` until the device wants more.
+    pub(super) fn take_stats(
+        &mut self,
+        held: &mut Option<u16>,
+    ) -> Result<Option<BalloonStats>, DeviceError> {
+        let Some((_, ring)) = self.rings.iter_mut().find(|(of, _)| *of == Role::Stats) else {
+            return Ok(None);
+        };
+        let mut stats = None;
+        for handled in 0.. {
+            if handled == BUDGET {
+                ring.again()?;
+                break;
+            }
+            let Some(mut chain) = ring.pop(&self.ram)? else {
+                if ring.unmute(&self.ram)? {
+                    continue;
+                }
+                break;
+            };
+            // One buffer is held; a driver that lends more gets the older ones back.
+            if let Some(older) = held.replace(chain.head) {
+                ring.push_used(&self.ram, older, 0)?;
+            }
+            let mut bytes = vec![0; chain.readable_len().min(PAIR * MAX_PAIRS)];
+            if read_prefix(&mut chain.readable, &mut bytes).is_some() {
+                stats = Some(BalloonStats::parse(&bytes));
+            }
+        }
+        ring.signal(&self.ram, &*self.interrupt)?;
+        Ok(stats)
+    }
+
+    /// Gives the `held` buffer back, which asks for statistics.
+    pub(super) fn ask_stats(&mut self, held: &mut Option<u16>) -> Result<(), DeviceError> {
+        let Some((_, ring)) = self.rings.iter_mut().find(|(of, _)| *of == Role::Stats) else {
+            return Ok(());
+        };
+        if let Some(head) = held.take() {
+            ring.push_used(&self.ram, head, 0)?;
+            ring.signal(&self.ram, &*self.interrupt)?;
+        }
+        Ok(())
+    }
+}
+
+/// The pages that a request lists by number, as runs: sorted, apart, inside RAM.
+fn page_runs(
+    ram: &GuestRam,
+    ring: &Ring,
+    chain: &mut Chain<'_>,
+) -> Result<Vec<GuestRange>, DeviceError> {
+    let count = chain.readable_len() / 4;
+    if count == 0 || count > MAX_PAGES || !chain.readable_len().is_multiple_of(4) {
+        let len = chain.readable_len();
+        return Err(ring.broken(format!("{len} bytes are no list of pages")));
+    }
+    let mut bytes = vec![0; count * 4];
+    if read_prefix(&mut chain.readable, &mut bytes).is_none() {
+        return Err(ring.broken("a list of pages is cut short"));
+    }
+    let mut pages: Vec<u32> = bytes
+        .chunks_exact(4)
+        .map(|page| u32::from_le_bytes([page[0], page[1], page[2], page[3]]))
+        .collect();
+    pages.sort_unstable();
+    let mut runs = Vec::new();
+    for page in pages {
+        push_run(&mut runs, u64::from(page) * PAGE, PAGE);
+    }
+    let outside = runs.iter().find(|run| {
+        let len = run.len as usize;
+        !ram.check_range(run.start, len, Permissions::ReadWrite)
+    });
+    match outside {
+        Some(run) => Err(ring.broken(format!("pages {run:x?} are not in RAM"))),
+        None => Ok(runs),
+    }
+}
+
+/// The whole pages of buffers, as runs: sorted and apart. They are inside RAM, as the ring checked.
+fn buffer_runs(buffers: &[Segment<'_>]) -> Vec<GuestRange> {
+    let mut stretches: Vec<(u64, u64)> = buffers
+        .iter()
+        .map(|buffer| (buffer.address.0, buffer.slice.len() as u64))
+        .collect();
+    stretches.sort_unstable();
+    let mut runs = Vec::new();
+    for (start, len) in stretches {
+        push_run(&mut runs, start, len);
+    }
+    runs.retain_mut(|run| {
+        let end = (run.start.0 + run.len) / PAGE * PAGE;
+        run.start = GuestAddress(run.start.0.next_multiple_of(PAGE));
+        run.len = end.saturating_sub(run.start.0);
+        run.len > 0
+    });
+    runs
+}
+
+/// Adds a stretch that starts no earlier than the last run does, joining the two if they touch.
+fn push_run(runs: &mut Vec<GuestRange>, start: u64, len: u64) {
+    if let Some(last) = runs.last_mut()
+        && start <= last.start.0 + last.len
+    {
+        last.len = last.len.max(start + len - last.start.0);
+        return;
+    }
+    runs.push(GuestRange {
+        start: GuestAddress(start),
+        len,
+    });
+}

@@ -1,0 +1,151 @@
+//! What a balloon remembers across save and restore.
+
+use serde::{Deserialize, Serialize};
+
+use super::{F_DEFLATE_ON_OOM, F_HINT, F_REPORTING, F_STATS};
+use crate::virtio::DeviceError;
+
+/// The saved form, by version. Never change a version: add one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SavedBalloon {
+    /// The first.
+    V1(BalloonState),
+}
+
+/// What the device offers its driver. Fixed for the life of the guest, restores included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonOffer {
+    /// The guest may take pages back from the balloon rather than kill a process.
+    pub deflate_on_oom: bool,
+    /// Statistics of the guest's memory.
+    pub stats: bool,
+    /// The guest names its free pages by itself, so that they are released.
+    pub reporting: bool,
+    /// The guest names its free pages on request.
+    pub hinting: bool,
+}
+
+impl Default for BalloonOffer {
+    fn default() -> Self {
+        Self {
+            deflate_on_oom: true,
+            stats: true,
+            reporting: true,
+            hinting: true,
+        }
+    }
+}
+
+impl BalloonOffer {
+    pub(super) fn features(self) -> u64 {
+        let bit = |on: bool, bit: u64| if on { bit } else { 0 };
+        bit(self.deflate_on_oom, F_DEFLATE_ON_OOM)
+            | bit(self.stats, F_STATS)
+            | bit(self.reporting, F_REPORTING)
+            | bit(self.hinting, F_HINT)
+    }
+}
+
+/// A balloon's state. Built fresh at boot, decoded at restore. Pages are of 4 KiB.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonState {
+    /// What the device offers.
+    pub offer: BalloonOffer,
+    /// What the guest was asked to give up.
+    pub target_pages: u32,
+    /// What it says it has given up.
+    pub actual_pages: u32,
+    /// The driver has yet to be told to read its configuration space.
+    pub config_changed: bool,
+    /// The hinting command in the configuration space.
+    pub hint_command: u32,
+    /// The last round of hinting; ids are not used again soon.
+    pub last_hint_round: u32,
+    /// How often to ask for statistics, 0 for never.
+    pub stats_interval_ms: u64,
+    /// The chain of the statistics queue that the device holds until it asks again.
+    pub stats_buffer: Option<u16>,
+}
+
+impl BalloonState {
+    /// The state of an empty balloon that no driver has seen.
+    pub fn fresh(offer: BalloonOffer) -> Self {
+        Self {
+            offer,
+            target_pages: 0,
+            actual_pages: 0,
+            config_changed: false,
+            hint_command: 0,
+            last_hint_round: 0,
+            stats_interval_ms: 0,
+            stats_buffer: None,
+        }
+    }
+
+    /// Encodes it with its version.
+    pub fn encode(&self) -> Result<Vec<u8>, DeviceError> {
+        postcard::to_stdvec(&SavedBalloon::V1(self.clone())).map_err(refused)
+    }
+
+    /// Decodes and checks what [`BalloonState::encode`] wrote, perhaps on another host.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DeviceError> {
+        let (SavedBalloon::V1(state), rest) = postcard::take_from_bytes(bytes).map_err(refused)?;
+        if !rest.is_empty() {
+            return Err(refused(format_args!("{} bytes too many", rest.len())));
+        }
+        if state
+            .stats_buffer
+            .is_some_and(|head| head >= super::QUEUE_SIZE)
+        {
+            return Err(refused("it holds a statistics buffer that cannot exist"));
+        }
+        Ok(state)
+    }
+}
+
+fn refused(reason: impl std::fmt::Display) -> DeviceError {
+    DeviceError::State {
+        device: super::NAME,
+        reason: reason.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOLDEN_V1: &[u8] = &[0, 1, 1, 0, 1, 0x80, 2, 5, 1, 7, 9, 0xe8, 7, 1, 3];
+
+    fn golden() -> BalloonState {
+        BalloonState {
+            offer: BalloonOffer {
+                reporting: false,
+                ..BalloonOffer::default()
+            },
+            target_pages: 256,
+            actual_pages: 5,
+            config_changed: true,
+            hint_command: 7,
+            last_hint_round: 9,
+            stats_interval_ms: 1000,
+            stats_buffer: Some(3),
+        }
+    }
+
+    #[test]
+    fn version_1_keeps_its_bytes() {
+        assert_eq!(golden().encode().unwrap(), GOLDEN_V1);
+        assert_eq!(BalloonState::decode(GOLDEN_V1).unwrap(), golden());
+    }
+
+    #[test]
+    fn cut_padded_or_impossible_states_are_refused() {
+        for len in 0..GOLDEN_V1.len() {
+            assert!(BalloonState::decode(&GOLDEN_V1[..len]).is_err());
+        }
+        assert!(BalloonState::decode(&[GOLDEN_V1, &[0]].concat()).is_err());
+        let mut impossible = golden();
+        impossible.stats_buffer = Some(super::super::QUEUE_SIZE);
+        assert!(BalloonState::decode(&impossible.encode().unwrap()).is_err());
+    }
+}
