@@ -63,6 +63,16 @@ pub enum ImageError {
         /// What to do instead.
         advice: String,
     },
+    /// A registry could not be reached, refused, or broke off.
+    #[error("cannot fetch {what}: {detail}; {advice}")]
+    Registry {
+        /// What was fetched.
+        what: String,
+        /// What happened.
+        detail: String,
+        /// What the user can do.
+        advice: &'static str,
+    },
     /// A program the build needs failed.
     #[error("{program} failed ({status}): {detail}")]
     Program {

@@ -30,5 +30,7 @@ pub use initramfs::{
 };
 pub use progress::{Progress, Step};
 pub use rootfs::{RootfsReport, RootfsSpec, Source, build_rootfs};
+#[cfg(feature = "pull")]
+pub use source::{Credentials, RegistryImage};
 pub use source::{Debian, ImageConfig, Ownership};
 pub use tree::Limits;

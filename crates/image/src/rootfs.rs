@@ -13,9 +13,14 @@ use crate::progress::Progress;
 use crate::source::oci::{self, OciImage, Wanted};
 use crate::source::store::Store;
 use crate::source::{Debian, ImageConfig, Ownership, debian, directory};
+#[cfg(feature = "pull")]
+use crate::source::{RegistryImage, pull};
 use crate::staging::Staging;
 use crate::tree::{Limits, Spool, Tree};
 use crate::{ImageError, Result};
+
+/// The architecture of guests, as image manifests name it.
+const ARCHITECTURE: &str = "amd64";
 
 /// Where the files come from.
 #[derive(Clone, Debug)]
@@ -37,6 +42,9 @@ pub enum Source {
         /// Which image, where it holds several: a tag, name or digest.
         reference: Option<String>,
     },
+    /// An image in a registry.
+    #[cfg(feature = "pull")]
+    Registry(RegistryImage),
 }
 
 impl Source {
@@ -65,6 +73,8 @@ impl Source {
         match self {
             Self::Debian(debian) => format!("Debian {}", debian.suite),
             Self::Directory { path, .. } => format!("directory {}", path.display()),
+            #[cfg(feature = "pull")]
+            Self::Registry(image) => format!("image {}", image.reference),
             Self::Image {
                 path,
                 reference: None,
@@ -205,11 +215,22 @@ fn fill(
             directory::read(tree, path, *ownership, progress)?;
             Ok(ImageConfig::default())
         }
+        #[cfg(feature = "pull")]
+        Source::Registry(image) => {
+            let wanted = Wanted {
+                reference: None,
+                architecture: ARCHITECTURE,
+            };
+            let digest = pull::pull(image, wanted, spec.limits.content_bytes, progress)?;
+            let image = OciImage::by_digest(Store::Dir(image.blobs.clone()), &digest, wanted)?;
+            image.merge(tree, spool, progress)?;
+            Ok(image.config)
+        }
         Source::Image { path, reference } => {
             let store = Store::open(path, scratch, spec.limits.content_bytes)?;
             let wanted = Wanted {
                 reference: reference.as_deref(),
-                architecture: "amd64",
+                architecture: ARCHITECTURE,
             };
             let image = OciImage::open(store, wanted)?;
             image.merge(tree, spool, progress)?;

@@ -52,7 +52,7 @@ impl Digest {
     }
 
     /// The digest of this content.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "pull"))]
     pub(crate) fn sha256(bytes: &[u8]) -> Self {
         Self {
             algorithm: Algorithm::Sha256,

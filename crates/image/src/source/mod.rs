@@ -5,6 +5,10 @@ pub(crate) mod digest;
 pub(crate) mod directory;
 pub(crate) mod layer;
 pub(crate) mod oci;
+#[cfg(feature = "pull")]
+pub(crate) mod pull;
+#[cfg(all(test, feature = "pull"))]
+mod pull_tests;
 pub(crate) mod store;
 pub(crate) mod tar_stream;
 #[cfg(test)]
@@ -15,3 +19,5 @@ mod tests;
 pub use debian::Debian;
 pub use directory::Ownership;
 pub use oci::ImageConfig;
+#[cfg(feature = "pull")]
+pub use pull::{Credentials, RegistryImage};

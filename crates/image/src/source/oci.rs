@@ -20,7 +20,7 @@ use crate::{ImageError, Result};
 /// More layers than any builder makes (Docker stops at 127).
 const MAX_LAYERS: usize = 1000;
 /// Indexes inside indexes: one level is usual.
-const MAX_NESTING: u32 = 4;
+pub(super) const MAX_NESTING: u32 = 4;
 
 /// What a container image says about how its program is run. Empty where it says nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,12 +47,12 @@ pub struct ImageConfig {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Descriptor {
+pub(super) struct Descriptor {
     #[serde(default)]
     media_type: String,
-    digest: String,
+    pub(super) digest: String,
     #[serde(default)]
-    size: u64,
+    pub(super) size: u64,
     platform: Option<Platform>,
     #[serde(default, deserialize_with = "nullable")]
     annotations: BTreeMap<String, String>,
@@ -65,14 +65,14 @@ struct Platform {
 }
 
 #[derive(Deserialize)]
-struct Index {
+pub(super) struct Index {
     manifests: Vec<Descriptor>,
 }
 
 #[derive(Deserialize)]
-struct Manifest {
-    config: Descriptor,
-    layers: Vec<Descriptor>,
+pub(super) struct Manifest {
+    pub(super) config: Descriptor,
+    pub(super) layers: Vec<Descriptor>,
 }
 
 #[derive(Deserialize)]
@@ -180,7 +180,7 @@ impl OciImage {
             let chosen = by_platform(&index, wanted, &store)?;
             let bytes = read_blob(&store, chosen)?;
             let what = format!("the manifest {}", chosen.digest);
-            if !is_index(chosen, &bytes) {
+            if !is_index(&chosen.media_type, &bytes) {
                 break parse::<Manifest>(&what, &bytes)?;
             }
             nesting += 1;
@@ -192,6 +192,19 @@ impl OciImage {
             }
             index = parse(&what, &bytes)?;
         };
+        Self::from_manifest(store, &manifest, wanted)
+    }
+
+    /// The image of a manifest that lies in this store, known by its digest.
+    #[cfg(feature = "pull")]
+    pub(crate) fn by_digest(store: Store, digest: &Digest, wanted: Wanted<'_>) -> Result<Self> {
+        let bytes = store.read_small(&digest.blob_path())?;
+        let what = format!("the manifest {digest}");
+        digest.check(&what, &bytes)?;
+        Self::from_manifest(store, &parse(&what, &bytes)?, wanted)
+    }
+
+    fn from_manifest(store: Store, manifest: &Manifest, wanted: Wanted<'_>) -> Result<Self> {
         let config = read_blob(&store, &manifest.config)?;
         let what = format!("the configuration {}", manifest.config.digest);
         let config: ConfigFile =
@@ -354,7 +367,7 @@ impl<R: std::io::Read> std::io::Read for Counted<'_, R> {
     }
 }
 
-fn parse<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T> {
+pub(super) fn parse<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|e| ImageError::malformed(what, e))
 }
 
@@ -372,10 +385,9 @@ fn not_an_image(media_type: &str) -> ImageError {
     }
 }
 
-fn is_index(descriptor: &Descriptor, bytes: &[u8]) -> bool {
-    let by_type =
-        descriptor.media_type.contains("index") || descriptor.media_type.contains("manifest.list");
-    by_type || descriptor.media_type.is_empty() && serde_json::from_slice::<Index>(bytes).is_ok()
+pub(super) fn is_index(media_type: &str, bytes: &[u8]) -> bool {
+    let by_type = media_type.contains("index") || media_type.contains("manifest.list");
+    by_type || media_type.is_empty() && serde_json::from_slice::<Index>(bytes).is_ok()
 }
 
 /// The diff ids in layer order; an image without any (made by very old tools) is checked by its blobs alone.
@@ -458,7 +470,11 @@ fn by_reference(index: Index, reference: &str, store: &Store) -> Result<Index> {
 }
 
 /// The one manifest for the platform. Entries that name no platform are read to find out, if they are all there is.
-fn by_platform<'a>(index: &'a Index, wanted: Wanted<'_>, store: &Store) -> Result<&'a Descriptor> {
+pub(super) fn by_platform<'a>(
+    index: &'a Index,
+    wanted: Wanted<'_>,
+    store: &Store,
+) -> Result<&'a Descriptor> {
     let fits = |d: &&Descriptor| {
         d.platform
             .as_ref()
