@@ -116,26 +116,40 @@ impl RateLimiter {
     /// # Errors
     /// The host refuses to set the timer.
     pub fn admit(&mut self, bytes: u64, now: Instant) -> io::Result<bool> {
+        let ready = self.is_ready(now)?;
+        if ready {
+            self.charge(bytes);
+        }
+        Ok(ready)
+    }
+
+    /// Whether a request may pass whose size is not known yet: [`RateLimiter::charge`] follows
+    /// when it is. If not, the timer is set as by [`RateLimiter::admit`].
+    ///
+    /// # Errors
+    /// The host refuses to set the timer.
+    pub fn is_ready(&mut self, now: Instant) -> io::Result<bool> {
         let wait = [&mut self.bytes, &mut self.operations]
             .into_iter()
             .flatten()
             .map(|bucket| bucket.wait(now))
             .max()
             .unwrap_or_default();
-        if wait.is_zero() {
-            if let Some(bucket) = &mut self.bytes {
-                bucket.take(bytes);
-            }
-            if let Some(bucket) = &mut self.operations {
-                bucket.take(1);
-            }
-            return Ok(true);
-        }
-        if !self.armed {
+        if !wait.is_zero() && !self.armed {
             self.timer.reset(wait, None)?;
             self.armed = true;
         }
-        Ok(false)
+        Ok(wait.is_zero())
+    }
+
+    /// Takes one operation of `bytes`.
+    pub fn charge(&mut self, bytes: u64) {
+        if let Some(bucket) = &mut self.bytes {
+            bucket.take(bytes);
+        }
+        if let Some(bucket) = &mut self.operations {
+            bucket.take(1);
+        }
     }
 
     /// The timer fired.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use clone_vmm::devices::net::testing::{DriverQueue, WRITE};
 use clone_vmm::devices::net::{Net, NetConfig, NetResources, NetState, Port, Tap};
 use clone_vmm::event_loop::{EventHandler, EventLoop, Registrar};
+use clone_vmm::rate_limit::RateLimits;
 use clone_vmm::virtio::testing::ram;
 use clone_vmm::virtio::{
     Activation, ActiveQueue, DeviceError, GuestRam, Interrupt, SavedQueue, VirtioDevice,
@@ -135,6 +136,7 @@ impl Rig {
             mac: MAC,
             mtu: None,
             queue_pairs: pairs,
+            limits: RateLimits::default(),
         });
         let active = activated(&queues);
         Self::with_state(state, vhost, ram, queues, active)

@@ -13,6 +13,7 @@
 mod buffers;
 mod control;
 mod counters;
+mod drive;
 mod features;
 mod pair;
 mod queue;
@@ -26,14 +27,11 @@ mod vhost;
 
 use std::fs::File;
 use std::sync::Arc;
+use std::time::Instant;
 
 use linux_raw_sys::if_tun::{TUN_F_CSUM, TUN_F_USO4, TUN_F_USO6};
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
-use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ, VIRTIO_NET_S_ANNOUNCE,
-    VIRTIO_NET_S_LINK_UP,
-};
+use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 use virtio_queue::Queue;
 use vmm_sys_util::epoll::EventSet;
 
@@ -41,12 +39,11 @@ pub use counters::{NetCounts, NetHandle};
 pub use state::{MAX_QUEUE_PAIRS, NetConfig, NetState, NetStateV1};
 pub use tap::{Port, TAP_IOCTLS, Tap, TapError};
 
+use crate::rate_limit::{RateLimiter, RateLimits};
 use crate::virtio::{Activation, ActiveQueue, DeviceError, VirtioDevice};
-use control::Command;
 use counters::Shared;
-use features::has;
-use pair::{Lent, Pair, Rings};
-use queue::{Stopped, broken_rule, host};
+use pair::{Lent, Pair};
+use queue::host;
 use state::refused;
 use vhost::VhostNet;
 
@@ -57,6 +54,8 @@ const CONTROL_QUEUE_SIZE: u16 = 64;
 /// The device's tokens on the event loop.
 mod token {
     pub(super) const LINK: u32 = 0x200;
+    pub(super) const RX_LIMIT: u32 = 0x201;
+    pub(super) const TX_LIMIT: u32 = 0x202;
 
     pub(super) fn port(pair: u16) -> u32 {
         u32::from(pair)
@@ -81,6 +80,8 @@ pub struct Net {
     offered: u64,
     pairs: Vec<Pair>,
     shared: Arc<Shared>,
+    rx_limiter: Option<RateLimiter>,
+    tx_limiter: Option<RateLimiter>,
     active: Option<Active>,
 }
 
@@ -109,6 +110,11 @@ impl Net {
                 vhost.len()
             )));
         }
+        if !vhost.is_empty() && state.limits != RateLimits::default() {
+            return Err(refused(
+                "it has rate limits, which vhost-net does not keep".to_owned(),
+            ));
+        }
         let offered = match state.offered {
             Some(offered) => offered,
             None => {
@@ -133,7 +139,13 @@ impl Net {
             .collect::<Result<_, DeviceError>>()?;
         let shared =
             Shared::new(state.link_up).map_err(|error| host("make its link's eventfd", error))?;
+        let limiter = || {
+            RateLimiter::new(state.limits, Instant::now())
+                .map_err(|error| host("make the timer of its rate limit", error))
+        };
         Ok(Self {
+            rx_limiter: limiter()?,
+            tx_limiter: limiter()?,
             state,
             offered,
             pairs,
@@ -150,240 +162,6 @@ impl Net {
     /// Whether the host kernel serves the data queues.
     pub fn uses_vhost(&self) -> bool {
         self.pairs.iter().any(Pair::in_kernel)
-    }
-
-    /// The control queue's index, which depends on what was agreed on (5.1.2).
-    fn control_index(&self, features: u64) -> Option<u16> {
-        if !has(features, VIRTIO_NET_F_CTRL_VQ) {
-            None
-        } else if has(features, VIRTIO_NET_F_MQ) {
-            Some(2 * self.state.queue_pairs)
-        } else {
-            Some(2)
-        }
-    }
-
-    fn take_queues(&mut self, queues: Vec<ActiveQueue>, features: u64) -> Option<ActiveQueue> {
-        let control_index = self.control_index(features);
-        let mut by_index: Vec<Option<ActiveQueue>> = Vec::new();
-        by_index.resize_with(2 * self.pairs.len() + 1, || None);
-        for queue in queues {
-            if let Some(place) = by_index.get_mut(usize::from(queue.index)) {
-                *place = Some(queue);
-            }
-        }
-        let control = control_index.and_then(|index| by_index[usize::from(index)].take());
-        let usable = if has(features, VIRTIO_NET_F_MQ) {
-            self.pairs.len()
-        } else {
-            1
-        };
-        for (number, pair) in self.pairs.iter_mut().enumerate().take(usable) {
-            let (rx, tx) = (by_index[2 * number].take(), by_index[2 * number + 1].take());
-            pair.set_rings(rx.zip(tx).map(|(rx, tx)| Rings { rx, tx }));
-        }
-        control
-    }
-
-    /// Brings every pair into the state that pause, link and driver ask for.
-    fn apply(&mut self) -> Result<(), DeviceError> {
-        let Some(active) = &self.active else {
-            return Ok(());
-        };
-        let running = !active.paused && self.shared.link_up();
-        let several = self.pairs.len() > 1;
-        for (number, pair) in self.pairs.iter_mut().enumerate() {
-            let used = number < usize::from(self.state.active_pairs);
-            if !(used && running) {
-                pair.stop(&active.lent)?;
-            }
-            if several {
-                pair.set_attached(used)?;
-            }
-            if used && running {
-                pair.start(&active.lent)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn apply_offloads(&self, features: u64) -> Result<(), DeviceError> {
-        let wanted = self.state.guest_offloads.unwrap_or(features);
-        self.pairs[0]
-            .port()
-            .set_offloads(features::tap_offloads(wanted))
-            .map_err(|error| host("set the tap's offloads", error))
-    }
-
-    fn execute(&mut self, command: Command, features: u64) -> Result<bool, DeviceError> {
-        match command {
-            Command::AnnounceAck => {
-                self.state.announce = false;
-                Ok(true)
-            }
-            Command::SetQueuePairs(pairs) => {
-                let usable = self.pairs.iter().take_while(|pair| pair.rings().is_some());
-                if pairs == 0 || usize::from(pairs) > usable.count() {
-                    return Ok(false);
-                }
-                self.state.active_pairs = pairs;
-                self.apply().map(|()| true)
-            }
-            Command::SetGuestOffloads(offloads) => {
-                if offloads & !(features & features::GUEST_OFFLOADS) != 0 {
-                    return Ok(false);
-                }
-                self.state.guest_offloads = Some(offloads);
-                self.apply_offloads(features).map(|()| true)
-            }
-        }
-    }
-
-    fn serve_control(&mut self) -> Result<(), DeviceError> {
-        let Some(active) = &mut self.active else {
-            return Ok(());
-        };
-        let Some(mut control) = active.control.take() else {
-            return Ok(());
-        };
-        let (ram, features) = (active.lent.ram.clone(), active.lent.features);
-        let served = control::serve(&mut control, &ram, |command| {
-            self.execute(command, features)
-        });
-        if let (Ok(moved), Some(active)) = (&served, &self.active) {
-            if moved.interrupt {
-                active.lent.interrupt.signal_queue(control.index);
-            }
-            if moved.stopped == Stopped::Budget {
-                control
-                    .kick
-                    .write(1)
-                    .map_err(|error| host("kick the control queue", error))?;
-            }
-        }
-        if let Some(active) = &mut self.active {
-            active.control = Some(control);
-        }
-        served.map(drop)
-    }
-
-    fn follow_link(&mut self) -> Result<(), DeviceError> {
-        // A wake-up that was already taken leaves nothing to read.
-        let _ = self.shared.wake().read();
-        self.apply()?;
-        if self.shared.link_up() != self.state.link_up {
-            self.state.link_up = self.shared.link_up();
-            if let Some(active) = &self.active {
-                active.lent.interrupt.signal_config();
-            }
-        }
-        Ok(())
-    }
-
-    fn notify(&mut self, index: u16) -> Result<(), DeviceError> {
-        let Some(active) = self.active.as_ref().filter(|active| !active.paused) else {
-            return Ok(());
-        };
-        if self.control_index(active.lent.features) == Some(index) {
-            return self.serve_control();
-        }
-        let Some(pair) = self.pairs.get_mut(usize::from(index / 2)) else {
-            return Ok(());
-        };
-        if index.is_multiple_of(2) {
-            pair.receive(&active.lent, &self.shared.counters)
-        } else {
-            pair.transmit(&active.lent, &self.shared.counters)
-        }
-    }
-
-    fn event(&mut self, event: u32, ready: EventSet) -> Result<(), DeviceError> {
-        if event == token::LINK {
-            return self.follow_link();
-        }
-        let Some(active) = &self.active else {
-            return Ok(());
-        };
-        for (pair, number) in self.pairs.iter_mut().zip(0..) {
-            if event == token::port(number) {
-                return pair.port_ready(ready, &active.lent, &self.shared.counters);
-            }
-            if event == token::vhost(number) {
-                return Err(broken_rule("vhost-net found a ring or a buffer broken"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Leaves nothing waiting in the event loop and nothing running in the kernel.
-    fn halt(&mut self) {
-        let Some(active) = &self.active else {
-            return;
-        };
-        for pair in &mut self.pairs {
-            if let Err(error) = pair.stop(&active.lent) {
-                tracing::warn!(%error, "a queue pair did not stop in order");
-            }
-        }
-        // Not there where activation failed half-way.
-        let _ = active.lent.events.remove(self.shared.wake());
-    }
-
-    /// A device that failed must not be called by its own descriptors again.
-    fn halt_on_error(&mut self, result: Result<(), DeviceError>) -> Result<(), DeviceError> {
-        result.inspect_err(|_| self.halt())
-    }
-
-    fn try_activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let Activation {
-            ram,
-            queues,
-            features,
-            interrupt,
-            events,
-        } = activation;
-        if !has(features, VIRTIO_F_VERSION_1) {
-            return Err(broken_rule("it did not agree to VIRTIO_F_VERSION_1"));
-        }
-        let control = self.take_queues(queues, features);
-        if !has(features, VIRTIO_NET_F_MQ) {
-            self.state.active_pairs = 1;
-        }
-        self.state.announce &= has(features, VIRTIO_NET_F_GUEST_ANNOUNCE);
-        self.active = Some(Active {
-            lent: Lent {
-                ram,
-                features,
-                interrupt: Arc::clone(&interrupt),
-                events: events.clone(),
-            },
-            control,
-            paused: false,
-        });
-        events
-            .add(self.shared.wake(), token::LINK, EventSet::IN)
-            .map_err(|error| host("wait for link changes", error))?;
-        self.apply_offloads(features)?;
-        self.apply()?;
-        self.kick_control()?;
-        if self.state.announce {
-            interrupt.signal_config();
-        }
-        Ok(())
-    }
-
-    fn kick_control(&self) -> Result<(), DeviceError> {
-        let control = self
-            .active
-            .as_ref()
-            .and_then(|active| active.control.as_ref());
-        match control {
-            Some(control) => control
-                .kick
-                .write(1)
-                .map_err(|error| host("kick the control queue", error)),
-            None => Ok(()),
-        }
     }
 }
 
@@ -459,13 +237,16 @@ impl VirtioDevice for Net {
         if let Some(active) = &mut self.active {
             active.paused = true;
         }
+        self.stop_listening();
         self.apply()
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
-        if let Some(active) = &mut self.active {
-            active.paused = false;
+        match &mut self.active {
+            Some(active) if active.paused => active.paused = false,
+            _ => return Ok(()),
         }
+        self.listen()?;
         self.apply()?;
         self.kick_control()
     }

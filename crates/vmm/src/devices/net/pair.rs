@@ -5,11 +5,12 @@ use std::sync::Arc;
 use vmm_sys_util::epoll::EventSet;
 
 use super::counters::Counters;
-use super::queue::{Moved, Receiver, Stopped, host, transmit};
+use super::queue::{Flow, Moved, Receiver, Stopped, host, transmit};
 use super::tap::Port;
 use super::vhost::{Start, VhostNet};
 use super::{features, token};
 use crate::event_loop::Registrar;
+use crate::rate_limit::RateLimiter;
 use crate::virtio::{ActiveQueue, DeviceError, GuestRam, Interrupt};
 
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
@@ -28,6 +29,13 @@ impl Lent {
             self.interrupt.signal_queue(queue);
         }
     }
+}
+
+/// What all pairs of a device share on the userspace path.
+pub(super) struct Shares<'a> {
+    pub(super) counters: &'a Counters,
+    pub(super) rx_limiter: Option<&'a mut RateLimiter>,
+    pub(super) tx_limiter: Option<&'a mut RateLimiter>,
 }
 
 /// The rings of a pair.
@@ -159,13 +167,13 @@ impl Pair {
         &mut self,
         ready: EventSet,
         lent: &Lent,
-        counters: &Counters,
+        shares: &mut Shares<'_>,
     ) -> Result<(), DeviceError> {
         if ready.contains(EventSet::IN) {
-            self.receive(lent, counters)?;
+            self.receive(lent, shares)?;
         }
         if ready.contains(EventSet::OUT) {
-            self.transmit(lent, counters)?;
+            self.transmit(lent, shares)?;
         }
         if ready.intersects(EventSet::ERROR | EventSet::HANG_UP)
             && !matches!(self.path, Path::Stopped)
@@ -177,24 +185,45 @@ impl Pair {
     }
 
     /// Moves frames to the guest.
-    pub(super) fn receive(&mut self, lent: &Lent, counters: &Counters) -> Result<(), DeviceError> {
+    pub(super) fn receive(
+        &mut self,
+        lent: &Lent,
+        shares: &mut Shares<'_>,
+    ) -> Result<(), DeviceError> {
         let (Path::Userspace { receiver, .. }, Some(rings)) = (&mut self.path, &mut self.rings)
         else {
             return Ok(());
         };
-        let moved = receiver.run(&mut rings.rx, &lent.ram, self.port.file(), counters)?;
+        let flow = Flow {
+            ram: &lent.ram,
+            port: self.port.file(),
+            counters: shares.counters,
+            limiter: shares.rx_limiter.as_deref_mut(),
+        };
+        let moved = receiver.run(&mut rings.rx, flow)?;
         lent.signal(moved, rings.rx.index);
-        // Out of buffers, the tap is left alone until the guest kicks; else its readiness calls
-        // again, also for what is left over the budget.
-        self.watch(lent, EventSet::IN, moved.stopped != Stopped::NoBuffers)
+        // Out of buffers, the tap is left alone until the guest kicks, and at the limit until the
+        // timer fires; else its readiness calls again, also for what is left over the budget.
+        let more = matches!(moved.stopped, Stopped::Budget | Stopped::PortBusy);
+        self.watch(lent, EventSet::IN, more)
     }
 
     /// Moves frames from the guest.
-    pub(super) fn transmit(&mut self, lent: &Lent, counters: &Counters) -> Result<(), DeviceError> {
+    pub(super) fn transmit(
+        &mut self,
+        lent: &Lent,
+        shares: &mut Shares<'_>,
+    ) -> Result<(), DeviceError> {
         let (Path::Userspace { .. }, Some(rings)) = (&self.path, &mut self.rings) else {
             return Ok(());
         };
-        let moved = transmit(&mut rings.tx, &lent.ram, self.port.file(), counters)?;
+        let flow = Flow {
+            ram: &lent.ram,
+            port: self.port.file(),
+            counters: shares.counters,
+            limiter: shares.tx_limiter.as_deref_mut(),
+        };
+        let moved = transmit(&mut rings.tx, flow)?;
         lent.signal(moved, rings.tx.index);
         if moved.stopped == Stopped::Budget {
             kick(&rings.tx)?;

@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
+use std::time::Instant;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 
@@ -14,6 +15,7 @@ use super::DEVICE;
 use super::buffers::{ChainError, Direction, Scatter};
 use super::counters::Counters;
 use super::tap::HEADER_LEN;
+use crate::rate_limit::RateLimiter;
 use crate::virtio::{ActiveQueue, DeviceError, GuestRam};
 
 /// Frames moved by one call.
@@ -35,6 +37,37 @@ pub(super) enum Stopped {
     NoBuffers,
     /// The port has no frames, or takes none for now.
     PortBusy,
+    /// The rate limit; its timer tells when to go on.
+    Limited,
+}
+
+/// What frames move between and by, besides the queue.
+pub(super) struct Flow<'a> {
+    /// Guest RAM.
+    pub(super) ram: &'a GuestRam,
+    /// The port.
+    pub(super) port: &'a File,
+    /// What is counted.
+    pub(super) counters: &'a Counters,
+    /// The limit of this direction.
+    pub(super) limiter: Option<&'a mut RateLimiter>,
+}
+
+impl Flow<'_> {
+    fn is_allowed(&mut self) -> Result<bool, DeviceError> {
+        match &mut self.limiter {
+            None => Ok(true),
+            Some(limiter) => limiter
+                .is_ready(Instant::now())
+                .map_err(|error| host("set the timer of its rate limit", error)),
+        }
+    }
+
+    fn charge(&mut self, bytes: usize) {
+        if let Some(limiter) = &mut self.limiter {
+            limiter.charge(bytes as u64);
+        }
+    }
 }
 
 /// What one call did.
@@ -76,10 +109,9 @@ impl Receiver {
     pub(super) fn run(
         &mut self,
         active: &mut ActiveQueue,
-        ram: &GuestRam,
-        port: &File,
-        counters: &Counters,
+        mut flow: Flow<'_>,
     ) -> Result<Moved, DeviceError> {
+        let ram = flow.ram;
         let index = active.index;
         let queue = &mut active.queue;
         let mut scatter = Scatter::new(ram);
@@ -89,6 +121,10 @@ impl Receiver {
         queue.disable_notification(ram).map_err(at(index))?;
         let mut left = BUDGET;
         while left > 0 {
+            if !flow.is_allowed()? {
+                stopped = Stopped::Limited;
+                break;
+            }
             scatter.clear();
             taken.clear();
             let wanted = self.expected.max(1);
@@ -100,7 +136,7 @@ impl Receiver {
                 stopped = Stopped::NoBuffers;
                 break;
             }
-            let len = match scatter.read_frame(port, &mut self.tail) {
+            let len = match scatter.read_frame(flow.port, &mut self.tail) {
                 Ok(len) => len,
                 Err(error) => {
                     give_back(queue, taken.len());
@@ -117,10 +153,11 @@ impl Receiver {
             left -= 1;
             if self.deliver(queue, index, ram, &mut scatter, &mut taken, len)? {
                 any_used = true;
-                counters.received(len - HEADER_LEN);
+                flow.counters.received(len - HEADER_LEN);
+                flow.charge(len - HEADER_LEN);
             } else {
                 give_back(queue, taken.len());
-                counters.receive_dropped();
+                flow.counters.receive_dropped();
             }
         }
         let interrupt = any_used && queue.needs_notification(ram).map_err(at(index))?;
@@ -206,12 +243,8 @@ impl Receiver {
 }
 
 /// Moves frames from the guest to the port.
-pub(super) fn transmit(
-    active: &mut ActiveQueue,
-    ram: &GuestRam,
-    port: &File,
-    counters: &Counters,
-) -> Result<Moved, DeviceError> {
+pub(super) fn transmit(active: &mut ActiveQueue, mut flow: Flow<'_>) -> Result<Moved, DeviceError> {
+    let ram = flow.ram;
     let index = active.index;
     let queue = &mut active.queue;
     let mut scatter = Scatter::new(ram);
@@ -220,6 +253,10 @@ pub(super) fn transmit(
     queue.disable_notification(ram).map_err(at(index))?;
     let mut left = BUDGET;
     while left > 0 {
+        if !flow.is_allowed()? {
+            stopped = Stopped::Limited;
+            break;
+        }
         let Some(chain) = next_chain(queue, index, ram)? else {
             if queue.enable_notification(ram).map_err(at(index))? {
                 continue;
@@ -235,8 +272,8 @@ pub(super) fn transmit(
         if len < HEADER_LEN {
             return Err(broken_rule("a frame to send is shorter than its header"));
         }
-        match send(&scatter, port, counters) {
-            Ok(()) => {}
+        match send(&scatter, flow.port, flow.counters) {
+            Ok(()) => flow.charge(len - HEADER_LEN),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 give_back(queue, 1);
                 stopped = Stopped::PortBusy;

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{DEVICE, features};
+use crate::rate_limit::RateLimits;
 use crate::virtio::DeviceError;
 
 /// The most queue pairs that a device may have: one per vCPU of the largest machine.
@@ -20,6 +21,9 @@ pub struct NetConfig {
     pub mtu: Option<u16>,
     /// Pairs of a receive and a transmit queue, 1 to [`MAX_QUEUE_PAIRS`].
     pub queue_pairs: u16,
+    /// Limits on each direction by itself. vhost knows none: a limited device takes the userspace
+    /// path.
+    pub limits: RateLimits,
 }
 
 /// The saved state of a network device. New versions are added, old ones are never changed.
@@ -49,6 +53,8 @@ pub struct NetStateV1 {
     pub guest_offloads: Option<u64>,
     /// Whether the guest must announce itself (gratuitous ARP) when it next runs.
     pub announce: bool,
+    /// Limits on each direction by itself.
+    pub limits: RateLimits,
 }
 
 impl NetState {
@@ -63,6 +69,7 @@ impl NetState {
             active_pairs: 1,
             guest_offloads: None,
             announce: false,
+            limits: config.limits,
         })
     }
 
@@ -97,6 +104,12 @@ impl NetState {
     pub fn mac(&self) -> [u8; 6] {
         let Self::V1(v1) = self;
         v1.mac
+    }
+
+    /// Whether vhost may serve the device.
+    pub fn allows_vhost(&self) -> bool {
+        let Self::V1(v1) = self;
+        v1.limits == RateLimits::default()
     }
 
     /// Queue pairs that exist, and so the taps and vhost instances that the device needs.
@@ -156,6 +169,7 @@ pub(super) fn refused(reason: String) -> DeviceError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rate_limit::Rate;
 
     fn sample() -> NetStateV1 {
         NetStateV1 {
@@ -167,6 +181,13 @@ mod tests {
             active_pairs: 2,
             guest_offloads: None,
             announce: true,
+            limits: RateLimits {
+                bytes: None,
+                operations: Some(Rate {
+                    per_second: 3,
+                    burst: 4,
+                }),
+            },
         }
     }
 
@@ -174,7 +195,7 @@ mod tests {
     fn the_first_version_keeps_its_bytes() {
         let golden = [
             0x00, 0x02, 0x00, 0x00, 0x12, 0x34, 0x56, 0x01, 0xf8, 0x0a, 0x04, 0x01, 0xa1, 0x80,
-            0x80, 0x80, 0x02, 0x01, 0x02, 0x00, 0x01,
+            0x80, 0x80, 0x02, 0x01, 0x02, 0x00, 0x01, 0x00, 0x01, 0x03, 0x04,
         ];
         let state = NetState::V1(sample());
         assert_eq!(state.encode().unwrap(), golden);

@@ -1,0 +1,310 @@
+//! What the device does once a driver is there: queues taken, kicks and events served, pairs
+//! started and stopped as pause, link and driver ask.
+
+use std::sync::Arc;
+
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ,
+};
+use vmm_sys_util::epoll::EventSet;
+
+use super::control::{self, Command};
+use super::features::{self, has};
+use super::pair::{Lent, Rings, Shares};
+use super::queue::{Stopped, broken_rule, host};
+use super::{Active, Net, token};
+use crate::virtio::{Activation, ActiveQueue, DeviceError};
+
+impl Net {
+    /// The control queue's index, which depends on what was agreed on (5.1.2).
+    pub(super) fn control_index(&self, features: u64) -> Option<u16> {
+        if !has(features, VIRTIO_NET_F_CTRL_VQ) {
+            None
+        } else if has(features, VIRTIO_NET_F_MQ) {
+            Some(2 * self.state.queue_pairs)
+        } else {
+            Some(2)
+        }
+    }
+
+    fn take_queues(&mut self, queues: Vec<ActiveQueue>, features: u64) -> Option<ActiveQueue> {
+        let control_index = self.control_index(features);
+        let mut by_index: Vec<Option<ActiveQueue>> = Vec::new();
+        by_index.resize_with(2 * self.pairs.len() + 1, || None);
+        for queue in queues {
+            if let Some(place) = by_index.get_mut(usize::from(queue.index)) {
+                *place = Some(queue);
+            }
+        }
+        let control = control_index.and_then(|index| by_index[usize::from(index)].take());
+        let usable = if has(features, VIRTIO_NET_F_MQ) {
+            self.pairs.len()
+        } else {
+            1
+        };
+        for (number, pair) in self.pairs.iter_mut().enumerate().take(usable) {
+            let (rx, tx) = (by_index[2 * number].take(), by_index[2 * number + 1].take());
+            pair.set_rings(rx.zip(tx).map(|(rx, tx)| Rings { rx, tx }));
+        }
+        control
+    }
+
+    /// Brings every pair into the state that pause, link and driver ask for.
+    pub(super) fn apply(&mut self) -> Result<(), DeviceError> {
+        let Some(active) = &self.active else {
+            return Ok(());
+        };
+        let running = !active.paused && self.shared.link_up();
+        let several = self.pairs.len() > 1;
+        for (number, pair) in self.pairs.iter_mut().enumerate() {
+            let used = number < usize::from(self.state.active_pairs);
+            if !(used && running) {
+                pair.stop(&active.lent)?;
+            }
+            if several {
+                pair.set_attached(used)?;
+            }
+            if used && running {
+                pair.start(&active.lent)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn apply_offloads(&self, features: u64) -> Result<(), DeviceError> {
+        let wanted = self.state.guest_offloads.unwrap_or(features);
+        self.pairs[0]
+            .port()
+            .set_offloads(features::tap_offloads(wanted))
+            .map_err(|error| host("set the tap's offloads", error))
+    }
+
+    fn execute(&mut self, command: Command, features: u64) -> Result<bool, DeviceError> {
+        match command {
+            Command::AnnounceAck => {
+                self.state.announce = false;
+                Ok(true)
+            }
+            Command::SetQueuePairs(pairs) => {
+                let usable = self.pairs.iter().take_while(|pair| pair.rings().is_some());
+                if pairs == 0 || usize::from(pairs) > usable.count() {
+                    return Ok(false);
+                }
+                self.state.active_pairs = pairs;
+                self.apply().map(|()| true)
+            }
+            Command::SetGuestOffloads(offloads) => {
+                if offloads & !(features & features::GUEST_OFFLOADS) != 0 {
+                    return Ok(false);
+                }
+                self.state.guest_offloads = Some(offloads);
+                self.apply_offloads(features).map(|()| true)
+            }
+        }
+    }
+
+    fn serve_control(&mut self) -> Result<(), DeviceError> {
+        let Some(active) = &mut self.active else {
+            return Ok(());
+        };
+        let Some(mut control) = active.control.take() else {
+            return Ok(());
+        };
+        let (ram, features) = (active.lent.ram.clone(), active.lent.features);
+        let served = control::serve(&mut control, &ram, |command| {
+            self.execute(command, features)
+        });
+        if let (Ok(moved), Some(active)) = (&served, &self.active) {
+            if moved.interrupt {
+                active.lent.interrupt.signal_queue(control.index);
+            }
+            if moved.stopped == Stopped::Budget {
+                control
+                    .kick
+                    .write(1)
+                    .map_err(|error| host("kick the control queue", error))?;
+            }
+        }
+        if let Some(active) = &mut self.active {
+            active.control = Some(control);
+        }
+        served.map(drop)
+    }
+
+    fn follow_link(&mut self) -> Result<(), DeviceError> {
+        // A wake-up that was already taken leaves nothing to read.
+        let _ = self.shared.wake().read();
+        self.apply()?;
+        if self.shared.link_up() != self.state.link_up {
+            self.state.link_up = self.shared.link_up();
+            if let Some(active) = &self.active {
+                active.lent.interrupt.signal_config();
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn notify(&mut self, index: u16) -> Result<(), DeviceError> {
+        let Some(active) = self.active.as_ref().filter(|active| !active.paused) else {
+            return Ok(());
+        };
+        if self.control_index(active.lent.features) == Some(index) {
+            return self.serve_control();
+        }
+        let Some(pair) = self.pairs.get_mut(usize::from(index / 2)) else {
+            return Ok(());
+        };
+        let mut shares = Shares {
+            counters: &self.shared.counters,
+            rx_limiter: self.rx_limiter.as_mut(),
+            tx_limiter: self.tx_limiter.as_mut(),
+        };
+        if index.is_multiple_of(2) {
+            pair.receive(&active.lent, &mut shares)
+        } else {
+            pair.transmit(&active.lent, &mut shares)
+        }
+    }
+
+    pub(super) fn event(&mut self, event: u32, ready: EventSet) -> Result<(), DeviceError> {
+        if event == token::LINK {
+            return self.follow_link();
+        }
+        let Some(active) = &self.active else {
+            return Ok(());
+        };
+        let mut shares = Shares {
+            counters: &self.shared.counters,
+            rx_limiter: self.rx_limiter.as_mut(),
+            tx_limiter: self.tx_limiter.as_mut(),
+        };
+        let fired = match event {
+            token::RX_LIMIT => shares.rx_limiter.as_mut(),
+            token::TX_LIMIT => shares.tx_limiter.as_mut(),
+            _ => None,
+        };
+        if let Some(limiter) = fired {
+            limiter
+                .acknowledge()
+                .map_err(|error| host("read the timer of its rate limit", error))?;
+        }
+        for (pair, number) in self.pairs.iter_mut().zip(0..) {
+            if event == token::RX_LIMIT {
+                pair.receive(&active.lent, &mut shares)?;
+            } else if event == token::TX_LIMIT {
+                pair.transmit(&active.lent, &mut shares)?;
+            } else if event == token::port(number) {
+                return pair.port_ready(ready, &active.lent, &mut shares);
+            } else if event == token::vhost(number) {
+                return Err(broken_rule("vhost-net found a ring or a buffer broken"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for what is not a pair's: the link's switch and the limits' timers.
+    pub(super) fn listen(&self) -> Result<(), DeviceError> {
+        let Some(active) = &self.active else {
+            return Ok(());
+        };
+        let events = &active.lent.events;
+        let wait = |error| host("wait for its link and limits", error);
+        events
+            .add(self.shared.wake(), token::LINK, EventSet::IN)
+            .map_err(wait)?;
+        let limiters = [
+            (&self.rx_limiter, token::RX_LIMIT),
+            (&self.tx_limiter, token::TX_LIMIT),
+        ];
+        for (limiter, token) in limiters {
+            if let Some(limiter) = limiter {
+                events.add(limiter, token, EventSet::IN).map_err(wait)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops waiting for them: while paused nobody would take their events.
+    pub(super) fn stop_listening(&self) {
+        let Some(active) = &self.active else {
+            return;
+        };
+        // Those that are not waited for now are no loss.
+        let _ = active.lent.events.remove(self.shared.wake());
+        for limiter in [&self.rx_limiter, &self.tx_limiter].into_iter().flatten() {
+            let _ = active.lent.events.remove(limiter);
+        }
+    }
+
+    /// Leaves nothing waiting in the event loop and nothing running in the kernel.
+    pub(super) fn halt(&mut self) {
+        let Some(active) = &self.active else {
+            return;
+        };
+        for pair in &mut self.pairs {
+            if let Err(error) = pair.stop(&active.lent) {
+                tracing::warn!(%error, "a queue pair did not stop in order");
+            }
+        }
+        self.stop_listening();
+    }
+
+    /// A device that failed must not be called by its own descriptors again.
+    pub(super) fn halt_on_error(
+        &mut self,
+        result: Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        result.inspect_err(|_| self.halt())
+    }
+
+    pub(super) fn try_activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        let Activation {
+            ram,
+            queues,
+            features,
+            interrupt,
+            events,
+        } = activation;
+        if !has(features, VIRTIO_F_VERSION_1) {
+            return Err(broken_rule("it did not agree to VIRTIO_F_VERSION_1"));
+        }
+        let control = self.take_queues(queues, features);
+        if !has(features, VIRTIO_NET_F_MQ) {
+            self.state.active_pairs = 1;
+        }
+        self.state.announce &= has(features, VIRTIO_NET_F_GUEST_ANNOUNCE);
+        self.active = Some(Active {
+            lent: Lent {
+                ram,
+                features,
+                interrupt: Arc::clone(&interrupt),
+                events,
+            },
+            control,
+            paused: false,
+        });
+        self.listen()?;
+        self.apply_offloads(features)?;
+        self.apply()?;
+        self.kick_control()?;
+        if self.state.announce {
+            interrupt.signal_config();
+        }
+        Ok(())
+    }
+
+    pub(super) fn kick_control(&self) -> Result<(), DeviceError> {
+        let control = self
+            .active
+            .as_ref()
+            .and_then(|active| active.control.as_ref());
+        match control {
+            Some(control) => control
+                .kick
+                .write(1)
+                .map_err(|error| host("kick the control queue", error)),
+            None => Ok(()),
+        }
+    }
+}
