@@ -1,2 +1,79 @@
-//! Placeholder.
-fn main() {}
+//! The guest agent: the guest's side of `clone exec`, `cp` and the rest.
+//!
+//! It listens on a vsock port and serves each connection on threads of its own: a guest has few at
+//! a time, and while there is none the agent sleeps in one `accept` and wakes for nothing. As
+//! process 1 of a minimal image it is also the init ([`init`]).
+//!
+//! A static build, which starts in any image:
+//! `RUSTFLAGS="-C target-feature=+crt-static" cargo build --profile agent -p clone-agent
+//! --target x86_64-unknown-linux-gnu`. For that it looks users up itself ([`users`]): the C
+//! library would want the guest's own at run time.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod exec;
+mod files;
+mod identity;
+mod info;
+mod init;
+mod listener;
+mod power;
+mod session;
+mod users;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use crate::listener::Listener;
+use crate::session::Agent;
+
+const USAGE: &str = "usage: clone-agent [--listen vsock:PORT | --listen unix:PATH]";
+
+fn main() -> ExitCode {
+    let mut listen = format!("vsock:{}", agent_proto::PORT);
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        match (word.as_str(), words.next()) {
+            ("--listen", Some(address)) => listen = address,
+            _ if std::process::id() == 1 => break, // The kernel passes its unknown words on to init.
+            _ => {
+                say(USAGE);
+                return ExitCode::from(2);
+            }
+        }
+    }
+    if std::process::id() == 1 {
+        return init::main(|| serve(&listen));
+    }
+    serve(&listen)
+}
+
+/// A line on the console. One that is gone is no reason to end.
+fn say(line: &str) {
+    let _ = io::stderr().write_all(format!("clone-agent: {line}\n").as_bytes());
+}
+
+/// Serves until the end. Returns only when it cannot listen.
+fn serve(listen: &str) -> ExitCode {
+    let listener = match Listener::open(listen) {
+        Ok(listener) => listener,
+        Err(error) => {
+            crate::say(&format!("cannot listen on {listen}: {error}"));
+            return ExitCode::FAILURE;
+        }
+    };
+    // A line on the console: whoever waits for the guest sees that it is there.
+    crate::say(&format!("ready on {listen}"));
+    let agent = Arc::new(Agent::new());
+    loop {
+        match listener.accept() {
+            Ok(stream) => session::start(&agent, stream),
+            // A guest that was restored elsewhere: its old connections are gone, this goes on.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                crate::say(&format!("cannot accept: {error}"));
+                return ExitCode::FAILURE;
+            }
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! A command's input: taken from the host without ever waiting, given to the command as it reads.
+
+use std::fs::File;
+use std::io::Write;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use agent_proto::INPUT_WINDOW;
+use agent_proto::messages::from_agent;
+
+use crate::session::{Outbox, STACK_BYTES};
+
+/// The input of a command.
+pub(super) struct Input {
+    /// Gone once the input has ended.
+    queue: Mutex<Option<Sender<Piece>>>,
+    under_way: Arc<Mutex<u64>>,
+}
+
+struct Piece {
+    data: Vec<u8>,
+    /// Told how much was taken.
+    host: Outbox,
+}
+
+/// The host sent more than its window allows.
+pub(super) struct Overrun;
+
+impl Input {
+    /// Feeds `file`, the writing end of the command's input, on a thread of its own.
+    pub(super) fn start(file: File) -> std::io::Result<Self> {
+        let (sender, receiver) = channel();
+        let under_way = Arc::new(Mutex::new(0));
+        let counter = Arc::clone(&under_way);
+        thread::Builder::new()
+            .name("input".to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(move || feed(file, &receiver, &counter))?;
+        Ok(Self {
+            queue: Mutex::new(Some(sender)),
+            under_way,
+        })
+    }
+
+    pub(super) fn push(&self, data: Vec<u8>, host: &Outbox) -> Result<(), Overrun> {
+        let mut under_way = self
+            .under_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if *under_way + data.len() as u64 > INPUT_WINDOW as u64 {
+            return Err(Overrun);
+        }
+        *under_way += data.len() as u64;
+        drop(under_way);
+        if let Some(queue) = &*self.queue.lock().unwrap_or_else(PoisonError::into_inner) {
+            // A command that has closed its input takes nothing more, which is its right.
+            let _ = queue.send(Piece {
+                data,
+                host: host.clone(),
+            });
+        }
+        Ok(())
+    }
+
+    /// The command sees the end of its input once it has taken what was sent.
+    pub(super) fn end(&self) {
+        *self.queue.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+fn feed(mut file: File, pieces: &Receiver<Piece>, under_way: &Mutex<u64>) {
+    let mut taken = 0;
+    let mut open = true;
+    for Piece { data, host } in pieces {
+        // What is written after the command has closed its input counts as taken, so that the host
+        // does not wait for ever.
+        open = open && file.write_all(&data).is_ok();
+        taken += data.len() as u64;
+        *under_way.lock().unwrap_or_else(PoisonError::into_inner) -= data.len() as u64;
+        // The next host starts with a window of its own.
+        let _ = host.send(from_agent::Kind::InputTaken(taken));
+    }
+}

@@ -1,0 +1,198 @@
+//! Commands: started, fed, listened to, ended, and found again after a lost connection.
+//!
+//! A command has a life of its own ([`command::Command`]); a session is attached to it or not.
+//! What it prints goes through a [`spool`], which keeps what the host has not acknowledged: a lost
+//! connection loses nothing, and a slow host slows the command down, not the guest's memory up.
+
+mod command;
+mod input;
+mod spawn;
+mod spool;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use agent_proto::messages::{
+    Acknowledge, Attach, CommandInfo, ErrorCode, Exec, Output, Stream, from_agent, from_host,
+};
+
+use self::command::{Command, Piece};
+use crate::session::{Agent, End, Inbox, Outbox, Refusal, STACK_BYTES};
+
+/// The PATH of commands that bring none.
+pub(crate) const DEFAULT_PATH: &str =
+    "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Ended commands whose end nobody has seen are kept up to this many.
+const ENDED_KEPT: usize = 64;
+
+/// All commands, by id.
+#[derive(Default)]
+pub(crate) struct Commands(Mutex<Table>);
+
+#[derive(Default)]
+struct Table {
+    last_id: u64,
+    commands: BTreeMap<u64, Arc<Command>>,
+}
+
+impl Commands {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many run.
+    pub(crate) fn running(&self) -> u32 {
+        let table = self.lock();
+        table
+            .commands
+            .values()
+            .filter(|command| command.exited().is_none())
+            .count() as u32
+    }
+
+    pub(crate) fn list(&self) -> agent_proto::messages::Commands {
+        let describe = |command: &Arc<Command>| CommandInfo {
+            id: command.id,
+            pid: command.pid,
+            command: command.words.clone(),
+            exited: command.exited(),
+        };
+        let commands = self.lock().commands.values().map(describe).collect();
+        agent_proto::messages::Commands { commands }
+    }
+
+    fn find(&self, id: u64) -> Option<Arc<Command>> {
+        self.lock().commands.get(&id).cloned()
+    }
+
+    fn start(&self, request: &Exec) -> Result<Arc<Command>, Refusal> {
+        let id = {
+            let mut table = self.lock();
+            table.last_id += 1;
+            table.last_id
+        };
+        let command = Command::start(id, request)?;
+        let mut table = self.lock();
+        table.commands.insert(id, Arc::clone(&command));
+        let ended: Vec<u64> = table
+            .commands
+            .iter()
+            .filter(|(_, command)| command.exited().is_some() && !command.is_attached())
+            .map(|(id, _)| *id)
+            .collect();
+        for id in &ended[..ended.len().saturating_sub(ENDED_KEPT)] {
+            table.commands.remove(id);
+        }
+        Ok(command)
+    }
+
+    fn forget(&self, id: u64) {
+        self.lock().commands.remove(&id);
+    }
+}
+
+/// Starts a command and stays with it.
+pub(crate) fn start(
+    agent: &Arc<Agent>,
+    request: Exec,
+    inbox: Inbox,
+    outbox: &Outbox,
+) -> Result<(), End> {
+    let command = agent.commands.start(&request)?;
+    attend(agent, &command, Acknowledge::default(), inbox, outbox)
+}
+
+/// Goes on with a command.
+pub(crate) fn attach(
+    agent: &Arc<Agent>,
+    request: &Attach,
+    inbox: Inbox,
+    outbox: &Outbox,
+) -> Result<(), End> {
+    let command = agent.commands.find(request.id).ok_or_else(|| {
+        let message = format!(
+            "no command {} in the guest, or its end was seen already",
+            request.id
+        );
+        Refusal::new(ErrorCode::NotFound, message)
+    })?;
+    let arrived = Acknowledge {
+        stdout_cursor: request.stdout_cursor,
+        stderr_cursor: request.stderr_cursor,
+    };
+    attend(agent, &command, arrived, inbox, outbox)
+}
+
+/// Passes output to the host on this thread and what the host says to the command on another,
+/// until the command has ended or the connection is lost.
+fn attend(
+    agent: &Arc<Agent>,
+    command: &Arc<Command>,
+    arrived: Acknowledge,
+    inbox: Inbox,
+    outbox: &Outbox,
+) -> Result<(), End> {
+    let seat = command.attach(arrived)?;
+    outbox.send(from_agent::Kind::Started(command.started()))?;
+    let listener = (Arc::clone(command), outbox.clone());
+    let listen = move || listen(&listener.0, seat, inbox, &listener.1);
+    thread::Builder::new()
+        .name("listen".to_owned())
+        .stack_size(STACK_BYTES)
+        .spawn(listen)
+        .map_err(|error| Refusal::io("cannot start a thread", &error))?;
+    loop {
+        match command.next_piece(seat) {
+            Piece::Output {
+                stream,
+                cursor,
+                data,
+            } => {
+                let output = Output {
+                    stream: stream.into(),
+                    cursor,
+                    data,
+                };
+                if let Err(end) = outbox.send(from_agent::Kind::Output(output)) {
+                    command.detach(seat);
+                    return Err(end);
+                }
+            }
+            Piece::Exited(exited) => {
+                let sent = outbox.send(from_agent::Kind::Exited(exited));
+                command.detach(seat);
+                if sent.is_ok() {
+                    agent.commands.forget(command.id);
+                }
+                return sent;
+            }
+            // Somebody else attached, or the connection is lost.
+            Piece::Replaced => return Err(End::Lost),
+        }
+    }
+}
+
+/// Takes what the host says until the connection ends.
+fn listen(command: &Arc<Command>, seat: u64, mut inbox: Inbox, outbox: &Outbox) {
+    while let Ok(message) = inbox.receive() {
+        match message {
+            Some(from_host::Kind::Stdin(data)) => {
+                // More than the window allows is a host that breaks the protocol.
+                if command.feed(data, outbox).is_err() {
+                    break;
+                }
+            }
+            Some(from_host::Kind::StdinEnd(_)) => command.end_input(),
+            Some(from_host::Kind::Signal(signal)) => command.signal(signal),
+            Some(from_host::Kind::Resize(size)) => command.resize(size),
+            Some(from_host::Kind::Acknowledge(arrived)) => command.acknowledge(arrived),
+            _ => {}
+        }
+    }
+    command.detach(seat);
+    command.connection_lost();
+}
+
+/// The streams of a command, in the order of their numbers.
+const STREAMS: [Stream; 2] = [Stream::Stdout, Stream::Stderr];

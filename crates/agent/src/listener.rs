@@ -1,0 +1,70 @@
+//! Where connections come from: vsock in a guest, a Unix socket in tests.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+
+/// A listening socket.
+pub(crate) struct Listener(OwnedFd);
+
+impl Listener {
+    /// Listens on `vsock:PORT` or `unix:PATH`.
+    pub(crate) fn open(address: &str) -> io::Result<Self> {
+        match address.split_once(':') {
+            Some(("vsock", port)) => {
+                let port = port
+                    .parse()
+                    .map_err(|_| invalid("the port is not a number"))?;
+                listen_vsock(port).map(Self)
+            }
+            Some(("unix", path)) => Ok(Self(UnixListener::bind(path)?.into())),
+            _ => Err(invalid("neither vsock:PORT nor unix:PATH")),
+        }
+    }
+
+    /// The next connection. Streams are read and written like files, whatever their kind.
+    pub(crate) fn accept(&self) -> io::Result<File> {
+        // SAFETY: no address is asked for, so both pointers may be null.
+        let fd = unsafe {
+            libc::accept4(
+                self.0.as_raw_fd(),
+                std::ptr::null_mut(),
+                std::ptr::null_mut(),
+                libc::SOCK_CLOEXEC,
+            )
+        };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: accept4 has just given us this descriptor, and nobody else knows it.
+        Ok(unsafe { File::from_raw_fd(fd) })
+    }
+}
+
+fn invalid(reason: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, reason.to_owned())
+}
+
+fn listen_vsock(port: u32) -> io::Result<OwnedFd> {
+    // SAFETY: plain system call with constant arguments.
+    let fd = unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: socket has just given us this descriptor, and nobody else knows it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: all-zero is a valid address of this type.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_port = port;
+    address.svm_cid = libc::VMADDR_CID_ANY;
+    let len = size_of_val(&address) as libc::socklen_t;
+    // SAFETY: the address is a live value of the length that is given with it.
+    let bound = unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), len) };
+    // SAFETY: plain system call on our own descriptor.
+    if bound < 0 || unsafe { libc::listen(fd.as_raw_fd(), 128) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(fd)
+}
