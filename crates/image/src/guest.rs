@@ -203,6 +203,10 @@ impl Fitting<'_> {
                         UNIT_PATH,
                     )?;
                 }
+                // Says that caches are up to date, so that a first boot does not rebuild them
+                // (systemd-update-done.service(8)).
+                self.file("/etc/.updated", 0o644, "")?;
+                self.file("/var/.updated", 0o644, "")?;
                 return Ok(FoundInit::Systemd);
             }
         }

@@ -164,6 +164,7 @@ fn a_tree_with_systemd_gets_the_agent_as_a_service() {
     assert!(wanted.contains("Type: symlink"), "{wanted}");
     assert!(debugfs(disk, "stat /usr/sbin/init").contains("../lib/systemd/systemd"));
     assert!(debugfs(disk, "stat /etc/machine-id").contains("Size: 0"));
+    assert!(debugfs(disk, "stat /var/.updated").contains("Type: regular"));
     assert!(cat(disk, "/etc/fstab").contains("LABEL=clone-root"));
     assert_eq!(cat(disk, "/etc/hosts"), "10.1.1.1 mine\n");
     // Asked for, the agent takes over, and the old init stays in reach.
