@@ -34,7 +34,7 @@ struct Found {
 /// `virtio-blk.ko.xz` and `virtio_blk` are the same module.
 fn name_of(file: &str) -> Option<String> {
     let (stem, rest) = file.split_once(".ko")?;
-    matches!(rest, "" | ".xz" | ".zst" | ".gz" | ".bz2").then(|| stem.replace('-', "_"))
+    matches!(rest, "" | ".xz" | ".zst" | ".gz").then(|| stem.replace('-', "_"))
 }
 
 impl Found {

@@ -91,17 +91,20 @@ pub(super) fn extract(image: &[u8], limit: u64) -> Result<Vec<u8>, String> {
         ));
     }
     let Some(compression) = Compression::detect(packed) else {
-        return Err(match packed {
-            [0x89, b'L', b'Z', b'O', ..] => {
-                "its payload is LZO-compressed, which is not supported: \
-                 build the kernel with CONFIG_KERNEL_ZSTD, or pass its uncompressed vmlinux"
-                    .to_owned()
+        let head = &packed[..packed.len().min(4)];
+        let known = match head {
+            [0x89, b'L', b'Z', b'O'] => "LZO",
+            [b'B', b'Z', b'h', _] => "bzip2",
+            _ => {
+                return Err(format!(
+                    "its payload has an unknown format (it starts with {head:02x?})"
+                ));
             }
-            _ => format!(
-                "its payload has an unknown format (it starts with {:02x?})",
-                &packed[..packed.len().min(6)]
-            ),
-        });
+        };
+        return Err(format!(
+            "its payload is {known}-compressed, which is not supported: \
+             build the kernel with CONFIG_KERNEL_ZSTD, or pass its uncompressed vmlinux"
+        ));
     };
     let stream = if compression == Compression::Gzip {
         payload

@@ -381,7 +381,9 @@ fn read_blob(store: &Store, descriptor: &Descriptor) -> Result<Vec<u8>> {
 fn not_an_image(media_type: &str) -> ImageError {
     ImageError::Unsupported {
         what: format!("this is not a container image: it has a part of type {media_type:?}"),
-        advice: "only images of tar layers (plain, gzip, zstd, bzip2 or xz; not encrypted) can be built from".to_owned(),
+        advice:
+            "only images of tar layers (plain, gzip, zstd or xz; not encrypted) can be built from"
+                .to_owned(),
     }
 }
 
