@@ -117,6 +117,9 @@ impl Buffers {
     pub(crate) fn range(&self, mut start: u64, mut len: u64) -> Self {
         let mut parts = Vec::new();
         for buffer in &self.0 {
+            if len == 0 {
+                break;
+            }
             let size = buffer.len() as u64;
             if start >= size {
                 start -= size;
@@ -127,9 +130,6 @@ impl Buffers {
             parts.push(buffer.part(start as usize, take as usize));
             start = 0;
             len -= take;
-            if len == 0 {
-                break;
-            }
         }
         Self(parts)
     }
@@ -138,6 +138,22 @@ impl Buffers {
     pub(crate) fn advance(&mut self, count: u64) {
         let len = self.len();
         *self = self.range(count, len.saturating_sub(count));
+    }
+
+    /// A copy of the bytes.
+    #[cfg(test)]
+    pub(crate) fn to_vec(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.len() as usize];
+        let mut rest = &mut bytes[..];
+        for buffer in &self.0 {
+            let (part, after) = rest.split_at_mut(buffer.len());
+            // SAFETY: `Buffer::new` was promised memory that stays mapped; `part` is as long.
+            unsafe {
+                std::ptr::copy_nonoverlapping(buffer.address(), part.as_mut_ptr(), part.len())
+            };
+            rest = after;
+        }
+        bytes
     }
 
     /// Fills all of it with zeros.

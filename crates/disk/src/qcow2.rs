@@ -31,6 +31,9 @@ const MAX_L1_BYTES: u64 = 4 << 20;
 /// The largest refcount table taken, in bytes, as QEMU has it.
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 
+/// What is written where an image has no zero clusters; a page, read again and again.
+static ZEROS: [u8; 4096] = [0; 4096];
+
 type Image = FormatAccess<imago::file::File>;
 
 /// What the header of a qcow2 image says, checked.
@@ -232,6 +235,9 @@ impl Qcow2Image {
                 // Layers round their size up to blocks and may ask for more than there is.
                 let inside = self.size.saturating_sub(offset).min(buffers.len());
                 buffers.range(inside, buffers.len() - inside).fill_zero();
+                if inside == 0 {
+                    return Ok(());
+                }
                 let slices = volatile(&buffers.range(0, inside));
                 let (vector, _guard) = IoVectorMut::from_volatile_slice(&slices);
                 self.image.readv(vector, offset)
@@ -245,13 +251,42 @@ impl Qcow2Image {
                 self.image.flush()?;
                 self.image.sync()
             }
-            OpKind::Zero { len, punch: false } => self.image.write_zeroes(offset, len),
-            OpKind::Zero { len, punch: true } | OpKind::Discard { len } => {
-                // SAFETY: an image is used by one thread at a time (its disk's worker, or the
-                // caller of a blocking disk), and no mapping is held between calls.
-                unsafe { self.image.discard_to_zero_unsafe(offset, len) }
+            OpKind::Zero { len, punch: false } => {
+                let result = self.image.write_zeroes(offset, len);
+                self.or_by_hand(result, offset, len)
             }
+            OpKind::Zero { len, punch: true } => {
+                let result = self.discard(offset, len);
+                self.or_by_hand(result, offset, len)
+            }
+            OpKind::Discard { len } => match self.discard(offset, len) {
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+                result => result,
+            },
         }
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        // SAFETY: an image is used by one thread at a time (its disk's worker, or the caller of a
+        // blocking disk), and no mapping is held between calls.
+        unsafe { self.image.discard_to_zero_unsafe(offset, len) }
+    }
+
+    /// Writes zeros where the image cannot have clusters of zeros (version 2).
+    fn or_by_hand(&self, result: io::Result<()>, offset: u64, len: u64) -> io::Result<()> {
+        match result {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+            result => return result,
+        }
+        let mut done = 0;
+        while done < len {
+            let chunk = ZEROS
+                .len()
+                .min(usize::try_from(len - done).unwrap_or(usize::MAX));
+            self.image.write(&ZEROS[..chunk], offset + done)?;
+            done += chunk as u64;
+        }
+        Ok(())
     }
 }
 

@@ -7,6 +7,8 @@
 mod change;
 mod flush;
 mod freeze;
+#[cfg(test)]
+mod power_cut;
 mod stack;
 mod task;
 

@@ -36,6 +36,9 @@ pub(crate) struct Engine {
     worker: Option<Worker>,
     /// Finished outside ring and worker.
     finished: Vec<Finished>,
+    /// Every op in the order it was pushed, with the bytes it writes.
+    #[cfg(test)]
+    pub(crate) log: Vec<(Op, Vec<u8>)>,
 }
 
 impl Engine {
@@ -61,6 +64,8 @@ impl Engine {
             ring,
             worker,
             finished: Vec::new(),
+            #[cfg(test)]
+            log: Vec::new(),
         };
         engine.set_targets(targets);
         Ok(engine)
@@ -93,6 +98,8 @@ impl Engine {
 
     /// Queues an op. It may wait for [`Engine::kick`], and be over at once.
     pub(crate) fn push(&mut self, id: OpId, op: Op) {
+        #[cfg(test)]
+        self.log.push((op.clone(), op.written()));
         let target = &self.targets[op.target];
         match (target, &mut self.ring, &mut self.worker) {
             (Target::File(_), Some(ring), _) => ring.push(id, op),

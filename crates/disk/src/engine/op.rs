@@ -159,6 +159,15 @@ impl Op {
         }
     }
 
+    /// The bytes that this op writes.
+    #[cfg(test)]
+    pub(crate) fn written(&self) -> Vec<u8> {
+        match &self.kind {
+            OpKind::Write(buffers) => buffers.to_vec(),
+            _ => Vec::new(),
+        }
+    }
+
     /// One system call of this op.
     fn call(&self, file: &File) -> io::Result<u64> {
         let (fd, offset) = (file.as_raw_fd(), file_offset(self.offset)?);

@@ -28,8 +28,6 @@ pub(crate) struct Uring {
     ring: IoUring,
     /// File descriptors of the disk's targets; -1 for those that are not plain files.
     files: Vec<RawFd>,
-    /// Whether the kernel knows them by index.
-    registered: bool,
     flights: Vec<Option<Flight>>,
     free: Vec<usize>,
     backlog: VecDeque<(OpId, Op)>,
@@ -43,7 +41,6 @@ impl Uring {
         Ok(Self {
             ring: IoUring::builder().dontfork().build(ENTRIES)?,
             files: Vec::new(),
-            registered: false,
             flights: (0..ENTRIES).map(|_| None).collect(),
             free: (0..ENTRIES as usize).rev().collect(),
             backlog: VecDeque::new(),
@@ -52,12 +49,11 @@ impl Uring {
     }
 
     /// Tells the ring of the disk's files. Nothing may be in flight.
+    ///
+    /// They are not registered with the kernel: a ring gives registered files back some time after
+    /// its process has ended, and with them the locks that the next process asks for.
     pub(crate) fn set_targets(&mut self, targets: &[Target]) {
         assert!(self.is_idle(), "files changed under ops in flight");
-        if self.registered {
-            // Fails only where nothing is registered.
-            let _ = self.ring.submitter().unregister_files();
-        }
         self.files = targets
             .iter()
             .map(|target| match target {
@@ -65,8 +61,6 @@ impl Uring {
                 Target::Qcow2(_) => -1,
             })
             .collect();
-        // -1 leaves a slot empty. A host that limits registered files gets plain descriptors.
-        self.registered = self.ring.submitter().register_files(&self.files).is_ok();
     }
 
     /// Whether nothing is in flight or waiting.
@@ -129,12 +123,7 @@ impl Uring {
             // The op is stored first: the entry points to the array in it, whose heap memory does
             // not move while the op stays in its slot.
             let flight = self.flights[slot].insert(Flight { id, op });
-            let entry = if self.registered {
-                entry(&flight.op, flight.op.target as RawFd).flags(squeue::Flags::FIXED_FILE)
-            } else {
-                entry(&flight.op, self.files[flight.op.target])
-            }
-            .user_data(slot as u64);
+            let entry = entry(&flight.op, self.files[flight.op.target]).user_data(slot as u64);
             // SAFETY: the op's array of buffers lives in its slot until its completion is seen,
             // and the buffers as long, as `Buffer::new` was promised.
             let pushed = unsafe { self.ring.submission().push(&entry) };
@@ -182,7 +171,7 @@ impl AsRawFd for Uring {
     }
 }
 
-/// The submission entry of `op` on the file descriptor or registered file `fd`.
+/// The submission entry of `op` on the file descriptor `fd`.
 fn entry(op: &Op, fd: RawFd) -> squeue::Entry {
     let fd = types::Fd(fd);
     match &op.kind {

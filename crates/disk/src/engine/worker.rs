@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -131,7 +132,10 @@ fn serve(shared: &Shared) {
     loop {
         if let Some((id, op, target)) = state.queue.pop_front() {
             drop(state);
-            let result = op.execute(&target);
+            // A panic in the qcow2 code (an image may be hostile) must cost a request, not this
+            // thread: its disk would wait for ever.
+            let result = catch_unwind(AssertUnwindSafe(|| op.execute(&target)))
+                .unwrap_or_else(|_| Err(io::Error::other("the image's driver panicked")));
             state = shared.lock();
             state.finished.push((id, result));
             shared.done.notify_one();
