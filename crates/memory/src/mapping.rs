@@ -80,7 +80,7 @@ pub struct GuestMemory {
 impl GuestMemory {
     /// Fresh private RAM, all zero, given by the host page by page as the guest touches it.
     pub fn anonymous(layout: &RamLayout) -> Result<Self, MemoryError> {
-        Self::map(layout, |len, _| {
+        Self::map(layout, libc::MAP_PRIVATE, |len, _| {
             let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
             // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
             unsafe { mmap_anonymous(ptr::null_mut(), len, rw(), flags) }
@@ -95,7 +95,7 @@ impl GuestMemory {
         };
         let file = memfd_create("guest-ram", MemfdFlags::CLOEXEC).map_err(failed)?;
         ftruncate(&file, layout.size()).map_err(failed)?;
-        Self::map(layout, |len, offset| {
+        Self::map(layout, libc::MAP_SHARED, |len, offset| {
             let flags = MapFlags::SHARED | MapFlags::NORESERVE;
             // SAFETY: a new mapping at an address of the kernel's choice touches no other memory;
             // the file is ours alone and as long as the mapping, so it cannot be cut short.
@@ -103,8 +103,11 @@ impl GuestMemory {
         })
     }
 
+    /// Maps every range with `map`; `sharing` is `MAP_PRIVATE` or `MAP_SHARED`, whichever that
+    /// does, and tells those who release pages how.
     fn map(
         layout: &RamLayout,
+        sharing: libc::c_int,
         map: impl Fn(usize, u64) -> rustix::io::Result<*mut c_void>,
     ) -> Result<Self, MemoryError> {
         let (mut views, mut regions, mut mappings) = (Vec::new(), Vec::new(), Vec::new());
@@ -127,7 +130,7 @@ impl GuestMemory {
                     start.as_ptr().cast(),
                     len,
                     libc::PROT_READ | libc::PROT_WRITE,
-                    libc::MAP_PRIVATE,
+                    sharing,
                 )
             };
             let view =
@@ -194,6 +197,17 @@ mod tests {
             }
             assert!(!memory.ram().address_in_range(GuestAddress(3 << 30)));
         }
+    }
+
+    #[test]
+    fn views_tell_whether_they_are_shared() {
+        let layout = RamLayout::new(16 << 20).unwrap();
+        let shared = |memory: GuestMemory| {
+            let mut regions = memory.ram().iter();
+            regions.all(|region| region.flags() & libc::MAP_SHARED != 0)
+        };
+        assert!(shared(GuestMemory::shared(&layout).unwrap()));
+        assert!(!shared(GuestMemory::anonymous(&layout).unwrap()));
     }
 
     #[test]
