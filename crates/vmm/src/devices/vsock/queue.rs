@@ -39,10 +39,11 @@ pub(super) struct Queues {
 impl Queues {
     /// Moves packets both ways until there is nothing left, no room, or enough done.
     pub(super) fn serve(&mut self, mux: &mut Mux) -> Result<(), DeviceError> {
-        let mut budget = BUDGET;
+        // One each: a guest that floods one direction must not starve the other.
+        let (mut tx_budget, mut rx_budget) = (BUDGET, BUDGET);
         loop {
-            let tx = self.serve_tx(mux, &mut budget)?;
-            let rx = self.serve_rx(mux, &mut budget)?;
+            let tx = self.serve_tx(mux, &mut tx_budget)?;
+            let rx = self.serve_rx(mux, &mut rx_budget)?;
             if tx == Stop::Budget || rx == Stop::Budget {
                 self.tx.again()?;
                 break;
