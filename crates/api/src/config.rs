@@ -109,9 +109,11 @@ impl VmConfig {
 pub struct DiskConfig {
     /// The image or block device on the host.
     pub path: PathBuf,
-    /// How the image is written. A file whose format is not told is raw: guessing from content
-    /// would let a guest turn its raw disk into one that names other files.
-    pub format: DiskFormat,
+    /// How the image is written. Where it is not given, name and content must agree on it: a
+    /// guest could turn its raw disk into one that names other files, so content alone is not
+    /// trusted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<DiskFormat>,
     /// Whether the guest may only read.
     pub read_only: bool,
     /// Where the guest's writes go.
@@ -122,12 +124,11 @@ pub struct DiskConfig {
 }
 
 /// How a disk image is written.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum DiskFormat {
     /// Bytes as the guest sees them.
-    #[default]
     Raw,
     /// QEMU's copy-on-write format, version 2 or 3.
     Qcow2,
@@ -156,13 +157,13 @@ pub struct RateLimit {
     /// Bytes a second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<Bytes>,
-    /// Bytes that may go at once after a rest; a second's worth where it is not given.
+    /// Bytes that may go at once after a rest; a tenth of a second's worth where it is not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bandwidth_burst: Option<Bytes>,
     /// Operations a second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub iops: Option<u64>,
-    /// Operations that may go at once after a rest; a second's worth where it is not given.
+    /// Operations that may go at once after a rest; a tenth of a second's worth where it is not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub iops_burst: Option<u64>,
 }
@@ -188,9 +189,8 @@ pub struct NetConfig {
     pub queues: Option<u16>,
     /// Whether the host's kernel moves the packets.
     pub vhost: Vhost,
-    /// How fast packets may go, each way.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub rate_limit: Option<RateLimit>,
+    /// Whether the guest may reach others on the same bridge that may do so too.
+    pub neighbours: bool,
 }
 
 /// What a network interface is connected to.
@@ -321,7 +321,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(config.memory, Bytes::gib(1));
-        assert_eq!(config.disks[0].format, DiskFormat::Qcow2);
+        assert_eq!(config.disks[0].format, Some(DiskFormat::Qcow2));
         assert_eq!(config.disks[1].overlay, Overlay::Kept("data.layer".into()));
         assert_eq!(config.net[0].mode, NetMode::Tap);
         assert_eq!(config.console.log_limit, Bytes::kib(64));

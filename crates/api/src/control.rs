@@ -93,9 +93,13 @@ pub struct BalloonStatus {
     pub target_bytes: u64,
     /// How much it holds.
     pub actual_bytes: u64,
-    /// What the guest last told; absent until its driver has told anything.
+    /// What the guest last told; absent until its driver has told anything. Asking for this
+    /// also asks the guest, whose answer the next one gives.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest: Option<GuestMemoryStats>,
+    /// How old that is, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_age_ms: Option<u64>,
 }
 
 /// The guest's own view of its memory (virtio 1.2, 5.5.6.3). Each figure is absent where the
@@ -128,6 +132,9 @@ pub struct GuestMemoryStats {
     /// Cached file content.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_caches_bytes: Option<u64>,
+    /// Processes killed because memory ran out, since boot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub oom_kills: Option<u64>,
 }
 
 /// Where the serial console is.

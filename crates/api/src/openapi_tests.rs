@@ -48,6 +48,7 @@ fn balloon() -> BalloonStatus {
             total_bytes: Some(480 << 20),
             ..GuestMemoryStats::default()
         }),
+        guest_age_ms: Some(20),
     }
 }
 

@@ -215,7 +215,6 @@ fn one_net(field: &str, net: &NetConfig, problems: &mut Problems) {
         format!("{field}.queues"),
         "not between 1 and 8",
     );
-    rate_limit(field, net.rate_limit.as_ref(), problems);
 }
 
 fn is_interface_name(name: &str) -> bool {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use clone_api::config::{DiskConfig, DiskFormat, NetConfig, NetMode, Overlay, RateLimit, Vhost};
+use clone_api::config::{DiskConfig, DiskFormat, NetConfig, NetMode, Overlay, Vhost};
 use clone_api::validate::validate;
 use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
 
@@ -41,7 +41,7 @@ pub(super) struct VmArgs {
     #[arg(long = "disk", value_name = "DISK")]
     disks: Vec<DiskArg>,
     /// A network interface (can be given several times): nat, bridge=NAME or tap=NAME
-    /// [,mac=ADDRESS][,queues=N][,vhost=auto|on|off][,bandwidth=SIZE]
+    /// [,mac=ADDRESS][,queues=N][,vhost=auto|on|off][,neighbours]
     #[arg(long = "net", value_name = "NET")]
     nets: Vec<NetArg>,
     /// No socket device: no exec, shell or cp.
@@ -98,8 +98,8 @@ impl FromStr for DiskArg {
             let limit = &mut disk.rate_limit;
             match (key, value) {
                 ("ro", "") => disk.read_only = true,
-                ("format", "raw") => disk.format = DiskFormat::Raw,
-                ("format", "qcow2") => disk.format = DiskFormat::Qcow2,
+                ("format", "raw") => disk.format = Some(DiskFormat::Raw),
+                ("format", "qcow2") => disk.format = Some(DiskFormat::Qcow2),
                 ("overlay", "none") => disk.overlay = Overlay::None,
                 ("overlay", "ephemeral") => disk.overlay = Overlay::Ephemeral,
                 ("overlay", file) if !file.is_empty() => disk.overlay = Overlay::Kept(file.into()),
@@ -143,14 +143,10 @@ impl FromStr for NetArg {
                 ("vhost", "auto") => net.vhost = Vhost::Auto,
                 ("vhost", "on") => net.vhost = Vhost::On,
                 ("vhost", "off") => net.vhost = Vhost::Off,
-                ("bandwidth", rate) => {
-                    net.rate_limit
-                        .get_or_insert_with(RateLimit::default)
-                        .bandwidth = size(rate)?;
-                }
+                ("neighbours", "") => net.neighbours = true,
                 _ => {
                     return Err(format!(
-                        "`{key}={value}` is no option of an interface: there are nat, bridge=NAME, tap=NAME, mac=ADDRESS, queues=N, vhost=auto|on|off, bandwidth=SIZE"
+                        "`{key}={value}` is no option of an interface: there are nat, bridge=NAME, tap=NAME, mac=ADDRESS, queues=N, vhost=auto|on|off, neighbours"
                     ));
                 }
             }

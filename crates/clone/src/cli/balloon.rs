@@ -1,6 +1,7 @@
 //! `clone balloon`: looks at a VM's balloon, or sets it.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clone_api::control::BalloonStatus;
 use clone_api::{Bytes, Client};
@@ -8,6 +9,9 @@ use clone_api::{Bytes, Client};
 use super::Context;
 use super::output::{human_bytes, told};
 use crate::error::Result;
+
+/// How long a guest usually takes to answer.
+const GUEST_TIME: Duration = Duration::from_millis(50);
 
 /// Show how much of a VM's memory its balloon holds, or set how much it should.
 #[derive(Debug, clap::Args)]
@@ -23,7 +27,12 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
     let client = Client::new(vm.dir.control_socket());
     let status = match args.size {
         Some(size) => client.set_balloon(size),
-        None => client.balloon(),
+        // The first asks the guest, the second tells what it said; a driver that does not answer
+        // so soon leaves what it said last.
+        None => client.balloon().and_then(|_| {
+            std::thread::sleep(GUEST_TIME);
+            client.balloon()
+        }),
     };
     let status = status.map_err(told(&args.name))?;
     context.output.print(&status, text);

@@ -1,20 +1,19 @@
 //! Starting a VM's process: everything is checked first, and a start that fails leaves nothing.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use clone_api::config::Overlay;
 use clone_api::{ApiError, ErrorCode, VmConfig};
-use clone_image::kernel::KernelCache;
 
+use super::{network, preflight};
 use crate::error::{Result, failed};
 use crate::process::open::open_kvm;
-use crate::process::report;
 use crate::process::start::Start;
+use crate::process::{disks, report};
 use crate::runtime::{Process, Runtime, StartingVm, VmDir};
 
 /// How many lines of a dead process's log are shown.
@@ -29,8 +28,11 @@ pub(super) struct Launched {
 }
 
 /// Starts the VM that `config` describes, and returns when its guest runs.
-pub(super) fn launch(runtime: &Runtime, config: VmConfig) -> Result<Launched> {
-    check_files(&config)?;
+pub(super) fn launch(runtime: &Runtime, mut config: VmConfig) -> Result<Launched> {
+    preflight::check_files(&config)?;
+    for disk in &mut config.disks {
+        disk.format = Some(disks::format_of(disk)?);
+    }
     // Opened again by the VM's process; here it only tells early, with advice.
     drop(open_kvm()?);
     runtime.sweep()?;
@@ -51,13 +53,20 @@ pub(super) fn launch(runtime: &Runtime, config: VmConfig) -> Result<Launched> {
     }
 }
 
-fn start(starting: &StartingVm, config: VmConfig) -> Result<(Process, Child)> {
+fn start(starting: &StartingVm, mut config: VmConfig) -> Result<(Process, Child)> {
+    let boot_kernel = preflight::boot_kernel(&config.kernel)?;
+    // Before anything is set up that the sweep of a killed launcher must know of.
+    starting.write_config(&config)?;
+    let (taps, nets) = network::attach(&starting.dir, &mut config)?;
     starting.write_config(&config)?;
     let document = Start {
-        boot_kernel: boot_kernel(&config.kernel)?,
         config,
+        boot_kernel,
+        nets,
     };
     let mut child = spawn(&starting.dir)?;
+    // From here the taps live and die with the VM's process.
+    drop(taps);
     let started = hand_over(starting, &document, &mut child);
     if started.is_err() {
         // It may hang or be ending; either way nothing of it may stay.
@@ -126,78 +135,4 @@ fn unexplained_end(dir: &VmDir, child: &mut Child) -> ApiError {
         message.push_str(line);
     }
     ApiError::new(ErrorCode::Internal, message)
-}
-
-/// Finds everything that is wrong with the files that `config` names.
-fn check_files(config: &VmConfig) -> Result<()> {
-    let mut problems = Vec::new();
-    let mut check = |field: String, path: &Path, write: bool| {
-        let opened = File::options().read(true).write(write).open(path);
-        let problem = match opened.and_then(|file| file.metadata()) {
-            Ok(metadata) if metadata.is_dir() => "is a directory".to_owned(),
-            Ok(_) => return,
-            Err(error) => error.to_string(),
-        };
-        problems.push(format!("  {field}: {}: {problem}", path.display()));
-    };
-    check("kernel".into(), &config.kernel, false);
-    if let Some(initrd) = &config.initrd {
-        check("initrd".into(), initrd, false);
-    }
-    for (index, disk) in config.disks.iter().enumerate() {
-        let write = !disk.read_only && disk.overlay == Overlay::None;
-        check(format!("disks[{index}]"), &disk.path, write);
-    }
-    if problems.is_empty() {
-        return Ok(());
-    }
-    Err(ApiError::new(
-        ErrorCode::InvalidConfig,
-        format!("the VM's files cannot be opened:\n{}", problems.join("\n")),
-    )
-    .advise("check the paths and their permissions; disks are opened for writing unless they are `ro` or have an overlay"))
-}
-
-/// The kernel to boot: a `vmlinux` from the cache where it can be entered directly, since a guest
-/// unpacks itself slowly; otherwise the file as it is.
-fn boot_kernel(kernel: &Path) -> Result<PathBuf> {
-    // Whether it is a kernel at all is told in any case.
-    clone_image::kernel::inspect(kernel).map_err(|error| {
-        ApiError {
-            code: ErrorCode::InvalidConfig,
-            ..ApiError::internal(&error)
-        }
-        .advise("use a bzImage (as in /boot/vmlinuz-…) or an ELF vmlinux for x86-64")
-    })?;
-    let cached = cache_dir()
-        .ok_or_else(|| io::Error::other("no home directory").into())
-        .and_then(
-            |dir| -> std::result::Result<_, Box<dyn std::error::Error>> {
-                Ok(KernelCache::open(dir)?.vmlinux(kernel)?)
-            },
-        );
-    match cached {
-        Ok(cached) if cached.pvh => Ok(cached.vmlinux),
-        Ok(_) => Ok(kernel.to_owned()),
-        Err(error) => {
-            tracing::debug!(%error, "the kernel is booted as it is");
-            Ok(kernel.to_owned())
-        }
-    }
-}
-
-/// Where extracted kernels are kept.
-fn cache_dir() -> Option<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-    if let Some(dir) = set("CLONE_CACHE_DIR") {
-        return Some(PathBuf::from(dir).join("kernels"));
-    }
-    if rustix::process::geteuid().is_root() {
-        return Some("/var/cache/clone/kernels".into());
-    }
-    let base = match set("XDG_CACHE_HOME") {
-        Some(base) => PathBuf::from(base),
-        None => PathBuf::from(set("HOME")?).join(".cache"),
-    };
-    Some(base.join("clone/kernels"))
 }

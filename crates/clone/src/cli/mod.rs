@@ -4,17 +4,26 @@
 //! or JSON with `--json`; what went wrong goes to standard error with what to do about it, and
 //! into the exit code ([`exit`]).
 
+mod agent;
 mod args;
 mod attach;
 mod balloon;
+mod cache;
+mod cp;
+mod exec;
 pub mod exit;
 mod generate;
+mod image;
 mod launch;
 mod logs;
 mod ls;
+mod network;
 mod output;
 mod power;
+mod preflight;
+mod progress;
 mod run;
+mod signals;
 mod stat;
 mod terminal;
 mod tty_console;
@@ -52,12 +61,16 @@ enum Command {
     Stat(stat::Args),
     Attach(attach::Args),
     Logs(logs::Args),
+    Exec(exec::ExecArgs),
+    Shell(exec::ShellArgs),
+    Cp(cp::Args),
     Pause(power::PauseArgs),
     Resume(power::ResumeArgs),
     Stop(power::StopArgs),
     Kill(power::KillArgs),
     Rm(power::RmArgs),
     Balloon(balloon::Args),
+    Image(image::Args),
     Completions(generate::CompletionsArgs),
     Man(generate::ManArgs),
     /// The process of a VM; started by `run`.
@@ -112,12 +125,16 @@ fn dispatch(context: &Context, command: Command) -> Result<ExitCode> {
         Command::Stat(args) => stat::run(context, &args),
         Command::Attach(args) => attach::run(context, &args),
         Command::Logs(args) => logs::run(context, &args),
+        Command::Exec(args) => exec::exec(context, args),
+        Command::Shell(args) => exec::shell(context, args),
+        Command::Cp(args) => cp::run(context, &args),
         Command::Pause(args) => power::pause(context, &args),
         Command::Resume(args) => power::resume(context, &args),
         Command::Stop(args) => power::stop(context, &args),
         Command::Kill(args) => power::kill(context, &args),
         Command::Rm(args) => power::rm(context, &args),
         Command::Balloon(args) => balloon::run(context, &args),
+        Command::Image(args) => image::run(context, args),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
         Command::VmProcess { dir } => Ok(crate::process::main(dir)),

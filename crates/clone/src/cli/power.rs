@@ -3,16 +3,20 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use clone_api::control::VmState;
 use clone_api::{ApiError, Client, ErrorCode};
 use rustix::process::Signal;
 
-use super::Context;
 use super::output::told;
+use super::{Context, agent};
 use crate::error::Result;
 use crate::runtime::{RunningVm, Runtime};
 
 /// How long a killed process may take to be gone: it only has memory to give back.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long an agent may take before the power button is tried.
+const AGENT_LIMIT: Duration = Duration::from_secs(3);
 
 /// Stop a VM's CPUs and devices; it can be resumed.
 #[derive(Debug, clap::Args)]
@@ -113,7 +117,7 @@ pub(super) fn stop(context: &Context, args: &StopArgs) -> Result<ExitCode> {
     let limit = Duration::from_secs(args.timeout);
     each(context, &args.names, |runtime, name| {
         let vm = runtime.find(name)?;
-        client(&vm).power_button().map_err(told(name))?;
+        ask_guest(&vm)?;
         if vm.process.wait(Some(limit))? {
             return runtime.sweep_one(&vm.dir).map(drop);
         }
@@ -131,6 +135,23 @@ pub(super) fn stop(context: &Context, args: &StopArgs) -> Result<ExitCode> {
             "wait longer with --timeout, or end it with: clone kill {name}"
         )))
     })
+}
+
+/// Asks the guest to shut down: its agent where there is one, else by the power button.
+fn ask_guest(vm: &RunningVm) -> Result<()> {
+    let name = vm.dir.name();
+    let client = client(vm);
+    let running = client.info().map_err(told(&name))?.state == VmState::Running;
+    // A paused guest answers nobody; the power button tells so at once.
+    if running && vm.dir.config()?.vsock.enabled {
+        let asked = agent::connect_within(vm, AGENT_LIMIT)
+            .and_then(|agent| agent.shutdown(false).map_err(agent::told(&name)));
+        match asked {
+            Ok(()) => return Ok(()),
+            Err(error) => tracing::debug!(message = error.message, "no agent to ask"),
+        }
+    }
+    client.power_button().map_err(told(&name))
 }
 
 pub(super) fn kill(context: &Context, args: &KillArgs) -> Result<ExitCode> {

@@ -1,4 +1,4 @@
-//! From open resources to a VM in the event loop: the one place that knows every kind of device.
+//! From open resources to a VM in the event loop.
 
 use std::sync::{Arc, Mutex};
 
@@ -9,8 +9,9 @@ use clone_vmm::machine::{Kernel, Machine, MachineError, Parts};
 
 use super::console::ConsoleHub;
 use super::control::ControlServer;
+use super::devices;
 use super::open::Resources;
-use super::vm::{Vm, VmHandle};
+use super::vm::{Observed, Vm, VmHandle};
 use crate::error::Result;
 use crate::jail;
 use crate::runtime::VmDir;
@@ -19,6 +20,7 @@ use crate::runtime::VmDir;
 pub(super) fn assemble(
     dir: &VmDir,
     config: VmConfig,
+    extra_arguments: &[String],
     resources: Resources,
     events: &mut EventLoop,
 ) -> Result<Vm> {
@@ -33,19 +35,25 @@ pub(super) fn assemble(
     let hub = Arc::new(Mutex::new(hub));
     events.attach(&console_slot, hub.clone());
 
+    let memory = guest_memory(&config)?;
+    let devices = devices::build(&config, resources.devices, memory.ram(), events)?;
     let parts = Parts {
         kvm: resources.kvm,
-        memory: guest_memory(&config)?,
+        memory,
         vcpus: u8::try_from(config.vcpus).unwrap_or(u8::MAX),
         console: Box::new(output),
-        devices: Vec::new(),
+        devices: devices.slots,
         confine_vcpu: Arc::new(jail::confine_vcpu),
     };
     let mut machine = Machine::new(parts, events).map_err(told)?;
+    let mut cmdline = config.kernel_cmdline();
+    for argument in extra_arguments {
+        cmdline = format!("{cmdline} {argument}");
+    }
     let mut kernel = Kernel {
         image: resources.kernel,
         initrd: resources.initrd,
-        cmdline: config.kernel_cmdline(),
+        cmdline,
     };
     machine.boot(&mut kernel).map_err(|error| {
         told(error).advise(format!(
@@ -66,7 +74,16 @@ pub(super) fn assemble(
     drop(console);
 
     let vm = Vm::new(machine, hub, events).map_err(internal)?;
-    let handle = VmHandle::new(&vm, dir, config, resources.memory_map, attached);
+    let handle = VmHandle::new(
+        &vm,
+        dir,
+        config,
+        Observed {
+            memory_map: resources.memory_map,
+            attached,
+            devices: devices.handles,
+        },
+    );
     let control_slot = events.reserve();
     let server = ControlServer::new(control_slot.clone(), resources.control, Box::new(handle))
         .map_err(internal)?;

@@ -8,6 +8,9 @@
 pub mod assemble;
 pub mod console;
 pub mod control;
+mod devices;
+pub mod disks;
+mod nets;
 pub mod open;
 pub mod report;
 pub mod start;
@@ -75,14 +78,11 @@ pub fn main(dir: PathBuf) -> ExitCode {
 }
 
 fn start_vm(dir: &VmDir, start: Start, events: &mut EventLoop) -> Result<vm::Vm> {
-    let Start {
-        config,
-        boot_kernel,
-    } = start;
     // Its launcher's terminal and its Ctrl-C are not ours. It fails only for a group's leader,
     // which a process that was just started is only by its launcher's will.
     let _ = rustix::process::setsid();
-    let resources = open::open(dir, &config, &boot_kernel)?;
+    let extra: Vec<String> = kernel_arguments(&start);
+    let (config, resources) = open::open(dir, start)?;
     jail::enter(&JailSpec {
         name: config.name.clone(),
         runtime_dir: dir.path().to_owned(),
@@ -90,9 +90,15 @@ fn start_vm(dir: &VmDir, start: Start, events: &mut EventLoop) -> Result<vm::Vm>
         vcpus: config.vcpus,
     })
     .map_err(|error| ApiError::internal(&error))?;
-    let mut vm = assemble::assemble(dir, config, resources, events)?;
+    let mut vm = assemble::assemble(dir, config, &extra, resources, events)?;
     vm.begin()?;
     Ok(vm)
+}
+
+/// What the command line must say beside what its owner wants.
+fn kernel_arguments(start: &Start) -> Vec<String> {
+    let nets = start.nets.iter();
+    nets.filter_map(|net| net.kernel_argument.clone()).collect()
 }
 
 fn fail(error: ApiError) -> ExitCode {

@@ -7,8 +7,12 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use clone_api::{ApiError, ErrorCode, VmConfig};
+use clone_disk::DiskFiles;
 use kvm_ioctls::Kvm;
 
+use super::nets::OpenNet;
+use super::start::Start;
+use super::{disks, nets};
 use crate::error::{Result, failed};
 use crate::process::console::ConsoleLog;
 use crate::runtime::VmDir;
@@ -23,12 +27,23 @@ pub(super) struct Resources {
     pub(super) console_log: Option<ConsoleLog>,
     /// `/proc/self/smaps_rollup`, which stays readable in the jail.
     pub(super) memory_map: File,
+    pub(super) devices: DeviceResources,
 }
 
-/// Opens what `config` names, and makes the sockets and logs in `dir`.
-pub(super) fn open(dir: &VmDir, config: &VmConfig, boot_kernel: &Path) -> Result<Resources> {
+/// What its devices are made from, open.
+pub(super) struct DeviceResources {
+    /// In the order of the description.
+    pub(super) disks: Vec<DiskFiles>,
+    /// In the order of the description.
+    pub(super) nets: Vec<OpenNet>,
+    pub(super) vsock: Option<UnixListener>,
+}
+
+/// Opens what the description names, takes over what was inherited, and makes the sockets and logs in `dir`.
+pub(super) fn open(dir: &VmDir, start: Start) -> Result<(VmConfig, Resources)> {
+    let config = start.config;
     let kvm = open_kvm()?;
-    let kernel = read_only("open the kernel", boot_kernel)?;
+    let kernel = read_only("open the kernel", &start.boot_kernel)?;
     let initrd = match &config.initrd {
         Some(path) => Some(read_only("open the initrd", path)?),
         None => None,
@@ -41,7 +56,23 @@ pub(super) fn open(dir: &VmDir, config: &VmConfig, boot_kernel: &Path) -> Result
             limit,
         )),
     };
-    Ok(Resources {
+    let vsock = match config.vsock.enabled {
+        true => Some(listen(&dir.vsock_socket())?),
+        false => None,
+    };
+    let nets = config.net.iter().zip(start.nets);
+    let devices = DeviceResources {
+        disks: config
+            .disks
+            .iter()
+            .map(disks::open)
+            .collect::<Result<_>>()?,
+        nets: nets
+            .map(|(net, inherited)| nets::open(net, inherited))
+            .collect::<Result<_>>()?,
+        vsock,
+    };
+    let resources = Resources {
         kvm,
         kernel,
         initrd,
@@ -49,7 +80,9 @@ pub(super) fn open(dir: &VmDir, config: &VmConfig, boot_kernel: &Path) -> Result
         console: listen(&dir.console_socket())?,
         console_log,
         memory_map: read_only("open", Path::new("/proc/self/smaps_rollup"))?,
-    })
+        devices,
+    };
+    Ok((config, resources))
 }
 
 /// Opens `/dev/kvm`, with advice for each way in which that fails.

@@ -11,13 +11,16 @@ use clone_api::control::{
     BalloonStatus, ConsoleInfo, CpuStats, MemoryStats, VmInfo, VmState, VmStats,
 };
 use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
+use clone_vmm::devices::balloon::Balloon;
 use clone_vmm::event_loop::EventLoop;
 use clone_vmm::machine::{Exit, ExitSignal, Machine};
+use clone_vmm::virtio::DeviceError;
 use vmm_sys_util::epoll::EventSet;
 
 use super::assemble::told;
 use super::console::ConsoleHub;
 use super::control::VmControl;
+use super::devices::{Handles, balloon_status};
 use crate::runtime::VmDir;
 
 /// Locked by the event loop's thread only, for one call at a time: the lock is there because
@@ -83,20 +86,23 @@ pub(super) struct VmHandle {
     exit: ExitSignal,
     config: VmConfig,
     console: ConsoleInfo,
-    attached: Arc<AtomicU32>,
-    memory_map: File,
+    observed: Observed,
     started_unix_ms: u64,
 }
 
+/// What a VM is watched by.
+pub(super) struct Observed {
+    /// Its open `/proc/self/smaps_rollup`.
+    pub(super) memory_map: File,
+    /// How many are attached to its console.
+    pub(super) attached: Arc<AtomicU32>,
+    /// Its devices.
+    pub(super) devices: Handles,
+}
+
 impl VmHandle {
-    /// A handle of `vm`; `memory_map` is its open `/proc/self/smaps_rollup`.
-    pub(super) fn new(
-        vm: &Vm,
-        dir: &VmDir,
-        config: VmConfig,
-        memory_map: File,
-        attached: Arc<AtomicU32>,
-    ) -> Self {
+    /// A handle of `vm`.
+    pub(super) fn new(vm: &Vm, dir: &VmDir, config: VmConfig, observed: Observed) -> Self {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         Self {
             machine: Arc::clone(&vm.machine),
@@ -108,10 +114,21 @@ impl VmHandle {
                 attached: 0,
             },
             config,
-            attached,
-            memory_map,
+            observed,
             started_unix_ms: now.map_or(0, |now| now.as_millis() as u64),
         }
+    }
+
+    /// Does something with the balloon, and tells how it is.
+    fn with_balloon(
+        &self,
+        act: impl FnOnce(&mut Balloon) -> Result<(), DeviceError>,
+    ) -> Result<BalloonStatus, ApiError> {
+        let balloon = self.observed.devices.balloon.as_ref();
+        let balloon = balloon.ok_or_else(|| no_balloon(&self.config.name))?;
+        let mut balloon = balloon.lock().unwrap_or_else(PoisonError::into_inner);
+        act(&mut balloon).map_err(|error| ApiError::internal(&error))?;
+        Ok(balloon_status(&balloon))
     }
 
     /// An error unless the guest is still there.
@@ -148,6 +165,7 @@ impl VmControl for VmHandle {
     fn stats(&mut self) -> Result<VmStats, ApiError> {
         let mut text = vec![0; 4096];
         let length = self
+            .observed
             .memory_map
             .read_at(&mut text, 0)
             .map_err(|error| ApiError::internal(&error))?;
@@ -157,7 +175,7 @@ impl VmControl for VmHandle {
             memory,
             cpu: cpu_time(),
             balloon: self.balloon().ok(),
-            devices: Default::default(),
+            devices: self.observed.devices.counters(),
         })
     }
 
@@ -193,16 +211,31 @@ impl VmControl for VmHandle {
     }
 
     fn balloon(&mut self) -> Result<BalloonStatus, ApiError> {
-        Err(no_balloon(&self.config.name))
+        self.with_balloon(|balloon| {
+            // The answer comes later: this call tells what was known before.
+            balloon.refresh_stats()
+        })
     }
 
-    fn set_balloon(&mut self, _size: Bytes) -> Result<BalloonStatus, ApiError> {
-        Err(no_balloon(&self.config.name))
+    fn set_balloon(&mut self, size: Bytes) -> Result<BalloonStatus, ApiError> {
+        if size >= self.config.memory {
+            return Err(ApiError::new(
+                ErrorCode::InvalidConfig,
+                format!(
+                    "the VM has {} of memory: the balloon must leave some",
+                    self.config.memory
+                ),
+            ));
+        }
+        self.with_balloon(|balloon| {
+            balloon.set_target_bytes(size.0);
+            Ok(())
+        })
     }
 
     fn console(&self) -> ConsoleInfo {
         ConsoleInfo {
-            attached: self.attached.load(Ordering::Relaxed),
+            attached: self.observed.attached.load(Ordering::Relaxed),
             ..self.console.clone()
         }
     }

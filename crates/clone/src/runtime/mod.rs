@@ -225,6 +225,12 @@ impl VmDir {
         name.to_string_lossy().into_owned()
     }
 
+    /// What the host's network knows the VM by. The whole path: VMs of several runtime
+    /// directories share one network.
+    pub fn network_key(&self) -> String {
+        self.path.display().to_string()
+    }
+
     /// The socket that takes HTTP.
     pub fn control_socket(&self) -> PathBuf {
         self.path.join("control.sock")

@@ -2,8 +2,11 @@
 
 use std::fs;
 
+use clone_api::ApiError;
+
 use super::{Runtime, Status, VmDir};
 use crate::error::{Result, failed};
+use crate::host_net::{self, HostNet};
 use crate::jail;
 
 impl Runtime {
@@ -30,9 +33,23 @@ impl Runtime {
     }
 }
 
+/// A VM without interfaces needs no rights on the host's network to be removed.
+fn may_have_network(dir: &VmDir) -> bool {
+    match dir.config() {
+        Ok(config) => !config.net.is_empty(),
+        // Cut short by a launcher's death, before it came to the network.
+        Err(_) => false,
+    }
+}
+
 /// Host resources first: while the directory is there, a failure is tried again.
 fn remove(dir: &VmDir) -> Result<()> {
     jail::sweep(&dir.name()).map_err(failed("remove the jail of", dir.path()))?;
+    if may_have_network(dir) {
+        HostNet::new(host_net::DEFAULT_DIR)
+            .detach(&dir.network_key())
+            .map_err(|error| ApiError::internal(&error))?;
+    }
     fs::remove_dir_all(dir.path()).map_err(failed("remove", dir.path()))
 }
 

@@ -1,0 +1,180 @@
+//! Reaching the agent in a guest, and running a command there with our own streams.
+
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use agent_proto::client::{ClientError, Connection, Event, Input, Running};
+use agent_proto::messages::{ErrorCode as AgentCode, Exec, Exited, Stream, TerminalSize};
+use clone_api::{ApiError, ErrorCode};
+use rustix::event::{PollFd, PollFlags, poll};
+
+use super::signals::Signals;
+use super::terminal::{self, RawTerminal};
+use crate::error::Result;
+use crate::runtime::RunningVm;
+
+/// How long an agent may take to greet.
+const GREETING_LIMIT: Duration = Duration::from_secs(20);
+
+/// Signals that a guest's command gets in our place.
+const FORWARDED: [i32; 6] = [
+    libc::SIGINT,
+    libc::SIGTERM,
+    libc::SIGHUP,
+    libc::SIGQUIT,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+];
+
+/// Connects to the agent of `vm`.
+pub(super) fn connect(vm: &RunningVm) -> Result<Connection> {
+    connect_within(vm, GREETING_LIMIT)
+}
+
+/// Connects to the agent of `vm`, if it greets within `limit`.
+pub(super) fn connect_within(vm: &RunningVm, limit: Duration) -> Result<Connection> {
+    Connection::open(&vm.dir.vsock_socket(), limit).map_err(told(&vm.dir.name()))
+}
+
+/// An error of the agent's client, for the user of the VM called `name`.
+pub(super) fn told(name: &str) -> impl Fn(ClientError) -> ApiError {
+    move |error| {
+        let message = format!("`{name}`: {error}");
+        match &error {
+            ClientError::Connect { .. } => ApiError::new(ErrorCode::Unavailable, message)
+                .advise("exec, shell and cp need a VM that was started without --no-vsock"),
+            ClientError::NoAgent => ApiError::new(ErrorCode::Unavailable, message).advise(
+                format!("wait until the guest is up (clone attach {name}); images made by `clone image build` have the agent"),
+            ),
+            ClientError::Refused(refusal) => {
+                let code = match refusal.code() {
+                    AgentCode::NotFound => ErrorCode::NotFound,
+                    AgentCode::Invalid => ErrorCode::InvalidConfig,
+                    AgentCode::Unsupported | AgentCode::Exhausted => ErrorCode::Unavailable,
+                    AgentCode::Denied | AgentCode::Other => ErrorCode::Internal,
+                };
+                ApiError::new(code, message)
+            }
+            _ => ApiError::new(ErrorCode::Internal, message),
+        }
+    }
+}
+
+/// How our own streams are joined with the command's.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Streams {
+    /// Our input becomes the command's.
+    pub(super) input: bool,
+    /// Our terminal is the command's: raw, and its size follows ours.
+    pub(super) terminal: bool,
+}
+
+/// Runs `exec` with our streams until it ends.
+pub(super) fn run(
+    name: &str,
+    connection: Connection,
+    mut exec: Exec,
+    streams: Streams,
+) -> std::result::Result<Exited, ClientError> {
+    let mut taken = FORWARDED.to_vec();
+    if streams.terminal {
+        taken.push(libc::SIGWINCH);
+        exec.terminal = Some(terminal_size());
+    }
+    exec.input = streams.input;
+    // Before the thread below starts, which inherits it.
+    let signals = Signals::take(&taken).map_err(ClientError::Local)?;
+    let mut running = connection.exec(exec)?;
+    let stdin = io::stdin();
+    let raw = if streams.terminal && stdin.is_terminal() {
+        Some(RawTerminal::enter(&stdin).map_err(ClientError::Local)?)
+    } else {
+        None
+    };
+    let input = running.input();
+    // Ends with this process: it may wait for a key that never comes.
+    std::thread::spawn(move || feed(&input, signals, streams));
+    let end = print(&mut running);
+    drop(raw);
+    if let Err(ClientError::Lost(_)) = &end {
+        tracing::debug!(name, "the connection was lost while a command ran");
+    }
+    end
+}
+
+/// Prints what the command prints, until it ends.
+fn print(running: &mut Running) -> std::result::Result<Exited, ClientError> {
+    loop {
+        match running.next_event()? {
+            Event::Output(Stream::Stdout, data) => write(&mut io::stdout(), &data)?,
+            Event::Output(Stream::Stderr, data) => write(&mut io::stderr(), &data)?,
+            Event::Lost(stream, bytes) => {
+                tracing::warn!(?stream, bytes, "output was lost");
+            }
+            Event::Exited(exited) => return Ok(exited),
+        }
+    }
+}
+
+fn write(out: &mut impl Write, data: &[u8]) -> std::result::Result<(), ClientError> {
+    out.write_all(data)
+        .and_then(|()| out.flush())
+        .map_err(ClientError::Local)
+}
+
+fn terminal_size() -> TerminalSize {
+    match terminal::size(io::stdin()) {
+        Some(size) => TerminalSize {
+            rows: size.ws_row.into(),
+            columns: size.ws_col.into(),
+        },
+        None => TerminalSize {
+            rows: 24,
+            columns: 80,
+        },
+    }
+}
+
+/// Sends our input, our signals and our terminal's size, until the command's connection ends.
+fn feed(input: &Input, mut signals: Signals, streams: Streams) {
+    let stdin = io::stdin();
+    let mut open = streams.input;
+    let mut buffer = vec![0; 32 << 10];
+    loop {
+        let (signalled, typed) = {
+            let mut fds = vec![PollFd::new(&signals, PollFlags::IN)];
+            if open {
+                fds.push(PollFd::new(&stdin, PollFlags::IN));
+            }
+            if let Err(error) = poll(&mut fds, None)
+                && error != rustix::io::Errno::INTR
+            {
+                return;
+            }
+            let ready = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
+            (ready(0), ready(1))
+        };
+        // A command that is gone takes no more: the other thread tells how it ended.
+        let sent = if signalled {
+            match signals.next() {
+                Ok(libc::SIGWINCH) => input.resize(terminal_size()),
+                Ok(signal) => input.signal(signal),
+                Err(_) => return,
+            }
+        } else if typed {
+            match rustix::io::read(stdin.as_fd(), &mut buffer) {
+                Ok(0) | Err(_) => {
+                    open = false;
+                    input.end()
+                }
+                Ok(count) => input.write(&buffer[..count]),
+            }
+        } else {
+            Ok(())
+        };
+        if sent.is_err() {
+            return;
+        }
+    }
+}

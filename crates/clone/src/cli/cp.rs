@@ -1,0 +1,237 @@
+//! `clone cp`: files into a guest and out of it.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use agent_proto::messages::Put;
+use clone_api::{ApiError, ErrorCode};
+use indicatif::ProgressBar;
+use serde::Serialize;
+
+use super::output::human_bytes;
+use super::{Context, agent, progress};
+use crate::error::{Result, failed};
+
+/// Copy a file into a guest, or out of it.
+///
+/// One side is NAME:PATH, a path in the guest, which is absolute; the other is a path here, or `-`
+/// for our standard input or output. A file appears all at once, with its permissions. For whole
+/// directories: tar c DIR | clone exec -i NAME tar x -C PATH
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// What to copy: PATH, NAME:PATH or -
+    from: String,
+    /// Where to: PATH, NAME:PATH or -
+    to: String,
+    /// Who owns the file in the guest: a name or number, with :GROUP if wanted.
+    #[arg(long, short, value_name = "USER")]
+    user: Option<String>,
+}
+
+/// One side of a copy.
+#[derive(Debug, PartialEq, Eq)]
+enum Side<'a> {
+    Guest { name: &'a str, path: &'a str },
+    Here(&'a Path),
+    Stream,
+}
+
+impl<'a> Side<'a> {
+    fn parse(text: &'a str) -> Self {
+        if text == "-" {
+            return Self::Stream;
+        }
+        match text.split_once(':') {
+            // A path here may hold a colon after its first slash: ./a:b
+            Some((name, path)) if !name.is_empty() && !name.contains('/') => {
+                Self::Guest { name, path }
+            }
+            _ => Self::Here(Path::new(text)),
+        }
+    }
+}
+
+/// What `clone cp --json` prints.
+#[derive(Serialize)]
+struct Copied {
+    bytes: u64,
+}
+
+pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
+    let bytes = match (Side::parse(&args.from), Side::parse(&args.to)) {
+        (Side::Guest { .. }, Side::Guest { .. }) => {
+            return Err(usage("both sides are in guests", "copy to here first"));
+        }
+        (from, Side::Guest { name, path }) => {
+            let user = args.user.clone().unwrap_or_default();
+            put(context, &from, name, path, user)?
+        }
+        (Side::Guest { name, path }, to) => get(context, name, path, &to)?,
+        _ => {
+            return Err(usage(
+                "neither side is in a guest",
+                "write one as NAME:PATH",
+            ));
+        }
+    };
+    context.output.print(&Copied { bytes }, |_| String::new());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn usage(message: &str, advice: &str) -> ApiError {
+    ApiError::new(ErrorCode::InvalidConfig, message).advise(advice)
+}
+
+fn put(context: &Context, from: &Side<'_>, name: &str, path: &str, user: String) -> Result<u64> {
+    let (mut source, mode, size): (Box<dyn Read>, u32, Option<u64>) = match from {
+        Side::Here(file) => {
+            let opened = File::open(file).map_err(failed("open", file))?;
+            let about = opened.metadata().map_err(failed("look at", file))?;
+            if about.is_dir() {
+                let message = format!("{} is a directory", file.display());
+                return Err(usage(
+                    &message,
+                    "tar c DIR | clone exec -i NAME tar x -C PATH",
+                ));
+            }
+            let mode = about.permissions().mode() & 0o7777;
+            (Box::new(opened), mode, Some(about.len()))
+        }
+        _ => (Box::new(io::stdin().lock()), 0o644, None),
+    };
+    let path = match from {
+        // As in cp: into a directory, under its own name.
+        Side::Here(file) if path.ends_with('/') => {
+            let own = file.file_name().unwrap_or_default().to_string_lossy();
+            format!("{path}{own}")
+        }
+        _ => path.to_owned(),
+    };
+    let vm = context.runtime()?.find(name)?;
+    let connection = agent::connect(&vm)?;
+    let bar = progress::bytes(context, size);
+    let mut source = Counted::new(&mut source, bar);
+    let put = Put { path, mode, user };
+    let sent = connection.put(put, &mut source).map_err(agent::told(name));
+    source.finish(sent)
+}
+
+fn get(context: &Context, name: &str, path: &str, to: &Side<'_>) -> Result<u64> {
+    let vm = context.runtime()?.find(name)?;
+    let connection = agent::connect(&vm)?;
+    let bar = progress::bytes(context, None);
+    let Side::Here(target) = to else {
+        let mut stdout = io::stdout().lock();
+        let mut sink = Counted::new(&mut stdout, bar);
+        let got = connection.get(path, &mut sink).map_err(agent::told(name));
+        return sink.finish(got.map(drop));
+    };
+    let target = landing(path, target);
+    // Renamed when it is whole, so that nothing else ever bears the name.
+    let part = part_of(&target);
+    let mut file = File::create(&part).map_err(failed("make", &part))?;
+    let mut sink = Counted::new(&mut file, bar);
+    let got = connection.get(path, &mut sink).map_err(agent::told(name));
+    let mode = got.as_ref().map_or(0o600, |about| about.mode & 0o777);
+    let done = sink.finish(got.map(drop)).and_then(|bytes| {
+        fs::set_permissions(&part, fs::Permissions::from_mode(mode))
+            .and_then(|()| fs::rename(&part, &target))
+            .map_err(failed("put in place", &target))?;
+        Ok(bytes)
+    });
+    if done.is_err() {
+        // The first error is the one to tell.
+        let _ = fs::remove_file(&part);
+    }
+    done
+}
+
+/// Where a guest's file goes: into a directory under its own name, else to that very path.
+fn landing(path: &str, target: &Path) -> PathBuf {
+    match Path::new(path).file_name() {
+        Some(own) if target.is_dir() => target.join(own),
+        _ => target.to_owned(),
+    }
+}
+
+fn part_of(target: &Path) -> PathBuf {
+    let mut name = target.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".part{}", std::process::id()));
+    target.with_file_name(name)
+}
+
+/// A stream that counts what goes through.
+struct Counted<'a, T> {
+    stream: &'a mut T,
+    bar: ProgressBar,
+    bytes: u64,
+}
+
+impl<'a, T> Counted<'a, T> {
+    fn new(stream: &'a mut T, bar: ProgressBar) -> Self {
+        Self {
+            stream,
+            bar,
+            bytes: 0,
+        }
+    }
+
+    fn count(&mut self, bytes: usize) -> usize {
+        self.bytes += bytes as u64;
+        self.bar.inc(bytes as u64);
+        bytes
+    }
+
+    fn finish(self, end: Result<()>) -> Result<u64> {
+        self.bar.finish_and_clear();
+        end?;
+        tracing::debug!(size = human_bytes(self.bytes), "copied");
+        Ok(self.bytes)
+    }
+}
+
+impl<T: Read> Read for Counted<'_, T> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.stream.read(buffer)?;
+        Ok(self.count(count))
+    }
+}
+
+impl<T: Write> Write for Counted<'_, T> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        let count = self.stream.write(buffer)?;
+        Ok(self.count(count))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_side_is_in_a_guest_when_it_begins_with_a_name() {
+        let guest = |name, path| Side::Guest { name, path };
+        assert_eq!(Side::parse("web:/etc/hosts"), guest("web", "/etc/hosts"));
+        assert_eq!(Side::parse("web:/a:b"), guest("web", "/a:b"));
+        for here in ["a", "./a:b", "/a:b", ":x"] {
+            assert_eq!(Side::parse(here), Side::Here(Path::new(here)));
+        }
+        assert_eq!(Side::parse("-"), Side::Stream);
+    }
+
+    #[test]
+    fn a_file_lands_in_a_directory_under_its_own_name() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(landing("/etc/hosts", dir.path()), dir.path().join("hosts"));
+        let file = dir.path().join("x");
+        assert_eq!(landing("/etc/hosts", &file), file);
+        assert!(part_of(&file).starts_with(dir.path()));
+    }
+}

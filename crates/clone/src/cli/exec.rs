@@ -1,0 +1,252 @@
+//! `clone exec` and `clone shell`: commands in a guest.
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use agent_proto::client::ClientError;
+use agent_proto::messages::{ErrorCode as AgentCode, Exec, Exited};
+use clone_api::ApiError;
+use serde::Serialize;
+
+use super::Context;
+use super::agent::{self, Streams};
+use crate::error::Result;
+
+/// `clone` itself failed, not the command.
+const CLONE_FAILED: u8 = 125;
+/// The command exists and cannot be run.
+const CANNOT_RUN: u8 = 126;
+/// There is no such command.
+const NO_COMMAND: u8 = 127;
+/// The command ran longer than it may.
+const TIMED_OUT: u8 = 124;
+
+/// Run a command in a guest, and end with its exit code.
+///
+/// A command that a signal ended gives 128 and the signal's number, one that ran too long 124;
+/// 125 means that clone failed, 126 that the command cannot be run, 127 that there is none.
+#[derive(Debug, clap::Args)]
+pub(super) struct ExecArgs {
+    /// Send our standard input to the command; without it, its input is empty.
+    #[arg(long, short)]
+    interactive: bool,
+    /// Give the command a terminal; its two outputs are one then.
+    #[arg(long, short)]
+    tty: bool,
+    #[command(flatten)]
+    how: How,
+    /// The VM.
+    name: String,
+    /// The command and its arguments.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<String>,
+}
+
+/// Open a shell in a guest, on a terminal of its own.
+#[derive(Debug, clap::Args)]
+pub(super) struct ShellArgs {
+    #[command(flatten)]
+    how: How,
+    /// The VM.
+    name: String,
+    /// A command to run in place of the user's shell.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<String>,
+}
+
+/// How a command is run.
+#[derive(Debug, clap::Args)]
+struct How {
+    /// Set an environment variable (can be given several times).
+    #[arg(long, short, value_name = "NAME=VALUE")]
+    env: Vec<String>,
+    /// Start in this directory of the guest.
+    #[arg(long, short, value_name = "DIR")]
+    workdir: Option<String>,
+    /// Run as this user: a name or number, with :GROUP if wanted.
+    #[arg(long, short, value_name = "USER")]
+    user: Option<String>,
+    /// End the command after so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+}
+
+impl How {
+    fn exec(&self, command: Vec<String>) -> Exec {
+        let mut environment = self.env.clone();
+        for variable in &mut environment {
+            // As in docker: a name alone passes ours on.
+            if !variable.contains('=') {
+                let value = std::env::var(&*variable).unwrap_or_default();
+                *variable = format!("{variable}={value}");
+            }
+        }
+        Exec {
+            command,
+            environment,
+            directory: self.workdir.clone().unwrap_or_default(),
+            user: self.user.clone().unwrap_or_default(),
+            terminal: None,
+            timeout_ms: self.timeout.map_or(0, |s| s.saturating_mul(1000)),
+            detached: false,
+            input: false,
+        }
+    }
+}
+
+/// What `clone exec --json` prints.
+#[derive(Serialize)]
+struct Outcome {
+    exit_code: u8,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    signal: Option<i32>,
+    timed_out: bool,
+    stdout: String,
+    stderr: String,
+}
+
+pub(super) fn exec(context: &Context, args: ExecArgs) -> Result<ExitCode> {
+    let mut exec = args.how.exec(args.command);
+    if args.tty {
+        exec.environment.push(term());
+    }
+    let streams = Streams {
+        input: args.interactive,
+        terminal: args.tty,
+    };
+    Ok(ended(context, &args.name, exec, streams))
+}
+
+pub(super) fn shell(context: &Context, args: ShellArgs) -> Result<ExitCode> {
+    let command = match args.command.is_empty() {
+        // The best shell that the guest has, as a login shell.
+        true => [
+            "/bin/sh",
+            "-c",
+            "exec \"$(command -v bash || echo /bin/sh)\" -l",
+        ]
+        .map(str::to_owned)
+        .to_vec(),
+        false => args.command,
+    };
+    let mut exec = args.how.exec(command);
+    exec.environment.push(term());
+    let streams = Streams {
+        input: true,
+        terminal: true,
+    };
+    if !std::io::stdin().is_terminal() {
+        context
+            .output
+            .note("clone: standard input is no terminal; `clone exec -i` may suit better");
+    }
+    Ok(ended(context, &args.name, exec, streams))
+}
+
+fn term() -> String {
+    let term = std::env::var("TERM").unwrap_or_else(|_| "xterm".to_owned());
+    format!("TERM={term}")
+}
+
+/// Runs the command to its end; whatever happens is told and becomes an exit code.
+fn ended(context: &Context, name: &str, exec: Exec, streams: Streams) -> ExitCode {
+    let program = exec.command.first().cloned().unwrap_or_default();
+    let connection = context
+        .runtime()
+        .and_then(|runtime| runtime.find(name))
+        .and_then(|vm| agent::connect(&vm));
+    let connection = match connection {
+        Ok(connection) => connection,
+        Err(error) => return refused(context, &error, CLONE_FAILED),
+    };
+    let exited = if context.output.is_json() {
+        connection
+            .exec(exec)
+            .and_then(|running| running.collect())
+            .map(|(exited, stdout, stderr)| {
+                let outcome = Outcome {
+                    exit_code: code_of(&exited),
+                    signal: exited.signal,
+                    timed_out: exited.timed_out,
+                    stdout: String::from_utf8_lossy(&stdout).into_owned(),
+                    stderr: String::from_utf8_lossy(&stderr).into_owned(),
+                };
+                context.output.print(&outcome, |_| String::new());
+                exited
+            })
+    } else {
+        agent::run(name, connection, exec, streams)
+    };
+    match exited {
+        Ok(exited) => {
+            if exited.timed_out {
+                context.output.note(&format!(
+                    "clone: {program} ran longer than allowed and was ended"
+                ));
+            }
+            ExitCode::from(code_of(&exited))
+        }
+        // Whoever read our output has had enough: what a pipe's writer would have died of.
+        Err(ClientError::Local(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+            ExitCode::from(128 + libc::SIGPIPE as u8)
+        }
+        Err(error) => {
+            let code = match &error {
+                ClientError::Refused(refusal) => match refusal.code() {
+                    AgentCode::NotFound => NO_COMMAND,
+                    AgentCode::Denied => CANNOT_RUN,
+                    _ => CLONE_FAILED,
+                },
+                _ => CLONE_FAILED,
+            };
+            refused(context, &agent::told(name)(error), code)
+        }
+    }
+}
+
+fn refused(context: &Context, error: &ApiError, code: u8) -> ExitCode {
+    context.output.error(error);
+    ExitCode::from(code)
+}
+
+fn code_of(exited: &Exited) -> u8 {
+    if exited.timed_out {
+        return TIMED_OUT;
+    }
+    match (exited.code, exited.signal) {
+        (Some(code), _) => code as u8,
+        (None, Some(signal)) => 128_u8.wrapping_add(signal as u8),
+        (None, None) => CLONE_FAILED,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_codes_are_those_of_a_shell() {
+        let exited = |code, signal, timed_out| Exited {
+            code,
+            signal,
+            timed_out,
+        };
+        assert_eq!(code_of(&exited(Some(0), None, false)), 0);
+        assert_eq!(code_of(&exited(Some(3), None, false)), 3);
+        assert_eq!(code_of(&exited(None, Some(libc::SIGKILL), false)), 137);
+        assert_eq!(code_of(&exited(None, Some(libc::SIGKILL), true)), 124);
+    }
+
+    #[test]
+    fn a_variable_without_a_value_passes_ours_on() {
+        let how = How {
+            env: vec!["A=b=c".into(), "CARGO_PKG_NAME".into()],
+            workdir: None,
+            user: None,
+            timeout: Some(2),
+        };
+        let exec = how.exec(vec!["true".into()]);
+        assert_eq!(exec.environment, ["A=b=c", "CARGO_PKG_NAME=clone"]);
+        assert_eq!(exec.timeout_ms, 2000);
+    }
+}

@@ -1,0 +1,173 @@
+//! `clone image build`: a bootable disk from a directory, a container image or a Debian suite.
+
+use std::cell::RefCell;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Subcommand;
+use clone_api::{ApiError, Bytes, ErrorCode};
+use clone_image::{
+    Credentials, Debian, DiskSize, ImageError, Progress, RegistryImage, RootfsSpec, Source, Step,
+    build_rootfs,
+};
+use indicatif::ProgressBar;
+
+use super::output::human_bytes;
+use super::{Context, cache, progress};
+use crate::error::Result;
+
+/// Build disk images.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Build(BuildArgs),
+}
+
+/// Build a bootable disk.
+///
+/// SOURCE is a directory, an OCI layout, a `docker save` archive, debian:SUITE for a fresh Debian
+/// (as in debian:trixie), or else an image in a registry (as in alpine or
+/// docker.io/library/debian:12). For a registry that wants to know who asks, set
+/// CLONE_REGISTRY_USER and CLONE_REGISTRY_PASSWORD.
+#[derive(Debug, clap::Args)]
+struct BuildArgs {
+    /// What to build from.
+    source: String,
+    /// The disk image to make.
+    output: PathBuf,
+    /// Replace an image that exists.
+    #[arg(long, short)]
+    force: bool,
+    /// The disk's size; where it is not given, the content and one GiB free.
+    #[arg(long, short)]
+    size: Option<Bytes>,
+    /// A static clone-agent to put in, for exec, shell and cp.
+    #[arg(long, value_name = "FILE")]
+    agent: Option<PathBuf>,
+    /// The guest's host name.
+    #[arg(long, default_value = "clone")]
+    hostname: String,
+    /// A name server for the guest (can be given several times).
+    #[arg(long = "dns", value_name = "ADDRESS")]
+    name_servers: Vec<IpAddr>,
+    /// Which image of a layout or archive that holds several.
+    #[arg(long, value_name = "TAG")]
+    image: Option<String>,
+    /// A package to add to a Debian suite (can be given several times).
+    #[arg(long = "package", short, value_name = "NAME")]
+    packages: Vec<String>,
+    /// Speak plain HTTP to the registry.
+    #[arg(long)]
+    plain_http: bool,
+}
+
+pub(super) fn run(context: &Context, args: Args) -> Result<ExitCode> {
+    let Command::Build(args) = args.command;
+    let mut spec = RootfsSpec::new(source(&args)?, &args.output);
+    spec.replace = args.force;
+    spec.agent = args.agent;
+    spec.hostname = args.hostname;
+    spec.nameservers = args.name_servers;
+    if let Some(size) = args.size {
+        spec.size = DiskSize::Total(size.0);
+    }
+    let bars = Bars {
+        context,
+        bar: RefCell::new(ProgressBar::hidden()),
+    };
+    let built = build_rootfs(&spec, &bars).map_err(|error| told(&error));
+    bars.bar.borrow().finish_and_clear();
+    context.output.print(&built?, |report| {
+        format!(
+            "{}: {}, {} files, init {:?}",
+            report.path.display(),
+            human_bytes(report.bytes),
+            report.inodes,
+            report.init
+        )
+    });
+    Ok(ExitCode::SUCCESS)
+}
+
+fn source(args: &BuildArgs) -> Result<Source> {
+    if let Some(suite) = args.source.strip_prefix("debian:") {
+        let mut debian = Debian::new(suite);
+        debian.packages.extend(args.packages.iter().cloned());
+        return Ok(Source::Debian(debian));
+    }
+    if !Path::new(&args.source).exists() {
+        return registry(args).map(Source::Registry);
+    }
+    let found = Source::at(&args.source).map_err(|error| told(&error))?;
+    Ok(match found {
+        Source::Image { path, .. } => Source::Image {
+            path,
+            reference: args.image.clone(),
+        },
+        other => other,
+    })
+}
+
+/// What is no path must be the name of an image; what cannot even be one is told as a missing path.
+fn registry(args: &BuildArgs) -> Result<RegistryImage> {
+    if args.source.starts_with(['/', '.']) {
+        return Err(ApiError::new(
+            ErrorCode::InvalidConfig,
+            format!("there is no {}", args.source),
+        )
+        .advise("name a directory, an archive, debian:SUITE, or an image in a registry"));
+    }
+    let blobs = cache::dir("blobs").ok_or_else(|| {
+        ApiError::new(
+            ErrorCode::HostUnsupported,
+            "there is no place for the image's layers: HOME is not set",
+        )
+        .advise("set CLONE_CACHE_DIR to a directory of yours")
+    })?;
+    let set = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let credentials = match (set("CLONE_REGISTRY_USER"), set("CLONE_REGISTRY_PASSWORD")) {
+        (Some(user), Some(password)) => Credentials::Basic { user, password },
+        _ => Credentials::Anonymous,
+    };
+    Ok(RegistryImage {
+        reference: args.source.clone(),
+        blobs,
+        credentials,
+        plain_http: args.plain_http,
+    })
+}
+
+fn told(error: &ImageError) -> ApiError {
+    let told = ApiError::internal(error);
+    match error {
+        ImageError::Io { .. } => told,
+        _ => ApiError {
+            code: ErrorCode::InvalidConfig,
+            ..told
+        },
+    }
+}
+
+/// One bar for the step that is under way.
+struct Bars<'a> {
+    context: &'a Context,
+    bar: RefCell<ProgressBar>,
+}
+
+impl Progress for Bars<'_> {
+    fn begin(&self, step: Step, bytes: Option<u64>) {
+        let bar = progress::bytes(self.context, bytes);
+        bar.set_message(step.to_string());
+        self.bar.replace(bar).finish_and_clear();
+    }
+
+    fn advance(&self, bytes: u64) {
+        self.bar.borrow().inc(bytes);
+    }
+}

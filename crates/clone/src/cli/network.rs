@@ -1,0 +1,82 @@
+//! The host's side of a VM's network, set up for the process that is to be started.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use clone_api::config::{NetConfig, NetMode};
+use clone_api::{ApiError, ErrorCode, VmConfig};
+use clone_vmm::devices::net::Tap;
+use rustix::io::FdFlags;
+
+use crate::error::Result;
+use crate::host_net::{Connection, DEFAULT_DIR, HostNet, HostNetError, Request};
+use crate::process::start::InheritedNet;
+use crate::runtime::VmDir;
+
+/// Sets up every interface of `config` and fills in the addresses that were left to us.
+///
+/// Gives the taps' queues, which a child inherits, and what the child must know of them. What is
+/// set up before a failure is removed with the VM's directory.
+pub(super) fn attach(
+    dir: &VmDir,
+    config: &mut VmConfig,
+) -> Result<(Vec<OwnedFd>, Vec<InheritedNet>)> {
+    let host = HostNet::new(DEFAULT_DIR);
+    let (mut taps, mut nets) = (Vec::new(), Vec::new());
+    for (index, net) in config.net.iter_mut().enumerate() {
+        let attachment = host
+            .attach(&request(dir, net))
+            .map_err(|error| told(index, &error))?;
+        for notice in &attachment.notices {
+            tracing::warn!("{notice}");
+        }
+        let queues = attachment.taps.into_iter().map(Tap::into_fd);
+        let queues: Vec<OwnedFd> = queues.collect();
+        for queue in &queues {
+            rustix::io::fcntl_setfd(queue, FdFlags::empty())
+                .map_err(|error| ApiError::internal(&std::io::Error::from(error)))?;
+        }
+        net.mac = Some(attachment.mac);
+        // The kernel sets up one interface so, and the first is the one with the way out.
+        let address = attachment.address.filter(|_| index == 0);
+        nets.push(InheritedNet {
+            taps: queues.iter().map(AsRawFd::as_raw_fd).collect(),
+            mac: attachment.mac,
+            mtu: attachment.mtu,
+            kernel_argument: address.map(|a| a.kernel_argument(&config.name, "eth0")),
+        });
+        taps.extend(queues);
+    }
+    Ok((taps, nets))
+}
+
+fn request(dir: &VmDir, net: &NetConfig) -> Request {
+    // Validation has made sure that a mode comes with its name.
+    let name = |name: &Option<String>| name.clone().unwrap_or_default();
+    Request {
+        vm: dir.network_key(),
+        connection: match net.mode {
+            NetMode::Nat => Connection::Nat,
+            NetMode::Bridge => Connection::Bridge(name(&net.bridge)),
+            NetMode::Tap => Connection::Tap(name(&net.tap)),
+        },
+        mac: net.mac,
+        queues: net.queues.unwrap_or(1),
+        neighbours: net.neighbours,
+    }
+}
+
+fn told(index: usize, error: &HostNetError) -> ApiError {
+    let told = ApiError::internal(error);
+    let code = match error {
+        HostNetError::NotAllowed { .. } => ErrorCode::HostUnsupported,
+        HostNetError::NoSuchLink(_)
+        | HostNetError::NotABridge(_)
+        | HostNetError::MulticastMac(_) => ErrorCode::InvalidConfig,
+        _ => told.code,
+    };
+    ApiError {
+        code,
+        message: format!("net[{index}]: {}", told.message),
+        ..told
+    }
+}

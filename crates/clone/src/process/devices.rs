@@ -1,0 +1,138 @@
+//! The virtio devices of a VM, in slot order: disks, interfaces, vsock, balloon, rng. This order is
+//! what the guest's names (`vda`, `eth0`) stand on.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use clone_api::config::BalloonConfig;
+use clone_api::control::{BalloonStatus, GuestMemoryStats};
+use clone_api::{ApiError, VmConfig};
+use clone_memory::GuestRam;
+use clone_vmm::devices::balloon::{Balloon, BalloonOffer, BalloonState, DiscardRam};
+use clone_vmm::devices::net::NetHandle;
+use clone_vmm::devices::rng::{Rng, RngState};
+use clone_vmm::devices::vsock::{Vsock, VsockResources, VsockState};
+use clone_vmm::event_loop::EventLoop;
+use clone_vmm::machine::DeviceSlot;
+use clone_vmm::pci::virtio_pci::SharedVirtioDevice;
+use clone_vmm::virtio::VirtioDevice;
+
+use super::open::DeviceResources;
+use super::{disks, nets};
+use crate::error::Result;
+
+/// The devices, and what reaches them from outside their transports.
+pub(super) struct Devices {
+    pub(super) slots: Vec<DeviceSlot>,
+    pub(super) handles: Handles,
+}
+
+/// What the control socket reaches devices by.
+#[derive(Default)]
+pub(super) struct Handles {
+    pub(super) nets: Vec<NetHandle>,
+    /// Locked by its transport and the control socket, one call at a time.
+    pub(super) balloon: Option<Arc<Mutex<Balloon>>>,
+}
+
+/// Builds the devices on what was opened for them.
+pub(super) fn build(
+    config: &VmConfig,
+    resources: DeviceResources,
+    ram: &GuestRam,
+    events: &mut EventLoop,
+) -> Result<Devices> {
+    let mut devices = Devices {
+        slots: Vec::new(),
+        handles: Handles::default(),
+    };
+    for (disk, files) in config.disks.iter().zip(resources.disks) {
+        devices.add(disks::device(disk, files)?, events);
+    }
+    for net in resources.nets {
+        let device = nets::device(net)?;
+        devices.handles.nets.push(device.handle());
+        devices.add(device, events);
+    }
+    if let Some(listener) = resources.vsock {
+        let state = VsockState::fresh(config.vsock.cid.into());
+        let device = Vsock::new(VsockResources::new(listener), state);
+        devices.add(device.map_err(|error| ApiError::internal(&error))?, events);
+    }
+    if config.balloon.enabled {
+        let device = Arc::new(Mutex::new(balloon(&config.balloon, ram)?));
+        devices.handles.balloon = Some(Arc::clone(&device));
+        devices.add_shared(device, events);
+    }
+    if config.rng {
+        let device = Rng::new(None, RngState::fresh());
+        devices.add(device.map_err(|error| ApiError::internal(&error))?, events);
+    }
+    Ok(devices)
+}
+
+fn balloon(config: &BalloonConfig, ram: &GuestRam) -> Result<Balloon> {
+    let state = BalloonState::fresh(BalloonOffer {
+        deflate_on_oom: config.deflate_on_oom,
+        reporting: config.free_page_reporting,
+        ..BalloonOffer::default()
+    });
+    let mut balloon = Balloon::new(Box::new(DiscardRam::new(ram.clone())), state)
+        .map_err(|error| ApiError::internal(&error))?;
+    balloon.set_target_bytes(config.size.0);
+    Ok(balloon)
+}
+
+/// What the control socket tells of a balloon.
+pub(super) fn balloon_status(balloon: &Balloon) -> BalloonStatus {
+    let told = balloon.stats();
+    BalloonStatus {
+        target_bytes: balloon.target_bytes(),
+        actual_bytes: balloon.actual_bytes(),
+        guest: told.map(|(stats, _)| GuestMemoryStats {
+            swap_in_bytes: stats.swap_in,
+            swap_out_bytes: stats.swap_out,
+            major_faults: stats.major_faults,
+            minor_faults: stats.minor_faults,
+            free_bytes: stats.free_memory,
+            total_bytes: stats.total_memory,
+            available_bytes: stats.available_memory,
+            disk_caches_bytes: stats.disk_caches,
+            oom_kills: stats.oom_kills,
+        }),
+        guest_age_ms: told.map(|(_, age)| age.as_millis() as u64),
+    }
+}
+
+impl Handles {
+    /// The counters of each device, by its name.
+    pub(super) fn counters(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
+        let nets = self.nets.iter().enumerate().map(|(index, net)| {
+            let counts = net.counts();
+            let counters = [
+                ("rx_frames", counts.rx_frames),
+                ("rx_bytes", counts.rx_bytes),
+                ("rx_dropped", counts.rx_dropped),
+                ("tx_frames", counts.tx_frames),
+                ("tx_bytes", counts.tx_bytes),
+                ("tx_dropped", counts.tx_dropped),
+            ];
+            let counters = counters.map(|(name, count)| (name.to_owned(), count));
+            (format!("net{index}"), BTreeMap::from(counters))
+        });
+        nets.collect()
+    }
+}
+
+impl Devices {
+    fn add<D: VirtioDevice + 'static>(&mut self, device: D, events: &mut EventLoop) {
+        self.add_shared(Arc::new(Mutex::new(device)), events);
+    }
+
+    fn add_shared(&mut self, device: SharedVirtioDevice, events: &mut EventLoop) {
+        self.slots.push(DeviceSlot {
+            device,
+            registrar: events.reserve(),
+        });
+    }
+}
