@@ -191,6 +191,10 @@ pub struct NetConfig {
     pub vhost: Vhost,
     /// Whether the guest may reach others on the same bridge that may do so too.
     pub neighbours: bool,
+    /// How fast packets may go, each direction by itself. With a limit they go through the VM's
+    /// process.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limit: Option<RateLimit>,
 }
 
 /// What a network interface is connected to.

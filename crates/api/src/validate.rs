@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use crate::config::{DiskConfig, NetConfig, NetMode, Overlay, RateLimit, VmConfig};
+use crate::config::{DiskConfig, NetConfig, NetMode, Overlay, RateLimit, Vhost, VmConfig};
 use crate::units::Bytes;
 
 /// The most vCPUs of a VM.
@@ -215,6 +215,12 @@ fn one_net(field: &str, net: &NetConfig, problems: &mut Problems) {
         format!("{field}.queues"),
         "not between 1 and 8",
     );
+    problems.check(
+        net.rate_limit.is_none() || net.vhost != Vhost::On,
+        format!("{field}.vhost"),
+        "the host's kernel knows no limits: leave out vhost or rate_limit",
+    );
+    rate_limit(field, net.rate_limit.as_ref(), problems);
 }
 
 fn is_interface_name(name: &str) -> bool {

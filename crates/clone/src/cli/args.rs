@@ -42,6 +42,7 @@ pub(super) struct VmArgs {
     disks: Vec<DiskArg>,
     /// A network interface (can be given several times): nat, bridge=NAME or tap=NAME
     /// [,mac=ADDRESS][,queues=N][,vhost=auto|on|off][,neighbours]
+    /// [,bandwidth=SIZE]
     #[arg(long = "net", value_name = "NET")]
     nets: Vec<NetArg>,
     /// No socket device: no exec, shell or cp.
@@ -144,9 +145,12 @@ impl FromStr for NetArg {
                 ("vhost", "on") => net.vhost = Vhost::On,
                 ("vhost", "off") => net.vhost = Vhost::Off,
                 ("neighbours", "") => net.neighbours = true,
+                ("bandwidth", rate) => {
+                    net.rate_limit.get_or_insert_default().bandwidth = size(rate)?;
+                }
                 _ => {
                     return Err(format!(
-                        "`{key}={value}` is no option of an interface: there are nat, bridge=NAME, tap=NAME, mac=ADDRESS, queues=N, vhost=auto|on|off, neighbours"
+                        "`{key}={value}` is no option of an interface: there are nat, bridge=NAME, tap=NAME, mac=ADDRESS, queues=N, vhost=auto|on|off, neighbours, bandwidth=SIZE"
                     ));
                 }
             }

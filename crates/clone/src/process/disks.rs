@@ -4,12 +4,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use clone_api::config::{DiskConfig, DiskFormat, Overlay, RateLimit};
+use clone_api::config::{DiskConfig, DiskFormat, Overlay};
 use clone_api::{ApiError, ErrorCode};
 use clone_disk::{Disk, DiskError, DiskFiles, DiskSpec, EngineKind, Format, ImageSpec, Writes};
 use clone_vmm::devices::block::{Block, BlockConfig, BlockState};
-use clone_vmm::rate_limit::{Rate, RateLimits};
 
+use super::devices;
 use crate::error::Result;
 
 /// Where layers that end with their VM are kept: on a disk, since they may grow beyond memory.
@@ -68,7 +68,7 @@ pub(super) fn device(disk: &DiskConfig, files: DiskFiles) -> Result<Block> {
     let state = BlockState::fresh(&BlockConfig {
         id: serial_number(&disk.path),
         queues: 1,
-        limits: disk.rate_limit.as_ref().map(limits).unwrap_or_default(),
+        limits: devices::limits(disk.rate_limit.as_ref()),
     });
     Block::new(Arc::new(Mutex::new(opened)), state).map_err(|error| ApiError::internal(&error))
 }
@@ -81,22 +81,6 @@ fn serial_number(path: &Path) -> String {
         .filter(|c| plain(c))
         .map(|&c| c as char)
         .collect()
-}
-
-fn limits(limit: &RateLimit) -> RateLimits {
-    let rate = |per_second: Option<u64>, burst: Option<u64>| {
-        per_second.map(|per_second| Rate {
-            burst: burst.unwrap_or(Rate::per_second(per_second).burst),
-            per_second,
-        })
-    };
-    RateLimits {
-        bytes: rate(
-            limit.bandwidth.map(|bytes| bytes.0),
-            limit.bandwidth_burst.map(|bytes| bytes.0),
-        ),
-        operations: rate(limit.iops, limit.iops_burst),
-    }
 }
 
 fn told(disk: &DiskConfig, error: &DiskError) -> ApiError {
@@ -116,20 +100,10 @@ fn told(disk: &DiskConfig, error: &DiskError) -> ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clone_api::Bytes;
 
     #[test]
-    fn serial_numbers_are_plain_and_limits_carry_over() {
+    fn serial_numbers_are_plain() {
         assert_eq!(serial_number(Path::new("/a/débian 12.raw")), "dbian12");
-        let limit = RateLimit {
-            bandwidth: Some(Bytes(1000)),
-            iops: Some(50),
-            iops_burst: Some(7),
-            ..RateLimit::default()
-        };
-        let limits = limits(&limit);
-        assert_eq!(limits.bytes, Some(Rate::per_second(1000)));
-        assert_eq!(limits.operations.unwrap().burst, 7);
     }
 
     #[test]

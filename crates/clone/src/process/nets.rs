@@ -6,8 +6,10 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use clone_api::config::{NetConfig, Vhost};
 use clone_api::{ApiError, ErrorCode};
 use clone_vmm::devices::net::{self, Net, NetResources, NetState, Port, Tap};
+use clone_vmm::rate_limit::RateLimits;
 use rustix::io::FdFlags;
 
+use super::devices;
 use super::start::InheritedNet;
 use crate::error::Result;
 use crate::host_net;
@@ -16,6 +18,7 @@ use crate::host_net;
 pub(super) struct OpenNet {
     taps: Vec<Tap>,
     vhost: Vec<File>,
+    limits: RateLimits,
     inherited: InheritedNet,
 }
 
@@ -24,8 +27,11 @@ pub(super) fn open(config: &NetConfig, inherited: InheritedNet) -> Result<OpenNe
     let queues = inherited.taps.len() as u16;
     let taps = inherited.taps.iter().map(|&fd| take(fd));
     let taps = taps.collect::<Result<_>>()?;
+    let limits = devices::limits(config.rate_limit.as_ref());
     let vhost = match config.vhost {
         Vhost::Off => Vec::new(),
+        // The kernel's path knows no limits; validation refuses to be told both.
+        _ if limits != RateLimits::default() => Vec::new(),
         Vhost::Auto | Vhost::On => match host_net::open_vhost_net(queues) {
             Ok(files) if files.is_empty() && config.vhost == Vhost::On => {
                 return Err(ApiError::new(
@@ -51,6 +57,7 @@ pub(super) fn open(config: &NetConfig, inherited: InheritedNet) -> Result<OpenNe
     Ok(OpenNet {
         taps,
         vhost,
+        limits,
         inherited,
     })
 }
@@ -69,12 +76,14 @@ pub(super) fn device(open: OpenNet) -> Result<Net> {
     let OpenNet {
         taps,
         vhost,
+        limits,
         inherited,
     } = open;
     let state = NetState::fresh(net::NetConfig {
         mac: inherited.mac.0,
         mtu: inherited.mtu,
         queue_pairs: taps.len() as u16,
+        limits,
     });
     let ports = taps.into_iter().map(|tap| Box::new(tap) as Box<dyn Port>);
     let resources = NetResources {
