@@ -1,11 +1,26 @@
-//! Guest RAM: where it lies in the guest's address space and how it is mapped in the host's.
+//! Guest RAM: where it lies in the guest's address space, how it is mapped in the host's, what of
+//! it was changed, and the files that hold it.
 //!
-//! This crate knows nothing of KVM, devices or vCPUs: it hands out mappings ([`GuestMemory`]) with
-//! their guest addresses, and the VMM registers them.
+//! - [`GuestMemory`] is all RAM of one guest: fresh, or seen through [`layers`].
+//! - [`layers`] are files of pages, written from one guest and mapped by many.
+//! - [`dirty`] tells which pages a guest has changed: the host's page tables know.
+//! - [`accounting`] tells what a guest's memory costs.
+//!
+//! This crate knows nothing of KVM, devices or vCPUs: it hands out mappings with their guest
+//! addresses, and the VMM registers them.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod accounting;
+pub mod dirty;
+pub mod layers;
 pub mod layout;
 mod mapping;
+pub mod pages;
+mod sys;
 
+pub use accounting::{ProcessUsage, RamUsage};
+pub use dirty::{ChangeTracker, DirtyError, Pagemap};
+pub use layers::{Checksums, Layer, LayerError, LayerId, LayerStack, LayerWriter};
 pub use layout::RamLayout;
 pub use mapping::{GuestMemory, GuestRam, MemoryError, Region};
+pub use pages::PageSet;

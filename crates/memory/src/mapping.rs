@@ -1,20 +1,23 @@
 //! Guest RAM in the host's address space.
 
-use std::ffi::c_void;
+use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
-use std::ptr::{self, NonNull};
+use std::ops::Range;
+use std::ptr;
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
-use vm_memory::mmap::MmapRegionError;
-use vm_memory::{GuestAddress, GuestRegionMmap, MmapRegion};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap};
+use vm_memory::mmap::{FromRangesError, MmapRegionBuilder, MmapRegionError};
+use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
 
-use crate::layout::RamLayout;
+use crate::layers::{LayerStack, MAX_MAPPINGS, Piece, Source};
+use crate::layout::{PAGE_SIZE, RamLayout};
+use crate::pages::PageSet;
+use crate::sys::HostRange;
 
 /// Guest RAM as devices and loaders see it: addresses checked, no dirty bitmap (the host's page
-/// tables are the dirty log).
+/// tables are the dirty log). Clones are cheap, and each keeps the memory mapped.
 pub type GuestRam = vm_memory::GuestMemoryMmap<()>;
 
 /// Why RAM could not be mapped.
@@ -28,31 +31,46 @@ pub enum MemoryError {
         /// The host's answer.
         source: io::Error,
     },
+    /// A layer could not be mapped.
+    #[error("cannot map pages {pages:?} of memory layer {layer}: {source}")]
+    Layer {
+        /// The layer's name.
+        layer: String,
+        /// The pages that were to be mapped.
+        pages: Range<u64>,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// The layers are of a machine with other RAM.
+    #[error("the memory layers are of {layers} bytes of RAM, and the machine has {ram}")]
+    Size {
+        /// What the layers are of.
+        layers: u64,
+        /// What was asked for.
+        ram: u64,
+    },
+    /// The layers are too fragmented.
+    #[error(
+        "the {layers} memory layers take {mappings} mappings, and at most {MAX_MAPPINGS} are \
+         allowed: flatten them"
+    )]
+    NeedsFlatten {
+        /// How many layers there are.
+        layers: usize,
+        /// How many mappings they take.
+        mappings: usize,
+    },
+    /// The host refused advice on memory.
+    #[error("cannot {what} guest RAM: {source}")]
+    Advise {
+        /// What was tried.
+        what: &'static str,
+        /// The host's answer.
+        source: io::Error,
+    },
     /// The mapping could not be described to `vm-memory`.
     #[error("cannot describe guest RAM: {0}")]
     Describe(String),
-}
-
-/// A mapping that is unmapped when it goes.
-struct Mapping {
-    start: NonNull<c_void>,
-    len: usize,
-}
-
-// SAFETY: the mapping is plain memory with no thread affinity; whoever reads or writes it does so
-// through `GuestRam`, whose accesses are volatile and made for memory shared with a guest.
-unsafe impl Send for Mapping {}
-// SAFETY: as above; `Mapping` itself has no methods that write.
-unsafe impl Sync for Mapping {}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: `start` and `len` are exactly what `mmap` returned and was asked for, nobody else
-        // unmaps it, and `GuestMemory` keeps this until all users of the memory are gone.
-        if let Err(error) = unsafe { munmap(self.start.as_ptr(), self.len) } {
-            debug_assert!(false, "munmap: {error}");
-        }
-    }
 }
 
 /// A contiguous piece of guest RAM, for `KVM_SET_USER_MEMORY_REGION`.
@@ -66,28 +84,44 @@ pub struct Region {
     pub size: u64,
 }
 
+/// What the memory is when no one has written it.
+#[derive(Clone, Debug)]
+pub(crate) enum Backing {
+    /// Zeros, private to this process.
+    Anonymous,
+    /// A memory file that other processes may write, too.
+    Shared(Arc<File>),
+    /// Layers, private to this process once written.
+    Layers(LayerStack),
+}
+
 /// All of a guest's RAM.
 ///
-/// [`GuestMemory::ram`] lends views that do not own the mapping, so this value must outlive them:
-/// the machine holds it until its CPUs and devices are gone.
+/// The mappings belong to the regions inside [`GuestRam`], which its clones share: memory is
+/// unmapped when this value and the last clone are gone, so no clone can outlive it. Only
+/// addresses taken from [`GuestMemory::regions`] (KVM's memory slots) do not keep it alive: who
+/// registers them keeps this value until the VM is gone.
+#[derive(Debug)]
 pub struct GuestMemory {
     ram: GuestRam,
     layout: RamLayout,
     regions: Vec<Region>,
-    _mappings: Vec<Mapping>,
+    pub(crate) backing: Backing,
 }
 
 impl GuestMemory {
     /// Fresh private RAM, all zero, given by the host page by page as the guest touches it.
+    ///
+    /// # Errors
+    /// [`MemoryError::Map`] if the host has no room.
     pub fn anonymous(layout: &RamLayout) -> Result<Self, MemoryError> {
-        Self::map(layout, libc::MAP_PRIVATE, |len, _| {
-            let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-            // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
-            unsafe { mmap_anonymous(ptr::null_mut(), len, rw(), flags) }
-        })
+        Self::map(layout, Backing::Anonymous)
     }
 
     /// Fresh RAM in a memory file, for what another process must reach (vhost-user).
+    ///
+    /// # Errors
+    /// [`MemoryError::Map`] if the host has no room.
     pub fn shared(layout: &RamLayout) -> Result<Self, MemoryError> {
         let failed = |source: rustix::io::Errno| MemoryError::Map {
             mib: layout.size() >> 20,
@@ -95,68 +129,157 @@ impl GuestMemory {
         };
         let file = memfd_create("guest-ram", MemfdFlags::CLOEXEC).map_err(failed)?;
         ftruncate(&file, layout.size()).map_err(failed)?;
-        Self::map(layout, libc::MAP_SHARED, |len, offset| {
-            let flags = MapFlags::SHARED | MapFlags::NORESERVE;
-            // SAFETY: a new mapping at an address of the kernel's choice touches no other memory;
-            // the file is ours alone and as long as the mapping, so it cannot be cut short.
-            unsafe { mmap(ptr::null_mut(), len, rw(), flags, file.as_fd(), offset) }
-        })
+        Self::map(layout, Backing::Shared(Arc::new(File::from(file))))
     }
 
-    /// Maps every range with `map`; `sharing` is `MAP_PRIVATE` or `MAP_SHARED`, whichever that
-    /// does, and tells those who release pages how.
-    fn map(
-        layout: &RamLayout,
-        sharing: libc::c_int,
-        map: impl Fn(usize, u64) -> rustix::io::Result<*mut c_void>,
-    ) -> Result<Self, MemoryError> {
-        let (mut views, mut regions, mut mappings) = (Vec::new(), Vec::new(), Vec::new());
+    /// RAM as seen through layers: pages are shared with all who map the same files until they are
+    /// written, and where no layer has data they are anonymous.
+    ///
+    /// # Errors
+    /// [`MemoryError::Size`], [`MemoryError::NeedsFlatten`], or the host's refusal.
+    pub fn from_layers(layout: &RamLayout, stack: &LayerStack) -> Result<Self, MemoryError> {
+        if stack.layout() != layout {
+            return Err(MemoryError::Size {
+                layers: stack.layout().size(),
+                ram: layout.size(),
+            });
+        }
+        if stack.needs_flatten() {
+            return Err(MemoryError::NeedsFlatten {
+                layers: stack.layers().len(),
+                mappings: stack.pieces().len(),
+            });
+        }
+        let memory = Self::map(layout, Backing::Layers(stack.clone()))?;
+        let mut pieces = stack.pieces().iter();
+        pieces.try_for_each(|piece| memory.map_piece(stack, piece))?;
+        memory.keep_out_of_core_dumps();
+        Ok(memory)
+    }
+
+    fn map(layout: &RamLayout, backing: Backing) -> Result<Self, MemoryError> {
+        let (mut views, mut regions) = (Vec::new(), Vec::new());
         for range in layout.ranges() {
-            let len = range.size as usize;
-            let start = map(len, range.offset).map_err(|source| MemoryError::Map {
-                mib: layout.size() >> 20,
-                source: source.into(),
+            let view = map_region(range.size as usize, range.offset, &backing);
+            let view = view.map_err(|error| match error {
+                MmapRegionError::Mmap(source) => MemoryError::Map {
+                    mib: layout.size() >> 20,
+                    source,
+                },
+                error => MemoryError::Describe(error.to_string()),
             })?;
-            let start = NonNull::new(start)
-                .ok_or_else(|| MemoryError::Describe("mapped at address 0".to_owned()))?;
-            let mapping = Mapping { start, len };
-            // RAM does not belong in a core dump: it is large, and the guest's own.
-            // SAFETY: the range was just mapped and is ours; the advice changes no content.
-            let _ = unsafe { madvise(start.as_ptr(), len, Advice::LinuxDontDump) };
-            // SAFETY: the mapping is of `len` bytes, readable and writable, and lives as long as
-            // the `GuestMemory` that lends the view.
-            let view = unsafe {
-                MmapRegion::build_raw(
-                    start.as_ptr().cast(),
-                    len,
-                    libc::PROT_READ | libc::PROT_WRITE,
-                    sharing,
-                )
-            };
-            let view =
-                view.map_err(|error: MmapRegionError| MemoryError::Describe(error.to_string()))?;
+            regions.push(Region {
+                guest_start: range.start,
+                host_address: view.as_ptr().expose_provenance() as u64,
+                size: range.size,
+            });
             let view = GuestRegionMmap::new(view, range.start).ok_or_else(|| {
                 MemoryError::Describe("RAM ends beyond the address space".to_owned())
             })?;
-            views.push(Arc::new(view));
-            regions.push(Region {
-                guest_start: range.start,
-                host_address: start.as_ptr() as u64,
-                size: range.size,
-            });
-            mappings.push(mapping);
+            views.push(view);
         }
-        let ram = GuestRam::from_arc_regions(views)
-            .map_err(|error| MemoryError::Describe(error.to_string()))?;
-        Ok(Self {
+        let ram = GuestRam::from_regions(views)
+            .map_err(|error| MemoryError::Describe(FromRangesError::from(error).to_string()))?;
+        let memory = Self {
             ram,
             layout: *layout,
             regions,
-            _mappings: mappings,
+            backing,
+        };
+        memory.keep_out_of_core_dumps();
+        Ok(memory)
+    }
+
+    /// Maps a layer's data over what is there.
+    fn map_piece(&self, stack: &LayerStack, piece: &Piece) -> Result<(), MemoryError> {
+        let Source::Layer(index) = piece.source else {
+            return Ok(());
+        };
+        let layer = &stack.layers()[index];
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
+        for (pages, address, len) in self.host_addresses(piece.pages.clone()) {
+            let at = ptr::with_exposed_provenance_mut(address as usize);
+            let offset = pages.start * PAGE_SIZE;
+            // SAFETY: `[at, at + len)` lies within a mapping that `self.ram` owns, so this replaces
+            // no memory of anybody else's, and unmapping the whole later unmaps this. No reference
+            // into guest memory exists: all accesses are raw. The file is readable, and its length
+            // was checked to be at least that of RAM when its index was.
+            let mapped = unsafe { mmap(at, len, rw(), flags, layer.file(), offset) };
+            mapped.map_err(|source| MemoryError::Layer {
+                layer: layer.name().to_owned(),
+                pages,
+                source: source.into(),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// RAM does not belong in a core dump: it is large, and the guest's own. The kernel knows this
+    /// advice for as long as it knows core dumps; without it all that grows is the dump.
+    fn keep_out_of_core_dumps(&self) {
+        let _ = self.advise(0..self.pages(), Advice::LinuxDontDump);
+    }
+
+    fn advise(&self, pages: Range<u64>, advice: Advice) -> io::Result<()> {
+        for (_, address, len) in self.host_addresses(pages) {
+            let at = ptr::with_exposed_provenance_mut(address as usize);
+            // SAFETY: the range lies within a mapping that `self.ram` owns; none of the advice
+            // given in this module changes content.
+            unsafe { madvise(at, len, advice) }?;
+        }
+        Ok(())
+    }
+
+    /// Lets the host use huge pages where it has them: fewer faults and faster translation for a
+    /// long-lived guest, but memory is given in pieces of 2 MiB, so not for clones.
+    ///
+    /// # Errors
+    /// [`MemoryError::Advise`] where the host is built without transparent huge pages.
+    pub fn advise_huge_pages(&self) -> Result<(), MemoryError> {
+        let advised = self.advise(0..self.pages(), Advice::LinuxHugepage);
+        advised.map_err(|source| MemoryError::Advise {
+            what: "use huge pages for",
+            source,
         })
     }
 
-    /// A view of all RAM. Clones are cheap; none may outlive this value.
+    /// Brings pages in that will be read soon, without copying any: one call in place of a fault
+    /// for each.
+    ///
+    /// # Errors
+    /// [`MemoryError::Advise`] if a layer cannot be read.
+    ///
+    /// # Panics
+    /// If `pages` reach beyond RAM.
+    pub fn prefetch(&self, pages: &PageSet) -> Result<(), MemoryError> {
+        let runs = pages.runs().iter();
+        let mut done = runs.map(|run| self.advise(run.clone(), Advice::LinuxPopulateRead));
+        done.try_for_each(|result| result)
+            .map_err(|source| MemoryError::Advise {
+                what: "prefetch",
+                source,
+            })
+    }
+
+    /// Gives pages that will be written soon their own copy, in one call in place of a fault for
+    /// each.
+    ///
+    /// # Errors
+    /// [`MemoryError::Advise`] if the host is out of memory or a layer cannot be read.
+    ///
+    /// # Panics
+    /// If `pages` reach beyond RAM.
+    pub fn prefetch_for_writing(&self, pages: &PageSet) -> Result<(), MemoryError> {
+        let runs = pages.runs().iter();
+        let mut done = runs.map(|run| self.advise(run.clone(), Advice::LinuxPopulateWrite));
+        done.try_for_each(|result| result)
+            .map_err(|source| MemoryError::Advise {
+                what: "prefetch",
+                source,
+            })
+    }
+
+    /// A view of all RAM. Clones are cheap and keep the memory mapped.
     pub fn ram(&self) -> &GuestRam {
         &self.ram
     }
@@ -166,9 +289,66 @@ impl GuestMemory {
         &self.layout
     }
 
-    /// The mappings, one for each contiguous piece.
+    /// The mappings, one for each contiguous piece; a slot of KVM's for each.
     pub fn regions(&self) -> &[Region] {
         &self.regions
+    }
+
+    /// The layers that it was made of, if it was.
+    pub fn layers(&self) -> Option<&LayerStack> {
+        match &self.backing {
+            Backing::Layers(stack) => Some(stack),
+            Backing::Anonymous | Backing::Shared(_) => None,
+        }
+    }
+
+    pub(crate) fn pages(&self) -> u64 {
+        self.layout.size() / PAGE_SIZE
+    }
+
+    /// Where this process sees these pages: in one piece, or in two around the PCI hole.
+    fn host_addresses(&self, pages: Range<u64>) -> impl Iterator<Item = (Range<u64>, u64, usize)> {
+        assert!(pages.end <= self.pages(), "pages beyond RAM");
+        self.layout
+            .ranges()
+            .zip(&self.regions)
+            .filter_map(move |(range, region)| {
+                let first = range.offset / PAGE_SIZE;
+                let here = pages.start.max(first)..pages.end.min(first + range.size / PAGE_SIZE);
+                let address = region.host_address + here.start.saturating_sub(first) * PAGE_SIZE;
+                let len = here.end.saturating_sub(here.start) * PAGE_SIZE;
+                (len > 0).then_some((here, address, len as usize))
+            })
+    }
+
+    /// The same for reading.
+    pub(crate) fn host_ranges(
+        &self,
+        pages: Range<u64>,
+    ) -> impl Iterator<Item = (Range<u64>, HostRange<'_>)> {
+        self.host_addresses(pages).map(|(pages, address, len)| {
+            // SAFETY: within a mapping that `self.ram` owns and that is readable; the value borrows
+            // from `self`. Pages are aligned, and nobody makes references into guest memory.
+            (pages, unsafe { HostRange::new(address, len) })
+        })
+    }
+}
+
+fn map_region(
+    len: usize,
+    offset: u64,
+    backing: &Backing,
+) -> Result<MmapRegion<()>, MmapRegionError> {
+    let builder = MmapRegionBuilder::new(len).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+    let private = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+    match backing {
+        Backing::Anonymous | Backing::Layers(_) => builder
+            .with_mmap_flags(private | libc::MAP_ANONYMOUS)
+            .build(),
+        Backing::Shared(file) => builder
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::from_arc(Arc::clone(file), offset))
+            .build(),
     }
 }
 
@@ -197,6 +377,16 @@ mod tests {
             }
             assert!(!memory.ram().address_in_range(GuestAddress(3 << 30)));
         }
+    }
+
+    #[test]
+    fn a_view_keeps_the_memory_mapped() {
+        let layout = RamLayout::new(1 << 20).unwrap();
+        let memory = GuestMemory::anonymous(&layout).unwrap();
+        let ram = memory.ram().clone();
+        drop(memory);
+        ram.write_obj(7_u64, GuestAddress(4096)).unwrap();
+        assert_eq!(ram.read_obj::<u64>(GuestAddress(4096)).unwrap(), 7);
     }
 
     #[test]

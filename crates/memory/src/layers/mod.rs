@@ -1,0 +1,348 @@
+//! Layers: sets of guest pages in files, each overriding the layers under it.
+//!
+//! A layer's file holds RAM by RAM offset, so that it can be mapped as it is, and an index of the
+//! pages that it overrides (see [`mod@format`]). Layers never change once written. What is kept
+//! where, and under which names, is the snapshot's business, not this module's.
+
+mod flatten;
+pub mod format;
+mod stack;
+mod writer;
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+
+pub use self::format::{CHUNK_SIZE, Content, Extent, FormatError};
+use self::format::{Chunk, Hash, Index, Sums, chunks, hash_chunk};
+pub use self::stack::{LayerStack, MAX_MAPPINGS, Piece, Source};
+pub use self::writer::{Checksums, LayerWriter};
+use crate::layout::{PAGE_SIZE, RamLayout};
+use crate::pages::PageSet;
+
+/// A layer's name: the hash of its content, of where that goes, and of the layers below.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LayerId(pub [u8; 32]);
+
+impl fmt::Display for LayerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for LayerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LayerId({self})")
+    }
+}
+
+/// Why a layer could not be read, written or used.
+#[derive(Debug, thiserror::Error)]
+pub enum LayerError {
+    /// The host failed.
+    #[error("cannot {what} memory layer {layer}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The layer's name.
+        layer: String,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// The file is no valid layer.
+    #[error("cannot use memory layer {layer}: {source}")]
+    Format {
+        /// The layer's name.
+        layer: String,
+        /// What is wrong with it.
+        source: FormatError,
+    },
+    /// The content is not what was written.
+    #[error(
+        "memory layer {layer} is corrupt: its pages at RAM offset {offset:#x} (2 MiB) do not match \
+         their checksum"
+    )]
+    Corrupt {
+        /// The layer's name.
+        layer: String,
+        /// Where the piece that does not match starts, in bytes.
+        offset: u64,
+    },
+    /// The layer was written without checksums.
+    #[error("memory layer {layer} is transient: it has no checksums to verify it by")]
+    Transient {
+        /// The layer's name.
+        layer: String,
+    },
+    /// The layer belongs on another one.
+    #[error("memory layer {layer} belongs on {}, but lies on {}", name(.wanted), name(.found))]
+    Parent {
+        /// The layer's name.
+        layer: String,
+        /// The parent that it was made for.
+        wanted: Option<LayerId>,
+        /// What it was put on.
+        found: Option<LayerId>,
+    },
+    /// The layer is of a machine with other RAM.
+    #[error("memory layer {layer} is of {found} bytes of RAM, not {wanted}")]
+    RamSize {
+        /// The layer's name.
+        layer: String,
+        /// The RAM that it has to fit.
+        wanted: u64,
+        /// The RAM that it is of.
+        found: u64,
+    },
+    /// A stack of nothing.
+    #[error("a stack of memory layers needs at least one")]
+    NoLayer,
+    /// The file to write to is in use.
+    #[error("cannot write memory layer {layer}: the file is not empty")]
+    NotEmpty {
+        /// The layer's name.
+        layer: String,
+    },
+    /// More pieces than the format takes.
+    #[error(
+        "cannot write memory layer {layer}: {extents} extents, and at most {} are possible",
+        format::MAX_EXTENTS
+    )]
+    TooManyExtents {
+        /// The layer's name.
+        layer: String,
+        /// How many there are.
+        extents: usize,
+    },
+}
+
+fn name(id: &Option<LayerId>) -> String {
+    id.map_or_else(|| "nothing".to_owned(), |id| format!("layer {id}"))
+}
+
+/// A layer: immutable, cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    file: File,
+    name: String,
+    index: Index,
+    id: LayerId,
+}
+
+impl Layer {
+    /// Opens a layer's file and checks its index, but not its pages (see [`Layer::verify`]).
+    /// `name` is what errors call it: a path, most often.
+    ///
+    /// The file must not change or shrink from now on, or guests that map it read other data or
+    /// die: it belongs in a directory that only its owner writes, or in a sealed memory file.
+    ///
+    /// # Errors
+    /// [`LayerError::Format`] if it is no valid layer: nothing in it is trusted.
+    pub fn open(file: File, name: impl Into<String>) -> Result<Self, LayerError> {
+        let layer = name.into();
+        match Index::read(&file) {
+            Ok(Ok((index, id))) => Ok(Self::new(file, layer, index, id)),
+            Ok(Err(source)) => Err(LayerError::Format { layer, source }),
+            Err(source) => Err(LayerError::Io {
+                what: "read",
+                layer,
+                source,
+            }),
+        }
+    }
+
+    fn new(file: File, name: String, index: Index, id: LayerId) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                file,
+                name,
+                index,
+                id,
+            }),
+        }
+    }
+
+    /// Its id.
+    pub fn id(&self) -> LayerId {
+        self.inner.id
+    }
+
+    /// The layer that it was made to lie on; `None` for a base.
+    pub fn parent(&self) -> Option<LayerId> {
+        self.inner.index.parent
+    }
+
+    /// What errors call it.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// The RAM that it is of.
+    pub fn layout(&self) -> &RamLayout {
+        &self.inner.index.layout
+    }
+
+    /// The pages that it overrides, ascending.
+    pub fn extents(&self) -> &[Extent] {
+        &self.inner.index.extents
+    }
+
+    /// The pages of which it holds data.
+    pub fn data(&self) -> PageSet {
+        self.inner.index.data()
+    }
+
+    /// Its file: RAM by RAM offset, then the index.
+    pub fn file(&self) -> &File {
+        &self.inner.file
+    }
+
+    /// Whether it has checksums.
+    pub fn is_checksummed(&self) -> bool {
+        matches!(self.inner.index.sums, Sums::Chunks(_))
+    }
+
+    /// Checks all its pages on so many threads (at least one).
+    ///
+    /// # Errors
+    /// [`LayerError::Corrupt`] with the first offset found wrong, [`LayerError::Transient`] if
+    /// there is nothing to check them by.
+    pub fn verify(&self, threads: usize) -> Result<(), LayerError> {
+        let work = self.checksums()?;
+        let next = AtomicUsize::new(0);
+        let check = || {
+            let mut buffer = Vec::new();
+            while let Some((chunk, hash)) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
+                self.check_chunk(chunk, hash, &mut buffer)?;
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let others: Vec<_> = (1..threads).map(|_| scope.spawn(check)).collect();
+            let mut result = check();
+            for other in others {
+                match other.join() {
+                    Ok(found) => result = result.and(found),
+                    Err(panic) => std::panic::resume_unwind(panic),
+                }
+            }
+            result
+        })
+    }
+
+    /// Checks the pages of the 2 MiB of RAM around an offset: what verification piece by piece, in
+    /// the order of need, is made of. A piece without data is right.
+    ///
+    /// # Errors
+    /// As [`Layer::verify`].
+    pub fn verify_around(&self, offset: u64) -> Result<(), LayerError> {
+        let mut found = self.checksums()?.into_iter();
+        match found.find(|(chunk, _)| chunk.number() == offset / CHUNK_SIZE) {
+            Some((chunk, hash)) => self.check_chunk(&chunk, &hash, &mut Vec::new()),
+            None => Ok(()),
+        }
+    }
+
+    fn checksums(&self) -> Result<Vec<(Chunk, Hash)>, LayerError> {
+        match &self.inner.index.sums {
+            Sums::Chunks(hashes) => Ok(chunks(&self.data())
+                .into_iter()
+                .zip(hashes.iter().copied())
+                .collect()),
+            Sums::Transient { .. } => Err(LayerError::Transient {
+                layer: self.inner.name.clone(),
+            }),
+        }
+    }
+
+    fn check_chunk(
+        &self,
+        chunk: &Chunk,
+        hash: &Hash,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), LayerError> {
+        let found = hash_chunk(&self.inner.file, chunk, buffer).map_err(|e| self.io("read", e))?;
+        if found == *hash {
+            return Ok(());
+        }
+        Err(LayerError::Corrupt {
+            layer: self.inner.name.clone(),
+            offset: chunk.number() * CHUNK_SIZE,
+        })
+    }
+
+    /// The same layer in a sealed memory file: it neither changes nor waits for a disk, and takes
+    /// host memory for its data as long as somebody uses it. One copy serves all clones that are
+    /// given its file.
+    ///
+    /// # Errors
+    /// [`LayerError::Io`] if the layer cannot be read or the host is out of memory.
+    pub fn to_memory(&self) -> Result<Self, LayerError> {
+        let copy = self
+            .copy_to_memory()
+            .map_err(|e| self.io("copy to memory", e))?;
+        let index = self.inner.index.clone();
+        Ok(Self::new(
+            copy,
+            self.inner.name.clone(),
+            index,
+            self.inner.id,
+        ))
+    }
+
+    fn copy_to_memory(&self) -> io::Result<File> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let copy = File::from(memfd_create("memory-layer", flags)?);
+        let ram = self.layout().size();
+        ftruncate(&copy, ram)?;
+        let mut buffer = Vec::new();
+        for run in chunks(&self.data()).iter().flat_map(|chunk| &chunk.runs) {
+            buffer.resize(((run.end - run.start) * PAGE_SIZE) as usize, 0);
+            self.inner
+                .file
+                .read_exact_at(&mut buffer, run.start * PAGE_SIZE)?;
+            copy.write_all_at(&buffer, run.start * PAGE_SIZE)?;
+        }
+        copy.write_all_at(&self.inner.index.encode().0, ram)?;
+        let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        fcntl_add_seals(&copy, seals)?;
+        Ok(copy)
+    }
+
+    fn io(&self, what: &'static str, source: io::Error) -> LayerError {
+        LayerError::Io {
+            what,
+            layer: self.inner.name.clone(),
+            source,
+        }
+    }
+}
+
+/// Makes a written layer durable under its final name: data first, then the name, so that a crash
+/// leaves either no file of that name or all of it.
+///
+/// # Errors
+/// The host's, as it is.
+pub fn install(file: &File, temporary: &Path, target: &Path) -> io::Result<()> {
+    file.sync_all()?;
+    std::fs::rename(temporary, target)?;
+    let directory = match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    File::open(directory)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests;
