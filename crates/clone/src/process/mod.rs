@@ -91,6 +91,8 @@ fn start_vm(dir: &VmDir, start: Start, events: &mut EventLoop) -> Result<vm::Vm>
     })
     .map_err(|error| ApiError::internal(&error))?;
     let mut vm = assemble::assemble(dir, config, &extra, resources, events)?;
+    // Everything is made: from here on no thread needs more than its daily calls.
+    jail::confine_event_loop().map_err(|error| ApiError::internal(&error))?;
     vm.begin()?;
     Ok(vm)
 }

@@ -44,7 +44,7 @@ fn may_have_network(dir: &VmDir) -> bool {
 
 /// Host resources first: while the directory is there, a failure is tried again.
 fn remove(dir: &VmDir) -> Result<()> {
-    jail::sweep(&dir.name()).map_err(failed("remove the jail of", dir.path()))?;
+    jail::sweep(dir.path()).map_err(failed("remove the jail of", dir.path()))?;
     if may_have_network(dir) {
         HostNet::new(host_net::DEFAULT_DIR)
             .detach(&dir.network_key())

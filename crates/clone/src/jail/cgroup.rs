@@ -1,0 +1,95 @@
+//! A cgroup (v2) per VM, with limits of memory and threads: `clone/NAME@HASH` below the root of
+//! the hierarchy. The hash is of the runtime directory, as names are unique within one only.
+//!
+//! Where there is no cgroup v2 with these controllers, or it is not ours to change (not root, or
+//! a container), a VM goes without: limits protect the host from our own faults, the jail does not
+//! stand on them.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
+use super::JailSpec;
+
+/// The cgroup that holds those of VMs.
+const PARENT: &str = "/sys/fs/cgroup/clone";
+/// The process's own memory, its page tables for the guest beside their share, and what buffers
+/// and page cache need to flow.
+const OVERHEAD_BYTES: u64 = 256 << 20;
+/// Threads beside vCPUs: the event loop, disks' workers, the kernel's for vhost and io_uring.
+const OTHER_THREADS: u32 = 256;
+/// How long the threads of a process that has ended may take to go.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Puts the calling process into the VM's cgroup, or logs why not.
+pub(super) fn join(spec: &JailSpec) {
+    if let Err((action, error)) = try_join(spec) {
+        tracing::info!(%error, "no limits of memory and threads for this VM: cannot {action}");
+    }
+}
+
+fn try_join(spec: &JailSpec) -> Result<(), (&'static str, io::Error)> {
+    let parent = Path::new(PARENT);
+    let root = parent.parent().unwrap_or(parent);
+    let during = |action| move |error| (action, error);
+    // For all that this version 1 of the hierarchy has no such file.
+    fs::read(root.join("cgroup.controllers")).map_err(during("find cgroup v2"))?;
+    let delegate = |dir: &Path| fs::write(dir.join("cgroup.subtree_control"), "+memory +pids");
+    delegate(root).map_err(during("use the controllers of memory and pids"))?;
+    match fs::create_dir(parent) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(("make a cgroup", error));
+        }
+        _ => delegate(parent).map_err(during("hand controllers to VMs"))?,
+    }
+    let leaf = leaf(&spec.runtime_dir);
+    fs::create_dir(&leaf).map_err(during("make the VM's cgroup"))?;
+    // One byte in 512 is for the second set of page tables, one for the first.
+    let memory = spec.guest_memory_bytes;
+    let most = memory + memory / 256 + OVERHEAD_BYTES;
+    fs::write(leaf.join("memory.max"), most.to_string()).map_err(during("limit its memory"))?;
+    let threads = spec.vcpus + OTHER_THREADS;
+    fs::write(leaf.join("pids.max"), threads.to_string()).map_err(during("limit its threads"))?;
+    // 0 is whoever writes.
+    fs::write(leaf.join("cgroup.procs"), "0").map_err(during("join its cgroup"))
+}
+
+/// Removes the cgroup of the VM in `runtime_dir`, whose process has ended.
+pub(super) fn remove(runtime_dir: &Path) -> io::Result<()> {
+    let leaf = leaf(runtime_dir);
+    loop {
+        // Before the attempt, so that no change after it is missed.
+        let events = File::open(leaf.join("cgroup.events"));
+        match fs::remove_dir(&leaf) {
+            Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
+                // Its last threads are going.
+                if !changes(&events?)? {
+                    return Err(error);
+                }
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => return Ok(()),
+        }
+    }
+}
+
+/// Waits for a change of a `cgroup.events`; false where there was none in time.
+fn changes(events: &File) -> io::Result<bool> {
+    let limit = Timespec::try_from(PATIENCE).map_err(io::Error::other)?;
+    let mut polled = [PollFd::new(events, PollFlags::PRI)];
+    Ok(poll(&mut polled, Some(&limit))? > 0)
+}
+
+pub(super) fn leaf(runtime_dir: &Path) -> PathBuf {
+    let bytes = runtime_dir.as_os_str().as_encoded_bytes();
+    // FNV-1a: the name must be the same for every command, of every version.
+    let hash = bytes.iter().fold(0xCBF2_9CE4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01B3)
+    });
+    let name = runtime_dir.file_name().unwrap_or_default();
+    Path::new(PARENT).join(format!("{}@{hash:016x}", name.to_string_lossy()))
+}
