@@ -36,7 +36,7 @@ fn try_join(spec: &JailSpec) -> Result<(), (&'static str, io::Error)> {
     let parent = Path::new(PARENT);
     let root = parent.parent().unwrap_or(parent);
     let during = |action| move |error| (action, error);
-    // For all that this version 1 of the hierarchy has no such file.
+    // Version 1 of the hierarchy has no such file.
     fs::read(root.join("cgroup.controllers")).map_err(during("find cgroup v2"))?;
     let delegate = |dir: &Path| fs::write(dir.join("cgroup.subtree_control"), "+memory +pids");
     delegate(root).map_err(during("use the controllers of memory and pids"))?;
@@ -48,7 +48,7 @@ fn try_join(spec: &JailSpec) -> Result<(), (&'static str, io::Error)> {
     }
     let leaf = leaf(&spec.runtime_dir);
     fs::create_dir(&leaf).map_err(during("make the VM's cgroup"))?;
-    // One byte in 512 is for the second set of page tables, one for the first.
+    // Page tables take a byte in 512: the process's own, and KVM's.
     let memory = spec.guest_memory_bytes;
     let most = memory + memory / 256 + OVERHEAD_BYTES;
     fs::write(leaf.join("memory.max"), most.to_string()).map_err(during("limit its memory"))?;

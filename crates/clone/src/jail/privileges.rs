@@ -88,7 +88,7 @@ fn lock_root_out() -> Result<(), JailError> {
 /// Becomes a user that no one else is. Everything it works with is open already.
 fn become_nobody() -> Result<(), JailError> {
     let id = FIRST_UID + std::process::id();
-    // Not SAFETY but order: groups and the group need a privilege that goes with the user.
+    // In this order: changing groups needs a privilege that goes with the user.
     rustix::thread::set_thread_groups(&[]).map_err(failed("leave its groups"))?;
     let gid = Gid::from_raw(id);
     rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(failed("change its group"))?;

@@ -64,6 +64,7 @@ const fn ioctl(kind: u8, number: u8) -> Allowed {
 const KVM: u8 = 0xAE;
 const TUN: u8 = b'T';
 const VHOST: u8 = 0xAF;
+const BLOCK: u8 = 0x12;
 
 /// What every thread needs: memory, locks, time, signals, and what devices do when the guest sets
 /// them up, which happens on any thread.
@@ -201,9 +202,14 @@ pub(super) const EVENT_LOOP: &[Allowed] = &[
     (libc::SYS_fallocate, Always),
     (libc::SYS_ftruncate, Always),
     (libc::SYS_lseek, Always),
+    (libc::SYS_flock, Always),
     (libc::SYS_fstat, Always),
+    (libc::SYS_fstatfs, Always),
     (libc::SYS_newfstatat, Always),
     (libc::SYS_statx, Always),
+    // BLKSSZGET, BLKGETSIZE64.
+    ioctl(BLOCK, 104),
+    ioctl(BLOCK, 114),
     // REGISTER_FILES and UNREGISTER_FILES, of rings that exist.
     (libc::SYS_io_uring_register, Is(1, 2)),
     (libc::SYS_io_uring_register, Is(1, 3)),

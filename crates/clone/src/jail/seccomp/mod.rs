@@ -27,7 +27,7 @@ pub(super) enum Kind {
 
 /// Filters the calling thread, for good. It must have given up new privileges.
 pub(super) fn apply(kind: Kind) -> io::Result<()> {
-    // The list first: its filter must not find itself filtered.
+    // The strict one last: it ends the process at the very call that would add another.
     for program in [refusing()?, ending(kind)?] {
         seccompiler::apply_filter(&program).map_err(io::Error::other)?;
     }
