@@ -55,6 +55,10 @@ impl Decoder {
     ///
     /// # Errors
     /// Where the stream cannot be understood; it must be given up then.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "it is no iterator: the type is the caller's choice at each call"
+    )]
     pub fn next<M: Message + Default>(&mut self) -> Result<Option<M>, FrameError> {
         let rest = &self.buffer[self.taken..];
         let Some((length, rest)) = rest.split_first_chunk::<LENGTH_BYTES>() else {

@@ -52,7 +52,7 @@ pub(crate) fn main(agent: impl Fn() -> ExitCode) -> ExitCode {
         if started.elapsed() < SETTLED {
             thread::sleep(Duration::from_secs(1));
         }
-        crate::say(&format!("the agent ended; starting it again"));
+        crate::say("the agent ended; starting it again");
     }
 }
 

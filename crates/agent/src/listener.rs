@@ -1,8 +1,9 @@
 //! Where connections come from: vsock in a guest, a Unix socket in tests.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 
 /// A listening socket.
@@ -18,28 +19,52 @@ impl Listener {
                     .map_err(|_| invalid("the port is not a number"))?;
                 listen_vsock(port).map(Self)
             }
-            Some(("unix", path)) => Ok(Self(UnixListener::bind(path)?.into())),
+            Some(("unix", path)) => {
+                let listener = UnixListener::bind(path)?;
+                // Whoever may connect can do what the agent can.
+                fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+                Ok(Self(listener.into()))
+            }
             _ => Err(invalid("neither vsock:PORT nor unix:PATH")),
         }
     }
 
     /// The next connection. Streams are read and written like files, whatever their kind.
+    ///
+    /// On vsock only the host is let in: a program of the guest that got here over the loopback
+    /// would become root.
     pub(crate) fn accept(&self) -> io::Result<File> {
-        // SAFETY: no address is asked for, so both pointers may be null.
-        let fd = unsafe {
-            libc::accept4(
-                self.0.as_raw_fd(),
-                std::ptr::null_mut(),
-                std::ptr::null_mut(),
-                libc::SOCK_CLOEXEC,
-            )
-        };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
+        loop {
+            let (stream, peer) = accept_from(self.0.as_raw_fd())?;
+            let is_stranger = i32::from(peer.svm_family) == libc::AF_VSOCK
+                && peer.svm_cid != libc::VMADDR_CID_HOST;
+            if !is_stranger {
+                return Ok(stream);
+            }
         }
-        // SAFETY: accept4 has just given us this descriptor, and nobody else knows it.
-        Ok(unsafe { File::from_raw_fd(fd) })
     }
+}
+
+/// Accepts a connection, with the vsock address that it comes from. For other families only the
+/// address's family counts.
+fn accept_from(listener: RawFd) -> io::Result<(File, libc::sockaddr_vm)> {
+    // SAFETY: all-zero is a valid address of this type.
+    let mut peer: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    let mut len = size_of_val(&peer) as libc::socklen_t;
+    // SAFETY: the address is a live value of the length that is given with it; a longer one is cut.
+    let fd = unsafe {
+        libc::accept4(
+            listener,
+            (&raw mut peer).cast(),
+            &raw mut len,
+            libc::SOCK_CLOEXEC,
+        )
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: accept4 has just given us this descriptor, and nobody else knows it.
+    Ok((unsafe { File::from_raw_fd(fd) }, peer))
 }
 
 fn invalid(reason: &str) -> io::Error {

@@ -15,6 +15,7 @@ mod files;
 mod identity;
 mod info;
 mod init;
+mod limits;
 mod listener;
 mod power;
 mod session;
@@ -23,9 +24,14 @@ mod users;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use crate::listener::Listener;
 use crate::session::Agent;
+
+/// The pause after a connection that could not be accepted; it still waits.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 const USAGE: &str = "usage: clone-agent [--listen vsock:PORT | --listen unix:PATH]";
 
@@ -53,8 +59,9 @@ fn say(line: &str) {
     let _ = io::stderr().write_all(format!("clone-agent: {line}\n").as_bytes());
 }
 
-/// Serves until the end. Returns only when it cannot listen.
+/// Serves until the process is ended. Returns only when it cannot listen.
 fn serve(listen: &str) -> ExitCode {
+    limits::raise();
     let listener = match Listener::open(listen) {
         Ok(listener) => listener,
         Err(error) => {
@@ -71,8 +78,9 @@ fn serve(listen: &str) -> ExitCode {
             // A guest that was restored elsewhere: its old connections are gone, this goes on.
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => {
+                // Open files or memory are short for a while. Ending would end all commands.
                 crate::say(&format!("cannot accept: {error}"));
-                return ExitCode::FAILURE;
+                thread::sleep(ACCEPT_PAUSE);
             }
         }
     }

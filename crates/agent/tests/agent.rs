@@ -384,6 +384,66 @@ fn put(path: &Path, mode: u32) -> Put {
 }
 
 #[test]
+fn commands_do_not_inherit_what_the_agent_alone_is_allowed() {
+    let agent = Agent::start();
+    let own = |path: &str| std::fs::read_to_string(path).unwrap().trim().to_owned();
+    let limit = |limits: &str| {
+        let line = limits
+            .lines()
+            .find(|line| line.starts_with("Max open files"));
+        line.unwrap()
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let (_, score, _) = run(&agent, "cat /proc/self/oom_score_adj");
+    assert_eq!(score.trim(), "0");
+    let (_, limits, _) = run(&agent, "cat /proc/self/limits");
+    // The test was started with the same limits as the agent.
+    assert_eq!(limit(&limits), limit(&own("/proc/self/limits")));
+}
+
+#[test]
+fn an_agent_without_free_descriptors_keeps_its_commands_and_comes_back() {
+    let agent = Agent::start();
+    let mut running = agent
+        .connect()
+        .exec(shell("read line; echo $line"))
+        .unwrap();
+    let limit = |files: Option<u64>| {
+        let pid = rustix::process::Pid::from_child(&agent.process);
+        let resource = rustix::process::Resource::Nofile;
+        let maximum = rustix::process::getrlimit(resource).maximum;
+        let limit = rustix::process::Rlimit {
+            current: files.or(maximum),
+            maximum,
+        };
+        rustix::process::prlimit(Some(pid), resource, limit).unwrap()
+    };
+    limit(Some(4));
+    // The first gets the descriptor that the waiting agent has reserved, and has none to work with.
+    let _first = agent.raw();
+    let starved = agent.raw();
+    // Longer than the agent's pause: it tries, fails, and tries again.
+    thread::sleep(Duration::from_millis(300));
+    limit(None);
+    assert!(Connection::greet(starved).unwrap().info().is_ok());
+    running.input().end().unwrap();
+    while !matches!(running.next_event().unwrap(), Event::Exited(_)) {}
+}
+
+#[test]
+fn only_the_agent_s_own_user_may_connect_to_its_socket() {
+    use std::os::unix::fs::PermissionsExt;
+    let agent = Agent::start();
+    let mode = std::fs::metadata(agent.path("agent"))
+        .unwrap()
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o600);
+}
+
+#[test]
 fn files_go_in_and_out_with_their_modes() {
     let agent = Agent::start();
     let content: Vec<u8> = (0..500_000u32).map(|i| (i / 3) as u8).collect();

@@ -178,8 +178,9 @@ fn listen(command: &Arc<Command>, seat: u64, mut inbox: Inbox, outbox: &Outbox) 
     while let Ok(message) = inbox.receive() {
         match message {
             Some(from_host::Kind::Stdin(data)) => {
+                let fed = command.feed(data, outbox);
                 // More than the window allows is a host that breaks the protocol.
-                if command.feed(data, outbox).is_err() {
+                if fed.is_err() {
                     break;
                 }
             }

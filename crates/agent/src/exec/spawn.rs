@@ -7,10 +7,13 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 use agent_proto::messages::{ErrorCode, Exec, TerminalSize};
+use rustix::process::{Gid, Uid};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
+use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
 use super::DEFAULT_PATH;
+use crate::limits;
 use crate::session::Refusal;
 use crate::users::{self, User};
 
@@ -84,26 +87,25 @@ fn set_environment(command: &mut Command, request: &Exec, user: &User) -> Result
 }
 
 fn set_user(command: &mut Command, user: &User) {
-    let groups = user.groups.clone();
-    let (uid, gid) = (user.uid, user.gid);
+    let groups: Vec<_> = user.groups.iter().copied().map(Gid::from_raw).collect();
+    let (uid, gid) = (user.uid, Gid::from_raw(user.gid));
+    let user_id = Uid::from_raw(uid);
+    let switch = move || {
+        rustix::process::setsid()?;
+        limits::restore()?;
+        // As an ordinary user (in tests) only oneself can be chosen, which needs no change.
+        if rustix::process::geteuid().as_raw() == uid && uid != 0 {
+            return Ok(());
+        }
+        set_thread_groups(&groups)?;
+        set_thread_res_gid(gid, gid, gid)?;
+        set_thread_res_uid(user_id, user_id, user_id)?;
+        Ok(())
+    };
     // SAFETY: between fork and exec only async-signal-safe calls are allowed: these are system
-    // calls on values made before the fork; nothing is allocated.
-    unsafe {
-        command.pre_exec(move || {
-            rustix::process::setsid()?;
-            // As an ordinary user (in tests) only oneself can be chosen, which needs no change.
-            if rustix::process::geteuid().as_raw() == uid && uid != 0 {
-                return Ok(());
-            }
-            if libc::setgroups(groups.len(), groups.as_ptr()) < 0
-                || libc::setgid(gid) < 0
-                || libc::setuid(uid) < 0
-            {
-                return Err(io::Error::last_os_error());
-            }
-            Ok(())
-        });
-    }
+    // calls on values made before the fork; nothing is allocated. The child has one thread, so what
+    // is set for the thread is set for the process.
+    unsafe { command.pre_exec(switch) };
 }
 
 fn with_pipes(command: &mut Command, wants_input: bool) -> io::Result<Spawned> {
