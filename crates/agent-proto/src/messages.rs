@@ -391,6 +391,9 @@ pub struct Identity {
     /// Name servers.
     #[prost(string, repeated, tag = "6")]
     pub dns: Vec<String>,
+    /// Make new SSH host keys of the kinds that there are, in their place.
+    #[prost(bool, tag = "7")]
+    pub new_ssh_host_keys: bool,
 }
 
 /// A network interface's new settings.

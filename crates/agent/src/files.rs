@@ -20,10 +20,7 @@ pub(crate) fn put(request: &Put, mut inbox: Inbox, outbox: &Outbox) -> Result<()
     let path = absolute(&request.path)?;
     let owner = users::find(&request.user)?;
     let failed = |error: &io::Error| Refusal::io(format!("cannot write {}", path.display()), error);
-    if path.is_dir() {
-        let message = format!("cannot write {}: it is a folder", path.display());
-        return Err(Refusal::new(ErrorCode::Invalid, message).into());
-    }
+    refuse_special(path)?;
     let mut fresh = FreshFile::create(path).map_err(|error| failed(&error))?;
     loop {
         match inbox.receive()? {
@@ -43,6 +40,23 @@ pub(crate) fn put(request: &Put, mut inbox: Inbox, outbox: &Outbox) -> Result<()
         .and_then(|()| fresh.keep(path))
         .map_err(|error| failed(&error))?;
     outbox.done()
+}
+
+/// A rename would put a plain file in the place of a device or a socket that others use.
+fn refuse_special(path: &Path) -> Result<(), Refusal> {
+    let Ok(metadata) = fs::metadata(path) else {
+        return Ok(());
+    };
+    let kind = metadata.file_type();
+    let what = if kind.is_dir() {
+        "a folder"
+    } else if kind.is_file() {
+        return Ok(());
+    } else {
+        "a device, a pipe or a socket"
+    };
+    let message = format!("cannot write {}: it is {what}", path.display());
+    Err(Refusal::new(ErrorCode::Invalid, message))
 }
 
 /// A file under a temporary name, which goes away unless it is kept.
@@ -76,6 +90,8 @@ impl FreshFile {
     }
 
     fn keep(&mut self, path: &Path) -> io::Result<()> {
+        // Else a crash could leave the name with nothing behind it.
+        self.file.sync_all()?;
         fs::rename(&self.beside, path)?;
         self.kept = true;
         Ok(())

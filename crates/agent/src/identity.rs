@@ -8,12 +8,16 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
 
 use agent_proto::messages::{ErrorCode, Identity, Interface};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::session::Refusal;
+use crate::ssh;
 
+/// Where an SSH server keeps its keys.
+const SSH_FOLDER: &str = "/etc/ssh";
 /// Programs that are run, in order of name, after an identity was set.
 const HOOKS: &str = "/etc/clone/identity.d";
 
@@ -23,7 +27,8 @@ pub(crate) fn apply(identity: &Identity) -> Result<(), Refusal> {
         set_clock(identity.clock_ns)?;
     }
     if !identity.seed.is_empty() {
-        write("/dev/urandom", &identity.seed)?;
+        add_randomness(&identity.seed)
+            .map_err(|error| Refusal::io("cannot add to the kernel's randomness", &error))?;
     }
     if !identity.machine_id.is_empty() {
         set_machine_id(&identity.machine_id)?;
@@ -42,6 +47,9 @@ pub(crate) fn apply(identity: &Identity) -> Result<(), Refusal> {
             .collect();
         write("/etc/resolv.conf", lines.as_bytes())?;
     }
+    if identity.new_ssh_host_keys {
+        ssh::renew_host_keys(Path::new(SSH_FOLDER))?;
+    }
     run_hooks()
 }
 
@@ -57,6 +65,35 @@ fn write(path: &str, bytes: &[u8]) -> Result<(), Refusal> {
         .open(path);
     open.and_then(|mut file| file.write_all(bytes))
         .map_err(|error| Refusal::io(format!("cannot write {path}"), &error))
+}
+
+/// Credits the seed and has the generator take it up at once: what is merely written to
+/// `/dev/urandom` counts only at its next reseeding, and siblings would draw the same until then.
+fn add_randomness(seed: &[u8]) -> io::Result<()> {
+    // random(4): _IOW('R', 3, int [2]) and _IO('R', 7).
+    const ADD_ENTROPY: libc::Ioctl = 0x4008_5203;
+    const RESEED: libc::Ioctl = 0x5207;
+    let device = OpenOptions::new().write(true).open("/dev/urandom")?;
+    for piece in seed.chunks(64) {
+        // A struct rand_pool_info: bits, bytes, then the bytes themselves in whole words.
+        let mut request = [0_u32; 18];
+        request[0] = piece.len() as u32 * 8;
+        request[1] = piece.len() as u32;
+        for (word, bytes) in request[2..].iter_mut().zip(piece.chunks(4)) {
+            let mut whole = [0; 4];
+            whole[..bytes.len()].copy_from_slice(bytes);
+            *word = u32::from_ne_bytes(whole);
+        }
+        // SAFETY: the request is a live value, and holds as many bytes as it says.
+        if unsafe { libc::ioctl(device.as_raw_fd(), ADD_ENTROPY, request.as_ptr()) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    // SAFETY: the code takes no argument.
+    if unsafe { libc::ioctl(device.as_raw_fd(), RESEED) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 fn set_clock(clock_ns: u64) -> Result<(), Refusal> {

@@ -19,6 +19,7 @@ mod limits;
 mod listener;
 mod power;
 mod session;
+mod ssh;
 mod users;
 
 use std::io::{self, Write};

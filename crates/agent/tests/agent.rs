@@ -384,6 +384,33 @@ fn put(path: &Path, mode: u32) -> Put {
 }
 
 #[test]
+fn a_seed_goes_into_the_kernel_and_only_root_may_credit_it() {
+    let agent = Agent::start();
+    let identity = agent_proto::messages::Identity {
+        seed: (0..=200).collect(),
+        ..Default::default()
+    };
+    let result = agent.connect().set_identity(identity);
+    if rustix::process::geteuid().is_root() {
+        result.unwrap();
+    } else {
+        assert_eq!(refusal(result).0, ErrorCode::Denied);
+    }
+}
+
+#[test]
+fn a_put_does_not_replace_what_is_no_file() {
+    let agent = Agent::start();
+    let socket = agent.path("agent");
+    for path in [socket.as_path(), Path::new("/dev/null")] {
+        let (code, message) = refusal(agent.connect().put(put(path, 0o644), &mut &b"x"[..]));
+        assert_eq!(code, ErrorCode::Invalid);
+        assert!(message.contains(path.to_str().unwrap()), "{message}");
+    }
+    assert!(agent.connect().info().is_ok());
+}
+
+#[test]
 fn commands_do_not_inherit_what_the_agent_alone_is_allowed() {
     let agent = Agent::start();
     let own = |path: &str| std::fs::read_to_string(path).unwrap().trim().to_owned();
