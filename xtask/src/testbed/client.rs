@@ -21,6 +21,9 @@ use super::{PORTS, Testbed};
 /// How our own ends of a command are reported, as `timeout(1)` does.
 const EXIT_TIMEOUT: u8 = 124;
 
+/// How long an answer to a greeting is waited for before it is said again.
+const GREET_AGAIN: Duration = Duration::from_secs(2);
+
 /// A port that nobody else uses, connected and in step.
 struct Session {
     stream: UnixStream,
@@ -58,19 +61,31 @@ impl Session {
         bail!("{PORTS} commands run in this testbed already: wait for one to end")
     }
 
-    /// Throws away what an earlier session left in the port.
+    /// Throws away what an earlier session left in the port, in both directions: a greeting is
+    /// said until it comes back.
     fn synchronise(&self, limit: Duration) -> Result<()> {
         let mut nonce = [0; 16];
         File::open("/dev/urandom")?.read_exact(&mut nonce)?;
         let mut stream = &self.stream;
-        stream.set_read_timeout(Some(limit.max(Duration::from_millis(1))))?;
+        stream.set_read_timeout(Some(GREET_AGAIN))?;
+        let deadline = Instant::now() + limit;
         wire::write(&mut stream, Kind::Sync, &nonce)?;
-        let mut seen = [0; 16];
         // The answer's payload is found wherever it starts.
-        stream.read_exact(&mut seen)?;
+        let mut seen = [0; 16];
         while seen != nonce {
-            seen.rotate_left(1);
-            stream.read_exact(&mut seen[15..])?;
+            let mut byte = [0];
+            match stream.read(&mut byte) {
+                Ok(0) => bail!("the port was closed"),
+                Ok(_) => {
+                    seen.rotate_left(1);
+                    seen[15] = byte[0];
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    anyhow::ensure!(Instant::now() < deadline, "no answer within {limit:?}");
+                    wire::write(&mut stream, Kind::Sync, &nonce)?;
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
         stream.set_read_timeout(None)?;
         Ok(())

@@ -59,6 +59,13 @@ impl Port {
         Ok(Self { file, changes })
     }
 
+    /// Throws away what a session left that ended in the middle of a frame. A host that came
+    /// meanwhile says its greeting again.
+    fn discard(&self) {
+        let mut rest = [0; 4096];
+        while matches!((&self.file).read(&mut rest), Ok(1..)) {}
+    }
+
     /// Waits until something about the port changes.
     fn wait_change(&self) -> io::Result<()> {
         let mut events = [const {
@@ -124,6 +131,7 @@ fn serve(index: usize) -> Result<()> {
     loop {
         // An error means that the host went away or got out of step: the next session starts anew.
         if session(&port).is_err() {
+            port.discard();
             port.wait_change()?;
         }
     }
