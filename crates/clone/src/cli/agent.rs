@@ -2,7 +2,7 @@
 
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent_proto::client::{ClientError, Connection, Event, Input, Running};
 use agent_proto::messages::{ErrorCode as AgentCode, Exec, Exited, Stream, TerminalSize};
@@ -17,6 +17,9 @@ use crate::runtime::RunningVm;
 /// How long an agent may take to greet.
 const GREETING_LIMIT: Duration = Duration::from_secs(20);
 
+/// The pause between two tries to reach an agent.
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// Signals that a guest's command gets in our place.
 const FORWARDED: [i32; 6] = [
     libc::SIGINT,
@@ -27,9 +30,27 @@ const FORWARDED: [i32; 6] = [
     libc::SIGUSR2,
 ];
 
+/// How long a guest is given for its agent to start.
+#[derive(Debug, Default, Clone, Copy, clap::Args)]
+pub(super) struct Wait {
+    /// Wait up to so many seconds for a guest that is still starting.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    wait: u64,
+}
+
 /// Connects to the agent of `vm`.
-pub(super) fn connect(vm: &RunningVm) -> Result<Connection> {
-    connect_within(vm, GREETING_LIMIT)
+///
+/// Nothing tells the host when a guest's program starts to listen, so a wait is tries with pauses;
+/// a VM that ends meanwhile ends it.
+pub(super) fn connect(vm: &RunningVm, wait: Wait) -> Result<Connection> {
+    let end = Instant::now() + Duration::from_secs(wait.wait);
+    loop {
+        let tried = Connection::open(&vm.dir.vsock_socket(), GREETING_LIMIT);
+        let may_come = matches!(tried, Err(ClientError::NoAgent)) && Instant::now() < end;
+        if !may_come || vm.process.wait(Some(PAUSE))? {
+            return tried.map_err(told(&vm.dir.name()));
+        }
+    }
 }
 
 /// Connects to the agent of `vm`, if it greets within `limit`.
@@ -45,7 +66,7 @@ pub(super) fn told(name: &str) -> impl Fn(ClientError) -> ApiError {
             ClientError::Connect { .. } => ApiError::new(ErrorCode::Unavailable, message)
                 .advise("exec, shell and cp need a VM that was started without --no-vsock"),
             ClientError::NoAgent => ApiError::new(ErrorCode::Unavailable, message).advise(
-                format!("wait until the guest is up (clone attach {name}); images made by `clone image build` have the agent"),
+                format!("while the guest starts, add --wait 60; look at it with: clone attach {name}; images made by `clone image build --agent` have the agent"),
             ),
             ClientError::Refused(refusal) => {
                 let code = match refusal.code() {

@@ -11,6 +11,7 @@ use clone_api::{ApiError, ErrorCode};
 use indicatif::ProgressBar;
 use serde::Serialize;
 
+use super::agent::Wait;
 use super::output::human_bytes;
 use super::{Context, agent, progress};
 use crate::error::{Result, failed};
@@ -29,6 +30,8 @@ pub(super) struct Args {
     /// Who owns the file in the guest: a name or number, with :GROUP if wanted.
     #[arg(long, short, value_name = "USER")]
     user: Option<String>,
+    #[command(flatten)]
+    wait: Wait,
 }
 
 /// One side of a copy.
@@ -67,9 +70,9 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
         }
         (from, Side::Guest { name, path }) => {
             let user = args.user.clone().unwrap_or_default();
-            put(context, &from, name, path, user)?
+            put(context, &from, (name, path), user, args.wait)?
         }
-        (Side::Guest { name, path }, to) => get(context, name, path, &to)?,
+        (Side::Guest { name, path }, to) => get(context, (name, path), &to, args.wait)?,
         _ => {
             return Err(usage(
                 "neither side is in a guest",
@@ -85,7 +88,13 @@ fn usage(message: &str, advice: &str) -> ApiError {
     ApiError::new(ErrorCode::InvalidConfig, message).advise(advice)
 }
 
-fn put(context: &Context, from: &Side<'_>, name: &str, path: &str, user: String) -> Result<u64> {
+fn put(
+    context: &Context,
+    from: &Side<'_>,
+    (name, path): (&str, &str),
+    user: String,
+    wait: Wait,
+) -> Result<u64> {
     let (mut source, mode, size): (Box<dyn Read>, u32, Option<u64>) = match from {
         Side::Here(file) => {
             let opened = File::open(file).map_err(failed("open", file))?;
@@ -111,7 +120,7 @@ fn put(context: &Context, from: &Side<'_>, name: &str, path: &str, user: String)
         _ => path.to_owned(),
     };
     let vm = context.runtime()?.find(name)?;
-    let connection = agent::connect(&vm)?;
+    let connection = agent::connect(&vm, wait)?;
     let bar = progress::bytes(context, size);
     let mut source = Counted::new(&mut source, bar);
     let put = Put { path, mode, user };
@@ -119,9 +128,9 @@ fn put(context: &Context, from: &Side<'_>, name: &str, path: &str, user: String)
     source.finish(sent)
 }
 
-fn get(context: &Context, name: &str, path: &str, to: &Side<'_>) -> Result<u64> {
+fn get(context: &Context, (name, path): (&str, &str), to: &Side<'_>, wait: Wait) -> Result<u64> {
     let vm = context.runtime()?.find(name)?;
-    let connection = agent::connect(&vm)?;
+    let connection = agent::connect(&vm, wait)?;
     let bar = progress::bytes(context, None);
     let Side::Here(target) = to else {
         let mut stdout = io::stdout().lock();

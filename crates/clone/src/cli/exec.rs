@@ -9,7 +9,7 @@ use clone_api::ApiError;
 use serde::Serialize;
 
 use super::Context;
-use super::agent::{self, Streams};
+use super::agent::{self, Streams, Wait};
 use crate::error::Result;
 
 /// `clone` itself failed, not the command.
@@ -69,6 +69,8 @@ struct How {
     /// End the command after so many seconds.
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
+    #[command(flatten)]
+    wait: Wait,
 }
 
 impl How {
@@ -114,7 +116,7 @@ pub(super) fn exec(context: &Context, args: ExecArgs) -> Result<ExitCode> {
         input: args.interactive,
         terminal: args.tty,
     };
-    Ok(ended(context, &args.name, exec, streams))
+    Ok(ended(context, &args.name, args.how.wait, exec, streams))
 }
 
 pub(super) fn shell(context: &Context, args: ShellArgs) -> Result<ExitCode> {
@@ -140,7 +142,7 @@ pub(super) fn shell(context: &Context, args: ShellArgs) -> Result<ExitCode> {
             .output
             .note("clone: standard input is no terminal; `clone exec -i` may suit better");
     }
-    Ok(ended(context, &args.name, exec, streams))
+    Ok(ended(context, &args.name, args.how.wait, exec, streams))
 }
 
 fn term() -> String {
@@ -149,12 +151,12 @@ fn term() -> String {
 }
 
 /// Runs the command to its end; whatever happens is told and becomes an exit code.
-fn ended(context: &Context, name: &str, exec: Exec, streams: Streams) -> ExitCode {
+fn ended(context: &Context, name: &str, wait: Wait, exec: Exec, streams: Streams) -> ExitCode {
     let program = exec.command.first().cloned().unwrap_or_default();
     let connection = context
         .runtime()
         .and_then(|runtime| runtime.find(name))
-        .and_then(|vm| agent::connect(&vm));
+        .and_then(|vm| agent::connect(&vm, wait));
     let connection = match connection {
         Ok(connection) => connection,
         Err(error) => return refused(context, &error, CLONE_FAILED),
@@ -244,6 +246,7 @@ mod tests {
             workdir: None,
             user: None,
             timeout: Some(2),
+            wait: Wait::default(),
         };
         let exec = how.exec(vec!["true".into()]);
         assert_eq!(exec.environment, ["A=b=c", "CARGO_PKG_NAME=clone"]);

@@ -9,7 +9,8 @@ use std::process::{Child, Command, Stdio};
 
 use clone_api::{ApiError, ErrorCode, VmConfig};
 
-use super::{network, preflight};
+use super::network::{self, Attached};
+use super::preflight;
 use crate::error::{Result, failed};
 use crate::process::open::open_kvm;
 use crate::process::start::Start;
@@ -25,6 +26,8 @@ pub(super) struct Launched {
     pub(super) process: Process,
     /// Its process, a child of this one.
     pub(super) child: Child,
+    /// What its owner should know.
+    pub(super) notices: Vec<String>,
 }
 
 /// Starts the VM that `config` describes, and returns when its guest runs.
@@ -38,11 +41,7 @@ pub(super) fn launch(runtime: &Runtime, mut config: VmConfig) -> Result<Launched
     runtime.sweep()?;
     let starting = runtime.create(&config)?;
     match start(&starting, config) {
-        Ok((process, child)) => Ok(Launched {
-            dir: starting.dir.clone(),
-            process,
-            child,
-        }),
+        Ok(launched) => Ok(launched),
         Err(error) => {
             // What is left then is swept by the next command; the first error is the one to tell.
             if let Err(left) = starting.abandon(runtime) {
@@ -53,11 +52,15 @@ pub(super) fn launch(runtime: &Runtime, mut config: VmConfig) -> Result<Launched
     }
 }
 
-fn start(starting: &StartingVm, mut config: VmConfig) -> Result<(Process, Child)> {
+fn start(starting: &StartingVm, mut config: VmConfig) -> Result<Launched> {
     let boot_kernel = preflight::boot_kernel(&config.kernel)?;
     // Before anything is set up that the sweep of a killed launcher must know of.
     starting.write_config(&config)?;
-    let (taps, nets) = network::attach(&starting.dir, &mut config)?;
+    let Attached {
+        taps,
+        nets,
+        notices,
+    } = network::attach(&starting.dir, &mut config)?;
     starting.write_config(&config)?;
     let document = Start {
         config,
@@ -73,7 +76,12 @@ fn start(starting: &StartingVm, mut config: VmConfig) -> Result<(Process, Child)
         let _ = child.kill();
         let _ = child.wait();
     }
-    started.map(|process| (process, child))
+    started.map(|process| Launched {
+        dir: starting.dir.clone(),
+        process,
+        child,
+        notices,
+    })
 }
 
 fn spawn(dir: &VmDir) -> Result<Child> {

@@ -12,23 +12,27 @@ use crate::host_net::{Connection, DEFAULT_DIR, HostNet, HostNetError, Request};
 use crate::process::start::InheritedNet;
 use crate::runtime::VmDir;
 
+/// The interfaces of a VM, set up.
+pub(super) struct Attached {
+    /// The taps' queues, which a child inherits. The taps live as long as any process has them.
+    pub(super) taps: Vec<OwnedFd>,
+    /// What the child must know.
+    pub(super) nets: Vec<InheritedNet>,
+    /// What the owner should know.
+    pub(super) notices: Vec<String>,
+}
+
 /// Sets up every interface of `config` and fills in the addresses that were left to us.
 ///
-/// Gives the taps' queues, which a child inherits, and what the child must know of them. What is
-/// set up before a failure is removed with the VM's directory.
-pub(super) fn attach(
-    dir: &VmDir,
-    config: &mut VmConfig,
-) -> Result<(Vec<OwnedFd>, Vec<InheritedNet>)> {
+/// What is set up before a failure is removed with the VM's directory.
+pub(super) fn attach(dir: &VmDir, config: &mut VmConfig) -> Result<Attached> {
     let host = HostNet::new(DEFAULT_DIR);
-    let (mut taps, mut nets) = (Vec::new(), Vec::new());
+    let (mut taps, mut nets, mut notices) = (Vec::new(), Vec::new(), Vec::new());
     for (index, net) in config.net.iter_mut().enumerate() {
         let attachment = host
             .attach(&request(dir, net))
             .map_err(|error| told(index, &error))?;
-        for notice in &attachment.notices {
-            tracing::warn!("{notice}");
-        }
+        notices.extend(attachment.notices);
         let queues = attachment.taps.into_iter().map(Tap::into_fd);
         let queues: Vec<OwnedFd> = queues.collect();
         for queue in &queues {
@@ -46,7 +50,11 @@ pub(super) fn attach(
         });
         taps.extend(queues);
     }
-    Ok((taps, nets))
+    Ok(Attached {
+        taps,
+        nets,
+        notices,
+    })
 }
 
 fn request(dir: &VmDir, net: &NetConfig) -> Request {

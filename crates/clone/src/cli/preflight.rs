@@ -1,11 +1,11 @@
 //! What can be found out about a VM's files before anything is set up.
 
 use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use clone_api::config::Overlay;
 use clone_api::{ApiError, ErrorCode, VmConfig};
+use clone_image::ImageError;
 use clone_image::kernel::KernelCache;
 
 use super::cache;
@@ -43,28 +43,36 @@ pub(super) fn check_files(config: &VmConfig) -> Result<()> {
 
 /// The kernel to boot: a `vmlinux` from the cache where it can be entered directly, since a guest
 /// unpacks itself slowly; otherwise the file as it is.
+///
+/// A damaged kernel is refused in any case: started as it is, it would only hang.
 pub(super) fn boot_kernel(kernel: &Path) -> Result<PathBuf> {
-    // Whether it is a kernel at all is told in any case.
-    clone_image::kernel::inspect(kernel).map_err(|error| {
-        ApiError {
-            code: ErrorCode::InvalidConfig,
-            ..ApiError::internal(&error)
-        }
-        .advise("use a bzImage (as in /boot/vmlinuz-…) or an ELF vmlinux for x86-64")
-    })?;
-    let cached = cache::dir("kernels")
-        .ok_or_else(|| io::Error::other("no home directory").into())
-        .and_then(
-            |dir| -> std::result::Result<_, Box<dyn std::error::Error>> {
-                Ok(KernelCache::open(dir)?.vmlinux(kernel)?)
-            },
-        );
+    let cached = match cache::dir("kernels") {
+        Some(dir) => KernelCache::open(dir).and_then(|cache| cache.vmlinux(kernel)),
+        None => return whole(kernel),
+    };
     match cached {
         Ok(cached) if cached.pvh => Ok(cached.vmlinux),
         Ok(_) => Ok(kernel.to_owned()),
-        Err(error) => {
+        // It may be the kernel or the cache that cannot be read or written.
+        Err(error @ ImageError::Io { .. }) => {
             tracing::debug!(%error, "the kernel is booted as it is");
-            Ok(kernel.to_owned())
+            whole(kernel)
         }
+        Err(error) => Err(no_kernel(&error)),
     }
+}
+
+/// The kernel itself, if it is one and nothing of it is missing.
+fn whole(kernel: &Path) -> Result<PathBuf> {
+    clone_image::kernel::extract_vmlinux(kernel)
+        .map(|_| kernel.to_owned())
+        .map_err(|error| no_kernel(&error))
+}
+
+fn no_kernel(error: &ImageError) -> ApiError {
+    ApiError {
+        code: ErrorCode::InvalidConfig,
+        ..ApiError::internal(error)
+    }
+    .advise("use a bzImage (as in /boot/vmlinuz-…) or an ELF vmlinux for x86-64")
 }

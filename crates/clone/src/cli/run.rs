@@ -41,6 +41,9 @@ pub(super) fn run(context: &Context, args: Args) -> Result<ExitCode> {
     let config = args.vm.into_config()?;
     let runtime = context.runtime()?;
     let launched = launch(&runtime, config)?;
+    for notice in &launched.notices {
+        context.output.note(&format!("[clone: {notice}]"));
+    }
     if args.detach || context.output.is_json() {
         let dir = &launched.dir;
         let started = Started {

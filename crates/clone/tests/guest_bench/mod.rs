@@ -1,0 +1,106 @@
+//! VMs in a runtime directory of their own, started by the command.
+// Each test binary uses a part of it.
+#![allow(dead_code, unreachable_pub)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+/// A runtime directory of its own and the tiny guest.
+pub struct Bench {
+    dir: tempfile::TempDir,
+    kernel: PathBuf,
+    initrd: PathBuf,
+}
+
+impl Bench {
+    pub fn new() -> Self {
+        let assets = std::env::var_os("CLONE_TEST_ASSETS")
+            .expect("set CLONE_TEST_ASSETS, or run `cargo xtask test --guest`");
+        let assets = PathBuf::from(assets);
+        Self {
+            // Not under the shared target folder, which holds no sockets.
+            dir: tempfile::tempdir_in("/run").unwrap(),
+            kernel: assets.join("guest-kernel/bzImage"),
+            initrd: assets.join("guest-initramfs/initramfs.cpio"),
+        }
+    }
+
+    pub fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_clone"));
+        command
+            .args(words)
+            .env("CLONE_RUNTIME_DIR", self.dir.path())
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Another program that may call the command.
+    pub fn other(&self, program: &str, words: &[&str]) -> Command {
+        let mut command = Command::new(program);
+        command
+            .args(words)
+            .env("CLONE_RUNTIME_DIR", self.dir.path());
+        command
+    }
+
+    pub fn kernel(&self) -> &Path {
+        &self.kernel
+    }
+
+    /// A path for a file of the test.
+    pub fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    pub fn run(&self, words: &[&str]) -> Output {
+        self.command(words).output().unwrap()
+    }
+
+    pub fn json(&self, words: &[&str]) -> Value {
+        let output = self.run(words);
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    pub fn boot(&self, name: &str, more: &[&str]) -> Output {
+        let (kernel, initrd) = (self.kernel.to_str().unwrap(), self.initrd.to_str().unwrap());
+        let mut words = vec!["run", "-n", name, "-k", kernel, "-i", initrd, "-m", "256M"];
+        words.extend(more);
+        if !more.contains(&"--append") {
+            words.extend(["--append", "quiet"]);
+        }
+        self.run(&words)
+    }
+
+    /// What is left of VMs: directories, and processes that mention the runtime directory.
+    pub fn leftovers(&self) -> Vec<String> {
+        let dirs = fs::read_dir(self.dir.path().join("vms")).unwrap();
+        let dirs = dirs.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut left: Vec<String> = dirs.filter(|name| !name.starts_with('.')).collect();
+        let root = self.dir.path().to_str().unwrap();
+        for process in fs::read_dir("/proc").unwrap() {
+            let line = fs::read(process.unwrap().path().join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).replace('\0', " ");
+            if line.contains(root) {
+                left.push(line);
+            }
+        }
+        left
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        for vm in fs::read_dir(self.dir.path().join("vms"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let name = vm.file_name().into_string().unwrap();
+            self.run(&["rm", "--force", &name]);
+        }
+    }
+}
