@@ -36,6 +36,15 @@ pub(crate) fn apply(identity: &Identity) -> Result<(), Refusal> {
     if !identity.hostname.is_empty() {
         set_hostname(&identity.hostname)?;
     }
+    set_network(identity)?;
+    if identity.new_ssh_host_keys {
+        ssh::renew_host_keys(Path::new(SSH_FOLDER))?;
+    }
+    run_hooks()
+}
+
+/// Applies only the part of `identity` that is about the network.
+pub(crate) fn set_network(identity: &Identity) -> Result<(), Refusal> {
     for (index, interface) in identity.interfaces.iter().enumerate() {
         set_interface(index, interface)?;
     }
@@ -47,10 +56,7 @@ pub(crate) fn apply(identity: &Identity) -> Result<(), Refusal> {
             .collect();
         write("/etc/resolv.conf", lines.as_bytes())?;
     }
-    if identity.new_ssh_host_keys {
-        ssh::renew_host_keys(Path::new(SSH_FOLDER))?;
-    }
-    run_hooks()
+    Ok(())
 }
 
 fn invalid(message: String) -> Refusal {

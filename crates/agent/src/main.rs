@@ -10,6 +10,7 @@
 //! library would want the guest's own at run time.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod boot_network;
 mod exec;
 mod files;
 mod identity;
@@ -70,6 +71,9 @@ fn serve(listen: &str) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    if listen.starts_with("vsock:") {
+        boot_network::set_up();
+    }
     // A line on the console: whoever waits for the guest sees that it is there.
     crate::say(&format!("ready on {listen}"));
     let agent = Arc::new(Agent::new());

@@ -77,10 +77,10 @@ impl BusDevice for PowerRegisters {
 
     fn write(&self, offset: u64, data: &[u8]) {
         match (PORT_BASE + offset as u16, data) {
-            (SLEEP_CONTROL_PORT, [value]) if value & SLEEP_ENABLE != 0 => {
-                if value >> SLEEP_TYPE_SHIFT & 7 == SLEEP_TYPE_OFF {
-                    self.exit.send(Exit::PowerOff);
-                }
+            (SLEEP_CONTROL_PORT, [value])
+                if value & SLEEP_ENABLE != 0 && value >> SLEEP_TYPE_SHIFT & 7 == SLEEP_TYPE_OFF =>
+            {
+                self.exit.send(Exit::PowerOff);
             }
             (RESET_PORT, [RESET_VALUE]) => self.exit.send(Exit::Reboot),
             _ => {}

@@ -135,7 +135,6 @@ type SharedTransport = Arc<Mutex<VirtioPci>>;
 pub struct Machine {
     vcpus: Vec<Vcpu>,
     transports: Vec<SharedTransport>,
-    pci: Arc<PciBus>,
     ioapic: Arc<Ioapic>,
     serial: Arc<Serial>,
     power: Arc<PowerRegisters>,
@@ -191,7 +190,6 @@ impl Machine {
         Ok(Self {
             vcpus,
             transports,
-            pci,
             ioapic,
             serial,
             power,

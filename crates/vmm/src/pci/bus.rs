@@ -45,14 +45,6 @@ impl PciBus {
         self.place(slot, &device, &bars);
     }
 
-    /// Looks again at where the device in `slot` answers (after its state was restored).
-    pub fn replace(&self, slot: usize) {
-        if let Some(device) = self.device(slot) {
-            let bars = device.lock().unwrap_or_else(PoisonError::into_inner).bars();
-            self.place(slot, &device, &bars);
-        }
-    }
-
     fn place(&self, slot: usize, device: &SharedDevice, bars: &[BarRange]) {
         let mut placed = self.placed.write().unwrap_or_else(PoisonError::into_inner);
         placed.retain(|(other, _)| *other != slot);

@@ -55,7 +55,8 @@ pub(super) fn for_vcpu(
             0x8000_0001 => entry.ecx &= !(AMD_TOPOLOGY_EXTENSIONS | AMD_CORE_PERFORMANCE),
             // Cores, less one, and the width of the APIC id.
             0x8000_0008 => {
-                entry.ecx = entry.ecx & !0xF0FF | u32::from(count) - 1 | apic_id_bits(count) << 12;
+                let cores = u32::from(count) - 1;
+                entry.ecx = entry.ecx & !0xF0FF | cores | apic_id_bits(count) << 12;
             }
             _ => {}
         }
