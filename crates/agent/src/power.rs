@@ -5,12 +5,11 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
-use rustix::system::{RebootCommand, reboot};
 
+use crate::init;
 use crate::session::{End, Outbox, Refusal};
 
-/// Ends the guest in the way of its init: through systemd where it runs, by the kernel where this
-/// agent is all there is.
+/// Ends the guest in the way of its init: systemd's command where it runs, else a signal.
 pub(crate) fn shutdown(again: bool, outbox: &Outbox) -> Result<(), End> {
     rustix::fs::sync();
     if Path::new("/run/systemd/system").exists() {
@@ -32,16 +31,16 @@ pub(crate) fn shutdown(again: bool, outbox: &Outbox) -> Result<(), End> {
     }
     // The host must hear it first: afterwards there is nobody to tell.
     outbox.done()?;
-    if rustix::process::getppid().is_none_or(Pid::is_init) {
-        let _ = reboot(if again {
-            RebootCommand::Restart
-        } else {
-            RebootCommand::PowerOff
-        });
-        return Ok(());
+    // BusyBox's init takes SIGTERM for a reboot, ours for the opposite.
+    let signal = match (again, init::is_ours()) {
+        (false, _) => init::POWER_OFF,
+        (true, true) => init::REBOOT,
+        (true, false) => libc::SIGTERM,
+    };
+    if let Some(signal) = Signal::from_named_raw(signal)
+        && let Err(error) = kill_process(Pid::INIT, signal)
+    {
+        crate::say(&format!("cannot signal process 1: {error}"));
     }
-    // Another init: SIGUSR2 is busybox's word for power off, SIGTERM its word for reboot.
-    let signal = if again { Signal::TERM } else { Signal::USR2 };
-    let _ = kill_process(Pid::INIT, signal);
     Ok(())
 }
