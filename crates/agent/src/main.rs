@@ -13,6 +13,7 @@
 mod boot_network;
 mod exec;
 mod files;
+mod heap;
 mod identity;
 mod info;
 mod init;
@@ -64,6 +65,7 @@ fn say(line: &str) {
 /// Serves until the process is ended. Returns only when it cannot listen.
 fn serve(listen: &str) -> ExitCode {
     limits::raise();
+    heap::share();
     let listener = match Listener::open(listen) {
         Ok(listener) => listener,
         Err(error) => {

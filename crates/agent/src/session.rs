@@ -13,7 +13,7 @@ use agent_proto::messages::{
 };
 
 use crate::exec::Commands;
-use crate::{exec, files, identity, info, power};
+use crate::{exec, files, heap, identity, info, power};
 
 /// Stacks of session threads: buffers are on the heap.
 pub(crate) const STACK_BYTES: usize = 64 << 10;
@@ -140,7 +140,10 @@ pub(crate) fn start(agent: &Arc<Agent>, stream: File) {
     let spawned = thread::Builder::new()
         .name("session".to_owned())
         .stack_size(STACK_BYTES)
-        .spawn(move || serve(&agent, stream));
+        .spawn(move || {
+            serve(&agent, stream);
+            heap::trim();
+        });
     if let Err(error) = spawned {
         // The host sees the connection end.
         crate::say(&format!("no thread for a connection: {error}"));

@@ -201,6 +201,25 @@ fn fifty_commands_run_side_by_side() {
 }
 
 #[test]
+fn what_many_commands_needed_is_given_back_after_them() {
+    let agent = Agent::start();
+    let burst = || {
+        thread::scope(|scope| {
+            for _ in 0..50 {
+                scope.spawn(|| run(&agent, "head -c 300000 /dev/zero; sleep 0.2"));
+            }
+        });
+    };
+    burst();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    // Pages of the program itself, and of few threads' stacks, may stay.
+    while agent.resident_kib() > 5 << 10 {
+        assert!(Instant::now() < deadline, "{} KiB", agent.resident_kib());
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
 fn signals_reach_the_command_and_its_children() {
     let agent = Agent::start();
     let mut running = agent
