@@ -18,6 +18,9 @@ pub(crate) const SUITE: &str = "trixie";
 /// Set to use another package mirror than mmdebstrap's own.
 const MIRROR_VARIABLE: &str = "CLONE_DEBIAN_MIRROR";
 
+/// Where package versions lie in an unpacked folder until they are read.
+const VERSIONS: &str = "/package-archives";
+
 fn mmdebstrap() -> Command {
     let mut command = Command::new("mmdebstrap");
     // Timestamps of the day would make two builds of the same packages differ.
@@ -34,24 +37,51 @@ fn add_mirror(command: &mut Command) {
     }
 }
 
-/// Unpacks `packages` and what they depend on into `folder`, running none of their scripts.
-pub(crate) fn unpack(packages: &[&str], folder: &Path) -> Result<()> {
+/// Unpacks `packages` and what they depend on into `folder`, running none of their scripts, and
+/// writes their names and versions into `versions`.
+pub(crate) fn unpack(packages: &[&str], folder: &Path, versions: &Path) -> Result<()> {
     println!("unpacking from Debian {SUITE}: {}", packages.join(" "));
+    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let mut command = mmdebstrap();
     command
         .arg("--variant=extract")
         .arg(format!("--include={}", packages.join(",")))
-        .arg(SUITE)
-        .arg(folder);
-    if !rustix::process::geteuid().is_root() {
-        command.arg("--mode=unshare");
-    }
+        // The archives are gone at the end, and nothing else tells the versions.
+        .arg(format!(
+            "--extract-hook=ls \"$1\"/var/cache/apt/archives > \"$1\"{VERSIONS}"
+        ))
+        .args(["--skip=output/dev", "--format=tar", SUITE, "-"])
+        .stdout(Stdio::piped());
     add_mirror(&mut command);
-    run(&mut command).context("cannot unpack Debian packages")
+    // As a tar, the files become ours however mmdebstrap gets its root rights.
+    let mut fetch = command.spawn().context("cannot start mmdebstrap")?;
+    let stream = fetch.stdout.take().context("mmdebstrap has no output")?;
+    let unpacked = run(Command::new("tar")
+        .args(["--extract", "--no-same-owner", "--directory"])
+        .arg(folder)
+        .stdin(stream));
+    let status = fetch.wait().context("cannot wait for mmdebstrap")?;
+    anyhow::ensure!(status.success(), "mmdebstrap failed: {status}");
+    unpacked.context("cannot unpack Debian packages")?;
+    let archives = fs::read_to_string(folder.join(&VERSIONS[1..]))
+        .context("mmdebstrap told no package versions")?;
+    fs::write(versions, archive_versions(&archives)).context("cannot write package versions")
 }
 
-/// Installs a whole Debian with `packages` and hands its folder to `hooks`, shell commands that get
-/// it as `$1` and run as its root; nothing else is kept.
+/// Turns names of package archives, `NAME_VERSION_ARCHITECTURE.deb`, into lines of `NAME VERSION`.
+fn archive_versions(archives: &str) -> String {
+    let packages = archives.lines().filter_map(|archive| {
+        let (name, rest) = archive.split_once('_')?;
+        let (version, _) = rest.strip_suffix(".deb")?.rsplit_once('_')?;
+        // A colon, before which an epoch stands, is escaped in names of files.
+        Some(format!("{name} {}\n", version.replace("%3a", ":")))
+    });
+    packages.collect()
+}
+
+/// Installs a whole Debian with `packages` and hands its folder to `hooks`, which are mmdebstrap's:
+/// shell commands that get it as `$1` and run as its root, or its words for copying files in and
+/// out. Nothing else is kept.
 pub(crate) fn file_system(packages: &[&str], hooks: &[String]) -> Result<()> {
     println!("making a Debian {SUITE} file system (a minute or two, once)");
     let mut command = mmdebstrap();
@@ -94,4 +124,19 @@ pub(crate) struct Kernel {
     pub(crate) modules: PathBuf,
     /// Its version, as `uname -r` prints it.
     pub(crate) version: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_from_names_of_archives() {
+        let archives =
+            "busybox-static_1%3a1.37.0-6+b9_amd64.deb\nlock\npartial\nlibc6_2.41-12_amd64.deb\n";
+        assert_eq!(
+            archive_versions(archives),
+            "busybox-static 1:1.37.0-6+b9\nlibc6 2.41-12\n"
+        );
+    }
 }

@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -11,34 +10,18 @@ use anyhow::{Context, Result};
 use clap::Subcommand;
 
 use crate::process::{cargo, run as run_command};
-use crate::{assets, cpio, debian, host, modules};
+use crate::{assets, cpio, debian, guest_debian, host, modules};
 
 /// Bumped when the recipes below change in a way that their inputs do not show.
 const RECIPE: u32 = 3;
 const KERNEL: &str = "guest-kernel";
 const INITRAMFS: &str = "guest-initramfs";
+/// Without the agent: takes minutes to make, and changes rarely.
+const DEBIAN_BASE: &str = "guest-debian-base";
 const DEBIAN: &str = "guest-debian";
 
 /// The packages that kernel and RAM disk are made of.
 const KERNEL_PACKAGES: &[&str] = &["linux-image-cloud-amd64", "busybox-static"];
-/// The packages of the Debian guest: an init, Python, and what its tests use.
-const DEBIAN_PACKAGES: &[&str] = &[
-    "systemd-sysv",
-    "udev",
-    "dbus",
-    "kmod",
-    "login",
-    "python3",
-    "iproute2",
-    "iputils-ping",
-    "procps",
-    "vim-tiny",
-    "netcat-openbsd",
-    "iperf3",
-    "util-linux",
-    "less",
-    "strace",
-];
 /// Modules that the RAM disk loads: what the guest's root and its devices need.
 const GUEST_MODULES: &[&str] = &[
     "crc32c_generic",
@@ -52,11 +35,15 @@ const GUEST_MODULES: &[&str] = &[
     "virtiofs",
     "vmgenid",
 ];
-const DEBIAN_SIZE: &str = "2G";
 const INIT: &str = include_str!("guest_init.sh");
 
-/// Kernels and file systems for test guests. They end up in target/assets/guest-*:
-/// guest-kernel/{bzImage,vmlinux,version}, guest-initramfs/initramfs.cpio, guest-debian/debian.ext4.
+/// Kernels and file systems for test guests, from Debian's signed packages.
+///
+/// They end up in target/assets (which may be a link): guest-kernel/{bzImage,vmlinux,version},
+/// guest-initramfs/initramfs.cpio (busybox, modules, the guest agent), guest-debian/debian.ext4
+/// (systemd and Python 3; boot it with the RAM disk and root=/dev/vda). The versions of all packages
+/// are in guest-kernel/versions, guest-debian-base/versions and testbed/versions. CLONE_DEBIAN_MIRROR
+/// names another mirror than mmdebstrap's own choice.
 #[derive(Subcommand)]
 pub(crate) enum Command {
     /// Builds what is missing or out of date, and prints where everything is.
@@ -75,7 +62,7 @@ pub(crate) struct GuestAssets {
 
 pub(crate) fn run(command: &Command) -> Result<ExitCode> {
     if matches!(command, Command::Update) {
-        for name in [KERNEL, INITRAMFS, DEBIAN] {
+        for name in [KERNEL, INITRAMFS, DEBIAN_BASE, DEBIAN] {
             assets::forget(name)?;
         }
     }
@@ -114,7 +101,7 @@ fn kernel() -> Result<PathBuf> {
     let key = format!("{RECIPE} {} {KERNEL_PACKAGES:?}", debian::SUITE);
     assets::ensure(KERNEL, &key, |folder| {
         let root = folder.join("root");
-        debian::unpack(KERNEL_PACKAGES, &root)?;
+        debian::unpack(KERNEL_PACKAGES, &root, &folder.join("versions"))?;
         let kernel = debian::kernel(&root, "cloud-amd64", None)?;
         fs::copy(&kernel.image, folder.join("bzImage"))?;
         let vmlinux = clone_image::kernel::extract_vmlinux(&kernel.image)?;
@@ -143,9 +130,13 @@ fn agent() -> Result<Option<PathBuf>> {
         "--target",
         TARGET,
     ]);
-    // With an explicit target the flag does not hit build scripts and procedural macros.
-    run_command(build.env("RUSTFLAGS", "-C target-feature=+crt-static"))
-        .context("cannot build the guest agent")?;
+    // With an explicit target the flags do not hit build scripts and procedural macros. Work trees
+    // that share their assets should make the same agent of the same source.
+    let flags = format!(
+        "-C target-feature=+crt-static --remap-path-prefix={}=.",
+        crate::paths::workspace().display()
+    );
+    run_command(build.env("RUSTFLAGS", flags)).context("cannot build the guest agent")?;
     Ok(Some(
         crate::paths::target()
             .join(TARGET)
@@ -190,57 +181,14 @@ fn initramfs(kernel: &Path, agent: Option<&Path>, agent_key: &str) -> Result<Pat
 fn debian(kernel: &Path, agent: Option<&Path>, agent_key: &str) -> Result<PathBuf> {
     let version = fs::read_to_string(kernel.join("version"))?;
     let key = format!(
-        "{RECIPE} {} {version} {DEBIAN_PACKAGES:?} {agent_key}",
-        debian::SUITE
+        "{RECIPE} {} {version} {:?}",
+        debian::SUITE,
+        guest_debian::PACKAGES
     );
-    assets::ensure(DEBIAN, &key, |folder| {
-        let image = folder.join("debian.ext4");
-        debian::file_system(DEBIAN_PACKAGES, &hooks(kernel, &version, agent, folder)?)?;
-        anyhow::ensure!(image.exists(), "mmdebstrap left no disk image");
-        Ok(())
+    let base = assets::ensure(DEBIAN_BASE, &key, |folder| {
+        guest_debian::make(&kernel.join("modules"), &version, folder)
+    })?;
+    assets::ensure(DEBIAN, &format!("{key} {agent_key}"), |folder| {
+        guest_debian::add_agent(&base, agent, folder)
     })
-}
-
-/// The changes to a plain Debian, as shell commands with its folder as `$1`; the last one makes
-/// the disk image of it (inside mmdebstrap, because only there the files have their owners).
-fn hooks(kernel: &Path, version: &str, agent: Option<&Path>, folder: &Path) -> Result<Vec<String>> {
-    let quoted = |path: &Path| format!("'{}'", path.display());
-    let mut hooks = vec![
-        format!("mkdir -p \"$1\"/usr/lib/modules && cp -a {} \"$1\"/usr/lib/modules/{version}", quoted(&kernel.join("modules"))),
-        format!("chroot \"$1\" depmod {version}"),
-        "chroot \"$1\" passwd -d root".to_owned(),
-        "echo debian > \"$1\"/etc/hostname".to_owned(),
-        "echo '127.0.0.1 localhost debian' > \"$1\"/etc/hosts".to_owned(),
-        ": > \"$1\"/etc/machine-id".to_owned(),
-        "printf '/dev/vda / ext4 defaults,noatime 0 1\\n' > \"$1\"/etc/fstab".to_owned(),
-        // Timers that wake an idle guest would dirty its pages.
-        "chroot \"$1\" systemctl mask apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer".to_owned(),
-    ];
-    if let Some(agent) = agent {
-        let unit = crate::paths::workspace().join("crates/agent/clone-agent.service");
-        let service = folder.join("clone-agent.service");
-        fs::copy(&unit, &service)?;
-        fs::set_permissions(&service, fs::Permissions::from_mode(0o644))?;
-        hooks.push(format!(
-            "install -m 755 {} \"$1\"/usr/local/bin/clone-agent",
-            quoted(agent)
-        ));
-        hooks.push(format!(
-            "install -m 644 {} \"$1\"/etc/systemd/system/clone-agent.service",
-            quoted(&service)
-        ));
-        hooks.push("chroot \"$1\" systemctl enable clone-agent.service".to_owned());
-    }
-    hooks.push("rm -rf \"$1\"/var/lib/apt/lists/* \"$1\"/var/cache/apt/*".to_owned());
-    let (image, tree) = (
-        quoted(&folder.join("debian.ext4")),
-        quoted(&folder.join("tree")),
-    );
-    // A bind mount shows the folder without what is mounted in it (proc).
-    hooks.push(format!("mkdir {tree} && mount --bind \"$1\" {tree}"));
-    hooks.push(format!(
-        "mke2fs -q -F -t ext4 -L root -d {tree} {image} {DEBIAN_SIZE}"
-    ));
-    hooks.push(format!("umount {tree} && rmdir {tree}"));
-    Ok(hooks)
 }

@@ -61,10 +61,20 @@ pub(crate) fn setup() -> Result<()> {
     Ok(())
 }
 
+/// What only those who are not root need.
+const USER_PROGRAMS: &[(&str, &str, &str)] = &[(
+    "newuidmap",
+    "uidmap",
+    "lets mmdebstrap make file systems without root's rights",
+)];
+
 /// Installs missing system packages with apt.
 pub(crate) fn install_packages() -> Result<()> {
+    let is_root = rustix::process::geteuid().is_root();
+    let user_programs = if is_root { &[] } else { USER_PROGRAMS };
     let programs = PROGRAMS
         .iter()
+        .chain(user_programs)
         .filter(|(program, ..)| !is_installed(program));
     let files = FILES
         .iter()

@@ -11,6 +11,7 @@ mod cpio;
 mod debian;
 mod demo;
 mod guest;
+mod guest_debian;
 mod host;
 mod kvm;
 mod modules;

@@ -13,6 +13,22 @@ pub(crate) struct Module {
     pub(crate) content: Vec<u8>,
 }
 
+impl Module {
+    /// The module without its signature, which costs an emulated CPU more to check than all else
+    /// about a small module. The package that it came from was checked.
+    pub(crate) fn without_signature(&self) -> &[u8] {
+        const END: &[u8] = b"~Module signature appended~\n";
+        // Before the end mark: 8 bytes of kinds and lengths, then the signature's length.
+        const HEADER: usize = 12;
+        let cut = || {
+            let rest = self.content.strip_suffix(END)?;
+            let len = u32::from_be_bytes(*rest.last_chunk()?);
+            rest.get(..rest.len().checked_sub(HEADER + len as usize)?)
+        };
+        cut().unwrap_or(&self.content)
+    }
+}
+
 /// Finds `wanted` and their dependencies below `folder` (a kernel's modules), each after what it
 /// needs. Names that are not there are built into the kernel, or missing: loading would tell.
 pub(crate) fn closure(folder: &Path, wanted: &[&str]) -> Result<Vec<Module>> {
@@ -94,6 +110,23 @@ fn dependencies(module: &[u8]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_signature_is_cut_off_and_nothing_else() {
+        let module = |content: &[u8]| Module {
+            name: "m".to_owned(),
+            content: content.to_vec(),
+        };
+        let mut signed = b"code".to_vec();
+        signed.extend_from_slice(b"sig-");
+        signed.extend_from_slice(&[0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 4]);
+        signed.extend_from_slice(b"~Module signature appended~\n");
+        assert_eq!(module(&signed).without_signature(), b"code");
+        assert_eq!(module(b"code").without_signature(), b"code");
+        // A length beyond the file is no signature.
+        let absurd = b"code\0\0\x02\0\0\0\0\0\0\0\xFF\xFF~Module signature appended~\n";
+        assert_eq!(module(absurd).without_signature(), absurd);
+    }
 
     #[test]
     fn dependencies_are_read_from_the_module_itself() {

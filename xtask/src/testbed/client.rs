@@ -201,15 +201,16 @@ fn forward_input(out: Arc<Mutex<UnixStream>>) {
 
 /// Passes the window's size on whenever it changes.
 fn forward_size(out: Arc<Mutex<UnixStream>>) {
-    // SAFETY: the set is initialised by sigemptyset before it is used, and blocking a signal that
-    // we wait for has no other effect. Threads made later inherit the mask, which is harmless.
-    let set = unsafe {
-        let mut set = std::mem::zeroed();
-        libc::sigemptyset(&mut set);
-        libc::sigaddset(&mut set, libc::SIGWINCH);
-        libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
-        set
-    };
+    let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: it writes an empty set to where it is told, which is ours.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: sigemptyset has initialised it, and cannot fail with a valid pointer.
+    let mut set = unsafe { set.assume_init() };
+    // SAFETY: the set is initialised and ours.
+    unsafe { libc::sigaddset(&mut set, libc::SIGWINCH) };
+    // SAFETY: the set is initialised; blocking a signal that we wait for has no other effect.
+    // Threads made later inherit the mask, which is harmless.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
     thread::spawn(move || {
         loop {
             let mut signal = 0;

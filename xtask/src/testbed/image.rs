@@ -10,74 +10,93 @@ use anyhow::{Context, Result};
 
 use crate::{assets, cpio, debian, modules};
 
-/// Bumped when the recipe changes in a way that its inputs do not show.
-const RECIPE: u32 = 4;
-const NAME: &str = "testbed";
+/// Bumped when a recipe below changes in a way that its inputs do not show.
+const RECIPE: u32 = 1;
+/// Everything from Debian's packages.
+const MACHINE: &str = "testbed-machine";
+const INITRAMFS: &str = "testbed-initramfs";
 
 /// The full kernel: the cloud flavour lacks 9p.
 const PACKAGES: &[&str] = &["qemu-system-x86", "linux-image-amd64", "busybox-static"];
 
-/// What the root needs, then what a KVM host has.
-const MODULES: &[&str] = &[
+/// What mounting the root needs, and what both groups below need.
+const ROOT_MODULES: &[&str] = &[
     "crc32c_generic",
     "crc32c_intel",
     "9p",
     "9pnet_virtio",
     "overlay",
-    "kvm_amd",
-    "vhost_net",
-    "vhost_vsock",
-    "vsock_loopback",
-    "tun",
-    "tap",
-    "bridge",
-    "veth",
-    "dummy",
-    "nf_tables",
-    "nft_chain_nat",
-    "nft_masq",
-    "nft_ct",
-    "nft_limit",
-    "nft_reject_inet",
-    "nft_meta_bridge",
-    "nft_reject_bridge",
-    "br_netfilter",
-    "ext4",
-    "virtio_blk",
-    "virtio_rng",
-    "loop",
-    "vfio_pci",
-    "vfio_iommu_type1",
-    "iommufd",
+    "irqbypass",
+];
+/// What a KVM host has, in groups that load at the same time.
+const HOST_MODULES: [&[&str]; 2] = [
+    &[
+        "kvm_amd",
+        "vhost_net",
+        "vhost_vsock",
+        "vsock_loopback",
+        "tun",
+        "tap",
+        "vfio_pci",
+        "vfio_iommu_type1",
+        "iommufd",
+    ],
+    &[
+        "bridge",
+        "veth",
+        "dummy",
+        "nf_tables",
+        "nft_chain_nat",
+        "nft_masq",
+        "nft_ct",
+        "nft_limit",
+        "nft_reject_inet",
+        "nft_meta_bridge",
+        "nft_reject_bridge",
+        "br_netfilter",
+        "ext4",
+        "virtio_blk",
+        "virtio_rng",
+        "loop",
+    ],
 ];
 const INIT: &str = include_str!("init.sh");
 
 /// The parts of a testbed on disk.
 pub(super) struct Image {
-    folder: PathBuf,
+    machine: PathBuf,
+    initramfs: PathBuf,
 }
 
 impl Image {
     /// Builds it unless it is there.
     pub(super) fn ensure() -> Result<Self> {
-        let key = format!("{RECIPE} {} {PACKAGES:?} {MODULES:?} {INIT}", debian::SUITE);
-        let folder = assets::ensure(NAME, &key, build)?;
+        let key = format!("{RECIPE} {} {PACKAGES:?}", debian::SUITE);
+        let machine = assets::ensure(MACHINE, &key, build_machine)?.canonicalize()?;
+        let version = fs::read_to_string(machine.join("version"))?;
+        let key = format!("{RECIPE} {version} {ROOT_MODULES:?} {HOST_MODULES:?} {INIT}");
+        let initramfs = assets::ensure(INITRAMFS, &key, |folder| {
+            build_initramfs(&machine, &folder.join("initramfs.cpio"))
+        })?;
         Ok(Self {
-            folder: folder.canonicalize()?,
+            initramfs: initramfs.canonicalize()?.join("initramfs.cpio"),
+            machine,
         })
     }
 
+    /// The kernel as an ELF file: QEMU enters it at once, where a bzImage would first unpack itself
+    /// on an emulated CPU.
     pub(super) fn kernel(&self) -> PathBuf {
-        self.folder.join("bzImage")
+        self.machine.join("vmlinux")
     }
 
-    pub(super) fn initramfs(&self) -> PathBuf {
-        self.folder.join("initramfs.cpio")
+    pub(super) fn initramfs(&self) -> &Path {
+        &self.initramfs
     }
 
     /// QEMU, run with the libraries that it was built with and not the host's.
     pub(super) fn qemu(&self) -> Command {
-        qemu(&self.folder.join("root"))
+        qemu(&self.machine.join("root"))
     }
 }
 
@@ -96,37 +115,14 @@ fn qemu(root: &Path) -> Command {
     command
 }
 
-fn build(folder: &Path) -> Result<()> {
+fn build_machine(folder: &Path) -> Result<()> {
     let root = folder.join("root");
-    debian::unpack(PACKAGES, &root)?;
+    debian::unpack(PACKAGES, &root, &folder.join("versions"))?;
     let kernel = debian::kernel(&root, "-amd64", Some("cloud-amd64"))?;
-    fs::copy(&kernel.image, folder.join("bzImage"))?;
-    let out = fs::File::create(folder.join("initramfs.cpio"))?;
-    let mut archive = cpio::Archive::new(std::io::BufWriter::new(out));
-    for path in [
-        "bin", "dev", "lower", "modules", "proc", "root", "sys", "upper",
-    ] {
-        archive.folder(path)?;
-    }
-    let mut order = String::new();
-    for module in modules::closure(&kernel.modules, MODULES)? {
-        archive.file(
-            &format!("modules/{}.ko", module.name),
-            0o644,
-            &module.content,
-        )?;
-        order.push_str(&module.name);
-        order.push('\n');
-    }
-    archive.file("modules/order", 0o644, order.as_bytes())?;
-    archive.file(
-        "bin/busybox",
-        0o755,
-        &fs::read(root.join("usr/bin/busybox"))?,
-    )?;
-    archive.file("init", 0o755, INIT.as_bytes())?;
-    archive.finish()?.flush()?;
-    fs::remove_dir_all(&kernel.modules).context("cannot remove the packed modules")?;
+    let vmlinux = clone_image::kernel::extract_vmlinux(&kernel.image)?;
+    fs::write(folder.join("vmlinux"), vmlinux)?;
+    fs::rename(&kernel.modules, folder.join("modules"))?;
+    fs::write(folder.join("version"), &kernel.version)?;
     let version = qemu(&root)
         .arg("--version")
         .output()
@@ -136,5 +132,52 @@ fn build(folder: &Path) -> Result<()> {
         "the unpacked QEMU does not run: {}",
         String::from_utf8_lossy(&version.stderr)
     );
+    Ok(())
+}
+
+fn build_initramfs(machine: &Path, path: &Path) -> Result<()> {
+    let mut archive = cpio::Archive::new(std::io::BufWriter::new(fs::File::create(path)?));
+    for path in [
+        "bin", "dev", "lower", "modules", "proc", "root", "sys", "upper",
+    ] {
+        archive.folder(path)?;
+    }
+    let modules = machine.join("modules");
+    let root = modules::closure(&modules, ROOT_MODULES)?;
+    let mut packed = Vec::new();
+    add_modules(&mut archive, "root", &root, &mut packed)?;
+    for (index, group) in HOST_MODULES.into_iter().enumerate() {
+        let mut group = modules::closure(&modules, &[ROOT_MODULES, group].concat())?;
+        group.retain(|module| root.iter().all(|other| other.name != module.name));
+        add_modules(&mut archive, &format!("host{index}"), &group, &mut packed)?;
+    }
+    let busybox = fs::read(machine.join("root/usr/bin/busybox"))?;
+    archive.file("bin/busybox", 0o755, &busybox)?;
+    archive.file("init", 0o755, INIT.as_bytes())?;
+    archive.finish()?.flush()?;
+    Ok(())
+}
+
+/// Packs `modules` and, as `modules/GROUP.order`, the order to load them in.
+fn add_modules(
+    archive: &mut cpio::Archive<impl Write>,
+    group: &str,
+    modules: &[modules::Module],
+    packed: &mut Vec<String>,
+) -> Result<()> {
+    let mut order = String::new();
+    for module in modules {
+        anyhow::ensure!(
+            !packed.contains(&module.name),
+            "{} is in two groups that load at the same time: put it into ROOT_MODULES",
+            module.name
+        );
+        let path = format!("modules/{}.ko", module.name);
+        archive.file(&path, 0o644, module.without_signature())?;
+        order.push_str(&module.name);
+        order.push('\n');
+        packed.push(module.name.clone());
+    }
+    archive.file(&format!("modules/{group}.order"), 0o644, order.as_bytes())?;
     Ok(())
 }

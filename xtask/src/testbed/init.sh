@@ -5,9 +5,15 @@ b=/bin/busybox
 $b mount -t proc proc /proc
 $b mount -t sysfs sysfs /sys
 $b mount -t devtmpfs devtmpfs /dev
-while read -r module; do
-    $b insmod "/modules/$module.ko" 2>/dev/null || echo "testbed: cannot load $module"
-done < /modules/order
+load() {
+    while read -r module; do
+        $b insmod "/modules/$module.ko" || echo "testbed: cannot load $module"
+    done < "/modules/$1.order"
+}
+load root
+# The rest loads while we mount, on both CPUs.
+load host0 &
+load host1 &
 for word in $($b cat /proc/cmdline); do
     case $word in testbed.*) value=${word#*=}; name=${word%%=*}; eval "${name#testbed.}=\$value" ;; esac
 done
@@ -22,17 +28,20 @@ $b mount -t 9p -o "$fs9p,cache=mmap" target "/root$target" || echo "testbed: no 
 [ -n "$assets" ] && $b mount -t 9p -o "$fs9p,cache=mmap" assets "/root$assets"
 $b mount -t proc proc /root/proc
 $b mount -t sysfs sysfs /root/sys
-$b mount -o move /dev /root/dev
-$b mkdir -p /root/dev/pts /root/dev/shm /root/dev/hugepages
+$b mount -t devtmpfs devtmpfs /root/dev
+$b mkdir -p /root/dev/pts /root/dev/shm
 $b mount -t devpts -o ptmxmode=666 devpts /root/dev/pts
 $b mount -t tmpfs tmpfs /root/dev/shm
 $b mount -t tmpfs -o mode=755 tmpfs /root/run
 $b mount -t tmpfs -o mode=1777 tmpfs /root/tmp
+$b mount -t securityfs securityfs /root/sys/kernel/security
 $b mount -t cgroup2 cgroup2 /root/sys/fs/cgroup
 $b mount -t tracefs tracefs /root/sys/kernel/tracing 2>/dev/null
 $b mount -t debugfs debugfs /root/sys/kernel/debug 2>/dev/null
+echo 1 > /proc/sys/vm/unprivileged_userfaultfd
 $b hostname testbed
 $b ifconfig lo up
+wait
 [ -n "$spare" ] && {
     echo vfio-pci > "/sys/bus/pci/devices/$spare/driver_override"
     echo "$spare" > "/sys/bus/pci/devices/$spare/driver/unbind" 2>/dev/null

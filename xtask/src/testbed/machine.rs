@@ -8,6 +8,7 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
 use super::image::Image;
@@ -18,6 +19,10 @@ const START_LIMIT: Duration = Duration::from_secs(120);
 /// Lines of the console shown when a testbed dies.
 const TAIL: usize = 15;
 const PID_FILE: &str = "pid";
+const DEFAULT_MIB: u32 = 8192;
+const DEFAULT_CPUS: u32 = 2;
+/// How folders of testbeds for single commands begin; the number of their process follows.
+const SINGLE: &str = "run-";
 const CONSOLE: &str = "console.log";
 const QEMU_LOG: &str = "qemu.log";
 /// Where the spare device of the VFIO flavour is put on its bus.
@@ -27,8 +32,49 @@ const SPARE_DEVICE: &str = "0000:00:10.0";
 pub(crate) struct Testbed {
     folder: PathBuf,
     pid: Pid,
+    kind: Kind,
     /// Ours to end.
     child: Option<Child>,
+}
+
+/// What a testbed is like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Kind {
+    mib: u32,
+    cpus: u32,
+    vfio: bool,
+}
+
+impl Kind {
+    fn new(size: &Size) -> Self {
+        Self {
+            mib: size.mem.unwrap_or(DEFAULT_MIB),
+            cpus: size.cpus.unwrap_or(DEFAULT_CPUS),
+            vfio: size.vfio,
+        }
+    }
+
+    /// Whether it is as `size` asks for.
+    fn suits(self, size: &Size) -> bool {
+        size.mem.is_none_or(|mib| mib == self.mib)
+            && size.cpus.is_none_or(|cpus| cpus == self.cpus)
+            && (self.vfio || !size.vfio)
+    }
+
+    /// The fields after PID and start time in the PID file.
+    fn parse<'a>(mut fields: impl Iterator<Item = &'a str>) -> Option<Self> {
+        Some(Self {
+            mib: fields.next()?.parse().ok()?,
+            cpus: fields.next()?.parse().ok()?,
+            vfio: fields.next()?.parse().ok()?,
+        })
+    }
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {} {}", self.mib, self.cpus, self.vfio)
+    }
 }
 
 impl Testbed {
@@ -46,25 +92,42 @@ impl Testbed {
         let Some(pid) = pid else { return Ok(None) };
         // A process with that number but another start time is somebody else's.
         let same = start_time(pid).is_some_and(|time| Some(time.as_str()) == fields.next());
-        Ok((same && test_kill_process(pid).is_ok()).then_some(Self {
+        Ok((same && test_kill_process(pid).is_ok()).then(|| Self {
             folder,
             pid,
+            // Builds of before wrote no kind, and had one only.
+            kind: Kind::parse(fields).unwrap_or_else(|| Kind::new(&Size::default())),
             child: None,
         }))
     }
 
     /// Starts one in the background, or returns the one that is up.
     pub(crate) fn up(size: &Size) -> Result<Self> {
-        if let Some(testbed) = Self::find()? {
+        let state = crate::paths::testbed_state();
+        fs::create_dir_all(&state).with_context(|| format!("cannot make {}", state.display()))?;
+        // Two at once would clear each other's folder.
+        let lock = File::create(state.join("up.lock"))?;
+        flock(&lock, FlockOperation::LockExclusive).context("cannot lock the testbed's state")?;
+        if let Some(mut testbed) = Self::find()? {
+            if !testbed.kind.suits(size) {
+                bail!(
+                    "a testbed of another kind is up ({} MiB, {} CPUs{}): end it with `cargo xtask testbed down`",
+                    testbed.kind.mib,
+                    testbed.kind.cpus,
+                    if testbed.kind.vfio { ", VFIO" } else { "" }
+                );
+            }
+            testbed.wait_ready()?;
             return Ok(testbed);
         }
         let mut testbed = Self::start(up_folder(), size, false)?;
-        testbed.wait_ready()?;
         let time = start_time(testbed.pid).context("the testbed ended at once")?;
+        // Before it is ready: should we be ended while we wait, `down` still finds it.
         fs::write(
             testbed.folder.join(PID_FILE),
-            format!("{} {time}", testbed.pid),
+            format!("{} {time} {}", testbed.pid, testbed.kind),
         )?;
+        testbed.wait_ready()?;
         // It goes on without us.
         testbed.child = None;
         Ok(testbed)
@@ -72,10 +135,11 @@ impl Testbed {
 
     /// The one that is up, else a fresh one that ends with this value.
     pub(crate) fn find_or_start(size: &Size) -> Result<Self> {
-        if let Some(testbed) = Self::find()?.filter(|_| !size.vfio) {
+        if let Some(testbed) = Self::find()?.filter(|testbed| testbed.kind.suits(size)) {
             return Ok(testbed);
         }
-        let folder = crate::paths::testbed_state().join(format!("run-{}", std::process::id()));
+        sweep()?;
+        let folder = crate::paths::testbed_state().join(format!("{SINGLE}{}", std::process::id()));
         let mut testbed = Self::start(folder, size, true)?;
         testbed.wait_ready()?;
         Ok(testbed)
@@ -92,6 +156,7 @@ impl Testbed {
     fn start(folder: PathBuf, size: &Size, dies_with_us: bool) -> Result<Self> {
         crate::host::install_packages()?;
         let image = Image::ensure()?;
+        let kind = Kind::new(size);
         if folder.exists() {
             fs::remove_dir_all(&folder)
                 .with_context(|| format!("cannot clear {}", folder.display()))?;
@@ -103,7 +168,7 @@ impl Testbed {
         let log = File::create(folder.join(QEMU_LOG))?;
         let mut command = image.qemu();
         command
-            .args(arguments(&image, size, &folder, &supervisor)?)
+            .args(arguments(&image, kind, &supervisor)?)
             .current_dir(&folder)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -123,6 +188,7 @@ impl Testbed {
         Ok(Self {
             folder,
             pid,
+            kind,
             child: Some(child),
         })
     }
@@ -202,6 +268,23 @@ pub(super) fn down() -> Result<bool> {
     Ok(true)
 }
 
+/// Removes what testbeds for single commands left whose process was killed. QEMU went with it.
+fn sweep() -> Result<()> {
+    let Ok(entries) = fs::read_dir(crate::paths::testbed_state()) else {
+        return Ok(());
+    };
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name();
+        let owner = name.to_str().and_then(|name| name.strip_prefix(SINGLE));
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            // Another process may sweep the same.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    Ok(())
+}
+
 fn up_folder() -> PathBuf {
     crate::paths::testbed_state().join("up")
 }
@@ -214,12 +297,7 @@ fn start_time(pid: Pid) -> Option<String> {
     rest.split_whitespace().nth(19).map(str::to_owned)
 }
 
-fn arguments(
-    image: &Image,
-    size: &Size,
-    folder: &Path,
-    supervisor: &Path,
-) -> Result<Vec<OsString>> {
+fn arguments(image: &Image, kind: Kind, supervisor: &Path) -> Result<Vec<OsString>> {
     let workspace = crate::paths::workspace();
     let target = crate::paths::target().canonicalize()?;
     let assets = crate::paths::assets().canonicalize()?;
@@ -234,7 +312,7 @@ fn arguments(
     }
     let mut cmdline = format!(
         "console=ttyS0 quiet panic=-1 i8042.noaux i8042.nokbd i8042.nopnp tsc=reliable \
-         mitigations=off cryptomgr.notests rcupdate.rcu_expedited=1 random.trust_cpu=on \
+         mitigations=off no_timer_check cryptomgr.notests rcupdate.rcu_expedited=1 random.trust_cpu=on \
          testbed.workspace={} testbed.target={} testbed.supervisor={}",
         workspace.display(),
         target.display(),
@@ -246,8 +324,8 @@ fn arguments(
     let mut words: Vec<OsString> = Vec::new();
     let mut add = |text: &str| words.extend(text.split_whitespace().map(OsString::from));
     add("-accel tcg,thread=multi,tb-size=512 -cpu EPYC-v1,+svm,+npt,-xsavec");
-    add(&format!("-smp {} -m {}", size.cpus, size.mem));
-    if size.vfio {
+    add(&format!("-smp {} -m {}", kind.cpus, kind.mib));
+    if kind.vfio {
         add("-M q35,kernel-irqchip=split -device intel-iommu,intremap=on,caching-mode=on");
         add("-device edu,addr=0x10");
         cmdline.push_str(&format!(" intel_iommu=on testbed.spare={SPARE_DEVICE}"));
@@ -290,6 +368,5 @@ fn arguments(
     words.push(image.initramfs().into());
     words.push("-append".into());
     words.push(cmdline.into());
-    let _ = folder;
     Ok(words)
 }

@@ -24,27 +24,30 @@ pub(crate) use machine::Testbed;
 /// Ports, and so commands that can run at the same time in one testbed.
 const PORTS: usize = 15;
 
-#[derive(Args, Clone, Debug)]
+/// What a testbed must be like; what is not said is taken as it comes.
+#[derive(Args, Clone, Debug, Default)]
 pub(crate) struct Size {
-    /// Memory of the testbed in MiB.
-    #[arg(long, default_value_t = 8192)]
-    pub(crate) mem: u32,
-    /// CPUs of the testbed.
-    #[arg(long, default_value_t = 2)]
-    pub(crate) cpus: u32,
+    /// Memory, as in 6G or 512M [default: 8G]; taken from the host only as it is used.
+    #[arg(long, value_name = "SIZE", value_parser = mebibytes)]
+    mem: Option<u32>,
+    /// CPUs [default: 2].
+    #[arg(long, value_name = "N")]
+    cpus: Option<u32>,
     /// A machine with an IOMMU, and a spare PCI device bound to vfio-pci.
     #[arg(long)]
-    pub(crate) vfio: bool,
+    vfio: bool,
 }
 
-impl Default for Size {
-    fn default() -> Self {
-        Self {
-            mem: 8192,
-            cpus: 2,
-            vfio: false,
-        }
-    }
+/// Reads `6G`, `512M` or a plain number of MiB.
+fn mebibytes(text: &str) -> Result<u32, String> {
+    let (digits, factor) = match text.strip_suffix(['G', 'g']) {
+        Some(digits) => (digits, 1024),
+        None => (text.strip_suffix(['M', 'm']).unwrap_or(text), 1),
+    };
+    let number = digits.parse::<u32>().ok();
+    let size = number.and_then(|number| number.checked_mul(factor));
+    size.filter(|size| *size >= 256)
+        .ok_or_else(|| "a size of at least 256M, as in 6G or 512M".to_owned())
 }
 
 #[derive(Subcommand)]
@@ -55,19 +58,23 @@ pub(crate) enum Command {
     Down,
     /// Says whether a testbed is up.
     Status,
-    /// Runs a command inside, in this directory, and ends with its exit status. Uses the testbed
-    /// that is up, else a fresh one that goes away with the command.
+    /// Runs a command inside, in this directory, and ends with its exit status.
+    ///
+    /// Uses the testbed that is up if it is like what was asked for, else a fresh one that goes
+    /// away with the command. Inside one is root; only cargo's target folder is shared writable,
+    /// all other changes are gone with the testbed. Unix sockets do not work in the shared
+    /// folders: put them in /run or /tmp, which are in memory.
     Run {
         #[command(flatten)]
         size: Size,
-        /// Ends the command after so many seconds.
+        /// Ends the command after so many seconds, with exit status 124.
         #[arg(long)]
         timeout: Option<u64>,
         /// The command and its arguments.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         command: Vec<OsString>,
     },
-    /// An interactive shell inside.
+    /// An interactive shell inside; in a testbed that is up, beside whatever else runs there.
     Shell {
         #[command(flatten)]
         size: Size,

@@ -1,4 +1,5 @@
-//! The inside of a testbed: PID 1, which runs commands for the sessions on its ports.
+//! The inside of a testbed: PID 1, and the supervisor that runs commands for the sessions on its
+//! ports.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -12,16 +13,42 @@ use std::thread;
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, epoll, poll};
 use rustix::fs::OFlags;
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, wait};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
 use super::PORTS;
 use super::wire::{self, Kind, MAX_PAYLOAD, Start};
 
-/// Serves all ports for ever. It is PID 1, so orphans of commands become its children; they are
-/// few and the machine is short-lived, so they are left as they are.
+/// As PID 1 starts itself again and buries what dies; as PID 1's child serves all ports for ever.
 pub(super) fn main() -> Result<ExitCode> {
+    if rustix::process::getpid().is_init() {
+        bury_orphans()
+    } else {
+        serve_ports()
+    }
+}
+
+/// Orphans of commands become children of PID 1. One that nobody waits for stays a zombie, which
+/// a test that asks whether the process is gone takes for alive.
+fn bury_orphans() -> Result<ExitCode> {
+    let supervisor = Command::new(std::env::current_exe()?)
+        .args(["testbed", "supervise"])
+        .spawn()
+        .context("cannot start the supervisor")?;
+    let supervisor = Pid::from_child(&supervisor);
+    loop {
+        match wait(WaitOptions::empty()) {
+            Ok(Some((ended, _))) if ended == supervisor => {
+                anyhow::bail!("the supervisor ended")
+            }
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error).context("cannot wait for children"),
+        }
+    }
+}
+
+fn serve_ports() -> Result<ExitCode> {
     let threads: Vec<_> = (0..PORTS)
         .map(|port| {
             thread::spawn(move || {
