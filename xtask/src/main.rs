@@ -37,7 +37,11 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Runs the main job, from nothing: what the product does today, with its times.
-    Demo,
+    Demo {
+        /// The part that runs where guests run.
+        #[arg(long, hide = true)]
+        inside: bool,
+    },
     /// Runs all tests: format, lints, licences, unit tests, then the guest tests under KVM.
     Test(test::Options),
     /// A nested KVM host under QEMU, for machines without hardware KVM.
@@ -54,7 +58,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Demo => demo::run(),
+        Command::Demo { inside } => demo::run(inside),
         Command::Test(options) => test::run(&options),
         Command::Testbed(command) => testbed::run(command),
         Command::Guest(command) => guest::run(&command),

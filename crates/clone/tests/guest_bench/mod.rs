@@ -13,6 +13,7 @@ pub struct Bench {
     dir: tempfile::TempDir,
     kernel: PathBuf,
     initrd: PathBuf,
+    debian: PathBuf,
 }
 
 impl Bench {
@@ -25,6 +26,7 @@ impl Bench {
             dir: tempfile::tempdir_in("/run").unwrap(),
             kernel: assets.join("guest-kernel/bzImage"),
             initrd: assets.join("guest-initramfs/initramfs.cpio"),
+            debian: assets.join("guest-debian/debian.ext4"),
         }
     }
 
@@ -50,6 +52,11 @@ impl Bench {
         &self.kernel
     }
 
+    /// A disk with a stock Debian.
+    pub fn debian(&self) -> &Path {
+        &self.debian
+    }
+
     /// A path for a file of the test.
     pub fn path(&self, name: &str) -> String {
         self.dir.path().join(name).to_str().unwrap().to_owned()
@@ -67,7 +74,10 @@ impl Bench {
 
     pub fn boot(&self, name: &str, more: &[&str]) -> Output {
         let (kernel, initrd) = (self.kernel.to_str().unwrap(), self.initrd.to_str().unwrap());
-        let mut words = vec!["run", "-n", name, "-k", kernel, "-i", initrd, "-m", "256M"];
+        let mut words = vec!["run", "-n", name, "-k", kernel, "-i", initrd];
+        if !more.contains(&"-m") {
+            words.extend(["-m", "256M"]);
+        }
         words.extend(more);
         if !more.contains(&"--append") {
             words.extend(["--append", "quiet"]);

@@ -10,6 +10,10 @@ const TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1 EDX: several logical processors in the package.
 const HTT: u32 = 1 << 28;
+/// Leaf 1 ECX and leaf 0x8000_0001 ECX: Intel's and AMD's virtualisation. Guests get none: their
+/// state would be another to save, and a larger surface to attack.
+const VMX: u32 = 1 << 5;
+const SVM: u32 = 1 << 2;
 /// Leaf 0x8000_0001 ECX: AMD's own topology leaves, which we do not fill.
 const AMD_TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
 const AMD_CORE_PERFORMANCE: u32 = 1 << 23 | 1 << 24;
@@ -33,7 +37,7 @@ pub(super) fn for_vcpu(
             1 => {
                 let count = if count > 1 { u32::from(count) } else { 1 };
                 entry.ebx = entry.ebx & 0x0000_FFFF | count << 16 | u32::from(id) << 24;
-                entry.ecx |= TSC_DEADLINE | HYPERVISOR;
+                entry.ecx = entry.ecx & !VMX | TSC_DEADLINE | HYPERVISOR;
                 entry.edx = if count > 1 {
                     entry.edx | HTT
                 } else {
@@ -52,7 +56,9 @@ pub(super) fn for_vcpu(
             }
             // No performance counters: a clone may run on another host's.
             0xA => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-            0x8000_0001 => entry.ecx &= !(AMD_TOPOLOGY_EXTENSIONS | AMD_CORE_PERFORMANCE),
+            0x8000_0001 => {
+                entry.ecx &= !(SVM | AMD_TOPOLOGY_EXTENSIONS | AMD_CORE_PERFORMANCE);
+            }
             // Cores, less one, and the width of the APIC id.
             0x8000_0008 => {
                 let cores = u32::from(count) - 1;
@@ -128,6 +134,20 @@ mod tests {
             );
         }
         assert_eq!(leaf(&cpuid, 0x8000_0008, 0).ecx, 5 | 3 << 12);
+    }
+
+    #[test]
+    fn guests_are_offered_no_virtualisation() {
+        let entry = |function, ecx| kvm_cpuid_entry2 {
+            function,
+            ecx,
+            ..Default::default()
+        };
+        let host =
+            CpuId::from_entries(&[entry(1, u32::MAX), entry(0x8000_0001, u32::MAX)]).unwrap();
+        let cpuid = for_vcpu(&host, 0, 1).unwrap();
+        assert_eq!(leaf(&cpuid, 1, 0).ecx & VMX, 0);
+        assert_eq!(leaf(&cpuid, 0x8000_0001, 0).ecx & SVM, 0);
     }
 
     #[test]
