@@ -83,22 +83,17 @@ fn a_login_prompt_is_on_the_console(bench: &Bench) {
 }
 
 fn a_hundred_mebibytes_of_output_arrive(bench: &Bench) {
-    let guest = bench
-        .command(&["exec", "a", "seq", "1", "13000000"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let sum = |input: Stdio| {
-        let output = Command::new("sha256sum").stdin(input).output().unwrap();
-        String::from_utf8(output.stdout).unwrap()
+    let sum_of = |mut command: Command| {
+        let mut printer = command.stdout(Stdio::piped()).spawn().unwrap();
+        let input = Stdio::from(printer.stdout.take().unwrap());
+        let sum = Command::new("sha256sum").stdin(input).output().unwrap();
+        assert!(printer.wait().unwrap().success());
+        String::from_utf8(sum.stdout).unwrap()
     };
-    let seen = sum(guest.stdout.unwrap().into());
-    let here = Command::new("seq")
-        .args(["1", "13000000"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    assert_eq!(seen, sum(here.stdout.unwrap().into()));
+    let mut here = Command::new("seq");
+    here.args(["1", "13000000"]);
+    let guest = bench.command(&["exec", "a", "seq", "1", "13000000"]);
+    assert_eq!(sum_of(guest), sum_of(here));
 }
 
 fn the_network_reaches_the_host(bench: &Bench) {
