@@ -21,8 +21,13 @@ use super::{PORTS, Testbed};
 /// How our own ends of a command are reported, as `timeout(1)` does.
 const EXIT_TIMEOUT: u8 = 124;
 
-/// How long an answer to a greeting is waited for before it is said again.
-const GREET_AGAIN: Duration = Duration::from_secs(2);
+/// How long an answer to a greeting is waited for before it is said again. A host that comes soon
+/// after another is often not answered: the port still counts as closed inside.
+const GREET_AGAIN: Duration = Duration::from_millis(100);
+/// It is waited for twice as long each time, up to this: greetings pile up while a testbed boots.
+const GREET_AT_LAST: Duration = Duration::from_secs(4);
+/// How a command that could not be started is reported, as shells do.
+const EXIT_NOT_STARTED: u8 = 127;
 
 /// A port that nobody else uses, connected and in step.
 struct Session {
@@ -67,7 +72,10 @@ impl Session {
         let mut nonce = [0; 16];
         File::open("/dev/urandom")?.read_exact(&mut nonce)?;
         let mut stream = &self.stream;
-        stream.set_read_timeout(Some(GREET_AGAIN))?;
+        let mut patience = GREET_AGAIN;
+        stream.set_read_timeout(Some(patience))?;
+        // A port that takes nothing must not hold us beyond the limit.
+        stream.set_write_timeout(Some(limit.max(GREET_AGAIN)))?;
         let deadline = Instant::now() + limit;
         wire::write(&mut stream, Kind::Sync, &nonce)?;
         // The answer's payload is found wherever it starts.
@@ -83,11 +91,14 @@ impl Session {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     anyhow::ensure!(Instant::now() < deadline, "no answer within {limit:?}");
                     wire::write(&mut stream, Kind::Sync, &nonce)?;
+                    patience = (patience * 2).min(GREET_AT_LAST);
+                    stream.set_read_timeout(Some(patience))?;
                 }
                 Err(error) => return Err(error.into()),
             }
         }
         stream.set_read_timeout(None)?;
+        stream.set_write_timeout(None)?;
         Ok(())
     }
 }
@@ -180,7 +191,10 @@ fn pass_output(mut stream: &UnixStream, deadline: Option<Instant>) -> Result<u8>
             }
             Kind::Stderr => io::stderr().write_all(&payload)?,
             Kind::Exit => return Ok(payload.first().copied().unwrap_or(u8::MAX)),
-            Kind::Failed => bail!("{}", String::from_utf8_lossy(&payload)),
+            Kind::Failed => {
+                eprintln!("error: {}", String::from_utf8_lossy(&payload));
+                return Ok(EXIT_NOT_STARTED);
+            }
             _ => {}
         }
     }

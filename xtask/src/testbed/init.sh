@@ -44,7 +44,8 @@ $b ifconfig lo up
 wait
 [ -n "$spare" ] && {
     echo vfio-pci > "/sys/bus/pci/devices/$spare/driver_override"
-    echo "$spare" > "/sys/bus/pci/devices/$spare/driver/unbind" 2>/dev/null
+    [ -e "/sys/bus/pci/devices/$spare/driver" ] &&
+        echo "$spare" > "/sys/bus/pci/devices/$spare/driver/unbind"
     echo "$spare" > /sys/bus/pci/drivers_probe
 }
 exec $b chroot /root "$supervisor" testbed supervise

@@ -18,6 +18,9 @@ use super::{PORTS, Size, client};
 const START_LIMIT: Duration = Duration::from_secs(120);
 /// Lines of the console shown when a testbed dies.
 const TAIL: usize = 15;
+const PANIC: &str = "Kernel panic";
+/// QEMU says this of features of the CPU's model at every start.
+const NOISE: &str = "TCG doesn't support requested feature";
 const PID_FILE: &str = "pid";
 const DEFAULT_MIB: u32 = 8192;
 const DEFAULT_CPUS: u32 = 2;
@@ -230,9 +233,13 @@ impl Testbed {
             let text = String::from_utf8_lossy(&text).replace('\r', "");
             let lines: Vec<_> = text
                 .lines()
-                .filter(|line| !line.trim().is_empty())
+                .filter(|line| !line.trim().is_empty() && !line.contains(NOISE))
                 .collect();
-            lines[lines.len().saturating_sub(TAIL)..].join("\n")
+            let at = lines.len().saturating_sub(TAIL);
+            // A panic's reason stands far above its end.
+            let panic = lines[..at].iter().find(|line| line.contains(PANIC));
+            let shown = panic.into_iter().chain(&lines[at..]).copied();
+            shown.collect::<Vec<_>>().join("\n")
         };
         format!(
             "--- QEMU\n{}\n--- console\n{}",

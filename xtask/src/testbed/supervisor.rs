@@ -157,8 +157,12 @@ fn serve(index: usize) -> Result<()> {
     let port = Arc::new(Port::open(index)?);
     loop {
         // An error means that the host went away or got out of step: the next session starts anew.
-        if session(&port).is_err() {
-            port.discard();
+        if let Err(error) = session(&port) {
+            // At the end of the stream nothing of that session is left; what is there by now is the
+            // next one's greeting.
+            if error.kind() != io::ErrorKind::UnexpectedEof {
+                port.discard();
+            }
             port.wait_change()?;
         }
     }
