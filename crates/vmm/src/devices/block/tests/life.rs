@@ -102,11 +102,11 @@ fn a_rate_limit_holds_requests_back_and_lets_them_go_in_order() {
     let first = rig.driver.take_used().len();
     assert!((2..5).contains(&first), "{first} passed at once");
     let mut rest = first;
+    let deadline = Instant::now() + Duration::from_secs(10);
     while rest < 5 {
-        assert!(
-            rig.events.run_once(10_000).unwrap() > 0,
-            "the timer is missing"
-        );
+        assert!(Instant::now() < deadline, "the timer is missing");
+        // May return early with nothing: the ring's completions interrupt system calls.
+        rig.events.run_once(1000).unwrap();
         rest += rig.driver.take_used().len();
     }
     assert!(heads.iter().all(|at| rig.status(*at) == VIRTIO_BLK_S_OK));

@@ -6,6 +6,7 @@ mod life;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use clone_disk::{DiskSpec, EngineKind, Format, Writes};
 use virtio_bindings::virtio_blk::*;
