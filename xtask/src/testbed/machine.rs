@@ -167,7 +167,7 @@ impl Testbed {
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         // Cargo may replace our own file while the testbed runs from it.
         let supervisor = folder.join("supervisor");
-        fs::copy(std::env::current_exe()?, &supervisor).context("cannot copy the supervisor")?;
+        fs::copy("/proc/self/exe", &supervisor).context("cannot copy the supervisor")?;
         let log = File::create(folder.join(QEMU_LOG))?;
         let mut command = image.qemu();
         command
