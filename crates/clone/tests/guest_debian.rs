@@ -121,7 +121,7 @@ fn the_network_reaches_the_host(bench: &Bench) {
     let expected: Vec<u8> = (0..4096u32).map(|i| (i * 7 % 251) as u8).collect();
     assert!(receiver.join().unwrap() == expected.repeat(TRANSFER / 4096));
     // The data went through the kernel: the VM's process has a vhost worker.
-    let pid = &bench.json(&["--json", "stat", "a"])["pid"];
+    let pid = &bench.json(&["--json", "stat", "a"])["info"]["pid"];
     let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     let names = threads.map(|thread| {
         // Threads of the ring come and go.
