@@ -33,7 +33,7 @@ enum Command {
 ///
 /// SOURCE is a directory, an OCI layout, a `docker save` archive, debian:SUITE for a fresh Debian
 /// (as in debian:trixie), or else an image in a registry (as in alpine or
-/// docker.io/library/debian:12). For a registry that wants to know who asks, set
+/// registry.example/debian:12). For a registry that wants to know who asks, set
 /// CLONE_REGISTRY_USER and CLONE_REGISTRY_PASSWORD.
 #[derive(Debug, clap::Args)]
 struct BuildArgs {

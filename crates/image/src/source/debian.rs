@@ -70,7 +70,7 @@ impl Debian {
             Some(mirror) if mirror.starts_with('-') || mirror.chars().any(char::is_control) => {
                 Err(ImageError::Unsupported {
                     what: format!("{mirror:?} is no mirror"),
-                    advice: "give a URL such as http://deb.debian.org/debian".to_owned(),
+                    advice: "give a URL that begins with http:// or https://".to_owned(),
                 })
             }
             _ => Ok(()),

@@ -62,7 +62,7 @@ impl std::fmt::Debug for Credentials {
 /// An image in a registry.
 #[derive(Clone, Debug)]
 pub struct RegistryImage {
-    /// Such as `alpine`, `ghcr.io/owner/name:tag` or `name@sha256:…`.
+    /// Such as `alpine`, `registry.example/owner/name:tag` or `name@sha256:…`.
     pub reference: String,
     /// The directory that blobs are kept in; it may serve any number of images and builds at once.
     pub blobs: std::path::PathBuf,
