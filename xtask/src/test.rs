@@ -18,6 +18,8 @@ use crate::{guest, host, kvm, paths};
 
 /// Where guest tests find kernels and file systems.
 const ASSETS_VARIABLE: &str = "CLONE_TEST_ASSETS";
+/// How often a testbed may die before the tests are given up.
+const TESTBED_ATTEMPTS: u32 = 3;
 const GUEST_TESTS: &str = "binary(/^guest/)";
 
 #[derive(Args)]
@@ -155,6 +157,22 @@ fn guest_tests(options: &Options) -> Result<ExitCode> {
         return Ok(ExitCode::from(status.code().unwrap_or(1) as u8));
     }
     std::env::set_current_dir(paths::workspace())?;
+    in_testbed(&words)
+}
+
+/// Runs the guest tests in a testbed. One that dies under them (a crash of its own kernel on the
+/// emulated CPU) says nothing about the tests: they are run anew in a fresh one, all of them.
+fn in_testbed(words: &[OsString]) -> Result<ExitCode> {
+    for attempt in 1..TESTBED_ATTEMPTS {
+        let testbed = Testbed::find_or_start(&Size::default())?;
+        match testbed::execute(&testbed, words) {
+            Err(error) => {
+                println!("== attempt {attempt}: {error:#}\n== trying again in a fresh testbed")
+            }
+            ended => return ended,
+        }
+        testbed::discard()?;
+    }
     let testbed = Testbed::find_or_start(&Size::default())?;
-    testbed::execute(&testbed, &words)
+    testbed::execute(&testbed, words)
 }

@@ -129,6 +129,11 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
     }
 }
 
+/// Ends the testbed that is up, if one is, so that the next one is fresh.
+pub(crate) fn discard() -> Result<()> {
+    machine::down().map(drop)
+}
+
 /// Runs a command inside and returns how it ended, for the other chores.
 pub(crate) fn execute(testbed: &Testbed, command: &[OsString]) -> Result<ExitCode> {
     client::run(testbed, command, None, false)
