@@ -19,7 +19,7 @@ use crate::{guest, host, kvm, paths};
 /// Where guest tests find kernels and file systems.
 const ASSETS_VARIABLE: &str = "CLONE_TEST_ASSETS";
 /// How often a testbed may die before the tests are given up.
-const TESTBED_ATTEMPTS: u32 = 3;
+const TESTBED_ATTEMPTS: u32 = 6;
 const GUEST_TESTS: &str = "binary(/^guest/)";
 
 #[derive(Args)]
