@@ -3,11 +3,15 @@
 //! - [`GuestMemory::private_pages`]: what is no longer shared with the layers below. It costs
 //!   nothing while the guest runs.
 //! - [`ChangeTracker`]: what changed since a point in time, by asynchronous write-protection of
-//!   the private pages. The others need none: a page that becomes private was written.
+//!   all pages that are mapped. The others need none: they show when they come. So no markers are
+//!   left in empty places (`UFFD_FEATURE_WP_UNPOPULATED`), which would look like swapped pages.
 //!
 //! Both see writes by the guest, by this process and by the kernel on its behalf (vhost, `read`).
 //! They do not see writes by direct memory access to pages that were pinned before the tracker
 //! was armed (`O_DIRECT`, VFIO): such requests must be waited for before arming.
+//!
+//! While a tracker exists, pages of layers that the host reclaims may look swapped, hence private:
+//! a snapshot then holds them needlessly, with the right content.
 //!
 //! A page given back to the host (`MADV_DONTNEED`: balloon, free page reporting) is as the layers
 //! below have it, and not private any more. The guest has said that it does not care for it.
@@ -25,7 +29,7 @@ use linux_raw_sys::general::{
 use rustix::fs::{SeekFrom, seek};
 
 use crate::layout::{PAGE_SIZE, RamLayout};
-use crate::mapping::{Backing, GuestMemory, GuestRam, Region};
+use crate::mapping::{Backing, GuestMemory, GuestRam, Region, host_addresses};
 use crate::pages::PageSet;
 use crate::sys::{Scan, WriteProtection, pagemap_scan};
 
@@ -88,35 +92,24 @@ impl Pagemap {
         self.0.try_clone().map(Self).map_err(DirtyError::Open)
     }
 
-    /// Calls `found` with each run of pages that matches, ascending.
+    /// Calls `found` with each run of these pages that matches, ascending.
     pub(crate) fn scan(
         &self,
         layout: &RamLayout,
         regions: &[Region],
+        pages: Range<u64>,
         scan: Scan,
         mut found: impl FnMut(Range<u64>, u32),
     ) -> Result<(), DirtyError> {
-        for (range, region) in layout.ranges().zip(regions) {
-            let first = range.offset / PAGE_SIZE;
-            let addresses = region.host_address..region.host_address + region.size;
-            let page = |address: u64| first + (address - region.host_address) / PAGE_SIZE;
+        for (here, address, len) in host_addresses(layout, regions, pages) {
+            let addresses = address..address + len as u64;
+            let page = |at: u64| here.start + (at - address) / PAGE_SIZE;
             pagemap_scan(self.0.as_fd(), addresses, scan, |run, categories| {
                 found(page(run.start)..page(run.end), categories);
             })
             .map_err(|error| failed("scan page tables", error))?;
         }
         Ok(())
-    }
-
-    fn pages(
-        &self,
-        layout: &RamLayout,
-        regions: &[Region],
-        scan: Scan,
-    ) -> Result<PageSet, DirtyError> {
-        let mut pages = PageSet::new();
-        self.scan(layout, regions, scan, |run, _| pages.append(run))?;
-        Ok(pages)
     }
 }
 
@@ -132,18 +125,34 @@ fn failed(what: &'static str, source: io::Error) -> DirtyError {
 /// that reading untouched memory gives. Swapped ones are the same but for their place.
 const PRIVATE: Scan = Scan {
     all_of: 0,
-    none_of: PAGE_IS_FILE | PAGE_IS_PFNZERO,
+    none_of: NOT_PRIVATE,
     any_of: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
     report: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
     protect: false,
 };
 
-/// Of these, the ones written since they were protected; they are protected again.
-const WRITTEN: Scan = Scan {
-    all_of: PAGE_IS_WRITTEN,
+/// What no private page is.
+const NOT_PRIVATE: u32 = PAGE_IS_FILE | PAGE_IS_PFNZERO;
+
+/// Protects all pages there are, and tells which of them are private.
+const ARM: Scan = Scan {
+    all_of: 0,
+    none_of: 0,
+    any_of: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+    report: NOT_PRIVATE,
     protect: true,
-    ..PRIVATE
 };
+
+/// Pages that were written or first mapped since the others were protected; protects them. It does
+/// not ask what they are: to find out takes a look at each page there is, six times as long.
+const TOUCHED: Scan = Scan {
+    all_of: PAGE_IS_WRITTEN,
+    report: PAGE_IS_WRITTEN,
+    ..ARM
+};
+
+/// Touched pages no further apart than this are looked at with one call.
+const NEARBY: u64 = 64;
 
 impl GuestMemory {
     /// The pages that differ from the layers below, or from zero where there are none (as far as
@@ -155,7 +164,12 @@ impl GuestMemory {
     pub fn private_pages(&self, pagemap: &Pagemap) -> Result<PageSet, DirtyError> {
         match &self.backing {
             Backing::Anonymous | Backing::Layers(_) => {
-                pagemap.pages(self.layout(), self.regions(), PRIVATE)
+                let mut private = PageSet::new();
+                let all = 0..self.pages();
+                pagemap.scan(self.layout(), self.regions(), all, PRIVATE, |run, _| {
+                    private.append(run);
+                })?;
+                Ok(private)
             }
             Backing::Shared(file) => {
                 allocated(file).map_err(|error| failed("find data in shared guest RAM", error))
@@ -228,12 +242,13 @@ impl ChangeTracker {
     /// # Errors
     /// [`DirtyError::Failed`].
     pub fn arm(&self) -> Result<PageSet, DirtyError> {
-        // Pages still protected from an earlier point are private as well: so all are asked for.
-        let armed = Scan {
-            all_of: 0,
-            ..WRITTEN
-        };
-        self.pagemap.pages(&self.layout, &self.regions, armed)
+        let mut private = PageSet::new();
+        self.scan(0..self.pages(), ARM, |run, is| {
+            if is & NOT_PRIVATE == 0 {
+                private.append(run);
+            }
+        })?;
+        Ok(private)
     }
 
     /// The pages written since the last call, or since [`ChangeTracker::arm`]; tracking goes on.
@@ -241,7 +256,29 @@ impl ChangeTracker {
     /// # Errors
     /// [`DirtyError::Failed`]. Pages may have been lost to it: copy all private pages instead.
     pub fn take_changed(&self) -> Result<PageSet, DirtyError> {
-        self.pagemap.pages(&self.layout, &self.regions, WRITTEN)
+        let mut touched = PageSet::new();
+        self.scan(0..self.pages(), TOUCHED, |run, _| touched.append(run))?;
+        // Those that were only read are not private. One that is written between the two scans is
+        // taken now and will be again.
+        let mut private = PageSet::new();
+        for run in touched.bridged(NEARBY).runs() {
+            self.scan(run.clone(), PRIVATE, |run, _| private.append(run))?;
+        }
+        Ok(touched.intersection(&private))
+    }
+
+    fn pages(&self) -> u64 {
+        self.layout.size() / PAGE_SIZE
+    }
+
+    fn scan(
+        &self,
+        pages: Range<u64>,
+        scan: Scan,
+        found: impl FnMut(Range<u64>, u32),
+    ) -> Result<(), DirtyError> {
+        self.pagemap
+            .scan(&self.layout, &self.regions, pages, scan, found)
     }
 }
 

@@ -309,16 +309,7 @@ impl GuestMemory {
     /// Where this process sees these pages: in one piece, or in two around the PCI hole.
     fn host_addresses(&self, pages: Range<u64>) -> impl Iterator<Item = (Range<u64>, u64, usize)> {
         assert!(pages.end <= self.pages(), "pages beyond RAM");
-        self.layout
-            .ranges()
-            .zip(&self.regions)
-            .filter_map(move |(range, region)| {
-                let first = range.offset / PAGE_SIZE;
-                let here = pages.start.max(first)..pages.end.min(first + range.size / PAGE_SIZE);
-                let address = region.host_address + here.start.saturating_sub(first) * PAGE_SIZE;
-                let len = here.end.saturating_sub(here.start) * PAGE_SIZE;
-                (len > 0).then_some((here, address, len as usize))
-            })
+        host_addresses(&self.layout, &self.regions, pages)
     }
 
     /// The same for reading.
@@ -332,6 +323,25 @@ impl GuestMemory {
             (pages, unsafe { HostRange::new(address, len) })
         })
     }
+}
+
+/// Where pages of RAM that is mapped as `regions` are: page numbers, address and bytes of each
+/// contiguous piece. Pages beyond RAM are nowhere.
+pub(crate) fn host_addresses(
+    layout: &RamLayout,
+    regions: &[Region],
+    pages: Range<u64>,
+) -> impl Iterator<Item = (Range<u64>, u64, usize)> {
+    layout
+        .ranges()
+        .zip(regions)
+        .filter_map(move |(range, region)| {
+            let first = range.offset / PAGE_SIZE;
+            let here = pages.start.max(first)..pages.end.min(first + range.size / PAGE_SIZE);
+            let address = region.host_address + here.start.saturating_sub(first) * PAGE_SIZE;
+            let len = here.end.saturating_sub(here.start) * PAGE_SIZE;
+            (len > 0).then_some((here, address, len as usize))
+        })
 }
 
 fn map_region(

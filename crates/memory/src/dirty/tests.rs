@@ -128,6 +128,44 @@ fn changes_since_a_point_in_time_are_exactly_the_pages_written_since() {
 }
 
 #[test]
+fn layer_pages_and_zero_pages_read_before_and_after_arming_are_no_changes_until_written() {
+    for memory in guests() {
+        let tracker = ChangeTracker::new(&memory, Pagemap::open().unwrap()).unwrap();
+        let read_all = |pages: std::ops::Range<u64>| {
+            pages.for_each(|page| {
+                let _ = read(&memory, page);
+            })
+        };
+        read_all(0..300);
+        assert_eq!(tracker.arm().unwrap(), PageSet::new());
+        read_all(0..PAGES);
+        assert_eq!(tracker.take_changed().unwrap(), PageSet::new());
+        for page in [20, 70, 320, 370] {
+            write(&memory, page, 1);
+        }
+        assert_eq!(tracker.take_changed().unwrap(), set([20, 70, 320, 370]));
+    }
+}
+
+#[test]
+fn pages_given_back_to_the_host_are_no_changes_until_written_again() {
+    use rustix::mm::{Advice, madvise};
+    for memory in guests() {
+        (0..40).for_each(|page| write(&memory, page, 3));
+        let tracker = ChangeTracker::new(&memory, Pagemap::open().unwrap()).unwrap();
+        assert_eq!(tracker.arm().unwrap(), set(0..40));
+        let start = memory.regions()[0].host_address as usize;
+        let pages = 20 * PAGE_SIZE as usize;
+        let start = std::ptr::with_exposed_provenance_mut(start);
+        // SAFETY: guest RAM, of which no reference exists.
+        unsafe { madvise(start, pages, Advice::LinuxDontNeed) }.unwrap();
+        assert_eq!(tracker.take_changed().unwrap(), PageSet::new());
+        write(&memory, 7, 4);
+        assert_eq!(tracker.take_changed().unwrap(), set([7]));
+    }
+}
+
+#[test]
 fn tracking_can_end_and_begin_again() {
     let memory = clone_of(|_| true);
     let pagemap = Pagemap::open().unwrap();
