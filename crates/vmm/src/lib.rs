@@ -15,6 +15,7 @@ pub mod irq;
 pub mod machine;
 pub mod pci;
 pub mod rate_limit;
+pub mod snapshot;
 pub mod timer;
 pub mod vcpu;
 pub mod virtio;

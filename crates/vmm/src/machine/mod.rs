@@ -15,17 +15,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use clone_memory::GuestMemory;
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap};
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use vm_memory::{Bytes, GuestAddress};
 
 pub use exit::{Exit, ExitSignal};
-pub use state::MachineState;
+pub use state::{BoardState, MachineState, VmClock};
 
-use crate::acpi::power::{self, EVENT_POWER_BUTTON, PowerRegisters};
+use crate::acpi::power::{self, EVENT_GENERATION, EVENT_POWER_BUTTON, PowerRegisters};
 use crate::acpi::{self, SERIAL_PIN};
-use crate::boot::{self, BootError, BootSource};
+use crate::boot::{self, BootError, BootSource, VMGENID_ADDRESS};
 use crate::bus::Bus;
-use crate::devices::serial::{self, COM1_PORT, Serial, SerialState};
+use crate::devices::serial::{self, COM1_PORT, Serial};
 use crate::event_loop::{EventLoop, Registrar};
-use crate::irq::ioapic::{IOAPIC_BASE, IOAPIC_SIZE, Ioapic, IoapicState, PIN_COUNT};
+use crate::irq::ioapic::{IOAPIC_BASE, IOAPIC_SIZE, Ioapic, PIN_COUNT};
 use crate::irq::{KvmWiring, Wiring};
 use crate::pci::virtio_pci::{SharedVirtioDevice, VirtioPci};
 use crate::pci::{
@@ -152,21 +153,26 @@ fn locked(transport: &SharedTransport) -> MutexGuard<'_, VirtioPci> {
 impl Machine {
     /// Assembles a machine, paused before its first instruction. Its devices wait in `events`.
     pub fn new(parts: Parts, events: &mut EventLoop) -> Result<Self, MachineError> {
+        Self::assemble(parts, BoardState::fresh(), events)
+    }
+
+    /// The part that is the same at boot and at restore.
+    fn assemble(
+        parts: Parts,
+        board: BoardState,
+        events: &mut EventLoop,
+    ) -> Result<Self, MachineError> {
         check_limits(&parts)?;
         let kvm = parts.kvm;
         let exit = ExitSignal::new().map_err(MachineError::host("make an eventfd"))?;
         let vm = Arc::new(create_vm(&kvm)?);
         memory_slots::register(&vm, &parts.memory)?;
         let wiring: Arc<dyn Wiring> = Arc::new(KvmWiring::new(Arc::clone(&vm)));
-        let ioapic = Arc::new(Ioapic::new(Arc::clone(&wiring), IoapicState::fresh()));
-        let serial = Serial::new(
-            SerialState::fresh(),
-            Arc::clone(&ioapic),
-            SERIAL_PIN,
-            parts.console,
-        );
+        let ioapic = Arc::new(Ioapic::new(Arc::clone(&wiring), board.ioapic));
+        let serial = Serial::new(board.serial, Arc::clone(&ioapic), SERIAL_PIN, parts.console);
         let serial = Arc::new(serial.map_err(MachineError::host("make the serial console"))?);
         let power = Arc::new(PowerRegisters::new(Arc::clone(&ioapic), exit.clone()));
+        power.restore(board.power_events);
         let pci = PciBus::new();
         let transports = plug(parts.devices, &pci, &wiring, &parts.memory, events)?;
         let buses = Arc::new(buses(&serial, &power, &ioapic, &pci));
@@ -261,6 +267,22 @@ impl Machine {
     /// Presses the power button: asks the guest to switch itself off.
     pub fn press_power_button(&self) {
         self.power.raise(EVENT_POWER_BUTTON);
+    }
+
+    /// Gives the guest a new generation id: it learns that it is not the one it was (a clone, or
+    /// restored) and draws new random numbers. Source: Microsoft's "Virtual Machine Generation
+    /// ID", Linux `drivers/virt/vmgenid.c`.
+    ///
+    /// # Errors
+    /// [`MachineError::State`] where the machine has no RAM there.
+    pub fn set_generation(&self, id: [u8; 16]) -> Result<(), MachineError> {
+        let ram = self.memory.ram();
+        ram.write_slice(&id, GuestAddress(VMGENID_ADDRESS))
+            .map_err(|error| {
+                MachineError::State(format!("no place for a generation id: {error}"))
+            })?;
+        self.power.raise(EVENT_GENERATION);
+        Ok(())
     }
 
     /// The serial console, to type into.

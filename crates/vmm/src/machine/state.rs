@@ -1,10 +1,12 @@
-//! The whole of a machine's state but its RAM and its disks' content.
+//! The whole of a machine's state but its RAM and its disks' content: saved, and a machine made
+//! from it.
 
 use kvm_bindings::kvm_clock_data;
 use serde::{Deserialize, Serialize};
 
-use super::{Machine, MachineError, locked};
+use super::{Machine, MachineError, Parts, locked};
 use crate::devices::serial::SerialState;
+use crate::event_loop::EventLoop;
 use crate::irq::ioapic::IoapicState;
 use crate::pci::virtio_pci::VirtioPciState;
 use crate::vcpu::VcpuState;
@@ -14,16 +16,41 @@ use crate::vcpu::VcpuState;
 pub struct MachineState {
     /// CPUs, in order.
     pub vcpus: Vec<VcpuState>,
+    /// What is soldered on.
+    pub board: BoardState,
+    /// The VM's clock.
+    pub clock: VmClock,
+    /// The virtio devices, in slot order.
+    pub devices: Vec<VirtioPciState>,
+}
+
+/// The devices that every machine has.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BoardState {
     /// The I/O APIC.
     pub ioapic: IoapicState,
     /// The serial console.
     pub serial: SerialState,
     /// Pending events of the ACPI event device.
     pub power_events: u8,
-    /// The VM's clock.
-    pub clock: kvm_clock_data,
-    /// The virtio devices, in slot order.
-    pub devices: Vec<VirtioPciState>,
+}
+
+impl BoardState {
+    /// After power-on.
+    pub fn fresh() -> Self {
+        Self {
+            ioapic: IoapicState::fresh(),
+            serial: SerialState::fresh(),
+            power_events: 0,
+        }
+    }
+}
+
+/// kvmclock, which guests take their monotonic time from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmClock {
+    /// Nanoseconds that the VM has run.
+    pub nanoseconds: u64,
 }
 
 impl Machine {
@@ -51,11 +78,59 @@ impl Machine {
             .map_err(MachineError::kvm("read the clock"))?;
         Ok(MachineState {
             vcpus,
-            ioapic: self.ioapic.save(),
-            serial: self.serial.save(),
-            power_events: self.power.save(),
-            clock,
+            board: BoardState {
+                ioapic: self.ioapic.save(),
+                serial: self.serial.save(),
+                power_events: self.power.save(),
+            },
+            clock: VmClock {
+                nanoseconds: clock.clock,
+            },
             devices,
         })
+    }
+
+    /// Makes a machine that goes on where `state` was saved, paused. `parts.memory` holds RAM as
+    /// it was then, and each device was built from its part of the state
+    /// ([`VirtioPciState::device`]).
+    ///
+    /// # Errors
+    /// [`MachineError::State`] and its kin where the state does not fit these parts or this host.
+    pub fn restore(
+        parts: Parts,
+        state: MachineState,
+        events: &mut EventLoop,
+    ) -> Result<Self, MachineError> {
+        let fits = |what: &str, saved: usize, here: usize| match saved == here {
+            true => Ok(()),
+            false => Err(MachineError::State(format!(
+                "it is of a machine with {saved} {what}, and this one has {here}"
+            ))),
+        };
+        fits("vCPUs", state.vcpus.len(), usize::from(parts.vcpus))?;
+        fits("devices", state.devices.len(), parts.devices.len())?;
+        let mut machine = Self::assemble(parts, state.board, events)?;
+        machine.set_clock(state.clock)?;
+        // CPUs before devices: a device that finds work may interrupt at once, and a local APIC
+        // that is restored forgets what came before.
+        for (vcpu, saved) in machine.vcpus.iter().zip(state.vcpus) {
+            vcpu.restore(saved)?;
+        }
+        for (transport, saved) in machine.transports.iter().zip(&state.devices) {
+            locked(transport).restore(saved)?;
+        }
+        Ok(machine)
+    }
+
+    /// Sets the time that the VM has run. Without KVM's wish to add the real time that has passed:
+    /// the guest's monotonic clock goes on where it stopped.
+    fn set_clock(&mut self, clock: VmClock) -> Result<(), MachineError> {
+        let clock = kvm_clock_data {
+            clock: clock.nanoseconds,
+            ..Default::default()
+        };
+        self.vm
+            .set_clock(&clock)
+            .map_err(MachineError::kvm("set the clock"))
     }
 }

@@ -41,6 +41,31 @@ pub struct VcpuState {
     tsc_khz: u32,
 }
 
+impl VcpuState {
+    /// A state with nothing in it, for tests of what holds states.
+    #[cfg(test)]
+    pub(crate) fn blank() -> Self {
+        Self {
+            cpuid: Vec::new(),
+            regs: kvm_regs::default(),
+            sregs: kvm_sregs::default(),
+            xcrs: kvm_xcrs::default(),
+            xsave: vec![1, 2, 3],
+            lapic: kvm_lapic_state::default(),
+            msrs: vec![(MSR_TSC, 5)],
+            events: kvm_vcpu_events::default(),
+            debug_registers: kvm_debugregs::default(),
+            mp_state: kvm_mp_state::default(),
+            tsc_khz: 7,
+        }
+    }
+
+    /// What the CPU told the guest that it is.
+    pub(crate) fn cpuid(&self) -> &[kvm_cpuid_entry2] {
+        &self.cpuid
+    }
+}
+
 /// What saving needs to know of the host, asked once for a machine.
 pub struct StateFormat {
     msr_indices: Vec<u32>,
@@ -139,6 +164,9 @@ pub(super) fn restore(
         .map_err(kvm("set the debug registers"))?;
     vcpu.set_vcpu_events(&state.events)
         .map_err(kvm("set pending events"))?;
+    // The time between save and restore is no sign of a hung CPU. A guest that does not use
+    // kvmclock (yet) has no watchdog to be told so, and KVM refuses.
+    let _ = vcpu.kvmclock_ctrl();
     vcpu.set_mp_state(state.mp_state)
         .map_err(kvm("set the MP state"))
 }
