@@ -203,8 +203,16 @@ impl BlockMap {
         }
     }
 
+    /// Whether the top layer, of this `number`, says anything at all.
+    pub(crate) fn holds(&self, number: u8) -> bool {
+        let says = |code: u8| code == number || code == ZERO_TOP;
+        self.leaves.values().any(|leaf| match leaf {
+            Leaf::Uniform(code) => says(*code),
+            Leaf::Mixed(codes) => codes.iter().any(|code| says(*code)),
+        })
+    }
+
     /// The leaves that exist, in order.
-    #[cfg(test)]
     pub(crate) fn leaf_indices(&self) -> impl Iterator<Item = u64> {
         self.leaves.keys().copied()
     }

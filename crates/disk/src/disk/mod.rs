@@ -5,6 +5,7 @@
 //! files a disk is made of, is left to others.
 
 mod change;
+mod export;
 mod flush;
 mod freeze;
 #[cfg(test)]
@@ -18,6 +19,7 @@ use std::os::fd::RawFd;
 use crate::buffer::{Buffer, Buffers, invalid_input};
 use crate::engine::{Engine, Finished, Op, OpKind};
 use crate::request::{Completion, Request};
+pub use export::FrozenLayers;
 pub(crate) use stack::Stack;
 use task::{Task, Tasks, Work};
 

@@ -1,0 +1,244 @@
+//! Writing what was frozen of a disk into a file of its own: a template's layer, or a plain image.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use super::Disk;
+use crate::block_map::{BlockMap, Owner};
+use crate::error::{DiskError, io_error};
+use crate::layer::{self, LayerHeader};
+
+/// Copied at a time where the host cannot copy within the kernel.
+const CHUNK: usize = 1 << 20;
+
+/// Frozen layers of a disk, which goes on without minding them.
+pub struct FrozenLayers {
+    /// Lowest first; never empty.
+    layers: Vec<(LayerHeader, Arc<File>)>,
+}
+
+impl Disk {
+    /// The layers from number `first` on (0 is the lowest) but the top, which takes writes. To be
+    /// called after [`Disk::freeze`], or where nothing was written since the last one.
+    ///
+    /// # Errors
+    /// [`DiskError::Mismatch`] where there are none.
+    pub fn frozen(&self, first: usize) -> Result<FrozenLayers, DiskError> {
+        let frozen = self.layers().len().saturating_sub(1);
+        let layers = (first..frozen).filter_map(|index| {
+            let file = self.layer_file(index)?;
+            Some((self.layers()[index], file))
+        });
+        let layers: Vec<_> = layers.collect();
+        match layers.is_empty() {
+            true => Err(DiskError::Mismatch(format!(
+                "the disk has no frozen layer from {first} on"
+            ))),
+            false => Ok(FrozenLayers { layers }),
+        }
+    }
+
+    /// Whether nothing was written since the disk was opened or last frozen. Without layers
+    /// nobody keeps account: false.
+    pub fn is_top_empty(&self) -> bool {
+        let stack = self.stack.as_ref().filter(|stack| stack.writable);
+        stack.is_some_and(|stack| !stack.map.holds(stack.top_number()))
+    }
+
+    /// Writes the whole disk into `image`, an empty file, as a raw image with holes for zeros.
+    /// Waits; nothing else may be in flight.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn write_raw(&mut self, image: &File) -> io::Result<()> {
+        image.set_len(self.size())?;
+        let mut buffer = vec![0; CHUNK];
+        let mut offset = 0;
+        while offset < self.size() {
+            let len = (self.size() - offset).min(CHUNK as u64) as usize;
+            self.read_at(&mut buffer[..len], offset)?;
+            for (page, at) in buffer[..len].chunks(4096).zip((offset..).step_by(4096)) {
+                if page.iter().any(|byte| *byte != 0) {
+                    image.write_all_at(page, at)?;
+                }
+            }
+            offset += len as u64;
+        }
+        Ok(())
+    }
+}
+
+impl FrozenLayers {
+    /// Writes all of them into `file`, an empty one, as one layer over what is below the lowest.
+    /// It has the id of the highest, whose view of the disk it holds. Nothing is synced.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`], [`DiskError::Image`] where a layer's file was damaged.
+    pub fn export(self, file: &File) -> Result<LayerHeader, DiskError> {
+        let mut owners = BlockMap::default();
+        for (number, (header, layer)) in (1..).zip(&self.layers) {
+            layer::load_map(layer, header, &mut owners, number, false)?;
+        }
+        let (lowest, highest) = (&self.layers[0].0, &self.layers[self.layers.len() - 1].0);
+        let header = LayerHeader {
+            parent: lowest.parent,
+            ..*highest
+        };
+        layer::create(file, &header)?;
+        let mut map = BlockMap::default();
+        let block_size = u64::from(header.block_size);
+        let mut block = 0;
+        while block < header.blocks() {
+            let (owner, count) = owners.run(block..header.blocks());
+            let run = block..block + count;
+            match owner {
+                Owner::Base => {}
+                Owner::Zero { .. } => map.set(run, Owner::Zero { top: true }),
+                Owner::Layer(number) => {
+                    let (from, source) = &self.layers[usize::from(number) - 1];
+                    let at = |header: &LayerHeader| header.data_offset() + block * block_size;
+                    copy(source, at(from), file, at(&header), count * block_size)
+                        .map_err(io_error("copy a layer's blocks"))?;
+                    map.set(run, Owner::Layer(1));
+                }
+            }
+            block += count;
+        }
+        for index in map.leaf_indices() {
+            file.write_all_at(&map.top_leaf(index, 1), LayerHeader::leaf_offset(index))
+                .map_err(io_error("write the map of a layer"))?;
+        }
+        Ok(header)
+    }
+}
+
+/// Copies bytes between files, sharing blocks where the file system can.
+fn copy(from: &File, from_at: u64, to: &File, to_at: u64, len: u64) -> io::Result<()> {
+    let (mut from_at, mut to_at, mut left) = (from_at, to_at, len);
+    while left > 0 {
+        let part = left.min(1 << 30) as usize;
+        // It moves both offsets itself.
+        match rustix::fs::copy_file_range(from, Some(&mut from_at), to, Some(&mut to_at), part) {
+            Ok(count) if count > 0 => left -= count as u64,
+            // Across file systems, or of a kind that it does not know.
+            Ok(_) | Err(_) => return copy_through(from, from_at, to, to_at, left),
+        }
+    }
+    Ok(())
+}
+
+fn copy_through(from: &File, from_at: u64, to: &File, to_at: u64, len: u64) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK.min(len as usize)];
+    let mut done = 0;
+    while done < len {
+        let part = (len - done).min(CHUNK as u64) as usize;
+        from.read_exact_at(&mut buffer[..part], from_at + done)?;
+        to.write_all_at(&buffer[..part], to_at + done)?;
+        done += part as u64;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::engine::EngineKind;
+    use crate::request::Request;
+    use crate::spec::{DiskFiles, Format, WriteFile};
+
+    const BLOCKS: u64 = 40;
+    const SIZE: u64 = BLOCKS * 4096;
+
+    fn base() -> File {
+        let base = tempfile::tempfile().unwrap();
+        base.write_all_at(&vec![0xBA; SIZE as usize], 0).unwrap();
+        base
+    }
+
+    fn open(base: &File, layers: Vec<File>) -> Disk {
+        let files = DiskFiles {
+            base: Some((base.try_clone().unwrap(), Format::Raw)),
+            backing: Vec::new(),
+            layers,
+            writes: WriteFile::Layer {
+                file: tempfile::tempfile().unwrap(),
+                durable: false,
+            },
+        };
+        Disk::open(files, EngineKind::Blocking).unwrap()
+    }
+
+    fn content(disk: &mut Disk) -> Vec<u8> {
+        let mut bytes = vec![0; SIZE as usize];
+        disk.read_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_top_is_empty_until_something_is_written() {
+        let mut disk = open(&base(), Vec::new());
+        assert!(disk.is_top_empty());
+        disk.write_at(&[1; 512], 4096).unwrap();
+        assert!(!disk.is_top_empty());
+        disk.freeze(tempfile::tempfile().unwrap(), false).unwrap();
+        assert!(disk.is_top_empty());
+        let (offset, len, unmap) = (0, 4096, true);
+        disk.call(Request::WriteZeroes { offset, len, unmap })
+            .unwrap();
+        assert!(!disk.is_top_empty());
+    }
+
+    #[test]
+    fn a_raw_image_of_a_stack_reads_the_same_and_has_holes() {
+        let mut disk = open(&base(), Vec::new());
+        disk.write_at(&[7; 4096], 4096).unwrap();
+        let (offset, len, unmap) = (8192, SIZE - 8192, true);
+        disk.call(Request::WriteZeroes { offset, len, unmap })
+            .unwrap();
+        let image = tempfile::tempfile().unwrap();
+        disk.write_raw(&image).unwrap();
+        let mut bytes = vec![1; SIZE as usize];
+        image.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(bytes, content(&mut disk));
+        let hole = rustix::fs::seek(&image, rustix::fs::SeekFrom::Data(8192));
+        assert_eq!(hole, Err(rustix::io::Errno::NXIO));
+    }
+
+    proptest! {
+        /// However a disk was written and frozen, its export over the layers below it reads the
+        /// same, and the next export lies on it.
+        #[test]
+        fn an_export_stands_for_the_layers_that_it_is_of(
+            steps in prop::collection::vec((0..BLOCKS, 1u64..6, 0u8..3), 1..30)
+        ) {
+            let base = base();
+            let mut disk = open(&base, Vec::new());
+            let mut exported: Vec<File> = Vec::new();
+            let mut kept = 0;
+            for (at, (block, count, what)) in steps.iter().enumerate() {
+                let offset = block * 4096;
+                let len = (count * 4096).min(SIZE - offset);
+                match what {
+                    0 => disk.write_at(&vec![at as u8; len as usize - 100], offset).unwrap(),
+                    1 => disk.call(Request::WriteZeroes { offset, len, unmap: true }).unwrap(),
+                    _ => {
+                        disk.freeze(tempfile::tempfile().unwrap(), false).unwrap();
+                        if at % 2 == 0 {
+                            let file = tempfile::tempfile().unwrap();
+                            disk.frozen(kept).unwrap().export(&file).unwrap();
+                            exported.push(file);
+                            kept = disk.layers().len() - 1;
+                            let files = exported.iter().map(|f| f.try_clone().unwrap()).collect();
+                            let mut copy = open(&base, files);
+                            prop_assert_eq!(content(&mut copy), content(&mut disk));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
