@@ -1,14 +1,20 @@
 //! A blocking client of a VM's control socket: one request on one connection.
 
 use std::io::{self, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::control::{ApiError, BalloonStatus, BalloonTarget, ConsoleInfo, VmInfo, VmStats};
+use crate::control::{
+    Adoption, ApiError, BalloonStatus, BalloonTarget, ConsoleInfo, SnapshotRequest, SnapshotTaken,
+    VmInfo, VmStats,
+};
 use crate::routes::{self, Operation};
 use crate::units::Bytes;
 
@@ -16,6 +22,8 @@ use crate::units::Bytes;
 const MAX_RESPONSE: usize = 4 << 20;
 /// How many headers an answer may have.
 const MAX_HEADERS: usize = 32;
+/// The most files that go with a request: the kernel takes no more in a message.
+pub const MAX_FILES: usize = 253;
 /// How long to wait for an answer by default.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -127,6 +135,26 @@ impl Client {
         self.ask(Operation::Console)
     }
 
+    /// Takes a snapshot into `files`, as [`SnapshotRequest`] tells; the answer comes when all of it
+    /// is written.
+    pub fn snapshot(
+        &self,
+        request: &SnapshotRequest,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<SnapshotTaken, ClientError> {
+        let body = self.encode(request)?;
+        let answer = self.exchange_with(Operation::Snapshot, &body, files)?;
+        self.decode(&answer)
+    }
+
+    /// Gives a standby its name, and lets it run.
+    pub fn adopt(&self, name: &str) -> Result<(), ClientError> {
+        let body = self.encode(&Adoption {
+            name: name.to_owned(),
+        })?;
+        self.exchange(Operation::Adopt, &body).map(drop)
+    }
+
     fn tell(&self, operation: Operation) -> Result<(), ClientError> {
         self.exchange(operation, &[]).map(drop)
     }
@@ -153,16 +181,25 @@ impl Client {
 
     /// Sends one request and gives the body of its answer.
     fn exchange(&self, operation: Operation, body: &[u8]) -> Result<Vec<u8>, ClientError> {
+        self.exchange_with(operation, body, &[])
+    }
+
+    fn exchange_with(
+        &self,
+        operation: Operation,
+        body: &[u8],
+        files: &[BorrowedFd<'_>],
+    ) -> Result<Vec<u8>, ClientError> {
         let stream = UnixStream::connect(&self.socket).map_err(|source| ClientError::Connect {
             socket: self.socket.clone(),
             source,
         })?;
-        let response =
-            self.transfer(stream, operation, body)
-                .map_err(|source| ClientError::Transfer {
-                    socket: self.socket.clone(),
-                    source,
-                })?;
+        let response = self
+            .transfer(stream, operation, body, files)
+            .map_err(|source| ClientError::Transfer {
+                socket: self.socket.clone(),
+                source,
+            })?;
         let (status, body) = parse_response(&response).map_err(|error| self.malformed(error))?;
         if (200..300).contains(&status) {
             return Ok(body.to_vec());
@@ -178,6 +215,7 @@ impl Client {
         mut stream: UnixStream,
         operation: Operation,
         body: &[u8],
+        files: &[BorrowedFd<'_>],
     ) -> io::Result<Vec<u8>> {
         stream.set_read_timeout(Some(self.timeout))?;
         stream.set_write_timeout(Some(self.timeout))?;
@@ -190,13 +228,36 @@ impl Client {
         )
         .into_bytes();
         request.extend_from_slice(body);
-        stream.write_all(&request)?;
+        let sent = send_with(&stream, &request, files)?;
+        stream.write_all(&request[sent..])?;
         let mut response = Vec::new();
         stream
             .take(MAX_RESPONSE as u64)
             .read_to_end(&mut response)?;
         Ok(response)
     }
+}
+
+/// Sends the beginning of `bytes` with `files`; gives how much of it went.
+fn send_with(stream: &UnixStream, bytes: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<usize> {
+    if files.is_empty() {
+        return Ok(0);
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !ancillary.push(SendAncillaryMessage::ScmRights(files)) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{} files with one request", files.len()),
+        ));
+    }
+    let slices = [io::IoSlice::new(bytes)];
+    Ok(sendmsg(
+        stream,
+        &slices,
+        &mut ancillary,
+        SendFlags::NOSIGNAL,
+    )?)
 }
 
 /// Splits an answer whose end is the end of the connection into status and body.

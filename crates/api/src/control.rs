@@ -15,6 +15,8 @@ pub enum VmState {
     Running,
     /// Its vCPUs and devices are stopped; it can go on.
     Paused,
+    /// It is a clone that is ready and waits to be given its name.
+    Standby,
     /// The guest has ended; the process is about to.
     Stopping,
 }
@@ -35,6 +37,15 @@ pub struct VmInfo {
     pub version: String,
     /// Its description, with everything filled in that was left to us.
     pub config: VmConfig,
+}
+
+/// The name that a standby is given; it runs from then on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Adoption {
+    /// The name of the VM, whose directory has been renamed to it.
+    pub name: String,
 }
 
 /// What a VM uses.
@@ -64,6 +75,33 @@ pub struct MemoryStats {
     pub private_bytes: u64,
     /// Pages in swap.
     pub swapped_bytes: u64,
+    /// Of the guest's RAM alone, by where its pages are from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<GuestPages>,
+}
+
+/// The guest's RAM in the host's memory.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct GuestPages {
+    /// Pages that only this guest has.
+    pub private_bytes: u64,
+    /// Pages of templates that are mapped; all clones share one copy.
+    pub shared_bytes: u64,
+    /// Pages that only this guest has, in swap.
+    pub swapped_bytes: u64,
+    /// The same by memory layer of the template, from the base up.
+    pub layers: Vec<LayerPages>,
+}
+
+/// What a guest has of one memory layer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct LayerPages {
+    /// The layer's own pages, mapped.
+    pub shared_bytes: u64,
+    /// Pages that were the layer's, and that the guest has changed.
+    pub private_bytes: u64,
 }
 
 /// Processor time of the VM's process.
@@ -149,6 +187,105 @@ pub struct ConsoleInfo {
     pub log_limit_bytes: u64,
     /// How many are attached.
     pub attached: u32,
+}
+
+/// A snapshot to be taken.
+///
+/// With the request come open files, as ancillary data (`SCM_RIGHTS`) of the message that begins
+/// it, each open for reading and writing and empty: one for the memory layer, one for the machine's
+/// state, and for each disk in `disks` two: one for the layer that takes its writes from now on,
+/// and one for what was written before.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// What the snapshot holds.
+    pub kind: SnapshotKind,
+    /// The disks whose writes so far are frozen, in the order of the description. What is written
+    /// to other disks goes where it went.
+    pub disks: Vec<u32>,
+}
+
+/// What a snapshot holds, and what becomes of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum SnapshotKind {
+    /// All of memory, and everything written over the disks' base images.
+    #[default]
+    Full,
+    /// What changed since the template or the kept snapshot that the VM has as its parent. It
+    /// is the parent of the next one.
+    Diff,
+    /// As `diff`, for a fork that happens at once: nothing is checksummed, and the VM's parent
+    /// stays the same.
+    Fork,
+}
+
+/// A snapshot that was taken.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct SnapshotTaken {
+    /// The memory layer's id.
+    pub memory_layer: String,
+    /// The id of the layer that it lies on; absent for one that holds all of memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_parent: Option<String>,
+    /// How much of memory the layer holds.
+    pub memory_bytes: u64,
+    /// How much the machine's state takes.
+    pub state_bytes: u64,
+    /// What was frozen of each disk of the request.
+    pub disks: Vec<DiskTaken>,
+    /// What the guest was told of its CPU.
+    pub cpu: CpuFeatures,
+    /// How long each stage took.
+    pub times: SnapshotTimes,
+}
+
+/// What was frozen of a disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct DiskTaken {
+    /// Which, in the order of the description.
+    pub index: u32,
+    /// How many layers of the parent lie below what its file holds.
+    pub parent_layers: u32,
+    /// Whether its file holds a layer; where nothing was written it is empty.
+    pub written: bool,
+}
+
+/// What a guest was told of its CPU, as far as hosts differ in it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct CpuFeatures {
+    /// The CPU's maker, as in `AuthenticAMD`.
+    pub vendor: String,
+    /// Feature bits by CPUID leaf and register, as in `7.ebx`.
+    pub features: BTreeMap<String, u32>,
+}
+
+/// How long the stages of a snapshot took, in microseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct SnapshotTimes {
+    /// Copying memory while the guest ran.
+    pub copy_us: u64,
+    /// The pause of the guest, whole.
+    pub pause_us: u64,
+    /// Of the pause: stopping vCPUs and devices.
+    pub stop_us: u64,
+    /// Of the pause: copying what had changed meanwhile.
+    pub last_copy_us: u64,
+    /// Of the pause: reading the machine's state.
+    pub save_us: u64,
+    /// Of the pause: freezing disks.
+    pub freeze_us: u64,
+    /// After the pause: checksums, and the disks' files.
+    pub finish_us: u64,
+    /// How much memory was copied within the pause, in bytes.
+    pub last_copy_bytes: u64,
 }
 
 /// What kind of failure an error is, for programs.

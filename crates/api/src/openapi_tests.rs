@@ -74,6 +74,15 @@ fn example(type_name: &str) -> Value {
                 resident_bytes: 90 << 20,
                 private_bytes: 88 << 20,
                 swapped_bytes: 0,
+                guest: Some(GuestPages {
+                    private_bytes: 12 << 20,
+                    shared_bytes: 70 << 20,
+                    swapped_bytes: 0,
+                    layers: vec![LayerPages {
+                        shared_bytes: 70 << 20,
+                        private_bytes: 9 << 20,
+                    }],
+                }),
             },
             cpu: CpuStats {
                 user_us: 1_500_000,
@@ -96,6 +105,36 @@ fn example(type_name: &str) -> Value {
             ApiError::new(ErrorCode::Conflict, "the VM is stopping")
                 .advise("wait for it to end, then start it again"),
         ),
+        "Adoption" => same(Adoption { name: "web".into() }),
+        "SnapshotRequest" => same(SnapshotRequest {
+            kind: SnapshotKind::Diff,
+            disks: vec![0],
+        }),
+        "SnapshotTaken" => same(SnapshotTaken {
+            memory_layer: "6f1c".into(),
+            memory_parent: None,
+            memory_bytes: 96 << 20,
+            state_bytes: 20_480,
+            disks: vec![DiskTaken {
+                index: 0,
+                parent_layers: 1,
+                written: true,
+            }],
+            cpu: CpuFeatures {
+                vendor: "AuthenticAMD".into(),
+                features: [("7.ebx".to_owned(), 0x219c_07a9)].into(),
+            },
+            times: SnapshotTimes {
+                copy_us: 81_000,
+                pause_us: 2_100,
+                stop_us: 300,
+                last_copy_us: 900,
+                save_us: 700,
+                freeze_us: 100,
+                finish_us: 160_000,
+                last_copy_bytes: 1 << 20,
+            },
+        }),
         "OpenApi" => json!({ "openapi": "3.1.0" }),
         other => panic!("no example of {other}: add one"),
     }
@@ -110,6 +149,9 @@ fn schemas() -> Map<String, Value> {
     generator.subschema_for::<VmStats>();
     generator.subschema_for::<BalloonTarget>();
     generator.subschema_for::<ConsoleInfo>();
+    generator.subschema_for::<Adoption>();
+    generator.subschema_for::<SnapshotRequest>();
+    generator.subschema_for::<SnapshotTaken>();
     generator.subschema_for::<ApiError>();
     let mut schemas = generator.take_definitions(true);
     schemas.insert(

@@ -43,6 +43,10 @@ pub enum Operation {
     SetBalloon,
     /// Where the console is.
     Console,
+    /// Take a snapshot.
+    Snapshot,
+    /// Give a standby its name, and let it run.
+    Adopt,
     /// The document.
     OpenApi,
 }
@@ -168,6 +172,23 @@ pub const ROUTES: &[Route] = &[
     )
     .gives("ConsoleInfo"),
     route(
+        Operation::Snapshot,
+        Method::Post,
+        "/v1/vm/snapshot",
+        "snapshot",
+        "Take a snapshot into files that come with the request (SCM_RIGHTS); the VM goes on as it was",
+    )
+    .takes("SnapshotRequest")
+    .gives("SnapshotTaken"),
+    route(
+        Operation::Adopt,
+        Method::Post,
+        "/v1/vm/adopt",
+        "adopt",
+        "Give a standby its name, and let it run; only its launcher has use for this",
+    )
+    .takes("Adoption"),
+    route(
         Operation::OpenApi,
         Method::Get,
         "/openapi.json",
@@ -208,13 +229,15 @@ mod tests {
             GetBalloon,
             SetBalloon,
             Console,
+            Snapshot,
+            Adopt,
             OpenApi,
         ];
         for operation in all {
             // Without a wildcard: a new operation must be added here to compile.
             match operation {
                 Info | Stats | Pause | Resume | PowerButton | Kill | GetBalloon | SetBalloon
-                | Console | OpenApi => {}
+                | Console | Snapshot | Adopt | OpenApi => {}
             }
             let count = ROUTES.iter().filter(|r| r.operation == operation).count();
             assert_eq!(count, 1, "{operation:?}");

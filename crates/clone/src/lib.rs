@@ -1,20 +1,27 @@
 //! The `clone` command: its client side, and the process of a VM.
 //!
 //! - [`cli`]: one file per command; a client of the VMs' sockets.
+//! - [`launch`]: starting VMs: from a kernel, from a template, from a running VM, ahead of need.
+//! - [`snapshot`]: making a template of a running VM.
 //! - [`process`]: what runs as a VM: opens resources, jails itself, assembles the machine, serves
 //!   the control socket and the console.
 //! - [`runtime`]: the directory of a VM while it runs, which is all that both sides share.
+//! - [`template`]: what clones are forked from, on disk.
 //! - [`host_net`]: taps, bridges and addresses on the host.
 //! - [`jail`]: what a VM's process may still do.
 //!
 //! It is a library only so that tests and fuzz targets reach its parts.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod cache;
 pub mod cli;
 mod error;
 pub mod host_net;
 pub mod jail;
+pub mod launch;
 pub mod process;
 pub mod runtime;
+pub mod snapshot;
+pub mod template;
 
 pub use error::{Result, failed};

@@ -43,7 +43,7 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 
 pub use buffer::{Buffer, Buffers};
-pub use disk::{Disk, FrozenLayers};
+pub use disk::{Disk, FrozenLayers, copy_range};
 pub use engine::EngineKind;
 pub use error::DiskError;
 pub use layer::{LayerHeader, LayerId, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};

@@ -65,7 +65,14 @@ struct DiskArg(DiskConfig);
 
 /// `--net`.
 #[derive(Debug, Clone)]
-struct NetArg(NetConfig);
+pub(super) struct NetArg(NetConfig);
+
+impl NetArg {
+    /// What it says.
+    pub(super) fn config(&self) -> &NetConfig {
+        &self.0
+    }
+}
 
 /// The keys after the first word of a `--disk` or `--net`.
 fn options(text: &str) -> impl Iterator<Item = (&str, &str)> {

@@ -14,7 +14,8 @@ use clone_image::{
 use indicatif::ProgressBar;
 
 use super::output::human_bytes;
-use super::{Context, cache, progress};
+use super::{Context, progress};
+use crate::cache;
 use crate::error::Result;
 
 /// Build disk images.

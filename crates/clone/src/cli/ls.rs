@@ -116,6 +116,7 @@ fn text(rows: &[Row], with_state: bool) -> String {
                 Some(VmState::Running) => "running".into(),
                 Some(VmState::Paused) => "paused".into(),
                 Some(VmState::Stopping) => "stopping".into(),
+                Some(VmState::Standby) => "standby".into(),
                 None => "no answer".into(),
             });
         }

@@ -8,23 +8,22 @@ mod agent;
 mod args;
 mod attach;
 mod balloon;
-mod cache;
 mod cp;
 mod exec;
 pub mod exit;
+mod fork;
 mod generate;
 mod image;
-mod launch;
 mod logs;
 mod ls;
-mod network;
 mod output;
 mod power;
-mod preflight;
 mod progress;
 mod run;
 mod signals;
+mod snapshot;
 mod stat;
+mod template;
 mod terminal;
 mod tty_console;
 
@@ -70,6 +69,9 @@ enum Command {
     Kill(power::KillArgs),
     Rm(power::RmArgs),
     Balloon(balloon::Args),
+    Snapshot(snapshot::Args),
+    Fork(fork::Args),
+    Template(template::Args),
     Image(image::Args),
     Completions(generate::CompletionsArgs),
     Man(generate::ManArgs),
@@ -134,6 +136,9 @@ fn dispatch(context: &Context, command: Command) -> Result<ExitCode> {
         Command::Kill(args) => power::kill(context, &args),
         Command::Rm(args) => power::rm(context, &args),
         Command::Balloon(args) => balloon::run(context, &args),
+        Command::Snapshot(args) => snapshot::run(context, &args),
+        Command::Fork(args) => fork::run(context, &args),
+        Command::Template(args) => template::run(context, &args),
         Command::Image(args) => image::run(context, args),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),

@@ -7,10 +7,10 @@ use clone_api::{ApiError, ErrorCode};
 use serde::Serialize;
 
 use super::args::VmArgs;
-use super::launch::{Launched, launch};
 use super::tty_console::{self, End};
 use super::{Context, exit};
 use crate::error::Result;
+use crate::launch::{Launched, launch};
 use crate::process;
 use crate::runtime::Runtime;
 

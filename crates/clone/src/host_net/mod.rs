@@ -29,6 +29,7 @@ use std::path::{Path, PathBuf};
 
 use clone_api::MacAddr;
 use clone_vmm::devices::net::Tap;
+use serde::{Deserialize, Serialize};
 
 pub use error::HostNetError;
 pub use range::Range;
@@ -89,7 +90,7 @@ pub struct Attachment {
 }
 
 /// How a guest is to set up its interface.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestAddress {
     /// Its address.
     pub address: Ipv4Addr,

@@ -1,17 +1,23 @@
 //! From open resources to a VM in the event loop.
 
+use std::fs::File;
 use std::sync::{Arc, Mutex};
 
 use clone_api::{ApiError, ErrorCode, VmConfig};
 use clone_memory::{GuestMemory, RamLayout};
 use clone_vmm::event_loop::EventLoop;
-use clone_vmm::machine::{Kernel, Machine, MachineError, Parts};
+use clone_vmm::machine::{Kernel, Machine, MachineError, MachineState, Parts};
+use clone_vmm::snapshot::CpuProfile;
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_ioctls::Kvm;
 
 use super::console::ConsoleHub;
 use super::control::ControlServer;
-use super::devices;
-use super::open::Resources;
+use super::lineage::Lineage;
+use super::open::{OpenOrigin, Resources};
+use super::snapshot::SnapshotDisk;
 use super::vm::{Observed, Vm, VmHandle};
+use super::{devices, prefetch};
 use crate::error::Result;
 use crate::jail;
 use crate::runtime::VmDir;
@@ -35,33 +41,34 @@ pub(super) fn assemble(
     let hub = Arc::new(Mutex::new(hub));
     events.attach(&console_slot, hub.clone());
 
-    let memory = guest_memory(&config)?;
-    let devices = devices::build(&config, resources.devices, memory.ram(), events)?;
+    let guest = Guest::of(resources.origin, &resources.kvm, &config)?;
+    let saved = guest.state().map(|state| state.devices.as_slice());
+    let ram = guest.memory.ram().clone();
+    let devices = devices::build(&config, resources.devices, &ram, saved, events)?;
+    let time = guest.state().map(MachineState::time);
     let parts = Parts {
         kvm: resources.kvm,
-        memory,
+        memory: guest.memory,
         vcpus: u8::try_from(config.vcpus).unwrap_or(u8::MAX),
         console: Box::new(output),
         devices: devices.slots,
         confine_vcpu: Arc::new(jail::confine_vcpu),
     };
-    let mut machine = Machine::new(parts, events).map_err(told)?;
-    let mut cmdline = config.kernel_cmdline();
-    for argument in extra_arguments {
-        cmdline = format!("{cmdline} {argument}");
-    }
-    let mut kernel = Kernel {
-        image: resources.kernel,
-        initrd: resources.initrd,
-        cmdline,
+    let machine = match guest.source {
+        Source::Boot { image, initrd } => {
+            let mut cmdline = config.kernel_cmdline();
+            for argument in extra_arguments {
+                cmdline = format!("{cmdline} {argument}");
+            }
+            let kernel = Kernel {
+                image,
+                initrd,
+                cmdline,
+            };
+            boot(parts, kernel, &config, events)?
+        }
+        Source::State(state) => restore(parts, *state, events)?,
     };
-    machine.boot(&mut kernel).map_err(|error| {
-        told(error).advise(format!(
-            "check that {} is a Linux kernel for x86-64",
-            config.kernel.display()
-        ))
-    })?;
-
     let serial = machine.serial();
     let drained = serial.drained().map_err(internal)?;
     let mut console = hub
@@ -73,7 +80,14 @@ pub(super) fn assemble(
     let attached = console.attached();
     drop(console);
 
-    let vm = Vm::new(machine, hub, events).map_err(internal)?;
+    let lineage = Lineage::new(Arc::clone(machine.memory()), resources.pagemap);
+    let disks = devices.handles.disks.iter().enumerate();
+    let disks = disks.map(|(index, disk)| SnapshotDisk {
+        disk: Arc::clone(disk),
+        parent_layers: guest.disk_layers.get(index).copied().unwrap_or(0),
+    });
+    let disks = disks.collect();
+    let vm = Vm::new(machine, hub, guest.standby, guest.locks, events).map_err(internal)?;
     let handle = VmHandle::new(
         &vm,
         dir,
@@ -82,6 +96,8 @@ pub(super) fn assemble(
             memory_map: resources.memory_map,
             attached,
             devices: devices.handles,
+            subject: vm.subject(lineage, disks),
+            standby: time.filter(|_| guest.standby),
         },
     );
     let control_slot = events.reserve();
@@ -89,6 +105,101 @@ pub(super) fn assemble(
         .map_err(internal)?;
     events.attach(&control_slot, Arc::new(Mutex::new(server)));
     Ok(vm)
+}
+
+/// The guest, as far as it is there before its machine.
+struct Guest {
+    memory: GuestMemory,
+    source: Source,
+    disk_layers: Vec<usize>,
+    standby: bool,
+    locks: Vec<File>,
+}
+
+enum Source {
+    Boot { image: File, initrd: Option<File> },
+    State(Box<MachineState>),
+}
+
+impl Guest {
+    fn of(origin: OpenOrigin, kvm: &Kvm, config: &VmConfig) -> Result<Self> {
+        match origin {
+            OpenOrigin::Boot { kernel, initrd } => Ok(Self {
+                memory: guest_memory(config)?,
+                source: Source::Boot {
+                    image: kernel,
+                    initrd,
+                },
+                disk_layers: Vec::new(),
+                standby: false,
+                locks: Vec::new(),
+            }),
+            OpenOrigin::Fork(fork) => {
+                check_cpu(kvm, &fork.state)?;
+                let layout = *fork.memory.layout();
+                let memory = GuestMemory::from_layers(&layout, &fork.memory);
+                let memory = memory.map_err(|error| ApiError::internal(&error))?;
+                if let Some(file) = fork.prefetch {
+                    prefetch::bring_in(&memory, file);
+                }
+                Ok(Self {
+                    memory,
+                    source: Source::State(Box::new(fork.state)),
+                    disk_layers: fork.disk_layers,
+                    standby: fork.standby,
+                    locks: fork.locks,
+                })
+            }
+        }
+    }
+
+    fn state(&self) -> Option<&MachineState> {
+        match &self.source {
+            Source::Boot { .. } => None,
+            Source::State(state) => Some(state),
+        }
+    }
+}
+
+/// Whether this host's CPU has all that the guest may use.
+fn check_cpu(kvm: &Kvm, state: &MachineState) -> Result<()> {
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(|error| ApiError::internal(&error))?;
+    let host = CpuProfile::of_host(&supported);
+    let saved = state.vcpus.first().map(CpuProfile::of).unwrap_or_default();
+    host.can_run(&saved).map_err(|mismatch| {
+        ApiError::new(
+            ErrorCode::HostUnsupported,
+            format!("the snapshot cannot go on here: {mismatch}"),
+        )
+        .advise("use a host with the same CPU or a newer one of its kind")
+    })
+}
+
+fn boot(
+    parts: Parts,
+    mut kernel: Kernel,
+    config: &VmConfig,
+    events: &mut EventLoop,
+) -> Result<Machine> {
+    let mut machine = Machine::new(parts, events).map_err(told)?;
+    machine.boot(&mut kernel).map_err(|error| {
+        told(error).advise(format!(
+            "check that {} is a Linux kernel for x86-64",
+            config.kernel.display()
+        ))
+    })?;
+    Ok(machine)
+}
+
+fn restore(parts: Parts, state: MachineState, events: &mut EventLoop) -> Result<Machine> {
+    let machine = Machine::restore(parts, state, events).map_err(told)?;
+    let mut generation = [0; 16];
+    rustix::rand::getrandom(&mut generation, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| ApiError::internal(&std::io::Error::from(error)))?;
+    machine.set_generation(generation).map_err(told)?;
+    Ok(machine)
 }
 
 fn guest_memory(config: &VmConfig) -> Result<GuestMemory> {

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 
 use clone_api::config::{BalloonConfig, RateLimit};
 use clone_api::control::{BalloonStatus, GuestMemoryStats};
-use clone_api::{ApiError, VmConfig};
+use clone_api::{ApiError, ErrorCode, VmConfig};
+use clone_disk::Disk;
 use clone_memory::GuestRam;
 use clone_vmm::devices::balloon::{Balloon, BalloonOffer, BalloonState, DiscardRam};
 use clone_vmm::devices::net::NetHandle;
@@ -14,9 +15,9 @@ use clone_vmm::devices::rng::{Rng, RngState};
 use clone_vmm::devices::vsock::{Vsock, VsockResources, VsockState};
 use clone_vmm::event_loop::EventLoop;
 use clone_vmm::machine::DeviceSlot;
-use clone_vmm::pci::virtio_pci::SharedVirtioDevice;
+use clone_vmm::pci::virtio_pci::{SharedVirtioDevice, VirtioPciState};
 use clone_vmm::rate_limit::{Rate, RateLimits};
-use clone_vmm::virtio::VirtioDevice;
+use clone_vmm::virtio::{DeviceError, VirtioDevice};
 
 use super::open::DeviceResources;
 use super::{disks, nets};
@@ -32,54 +33,86 @@ pub(super) struct Devices {
 #[derive(Default)]
 pub(super) struct Handles {
     pub(super) nets: Vec<NetHandle>,
+    /// Locked by its device for each call; a snapshot freezes it while that is paused.
+    pub(super) disks: Vec<Arc<Mutex<Disk>>>,
     /// Locked by its transport and the control socket, one call at a time.
     pub(super) balloon: Option<Arc<Mutex<Balloon>>>,
 }
 
-/// Builds the devices on what was opened for them.
+/// Builds the devices on what was opened for them, new ones or (where there are any) from their
+/// `saved` states, which come in the same order.
 pub(super) fn build(
     config: &VmConfig,
     resources: DeviceResources,
     ram: &GuestRam,
+    saved: Option<&[VirtioPciState]>,
     events: &mut EventLoop,
 ) -> Result<Devices> {
+    let mut saved = saved.map(|states| states.iter().map(|state| state.device.as_slice()));
+    let mut next_saved = || match &mut saved {
+        None => Ok(None),
+        Some(states) => states.next().map(Some).ok_or_else(fewer_devices),
+    };
     let mut devices = Devices {
         slots: Vec::new(),
         handles: Handles::default(),
     };
     for (disk, files) in config.disks.iter().zip(resources.disks) {
-        devices.add(disks::device(disk, files)?, events);
+        let (device, opened) = disks::device(disk, files, next_saved()?)?;
+        devices.handles.disks.push(opened);
+        devices.add(device, events);
     }
     for net in resources.nets {
-        let device = nets::device(net)?;
+        let device = nets::device(net, next_saved()?)?;
         devices.handles.nets.push(device.handle());
         devices.add(device, events);
     }
     if let Some(listener) = resources.vsock {
-        let state = VsockState::fresh(config.vsock.cid.into());
+        let state = match next_saved()? {
+            Some(bytes) => VsockState::decode(bytes).map_err(told)?,
+            None => VsockState::fresh(config.vsock.cid.into()),
+        };
         let device = Vsock::new(VsockResources::new(listener), state);
-        devices.add(device.map_err(|error| ApiError::internal(&error))?, events);
+        devices.add(device.map_err(told)?, events);
     }
     if config.balloon.enabled {
-        let device = Arc::new(Mutex::new(balloon(&config.balloon, ram)?));
+        let device = Arc::new(Mutex::new(balloon(&config.balloon, ram, next_saved()?)?));
         devices.handles.balloon = Some(Arc::clone(&device));
         devices.add_shared(device, events);
     }
     if config.rng {
-        let device = Rng::new(None, RngState::fresh());
-        devices.add(device.map_err(|error| ApiError::internal(&error))?, events);
+        let state = match next_saved()? {
+            Some(bytes) => RngState::decode(bytes).map_err(told)?,
+            None => RngState::fresh(),
+        };
+        devices.add(Rng::new(None, state).map_err(told)?, events);
     }
     Ok(devices)
 }
 
-fn balloon(config: &BalloonConfig, ram: &GuestRam) -> Result<Balloon> {
+fn told(error: DeviceError) -> ApiError {
+    ApiError::internal(&error)
+}
+
+fn fewer_devices() -> ApiError {
+    ApiError::new(
+        ErrorCode::InvalidConfig,
+        "the snapshot has fewer devices than its description",
+    )
+}
+
+fn balloon(config: &BalloonConfig, ram: &GuestRam, saved: Option<&[u8]>) -> Result<Balloon> {
+    let discard = Box::new(DiscardRam::new(ram.clone()));
+    if let Some(bytes) = saved {
+        let state = BalloonState::decode(bytes).map_err(told)?;
+        return Balloon::new(discard, state).map_err(told);
+    }
     let state = BalloonState::fresh(BalloonOffer {
         deflate_on_oom: config.deflate_on_oom,
         reporting: config.free_page_reporting,
         ..BalloonOffer::default()
     });
-    let mut balloon = Balloon::new(Box::new(DiscardRam::new(ram.clone())), state)
-        .map_err(|error| ApiError::internal(&error))?;
+    let mut balloon = Balloon::new(discard, state).map_err(told)?;
     balloon.set_target_bytes(config.size.0);
     Ok(balloon)
 }

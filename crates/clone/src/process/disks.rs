@@ -10,6 +10,7 @@ use clone_disk::{Disk, DiskError, DiskFiles, DiskSpec, EngineKind, Format, Image
 use clone_vmm::devices::block::{Block, BlockConfig, BlockState};
 
 use super::devices;
+use super::start::ForkDisk;
 use crate::error::Result;
 
 /// Where layers that end with their VM are kept: on a disk, since they may grow beyond memory.
@@ -27,19 +28,27 @@ pub fn format_of(disk: &DiskConfig) -> Result<DiskFormat> {
     }
 }
 
-/// Opens and locks the files of a disk.
-pub(super) fn open(disk: &DiskConfig) -> Result<DiskFiles> {
-    let format = match format_of(disk)? {
-        DiskFormat::Raw => Format::Raw,
-        DiskFormat::Qcow2 => Format::Qcow2,
+/// Opens and locks the files of a disk; with `shared` those that a clone has instead of the
+/// described image.
+pub(super) fn open(disk: &DiskConfig, shared: Option<&ForkDisk>) -> Result<DiskFiles> {
+    let image = |path: &Path, format: DiskFormat| ImageSpec {
+        path: path.to_owned(),
+        format: match format {
+            DiskFormat::Raw => Format::Raw,
+            DiskFormat::Qcow2 => Format::Qcow2,
+        },
+    };
+    let (base, layers) = match shared {
+        None => (Some(image(&disk.path, format_of(disk)?)), Vec::new()),
+        Some(ForkDisk { base, layers }) => {
+            let base = base.as_ref().map(|(path, format)| image(path, *format));
+            (base, layers.clone())
+        }
     };
     let spec = DiskSpec {
-        base: Some(ImageSpec {
-            path: disk.path.clone(),
-            format,
-        }),
+        base,
         backing: Vec::new(),
-        layers: Vec::new(),
+        layers,
         writes: match &disk.overlay {
             Overlay::None if disk.read_only => Writes::Refused,
             Overlay::None => Writes::Base,
@@ -62,15 +71,24 @@ fn ephemeral() -> Writes {
     }
 }
 
-/// The device of a disk.
-pub(super) fn device(disk: &DiskConfig, files: DiskFiles) -> Result<Block> {
+/// The device of a disk, new or as it was `saved`, and the disk behind it.
+pub(super) fn device(
+    disk: &DiskConfig,
+    files: DiskFiles,
+    saved: Option<&[u8]>,
+) -> Result<(Block, Arc<Mutex<Disk>>)> {
     let opened = Disk::open(files, EngineKind::Uring).map_err(|error| told(disk, &error))?;
-    let state = BlockState::fresh(&BlockConfig {
-        id: serial_number(&disk.path),
-        queues: 1,
-        limits: devices::limits(disk.rate_limit.as_ref()),
-    });
-    Block::new(Arc::new(Mutex::new(opened)), state).map_err(|error| ApiError::internal(&error))
+    let opened = Arc::new(Mutex::new(opened));
+    let state = match saved {
+        Some(bytes) => BlockState::decode(bytes).map_err(|error| ApiError::internal(&error))?,
+        None => BlockState::fresh(&BlockConfig {
+            id: serial_number(&disk.path),
+            queues: 1,
+            limits: devices::limits(disk.rate_limit.as_ref()),
+        }),
+    };
+    let device = Block::new(Arc::clone(&opened) as _, state);
+    Ok((device.map_err(|error| ApiError::internal(&error))?, opened))
 }
 
 /// What the guest sees under `/dev/disk/by-id`: the image's name.
@@ -115,13 +133,13 @@ mod tests {
             path,
             ..DiskConfig::default()
         };
-        let _first = open(&disk).unwrap();
-        let error = open(&disk).unwrap_err();
+        let _first = open(&disk, None).unwrap();
+        let error = open(&disk, None).unwrap_err();
         assert_eq!(error.code, ErrorCode::Conflict);
         let shared = DiskConfig {
             overlay: Overlay::Ephemeral,
             ..disk
         };
-        assert_eq!(open(&shared).unwrap_err().code, ErrorCode::Conflict);
+        assert_eq!(open(&shared, None).unwrap_err().code, ErrorCode::Conflict);
     }
 }

@@ -10,9 +10,12 @@ pub mod console;
 pub mod control;
 mod devices;
 pub mod disks;
+mod lineage;
 mod nets;
 pub mod open;
+pub mod prefetch;
 pub mod report;
+mod snapshot;
 pub mod start;
 mod vm;
 
@@ -62,7 +65,10 @@ pub fn main(dir: PathBuf) -> ExitCode {
         Ok(vm) => vm,
         Err(error) => return fail(error),
     };
-    let _ = rustix::process::set_parent_process_death_signal(None);
+    // A standby stays its launcher's until it is adopted.
+    if !vm.is_standby() {
+        let _ = rustix::process::set_parent_process_death_signal(None);
+    }
     if let Err(error) = report::ready() {
         // The launcher is gone; the VM is not less wanted for that.
         tracing::warn!(%error, "nobody heard that the VM is ready");
@@ -93,7 +99,9 @@ fn start_vm(dir: &VmDir, start: Start, events: &mut EventLoop) -> Result<vm::Vm>
     let mut vm = assemble::assemble(dir, config, &extra, resources, events)?;
     // Everything is made: from here on no thread needs more than its daily calls.
     jail::confine_event_loop().map_err(|error| ApiError::internal(&error))?;
-    vm.begin()?;
+    if !vm.is_standby() {
+        vm.begin()?;
+    }
     Ok(vm)
 }
 

@@ -71,20 +71,25 @@ fn take(fd: RawFd) -> Result<Tap> {
     Tap::from_fd(fd).map_err(|error| ApiError::internal(&error))
 }
 
-/// The device of an interface.
-pub(super) fn device(open: OpenNet) -> Result<Net> {
+/// The device of an interface, new or as it was `saved`, with the hardware address of this VM.
+pub(super) fn device(open: OpenNet, saved: Option<&[u8]>) -> Result<Net> {
     let OpenNet {
         taps,
         vhost,
         limits,
         inherited,
     } = open;
-    let state = NetState::fresh(net::NetConfig {
-        mac: inherited.mac.0,
-        mtu: inherited.mtu,
-        queue_pairs: taps.len() as u16,
-        limits,
-    });
+    let state = match saved {
+        Some(bytes) => NetState::decode(bytes)
+            .map_err(|error| ApiError::internal(&error))?
+            .with_mac(inherited.mac.0),
+        None => NetState::fresh(net::NetConfig {
+            mac: inherited.mac.0,
+            mtu: inherited.mtu,
+            queue_pairs: taps.len() as u16,
+            limits,
+        }),
+    };
     let ports = taps.into_iter().map(|tap| Box::new(tap) as Box<dyn Port>);
     let resources = NetResources {
         ports: ports.collect(),

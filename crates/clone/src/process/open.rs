@@ -2,16 +2,21 @@
 //! and makes no socket.
 
 use std::fs::File;
+use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use clone_api::{ApiError, ErrorCode, VmConfig};
 use clone_disk::DiskFiles;
+use clone_memory::{Layer, LayerError, LayerStack, Pagemap};
+use clone_vmm::machine::MachineState;
+use clone_vmm::snapshot;
 use kvm_ioctls::Kvm;
+use rustix::fs::FlockOperation;
 
 use super::nets::OpenNet;
-use super::start::Start;
+use super::start::{Fork, ForkDisk, Origin, Start};
 use super::{disks, nets};
 use crate::error::{Result, failed};
 use crate::process::console::ConsoleLog;
@@ -20,14 +25,34 @@ use crate::runtime::VmDir;
 /// What a VM is made from, open.
 pub(super) struct Resources {
     pub(super) kvm: Kvm,
-    pub(super) kernel: File,
-    pub(super) initrd: Option<File>,
+    pub(super) origin: OpenOrigin,
     pub(super) control: UnixListener,
     pub(super) console: UnixListener,
     pub(super) console_log: Option<ConsoleLog>,
     /// `/proc/self/smaps_rollup`, which stays readable in the jail.
     pub(super) memory_map: File,
+    /// Its page tables, likewise.
+    pub(super) pagemap: Pagemap,
     pub(super) devices: DeviceResources,
+}
+
+/// What its guest comes from, open.
+pub(super) enum OpenOrigin {
+    Boot { kernel: File, initrd: Option<File> },
+    // Boxed: a state is large.
+    Fork(Box<OpenFork>),
+}
+
+/// A snapshot, open and checked.
+pub(super) struct OpenFork {
+    pub(super) memory: LayerStack,
+    pub(super) state: MachineState,
+    pub(super) prefetch: Option<File>,
+    /// How many layers each disk shares with others.
+    pub(super) disk_layers: Vec<usize>,
+    pub(super) standby: bool,
+    /// Locked.
+    pub(super) locks: Vec<File>,
 }
 
 /// What its devices are made from, open.
@@ -43,11 +68,11 @@ pub(super) struct DeviceResources {
 pub(super) fn open(dir: &VmDir, start: Start) -> Result<(VmConfig, Resources)> {
     let config = start.config;
     let kvm = open_kvm()?;
-    let kernel = read_only("open the kernel", &start.boot_kernel)?;
-    let initrd = match &config.initrd {
-        Some(path) => Some(read_only("open the initrd", path)?),
-        None => None,
+    let shared_disks: Vec<Option<ForkDisk>> = match &start.origin {
+        Origin::Boot { .. } => config.disks.iter().map(|_| None).collect(),
+        Origin::Fork(fork) => fork.disks.iter().cloned().map(Some).collect(),
     };
+    let origin = open_origin(start.origin, &config)?;
     let console_log = match config.console.log_limit.0 {
         0 => None,
         limit => Some(ConsoleLog::new(
@@ -65,7 +90,8 @@ pub(super) fn open(dir: &VmDir, start: Start) -> Result<(VmConfig, Resources)> {
         disks: config
             .disks
             .iter()
-            .map(disks::open)
+            .zip(&shared_disks)
+            .map(|(disk, shared)| disks::open(disk, shared.as_ref()))
             .collect::<Result<_>>()?,
         nets: nets
             .map(|(net, inherited)| nets::open(net, inherited))
@@ -74,15 +100,70 @@ pub(super) fn open(dir: &VmDir, start: Start) -> Result<(VmConfig, Resources)> {
     };
     let resources = Resources {
         kvm,
-        kernel,
-        initrd,
+        origin,
         control: listen(&dir.control_socket())?,
         console: listen(&dir.console_socket())?,
         console_log,
         memory_map: read_only("open", Path::new("/proc/self/smaps_rollup"))?,
+        pagemap: Pagemap::open().map_err(|error| ApiError::internal(&error))?,
         devices,
     };
     Ok((config, resources))
+}
+
+fn open_origin(origin: Origin, config: &VmConfig) -> Result<OpenOrigin> {
+    match origin {
+        Origin::Boot { kernel } => Ok(OpenOrigin::Boot {
+            kernel: read_only("open the kernel", &kernel)?,
+            initrd: match &config.initrd {
+                Some(path) => Some(read_only("open the initrd", path)?),
+                None => None,
+            },
+        }),
+        Origin::Fork(fork) => open_fork(&fork).map(|fork| OpenOrigin::Fork(Box::new(fork))),
+    }
+}
+
+fn open_fork(fork: &Fork) -> Result<OpenFork> {
+    let locks = fork.locks.iter().map(|path| {
+        let file = read_only("open", path)?;
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared)
+            .map_err(|error| failed("share the template of", path)(error.into()))?;
+        Ok(file)
+    });
+    let locks = locks.collect::<Result<_>>()?;
+    let damaged = |error: LayerError| {
+        ApiError::new(ErrorCode::InvalidConfig, error.to_string())
+            .advise("`clone template verify` tells all that is wrong")
+    };
+    let mut layers = Vec::with_capacity(fork.memory.len());
+    for path in &fork.memory {
+        let file = read_only("open the memory layer", path)?;
+        layers.push(Layer::open(file, path.display().to_string()).map_err(damaged)?);
+    }
+    let state = read_only("open the machine's state", &fork.state)?;
+    let mut bytes = Vec::new();
+    state
+        .take(snapshot::MAX_BYTES)
+        .read_to_end(&mut bytes)
+        .map_err(failed("read the machine's state", &fork.state))?;
+    let state = snapshot::decode(&bytes).map_err(|error| {
+        ApiError::new(
+            ErrorCode::InvalidConfig,
+            format!("{}: {error}", fork.state.display()),
+        )
+    })?;
+    Ok(OpenFork {
+        memory: LayerStack::new(layers).map_err(damaged)?,
+        state,
+        prefetch: match &fork.prefetch {
+            Some(path) => Some(read_only("open", path)?),
+            None => None,
+        },
+        disk_layers: fork.disks.iter().map(|disk| disk.layers.len()).collect(),
+        standby: fork.standby,
+        locks,
+    })
 }
 
 /// Opens `/dev/kvm`, with advice for each way in which that fails.

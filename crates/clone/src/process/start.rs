@@ -4,6 +4,7 @@ use std::io::Read;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use clone_api::config::DiskFormat;
 use clone_api::{ApiError, ErrorCode, MacAddr, VmConfig};
 use serde::{Deserialize, Serialize};
 
@@ -14,10 +15,48 @@ use crate::error::Result;
 pub struct Start {
     /// The VM's description, filled in.
     pub config: VmConfig,
-    /// The kernel to boot: the described one, or a `vmlinux` that was extracted from it.
-    pub boot_kernel: PathBuf,
+    /// Where its guest comes from.
+    pub origin: Origin,
     /// The network interfaces, in the order of the description.
     pub nets: Vec<InheritedNet>,
+}
+
+/// Where a guest comes from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Origin {
+    /// A kernel boots.
+    Boot {
+        /// The described kernel, or a `vmlinux` that was extracted from it.
+        kernel: PathBuf,
+    },
+    /// A snapshot goes on.
+    Fork(Fork),
+}
+
+/// A snapshot to go on from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Fork {
+    /// The memory layers, the base first.
+    pub memory: Vec<PathBuf>,
+    /// The machine's state.
+    pub state: PathBuf,
+    /// Held with shared locks for as long as the VM lives, so that nobody removes what it uses.
+    pub locks: Vec<PathBuf>,
+    /// The disks, in the order of the description.
+    pub disks: Vec<ForkDisk>,
+    /// Whether it only gets ready, and runs when it is given its name.
+    pub standby: bool,
+    /// Pages to bring in before the guest runs.
+    pub prefetch: Option<PathBuf>,
+}
+
+/// A disk of a clone: what it shares with others, under what the description says of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ForkDisk {
+    /// The base image and its format; none where the lowest layer holds everything.
+    pub base: Option<(PathBuf, DiskFormat)>,
+    /// The layers over it, the lowest first.
+    pub layers: Vec<PathBuf>,
 }
 
 /// A network interface that the launcher set up.

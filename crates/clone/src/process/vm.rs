@@ -2,32 +2,37 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clone_api::control::{
-    BalloonStatus, ConsoleInfo, CpuStats, MemoryStats, VmInfo, VmState, VmStats,
+    BalloonStatus, ConsoleInfo, CpuStats, GuestPages, LayerPages, MemoryStats, SnapshotRequest,
+    VmInfo, VmState, VmStats,
 };
 use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
 use clone_vmm::devices::balloon::Balloon;
 use clone_vmm::event_loop::EventLoop;
-use clone_vmm::machine::{Exit, ExitSignal, Machine};
+use clone_vmm::machine::{Exit, ExitSignal, GuestTime, Machine};
 use clone_vmm::virtio::DeviceError;
 use vmm_sys_util::epoll::EventSet;
 
 use super::assemble::told;
 use super::console::ConsoleHub;
-use super::control::VmControl;
+use super::control::{Responder, VmControl};
 use super::devices::{Handles, balloon_status};
+use super::lineage::Lineage;
+use super::snapshot::{self, SharedSubject, SnapshotDisk, Subject};
 use crate::runtime::VmDir;
 
-/// Locked by the event loop's thread only, for one call at a time: the lock is there because
-/// handlers must be able to move between threads, not because any waits for it.
-type SharedMachine = Arc<Mutex<Machine>>;
+/// Locked for one call at a time by the event loop's thread, and by a snapshot's for as long as it
+/// keeps the guest paused.
+pub(super) type SharedMachine = Arc<Mutex<Machine>>;
 
-fn locked(machine: &SharedMachine) -> MutexGuard<'_, Machine> {
+pub(super) fn locked(machine: &SharedMachine) -> MutexGuard<'_, Machine> {
     // After a panic the machine is suspect, but ending it in order is still right.
     machine.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -37,12 +42,17 @@ pub(super) struct Vm {
     machine: SharedMachine,
     hub: Arc<Mutex<ConsoleHub>>,
     exit: ExitSignal,
+    standby: bool,
+    /// What it uses of others, kept from being removed.
+    _locks: Vec<File>,
 }
 
 impl Vm {
     pub(super) fn new(
         machine: Machine,
         hub: Arc<Mutex<ConsoleHub>>,
+        standby: bool,
+        locks: Vec<File>,
         events: &mut EventLoop,
     ) -> io::Result<Self> {
         let exit = machine.exit_signal();
@@ -52,7 +62,23 @@ impl Vm {
             machine: Arc::new(Mutex::new(machine)),
             hub,
             exit,
+            standby,
+            _locks: locks,
         })
+    }
+
+    /// What snapshots are taken of.
+    pub(super) fn subject(&self, lineage: Lineage, disks: Vec<SnapshotDisk>) -> SharedSubject {
+        Arc::new(Mutex::new(Subject {
+            machine: Arc::clone(&self.machine),
+            lineage,
+            disks,
+        }))
+    }
+
+    /// Whether it was made to wait for its name.
+    pub(super) fn is_standby(&self) -> bool {
+        self.standby
     }
 
     /// Lets the guest run its first instruction.
@@ -98,6 +124,10 @@ pub(super) struct Observed {
     pub(super) attached: Arc<AtomicU32>,
     /// Its devices.
     pub(super) devices: Handles,
+    /// What snapshots are taken of.
+    pub(super) subject: SharedSubject,
+    /// For a standby, where its guest's time is to go on.
+    pub(super) standby: Option<GuestTime>,
 }
 
 impl VmHandle {
@@ -119,6 +149,38 @@ impl VmHandle {
         }
     }
 
+    /// The guest's RAM by where its pages are from; not while a snapshot is taken.
+    fn guest_pages(&self) -> Result<Option<GuestPages>, ApiError> {
+        let Ok(subject) = self.observed.subject.try_lock() else {
+            return Ok(None);
+        };
+        let lineage = &subject.lineage;
+        let usage = lineage.memory().usage(lineage.pagemap());
+        let usage = usage.map_err(|error| ApiError::internal(&error))?;
+        let layers = usage.layers.iter().map(|layer| LayerPages {
+            shared_bytes: layer.shared,
+            private_bytes: layer.private,
+        });
+        Ok(Some(GuestPages {
+            private_bytes: usage.private,
+            shared_bytes: usage.shared,
+            swapped_bytes: usage.swapped,
+            layers: layers.collect(),
+        }))
+    }
+
+    /// Its directory has another name, and so has it.
+    fn rename(&mut self, name: &str) {
+        let old = Path::new(&self.console.socket).parent().map(Path::to_owned);
+        let Some(vms) = old.as_deref().and_then(Path::parent) else {
+            return;
+        };
+        let dir = VmDir::at(vms.join(name));
+        self.console.socket = dir.console_socket().display().to_string();
+        self.console.log = dir.console_log().display().to_string();
+        name.clone_into(&mut self.config.name);
+    }
+
     /// Does something with the balloon, and tells how it is.
     fn with_balloon(
         &self,
@@ -131,8 +193,14 @@ impl VmHandle {
         Ok(balloon_status(&balloon))
     }
 
-    /// An error unless the guest is still there.
+    /// An error unless the guest is there, and has begun to run.
     fn check_alive(&self) -> Result<(), ApiError> {
+        if self.observed.standby.is_some() {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                "the VM is a standby: it waits to be given its name",
+            ));
+        }
         match self.exit.get() {
             None => Ok(()),
             Some(_) => Err(ApiError::new(
@@ -147,6 +215,8 @@ impl VmControl for VmHandle {
     fn info(&self) -> VmInfo {
         let state = if self.exit.get().is_some() {
             VmState::Stopping
+        } else if self.observed.standby.is_some() {
+            VmState::Standby
         } else if locked(&self.machine).is_running() {
             VmState::Running
         } else {
@@ -171,6 +241,7 @@ impl VmControl for VmHandle {
             .map_err(|error| ApiError::internal(&error))?;
         let mut memory = parse_memory_map(&String::from_utf8_lossy(&text[..length]));
         memory.guest_bytes = self.config.memory.0;
+        memory.guest = self.guest_pages()?;
         Ok(VmStats {
             memory,
             cpu: cpu_time(),
@@ -239,6 +310,36 @@ impl VmControl for VmHandle {
             ..self.console.clone()
         }
     }
+
+    fn snapshot(&mut self, request: SnapshotRequest, files: Vec<OwnedFd>, responder: Responder) {
+        if let Err(error) = self.check_alive() {
+            return responder.answer::<()>(Err(error));
+        }
+        let subject = Arc::clone(&self.observed.subject);
+        let work = move || responder.answer(snapshot::take(&subject, &request, files));
+        // Without a thread the responder is dropped, which tells the client.
+        let started = std::thread::Builder::new()
+            .name("snapshot".to_owned())
+            .spawn(work);
+        if let Err(error) = started {
+            tracing::error!(%error, "no thread for a snapshot");
+        }
+    }
+
+    fn adopt(&mut self, name: &str) -> Result<(), ApiError> {
+        let Some(time) = self.observed.standby.take() else {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!("the VM `{}` is no standby", self.config.name),
+            ));
+        };
+        self.rename(name);
+        // From now on it is nobody's but its own.
+        let _ = rustix::process::set_parent_process_death_signal(None);
+        let mut machine = locked(&self.machine);
+        machine.set_time(&time).map_err(told)?;
+        machine.resume().map_err(told)
+    }
 }
 
 fn no_balloon(name: &str) -> ApiError {
@@ -261,6 +362,7 @@ fn parse_memory_map(text: &str) -> MemoryStats {
         resident_bytes: field("Rss:"),
         private_bytes: field("Private_Clean:") + field("Private_Dirty:"),
         swapped_bytes: field("Swap:"),
+        guest: None,
     }
 }
 

@@ -6,27 +6,45 @@
 //! - `lock`: locked by a launcher while it starts the VM;
 //! - `control.sock`, `console.sock`, `vsock.sock`;
 //! - `console.log` and `console.log.old`: the console's output;
-//! - `vmm.log`: what the VM's process itself says.
+//! - `vmm.log`: what the VM's process itself says;
+//! - `parent.json`, `network.json`: [`Parent`], [`GuestInterface`]s.
+//!
+//! Hidden beside them: `.standby-*`, VMs that are ready and wait for their name ([`standby`]), and
+//! `.live-*`, what live forks share.
 //!
 //! A directory is *stale* when nobody starts its VM and its process is gone: the next command
 //! sweeps it away ([`Runtime::sweep`]).
 
 mod process;
+mod standby;
 mod sweep;
 #[cfg(test)]
 mod tests;
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use clone_api::{ApiError, ErrorCode, VmConfig};
+use clone_api::{ApiError, ErrorCode, MacAddr, VmConfig};
 use rustix::fs::FlockOperation;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, failed};
+use crate::host_net::GuestAddress;
+use crate::process::start::ForkDisk;
 pub use process::Process;
+pub use sweep::{LIVE_LOCK, LIVE_PREFIX};
 
+/// Holds the path where a standby's directory was made.
+const BORN: &str = "born";
+/// Holds a [`Parent`].
+const PARENT: &str = "parent.json";
+/// Holds a list of [`GuestInterface`].
+const NETWORK: &str = "network.json";
 /// The longest path of a Unix socket, without its terminator.
 const MAX_SOCKET_PATH: usize = 107;
 /// The longest socket name in a VM's directory: `vsock.sock_` and a port.
@@ -76,6 +94,33 @@ impl Runtime {
         VmDir {
             path: self.vms.join(name),
         }
+    }
+
+    /// Where the directories of VMs are.
+    pub fn vms_dir(&self) -> &Path {
+        &self.vms
+    }
+
+    /// A new hidden directory for what a live fork shares, locked by its maker.
+    pub fn live_dir(&self) -> Result<(PathBuf, File)> {
+        // Under the root's lock no sweeper sees the directory before it is locked itself.
+        let _root = self.lock()?;
+        let name = Self::standby_name("live")?;
+        let dir = self.vms.join(name.replace(standby::PREFIX, LIVE_PREFIX));
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&dir)
+            .map_err(failed("make", &dir))?;
+        let path = dir.join(LIVE_LOCK);
+        let lock = File::create(&path).map_err(failed("make", &path))?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared)
+            .map_err(|error| failed("lock", &path)(error.into()))?;
+        Ok((dir, lock))
+    }
+
+    /// Where it is kept that the template of this id was verified.
+    pub fn verified_file(&self, template_id: &str) -> PathBuf {
+        self.vms.join(format!(".verified-{template_id}"))
     }
 
     /// The directory of the VM called `name`; an error where there is none that runs.
@@ -158,14 +203,7 @@ impl Runtime {
             .mode(0o700)
             .create(&dir.path)
             .map_err(|error| match error.kind() {
-                io::ErrorKind::AlreadyExists => ApiError::new(
-                    ErrorCode::Conflict,
-                    format!("a VM called `{}` exists already", config.name),
-                )
-                .advise(format!(
-                    "use another --name, or end it first: clone rm --force {}",
-                    config.name
-                )),
+                io::ErrorKind::AlreadyExists => standby::name_taken(&config.name),
                 _ => failed("make", &dir.path)(error),
             })?;
         let lock = File::create(dir.lock_file()).map_err(failed("make", &dir.lock_file()))?;
@@ -225,10 +263,19 @@ impl VmDir {
         name.to_string_lossy().into_owned()
     }
 
+    /// Where it was made. A standby's directory gets another name when it is adopted; what was set
+    /// up on the host for it keeps the first.
+    pub fn birth_path(&self) -> PathBuf {
+        match fs::read(self.path.join(BORN)) {
+            Ok(path) if !path.is_empty() => PathBuf::from(OsString::from_vec(path)),
+            _ => self.path.clone(),
+        }
+    }
+
     /// What the host's network knows the VM by. The whole path: VMs of several runtime
     /// directories share one network.
     pub fn network_key(&self) -> String {
-        self.path.display().to_string()
+        self.birth_path().display().to_string()
     }
 
     /// The socket that takes HTTP.
@@ -265,6 +312,28 @@ impl VmDir {
         self.path.join("config.json")
     }
 
+    /// Gives the kept description another name.
+    pub fn rename_config(&self, name: &str) -> Result<()> {
+        let mut config = self.config()?;
+        name.clone_into(&mut config.name);
+        write_json(&self.config_file(), &config)
+    }
+
+    /// What snapshots and forks of the VM lie on.
+    pub fn parent(&self) -> Result<Parent> {
+        read_json(&self.path.join(PARENT))
+    }
+
+    /// Changes that, after a snapshot that is kept.
+    pub fn write_parent(&self, parent: &Parent) -> Result<()> {
+        write_json(&self.path.join(PARENT), parent)
+    }
+
+    /// How the guest is to set up its interfaces.
+    pub fn guest_network(&self) -> Result<Vec<GuestInterface>> {
+        read_json(&self.path.join(NETWORK))
+    }
+
     fn pid_file(&self) -> PathBuf {
         self.path.join("pid")
     }
@@ -275,9 +344,7 @@ impl VmDir {
 
     /// The description of the VM.
     pub fn config(&self) -> Result<VmConfig> {
-        let path = self.config_file();
-        let text = fs::read(&path).map_err(failed("read", &path))?;
-        serde_json::from_slice(&text).map_err(|error| failed("understand", &path)(error.into()))
+        read_json(&self.config_file())
     }
 
     /// What the directory says about its VM now.
@@ -312,6 +379,42 @@ impl VmDir {
     }
 }
 
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = fs::read(path).map_err(failed("read", path))?;
+    serde_json::from_slice(&text).map_err(|error| failed("understand", path)(error.into()))
+}
+
+/// Writes all of it or nothing.
+fn write_json<T: Serialize + ?Sized>(path: &Path, value: &T) -> Result<()> {
+    let text = serde_json::to_vec_pretty(value).map_err(|error| ApiError::internal(&error))?;
+    let new = path.with_extension("new");
+    fs::write(&new, text)
+        .and_then(|()| fs::rename(&new, path))
+        .map_err(failed("write", path))
+}
+
+/// A network interface, as its guest is to set it up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestInterface {
+    /// Its hardware address.
+    pub mac: MacAddr,
+    /// The rest, where it is ours to give.
+    pub address: Option<GuestAddress>,
+}
+
+/// What snapshots and forks of a VM lie on.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Parent {
+    /// The template that it was forked from, or the last kept snapshot of it.
+    pub template: Option<PathBuf>,
+    /// Memory layers, the base first; none for a VM that was booted.
+    pub memory: Vec<PathBuf>,
+    /// What each disk has below its own writes.
+    pub disks: Vec<ForkDisk>,
+    /// What must be locked by those who use them.
+    pub locks: Vec<PathBuf>,
+}
+
 /// A VM whose process lived when we looked.
 #[derive(Debug, Clone)]
 pub struct RunningVm {
@@ -332,9 +435,12 @@ pub struct StartingVm {
 impl StartingVm {
     /// Keeps the description for other commands.
     pub fn write_config(&self, config: &VmConfig) -> Result<()> {
-        let path = self.dir.config_file();
-        let text = serde_json::to_vec_pretty(config).map_err(|e| ApiError::internal(&e))?;
-        fs::write(&path, text).map_err(failed("write", &path))
+        write_json(&self.dir.config_file(), config)
+    }
+
+    /// Keeps how the guest is to set up its interfaces.
+    pub fn write_guest_network(&self, interfaces: &[GuestInterface]) -> Result<()> {
+        write_json(&self.dir.path.join(NETWORK), interfaces)
     }
 
     /// Tells who the VM is: from here on the directory lives and dies with that process.

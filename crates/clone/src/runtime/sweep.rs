@@ -1,10 +1,13 @@
 //! Removing what a VM left on the host when its process is gone.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
 
 use clone_api::ApiError;
+use rustix::fs::{FlockOperation, flock};
 
-use super::{Runtime, Status, VmDir};
+use super::{Runtime, Status, VmDir, standby};
 use crate::error::{Result, failed};
 use crate::host_net::{self, HostNet};
 use crate::jail;
@@ -18,18 +21,56 @@ impl Runtime {
                 swept.push(dir.name());
             }
         }
+        self.sweep_hidden()?;
         Ok(swept)
+    }
+
+    /// Removes standbys whose process is gone, and what no live fork shares any more.
+    fn sweep_hidden(&self) -> Result<()> {
+        for dir in self.hidden_dirs(standby::PREFIX)? {
+            let _root = self.lock()?;
+            if dir.status()? == Status::Stale {
+                remove(&dir)?;
+            }
+        }
+        let _root = self.lock()?;
+        for dir in self.hidden_dirs(LIVE_PREFIX)? {
+            remove_unused(dir.path())?;
+        }
+        Ok(())
     }
 
     /// Removes `dir` and what belongs to it, if it is stale; whether it was.
     pub fn sweep_one(&self, dir: &VmDir) -> Result<bool> {
-        let _root = self.lock()?;
+        let root = self.lock()?;
         // Another command may have swept it, and a new VM taken its name, before we had the lock.
         if dir.status()? != Status::Stale {
             return Ok(false);
         }
         remove(dir)?;
+        drop(root);
+        self.sweep_hidden()?;
         Ok(true)
+    }
+}
+
+/// What the directories begin with that hold what live forks share.
+pub const LIVE_PREFIX: &str = ".live-";
+/// The file in them that its users hold a shared lock on.
+pub const LIVE_LOCK: &str = "lock";
+
+/// Removes what no live fork shares any more.
+fn remove_unused(dir: &Path) -> Result<()> {
+    let path = dir.join(LIVE_LOCK);
+    match File::open(&path) {
+        Ok(lock) if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() => Ok(()),
+        // Unlocked, or its maker died before there was a lock.
+        _ => match fs::remove_dir_all(dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(failed("remove", dir)(error))
+            }
+            _ => Ok(()),
+        },
     }
 }
 
@@ -44,7 +85,7 @@ fn may_have_network(dir: &VmDir) -> bool {
 
 /// Host resources first: while the directory is there, a failure is tried again.
 fn remove(dir: &VmDir) -> Result<()> {
-    jail::sweep(dir.path()).map_err(failed("remove the jail of", dir.path()))?;
+    jail::sweep(&dir.birth_path()).map_err(failed("remove the jail of", dir.path()))?;
     if may_have_network(dir) {
         HostNet::new(host_net::DEFAULT_DIR)
             .detach(&dir.network_key())

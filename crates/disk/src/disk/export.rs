@@ -99,7 +99,7 @@ impl FrozenLayers {
                 Owner::Layer(number) => {
                     let (from, source) = &self.layers[usize::from(number) - 1];
                     let at = |header: &LayerHeader| header.data_offset() + block * block_size;
-                    copy(source, at(from), file, at(&header), count * block_size)
+                    copy_range(source, at(from), file, at(&header), count * block_size)
                         .map_err(io_error("copy a layer's blocks"))?;
                     map.set(run, Owner::Layer(1));
                 }
@@ -115,7 +115,10 @@ impl FrozenLayers {
 }
 
 /// Copies bytes between files, sharing blocks where the file system can.
-fn copy(from: &File, from_at: u64, to: &File, to_at: u64, len: u64) -> io::Result<()> {
+///
+/// # Errors
+/// The host's, and `UnexpectedEof` where `from` is shorter.
+pub fn copy_range(from: &File, from_at: u64, to: &File, to_at: u64, len: u64) -> io::Result<()> {
     let (mut from_at, mut to_at, mut left) = (from_at, to_at, len);
     while left > 0 {
         let part = left.min(1 << 30) as usize;

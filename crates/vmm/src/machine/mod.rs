@@ -18,7 +18,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 
 pub use exit::{Exit, ExitSignal};
-pub use state::{BoardState, MachineState, VmClock};
+pub use state::{BoardState, GuestTime, MachineState, VmClock};
 
 use crate::acpi::power::{self, EVENT_GENERATION, EVENT_POWER_BUTTON, PowerRegisters};
 use crate::acpi::{self, SERIAL_PIN};
@@ -141,7 +141,7 @@ pub struct Machine {
     power: Arc<PowerRegisters>,
     exit: ExitSignal,
     vm: Arc<VmFd>,
-    memory: GuestMemory,
+    memory: Arc<GuestMemory>,
     running: bool,
 }
 
@@ -192,7 +192,7 @@ impl Machine {
         let vcpus = (0..parts.vcpus)
             .map(|id| Vcpu::new(&context, id))
             .collect::<Result<_, _>>()?;
-        let memory = parts.memory;
+        let memory = Arc::new(parts.memory);
         Ok(Self {
             vcpus,
             transports,
@@ -290,8 +290,8 @@ impl Machine {
         Arc::clone(&self.serial)
     }
 
-    /// Guest RAM.
-    pub fn memory(&self) -> &GuestMemory {
+    /// Guest RAM. Whoever keeps it may read it while the machine runs.
+    pub fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
     }
 }

@@ -53,6 +53,24 @@ pub struct VmClock {
     pub nanoseconds: u64,
 }
 
+/// A point in a guest's time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestTime {
+    clock: VmClock,
+    /// Time-stamp counters, one for each CPU.
+    tscs: Vec<Option<u64>>,
+}
+
+impl MachineState {
+    /// The guest's time when the state was saved.
+    pub fn time(&self) -> GuestTime {
+        GuestTime {
+            clock: self.clock,
+            tscs: self.vcpus.iter().map(VcpuState::tsc).collect(),
+        }
+    }
+}
+
 impl Machine {
     /// The state of a paused machine.
     ///
@@ -120,6 +138,21 @@ impl Machine {
             locked(transport).restore(saved)?;
         }
         Ok(machine)
+    }
+
+    /// Sets a paused machine back to a point in its guest's time: one that was restored some time
+    /// before it runs would otherwise find that time gone.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn set_time(&mut self, time: &GuestTime) -> Result<(), MachineError> {
+        self.set_clock(time.clock)?;
+        for (vcpu, tsc) in self.vcpus.iter().zip(&time.tscs) {
+            if let Some(tsc) = *tsc {
+                vcpu.set_tsc(tsc)?;
+            }
+        }
+        Ok(())
     }
 
     /// Sets the time that the VM has run. Without KVM's wish to add the real time that has passed:

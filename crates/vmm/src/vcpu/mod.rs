@@ -82,6 +82,7 @@ enum Mode {
 enum Job {
     Save(mpsc::Sender<Result<VcpuState, VcpuError>>),
     Restore(Box<VcpuState>, mpsc::Sender<Result<(), VcpuError>>),
+    SetTsc(u64, mpsc::Sender<Result<(), VcpuError>>),
     Start(Entry, mpsc::Sender<Result<(), VcpuError>>),
 }
 
@@ -217,6 +218,11 @@ impl Vcpu {
         self.job(|reply| Job::Restore(Box::new(state), reply))
     }
 
+    /// Sets the time-stamp counter of a parked CPU.
+    pub fn set_tsc(&self, tsc: u64) -> Result<(), VcpuError> {
+        self.job(|reply| Job::SetTsc(tsc, reply))
+    }
+
     /// Asks the thread to run or to park, without waiting; see [`Vcpu::wait_parked`].
     fn want(&self, mode: Mode) {
         let mut control = self.shared.lock();
@@ -347,6 +353,9 @@ impl Worker {
             }
             Job::Restore(state, reply) => {
                 let _ = reply.send(state::restore(&self.fd, &state, &self.shared.format));
+            }
+            Job::SetTsc(tsc, reply) => {
+                let _ = reply.send(state::set_tsc(&self.fd, tsc));
             }
             Job::Start(entry, reply) => {
                 let set = registers::set(&self.fd, entry);

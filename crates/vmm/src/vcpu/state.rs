@@ -42,6 +42,12 @@ pub struct VcpuState {
 }
 
 impl VcpuState {
+    /// The time-stamp counter when it was saved.
+    pub(crate) fn tsc(&self) -> Option<u64> {
+        let tsc = self.msrs.iter().find(|(index, _)| *index == MSR_TSC);
+        tsc.map(|(_, value)| *value)
+    }
+
     /// A state with nothing in it, for tests of what holds states.
     #[cfg(test)]
     pub(crate) fn blank() -> Self {
@@ -180,6 +186,11 @@ fn set_tsc_frequency(vcpu: &VcpuFd, saved_khz: u32) -> Result<(), VcpuError> {
     }
     vcpu.set_tsc_khz(saved_khz)
         .map_err(VcpuError::kvm("set the TSC's frequency"))
+}
+
+/// Sets the time-stamp counter of a CPU that is not running.
+pub(super) fn set_tsc(vcpu: &VcpuFd, tsc: u64) -> Result<(), VcpuError> {
+    write_msrs(vcpu, &[(MSR_TSC, tsc)])
 }
 
 fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, VcpuError> {

@@ -65,6 +65,10 @@ const KVM: u8 = 0xAE;
 const TUN: u8 = b'T';
 const VHOST: u8 = 0xAF;
 const BLOCK: u8 = 0x12;
+const USERFAULT: u8 = 0xAA;
+const PAGEMAP: u8 = b'f';
+/// linux/userfaultfd.h.
+const UFFD_USER_MODE_ONLY: u64 = 1;
 
 /// What every thread needs: memory, locks, time, signals, and what devices do when the guest sets
 /// them up, which happens on any thread.
@@ -203,6 +207,7 @@ pub(super) const EVENT_LOOP: &[Allowed] = &[
     (libc::SYS_fallocate, Always),
     (libc::SYS_ftruncate, Always),
     (libc::SYS_lseek, Always),
+    (libc::SYS_copy_file_range, Always),
     (libc::SYS_flock, Always),
     (libc::SYS_fstat, Always),
     (libc::SYS_fstatfs, Always),
@@ -214,6 +219,22 @@ pub(super) const EVENT_LOOP: &[Allowed] = &[
     // REGISTER_FILES and UNREGISTER_FILES, of rings that exist.
     (libc::SYS_io_uring_register, Is(1, 2)),
     (libc::SYS_io_uring_register, Is(1, 3)),
+    // Snapshots: what changed is found by asynchronous write-protection (UFFDIO_API, REGISTER,
+    // UNREGISTER, WRITEPROTECT) and by the page tables (PAGEMAP_SCAN).
+    // Of the process's own faults only: what a kernel's access meets cannot be held up by it.
+    (
+        libc::SYS_userfaultfd,
+        Bits {
+            argument: 0,
+            mask: UFFD_USER_MODE_ONLY,
+            value: UFFD_USER_MODE_ONLY,
+        },
+    ),
+    ioctl(USERFAULT, 0x3F),
+    ioctl(USERFAULT, 0x00),
+    ioctl(USERFAULT, 0x01),
+    ioctl(USERFAULT, 0x06),
+    ioctl(PAGEMAP, 16),
     // {GET,SET}_CLOCK, SET_USER_MEMORY_REGION, GET_DIRTY_LOG.
     ioctl(KVM, 0x7B),
     ioctl(KVM, 0x7C),

@@ -1,20 +1,30 @@
 //! One client of the control socket: bytes in, requests out, answers back.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSliceMut, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use clone_vmm::event_loop::Registrar;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use vmm_sys_util::epoll::EventSet;
 
 use super::http::{self, MAX_BODY, MAX_HEAD, Parsed, Request, Response};
 
 /// Read in one event, so that a client that sends without end does not hold the loop.
 const READ_AT_ONCE: usize = 16 << 10;
+/// Files that may come with one request: two for each of as many disks as a VM can have, and two.
+const MAX_FILES: usize = 64;
 /// Answers that may wait for a client; while there are more, its requests wait too.
 const MAX_OUTPUT: usize = 128 << 10;
 
+/// Whether the client wants to go on with the connection.
+type KeepAlive = bool;
+
 /// A connection and what is under way on it.
 pub(super) struct Connection {
+    /// Never used again, so that a late answer finds its own connection or none.
+    pub(super) id: u64,
     stream: UnixStream,
     input: Vec<u8>,
     output: Vec<u8>,
@@ -22,19 +32,30 @@ pub(super) struct Connection {
     sent: usize,
     /// No more requests: what waits is sent, then it is closed.
     closing: bool,
+    /// The client sends no more.
+    finished: bool,
+    /// Files that came, for the next request.
+    files: Vec<OwnedFd>,
+    /// A request is being worked on elsewhere; what it said of the connection. No other is looked
+    /// at meanwhile.
+    pending: Option<KeepAlive>,
     watched: EventSet,
     pub(super) last_active: u64,
 }
 
 impl Connection {
     /// A connection whose stream is watched for input.
-    pub(super) fn new(stream: UnixStream, now: u64) -> Self {
+    pub(super) fn new(stream: UnixStream, id: u64, now: u64) -> Self {
         Self {
+            id,
             stream,
             input: Vec::new(),
             output: Vec::new(),
             sent: 0,
             closing: false,
+            finished: false,
+            files: Vec::new(),
+            pending: None,
             watched: EventSet::IN,
             last_active: now,
         }
@@ -44,11 +65,12 @@ impl Connection {
         &self.stream
     }
 
-    /// Does what `ready` allows; false where the connection is done with.
+    /// Does what `ready` allows; false where the connection is done with. `answer` gives nothing
+    /// where the answer comes later, by [`Connection::complete`].
     pub(super) fn advance(
         &mut self,
         ready: EventSet,
-        mut answer: impl FnMut(&Request<'_>) -> Response,
+        mut answer: impl FnMut(&Request<'_>, Vec<OwnedFd>) -> Option<Response>,
     ) -> io::Result<bool> {
         if ready.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::ERROR) && !self.closing {
             self.read()?;
@@ -63,13 +85,28 @@ impl Connection {
                 break;
             }
         }
-        Ok(!(self.closing && self.waiting() == 0))
+        // Half a request that will not be completed is none.
+        self.closing |= self.finished && self.pending.is_none() && !self.has_request();
+        Ok(!(self.closing && self.waiting() == 0 && self.pending.is_none()))
+    }
+
+    /// The answer to the request that was worked on elsewhere. To be followed by
+    /// [`Connection::advance`], which sends it.
+    pub(super) fn complete(&mut self, response: &Response) {
+        if let Some(keep_alive) = self.pending.take() {
+            self.closing |= !keep_alive;
+            response.write(keep_alive, &mut self.output);
+        }
     }
 
     /// Watches for input while more is wanted, and for room while answers wait.
     pub(super) fn watch(&mut self, registrar: &Registrar, token: u32) -> io::Result<()> {
         let mut wanted = EventSet::empty();
-        if !self.closing && self.waiting() < MAX_OUTPUT && self.input.len() < MAX_HEAD + MAX_BODY {
+        if !self.closing
+            && !self.finished
+            && self.waiting() < MAX_OUTPUT
+            && self.input.len() < MAX_HEAD + MAX_BODY
+        {
             wanted |= EventSet::IN;
         }
         if self.waiting() > 0 {
@@ -88,6 +125,7 @@ impl Connection {
 
     fn has_request(&self) -> bool {
         !self.closing
+            && self.pending.is_none()
             && !self.input.is_empty()
             && !matches!(http::parse(&self.input), Parsed::Partial)
     }
@@ -99,10 +137,10 @@ impl Connection {
             .min(READ_AT_ONCE);
         while room > 0 {
             let part = room.min(chunk.len());
-            match self.stream.read(&mut chunk[..part]) {
+            match self.receive(&mut chunk[..part]) {
                 Ok(0) => {
-                    // It sends no more, and may still read. Half a request is no request.
-                    self.closing = matches!(http::parse(&self.input), Parsed::Partial);
+                    // It sends no more, and may still read.
+                    self.finished = true;
                     break;
                 }
                 Ok(count) => {
@@ -117,14 +155,49 @@ impl Connection {
         Ok(())
     }
 
-    fn answer_requests(&mut self, answer: &mut impl FnMut(&Request<'_>) -> Response) {
+    /// Receives bytes, and the files that come with them.
+    fn receive(&mut self, chunk: &mut [u8]) -> io::Result<usize> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut slices = [IoSliceMut::new(chunk)];
+        let received = recvmsg(
+            &self.stream,
+            &mut slices,
+            &mut ancillary,
+            RecvFlags::CMSG_CLOEXEC,
+        )?;
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(files) = message {
+                self.files.extend(files);
+            }
+        }
+        if self.files.len() > MAX_FILES {
+            return Err(io::Error::other("more files than a request can have"));
+        }
+        Ok(received.bytes)
+    }
+
+    fn answer_requests(
+        &mut self,
+        answer: &mut impl FnMut(&Request<'_>, Vec<OwnedFd>) -> Option<Response>,
+    ) {
         let mut done = 0;
-        while !self.closing && self.waiting() < MAX_OUTPUT && done < self.input.len() {
+        while !self.closing
+            && self.pending.is_none()
+            && self.waiting() < MAX_OUTPUT
+            && done < self.input.len()
+        {
             match http::parse(&self.input[done..]) {
                 Parsed::Partial => break,
                 Parsed::Complete(request, length) => {
-                    self.closing = !request.keep_alive;
-                    answer(&request).write(request.keep_alive, &mut self.output);
+                    let files = std::mem::take(&mut self.files);
+                    match answer(&request, files) {
+                        Some(response) => {
+                            self.closing = !request.keep_alive;
+                            response.write(request.keep_alive, &mut self.output);
+                        }
+                        None => self.pending = Some(request.keep_alive),
+                    }
                     done += length;
                 }
                 Parsed::Bad(error) => {

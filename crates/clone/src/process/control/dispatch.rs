@@ -1,28 +1,44 @@
 //! From a request to what the VM is asked, and from its answer to a response.
 
-use clone_api::control::BalloonTarget;
+use std::os::fd::OwnedFd;
+
+use clone_api::control::{Adoption, BalloonTarget, SnapshotRequest};
 use clone_api::routes::{self, Operation, Route};
 use clone_api::{ApiError, ErrorCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::VmControl;
 use super::http::{Request, Response};
+use super::{Responder, VmControl};
 
-/// Asks `control` what `request` wants.
-pub(super) fn answer(control: &mut dyn VmControl, request: &Request<'_>) -> Response {
+/// Asks `control` what `request` wants. Without an answer now there will be one from `responder`.
+pub(super) fn answer(
+    control: &mut dyn VmControl,
+    request: &Request<'_>,
+    files: Vec<OwnedFd>,
+    responder: impl FnOnce() -> Responder,
+) -> Option<Response> {
     let route = match find(request) {
         Ok(route) => route,
-        Err(refusal) => return refusal,
+        Err(refusal) => return Some(refusal),
     };
-    match run(control, route.operation, request.body) {
-        Ok(body) => Response {
+    match run(control, route.operation, request.body, files, responder) {
+        Ok(Answer::Now(body)) => Some(Response {
             status: if body.is_some() { 200 } else { 204 },
             body,
             allow: None,
-        },
-        Err(error) => Response::error(&error),
+        }),
+        Ok(Answer::Later) => None,
+        Err(error) => Some(Response::error(&error)),
     }
+}
+
+/// What an operation gave.
+enum Answer {
+    /// The body of the answer, for operations that have one.
+    Now(Option<Vec<u8>>),
+    /// The responder will tell.
+    Later,
 }
 
 fn find(request: &Request<'_>) -> Result<&'static Route, Response> {
@@ -48,21 +64,23 @@ fn find(request: &Request<'_>) -> Result<&'static Route, Response> {
     })
 }
 
-/// The body of the answer, for operations that have one.
 fn run(
     control: &mut dyn VmControl,
     operation: Operation,
     body: &[u8],
-) -> Result<Option<Vec<u8>>, ApiError> {
+    files: Vec<OwnedFd>,
+    responder: impl FnOnce() -> Responder,
+) -> Result<Answer, ApiError> {
+    let nothing = Ok(Answer::Now(None));
     match operation {
         Operation::Info => json(&control.info()),
         Operation::Stats => json(&control.stats()?),
-        Operation::Pause => control.pause().map(|()| None),
-        Operation::Resume => control.resume().map(|()| None),
-        Operation::PowerButton => control.power_button().map(|()| None),
+        Operation::Pause => control.pause().and(nothing),
+        Operation::Resume => control.resume().and(nothing),
+        Operation::PowerButton => control.power_button().and(nothing),
         Operation::Kill => {
             control.kill();
-            Ok(None)
+            nothing
         }
         Operation::GetBalloon => json(&control.balloon()?),
         Operation::SetBalloon => {
@@ -70,13 +88,22 @@ fn run(
             json(&control.set_balloon(target.size)?)
         }
         Operation::Console => json(&control.console()),
-        Operation::OpenApi => Ok(Some(clone_api::OPENAPI.as_bytes().to_vec())),
+        Operation::Snapshot => {
+            let wanted: SnapshotRequest = parse(body)?;
+            control.snapshot(wanted, files, responder());
+            Ok(Answer::Later)
+        }
+        Operation::Adopt => {
+            let adoption: Adoption = parse(body)?;
+            control.adopt(&adoption.name).and(nothing)
+        }
+        Operation::OpenApi => Ok(Answer::Now(Some(clone_api::OPENAPI.as_bytes().to_vec()))),
     }
 }
 
-fn json(value: &impl Serialize) -> Result<Option<Vec<u8>>, ApiError> {
+fn json(value: &impl Serialize) -> Result<Answer, ApiError> {
     serde_json::to_vec(value)
-        .map(Some)
+        .map(|body| Answer::Now(Some(body)))
         .map_err(|error| ApiError::internal(&error))
 }
 

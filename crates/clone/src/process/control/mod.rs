@@ -8,24 +8,29 @@
 mod connection;
 mod dispatch;
 pub mod http;
+mod later;
 #[cfg(test)]
 mod tests;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use clone_api::control::{BalloonStatus, ConsoleInfo, VmInfo, VmStats};
+use clone_api::control::{BalloonStatus, ConsoleInfo, SnapshotRequest, VmInfo, VmStats};
 use clone_api::{ApiError, Bytes};
 use clone_vmm::event_loop::{EventHandler, Registrar};
 use vmm_sys_util::epoll::EventSet;
 
 use connection::Connection;
+use later::Later;
+pub use later::Responder;
 
 /// Who may be connected at once. One more pushes out who was silent for longest.
 const MAX_CONNECTIONS: usize = 32;
 
 const LISTENER: u32 = 0;
-const FIRST_CONNECTION: u32 = 1;
+const ANSWERS: u32 = 1;
+const FIRST_CONNECTION: u32 = 2;
 
 /// What a VM can be asked through its control socket. No call may block for long.
 pub trait VmControl: Send {
@@ -47,6 +52,10 @@ pub trait VmControl: Send {
     fn set_balloon(&mut self, size: Bytes) -> Result<BalloonStatus, ApiError>;
     /// Where the console is.
     fn console(&self) -> ConsoleInfo;
+    /// Takes a snapshot into `files`; the answer comes by `responder`, from another thread.
+    fn snapshot(&mut self, request: SnapshotRequest, files: Vec<OwnedFd>, responder: Responder);
+    /// Takes the name, and lets a standby run.
+    fn adopt(&mut self, name: &str) -> Result<(), ApiError>;
 }
 
 /// The server, a handler in the event loop.
@@ -55,6 +64,8 @@ pub struct ControlServer {
     listener: UnixListener,
     control: Box<dyn VmControl>,
     connections: Vec<Option<Connection>>,
+    /// Answers that other threads give.
+    later: Later,
     /// Counts events, to tell who was silent for longest.
     clock: u64,
 }
@@ -67,11 +78,14 @@ impl ControlServer {
         control: Box<dyn VmControl>,
     ) -> io::Result<Self> {
         registrar.add(&listener, LISTENER, EventSet::IN)?;
+        let later = Later::new()?;
+        registrar.add(later.fd(), ANSWERS, EventSet::IN)?;
         Ok(Self {
             registrar,
             listener,
             control,
             connections: Vec::new(),
+            later,
             clock: 0,
         })
     }
@@ -105,7 +119,7 @@ impl ControlServer {
         stream.set_nonblocking(true)?;
         self.registrar
             .add(&stream, FIRST_CONNECTION + index as u32, EventSet::IN)?;
-        self.connections[index] = Some(Connection::new(stream, self.clock));
+        self.connections[index] = Some(Connection::new(stream, self.later.next_id(), self.clock));
         Ok(())
     }
 
@@ -116,15 +130,33 @@ impl ControlServer {
         }
     }
 
+    /// Answers that other threads have given go to the connections that wait for them, where those
+    /// are still there.
+    fn answer_later(&mut self) {
+        for (id, response) in self.later.take() {
+            let waits = |slot: &Option<Connection>| slot.as_ref().is_some_and(|c| c.id == id);
+            if let Some(index) = self.connections.iter().position(waits)
+                && let Some(connection) = &mut self.connections[index]
+            {
+                connection.complete(&response);
+                self.serve(index, EventSet::empty());
+            }
+        }
+    }
+
     fn serve(&mut self, index: usize, ready: EventSet) {
         let Some(Some(connection)) = self.connections.get_mut(index) else {
             return;
         };
+        let connection_id = connection.id;
         connection.last_active = self.clock;
         let control = self.control.as_mut();
         let token = FIRST_CONNECTION + index as u32;
+        let responder = || self.later.responder(connection_id);
         let go_on = connection
-            .advance(ready, |request| dispatch::answer(control, request))
+            .advance(ready, |request, files| {
+                dispatch::answer(control, request, files, responder)
+            })
             .and_then(|open| {
                 if open {
                     connection.watch(&self.registrar, token)?;
@@ -147,6 +179,7 @@ impl EventHandler for ControlServer {
         self.clock += 1;
         match token {
             LISTENER => self.accept(),
+            ANSWERS => self.answer_later(),
             client => self.serve((client - FIRST_CONNECTION) as usize, ready),
         }
     }

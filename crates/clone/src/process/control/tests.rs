@@ -1,4 +1,5 @@
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -69,6 +70,23 @@ impl VmControl for Fake {
     fn set_balloon(&mut self, size: Bytes) -> Result<BalloonStatus, ApiError> {
         self.target = size.0;
         self.balloon()
+    }
+
+    /// Answers from another thread with the number of files that came.
+    fn snapshot(&mut self, _request: SnapshotRequest, files: Vec<OwnedFd>, responder: Responder) {
+        self.note("snapshot");
+        thread::spawn(move || {
+            assert!(!files.iter().any(|file| file.as_raw_fd() < 3));
+            responder.answer(Ok(clone_api::control::SnapshotTaken {
+                memory_bytes: files.len() as u64,
+                ..Default::default()
+            }));
+        });
+    }
+
+    fn adopt(&mut self, _name: &str) -> Result<(), ApiError> {
+        self.note("adopt");
+        Ok(())
     }
 
     fn console(&self) -> ConsoleInfo {
@@ -150,6 +168,21 @@ impl Drop for Bench {
         let ended = self.server.take().unwrap().join();
         assert!(ended.is_ok() || thread::panicking(), "the server panicked");
     }
+}
+
+#[test]
+fn an_answer_that_comes_later_reaches_its_client_and_files_come_with_the_request() {
+    let bench = Bench::new();
+    let file = tempfile::tempfile().unwrap();
+    let files = [std::os::fd::AsFd::as_fd(&file); 4];
+    let request = SnapshotRequest {
+        disks: vec![3],
+        ..SnapshotRequest::default()
+    };
+    let client = bench.client();
+    let taken = client.snapshot(&request, &files).unwrap();
+    assert_eq!(taken.memory_bytes, 4, "as many files as were sent");
+    assert_eq!(client.snapshot(&request, &[]).unwrap().memory_bytes, 0);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 /// The directory for `kind`: in `$CLONE_CACHE_DIR`, else in `/var/cache/clone` for root and in
 /// `$XDG_CACHE_HOME/clone` or `~/.cache/clone` for others. `None` without a home.
-pub(super) fn dir(kind: &str) -> Option<PathBuf> {
+pub(crate) fn dir(kind: &str) -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
     let base = if let Some(dir) = set("CLONE_CACHE_DIR") {
         PathBuf::from(dir)

@@ -8,7 +8,7 @@ use clone_api::{ApiError, ErrorCode, VmConfig};
 use clone_image::ImageError;
 use clone_image::kernel::KernelCache;
 
-use super::cache;
+use crate::cache;
 use crate::error::Result;
 
 /// Finds everything that is wrong with the files that `config` names.

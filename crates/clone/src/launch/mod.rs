@@ -1,4 +1,13 @@
 //! Starting a VM's process: everything is checked first, and a start that fails leaves nothing.
+//!
+//! [`launch`] boots a kernel; [`fork`] makes clones of a template or of a running VM; [`standby`]
+//! keeps clones ready for those who cannot wait.
+
+pub mod fork;
+pub mod identity;
+mod network;
+mod preflight;
+pub mod standby;
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -7,31 +16,34 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use clone_api::config::{DiskConfig, DiskFormat, Overlay};
 use clone_api::{ApiError, ErrorCode, VmConfig};
 
-use super::network::{self, Attached};
-use super::preflight;
 use crate::error::{Result, failed};
 use crate::process::open::open_kvm;
-use crate::process::start::Start;
+use crate::process::start::{ForkDisk, Origin, Start};
 use crate::process::{disks, report};
-use crate::runtime::{Process, Runtime, StartingVm, VmDir};
+use crate::runtime::{Parent, Process, Runtime, StartingVm, VmDir};
+use network::Attached;
 
 /// How many lines of a dead process's log are shown.
 const LOG_LINES: usize = 5;
 
 /// A VM that runs.
-pub(super) struct Launched {
-    pub(super) dir: VmDir,
-    pub(super) process: Process,
+#[derive(Debug)]
+pub struct Launched {
+    /// Its directory.
+    pub dir: VmDir,
+    /// Its process.
+    pub process: Process,
     /// Its process, a child of this one.
-    pub(super) child: Child,
+    pub child: Child,
     /// What its owner should know.
-    pub(super) notices: Vec<String>,
+    pub notices: Vec<String>,
 }
 
 /// Starts the VM that `config` describes, and returns when its guest runs.
-pub(super) fn launch(runtime: &Runtime, mut config: VmConfig) -> Result<Launched> {
+pub fn launch(runtime: &Runtime, mut config: VmConfig) -> Result<Launched> {
     preflight::check_files(&config)?;
     for disk in &mut config.disks {
         disk.format = Some(disks::format_of(disk)?);
@@ -39,8 +51,35 @@ pub(super) fn launch(runtime: &Runtime, mut config: VmConfig) -> Result<Launched
     // Opened again by the VM's process; here it only tells early, with advice.
     drop(open_kvm()?);
     runtime.sweep()?;
+    let kernel = preflight::boot_kernel(&config.kernel)?;
+    let parent = Parent {
+        disks: config.disks.iter().map(as_base).collect(),
+        ..Parent::default()
+    };
+    start_or_abandon(runtime, config, &Origin::Boot { kernel }, &parent)
+}
+
+/// What clones of a booted VM have below its disk's own writes.
+fn as_base(disk: &DiskConfig) -> ForkDisk {
+    let format = disk.format.unwrap_or(DiskFormat::Raw);
+    ForkDisk {
+        base: Some((disk.path.clone(), format)),
+        layers: match &disk.overlay {
+            Overlay::Kept(layer) => vec![layer.clone()],
+            Overlay::None | Overlay::Ephemeral => Vec::new(),
+        },
+    }
+}
+
+/// Starts a VM of which everything is checked; what is set up before a failure is removed.
+fn start_or_abandon(
+    runtime: &Runtime,
+    config: VmConfig,
+    origin: &Origin,
+    parent: &Parent,
+) -> Result<Launched> {
     let starting = runtime.create(&config)?;
-    match start(&starting, config) {
+    match start(&starting, config, origin, parent) {
         Ok(launched) => Ok(launched),
         Err(error) => {
             // What is left then is swept by the next command; the first error is the one to tell.
@@ -52,25 +91,36 @@ pub(super) fn launch(runtime: &Runtime, mut config: VmConfig) -> Result<Launched
     }
 }
 
-fn start(starting: &StartingVm, mut config: VmConfig) -> Result<Launched> {
-    let boot_kernel = preflight::boot_kernel(&config.kernel)?;
+fn start(
+    starting: &StartingVm,
+    mut config: VmConfig,
+    origin: &Origin,
+    parent: &Parent,
+) -> Result<Launched> {
     // Before anything is set up that the sweep of a killed launcher must know of.
     starting.write_config(&config)?;
+    if matches!(origin, Origin::Fork(fork) if fork.standby) {
+        starting.write_born()?;
+    }
     let Attached {
         taps,
         nets,
+        guest,
         notices,
     } = network::attach(&starting.dir, &mut config)?;
     starting.write_config(&config)?;
+    starting.write_guest_network(&guest)?;
     let document = Start {
         config,
-        boot_kernel,
+        origin: origin.clone(),
         nets,
     };
     let mut child = spawn(&starting.dir)?;
     // From here the taps live and die with the VM's process.
     drop(taps);
-    let started = hand_over(starting, &document, &mut child);
+    let started = hand_over(starting, &document, &mut child)
+        // Last: a standby with it is one that is ready.
+        .and_then(|process| starting.dir.write_parent(parent).map(|()| process));
     if started.is_err() {
         // It may hang or be ending; either way nothing of it may stay.
         let _ = child.kill();

@@ -10,7 +10,7 @@ use rustix::io::FdFlags;
 use crate::error::Result;
 use crate::host_net::{Connection, DEFAULT_DIR, HostNet, HostNetError, Request};
 use crate::process::start::InheritedNet;
-use crate::runtime::VmDir;
+use crate::runtime::{GuestInterface, VmDir};
 
 /// The interfaces of a VM, set up.
 pub(super) struct Attached {
@@ -18,6 +18,8 @@ pub(super) struct Attached {
     pub(super) taps: Vec<OwnedFd>,
     /// What the child must know.
     pub(super) nets: Vec<InheritedNet>,
+    /// How the guest is to set them up.
+    pub(super) guest: Vec<GuestInterface>,
     /// What the owner should know.
     pub(super) notices: Vec<String>,
 }
@@ -28,6 +30,7 @@ pub(super) struct Attached {
 pub(super) fn attach(dir: &VmDir, config: &mut VmConfig) -> Result<Attached> {
     let host = HostNet::new(DEFAULT_DIR);
     let (mut taps, mut nets, mut notices) = (Vec::new(), Vec::new(), Vec::new());
+    let mut guest = Vec::new();
     for (index, net) in config.net.iter_mut().enumerate() {
         let attachment = host
             .attach(&request(dir, net))
@@ -40,6 +43,10 @@ pub(super) fn attach(dir: &VmDir, config: &mut VmConfig) -> Result<Attached> {
                 .map_err(|error| ApiError::internal(&std::io::Error::from(error)))?;
         }
         net.mac = Some(attachment.mac);
+        guest.push(GuestInterface {
+            mac: attachment.mac,
+            address: attachment.address.clone(),
+        });
         // The kernel sets up one interface so, and the first is the one with the way out.
         let address = attachment.address.filter(|_| index == 0);
         nets.push(InheritedNet {
@@ -53,6 +60,7 @@ pub(super) fn attach(dir: &VmDir, config: &mut VmConfig) -> Result<Attached> {
     Ok(Attached {
         taps,
         nets,
+        guest,
         notices,
     })
 }

@@ -1,0 +1,165 @@
+//! `clone fork`: clones of a template, or of a VM that goes on running.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::str::FromStr;
+
+use clone_api::control::SnapshotTimes;
+use clone_api::{ApiError, ErrorCode};
+use serde::Serialize;
+
+use super::args::NetArg;
+use super::output::table;
+use super::{Context, exit};
+use crate::error::Result;
+use crate::launch::fork::{self, Forked, Overrides, Source};
+use crate::template::Store;
+
+/// Make clones of a template, or of a running VM.
+///
+/// Each clone goes on where the template was taken, with a name, addresses, machine id, keys and
+/// random numbers of its own. What it writes to disks ends with it unless --disk says otherwise.
+/// Clones are taken from the standbys that `clone template serve` keeps, where there are any.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The template: a name in the store, or a path with a `/`.
+    #[arg(required_unless_present = "from", conflicts_with = "from")]
+    template: Option<String>,
+    /// Fork this running VM; both go on, each with its own memory and disks from this instant.
+    #[arg(long, value_name = "VM")]
+    from: Option<String>,
+    /// How many clones.
+    #[arg(long, short, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    count: u32,
+    /// The clone's name; several are called NAME-1, NAME-2 and so on.
+    #[arg(long, short)]
+    name: Option<String>,
+    /// What an interface is connected to, as for `clone run`; given as often as the template has
+    /// interfaces.
+    #[arg(long = "net", value_name = "NET")]
+    nets: Vec<NetArg>,
+    /// Keep what a clone writes to a disk in a file, by the disk's place (0 is vda): N=FILE.
+    #[arg(long = "disk", value_name = "N=FILE")]
+    disks: Vec<KeptDisk>,
+    /// Do not tell the clones who they are: they have the template's host name, addresses and
+    /// clock until somebody does.
+    #[arg(long)]
+    no_identity: bool,
+}
+
+/// `--disk`.
+#[derive(Debug, Clone)]
+struct KeptDisk(usize, PathBuf);
+
+impl FromStr for KeptDisk {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let (place, file) = text.split_once('=').ok_or("write it as N=FILE")?;
+        let place = place
+            .parse()
+            .map_err(|_| format!("`{place}` is no number"))?;
+        let file = std::path::absolute(file).map_err(|error| error.to_string())?;
+        Ok(Self(place, file))
+    }
+}
+
+/// What `clone fork --json` prints.
+#[derive(Serialize)]
+struct Report {
+    clones: Vec<Outcome>,
+    /// For a live fork: what it cost the VM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    snapshot: Option<SnapshotTimes>,
+}
+
+/// One clone: it runs, or why not.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Outcome {
+    Runs(Forked),
+    Failed { name: String, error: ApiError },
+}
+
+pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
+    let runtime = context.runtime()?;
+    if args.count > 1 && !args.disks.is_empty() {
+        let message = "--disk keeps the writes of one clone, and several were asked for";
+        return Err(ApiError::new(ErrorCode::InvalidConfig, message));
+    }
+    let overrides = Overrides {
+        net: (!args.nets.is_empty())
+            .then(|| args.nets.iter().map(|net| net.config().clone()).collect()),
+        overlays: args.disks.iter().map(|d| (d.0, d.1.clone())).collect(),
+    };
+    let (source, of, snapshot) = match (&args.from, &args.template) {
+        (Some(vm), _) => {
+            let vm = runtime.find(vm)?;
+            let (source, taken) = Source::live(&runtime, &vm)?;
+            (source, vm.dir.name(), Some(taken.times))
+        }
+        (None, template) => {
+            let name = template.as_deref().unwrap_or_default();
+            let template = Store::from_env()?.open(name)?;
+            let of = template.dir().file_name().unwrap_or_default();
+            let of = of.to_string_lossy().into_owned();
+            (Source::template(template, &runtime)?, of, None)
+        }
+    };
+    let names = fork::names(args.name.as_deref(), &of, args.count as usize)?;
+    let results = fork::fork(&runtime, &source, &names, &overrides, !args.no_identity);
+    let clones = names.into_iter().zip(results);
+    let clones = clones.map(|(name, result)| match result {
+        Ok(forked) => Outcome::Runs(forked),
+        Err(error) => Outcome::Failed { name, error },
+    });
+    let report = Report {
+        clones: clones.collect(),
+        snapshot,
+    };
+    finish(context, &report)
+}
+
+fn finish(context: &Context, report: &Report) -> Result<ExitCode> {
+    let mut failures = 0;
+    for outcome in &report.clones {
+        if let Outcome::Failed { name, error } = outcome {
+            failures += 1;
+            // The only one is told as a command's failure is, with its exit code.
+            if report.clones.len() == 1 {
+                return Err(error.clone());
+            }
+            context
+                .output
+                .note(&format!("clone: {name}: {}", error.message));
+        }
+    }
+    context.output.print(report, text);
+    Ok(match failures {
+        0 => ExitCode::SUCCESS,
+        _ => ExitCode::from(exit::FAILURE),
+    })
+}
+
+fn text(report: &Report) -> String {
+    let cells = |cells: [&str; 4]| cells.map(str::to_owned).to_vec();
+    let mut lines = vec![cells(["NAME", "FROM", "RUNNING", "IDENTITY"])];
+    let ms = |us: u64| format!("{:.1} ms", us as f64 / 1000.0);
+    for outcome in &report.clones {
+        if let Outcome::Runs(forked) = outcome {
+            let identity = forked.identity_us.map_or("-".to_owned(), ms);
+            let from = if forked.warm { "standby" } else { "start" };
+            lines.push(cells([
+                &forked.name,
+                from,
+                &ms(forked.running_us),
+                &identity,
+            ]));
+        }
+    }
+    let mut text = table(&lines);
+    if let Some(times) = report.snapshot {
+        text += &format!("the VM was paused for {}\n", ms(times.pause_us));
+    }
+    text
+}

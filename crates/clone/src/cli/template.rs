@@ -1,0 +1,229 @@
+//! `clone template`: the templates in the store, and standbys of them.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Subcommand;
+use clone_api::ApiError;
+use serde::Serialize;
+
+use super::output::{human_bytes, table};
+use super::signals::Signals;
+use super::{Context, progress};
+use crate::error::Result;
+use crate::launch::fork::Source;
+use crate::launch::standby::Standbys;
+use crate::template::{Store, Template, flatten};
+
+/// Templates that clones are forked from.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Ls(LsArgs),
+    Inspect(OneArgs),
+    Verify(OneArgs),
+    Flatten(FlattenArgs),
+    Rm(RmArgs),
+    Serve(ServeArgs),
+}
+
+/// List the templates in the store.
+#[derive(Debug, clap::Args)]
+struct LsArgs {}
+
+/// Show what a template says of itself (`inspect`), or check all of its content (`verify`).
+#[derive(Debug, clap::Args)]
+struct OneArgs {
+    /// The template: a name in the store, or a path with a `/`.
+    template: String,
+}
+
+/// Make a template of one memory layer and no disk layers, of one that has many.
+#[derive(Debug, clap::Args)]
+struct FlattenArgs {
+    /// The template.
+    template: String,
+    /// The one to make.
+    #[arg(long, short)]
+    output: String,
+}
+
+/// Remove templates that no VM uses.
+#[derive(Debug, clap::Args)]
+struct RmArgs {
+    /// The templates.
+    #[arg(required = true)]
+    templates: Vec<String>,
+}
+
+/// Keep clones of a template ready, until it is interrupted.
+///
+/// A fork takes one of them in a fraction of the time that a new one needs. Standbys cost memory
+/// and processes while they wait, and end with this command.
+#[derive(Debug, clap::Args)]
+struct ServeArgs {
+    /// The template.
+    template: String,
+    /// How many to keep ready.
+    #[arg(long, short, default_value_t = 4)]
+    standbys: u32,
+}
+
+pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
+    let store = Store::from_env()?;
+    match &args.command {
+        Command::Ls(_) => ls(context, &store),
+        Command::Inspect(args) => {
+            let template = store.open(&args.template)?;
+            context.output.print(template.manifest(), |manifest| {
+                // It is JSON for people, too.
+                serde_json::to_string_pretty(manifest).unwrap_or_default()
+            });
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Verify(args) => verify(context, &store.open(&args.template)?),
+        Command::Flatten(args) => {
+            let template = store.open(&args.template)?;
+            let flat = flatten(&context.runtime()?, &template, &store.path(&args.output)?)?;
+            context
+                .output
+                .print(&flat.manifest().id, |_| flat.dir().display().to_string());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Rm(args) => {
+            for name in &args.templates {
+                store.remove(name)?;
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Serve(args) => serve(context, &store, args),
+    }
+}
+
+#[derive(Serialize)]
+struct Row {
+    name: String,
+    #[serde(flatten)]
+    what: What,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum What {
+    Template {
+        id: String,
+        memory_bytes: u64,
+        data_bytes: u64,
+        layers: usize,
+        vcpus: u32,
+        created_unix_ms: u64,
+    },
+    Broken {
+        error: String,
+    },
+}
+
+fn ls(context: &Context, store: &Store) -> Result<ExitCode> {
+    let rows = store.list()?.into_iter().map(|(name, template)| Row {
+        name,
+        what: match template {
+            Ok(template) => {
+                let content = template.content();
+                let data = content.memory.layers.iter().map(|layer| layer.data_bytes);
+                What::Template {
+                    id: template.manifest().id.clone(),
+                    memory_bytes: content.memory.bytes,
+                    data_bytes: data.sum(),
+                    layers: content.memory.layers.len(),
+                    vcpus: content.config.vcpus,
+                    created_unix_ms: content.created_unix_ms,
+                }
+            }
+            Err(error) => What::Broken {
+                error: error.message,
+            },
+        },
+    });
+    let rows: Vec<Row> = rows.collect();
+    context.output.print(&rows, |rows| list_text(rows));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn list_text(rows: &[Row]) -> String {
+    let header = ["NAME", "MEMORY", "DATA", "LAYERS", "VCPUS", "ID"];
+    let mut lines = vec![header.map(str::to_owned).to_vec()];
+    for row in rows {
+        lines.push(match &row.what {
+            What::Template {
+                id,
+                memory_bytes,
+                data_bytes,
+                layers,
+                vcpus,
+                ..
+            } => vec![
+                row.name.clone(),
+                human_bytes(*memory_bytes),
+                human_bytes(*data_bytes),
+                layers.to_string(),
+                vcpus.to_string(),
+                id[..12.min(id.len())].to_owned(),
+            ],
+            What::Broken { error } => vec![row.name.clone(), error.clone()],
+        });
+    }
+    table(&lines)
+}
+
+fn verify(context: &Context, template: &Template) -> Result<ExitCode> {
+    let bar = progress::bytes(context, Some(template.bytes_to_verify()));
+    bar.set_message("verifying");
+    let verified = template.verify(|bytes| bar.inc(bytes));
+    bar.finish_and_clear();
+    verified?;
+    context.output.print(&template.manifest().id, |id| {
+        format!("{id}: all of it is as described")
+    });
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What `clone template serve --json` prints each time that all are ready.
+#[derive(Serialize)]
+struct Ready {
+    ready: usize,
+}
+
+fn serve(context: &Context, store: &Store, args: &ServeArgs) -> Result<ExitCode> {
+    let runtime = context.runtime()?;
+    let signals = Signals::take(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])
+        .map_err(|error| ApiError::internal(&error))?;
+    let template = store.open(&args.template)?;
+    let id = template.manifest().id.clone();
+    let name = Path::new(&args.template).file_name().unwrap_or_default();
+    let name = name.to_string_lossy().into_owned();
+    runtime.sweep()?;
+    let source = Source::template(template, &runtime)?;
+    let mut standbys = Standbys::new(&runtime, source, id)?;
+    let mut told = None;
+    loop {
+        let level = standbys.fill(args.standbys as usize)?;
+        if told != Some(level.ready) {
+            told = Some(level.ready);
+            let ready = Ready { ready: level.ready };
+            context
+                .output
+                .print(&ready, |ready| format!("{} of {name} ready", ready.ready));
+        }
+        // Now and then even when nothing is heard: one may have died by itself.
+        if standbys.wait(&signals, Duration::from_secs(30))? {
+            break;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

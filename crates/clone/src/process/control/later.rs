@@ -1,0 +1,115 @@
+//! Answers that another thread gives, brought back to the event loop.
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use clone_api::ApiError;
+use serde::Serialize;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::http::Response;
+
+struct Shared {
+    /// Written by threads with answers, emptied by the event loop; each holds it for a push.
+    answers: Mutex<Vec<(u64, Response)>>,
+    fd: EventFd,
+}
+
+/// The event loop's end.
+pub(super) struct Later {
+    shared: Arc<Shared>,
+    next_id: u64,
+}
+
+impl Later {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self {
+            shared: Arc::new(Shared {
+                answers: Mutex::new(Vec::new()),
+                fd: EventFd::new(EFD_NONBLOCK)?,
+            }),
+            next_id: 0,
+        })
+    }
+
+    /// Readable once there are answers.
+    pub(super) fn fd(&self) -> &EventFd {
+        &self.shared.fd
+    }
+
+    /// An id for a new connection.
+    pub(super) fn next_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    /// What answers the connection of this id.
+    pub(super) fn responder(&self, id: u64) -> Responder {
+        Responder {
+            shared: Arc::clone(&self.shared),
+            id,
+            answered: false,
+        }
+    }
+
+    /// The answers that came, by connection.
+    pub(super) fn take(&self) -> Vec<(u64, Response)> {
+        let _ = self.shared.fd.read();
+        std::mem::take(&mut *self.lock())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<(u64, Response)>> {
+        self.shared
+            .answers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Answers one request, from any thread. Where it is dropped without an answer (a panic), the
+/// client is told so.
+pub struct Responder {
+    shared: Arc<Shared>,
+    id: u64,
+    answered: bool,
+}
+
+impl Responder {
+    /// Gives the answer.
+    pub fn answer<T: Serialize>(mut self, result: Result<T, ApiError>) {
+        let encoded = result.and_then(|value| {
+            serde_json::to_vec(&value).map_err(|error| ApiError::internal(&error))
+        });
+        self.send(match encoded {
+            Ok(body) => Response {
+                status: 200,
+                body: Some(body),
+                allow: None,
+            },
+            Err(error) => Response::error(&error),
+        });
+    }
+
+    fn send(&mut self, response: Response) {
+        self.answered = true;
+        self.shared
+            .answers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push((self.id, response));
+        // The counter cannot overflow: the event loop empties it.
+        let _ = self.shared.fd.write(1);
+    }
+}
+
+impl Drop for Responder {
+    fn drop(&mut self) {
+        if !self.answered {
+            let error = ApiError::new(
+                clone_api::ErrorCode::Internal,
+                "the VM's process gave up in the middle; its log tells why",
+            );
+            self.send(Response::error(&error));
+        }
+    }
+}

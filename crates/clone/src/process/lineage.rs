@@ -1,0 +1,117 @@
+//! What a VM's memory has in common with layers that are kept: its template's, or those of the
+//! last kept snapshot of it.
+//!
+//! A clone that was never snapshotted is not tracked: what it changed are its private pages. The
+//! first kept snapshot starts tracking, and from then on what changed since is known.
+
+use std::sync::Arc;
+
+use clone_memory::layout::PAGE_SIZE;
+use clone_memory::{
+    ChangeTracker, DirtyError, GuestMemory, Layer, LayerError, LayerId, LayerStack, PageSet,
+    Pagemap,
+};
+
+/// The lineage of one VM's memory.
+pub(super) struct Lineage {
+    memory: Arc<GuestMemory>,
+    pagemap: Pagemap,
+    /// What is kept; none for a VM that was booted and never snapshotted.
+    parent: Option<LayerStack>,
+    /// Finds what changes; from the first snapshot on, where that was kept.
+    tracker: Option<ChangeTracker>,
+    /// What is known to have changed since `parent`, beside what the tracker has yet to tell.
+    changed: PageSet,
+}
+
+impl Lineage {
+    /// Of a VM that has just been booted or forked.
+    pub(super) fn new(memory: Arc<GuestMemory>, pagemap: Pagemap) -> Self {
+        let parent = memory.layers().cloned();
+        Self {
+            memory,
+            pagemap,
+            parent,
+            tracker: None,
+            changed: PageSet::new(),
+        }
+    }
+
+    pub(super) fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    pub(super) fn pagemap(&self) -> &Pagemap {
+        &self.pagemap
+    }
+
+    /// The layer that a diff lies on.
+    pub(super) fn parent_id(&self) -> Option<LayerId> {
+        self.parent.as_ref().map(|stack| stack.top().id())
+    }
+
+    /// Starts to look for changes: gives all pages that differ from the parent.
+    pub(super) fn begin(&mut self) -> Result<PageSet, DirtyError> {
+        if self.tracker.is_some() {
+            self.take_changed()?;
+        } else {
+            let tracker = ChangeTracker::new(&self.memory, self.pagemap.try_clone()?)?;
+            self.changed = tracker.arm()?;
+            self.tracker = Some(tracker);
+        }
+        Ok(self.changed.clone())
+    }
+
+    /// The pages that changed since the last call, or since [`Lineage::begin`].
+    pub(super) fn take_changed(&mut self) -> Result<PageSet, DirtyError> {
+        let Some(tracker) = &self.tracker else {
+            return Ok(PageSet::new());
+        };
+        let now = tracker.take_changed()?;
+        self.changed = self.changed.union(&now);
+        Ok(now)
+    }
+
+    /// All pages that are not zero for sure: the parent's and those that changed.
+    pub(super) fn all_data(&self) -> PageSet {
+        let pages = self.memory.layout().size() / PAGE_SIZE;
+        let mut zero = PageSet::new();
+        for piece in self.parent.iter().flat_map(LayerStack::pieces) {
+            if piece.source == clone_memory::layers::Source::Zero {
+                zero.append(piece.pages.clone());
+            }
+        }
+        let all: PageSet = match self.parent {
+            Some(_) => std::iter::once(0..pages).collect(),
+            None => PageSet::new(),
+        };
+        all.difference(&zero).union(&self.changed)
+    }
+
+    /// A snapshot that is kept was taken: its layer is the parent of the next, over the present
+    /// parent or (a full one) by itself.
+    pub(super) fn kept(&mut self, layer: Layer, full: bool) -> Result<(), LayerError> {
+        let mut layers = match &self.parent {
+            Some(stack) if !full => stack.layers().to_vec(),
+            _ => Vec::new(),
+        };
+        layers.push(layer);
+        self.parent = Some(LayerStack::new(layers)?);
+        self.changed = PageSet::new();
+        Ok(())
+    }
+
+    /// A snapshot was taken that is not kept, or none: a VM that was not tracked before need not
+    /// be from now on.
+    pub(super) fn not_kept(&mut self, was_tracked: bool) {
+        if !was_tracked {
+            self.tracker = None;
+            self.changed = PageSet::new();
+        }
+    }
+
+    /// Whether changes are tracked.
+    pub(super) fn is_tracked(&self) -> bool {
+        self.tracker.is_some()
+    }
+}

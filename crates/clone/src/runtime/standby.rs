@@ -1,0 +1,119 @@
+//! Standbys: clones that are ready and wait to be given their name.
+//!
+//! A standby is a VM like any other in a hidden directory, whose guest has not run yet. To adopt
+//! it is to rename its directory, which one alone of any number of commands can do, and to tell
+//! its process. No server stands between.
+
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+
+use clone_api::{ApiError, ErrorCode};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
+
+use super::{BORN, RunningVm, Runtime, StartingVm, Status, VmDir};
+use crate::error::{Result, failed};
+
+/// What the names of their directories begin with.
+pub(super) const PREFIX: &str = ".standby-";
+
+impl Runtime {
+    /// A name for a new standby of the template of this id.
+    pub fn standby_name(template_id: &str) -> Result<String> {
+        let mut random = [0; 4];
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| ApiError::internal(&io::Error::from(error)))?;
+        Ok(format!(
+            "{PREFIX}{}-{:08x}",
+            short(template_id),
+            u32::from_le_bytes(random)
+        ))
+    }
+
+    /// The standbys of a template that are ready.
+    pub fn standbys(&self, template_id: &str) -> Result<Vec<RunningVm>> {
+        let prefix = format!("{PREFIX}{}-", short(template_id));
+        let mut ready = Vec::new();
+        for dir in self.hidden_dirs(&prefix)? {
+            // Reported ready, which the launcher's lock ends.
+            if let Status::Running(process) = dir.status()?
+                && dir.path().join(super::PARENT).exists()
+            {
+                ready.push(RunningVm { dir, process });
+            }
+        }
+        Ok(ready)
+    }
+
+    /// Takes a standby of a template and gives its directory the name; `None` where there is none
+    /// left. Its process is still to be told.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Conflict`] where the name is taken.
+    pub fn claim(&self, template_id: &str, name: &str) -> Result<Option<RunningVm>> {
+        let target = self.dir(name);
+        for standby in self.standbys(template_id)? {
+            let renamed = renameat_with(
+                CWD,
+                standby.dir.path(),
+                CWD,
+                target.path(),
+                RenameFlags::NOREPLACE,
+            );
+            match renamed {
+                Ok(()) => {
+                    return Ok(Some(RunningVm {
+                        dir: target,
+                        process: standby.process,
+                    }));
+                }
+                // Somebody else was first.
+                Err(Errno::NOENT) => {}
+                Err(Errno::EXIST) => return Err(name_taken(name)),
+                Err(error) => return Err(failed("rename", standby.dir.path())(error.into())),
+            }
+        }
+        Ok(None)
+    }
+
+    /// The hidden directories whose names begin so.
+    pub(super) fn hidden_dirs(&self, prefix: &str) -> Result<Vec<VmDir>> {
+        let list = |error| failed("list", &self.vms)(error);
+        let mut dirs = Vec::new();
+        for entry in fs::read_dir(&self.vms).map_err(list)? {
+            let entry = entry.map_err(list)?;
+            if entry
+                .file_name()
+                .as_encoded_bytes()
+                .starts_with(prefix.as_bytes())
+            {
+                dirs.push(VmDir { path: entry.path() });
+            }
+        }
+        Ok(dirs)
+    }
+}
+
+impl StartingVm {
+    /// Notes where the directory was made, for one that will be renamed.
+    pub fn write_born(&self) -> Result<()> {
+        let path = self.dir.path().join(BORN);
+        fs::write(&path, self.dir.path().as_os_str().as_bytes()).map_err(failed("write", &path))
+    }
+}
+
+/// As much of a template's id as names need.
+fn short(template_id: &str) -> &str {
+    template_id.get(..16).unwrap_or(template_id)
+}
+
+pub(super) fn name_taken(name: &str) -> ApiError {
+    ApiError::new(
+        ErrorCode::Conflict,
+        format!("a VM called `{name}` exists already"),
+    )
+    .advise(format!(
+        "use another --name, or end it first: clone rm --force {name}"
+    ))
+}

@@ -1,0 +1,270 @@
+//! Making a template of a running VM, and the passing kind that a live fork stands on.
+//!
+//! The VM's process writes memory, state and the disks' frozen layers into files that are opened
+//! here; this side knows the template they belong to, and what of its parent's it shares.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use agent_proto::client::Connection;
+use clone_api::config::{DiskConfig, Overlay};
+use clone_api::control::{SnapshotKind, SnapshotRequest, SnapshotTaken, VmState};
+use clone_api::{ApiError, Client, ClientError, ErrorCode, VmConfig};
+
+use crate::error::{Result, failed};
+use crate::process::start::ForkDisk;
+use crate::runtime::{LIVE_LOCK, Parent, RunningVm, Runtime};
+use crate::template::{NewTemplate, Parts, Template};
+
+/// How long writing a snapshot may take.
+const LIMIT: Duration = Duration::from_secs(600);
+/// How long an agent may take to say which it is.
+const AGENT_LIMIT: Duration = Duration::from_secs(5);
+/// Where layers for new writes are kept that end with their VM.
+const SCRATCH_DIR: &str = "/var/tmp";
+
+/// Takes a snapshot of `vm` and makes it the template at `target`; the VM goes on. With `diff` it
+/// holds only what changed since the template that the VM was forked from, or since its last
+/// snapshot, and shares the rest with that.
+pub fn take(
+    runtime: &Runtime,
+    vm: &RunningVm,
+    target: &Path,
+    diff: bool,
+) -> Result<(Template, SnapshotTaken)> {
+    let config = vm.dir.config()?;
+    let agent_version = agent_version(vm);
+    let known = vm.dir.parent()?;
+    let parent = match &known.template {
+        Some(path) => Template::open(path).ok(),
+        None => None,
+    };
+    if diff && parent.is_none() {
+        return Err(no_parent(&config.name, known.template.as_deref()));
+    }
+    let mut new = NewTemplate::begin(target)?;
+    if let Some(parent) = parent.as_ref().filter(|_| diff) {
+        new.share_memory(parent)?;
+    }
+    let mut files = vec![new.memory_file()?, new.state_file()?];
+    let client = Client::new(vm.dir.control_socket()).with_timeout(LIMIT);
+    // Only disks whose writes end with the VM are frozen. Those that keep them are copied while
+    // the guest is paused, since what they are written to is not for us to replace.
+    let in_place = config.disks.iter().any(keeps_writes);
+    let paused = match in_place {
+        true => Some(Paused::pause(&client)?),
+        false => None,
+    };
+    let mut frozen = Vec::new();
+    for (index, disk) in config.disks.iter().enumerate() {
+        add_disk(&mut new, parent.as_ref(), diff, index, disk)?;
+        if disk.overlay == Overlay::Ephemeral && !disk.read_only {
+            frozen.push(index as u32);
+            files.push(scratch()?);
+            files.push(new.disk_layer_file(index)?);
+        }
+    }
+    let request = SnapshotRequest {
+        kind: match diff {
+            true => SnapshotKind::Diff,
+            false => SnapshotKind::Full,
+        },
+        disks: frozen,
+    };
+    let taken = ask(&client, &request, &files)?;
+    for (index, disk) in config.disks.iter().enumerate() {
+        // Only now is the layer's file up to date.
+        if let Overlay::Kept(layer) = &disk.overlay
+            && !disk.read_only
+        {
+            new.copy_layer(index, layer)?;
+        }
+    }
+    drop(paused);
+    for disk in taken.disks.iter().filter(|disk| !disk.written) {
+        new.drop_disk_layer(disk.index as usize)?;
+    }
+    let parts = Parts {
+        parent: parent
+            .filter(|_| diff)
+            .map(|parent| parent.manifest().id.clone()),
+        agent_version,
+        config: without_addresses(config),
+        cpu: taken.cpu.clone(),
+        created_unix_ms: now_unix_ms(),
+    };
+    let template = new.commit(parts, Some(runtime))?;
+    vm.dir.write_parent(&Parent {
+        template: Some(template.dir().to_owned()),
+        memory: template.memory_paths(),
+        disks: template.disks(),
+        locks: vec![template.lock_path()],
+    })?;
+    Ok((template, taken))
+}
+
+/// What clones of a live fork share. The directory goes when the last of them is swept.
+#[derive(Debug)]
+pub struct LiveLayers {
+    /// What they lie on.
+    pub parent: Parent,
+    /// The machine's state.
+    pub state: PathBuf,
+    /// Held until the clones hold it.
+    _lock: File,
+}
+
+/// Takes a snapshot of `vm` for clones that are made at once; the VM goes on.
+pub fn take_live(runtime: &Runtime, vm: &RunningVm) -> Result<(LiveLayers, SnapshotTaken)> {
+    let config = vm.dir.config()?;
+    if let Some(index) = config.disks.iter().position(keeps_writes) {
+        return Err(ApiError::new(
+            ErrorCode::Conflict,
+            format!(
+                "disk {index} of `{}` keeps its writes: two VMs cannot",
+                config.name
+            ),
+        )
+        .advise("run VMs to be forked with overlay=ephemeral, or take a snapshot and fork that"));
+    }
+    let mut parent = vm.dir.parent()?;
+    let (dir, lock) = runtime.live_dir()?;
+    let file = |name: &str| {
+        let path = dir.join(name);
+        File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .map_err(failed("make", &path))
+    };
+    let mut files = vec![file("memory")?, file("state")?];
+    let mut disks = Vec::new();
+    for (index, disk) in config.disks.iter().enumerate() {
+        if !disk.read_only {
+            disks.push(index as u32);
+            files.push(scratch()?);
+            files.push(file(&format!("disk-{index}"))?);
+        }
+    }
+    let client = Client::new(vm.dir.control_socket()).with_timeout(LIMIT);
+    let request = SnapshotRequest {
+        kind: SnapshotKind::Fork,
+        disks,
+    };
+    let taken = ask(&client, &request, &files)?;
+    parent.memory.push(dir.join("memory"));
+    parent.template = None;
+    parent.locks.push(dir.join(LIVE_LOCK));
+    for disk in taken.disks.iter().filter(|disk| disk.written) {
+        let index = disk.index as usize;
+        if let Some(ForkDisk { layers, .. }) = parent.disks.get_mut(index) {
+            layers.push(dir.join(format!("disk-{index}")));
+        }
+    }
+    let layers = LiveLayers {
+        parent,
+        state: dir.join("state"),
+        _lock: lock,
+    };
+    Ok((layers, taken))
+}
+
+/// The version of the agent in a guest, where it answers.
+pub fn agent_version(vm: &RunningVm) -> Option<String> {
+    let connection = Connection::open(&vm.dir.vsock_socket(), AGENT_LIMIT).ok()?;
+    Some(connection.hello().agent_version.clone())
+}
+
+/// Adds what lies below the disk's own writes.
+fn add_disk(
+    new: &mut NewTemplate,
+    parent: Option<&Template>,
+    diff: bool,
+    index: usize,
+    disk: &DiskConfig,
+) -> Result<()> {
+    let Some(parent) = parent else {
+        return new.copy_disk(disk);
+    };
+    // A full snapshot has all writes over the base in one layer.
+    let layers = match diff || disk.read_only || keeps_writes(disk) {
+        true => usize::MAX,
+        false => 0,
+    };
+    new.share_disk(parent, index, layers)
+}
+
+/// Whether what the guest writes to the disk outlives the VM.
+fn keeps_writes(disk: &DiskConfig) -> bool {
+    !disk.read_only && disk.overlay != Overlay::Ephemeral
+}
+
+fn scratch() -> Result<File> {
+    let dir = Path::new(SCRATCH_DIR);
+    clone_disk::ephemeral(Some(dir))
+        .or_else(|_| clone_disk::ephemeral(None))
+        .map_err(|error| ApiError::internal(&error))
+}
+
+fn ask(client: &Client, request: &SnapshotRequest, files: &[File]) -> Result<SnapshotTaken> {
+    let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+    client
+        .snapshot(request, &files)
+        .map_err(|error| match error {
+            ClientError::Refused(refusal) => refusal,
+            other => ApiError::internal(&other),
+        })
+}
+
+fn no_parent(name: &str, template: Option<&Path>) -> ApiError {
+    let message = match template {
+        Some(path) => format!(
+            "`{name}` differs from the template {}, which is gone",
+            path.display()
+        ),
+        None => format!("`{name}` was not forked from a template, and has no snapshot"),
+    };
+    ApiError::new(ErrorCode::Conflict, message).advise("take a full snapshot, without --diff")
+}
+
+/// Addresses are each VM's own.
+fn without_addresses(mut config: VmConfig) -> VmConfig {
+    config.net.iter_mut().for_each(|net| net.mac = None);
+    config
+}
+
+fn now_unix_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| now.as_millis() as u64)
+}
+
+/// A VM that is paused for as long as this lives, unless it was before.
+struct Paused<'a> {
+    client: &'a Client,
+    was_running: bool,
+}
+
+impl<'a> Paused<'a> {
+    fn pause(client: &'a Client) -> Result<Self> {
+        let failed = |error: ClientError| ApiError::internal(&error);
+        let was_running = client.info().map_err(failed)?.state == VmState::Running;
+        client.pause().map_err(failed)?;
+        Ok(Self {
+            client,
+            was_running,
+        })
+    }
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        if self.was_running
+            && let Err(error) = self.client.resume()
+        {
+            tracing::error!(%error, "the VM is left paused");
+        }
+    }
+}

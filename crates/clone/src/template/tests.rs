@@ -1,0 +1,284 @@
+//! Templates are whole or not there, shared or removed, and refused by name when touched.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+
+use clone_api::VmConfig;
+use clone_api::config::{DiskConfig, Overlay};
+use clone_api::control::CpuFeatures;
+use clone_memory::{Checksums, GuestMemory, LayerWriter, PageSet, RamLayout};
+use clone_vmm::machine::{BoardState, MachineState, VmClock};
+use clone_vmm::snapshot;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::runtime::Runtime;
+
+const RAM: u64 = 4 << 20;
+
+struct Place {
+    dir: tempfile::TempDir,
+    runtime: Runtime,
+}
+
+impl Place {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = Runtime::at(&dir.path().join("run")).unwrap();
+        Self { dir, runtime }
+    }
+
+    fn store(&self) -> Store {
+        Store::at(self.dir.path().join("store"))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.store().path(name).unwrap()
+    }
+
+    fn image(&self) -> PathBuf {
+        let path = self.dir.path().join("disk.img");
+        fs::write(&path, [7; 8192]).unwrap();
+        path
+    }
+
+    /// A template of a VM that never was; over `parent` where there is one.
+    fn make(&self, name: &str, parent: Option<&Template>) -> Template {
+        let mut new = NewTemplate::begin(&self.path(name)).unwrap();
+        self.fill(&mut new, parent);
+        new.commit(self.parts(parent), Some(&self.runtime)).unwrap()
+    }
+
+    fn fill(&self, new: &mut NewTemplate, parent: Option<&Template>) {
+        let layout = RamLayout::new(RAM).unwrap();
+        let below = parent.map(|parent| {
+            new.share_memory(parent).unwrap();
+            parent.memory().unwrap().top().id()
+        });
+        let memory = GuestMemory::anonymous(&layout).unwrap();
+        let mark = if parent.is_some() { 2u64 } else { 1 };
+        memory.ram().write_obj(mark, GuestAddress(8192)).unwrap();
+        let file = new.memory_file().unwrap();
+        let mut writer = LayerWriter::new(file, "memory", layout, below).unwrap();
+        let pages: PageSet = std::iter::once(2..4).collect();
+        writer.copy(&memory, &pages).unwrap();
+        writer.finish(Checksums::Yes).unwrap();
+        let state = MachineState {
+            vcpus: Vec::new(),
+            board: BoardState::fresh(),
+            clock: VmClock { nanoseconds: 1 },
+            devices: Vec::new(),
+        };
+        let mut file = new.state_file().unwrap();
+        file.write_all(&snapshot::encode(&state).unwrap()).unwrap();
+        match parent {
+            Some(parent) => new.share_disk(parent, 0, usize::MAX).unwrap(),
+            None => new.copy_disk(&self.disk()).unwrap(),
+        }
+    }
+
+    fn disk(&self) -> DiskConfig {
+        DiskConfig {
+            path: self.image(),
+            overlay: Overlay::Ephemeral,
+            ..DiskConfig::default()
+        }
+    }
+
+    fn parts(&self, parent: Option<&Template>) -> Parts {
+        Parts {
+            parent: parent.map(|parent| parent.manifest().id.clone()),
+            agent_version: None,
+            config: VmConfig {
+                disks: vec![self.disk()],
+                ..VmConfig::default()
+            },
+            cpu: CpuFeatures::default(),
+            created_unix_ms: 5,
+        }
+    }
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap();
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_template_is_read_back_verified_listed_and_removed() {
+    let place = Place::new();
+    let made = place.make("a", None);
+    assert_eq!(made.manifest().id.len(), 32);
+    made.verify(|_| {}).unwrap();
+    let store = place.store();
+    let listed = store.list().unwrap();
+    assert_eq!(listed.len(), 1);
+    let again = listed[0].1.as_ref().unwrap();
+    assert_eq!(again.manifest(), made.manifest());
+    assert_eq!(again.disks()[0].base.as_ref().unwrap().1, DiskFormat::Raw);
+    drop((made, listed));
+    store.remove("a").unwrap();
+    assert_eq!(names(&place.dir.path().join("store")), [""; 0]);
+    assert_eq!(store.open("a").unwrap_err().code, ErrorCode::NotFound);
+}
+
+#[test]
+fn a_template_in_use_is_not_removed() {
+    let place = Place::new();
+    let held = place.make("a", None);
+    let error = place.store().remove("a").unwrap_err();
+    assert_eq!(error.code, ErrorCode::Conflict);
+    drop(held);
+    place.store().remove("a").unwrap();
+}
+
+#[test]
+fn a_difference_shares_its_parents_files_and_outlives_it() {
+    let place = Place::new();
+    let parent = place.make("a", None);
+    let child = place.make("b", Some(&parent));
+    let inode = |path: PathBuf| fs::metadata(path).unwrap().ino();
+    let shared =
+        |name: &str| inode(place.path("a").join(name)) == inode(place.path("b").join(name));
+    assert!(shared("memory-0.layer") && shared("disk-0.raw"));
+    assert_eq!(child.content().parent.as_ref(), Some(&parent.manifest().id));
+    drop(parent);
+    place.store().remove("a").unwrap();
+    child.verify(|_| {}).unwrap();
+    let mut page = [0; 4096];
+    child.memory().unwrap().read(2, &mut page).unwrap();
+    assert_eq!(page[0], 2);
+}
+
+#[test]
+fn a_flat_template_has_one_layer_and_the_same_memory() {
+    let place = Place::new();
+    let parent = place.make("a", None);
+    let child = place.make("b", Some(&parent));
+    let flat = flatten(&place.runtime, &child, &place.path("flat")).unwrap();
+    assert_eq!(flat.memory_paths().len(), 1);
+    let mut pages = [vec![0; RAM as usize], vec![1; RAM as usize]];
+    child.memory().unwrap().read(0, &mut pages[0]).unwrap();
+    flat.memory().unwrap().read(0, &mut pages[1]).unwrap();
+    assert!(pages[0] == pages[1]);
+    let disk = fs::read(flat.disks()[0].base.as_ref().unwrap().0.clone()).unwrap();
+    assert_eq!(disk, [7; 8192]);
+}
+
+#[test]
+fn what_was_not_committed_leaves_nothing_and_what_a_dead_maker_left_is_swept() {
+    let place = Place::new();
+    let mut new = NewTemplate::begin(&place.path("a")).unwrap();
+    place.fill(&mut new, None);
+    drop(new);
+    let store = place.dir.path().join("store");
+    assert_eq!(names(&store), [""; 0]);
+    // As a maker leaves it that was killed: whole files, no manifest, no lock.
+    fs::create_dir(store.join(".a.tmp-0123")).unwrap();
+    fs::write(store.join(".a.tmp-0123/memory-0.layer"), "x").unwrap();
+    // One that is alive is not disturbed.
+    let alive = NewTemplate::begin(&place.path("b")).unwrap();
+    place.make("a", None);
+    assert_eq!(names(&store).len(), 2);
+    drop(alive);
+    assert_eq!(names(&store), ["a"]);
+}
+
+#[test]
+fn a_name_that_is_taken_is_refused_at_the_begin_and_at_the_end() {
+    let place = Place::new();
+    let mut second = NewTemplate::begin(&place.path("a")).unwrap();
+    place.fill(&mut second, None);
+    place.make("a", None);
+    let error = second.commit(place.parts(None), None).unwrap_err();
+    assert_eq!(error.code, ErrorCode::Conflict);
+    let error = NewTemplate::begin(&place.path("a")).unwrap_err();
+    assert_eq!(error.code, ErrorCode::Conflict);
+    assert_eq!(names(&place.dir.path().join("store")), ["a"]);
+}
+
+/// Changes a file that its owner made read-only.
+fn tamper(path: &Path, change: impl FnOnce(&fs::File)) {
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
+    change(
+        &fs::File::options()
+            .read(true)
+            .write(true)
+            .open(path)
+            .unwrap(),
+    );
+}
+
+#[test]
+fn a_flipped_bit_in_any_file_is_found_and_the_file_named() {
+    for (file, at) in [
+        ("memory-0.layer", 8192),
+        ("state", 40),
+        ("disk-0.raw", 4097),
+    ] {
+        let place = Place::new();
+        place
+            .make("a", None)
+            .ensure_verified(&place.runtime)
+            .unwrap();
+        tamper(&place.path("a").join(file), |opened| {
+            let mut byte = [0];
+            opened.read_exact_at(&mut byte, at).unwrap();
+            opened.write_all_at(&[byte[0] ^ 4], at).unwrap();
+        });
+        let touched = place.store().open("a").unwrap();
+        let error = touched.ensure_verified(&place.runtime).unwrap_err();
+        assert!(error.message.contains(file), "{file}: {error}");
+    }
+}
+
+#[test]
+fn a_cut_missing_or_swapped_file_is_refused_by_its_name() {
+    for file in ["memory-0.layer", "state", "disk-0.raw"] {
+        let place = Place::new();
+        drop(place.make("a", None));
+        let path = place.path("a").join(file);
+        tamper(&path, |opened| {
+            let len = opened.metadata().unwrap().len();
+            opened.set_len(len - 1).unwrap();
+        });
+        let opened = place.store().open("a");
+        let error = opened.and_then(|cut| cut.memory().map(drop)).unwrap_err();
+        assert!(error.message.contains(file), "{file}: {error}");
+        fs::remove_file(&path).unwrap();
+        let error = place.store().open("a").unwrap_err();
+        assert!(error.message.contains(file), "{file}: {error}");
+        std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();
+        let error = place.store().open("a").unwrap_err();
+        assert!(error.message.contains(file), "{file}: {error}");
+    }
+    let place = Place::new();
+    let parent = place.make("a", None);
+    place.make("b", Some(&parent));
+    let dir = place.path("b");
+    fs::rename(dir.join("memory-0.layer"), dir.join("x")).unwrap();
+    fs::rename(dir.join("memory-1.layer"), dir.join("memory-0.layer")).unwrap();
+    fs::rename(dir.join("x"), dir.join("memory-1.layer")).unwrap();
+    let swapped = place.store().open("b").unwrap();
+    let error = swapped.memory().unwrap_err();
+    assert!(error.message.contains("another layer"), "{error}");
+}
+
+#[test]
+fn a_template_is_verified_once_and_again_when_it_was_touched() {
+    let place = Place::new();
+    let template = place.make("a", None);
+    let stamp = place.runtime.verified_file(&template.manifest().id);
+    assert!(
+        stamp.exists(),
+        "a template that was just written is verified"
+    );
+    fs::write(&stamp, "another").unwrap();
+    template.ensure_verified(&place.runtime).unwrap();
+    assert_ne!(fs::read_to_string(&stamp).unwrap(), "another");
+}

@@ -1,0 +1,145 @@
+//! Checking a template's content, once for each host and each change of its files.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use clone_api::ErrorCode;
+use clone_vmm::snapshot;
+
+use super::manifest::refused;
+use super::{Template, open_plain};
+use crate::error::{Result, failed};
+use crate::runtime::Runtime;
+
+/// What is hashed at a time; pieces that are all zero are left out, so that holes cost nothing.
+const PIECE: usize = 64 << 10;
+/// Memory is checked by so many threads.
+const THREADS: usize = 2;
+
+/// The hash of a file's content and length, 64 hexadecimal digits: BLAKE3 over its length, and
+/// number and bytes of every piece of 64 KiB that is not all zero.
+pub fn hash_of(file: &File) -> io::Result<String> {
+    let len = file.metadata()?.len();
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&len.to_le_bytes());
+    let mut buffer = vec![0; PIECE];
+    let mut at = 0;
+    while at < len {
+        // Holes are all zero; where the file system does not know them they are read.
+        match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
+            Ok(data) => at = data / PIECE as u64 * PIECE as u64,
+            Err(rustix::io::Errno::NXIO) => break,
+            Err(_) => {}
+        }
+        let part = (len - at).min(PIECE as u64) as usize;
+        let piece = &mut buffer[..part];
+        file.read_exact_at(piece, at)?;
+        if piece.iter().any(|byte| *byte != 0) {
+            hasher.update(&(at / PIECE as u64).to_le_bytes());
+            hasher.update(piece);
+        }
+        at += part as u64;
+    }
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+impl Template {
+    /// Reads and checks all of it. `done` hears how many bytes each step was.
+    ///
+    /// # Errors
+    /// With the first file that is not as described.
+    pub fn verify(&self, mut done: impl FnMut(u64)) -> Result<()> {
+        let wrong = |file: &str, reason: &str| refused(&self.dir, &format!("{file} {reason}"));
+        for hashed in self.content().hashed() {
+            let path = self.path(&hashed.file);
+            let file = open_plain(&path).map_err(failed("open", &path))?;
+            let hash = hash_of(&file).map_err(failed("read", &path))?;
+            if hash != hashed.hash {
+                return Err(wrong(
+                    &hashed.file,
+                    "is damaged: its hash is not the described one",
+                ));
+            }
+            done(hashed.bytes);
+        }
+        let state = fs::read(self.state_path()).map_err(failed("read", &self.state_path()))?;
+        snapshot::decode(&state)
+            .map_err(|error| wrong(&self.content().state.file, &format!("is damaged: {error}")))?;
+        let stack = self.memory()?;
+        for layer in stack.layers() {
+            layer
+                .verify(THREADS)
+                .map_err(|error| wrong(layer.name(), &format!("is damaged: {error}")))?;
+            done(layer.data().bytes());
+        }
+        Ok(())
+    }
+
+    /// How many bytes [`Template::verify`] has to look at.
+    pub fn bytes_to_verify(&self) -> u64 {
+        let content = self.content();
+        let memory = content.memory.layers.iter().map(|layer| layer.data_bytes);
+        content.hashed().map(|file| file.bytes).chain(memory).sum()
+    }
+
+    /// Verifies it unless that was done on this host since its files were last touched.
+    pub fn ensure_verified(&self, runtime: &Runtime) -> Result<()> {
+        let path = runtime.verified_file(&self.manifest.id);
+        let stamp = self.stamp()?;
+        match fs::read_to_string(&path) {
+            Ok(known) if known == stamp => return Ok(()),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed("read", &path)(error)),
+        }
+        self.verify(|_| {})?;
+        self.note_verified(runtime, &stamp)
+    }
+
+    /// Takes note that the files are as described: they have just been written or verified.
+    pub(super) fn note_verified(&self, runtime: &Runtime, stamp: &str) -> Result<()> {
+        let path = runtime.verified_file(&self.manifest.id);
+        // The directory is its owner's alone; half a stamp matches nothing.
+        fs::write(&path, stamp).map_err(failed("write", &path))
+    }
+
+    /// What tells whether a file was touched: which it is, its size, and when it and its
+    /// description were last changed. The last no program can set.
+    pub(super) fn stamp(&self) -> Result<String> {
+        let mut stamp = String::new();
+        for name in self.content().files() {
+            let path = self.path(name);
+            stamp += &stamp_of(&path).map_err(failed("look at", &path))?;
+        }
+        if stamp.is_empty() {
+            let error = refused(&self.dir, "it has no files");
+            return Err(clone_api::ApiError {
+                code: ErrorCode::InvalidConfig,
+                ..error
+            });
+        }
+        Ok(stamp)
+    }
+}
+
+fn stamp_of(path: &Path) -> io::Result<String> {
+    let meta = fs::symlink_metadata(path)?;
+    // Links to a file change its ctime: another template that shares a layer is no change of it.
+    // So of files with several names the times of content alone count.
+    let changed = match meta.nlink() {
+        1 => (meta.ctime(), meta.ctime_nsec()),
+        _ => (0, 0),
+    };
+    Ok(format!(
+        "{} {} {} {}.{} {}.{}\n",
+        meta.dev(),
+        meta.ino(),
+        meta.size(),
+        meta.mtime(),
+        meta.mtime_nsec(),
+        changed.0,
+        changed.1
+    ))
+}
