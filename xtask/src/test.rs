@@ -27,7 +27,8 @@ pub(crate) struct Options {
     /// Only what needs no guest: format, lints, licences, unit and documentation tests.
     #[arg(long, conflicts_with = "guest")]
     unit: bool,
-    /// Only the guest tests, or those of them whose name holds FILTER.
+    /// Only the guest tests, or those of them whose name holds FILTER, or whose binary's begins
+    /// with it (`guest_fork`).
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "")]
     guest: Option<String>,
     /// Use the testbed even where hardware KVM would do.
@@ -118,6 +119,7 @@ fn guest_tests(options: &Options) -> Result<ExitCode> {
     fs::write(&metadata_file, metadata)?;
     let filter = match options.guest.as_deref() {
         None | Some("") => GUEST_TESTS.to_owned(),
+        Some(binary) if binary.starts_with("guest") => format!("binary(/^{binary}/)"),
         Some(name) => format!("{GUEST_TESTS} & test({name})"),
     };
     let variable = format!(

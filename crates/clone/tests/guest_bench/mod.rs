@@ -35,6 +35,7 @@ impl Bench {
         command
             .args(words)
             .env("CLONE_RUNTIME_DIR", self.dir.path())
+            .env("CLONE_TEMPLATE_DIR", self.templates())
             .stdin(Stdio::null());
         command
     }
@@ -55,6 +56,41 @@ impl Bench {
     /// A disk with a stock Debian.
     pub fn debian(&self) -> &Path {
         &self.debian
+    }
+
+    /// Where its templates are.
+    pub fn templates(&self) -> PathBuf {
+        self.dir.path().join("templates")
+    }
+
+    /// Runs a script in a VM's shell, and gives what it prints.
+    pub fn guest(&self, name: &str, script: &str) -> String {
+        let output = self.run(&["exec", name, "sh", "-c", script]);
+        if !output.status.success() {
+            let console = self.run(&["logs", name]).stdout;
+            let console = String::from_utf8_lossy(&console).into_owned();
+            let log = fs::read_to_string(self.dir.path().join("vms").join(name).join("vmm.log"));
+            let end = |text: &str| {
+                text.lines()
+                    .rev()
+                    .take(15)
+                    .map(str::to_owned)
+                    .collect::<Vec<_>>()
+            };
+            panic!(
+                "{name}: {script}: {output:?}\n== console, last first\n{:#?}\n== process\n{:#?}",
+                end(&console),
+                end(&log.unwrap_or_default())
+            );
+        }
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    /// Runs a command that must succeed.
+    pub fn done(&self, words: &[&str]) -> Output {
+        let output = self.run(words);
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        output
     }
 
     /// A path for a file of the test.

@@ -1,0 +1,203 @@
+//! A stock Debian with a Python process that holds 100 MiB, templated and forked fifty times; and a
+//! live fork of it under load.
+#![allow(clippy::unwrap_used)]
+
+#[path = "guest_bench/mod.rs"]
+mod guest_bench;
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use guest_bench::Bench;
+
+const CLONES: usize = 50;
+
+/// Holds its data and a nonce; answers each line in one FIFO with a line in the other.
+const HOLDER: &str = r#"
+import os, random
+random.seed(7)
+data = bytearray(random.randbytes(1 << 20) * 100)
+nonce = os.urandom(8).hex()
+for path in ('/run/ask', '/run/answer'):
+    os.mkfifo(path)
+open('/run/held', 'w').write(nonce)
+while True:
+    with open('/run/ask') as ask:
+        word = ask.read().strip()
+    total = sum(data[at] for at in range(0, len(data), 65537))
+    with open('/run/answer', 'w') as answer:
+        answer.write(f'{nonce} {len(data)} {total} {word}')
+"#;
+
+/// Works for ever, and proves at each step that nothing was lost: a chain of hashes over a buffer
+/// that it changes.
+const WORKER: &str = r#"
+import hashlib, os
+buffer = bytearray(8 << 20)
+link, steps = b'', 0
+while True:
+    link = hashlib.sha256(link + bytes(buffer[:65536])).digest()
+    at = int.from_bytes(link[:4], 'big') % (len(buffer) - 4096)
+    buffer[at:at + 4096] = link * 128
+    steps += 1
+    if steps % 50 == 0:
+        with open('/run/steps.new', 'w') as out:
+            out.write(f'{steps} {link.hex()}')
+        os.rename('/run/steps.new', '/run/steps')
+"#;
+
+fn debian() -> Bench {
+    let bench = Bench::new();
+    let root = format!("{},overlay=ephemeral", bench.debian().display());
+    let words = [
+        "--detach", "-c", "2", "-m", "512M", "--disk", &root, "--net", "nat",
+    ];
+    let started = bench.boot("base", &words);
+    assert!(started.status.success(), "{started:?}");
+    bench.done(&["exec", "--wait", "240", "base", "true"]);
+    bench.guest("base", "systemctl is-system-running --wait");
+    bench
+}
+
+fn start(bench: &Bench, name: &str, program: &str) {
+    let script = format!("cat > /root/{name}.py <<'END'\n{program}\nEND\n");
+    bench.guest("base", &script);
+    let run = format!("setsid python3 /root/{name}.py >/root/{name}.log 2>&1 </dev/null &");
+    bench.guest("base", &run);
+}
+
+fn wait_for(bench: &Bench, vm: &str, file: &str) -> String {
+    let script =
+        format!("for i in $(seq 600); do [ -s {file} ] && break; sleep 0.1; done; cat {file}");
+    bench.guest(vm, &script)
+}
+
+#[test]
+fn fifty_clones_answer_with_the_data_in_memory_and_their_own_identity() {
+    let bench = debian();
+    start(&bench, "holder", HOLDER);
+    let nonce = wait_for(&bench, "base", "/run/held");
+    bench.done(&["snapshot", "base", "-o", "python"]);
+    let expected = ask(&bench, "base", "base");
+    let count = CLONES.to_string();
+    let forked = bench.json(&["fork", "python", "-n", "c", "--count", &count, "--json"]);
+    let clones = forked["clones"].as_array().unwrap();
+    assert_eq!(clones.len(), CLONES);
+    let (mut hosts, mut addresses, mut machines, mut random) = (
+        BTreeSet::new(),
+        BTreeSet::new(),
+        BTreeSet::new(),
+        BTreeSet::new(),
+    );
+    for number in 1..=CLONES {
+        let name = format!("c-{number}");
+        let answer = ask(&bench, &name, &name);
+        assert_eq!(answer, expected.replace(" base", &format!(" {name}")));
+        assert!(answer.starts_with(&nonce), "{answer}");
+        let own = bench.guest(
+            &name,
+            "hostname; cat /sys/class/net/eth0/address; hostname -I; \
+             cat /etc/machine-id; od -An -N16 -tx1 /dev/urandom",
+        );
+        let own: Vec<&str> = own.lines().collect();
+        assert_eq!(own[0], name);
+        hosts.insert(own[1].to_owned());
+        addresses.insert(own[2].to_owned());
+        machines.insert(own[3].to_owned());
+        random.insert(own[4].to_owned());
+    }
+    for set in [&hosts, &addresses, &machines, &random] {
+        assert_eq!(set.len(), CLONES, "{set:?}");
+    }
+    // Both reach the network, and one that is killed disturbs none.
+    let gateway = "ip route show default | awk '{print $3}'";
+    for name in ["c-1", "c-2"] {
+        bench.guest(name, &format!("ping -c 1 -W 20 $({gateway})"));
+    }
+    bench.done(&["kill", "c-1"]);
+    for name in ["c-2", "c-50", "base"] {
+        let answer = ask(&bench, name, name);
+        assert!(answer.starts_with(&nonce), "{answer}");
+    }
+    kill_all(&bench);
+}
+
+fn ask(bench: &Bench, vm: &str, word: &str) -> String {
+    bench.guest(vm, &format!("echo {word} > /run/ask; cat /run/answer"))
+}
+
+fn kill_all(bench: &Bench) {
+    for vm in bench.json(&["ls", "--json"]).as_array().unwrap() {
+        bench.done(&["kill", vm["name"].as_str().unwrap()]);
+    }
+    assert_eq!(bench.leftovers(), [""; 0]);
+}
+
+#[test]
+fn a_live_fork_under_load_leaves_both_computations_right() {
+    let bench = debian();
+    start(&bench, "worker", WORKER);
+    wait_for(&bench, "base", "/run/steps");
+    bench.guest("base", "echo before > /root/marker; sync");
+    let forked = bench.json(&["fork", "--from", "base", "-n", "child", "--json"]);
+    assert!(
+        forked["snapshot"]["pause_us"].as_u64().unwrap() > 0,
+        "{forked}"
+    );
+    // Each has its own disk from that instant.
+    bench.guest("base", "echo parent >> /root/marker; sync");
+    bench.guest("child", "echo child >> /root/marker; sync");
+    assert_eq!(bench.guest("base", "cat /root/marker"), "before\nparent");
+    assert_eq!(bench.guest("child", "cat /root/marker"), "before\nchild");
+    let expected = Chain::new();
+    for name in ["base", "child"] {
+        let first = steps(&bench, name);
+        let waited = Instant::now();
+        let later = loop {
+            let now = steps(&bench, name);
+            if now.0 >= first.0 + 100 {
+                break now;
+            }
+            assert!(
+                waited.elapsed() < Duration::from_secs(60),
+                "{name} stands still"
+            );
+        };
+        expected.check(&bench, name, &later);
+    }
+    kill_all(&bench);
+}
+
+fn steps(bench: &Bench, vm: &str) -> (u64, String) {
+    let text = bench.guest(vm, "cat /run/steps");
+    let (steps, link) = text.split_once(' ').unwrap();
+    (steps.parse().unwrap(), link.to_owned())
+}
+
+/// The same computation, done by the test.
+struct Chain;
+
+impl Chain {
+    fn new() -> Self {
+        Self
+    }
+
+    /// The guest's chain is what the same steps give here.
+    fn check(&self, bench: &Bench, vm: &str, told: &(u64, String)) {
+        let program = format!(
+            "{}\n",
+            WORKER
+                .replace("while True:", &format!("while steps < {}:", told.0))
+                .replace("if steps % 50 == 0:", "if False:")
+        ) + "print(link.hex())\n";
+        // In the other guest's interpreter, from nothing: it shares no state with the chain.
+        let other = if vm == "base" { "child" } else { "base" };
+        let script = format!("cat > /tmp/check.py <<'END'\n{program}\nEND\npython3 /tmp/check.py");
+        assert_eq!(
+            bench.guest(other, &script),
+            told.1,
+            "{vm} after {} steps",
+            told.0
+        );
+    }
+}
