@@ -1,21 +1,36 @@
-//! The main job, shown from nothing, with its times. Today: a stock Debian kernel boots with every
-//! device, runs commands, and ends, on hardware KVM or in the testbed.
+//! The main job, shown from nothing, with its times: a stock Debian boots once, becomes a template,
+//! and its clones answer, cold, from standbys, and as a live fork; on hardware KVM or in the
+//! testbed.
 
 use std::ffi::OsString;
-use std::process::{Command, ExitCode};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
 
 use crate::process::{cargo, output, run as run_command};
 use crate::testbed::{self, Size, Testbed};
 use crate::{guest, host, kvm, paths};
 
 const VM: &str = "demo";
-/// Lines of the guest kernel's own that are shown.
-const CONSOLE_LINES: usize = 8;
-/// Commands that are run to find the time of one.
-const EXECS: usize = 11;
+const TEMPLATE: &str = "demo";
+/// Clones that are started, and those that are taken from standbys.
+const CLONES: usize = 10;
+const STANDBYS: usize = 10;
+/// How long the standbys may take.
+const STANDBY_LIMIT: Duration = Duration::from_secs(120);
+/// In the guest: a process that holds data, and answers with it.
+const HOLDER: &str = "import os
+data = bytes(range(256)) * 4096 * 100
+os.mkfifo('/run/ask'); os.mkfifo('/run/answer')
+open('/run/ready', 'w').write('yes')
+while True:
+    word = open('/run/ask').read().strip()
+    open('/run/answer', 'w').write(f'{word}: {len(data) >> 20} MiB in the memory of process {os.getpid()}')
+";
 
 pub(crate) fn run(inside: bool) -> Result<ExitCode> {
     if inside {
@@ -42,64 +57,242 @@ pub(crate) fn run(inside: bool) -> Result<ExitCode> {
 
 /// The show itself, where guests run.
 fn show() -> Result<ExitCode> {
-    let assets = paths::assets();
-    let kernel = assets.join("guest-kernel/vmlinux");
-    let initramfs = assets.join("guest-initramfs/initramfs.cpio");
-    let mut times = Vec::new();
-    let start = Instant::now();
-    let mut boot = clone(&[
-        "run", "--detach", "--name", VM, "--cpus", "2", "--memory", "256M",
-    ]);
-    boot.args(["--net", "nat", "--kernel"])
-        .arg(kernel)
-        .arg("--initrd")
-        .arg(initramfs);
-    run_command(&mut boot).context("cannot start the guest")?;
-    times.push(("clone run returns (the guest runs)", start.elapsed()));
-    let shown = show_guest(start, &mut times);
+    let mut show = Show::new()?;
+    let shown = show.play();
     // Whatever happened, nothing stays behind.
-    let stop = Instant::now();
-    let stopped = run_command(&mut clone(&["stop", VM]));
-    times.push(("clone stop", stop.elapsed()));
-    shown.and(stopped)?;
-    println!("\n{:<40} {:>10}", "what", "time");
-    for (what, time) in times {
-        println!("{what:<40} {:>7.1} ms", time.as_secs_f64() * 1e3);
+    let ended = show.end();
+    shown.and(ended)?;
+    println!("\n{:<58} {:>12}", "what", "");
+    for (what, figure) in &show.figures {
+        println!("{what:<58} {figure:>12}");
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn show_guest(start: Instant, times: &mut Vec<(&'static str, Duration)>) -> Result<()> {
-    run_command(&mut clone(&["exec", "--wait", "120", VM, "true"]))?;
-    times.push(("from the start to the first exec's reply", start.elapsed()));
-    println!("\nThe guest kernel's first lines:");
-    for line in output(&mut clone(&["logs", VM]))?
-        .lines()
-        .take(CONSOLE_LINES)
-    {
-        println!("  {line}");
-    }
-    println!("\nclone exec {VM} uname -a; nproc; free -m:");
-    run_command(&mut clone(&[
-        "exec",
-        VM,
-        "sh",
-        "-c",
-        "uname -a; nproc; free -m",
-    ]))?;
-    let mut execs = Vec::new();
-    for _ in 0..EXECS {
-        let start = Instant::now();
-        run_command(&mut clone(&["exec", VM, "true"]))?;
-        execs.push(start.elapsed());
-    }
-    execs.sort();
-    times.push(("clone exec VM true (median of 11)", execs[EXECS / 2]));
-    Ok(())
+/// Everything of the show is in a directory of its own.
+struct Show {
+    dir: PathBuf,
+    figures: Vec<(String, String)>,
+    serve: Option<Child>,
 }
 
-fn clone(words: &[&str]) -> Command {
-    let mut command = Command::new(paths::debug_binary("clone"));
-    command.args(words);
-    command
+impl Show {
+    fn new() -> Result<Self> {
+        // Not in the target folder, which holds no sockets in the testbed.
+        let dir = std::env::temp_dir().join(format!("clone-demo-{}", std::process::id()));
+        fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        Ok(Self {
+            dir,
+            figures: Vec::new(),
+            serve: None,
+        })
+    }
+
+    fn clone(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(paths::debug_binary("clone"));
+        command
+            .args(words)
+            .env("CLONE_RUNTIME_DIR", self.dir.join("run"))
+            .env("CLONE_TEMPLATE_DIR", self.dir.join("templates"));
+        command
+    }
+
+    /// Runs a command that prints JSON.
+    fn json(&self, words: &[&str]) -> Result<Value> {
+        let text = output(&mut self.clone(words))?;
+        serde_json::from_str(&text).with_context(|| format!("{words:?} printed no JSON"))
+    }
+
+    fn time(&mut self, what: impl Into<String>, time: Duration) {
+        let figure = format!("{:.1} ms", time.as_secs_f64() * 1e3);
+        self.figures.push((what.into(), figure));
+    }
+
+    fn play(&mut self) -> Result<()> {
+        self.boot()?;
+        self.template()?;
+        self.cold()?;
+        self.warm()?;
+        self.live()?;
+        self.memory()
+    }
+
+    fn boot(&mut self) -> Result<()> {
+        println!("\n== a stock Debian boots, once");
+        let assets = paths::assets();
+        let text = |path: &Path| path.display().to_string();
+        let kernel = text(&assets.join("guest-kernel/vmlinux"));
+        let initrd = text(&assets.join("guest-initramfs/initramfs.cpio"));
+        let disk = text(&assets.join("guest-debian/debian.ext4")) + ",overlay=ephemeral";
+        let start = Instant::now();
+        run_command(&mut self.clone(&[
+            "run", "--detach", "--name", VM, "--cpus", "2", "--memory", "512M", "--net", "nat",
+            "--kernel", &kernel, "--initrd", &initrd, "--disk", &disk,
+        ]))?;
+        run_command(&mut self.clone(&["exec", "--wait", "240", VM, "true"]))?;
+        self.time("boot: clone run to the first exec's reply", start.elapsed());
+        self.guest(VM, "systemctl is-system-running --wait; uname -sr")?;
+        let start_holder = format!(
+            "cat > /root/holder.py <<'END'\n{HOLDER}END\n\
+             setsid python3 /root/holder.py </dev/null >/dev/null 2>&1 &\n\
+             until [ -s /run/ready ]; do sleep 0.1; done"
+        );
+        self.guest(VM, &start_holder)
+    }
+
+    fn template(&mut self) -> Result<()> {
+        println!("\n== it becomes a template, and goes on");
+        let taken = self.json(&["snapshot", VM, "-o", TEMPLATE, "--json"])?;
+        let pause = taken["times"]["pause_us"].as_u64().unwrap_or_default();
+        self.time("snapshot: pause of the guest", Duration::from_micros(pause));
+        self.ask(VM)
+    }
+
+    fn cold(&mut self) -> Result<()> {
+        println!("\n== {CLONES} clones are started from it");
+        let count = CLONES.to_string();
+        let words = ["fork", TEMPLATE, "-n", "cold", "--count", &count, "--json"];
+        self.fork(&words, "fork, started, several at once")?;
+        self.ask("cold-1")?;
+        self.ask("cold-10")
+    }
+
+    fn warm(&mut self) -> Result<()> {
+        println!("\n== {STANDBYS} standbys are kept ready, and taken one by one");
+        let standbys = STANDBYS.to_string();
+        let mut serve = self.clone(&["template", "serve", TEMPLATE, "--standbys", &standbys]);
+        self.serve = Some(serve.stdout(Stdio::null()).spawn()?);
+        self.wait_for_standbys()?;
+        let (mut running, mut reply) = (Vec::new(), Vec::new());
+        for number in 0..STANDBYS {
+            let name = format!("warm-{number}");
+            let start = Instant::now();
+            let forked = self.json(&["fork", TEMPLATE, "-n", &name, "--json"])?;
+            let clone = &forked["clones"][0];
+            if clone["warm"] != true {
+                bail!("{name} was no standby");
+            }
+            running.push(clone["running_us"].as_u64().unwrap_or_default());
+            run_command(&mut self.clone(&["exec", &name, "true"]))?;
+            reply.push(start.elapsed().as_micros() as u64);
+        }
+        self.spread("fork, from standbys: request to running", running);
+        self.spread(
+            "fork, from standbys: command line to first exec's reply",
+            reply,
+        );
+        self.stop_serving()?;
+        self.ask("warm-0")
+    }
+
+    fn live(&mut self) -> Result<()> {
+        println!("\n== the running VM is forked; both go on");
+        let words = ["fork", "--from", VM, "-n", "live", "--json"];
+        let forked = self.json(&words)?;
+        let pause = forked["snapshot"]["pause_us"].as_u64().unwrap_or_default();
+        self.time("live fork: pause of the VM", Duration::from_micros(pause));
+        self.ask(VM)?;
+        self.ask("live")
+    }
+
+    fn memory(&mut self) -> Result<()> {
+        let vms = self.json(&["ls", "--json"])?;
+        let vms = vms.as_array().context("clone ls printed no list")?;
+        let mut private: Vec<u64> = Vec::new();
+        for vm in vms.iter().filter(|vm| vm["name"] != VM) {
+            let stat = self.json(&["stat", vm["name"].as_str().unwrap_or_default(), "--json"])?;
+            private.push(stat["memory"]["private_bytes"].as_u64().unwrap_or_default());
+        }
+        let clones = private.len() as u64;
+        let sum: u64 = private.iter().sum();
+        let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / 1_048_576.0);
+        private.sort_unstable();
+        let median = private.get(private.len() / 2).copied().unwrap_or_default();
+        self.figures.push((
+            "memory of a clone's own, of 512 MiB (median)".into(),
+            mib(median),
+        ));
+        self.figures.push((
+            format!(
+                "memory of all {clones} clones' own, of {}",
+                mib(clones * (512 << 20))
+            ),
+            mib(sum),
+        ));
+        Ok(())
+    }
+
+    fn fork(&mut self, words: &[&str], what: &str) -> Result<()> {
+        let start = Instant::now();
+        let forked = self.json(words)?;
+        self.time(
+            format!("{what}: all {CLONES} with their identity"),
+            start.elapsed(),
+        );
+        let clones = forked["clones"].as_array().context("no clones")?;
+        let running = clones.iter().map(|clone| clone["running_us"].as_u64());
+        self.spread(
+            &format!("{what}: request to running"),
+            running.map(Option::unwrap_or_default).collect(),
+        );
+        Ok(())
+    }
+
+    /// The median and the worst.
+    fn spread(&mut self, what: &str, mut micros: Vec<u64>) {
+        micros.sort_unstable();
+        let median = micros.get(micros.len() / 2).copied().unwrap_or_default();
+        let worst = micros.last().copied().unwrap_or_default();
+        self.time(format!("{what} (median)"), Duration::from_micros(median));
+        self.time(format!("{what} (worst)"), Duration::from_micros(worst));
+    }
+
+    fn guest(&self, vm: &str, script: &str) -> Result<()> {
+        run_command(&mut self.clone(&["exec", vm, "sh", "-c", script]))
+    }
+
+    /// Shows that a guest still has what its template had in memory, and who it is.
+    fn ask(&self, vm: &str) -> Result<()> {
+        self.guest(
+            vm,
+            "hostname > /run/ask; cat /run/answer; \
+             echo \", address $(hostname -I), random $(od -An -N4 -tx4 /dev/urandom)\"",
+        )
+    }
+
+    fn wait_for_standbys(&self) -> Result<()> {
+        let waited = Instant::now();
+        loop {
+            let entries = fs::read_dir(self.dir.join("run/vms"))?;
+            let ready = entries.filter_map(Result::ok).filter(|entry| {
+                let name = entry.file_name();
+                name.as_encoded_bytes().starts_with(b".standby-")
+                    && entry.path().join("parent.json").exists()
+            });
+            if ready.count() >= STANDBYS {
+                return Ok(());
+            }
+            if waited.elapsed() > STANDBY_LIMIT {
+                bail!("the standbys did not come in {STANDBY_LIMIT:?}");
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn stop_serving(&mut self) -> Result<()> {
+        if let Some(mut serve) = self.serve.take() {
+            run_command(Command::new("kill").arg(serve.id().to_string()))?;
+            serve.wait()?;
+        }
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<()> {
+        self.stop_serving()?;
+        for name in output(&mut self.clone(&["ls", "--quiet"]))?.lines() {
+            run_command(&mut self.clone(&["kill", name]))?;
+        }
+        fs::remove_dir_all(&self.dir)?;
+        Ok(())
+    }
 }

@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 
 use crate::control::{
     Adoption, ApiError, BalloonStatus, BalloonTarget, ConsoleInfo, SnapshotRequest, SnapshotTaken,
-    VmInfo, VmStats,
+    TouchedPages, VmInfo, VmStats,
 };
 use crate::routes::{self, Operation};
 use crate::units::Bytes;
@@ -153,6 +153,11 @@ impl Client {
             name: name.to_owned(),
         })?;
         self.exchange(Operation::Adopt, &body).map(drop)
+    }
+
+    /// Which pages a clone has touched since it was forked.
+    pub fn touched_pages(&self) -> Result<TouchedPages, ClientError> {
+        self.ask(Operation::Touched)
     }
 
     fn tell(&self, operation: Operation) -> Result<(), ClientError> {

@@ -48,6 +48,17 @@ pub struct Adoption {
     pub name: String,
 }
 
+/// The pages of RAM that a guest has touched: runs of page numbers, of 4 KiB each and counted by
+/// RAM offset; the first of a run and the one after its last.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct TouchedPages {
+    /// Pages that it has read, and shares.
+    pub read: Vec<(u64, u64)>,
+    /// Pages that it has written, and has a copy of.
+    pub written: Vec<(u64, u64)>,
+}
+
 /// What a VM uses.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]

@@ -106,6 +106,10 @@ fn example(type_name: &str) -> Value {
                 .advise("wait for it to end, then start it again"),
         ),
         "Adoption" => same(Adoption { name: "web".into() }),
+        "TouchedPages" => same(TouchedPages {
+            read: vec![(256, 300)],
+            written: vec![(16, 20), (1024, 1025)],
+        }),
         "SnapshotRequest" => same(SnapshotRequest {
             kind: SnapshotKind::Diff,
             disks: vec![0],
@@ -150,6 +154,7 @@ fn schemas() -> Map<String, Value> {
     generator.subschema_for::<BalloonTarget>();
     generator.subschema_for::<ConsoleInfo>();
     generator.subschema_for::<Adoption>();
+    generator.subschema_for::<TouchedPages>();
     generator.subschema_for::<SnapshotRequest>();
     generator.subschema_for::<SnapshotTaken>();
     generator.subschema_for::<ApiError>();

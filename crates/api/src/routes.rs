@@ -47,6 +47,8 @@ pub enum Operation {
     Snapshot,
     /// Give a standby its name, and let it run.
     Adopt,
+    /// Tell which pages the guest has touched.
+    Touched,
     /// The document.
     OpenApi,
 }
@@ -189,6 +191,14 @@ pub const ROUTES: &[Route] = &[
     )
     .takes("Adoption"),
     route(
+        Operation::Touched,
+        Method::Get,
+        "/v1/vm/touched-pages",
+        "getTouchedPages",
+        "Which pages of RAM a clone has touched since it was forked: what to bring in ahead for others",
+    )
+    .gives("TouchedPages"),
+    route(
         Operation::OpenApi,
         Method::Get,
         "/openapi.json",
@@ -231,13 +241,14 @@ mod tests {
             Console,
             Snapshot,
             Adopt,
+            Touched,
             OpenApi,
         ];
         for operation in all {
             // Without a wildcard: a new operation must be added here to compile.
             match operation {
                 Info | Stats | Pause | Resume | PowerButton | Kill | GetBalloon | SetBalloon
-                | Console | Snapshot | Adopt | OpenApi => {}
+                | Console | Snapshot | Adopt | Touched | OpenApi => {}
             }
             let count = ROUTES.iter().filter(|r| r.operation == operation).count();
             assert_eq!(count, 1, "{operation:?}");

@@ -178,6 +178,31 @@ impl GuestMemory {
     }
 }
 
+/// Pages of layers that are mapped.
+const MAPPED: Scan = Scan {
+    all_of: PAGE_IS_FILE | PAGE_IS_PRESENT,
+    none_of: 0,
+    any_of: 0,
+    report: PAGE_IS_PRESENT,
+    protect: false,
+};
+
+impl GuestMemory {
+    /// The pages of layers that were touched and not written: what a record of a guest's first
+    /// moments brings in ahead, beside [`GuestMemory::private_pages`].
+    ///
+    /// # Errors
+    /// [`DirtyError::Unsupported`] on an old kernel.
+    pub fn mapped_pages(&self, pagemap: &Pagemap) -> Result<PageSet, DirtyError> {
+        let mut mapped = PageSet::new();
+        let all = 0..self.pages();
+        pagemap.scan(self.layout(), self.regions(), all, MAPPED, |run, _| {
+            mapped.append(run);
+        })?;
+        Ok(mapped)
+    }
+}
+
 /// The pages of a memory file that were ever written.
 fn allocated(file: &File) -> io::Result<PageSet> {
     let mut pages = PageSet::new();

@@ -13,7 +13,7 @@ use super::signals::Signals;
 use super::{Context, progress};
 use crate::error::Result;
 use crate::launch::fork::Source;
-use crate::launch::standby::Standbys;
+use crate::launch::standby::{Standbys, train};
 use crate::template::{Store, Template, flatten};
 
 /// Templates that clones are forked from.
@@ -208,6 +208,7 @@ fn serve(context: &Context, store: &Store, args: &ServeArgs) -> Result<ExitCode>
     let name = Path::new(&args.template).file_name().unwrap_or_default();
     let name = name.to_string_lossy().into_owned();
     runtime.sweep()?;
+    train(&runtime, &template)?;
     let source = Source::template(template, &runtime)?;
     let mut standbys = Standbys::new(&runtime, source, id)?;
     let mut told = None;

@@ -308,8 +308,8 @@ pub(super) fn start_standby(runtime: &Runtime, source: &Source) -> Result<(VmDir
     Ok((launched.dir, launched.process))
 }
 
-/// Ends a clone that could not be finished.
-fn end(runtime: &Runtime, vm: &RunningVm) {
+/// Ends a clone that is not wanted.
+pub(super) fn end(runtime: &Runtime, vm: &RunningVm) {
     let ended = vm
         .process
         .signal(rustix::process::Signal::KILL)

@@ -4,7 +4,7 @@
 //! id has its kernel draw new random numbers; the agent does the rest, of what it is told here.
 
 use std::io;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent_proto::client::{ClientError, Connection};
 use agent_proto::messages::{Identity, Interface};
@@ -15,6 +15,8 @@ use crate::runtime::{GuestInterface, RunningVm};
 
 /// How long a clone's agent may take to answer. It was up when the template was made.
 const LIMIT: Duration = Duration::from_secs(30);
+/// The pause before it is tried again.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// Gives a clone its own identity; `name` is its host name.
 ///
@@ -29,9 +31,22 @@ pub fn give(vm: &RunningVm, name: &str) -> Result<()> {
         )
         .advise("make the template of a guest whose agent runs, or fork with --no-identity")
     };
-    let connection = Connection::open(&vm.dir.vsock_socket(), LIMIT).map_err(failed)?;
-    let identity = identity(name, &interfaces).map_err(|error| ApiError::internal(&error))?;
-    connection.set_identity(identity).map_err(failed)
+    let end = Instant::now() + LIMIT;
+    loop {
+        let identity = identity(name, &interfaces).map_err(|error| ApiError::internal(&error))?;
+        let given = Connection::open(&vm.dir.vsock_socket(), LIMIT)
+            .and_then(|connection| connection.set_identity(identity));
+        match given {
+            // A guest that is starved of its CPU may take the end of its former life's connections
+            // for the end of this one; the identity that it is given again is a new one.
+            Err(ClientError::NoAgent | ClientError::Lost(_)) if Instant::now() < end => {
+                if vm.process.wait(Some(PAUSE))? {
+                    return given.map_err(failed);
+                }
+            }
+            given => return given.map_err(failed),
+        }
+    }
 }
 
 fn identity(name: &str, interfaces: &[GuestInterface]) -> io::Result<Identity> {

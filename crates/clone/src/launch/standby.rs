@@ -2,19 +2,66 @@
 
 use std::time::Duration;
 
-use clone_api::ApiError;
+use agent_proto::client::{Connection, Running};
+use agent_proto::messages::Exec;
+use clone_api::control::TouchedPages;
+use clone_api::{ApiError, Client};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
 
-use super::fork::{Source, start_standby};
+use super::fork::{self, Overrides, Source, start_standby};
 use crate::error::{Result, failed};
-use crate::runtime::{Process, Runtime, VmDir};
+use crate::runtime::{Process, RunningVm, Runtime, VmDir};
+use crate::template::Template;
+
+/// How long a clone may take to answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// What a server of standbys tells as it goes.
 #[derive(Debug, Clone, Copy)]
 pub struct Level {
     /// How many are ready.
     pub ready: usize,
+}
+
+/// Records what the first moments of a template's clones touch, where that was not done: makes a
+/// clone, has it do what every clone does first (take its identity, answer an exec), looks, and
+/// ends it. Afterwards all clones have that brought in ahead.
+///
+/// # Errors
+/// Where that clone fails: all would.
+pub fn train(runtime: &Runtime, template: &Template) -> Result<()> {
+    let record = template.prefetch_path();
+    if record.exists() || template.content().agent_version.is_none() {
+        return Ok(());
+    }
+    let source = Source::template(Template::open(template.dir())?, runtime)?;
+    let names = fork::names(None, "first", 1)?;
+    let forked = fork::fork(runtime, &source, &names, &Overrides::default(), true);
+    forked.into_iter().next().transpose()?;
+    let vm = runtime.find(&names[0])?;
+    let touched = first_moments(&vm);
+    fork::end(runtime, &vm);
+    let text = serde_json::to_vec(&touched?).map_err(|error| ApiError::internal(&error))?;
+    let new = record.with_extension("new");
+    std::fs::write(&new, text)
+        .and_then(|()| std::fs::rename(&new, &record))
+        .map_err(failed("write", &record))
+}
+
+/// What a clone has touched when it has answered once.
+fn first_moments(vm: &RunningVm) -> Result<TouchedPages> {
+    let answered = Connection::open(&vm.dir.vsock_socket(), ANSWER_LIMIT)
+        .and_then(|connection| {
+            connection.exec(Exec {
+                command: vec!["true".to_owned()],
+                ..Exec::default()
+            })
+        })
+        .and_then(Running::collect);
+    answered.map_err(|error| ApiError::internal(&error))?;
+    let touched = Client::new(vm.dir.control_socket()).touched_pages();
+    touched.map_err(|error| ApiError::internal(&error))
 }
 
 /// Standbys of one template, made by this process. They end with it.

@@ -15,6 +15,7 @@ use super::console::ConsoleHub;
 use super::control::ControlServer;
 use super::lineage::Lineage;
 use super::open::{OpenOrigin, Resources};
+use super::prefetch::Needed;
 use super::snapshot::SnapshotDisk;
 use super::vm::{Observed, Vm, VmHandle};
 use super::{devices, prefetch};
@@ -67,7 +68,7 @@ pub(super) fn assemble(
             };
             boot(parts, kernel, &config, events)?
         }
-        Source::State(state) => restore(parts, *state, events)?,
+        Source::State(state, needed) => restore(parts, *state, needed.as_ref(), events)?,
     };
     let serial = machine.serial();
     let drained = serial.drained().map_err(internal)?;
@@ -118,7 +119,7 @@ struct Guest {
 
 enum Source {
     Boot { image: File, initrd: Option<File> },
-    State(Box<MachineState>),
+    State(Box<MachineState>, Option<Needed>),
 }
 
 impl Guest {
@@ -139,12 +140,13 @@ impl Guest {
                 let layout = *fork.memory.layout();
                 let memory = GuestMemory::from_layers(&layout, &fork.memory);
                 let memory = memory.map_err(|error| ApiError::internal(&error))?;
-                if let Some(file) = fork.prefetch {
-                    prefetch::bring_in(&memory, file);
+                let needed = fork.prefetch.and_then(|file| prefetch::read(file, &memory));
+                if let Some(needed) = &needed {
+                    needed.map(&memory);
                 }
                 Ok(Self {
                     memory,
-                    source: Source::State(Box::new(fork.state)),
+                    source: Source::State(Box::new(fork.state), needed),
                     disk_layers: fork.disk_layers,
                     standby: fork.standby,
                     locks: fork.locks,
@@ -156,7 +158,7 @@ impl Guest {
     fn state(&self) -> Option<&MachineState> {
         match &self.source {
             Source::Boot { .. } => None,
-            Source::State(state) => Some(state),
+            Source::State(state, _) => Some(state),
         }
     }
 }
@@ -193,8 +195,16 @@ fn boot(
     Ok(machine)
 }
 
-fn restore(parts: Parts, state: MachineState, events: &mut EventLoop) -> Result<Machine> {
+fn restore(
+    parts: Parts,
+    state: MachineState,
+    needed: Option<&Needed>,
+    events: &mut EventLoop,
+) -> Result<Machine> {
     let machine = Machine::restore(parts, state, events).map_err(told)?;
+    if let Some(needed) = needed {
+        machine.pre_fault(&needed.all()).map_err(told)?;
+    }
     let mut generation = [0; 16];
     rustix::rand::getrandom(&mut generation, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| ApiError::internal(&std::io::Error::from(error)))?;

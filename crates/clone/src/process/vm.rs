@@ -11,7 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use clone_api::control::{
     BalloonStatus, ConsoleInfo, CpuStats, GuestPages, LayerPages, MemoryStats, SnapshotRequest,
-    VmInfo, VmState, VmStats,
+    TouchedPages, VmInfo, VmState, VmStats,
 };
 use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
 use clone_vmm::devices::balloon::Balloon;
@@ -25,6 +25,7 @@ use super::console::ConsoleHub;
 use super::control::{Responder, VmControl};
 use super::devices::{Handles, balloon_status};
 use super::lineage::Lineage;
+use super::prefetch;
 use super::snapshot::{self, SharedSubject, SnapshotDisk, Subject};
 use crate::runtime::VmDir;
 
@@ -324,6 +325,21 @@ impl VmControl for VmHandle {
         if let Err(error) = started {
             tracing::error!(%error, "no thread for a snapshot");
         }
+    }
+
+    fn touched_pages(&self) -> Result<TouchedPages, ApiError> {
+        let Ok(subject) = self.observed.subject.try_lock() else {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                "a snapshot of this VM is being taken",
+            ));
+        };
+        let (memory, pagemap) = (subject.lineage.memory(), subject.lineage.pagemap());
+        let failed = |error: clone_memory::DirtyError| ApiError::internal(&error);
+        Ok(TouchedPages {
+            read: prefetch::runs(&memory.mapped_pages(pagemap).map_err(failed)?),
+            written: prefetch::runs(&memory.private_pages(pagemap).map_err(failed)?),
+        })
     }
 
     fn adopt(&mut self, name: &str) -> Result<(), ApiError> {

@@ -32,6 +32,7 @@ pub use store::Store;
 pub use verify::hash_of;
 
 use crate::error::{Result, failed};
+use crate::process::prefetch;
 use crate::process::start::ForkDisk;
 use manifest::refused;
 
@@ -113,7 +114,7 @@ impl Template {
 
     /// The record of what clones touch first, where there is one.
     pub fn prefetch_path(&self) -> PathBuf {
-        self.dir.join("prefetch")
+        self.dir.join(prefetch::FILE)
     }
 
     /// The disks, as clones open them.

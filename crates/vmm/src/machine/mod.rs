@@ -12,7 +12,8 @@ use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use clone_memory::GuestMemory;
+use clone_memory::layout::PAGE_SIZE;
+use clone_memory::{GuestMemory, PageSet};
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{Bytes, GuestAddress};
@@ -283,6 +284,25 @@ impl Machine {
             })?;
         self.power.raise(EVENT_GENERATION);
         Ok(())
+    }
+
+    /// Has KVM map pages of RAM that the guest will soon touch, where KVM can do that ahead.
+    ///
+    /// # Errors
+    /// KVM's, other than that it cannot.
+    pub fn pre_fault(&self, pages: &PageSet) -> Result<(), MachineError> {
+        let layout = self.memory.layout();
+        let ranges = layout.ranges().flat_map(|ram| {
+            let first = ram.offset / PAGE_SIZE;
+            let here = first..first + ram.size / PAGE_SIZE;
+            pages.runs().iter().filter_map(move |run| {
+                let pages = run.start.max(here.start)..run.end.min(here.end);
+                let at = |page: u64| ram.start.0 + (page - here.start) * PAGE_SIZE;
+                (!pages.is_empty()).then(|| at(pages.start)..at(pages.end))
+            })
+        });
+        // Any CPU will do: they share what is mapped.
+        Ok(self.vcpus[0].pre_fault(ranges.collect())?)
     }
 
     /// The serial console, to type into.

@@ -7,9 +7,11 @@
 //! that the state of a parked CPU is complete.
 
 mod cpuid;
+mod pre_fault;
 mod registers;
 mod state;
 
+use std::ops::Range;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU8, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError, mpsc};
@@ -83,6 +85,7 @@ enum Job {
     Save(mpsc::Sender<Result<VcpuState, VcpuError>>),
     Restore(Box<VcpuState>, mpsc::Sender<Result<(), VcpuError>>),
     SetTsc(u64, mpsc::Sender<Result<(), VcpuError>>),
+    PreFault(Vec<Range<u64>>, mpsc::Sender<Result<(), VcpuError>>),
     Start(Entry, mpsc::Sender<Result<(), VcpuError>>),
 }
 
@@ -223,6 +226,11 @@ impl Vcpu {
         self.job(|reply| Job::SetTsc(tsc, reply))
     }
 
+    /// Has KVM map guest-physical ranges ahead of their use, as far as the host has them.
+    pub fn pre_fault(&self, ranges: Vec<Range<u64>>) -> Result<(), VcpuError> {
+        self.job(|reply| Job::PreFault(ranges, reply))
+    }
+
     /// Asks the thread to run or to park, without waiting; see [`Vcpu::wait_parked`].
     fn want(&self, mode: Mode) {
         let mut control = self.shared.lock();
@@ -356,6 +364,9 @@ impl Worker {
             }
             Job::SetTsc(tsc, reply) => {
                 let _ = reply.send(state::set_tsc(&self.fd, tsc));
+            }
+            Job::PreFault(ranges, reply) => {
+                let _ = reply.send(pre_fault::pre_fault(&self.fd, &ranges));
             }
             Job::Start(entry, reply) => {
                 let set = registers::set(&self.fd, entry);

@@ -182,6 +182,8 @@ pub(super) const VCPU: &[Allowed] = &[
     ioctl(KVM, 0xA4),
     ioctl(KVM, 0xA6),
     ioctl(KVM, 0xA7),
+    // PRE_FAULT_MEMORY.
+    ioctl(KVM, 0xD5),
     // KVMCLOCK_CTRL, GET_XSAVE2.
     ioctl(KVM, 0xAD),
     ioctl(KVM, 0xCF),

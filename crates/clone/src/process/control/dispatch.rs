@@ -93,6 +93,7 @@ fn run(
             control.snapshot(wanted, files, responder());
             Ok(Answer::Later)
         }
+        Operation::Touched => json(&control.touched_pages()?),
         Operation::Adopt => {
             let adoption: Adoption = parse(body)?;
             control.adopt(&adoption.name).and(nothing)

@@ -16,7 +16,9 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use clone_api::control::{BalloonStatus, ConsoleInfo, SnapshotRequest, VmInfo, VmStats};
+use clone_api::control::{
+    BalloonStatus, ConsoleInfo, SnapshotRequest, TouchedPages, VmInfo, VmStats,
+};
 use clone_api::{ApiError, Bytes};
 use clone_vmm::event_loop::{EventHandler, Registrar};
 use vmm_sys_util::epoll::EventSet;
@@ -56,6 +58,8 @@ pub trait VmControl: Send {
     fn snapshot(&mut self, request: SnapshotRequest, files: Vec<OwnedFd>, responder: Responder);
     /// Takes the name, and lets a standby run.
     fn adopt(&mut self, name: &str) -> Result<(), ApiError>;
+    /// Which pages its guest has touched.
+    fn touched_pages(&self) -> Result<TouchedPages, ApiError>;
 }
 
 /// The server, a handler in the event loop.

@@ -84,6 +84,10 @@ impl VmControl for Fake {
         });
     }
 
+    fn touched_pages(&self) -> Result<TouchedPages, ApiError> {
+        Ok(TouchedPages::default())
+    }
+
     fn adopt(&mut self, _name: &str) -> Result<(), ApiError> {
         self.note("adopt");
         Ok(())
