@@ -3,12 +3,15 @@
 
 #[path = "guest_bench/mod.rs"]
 mod guest_bench;
+#[path = "guest_bench/terminal.rs"]
+mod terminal;
 
 use std::fs;
 use std::io::Write;
 use std::process::{Output, Stdio};
 
 use guest_bench::Bench;
+use terminal::Terminal;
 
 /// A VM called `a` whose agent answers.
 fn with_agent() -> Bench {
@@ -96,6 +99,36 @@ fn a_shell_has_a_terminal_and_ends_with_its_code() {
     let seen = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(seen.contains("is-a-42-terminal"), "{seen}");
     assert_eq!(code(&output), 5, "{seen}");
+}
+
+#[test]
+fn vi_and_top_draw_on_the_whole_window_of_a_shell_and_obey_its_keys() {
+    let bench = with_agent();
+    let mut person = Terminal::start(bench.command(&["shell", "a"]), 33, 101);
+    person.keys("stty size\r");
+    person.see("\n33 101");
+    person.keys("vi /tmp/note\r");
+    // vi puts its status line on the window's last row.
+    person.see("\x1b[33;1H");
+    person.resize(41, 90);
+    person.see("\x1b[41;1H");
+    person.keys("iwritten by hand");
+    person.see("hand");
+    // Out of insertion, as the status line tells: keys in one burst with an escape are lost.
+    person.keys("\x1b");
+    person.see("- /tmp/note");
+    person.keys(":wq\r");
+    person.see("# ");
+    let note = bench.run(&["exec", "a", "cat", "/tmp/note"]);
+    assert_eq!(note.stdout, b"written by hand\n", "{note:?}");
+    person.keys("top\r");
+    person.see("\x1b[H");
+    person.see("COMMAND");
+    person.see("clone-agent");
+    person.keys("q");
+    person.see("# ");
+    person.keys("exit 5\r");
+    assert_eq!(person.end().code(), Some(5));
 }
 
 #[test]
