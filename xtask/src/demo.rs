@@ -47,12 +47,16 @@ pub(crate) fn run(inside: bool) -> Result<ExitCode> {
     }
     std::env::set_current_dir(paths::workspace())?;
     let testbed = Testbed::find_or_start(&Size::default())?;
-    let words: [OsString; 3] = [
-        std::env::current_exe()?.into(),
-        "demo".into(),
-        "--inside".into(),
+    let program = std::env::current_exe()?;
+    let files = [
+        program.clone(),
+        paths::debug_binary("clone").canonicalize()?,
+        paths::assets()
+            .join("guest-debian/debian.ext4")
+            .canonicalize()?,
     ];
-    testbed::execute(&testbed, &words)
+    let words: [OsString; 3] = [program.into(), "demo".into(), "--inside".into()];
+    testbed::execute(&testbed, &testbed::in_memory(&files, &words)?)
 }
 
 /// The show itself, where guests run.
@@ -93,13 +97,18 @@ impl Show {
         command
             .args(words)
             .env("CLONE_RUNTIME_DIR", self.dir.join("run"))
-            .env("CLONE_TEMPLATE_DIR", self.dir.join("templates"));
+            .env("CLONE_TEMPLATE_DIR", self.dir.join("templates"))
+            .env_remove("LD_LIBRARY_PATH");
         command
     }
 
     /// Runs a command that prints JSON.
     fn json(&self, words: &[&str]) -> Result<Value> {
-        let text = output(&mut self.clone(words))?;
+        let output = self.clone(words).stderr(Stdio::inherit()).output()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        if !output.status.success() {
+            bail!("{words:?} failed: {}\n{text}", output.status);
+        }
         serde_json::from_str(&text).with_context(|| format!("{words:?} printed no JSON"))
     }
 
@@ -198,11 +207,12 @@ impl Show {
     fn memory(&mut self) -> Result<()> {
         let vms = self.json(&["ls", "--json"])?;
         let vms = vms.as_array().context("clone ls printed no list")?;
-        let mut private: Vec<u64> = Vec::new();
-        for vm in vms.iter().filter(|vm| vm["name"] != VM) {
-            let stat = self.json(&["stat", vm["name"].as_str().unwrap_or_default(), "--json"])?;
-            private.push(stat["memory"]["private_bytes"].as_u64().unwrap_or_default());
-        }
+        let clones = vms.iter().filter(|vm| vm["name"] != VM);
+        let own = |vm: &Value| {
+            let bytes = |field: &str| vm[field].as_u64().unwrap_or_default();
+            bytes("private_bytes") + bytes("swapped_bytes")
+        };
+        let mut private: Vec<u64> = clones.map(own).collect();
         let clones = private.len() as u64;
         let sum: u64 = private.iter().sum();
         let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / 1_048_576.0);

@@ -6,11 +6,13 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use serde_json::Value;
 
 use crate::process::{cargo, output, run as run_command};
 use crate::testbed::{self, Size, Testbed};
@@ -115,6 +117,7 @@ fn guest_tests(options: &Options) -> Result<ExitCode> {
     let folder = paths::target().join("guest-tests");
     fs::create_dir_all(&folder)?;
     let (binaries_file, metadata_file) = (folder.join("binaries.json"), folder.join("cargo.json"));
+    let mut files = programs(&binaries)?;
     fs::write(&binaries_file, binaries)?;
     fs::write(&metadata_file, metadata)?;
     let filter = match options.guest.as_deref() {
@@ -159,7 +162,26 @@ fn guest_tests(options: &Options) -> Result<ExitCode> {
         return Ok(ExitCode::from(status.code().unwrap_or(1) as u8));
     }
     std::env::set_current_dir(paths::workspace())?;
-    in_testbed(&words)
+    files.push(
+        paths::assets()
+            .join("guest-debian/debian.ext4")
+            .canonicalize()?,
+    );
+    in_testbed(&testbed::in_memory(&files, &words)?)
+}
+
+/// What the guest tests run: `clone`, and their own binaries out of nextest's list.
+fn programs(list: &str) -> Result<Vec<PathBuf>> {
+    let list: Value = serde_json::from_str(list).context("cannot read the list of tests")?;
+    let binaries = list["rust-binaries"].as_object();
+    let binaries = binaries.context("the list of tests has no binaries")?;
+    let guests = binaries.values().filter(|binary| {
+        let name = binary["binary-name"].as_str().unwrap_or_default();
+        name.starts_with("guest")
+    });
+    let paths = guests.filter_map(|binary| binary["binary-path"].as_str());
+    let clone = paths::debug_binary("clone").canonicalize()?;
+    Ok(paths.map(PathBuf::from).chain([clone]).collect())
 }
 
 /// Runs the guest tests in a testbed. One that dies under them (a crash of its own kernel on the

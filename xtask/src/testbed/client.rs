@@ -135,7 +135,11 @@ pub(super) fn run(
             .iter()
             .map(|word| word.to_string_lossy().into_owned())
             .collect(),
-        environment: std::env::vars().collect(),
+        // cargo's own search path for libraries would have every start look for them in a dozen
+        // folders over 9p.
+        environment: std::env::vars()
+            .filter(|(name, _)| name != "LD_LIBRARY_PATH")
+            .collect(),
     };
     let out = Arc::new(Mutex::new(session.stream.try_clone()?));
     send(&out, Kind::Start, &start.encode())?;

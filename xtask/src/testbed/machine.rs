@@ -17,7 +17,7 @@ use super::{PORTS, Size, client};
 /// How long a testbed may take to answer before it is given up.
 const START_LIMIT: Duration = Duration::from_secs(120);
 /// Lines of the console shown when a testbed dies.
-const TAIL: usize = 15;
+const TAIL: usize = 40;
 const PANIC: &str = "Kernel panic";
 /// QEMU says this of features of the CPU's model at every start.
 const NOISE: &str = "TCG doesn't support requested feature";

@@ -9,6 +9,7 @@
 
 mod client;
 mod image;
+mod in_memory;
 mod machine;
 mod supervisor;
 mod wire;
@@ -19,6 +20,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 
+pub(crate) use in_memory::in_memory;
 pub(crate) use machine::Testbed;
 
 /// Ports, and so commands that can run at the same time in one testbed.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clone_api::control::VmState;
 use clone_api::{Client, VmConfig};
+use clone_memory::ProcessUsage;
 use serde::Serialize;
 
 use super::Context;
@@ -38,9 +39,20 @@ struct Row {
     vcpus: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     memory_bytes: Option<u64>,
+    /// What the host's kernel counts of its process; for a clone that is what it changed, and the
+    /// VMM's own few.
+    #[serde(flatten)]
+    usage: Option<Usage>,
     /// Absent where it was not asked for; `null` where the VM gave no answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     state: Option<Option<VmState>>,
+}
+
+#[derive(Serialize)]
+struct Usage {
+    private_bytes: u64,
+    shared_bytes: u64,
+    swapped_bytes: u64,
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
@@ -68,6 +80,11 @@ fn row(vm: &RunningVm) -> Row {
         pid: vm.process.pid,
         vcpus: config.as_ref().map(|config| config.vcpus),
         memory_bytes: config.as_ref().map(|config| config.memory.0),
+        usage: ProcessUsage::of(vm.process.pid).ok().map(|usage| Usage {
+            private_bytes: usage.private,
+            shared_bytes: usage.shared,
+            swapped_bytes: usage.swapped,
+        }),
         state: None,
     }
 }
@@ -98,7 +115,7 @@ fn states(vms: &[RunningVm]) -> Vec<Option<VmState>> {
 }
 
 fn text(rows: &[Row], with_state: bool) -> String {
-    let mut head = vec!["NAME", "PID", "CPUS", "MEMORY"];
+    let mut head = vec!["NAME", "PID", "CPUS", "MEMORY", "PRIVATE", "SHARED"];
     if with_state {
         head.push("STATE");
     }
@@ -111,6 +128,11 @@ fn text(rows: &[Row], with_state: bool) -> String {
             row.vcpus.map_or_else(unknown, |n| n.to_string()),
             row.memory_bytes.map_or_else(unknown, human_bytes),
         ];
+        let usage = row.usage.as_ref();
+        // In swap it is no less its own.
+        let private = usage.map(|usage| usage.private_bytes + usage.swapped_bytes);
+        line.push(private.map_or_else(unknown, human_bytes));
+        line.push(usage.map_or_else(unknown, |usage| human_bytes(usage.shared_bytes)));
         if let Some(state) = row.state {
             line.push(match state {
                 Some(VmState::Running) => "running".into(),

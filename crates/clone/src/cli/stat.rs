@@ -48,9 +48,26 @@ fn text(stat: &Stat) -> String {
         ("memory", human_bytes(stats.memory.guest_bytes)),
         ("resident", human_bytes(stats.memory.resident_bytes)),
         ("private", human_bytes(stats.memory.private_bytes)),
+    ];
+    if let Some(pages) = &stats.memory.guest {
+        rows.push(("guest private", human_bytes(pages.private_bytes)));
+        rows.push(("guest swapped", human_bytes(pages.swapped_bytes)));
+        for (number, layer) in pages.layers.iter().enumerate() {
+            let (shared, changed) = (layer.shared_bytes, layer.private_bytes);
+            rows.push((
+                "layer",
+                format!(
+                    "{number}: {} shared, {} changed",
+                    human_bytes(shared),
+                    human_bytes(changed)
+                ),
+            ));
+        }
+    }
+    rows.extend([
         ("user time", seconds(stats.cpu.user_us)),
         ("system time", seconds(stats.cpu.system_us)),
-    ];
+    ]);
     for disk in &config.disks {
         rows.push(("disk", disk.path.display().to_string()));
     }

@@ -36,6 +36,8 @@ impl Bench {
             .args(words)
             .env("CLONE_RUNTIME_DIR", self.dir.path())
             .env("CLONE_TEMPLATE_DIR", self.templates())
+            // Of the test runner's, and slow to search in the testbed.
+            .env_remove("LD_LIBRARY_PATH")
             .stdin(Stdio::null());
         command
     }
