@@ -35,8 +35,11 @@ pub(crate) fn in_memory(files: &[PathBuf], words: &[OsString]) -> Result<Vec<OsS
     let mut pack = Command::new("tar");
     // Holes stay holes: 9p does not know them.
     pack.args(["--create", "--sparse", "--file"]).arg(&archive);
-    pack.arg("--directory=/")
-        .args(files.iter().map(without_root));
+    pack.arg("--directory=/").args(
+        files
+            .iter()
+            .map(|path| path.strip_prefix("/").unwrap_or(path)),
+    );
     run(&mut pack)?;
     let mut wrapped: Vec<OsString> = ["unshare", "--mount", "sh", "-c", SCRIPT, "sh"]
         .map(OsString::from)
