@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -14,6 +15,7 @@ use clone_api::control::{SnapshotKind, SnapshotRequest, SnapshotTaken, VmState};
 use clone_api::{ApiError, Client, ClientError, ErrorCode, VmConfig};
 
 use crate::error::{Result, failed};
+use crate::jail;
 use crate::process::start::ForkDisk;
 use crate::runtime::{LIVE_LOCK, Parent, RunningVm, Runtime};
 use crate::template::{NewTemplate, Parts, Template};
@@ -22,6 +24,8 @@ use crate::template::{NewTemplate, Parts, Template};
 const LIMIT: Duration = Duration::from_secs(600);
 /// How long an agent may take to say which it is.
 const AGENT_LIMIT: Duration = Duration::from_secs(5);
+/// Room for the disks' layers of a snapshot beside its memory, in bytes.
+const ROOM_FOR_DISKS: i64 = 1 << 30;
 /// Where layers for new writes are kept that end with their VM.
 const SCRATCH_DIR: &str = "/var/tmp";
 
@@ -73,7 +77,7 @@ pub fn take(
         },
         disks: frozen,
     };
-    let taken = ask(&client, &request, &files)?;
+    let taken = ask(vm, &request, &files)?;
     for (index, disk) in config.disks.iter().enumerate() {
         // Only now is the layer's file up to date.
         if let Overlay::Kept(layer) = &disk.overlay
@@ -149,12 +153,11 @@ pub fn take_live(runtime: &Runtime, vm: &RunningVm) -> Result<(LiveLayers, Snaps
             files.push(file(&format!("disk-{index}"))?);
         }
     }
-    let client = Client::new(vm.dir.control_socket()).with_timeout(LIMIT);
     let request = SnapshotRequest {
         kind: SnapshotKind::Fork,
         disks,
     };
-    let taken = ask(&client, &request, &files)?;
+    let taken = ask(vm, &request, &files)?;
     parent.memory.push(dir.join("memory"));
     parent.template = None;
     parent.locks.push(dir.join(LIVE_LOCK));
@@ -209,14 +212,28 @@ fn scratch() -> Result<File> {
         .map_err(|error| ApiError::internal(&error))
 }
 
-fn ask(client: &Client, request: &SnapshotRequest, files: &[File]) -> Result<SnapshotTaken> {
-    let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
-    client
-        .snapshot(request, &files)
-        .map_err(|error| match error {
-            ClientError::Refused(refusal) => refusal,
-            other => ApiError::internal(&other),
-        })
+/// Asks the VM for a snapshot into `files`. They may be in memory, and what the VM writes there
+/// counts as its own: without more room it would be killed for it.
+fn ask(vm: &RunningVm, request: &SnapshotRequest, files: &[File]) -> Result<SnapshotTaken> {
+    let client = Client::new(vm.dir.control_socket()).with_timeout(LIMIT);
+    let born = vm.dir.birth_path();
+    let room = vm.dir.config()?.memory.0 as i64 + ROOM_FOR_DISKS;
+    let allow = |bytes| jail::allow_memory(&born, bytes).map_err(failed("give room to", &born));
+    allow(room)?;
+    let descriptors: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+    let taken = client.snapshot(request, &descriptors);
+    // What was written stays in the account; the rest of the room is taken back.
+    let written: u64 = files.iter().map(allocated).sum();
+    allow(written as i64 - room)?;
+    taken.map_err(|error| match error {
+        ClientError::Refused(refusal) => refusal,
+        other => ApiError::internal(&other),
+    })
+}
+
+/// What a file takes where it is kept.
+fn allocated(file: &File) -> u64 {
+    file.metadata().map_or(0, |meta| meta.blocks() * 512)
 }
 
 fn no_parent(name: &str, template: Option<&Path>) -> ApiError {

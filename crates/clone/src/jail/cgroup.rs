@@ -58,6 +58,22 @@ fn try_join(spec: &JailSpec) -> Result<(), (&'static str, io::Error)> {
     fs::write(leaf.join("cgroup.procs"), "0").map_err(during("join its cgroup"))
 }
 
+/// Lets the VM in `runtime_dir` take so many bytes more. What it writes into files counts as its
+/// memory where the file system keeps them there (tmpfs), for as long as they exist.
+pub(super) fn grow(runtime_dir: &Path, bytes: i64) -> io::Result<()> {
+    let limit = leaf(runtime_dir).join("memory.max");
+    let now = match fs::read_to_string(&limit) {
+        // It goes without a limit.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        now => now?,
+    };
+    match now.trim().parse::<u64>() {
+        Ok(now) => fs::write(&limit, now.saturating_add_signed(bytes).to_string()),
+        // "max".
+        Err(_) => Ok(()),
+    }
+}
+
 /// Removes the cgroup of the VM in `runtime_dir`, whose process has ended.
 pub(super) fn remove(runtime_dir: &Path) -> io::Result<()> {
     let leaf = leaf(runtime_dir);

@@ -78,6 +78,12 @@ pub fn confine_event_loop() -> io::Result<()> {
     seccomp::apply(seccomp::Kind::EventLoop)
 }
 
+/// Lets the VM in `runtime_dir` take so many bytes of memory more (or less): it is to write files
+/// that may be in memory. Only its launcher can.
+pub fn allow_memory(runtime_dir: &Path, bytes: i64) -> io::Result<()> {
+    cgroup::grow(runtime_dir, bytes)
+}
+
 /// Removes what the jail of the VM in `runtime_dir` left on the host when its process is gone.
 pub fn sweep(runtime_dir: &Path) -> io::Result<()> {
     cgroup::remove(runtime_dir)
