@@ -115,18 +115,23 @@ fn kernel() -> Result<PathBuf> {
 
 /// The static guest agent.
 fn agent() -> Result<Option<PathBuf>> {
-    const TARGET: &str = "x86_64-unknown-linux-gnu";
     let source = crate::paths::workspace().join("crates/agent/src/main.rs");
     if !fs::read_to_string(&source).is_ok_and(|text| text.contains("mod ")) {
         return Ok(None);
     }
+    static_program("clone-agent").map(Some)
+}
+
+/// Builds the program `package` small and static, to run in any guest, and returns where it is.
+pub(crate) fn static_program(package: &str) -> Result<PathBuf> {
+    const TARGET: &str = "x86_64-unknown-linux-gnu";
     let mut build = cargo(&[
         "build",
         "--quiet",
         "--profile",
         "agent",
         "-p",
-        "clone-agent",
+        package,
         "--target",
         TARGET,
     ]);
@@ -136,12 +141,10 @@ fn agent() -> Result<Option<PathBuf>> {
         "-C target-feature=+crt-static --remap-path-prefix={}=.",
         crate::paths::workspace().display()
     );
-    run_command(build.env("RUSTFLAGS", flags)).context("cannot build the guest agent")?;
-    Ok(Some(
-        crate::paths::target()
-            .join(TARGET)
-            .join("agent/clone-agent"),
-    ))
+    run_command(build.env("RUSTFLAGS", flags))
+        .with_context(|| format!("cannot build {package} for guests"))?;
+    let folder = crate::paths::target().join(TARGET).join("agent");
+    Ok(folder.join(package))
 }
 
 fn initramfs(kernel: &Path, agent: Option<&Path>, agent_key: &str) -> Result<PathBuf> {

@@ -7,6 +7,7 @@
 #![allow(clippy::print_stdout)]
 
 mod assets;
+mod bench;
 mod cpio;
 mod debian;
 mod demo;
@@ -44,6 +45,11 @@ enum Command {
     },
     /// Runs all tests: format, lints, licences, unit tests, then the guest tests under KVM.
     Test(test::Options),
+    /// Measures Clone beside QEMU's microvm (and other VMMs whose binary is given), in one run.
+    ///
+    /// Writes target/bench/NAME.json (all samples), report.md and plots. docs/benchmarks.md tells
+    /// what each bench measures.
+    Bench(bench::Options),
     /// A nested KVM host under QEMU, for machines without hardware KVM.
     #[command(subcommand)]
     Testbed(testbed::Command),
@@ -60,6 +66,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Demo { inside } => demo::run(inside),
         Command::Test(options) => test::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Testbed(command) => testbed::run(command),
         Command::Guest(command) => guest::run(&command),
         Command::Setup => host::setup().map(|()| ExitCode::SUCCESS),

@@ -95,7 +95,12 @@ impl Image {
 
     /// QEMU, run with the libraries that it was built with and not the host's.
     pub(super) fn qemu(&self) -> Command {
-        qemu(&self.machine.join("root"))
+        qemu(&self.root())
+    }
+
+    /// The unpacked packages.
+    pub(super) fn root(&self) -> PathBuf {
+        self.machine.join("root")
     }
 }
 

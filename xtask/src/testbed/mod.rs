@@ -15,6 +15,7 @@ mod supervisor;
 mod wire;
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -129,6 +130,11 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Supervise => supervisor::main(),
     }
+}
+
+/// The root of the unpacked packages with the QEMU that testbeds run in.
+pub(crate) fn qemu_root() -> Result<PathBuf> {
+    image::Image::ensure().map(|image| image.root())
 }
 
 /// Ends the testbed that is up, if one is, so that the next one is fresh.

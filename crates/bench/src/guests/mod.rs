@@ -1,0 +1,183 @@
+//! The machines that are compared: the same kernel, RAM disk, command line, memory, CPUs and, as
+//! far as each VMM has them, devices.
+//!
+//! QEMU's machine is `microvm` with devices on PCI, as ours are. In both guests the same agent
+//! answers: ours behind the VM's Unix socket, QEMU's behind the host's vsock.
+
+mod clone;
+mod firecracker;
+mod qemu;
+mod vsock;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use agent_proto::client::Connection;
+use agent_proto::messages::{Exec, Put};
+use anyhow::{Context as _, Result, bail};
+
+pub(crate) use self::clone::CloneVm;
+pub(crate) use self::firecracker::Firecracker;
+pub(crate) use self::qemu::Qemu;
+use crate::context::Context;
+
+/// The RAM disk's first words from user space.
+const FIRST_LINE: &str = "guest: user space";
+/// How long a guest may take to boot.
+const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// How long an agent may take to greet once it is there.
+const GREETING_LIMIT: Duration = Duration::from_secs(60);
+const PROGRAM: &str = "/bin/bench-guest";
+
+/// What all VMMs are given.
+pub(crate) const MEMORY_MIB: u64 = 256;
+/// The command line, the same for all; it spares them looking for hardware that none has.
+pub(crate) const CMDLINE: &str = "console=ttyS0 quiet panic=-1 i8042.noaux i8042.nokbd \
+                                  i8042.nomux i8042.nopnp 8250.nr_uarts=1 random.trust_cpu=on";
+
+/// What a machine is to have.
+#[derive(Clone, Debug)]
+pub(crate) struct Machine {
+    pub(crate) kernel: PathBuf,
+    pub(crate) initramfs: PathBuf,
+    pub(crate) vcpus: u32,
+    /// vsock, a balloon and a source of random numbers.
+    pub(crate) standard_devices: bool,
+    /// A raw image.
+    pub(crate) disk: Option<PathBuf>,
+    /// A tap device that is there.
+    pub(crate) tap: Option<String>,
+}
+
+impl Machine {
+    /// One CPU, vsock, balloon and rng, from the kernel file of that name.
+    pub(crate) fn standard(context: &Context, kernel: &str) -> Self {
+        Self {
+            kernel: context.kernel(kernel),
+            initramfs: context.initramfs(),
+            vcpus: 1,
+            standard_devices: true,
+            disk: None,
+            tap: None,
+        }
+    }
+}
+
+/// A running machine with an agent; ended when dropped.
+pub(crate) trait Guest {
+    /// A new connection to its agent.
+    fn connect(&self) -> Result<Connection>;
+
+    /// The VMM's process.
+    fn pid(&self) -> u32;
+}
+
+/// Waits for the agent of a machine that boots.
+pub(crate) fn wait_for_agent(guest: &dyn Guest) -> Result<()> {
+    let limit = Instant::now() + BOOT_LIMIT;
+    loop {
+        match guest.connect() {
+            Ok(_) => return Ok(()),
+            Err(error) if Instant::now() > limit => {
+                return Err(error).context("the guest's agent did not answer");
+            }
+            // Nothing tells when a guest's program starts to listen.
+            Err(_) => thread::sleep(Duration::from_millis(100)),
+        }
+    }
+}
+
+/// Runs `words` in the guest and returns what it printed; another end than 0 is an error.
+pub(crate) fn exec(guest: &dyn Guest, words: &[&str]) -> Result<String> {
+    let exec = Exec {
+        command: words.iter().map(|&word| word.to_owned()).collect(),
+        ..Exec::default()
+    };
+    let (exited, stdout, stderr) = guest.connect()?.exec(exec)?.collect()?;
+    if exited.code != Some(0) {
+        let complaint = String::from_utf8_lossy(&stderr);
+        bail!(
+            "`{}` in the guest: {exited:?}: {complaint}",
+            words.join(" ")
+        );
+    }
+    Ok(String::from_utf8_lossy(&stdout).into_owned())
+}
+
+/// Copies the measuring program into the guest.
+pub(crate) fn put_program(guest: &dyn Guest, context: &Context) -> Result<()> {
+    let path = context.guest_program();
+    let mut program =
+        File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let put = Put {
+        path: PROGRAM.to_owned(),
+        mode: 0o755,
+        ..Put::default()
+    };
+    Ok(guest.connect()?.put(put, &mut program)?)
+}
+
+/// Runs the measuring program in the guest, and returns its figures.
+pub(crate) fn measure(guest: &dyn Guest, words: &[&str]) -> Result<Vec<f64>> {
+    let printed = exec(guest, &[&[PROGRAM], words].concat())?;
+    let figures = printed.lines().map(|line| line.parse::<f64>());
+    let figures = figures.collect::<Result<Vec<f64>, _>>();
+    let figures = figures.with_context(|| format!("{words:?} printed {printed:?}"))?;
+    anyhow::ensure!(!figures.is_empty(), "{words:?} printed nothing");
+    Ok(figures)
+}
+
+/// The time from before `command` is started until its console, which is its standard output,
+/// shows the guest's first line from user space. The process is left to the caller, to be ended.
+pub(crate) fn time_to_first_line(mut command: Command) -> Result<(Duration, Ended)> {
+    let shown = format!("{:?}", command.get_program());
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let start = Instant::now();
+    let mut child = Ended(
+        command
+            .spawn()
+            .with_context(|| format!("cannot start {shown}"))?,
+    );
+    let (console, errors) = (child.0.stdout.take(), child.0.stderr.take());
+    let (console, errors) = (console.context("no console")?, errors.context("no errors")?);
+    let (sender, seen) = mpsc::channel();
+    // Lives until the process closes its output, which is when it is ended.
+    thread::spawn(move || {
+        for line in BufReader::new(console).split(b'\n').map_while(Result::ok) {
+            if String::from_utf8_lossy(&line).contains(FIRST_LINE) {
+                // Nobody waits for a second one.
+                let _ = sender.send(start.elapsed());
+            }
+        }
+    });
+    match seen.recv_timeout(BOOT_LIMIT) {
+        Ok(time) => Ok((time, child)),
+        Err(_) => {
+            drop(child);
+            let said: Vec<_> = BufReader::new(errors)
+                .lines()
+                .map_while(Result::ok)
+                .collect();
+            bail!("{shown} booted no guest: {}", said.join("\n"))
+        }
+    }
+}
+
+/// A process that ends with this value.
+pub(crate) struct Ended(pub(crate) Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}

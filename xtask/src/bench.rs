@@ -1,0 +1,167 @@
+//! Benchmarks: builds what is measured, runs the measuring program (`crates/bench`) where guests
+//! run, and has it make a report. What is measured, and how, is that crate's.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use crate::process::{cargo, output, run as run_command};
+use crate::testbed::{self, Size, Testbed};
+use crate::{guest, host, kvm, paths};
+
+/// How `clone` and the measuring program are built: optimised as a release, quicker to build.
+const PROFILE: &str = "measure";
+/// How often a testbed may die under a bench (a crash of its own kernel on the emulated CPU).
+const ATTEMPTS: u32 = 3;
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// The benches; all where none is named. `--list` tells them.
+    names: Vec<String>,
+    /// Print the benches and end.
+    #[arg(long)]
+    list: bool,
+    /// Take fewer samples: all benches in some minutes.
+    #[arg(long)]
+    quick: bool,
+    /// Start so many machines of each kind, in benches that start many.
+    #[arg(long, value_name = "N")]
+    runs: Option<usize>,
+    /// Compare with another VMM too: firecracker=PATH of its binary.
+    #[arg(long = "peer", value_name = "NAME=PATH")]
+    peers: Vec<String>,
+    /// Use the testbed even where hardware KVM would do.
+    #[arg(long)]
+    testbed: bool,
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    host::install_packages()?;
+    let built = [
+        "build",
+        "--quiet",
+        "--profile",
+        PROFILE,
+        "-p",
+        "clone-bench",
+        "-p",
+        "clone",
+    ];
+    let build = || run_command(&mut cargo(&built)).context("cannot build what is measured");
+    if options.list {
+        build()?;
+        run_command(Command::new(binary("clone-bench")).arg("list"))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("building clone and the measuring programs (profile {PROFILE})");
+    build()?;
+    guest::build()?;
+    let names = match options.names.is_empty() {
+        true => all_names()?,
+        false => options.names.clone(),
+    };
+    let words = words(options)?;
+    std::env::set_current_dir(paths::workspace())?;
+    let verdict = kvm::probe();
+    println!("{verdict}");
+    let on_hardware = verdict.runs_stock_guests() && !options.testbed;
+    let mut failed = Vec::new();
+    for name in &names {
+        let kvm = match on_hardware {
+            true => "hardware KVM",
+            false => "testbed: nested KVM on a CPU that QEMU emulates; compare ratios only",
+        };
+        let mut words = words.clone();
+        words.extend(["--kvm".into(), kvm.into(), name.into()]);
+        let ended = match on_hardware {
+            true => here(&words)?,
+            false => {
+                words.push("--stage".into());
+                in_testbed(&words)?
+            }
+        };
+        if ended != ExitCode::SUCCESS {
+            failed.push(name.as_str());
+        }
+    }
+    let report = output(
+        Command::new(binary("clone-bench"))
+            .arg("report")
+            .arg(folder()),
+    )?;
+    println!("report: {}", report.trim());
+    if !failed.is_empty() {
+        bail!("these benches failed: {}", failed.join(", "));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The command that measures, but for the bench.
+fn words(options: &Options) -> Result<Vec<OsString>> {
+    let mut words: Vec<OsString> = vec![binary("clone-bench").into(), "run".into()];
+    let mut add = |flag: &str, path: &Path| {
+        words.extend([flag.into(), path.into()]);
+    };
+    add("--clone", &binary("clone"));
+    add("--guest-program", &guest::static_program("bench-guest")?);
+    add("--assets", &paths::assets());
+    add("--qemu", &testbed::qemu_root()?);
+    add("--out", &folder());
+    for peer in &options.peers {
+        let (name, path) = peer
+            .split_once('=')
+            .with_context(|| format!("--peer {peer}: NAME=PATH is wanted"))?;
+        let path = std::path::absolute(path)?;
+        anyhow::ensure!(path.is_file(), "--peer {peer}: there is no such file");
+        words.push("--peer".into());
+        words.push(format!("{name}={}", path.display()).into());
+    }
+    if options.quick {
+        words.push("--quick".into());
+    }
+    if let Some(runs) = options.runs {
+        words.push(format!("--runs={runs}").into());
+    }
+    Ok(words)
+}
+
+fn here(words: &[OsString]) -> Result<ExitCode> {
+    let status = Command::new(&words[0])
+        .args(&words[1..])
+        .status()
+        .context("cannot start the measuring program")?;
+    Ok(ExitCode::from(status.code().unwrap_or(1) as u8))
+}
+
+fn in_testbed(words: &[OsString]) -> Result<ExitCode> {
+    for _ in 1..ATTEMPTS {
+        let testbed = Testbed::find_or_start(&Size::default())?;
+        match testbed::execute(&testbed, words) {
+            Err(error) => println!("== {error:#}\n== trying again in a fresh testbed"),
+            ended => return ended,
+        }
+        testbed::discard()?;
+    }
+    let testbed = Testbed::find_or_start(&Size::default())?;
+    testbed::execute(&testbed, words)
+}
+
+fn all_names() -> Result<Vec<String>> {
+    let list = output(Command::new(binary("clone-bench")).arg("list"))?;
+    let names = list
+        .lines()
+        .filter_map(|line| line.split_whitespace().next());
+    Ok(names.map(str::to_owned).collect())
+}
+
+fn binary(name: &str) -> PathBuf {
+    paths::target().join(PROFILE).join(name)
+}
+
+/// Where results go.
+fn folder() -> PathBuf {
+    paths::target().join("bench")
+}
