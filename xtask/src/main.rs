@@ -11,6 +11,7 @@ mod bench;
 mod cpio;
 mod debian;
 mod demo;
+mod fuzz;
 mod guest;
 mod guest_debian;
 mod host;
@@ -50,6 +51,11 @@ enum Command {
     /// Writes target/bench/NAME.json (all samples), report.md and plots. docs/benchmarks.md tells
     /// what each bench measures.
     Bench(bench::Options),
+    /// Fuzzes every door that a guest, a file or a client can knock at.
+    ///
+    /// Needs a C++ compiler and no nightly Rust. `cargo fuzz run TARGET` works too, where it is
+    /// installed. Inputs that were found are in target/fuzz/artifacts/TARGET.
+    Fuzz(fuzz::Options),
     /// A nested KVM host under QEMU, for machines without hardware KVM.
     #[command(subcommand)]
     Testbed(testbed::Command),
@@ -67,6 +73,7 @@ fn main() -> ExitCode {
         Command::Demo { inside } => demo::run(inside),
         Command::Test(options) => test::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Testbed(command) => testbed::run(command),
         Command::Guest(command) => guest::run(&command),
         Command::Setup => host::setup().map(|()| ExitCode::SUCCESS),

@@ -1,0 +1,9 @@
+//! The source of random numbers' queue.
+#![no_main]
+
+use clone_fuzz::{Step, drive};
+use clone_vmm::devices::rng::{Rng, RngState};
+
+libfuzzer_sys::fuzz_target!(|steps: Vec<Step>| {
+    drive(Rng::new(None, RngState::fresh()).expect("a device"), steps);
+});
