@@ -3,6 +3,7 @@
 mod block;
 mod boot;
 mod exec;
+mod fork;
 mod memory;
 mod net;
 
@@ -34,6 +35,11 @@ pub(crate) const ALL: &[Bench] = &[
         name: "exec",
         about: exec::ABOUT,
         run: exec::run,
+    },
+    Bench {
+        name: "fork",
+        about: fork::ABOUT,
+        run: fork::run,
     },
     Bench {
         name: "block",
