@@ -1,4 +1,4 @@
-//! The headers and tables of qcow2 images and of our own layers, and reads from what opens.
+//! The headers and tables of qcow2 images and of our own layers.
 #![no_main]
 
 use clone_disk::{Disk, DiskFiles, EngineKind, Format, Qcow2Header, WriteFile};

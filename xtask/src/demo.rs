@@ -20,6 +20,8 @@ const TEMPLATE: &str = "demo";
 /// Clones that are started, and those that are taken from standbys.
 const CLONES: usize = 10;
 const STANDBYS: usize = 10;
+/// Lines of the guest kernel's own that are shown.
+const CONSOLE_LINES: usize = 6;
 /// How long the standbys may take.
 const STANDBY_LIMIT: Duration = Duration::from_secs(120);
 /// In the guest: a process that holds data, and answers with it.
@@ -140,6 +142,11 @@ impl Show {
         ]))?;
         run_command(&mut self.clone(&["exec", "--wait", "240", VM, "true"]))?;
         self.time("boot: clone run to the first exec's reply", start.elapsed());
+        println!("its kernel's first lines:");
+        let log = output(&mut self.clone(&["logs", VM]))?;
+        for line in log.lines().take(CONSOLE_LINES) {
+            println!("  {line}");
+        }
         self.guest(VM, "systemctl is-system-running --wait; uname -sr")?;
         let start_holder = format!(
             "cat > /root/holder.py <<'END'\n{HOLDER}END\n\

@@ -49,7 +49,8 @@ fn command(context: &Context, machine: &Machine) -> Command {
         command.args(text.split_whitespace());
     };
     add("-M microvm,pic=off,pit=off,rtc=off,pcie=on,isa-serial=on -accel kvm -bios qboot.rom");
-    // Without the paravirtual end of interrupt: with it, timers get lost in nested guests.
+    // Without the paravirtual end of interrupt: with it some guests hung in the testbed. Why is not
+    // known.
     add("-cpu host,-kvm-pv-eoi");
     add("-nodefaults -no-user-config -no-reboot -display none -serial stdio");
     add(&format!("-m {MEMORY_MIB} -smp {}", machine.vcpus));
