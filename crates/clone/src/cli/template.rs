@@ -14,7 +14,7 @@ use super::{Context, progress};
 use crate::error::Result;
 use crate::launch::fork::Source;
 use crate::launch::standby::{Standbys, train};
-use crate::template::{Store, Template, flatten};
+use crate::template::{Store, Template, bytes_to_flatten, flatten, forget_verified};
 
 /// Templates that clones are forked from.
 #[derive(Debug, clap::Args)]
@@ -90,15 +90,28 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
         Command::Verify(args) => verify(context, &store.open(&args.template)?),
         Command::Flatten(args) => {
             let template = store.open(&args.template)?;
-            let flat = flatten(&context.runtime()?, &template, &store.path(&args.output)?)?;
+            let target = store.path(&args.output)?;
+            let bar = progress::bytes(context, Some(bytes_to_flatten(&template)));
+            bar.set_message("flattening");
+            let flat = flatten(&context.runtime()?, &template, &target, |bytes| {
+                bar.inc(bytes)
+            });
+            bar.finish_and_clear();
+            let flat = flat?;
             context
                 .output
                 .print(&flat.manifest().id, |_| flat.dir().display().to_string());
             Ok(ExitCode::SUCCESS)
         }
         Command::Rm(args) => {
+            let runtime = context.runtime()?;
             for name in &args.templates {
+                // A damaged one is removed as well, and was never verified.
+                let id = store.open(name).ok().map(|it| it.manifest().id.clone());
                 store.remove(name)?;
+                if let Some(id) = id {
+                    forget_verified(&runtime, &id)?;
+                }
             }
             Ok(ExitCode::SUCCESS)
         }
@@ -184,7 +197,7 @@ fn list_text(rows: &[Row]) -> String {
 fn verify(context: &Context, template: &Template) -> Result<ExitCode> {
     let bar = progress::bytes(context, Some(template.bytes_to_verify()));
     bar.set_message("verifying");
-    let verified = template.verify(|bytes| bar.inc(bytes));
+    let verified = template.verify_and_note(&context.runtime()?, |bytes| bar.inc(bytes));
     bar.finish_and_clear();
     verified?;
     context.output.print(&template.manifest().id, |id| {

@@ -9,19 +9,17 @@ use clone_api::config::{DiskConfig, DiskFormat};
 use clone_api::{ApiError, ErrorCode};
 use clone_disk::{Disk, DiskSpec, EngineKind, Format};
 use clone_memory::Layer;
-use rustix::fs::{FlockOperation, RenameFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
 
 use super::manifest::{self, Content, HashedFile, Manifest, Memory, MemoryLayer};
-use super::{Template, verify};
+use super::{Template, faults, verify};
 use crate::error::{Result, failed};
-use crate::process::disks;
+use crate::process::{disks, prefetch};
 use crate::runtime::Runtime;
 
 /// What a template under construction is called: hidden, and its name in front.
 const MARK: &str = ".tmp-";
-/// The lock of its maker.
-const LOCK: &str = ".lock";
-
 /// What the manifest says beside what the files tell.
 #[derive(Debug, Clone)]
 pub struct Parts {
@@ -46,6 +44,7 @@ pub struct NewTemplate {
     memory: Vec<String>,
     /// For each disk its base and its layers.
     disks: Vec<(String, Vec<String>)>,
+    /// The directory itself, locked: it is no dead maker's.
     _lock: File,
 }
 
@@ -63,15 +62,7 @@ impl NewTemplate {
             .create(parent)
             .map_err(failed("make the directory", parent))?;
         sweep(parent)?;
-        let dir = hidden_name(&target)?;
-        fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&dir)
-            .map_err(failed("make", &dir))?;
-        let lock_path = dir.join(LOCK);
-        let lock = File::create(&lock_path).map_err(failed("make", &lock_path))?;
-        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|error| failed("lock", &lock_path)(error.into()))?;
+        let (dir, lock) = make_locked(&target)?;
         Ok(Self {
             target,
             dir,
@@ -82,6 +73,7 @@ impl NewTemplate {
     }
 
     fn create(&self, name: &str) -> Result<File> {
+        faults::step("before a file")?;
         let path = self.dir.join(name);
         File::options()
             .read(true)
@@ -150,9 +142,13 @@ impl NewTemplate {
             DiskFormat::Qcow2 => Format::Qcow2,
         };
         let copy = self.disk_file()?;
+        let image = fs::metadata(&disk.path).map_err(failed("look at", &disk.path))?;
         match format {
-            Format::Raw => copy_sparse(&disk.path, &copy).map_err(failed("copy", &disk.path))?,
-            Format::Qcow2 => {
+            Format::Raw if image.is_file() => {
+                copy_sparse(&disk.path, &copy).map_err(failed("copy", &disk.path))?;
+            }
+            // A block device has neither a length nor holes that a file's calls would tell.
+            Format::Raw | Format::Qcow2 => {
                 let spec = DiskSpec::image(&disk.path, format, true);
                 let files = spec.open().map_err(|error| ApiError::internal(&error))?;
                 let opened = Disk::open(files, EngineKind::Blocking);
@@ -198,13 +194,17 @@ impl NewTemplate {
         };
         let text =
             serde_json::to_vec_pretty(&manifest).map_err(|error| ApiError::internal(&error))?;
+        faults::step("before the manifest")?;
         let path = self.dir.join(manifest::FILE);
         fs::write(&path, text).map_err(failed("write", &path))?;
+        faults::step("after the manifest")?;
         for name in manifest.content.files().chain([manifest::FILE]) {
             let path = self.dir.join(name);
             seal(&path).map_err(failed("make durable", &path))?;
+            faults::step("after a file was made durable")?;
         }
         sync_dir(&self.dir)?;
+        faults::step("before the rename")?;
         rustix::fs::renameat_with(
             rustix::fs::CWD,
             &self.dir,
@@ -213,13 +213,13 @@ impl NewTemplate {
             RenameFlags::NOREPLACE,
         )
         .map_err(|error| match error {
-            rustix::io::Errno::EXIST => taken(&self.target),
+            Errno::EXIST => taken(&self.target),
             error => failed("make", &self.target)(error.into()),
         })?;
+        faults::step("after the rename")?;
         let target = self.target.clone();
-        // It has its name: dropping this must not remove it. The lock is of no more use.
-        let _ = fs::remove_file(target.join(LOCK));
         sync_dir(target.parent().unwrap_or(Path::new("/")))?;
+        // It has its name: dropping this removes nothing.
         drop(self);
         let template = Template::open(&target)?;
         if let Some(runtime) = runtime {
@@ -307,6 +307,14 @@ fn taken(target: &Path) -> ApiError {
     .advise("use another name, or remove it first: clone template rm")
 }
 
+/// Whether files of templates are called so.
+pub(super) fn is_file_of_a_template(name: &str) -> bool {
+    let memory = name.starts_with("memory-") && name.ends_with(".layer");
+    let disk = name.starts_with("disk-") && (name.ends_with(".raw") || name.contains(".layer-"));
+    let others = [manifest::FILE, "state", prefetch::FILE, "prefetch.new"];
+    memory || disk || others.contains(&name)
+}
+
 /// A name beside `target` that is nobody's.
 pub(super) fn hidden_name(target: &Path) -> Result<PathBuf> {
     let mut random = [0; 6];
@@ -317,6 +325,46 @@ pub(super) fn hidden_name(target: &Path) -> Result<PathBuf> {
     Ok(target.with_file_name(format!(".{name}{MARK}{suffix}")))
 }
 
+/// Makes a hidden directory for the template at `target`, and locks it. Another maker's sweep may
+/// come between the two: then another is made.
+fn make_locked(target: &Path) -> Result<(PathBuf, File)> {
+    loop {
+        let dir = hidden_name(target)?;
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&dir)
+            .map_err(failed("make", &dir))?;
+        match lock(&dir) {
+            Ok(Some(lock)) => return Ok((dir, lock)),
+            Ok(None) => {}
+            Err(error) => {
+                remove_all(&dir)?;
+                return Err(error);
+            }
+        }
+    }
+}
+
+/// Locks a directory that was just made; `None` where a sweep was faster.
+fn lock(dir: &Path) -> Result<Option<File>> {
+    faults::step("before the lock")?;
+    let locked = open_dir(dir).and_then(|opened| {
+        rustix::fs::flock(&opened, FlockOperation::NonBlockingLockExclusive)?;
+        // It may have been removed between the two.
+        rustix::fs::lstat(dir).map(|_| opened)
+    });
+    match locked {
+        Ok(lock) => Ok(Some(lock)),
+        Err(Errno::NOENT | Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(failed("lock", dir)(error.into())),
+    }
+}
+
+fn open_dir(path: &Path) -> rustix::io::Result<File> {
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::RDONLY | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty()).map(File::from)
+}
+
 /// Removes what makers left that are gone.
 fn sweep(parent: &Path) -> Result<()> {
     for entry in fs::read_dir(parent).map_err(failed("list", parent))? {
@@ -325,11 +373,14 @@ fn sweep(parent: &Path) -> Result<()> {
         if !(name.starts_with('.') && name.contains(MARK)) {
             continue;
         }
-        let lock = File::open(entry.path().join(LOCK));
-        let alive = lock.is_ok_and(|lock| {
-            rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err()
-        });
-        if !alive {
+        // Locked until it is gone, so that a maker that has just made it sees that it is lost.
+        let dir = match open_dir(&entry.path()) {
+            Ok(dir) => dir,
+            // Gone, no directory, or another user's, which is for that user to sweep.
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::ACCESS) => continue,
+            Err(error) => return Err(failed("open", &entry.path())(error.into())),
+        };
+        if rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok() {
             remove_all(&entry.path())?;
         }
     }
@@ -368,7 +419,7 @@ fn copy_sparse(from: &Path, to: &File) -> io::Result<()> {
     while at < len {
         let start = match rustix::fs::seek(&source, rustix::fs::SeekFrom::Data(at)) {
             Ok(start) => start,
-            Err(rustix::io::Errno::NXIO) => break,
+            Err(Errno::NXIO) => break,
             Err(error) => return Err(error.into()),
         };
         let end = rustix::fs::seek(&source, rustix::fs::SeekFrom::Hole(start))?;

@@ -4,15 +4,19 @@ use std::fs;
 use std::path::Path;
 
 use clone_api::ApiError;
-use clone_api::config::DiskFormat;
-use clone_disk::{Disk, DiskSpec, EngineKind, Format, ImageSpec, Writes};
 
 use super::{NewTemplate, Parts, Template};
 use crate::error::{Result, failed};
 use crate::runtime::Runtime;
 
-/// Makes a template at `target` that is `template` with one memory layer and plain disks.
-pub fn flatten(runtime: &Runtime, template: &Template, target: &Path) -> Result<Template> {
+/// Makes a template at `target` that is `template` with one memory layer and plain disks. `done`
+/// hears how much of [`bytes_to_flatten`] each step was.
+pub fn flatten(
+    runtime: &Runtime,
+    template: &Template,
+    target: &Path,
+    mut done: impl FnMut(u64),
+) -> Result<Template> {
     template.ensure_verified(runtime)?;
     let internal = |error: clone_memory::LayerError| ApiError::internal(&error);
     let mut new = NewTemplate::begin(target)?;
@@ -21,32 +25,19 @@ pub fn flatten(runtime: &Runtime, template: &Template, target: &Path) -> Result<
         .memory()?
         .flatten(0, file, "memory")
         .map_err(internal)?;
+    done(memory_bytes(template));
     let state = template.state_path();
     let bytes = fs::read(&state).map_err(failed("read", &state))?;
     std::io::Write::write_all(&mut new.state_file()?, &bytes).map_err(failed("copy", &state))?;
-    for (index, disk) in template.disks().into_iter().enumerate() {
-        let spec = DiskSpec {
-            base: disk.base.map(|(path, format)| ImageSpec {
-                path,
-                format: match format {
-                    DiskFormat::Raw => Format::Raw,
-                    DiskFormat::Qcow2 => Format::Qcow2,
-                },
-            }),
-            backing: Vec::new(),
-            layers: disk.layers,
-            writes: Writes::Refused,
-        };
-        let opened = spec
-            .open()
-            .and_then(|files| Disk::open(files, EngineKind::Blocking));
-        let mut opened = opened.map_err(|error| ApiError::internal(&error))?;
+    for (index, disk) in template.content().disks.iter().enumerate() {
+        let mut opened = template.open_disk(index)?;
         let image = new.disk_file()?;
         let written = opened.write_raw(&image);
         written.map_err(|error| {
             ApiError::internal(&error)
                 .advise(format!("disk {index} could not be written: make room"))
         })?;
+        done(disk.base.bytes);
     }
     let content = template.content();
     new.commit(
@@ -59,4 +50,15 @@ pub fn flatten(runtime: &Runtime, template: &Template, target: &Path) -> Result<
         },
         Some(runtime),
     )
+}
+
+/// How many bytes [`flatten`] has to look at.
+pub fn bytes_to_flatten(template: &Template) -> u64 {
+    let disks = template.content().disks.iter();
+    memory_bytes(template) + disks.map(|disk| disk.base.bytes).sum::<u64>()
+}
+
+fn memory_bytes(template: &Template) -> u64 {
+    let layers = template.content().memory.layers.iter();
+    layers.map(|layer| layer.data_bytes).sum()
 }

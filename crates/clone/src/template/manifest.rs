@@ -166,6 +166,10 @@ impl Manifest {
         if content.memory.layers.is_empty() {
             return Err("it has no memory".to_owned());
         }
+        let (held, told) = (content.memory.bytes, content.config.memory.0);
+        if held != told {
+            return Err(format!("it holds {held} bytes of RAM for a VM of {told}"));
+        }
         if content.disks.len() != content.config.disks.len() {
             return Err("its disks are not those that it describes".to_owned());
         }

@@ -10,6 +10,7 @@
 //! host, and again when a file's times or size say that something touched it ([`verify`]).
 
 mod build;
+mod faults;
 mod flatten;
 pub mod manifest;
 mod store;
@@ -22,14 +23,15 @@ use std::path::{Path, PathBuf};
 
 use clone_api::config::DiskFormat;
 use clone_api::{ApiError, ErrorCode};
+use clone_disk::{Disk, DiskSpec, EngineKind, Format};
 use clone_memory::{Layer, LayerStack};
 use rustix::fs::FlockOperation;
 
 pub use build::{NewTemplate, Parts};
-pub use flatten::flatten;
+pub use flatten::{bytes_to_flatten, flatten};
 pub use manifest::{Content, Manifest};
 pub use store::Store;
-pub use verify::hash_of;
+pub use verify::{forget_verified, hash_of};
 
 use crate::error::{Result, failed};
 use crate::process::prefetch;
@@ -65,9 +67,14 @@ impl Template {
             .map_err(|_| refused(&dir, "it is being removed"))?;
         let mut text = Vec::new();
         (&file)
-            .take(manifest::MAX_BYTES)
+            .take(manifest::MAX_BYTES + 1)
             .read_to_end(&mut text)
             .map_err(failed("read", &path))?;
+        if text.len() as u64 > manifest::MAX_BYTES {
+            let most = manifest::MAX_BYTES;
+            let reason = format!("{} is larger than {most} bytes", manifest::FILE);
+            return Err(refused(&dir, &reason));
+        }
         let template = Self {
             manifest: Manifest::parse(&text, &dir)?,
             dir,
@@ -142,7 +149,30 @@ impl Template {
             }
             layers.push(layer);
         }
-        LayerStack::new(layers).map_err(wrong)
+        let stack = LayerStack::new(layers).map_err(wrong)?;
+        let (held, described) = (stack.layout().size(), self.content().memory.bytes);
+        if held != described {
+            let reason = format!("its layers hold {held} bytes of RAM, not {described}");
+            return Err(refused(&self.dir, &reason));
+        }
+        Ok(stack)
+    }
+
+    /// Disk `index`, for reading.
+    fn open_disk(&self, index: usize) -> Result<Disk> {
+        let described = &self.content().disks[index];
+        let layers = described.layers.iter();
+        let spec = DiskSpec {
+            layers: layers.map(|layer| self.path(&layer.file)).collect(),
+            ..DiskSpec::image(self.path(&described.base.file), Format::Raw, true)
+        };
+        let opened = spec
+            .open()
+            .and_then(|files| Disk::open(files, EngineKind::Blocking));
+        opened.map_err(|error| {
+            let error = ApiError::internal(&error).message;
+            refused(&self.dir, &format!("disk {index}: {error}"))
+        })
     }
 
     fn check_files(&self) -> Result<()> {
@@ -170,13 +200,22 @@ impl Template {
     }
 }
 
-/// Opens a file for reading that is no link to another place.
+/// Opens a file for reading that is no link to another place, no pipe to wait for, no device.
 fn open_plain(path: &Path) -> std::io::Result<File> {
-    File::options()
+    let file = File::options()
         .read(true)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(path)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(std::io::Error::new(
+            std::io::ErrorKind::InvalidInput,
+            "it is no plain file",
+        )),
+    }
 }
 
+#[cfg(test)]
+mod fault_tests;
 #[cfg(test)]
 mod tests;

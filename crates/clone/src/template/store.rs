@@ -106,9 +106,31 @@ impl Store {
                 "end the VMs that were forked from it (`clone ls`), and its `clone template serve`",
             )
         })?;
+        if let Some(name) = foreign_entry(&dir)? {
+            let message = format!(
+                "{} holds `{name}`, which is no part of a template",
+                dir.display()
+            );
+            return Err(ApiError::new(ErrorCode::Conflict, message)
+                .advise("move it away, or remove the directory yourself if it is to go"));
+        }
         // Without a name it is no template any more, whatever comes then.
         let hidden = build::hidden_name(&dir)?;
         fs::rename(&dir, &hidden).map_err(failed("remove", &dir))?;
         build::remove_all(&hidden)
     }
+}
+
+/// Something in a directory that no template has: then it may be another program's, which has a
+/// `manifest.json` too. A damaged template has only its own files.
+fn foreign_entry(dir: &Path) -> Result<Option<String>> {
+    for entry in fs::read_dir(dir).map_err(failed("list", dir))? {
+        let entry = entry.map_err(failed("list", dir))?;
+        let is_dir = entry.file_type().map_err(failed("look at", dir))?.is_dir();
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if is_dir || !build::is_file_of_a_template(&name) {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
 }

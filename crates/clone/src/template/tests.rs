@@ -17,23 +17,23 @@ use crate::runtime::Runtime;
 
 const RAM: u64 = 4 << 20;
 
-struct Place {
-    dir: tempfile::TempDir,
-    runtime: Runtime,
+pub(super) struct Place {
+    pub(super) dir: tempfile::TempDir,
+    pub(super) runtime: Runtime,
 }
 
 impl Place {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let runtime = Runtime::at(&dir.path().join("run")).unwrap();
         Self { dir, runtime }
     }
 
-    fn store(&self) -> Store {
+    pub(super) fn store(&self) -> Store {
         Store::at(self.dir.path().join("store"))
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.store().path(name).unwrap()
     }
 
@@ -44,22 +44,23 @@ impl Place {
     }
 
     /// A template of a VM that never was; over `parent` where there is one.
-    fn make(&self, name: &str, parent: Option<&Template>) -> Template {
+    pub(super) fn make(&self, name: &str, parent: Option<&Template>) -> Template {
         let mut new = NewTemplate::begin(&self.path(name)).unwrap();
-        self.fill(&mut new, parent);
+        self.fill(&mut new, parent).unwrap();
         new.commit(self.parts(parent), Some(&self.runtime)).unwrap()
     }
 
-    fn fill(&self, new: &mut NewTemplate, parent: Option<&Template>) {
+    pub(super) fn fill(&self, new: &mut NewTemplate, parent: Option<&Template>) -> Result<()> {
         let layout = RamLayout::new(RAM).unwrap();
-        let below = parent.map(|parent| {
-            new.share_memory(parent).unwrap();
-            parent.memory().unwrap().top().id()
-        });
+        let mut below = None;
+        if let Some(parent) = parent {
+            new.share_memory(parent)?;
+            below = Some(parent.memory()?.top().id());
+        }
         let memory = GuestMemory::anonymous(&layout).unwrap();
         let mark = if parent.is_some() { 2u64 } else { 1 };
         memory.ram().write_obj(mark, GuestAddress(8192)).unwrap();
-        let file = new.memory_file().unwrap();
+        let file = new.memory_file()?;
         let mut writer = LayerWriter::new(file, "memory", layout, below).unwrap();
         let pages: PageSet = std::iter::once(2..4).collect();
         writer.copy(&memory, &pages).unwrap();
@@ -70,11 +71,17 @@ impl Place {
             clock: VmClock { nanoseconds: 1 },
             devices: Vec::new(),
         };
-        let mut file = new.state_file().unwrap();
+        let mut file = new.state_file()?;
         file.write_all(&snapshot::encode(&state).unwrap()).unwrap();
         match parent {
-            Some(parent) => new.share_disk(parent, 0, usize::MAX).unwrap(),
-            None => new.copy_disk(&self.disk()).unwrap(),
+            Some(parent) => {
+                new.share_disk(parent, 0, usize::MAX)?;
+                let file = new.disk_layer_file(0)?;
+                let frozen = written_disk(parent).frozen(0).unwrap();
+                frozen.export(&file).unwrap();
+                Ok(())
+            }
+            None => new.copy_disk(&self.disk()),
         }
     }
 
@@ -86,12 +93,13 @@ impl Place {
         }
     }
 
-    fn parts(&self, parent: Option<&Template>) -> Parts {
+    pub(super) fn parts(&self, parent: Option<&Template>) -> Parts {
         Parts {
             parent: parent.map(|parent| parent.manifest().id.clone()),
             agent_version: None,
             config: VmConfig {
                 disks: vec![self.disk()],
+                memory: clone_api::Bytes(RAM),
                 ..VmConfig::default()
             },
             cpu: CpuFeatures::default(),
@@ -100,7 +108,19 @@ impl Place {
     }
 }
 
-fn names(dir: &Path) -> Vec<String> {
+/// The disk of a template, whose second page a VM has written since.
+fn written_disk(template: &Template) -> Disk {
+    let spec = DiskSpec {
+        writes: clone_disk::Writes::Ephemeral(None),
+        ..DiskSpec::image(template.path("disk-0.raw"), Format::Raw, true)
+    };
+    let mut disk = Disk::open(spec.open().unwrap(), EngineKind::Blocking).unwrap();
+    disk.write_at(&[9; 4096], 4096).unwrap();
+    disk.freeze(tempfile::tempfile().unwrap(), false).unwrap();
+    disk
+}
+
+pub(super) fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).unwrap();
     let mut names: Vec<String> = entries
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -160,21 +180,26 @@ fn a_flat_template_has_one_layer_and_the_same_memory() {
     let place = Place::new();
     let parent = place.make("a", None);
     let child = place.make("b", Some(&parent));
-    let flat = flatten(&place.runtime, &child, &place.path("flat")).unwrap();
+    let mut done = 0;
+    let flat = flatten(&place.runtime, &child, &place.path("flat"), |bytes| {
+        done += bytes
+    });
+    let flat = flat.unwrap();
+    assert_eq!(done, bytes_to_flatten(&child));
     assert_eq!(flat.memory_paths().len(), 1);
     let mut pages = [vec![0; RAM as usize], vec![1; RAM as usize]];
     child.memory().unwrap().read(0, &mut pages[0]).unwrap();
     flat.memory().unwrap().read(0, &mut pages[1]).unwrap();
     assert!(pages[0] == pages[1]);
     let disk = fs::read(flat.disks()[0].base.as_ref().unwrap().0.clone()).unwrap();
-    assert_eq!(disk, [7; 8192]);
+    assert_eq!(disk, [[7; 4096], [9; 4096]].concat());
 }
 
 #[test]
 fn what_was_not_committed_leaves_nothing_and_what_a_dead_maker_left_is_swept() {
     let place = Place::new();
     let mut new = NewTemplate::begin(&place.path("a")).unwrap();
-    place.fill(&mut new, None);
+    place.fill(&mut new, None).unwrap();
     drop(new);
     let store = place.dir.path().join("store");
     assert_eq!(names(&store), [""; 0]);
@@ -193,7 +218,7 @@ fn what_was_not_committed_leaves_nothing_and_what_a_dead_maker_left_is_swept() {
 fn a_name_that_is_taken_is_refused_at_the_begin_and_at_the_end() {
     let place = Place::new();
     let mut second = NewTemplate::begin(&place.path("a")).unwrap();
-    place.fill(&mut second, None);
+    place.fill(&mut second, None).unwrap();
     place.make("a", None);
     let error = second.commit(place.parts(None), None).unwrap_err();
     assert_eq!(error.code, ErrorCode::Conflict);
@@ -203,7 +228,7 @@ fn a_name_that_is_taken_is_refused_at_the_begin_and_at_the_end() {
 }
 
 /// Changes a file that its owner made read-only.
-fn tamper(path: &Path, change: impl FnOnce(&fs::File)) {
+pub(super) fn tamper(path: &Path, change: impl FnOnce(&fs::File)) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
     change(
         &fs::File::options()

@@ -67,6 +67,9 @@ impl Template {
         let state = fs::read(self.state_path()).map_err(failed("read", &self.state_path()))?;
         snapshot::decode(&state)
             .map_err(|error| wrong(&self.content().state.file, &format!("is damaged: {error}")))?;
+        for index in 0..self.content().disks.len() {
+            self.open_disk(index)?;
+        }
         let stack = self.memory()?;
         for layer in stack.layers() {
             layer
@@ -90,12 +93,32 @@ impl Template {
         let stamp = self.stamp()?;
         match fs::read_to_string(&path) {
             Ok(known) if known == stamp => return Ok(()),
+            // From now on the new count of links goes with the new time.
+            Ok(known) if is_only_linked(&known, &stamp) => {
+                return self.note_verified(runtime, &stamp);
+            }
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed("read", &path)(error)),
         }
-        self.verify(|_| {})?;
-        self.note_verified(runtime, &stamp)
+        self.verify_and_note(runtime, |_| {})
+    }
+
+    /// Verifies it in any case, and keeps what came out: what is damaged is not forked, even where
+    /// no time of a file tells.
+    ///
+    /// # Errors
+    /// As [`Template::verify`].
+    pub fn verify_and_note(&self, runtime: &Runtime, done: impl FnMut(u64)) -> Result<()> {
+        // Taken before: what changes meanwhile is then seen the next time.
+        let stamp = self.stamp()?;
+        match self.verify(done) {
+            Ok(()) => self.note_verified(runtime, &stamp),
+            Err(error) => {
+                forget_verified(runtime, &self.manifest.id)?;
+                Err(error)
+            }
+        }
     }
 
     /// Takes note that the files are as described: they have just been written or verified.
@@ -124,22 +147,46 @@ impl Template {
     }
 }
 
+/// Forgets that the template of this id was verified here.
+pub fn forget_verified(runtime: &Runtime, id: &str) -> Result<()> {
+    let path = runtime.verified_file(id);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(failed("remove", &path)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Between what tells a file's content and what a link to it changes as well.
+const LINKS: &str = " links ";
+
 fn stamp_of(path: &Path) -> io::Result<String> {
     let meta = fs::symlink_metadata(path)?;
-    // Links to a file change its ctime: another template that shares a layer is no change of it.
-    // So of files with several names the times of content alone count.
-    let changed = match meta.nlink() {
-        1 => (meta.ctime(), meta.ctime_nsec()),
-        _ => (0, 0),
-    };
     Ok(format!(
-        "{} {} {} {}.{} {}.{}\n",
+        "{} {} {} {}.{}{LINKS}{} {}.{}\n",
         meta.dev(),
         meta.ino(),
         meta.size(),
         meta.mtime(),
         meta.mtime_nsec(),
-        changed.0,
-        changed.1
+        meta.nlink(),
+        meta.ctime(),
+        meta.ctime_nsec()
     ))
+}
+
+/// Whether files got or lost names since, and nothing else tells of a change. Another template
+/// that shares a layer changes the layer's ctime, and does not touch its content.
+fn is_only_linked(known: &str, now: &str) -> bool {
+    let same = |(known, now): (&str, &str)| {
+        let (Some(known), Some(now)) = (known.split_once(LINKS), now.split_once(LINKS)) else {
+            return false;
+        };
+        let links = |text: &str| text.split_once(' ').map(|(links, _)| links.to_owned());
+        known.0 == now.0 && (known.1 == now.1 || links(known.1) != links(now.1))
+    };
+    known.ends_with('\n')
+        && known.lines().count() == now.lines().count()
+        && known.lines().zip(now.lines()).all(same)
 }
