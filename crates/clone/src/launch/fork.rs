@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use clone_api::config::{NetConfig, NetMode, Overlay};
 use clone_api::control::SnapshotTaken;
 use clone_api::{ApiError, Client, ErrorCode, VmConfig};
+use rustix::process::{Pid, WaitOptions, waitpid};
 use serde::Serialize;
 
-use super::{identity, start_or_abandon};
+use super::{identity, last_words, start_or_abandon};
 use crate::error::Result;
 use crate::process::start::{Fork, Origin};
 use crate::runtime::{Parent, Process, RunningVm, Runtime, VmDir};
@@ -240,6 +241,8 @@ fn fork_one(
     };
     if identify && source.has_agent {
         if let Err(error) = identity::give(&vm, name) {
+            // Before its directory goes, and with it what it said.
+            let error = died(&vm, name).unwrap_or(error);
             // Without its identity it would be its template's double.
             end(runtime, &vm);
             return Err(error);
@@ -247,6 +250,28 @@ fn fork_one(
         forked.identity_us = Some((start.elapsed() - running).as_micros() as u64);
     }
     Ok(forked)
+}
+
+/// How a clone ended that should run; none where it does.
+fn died(vm: &RunningVm, name: &str) -> Option<ApiError> {
+    if vm.process.is_alive() {
+        return None;
+    }
+    let pid = Pid::from_raw(vm.process.pid as i32);
+    // A standby is no child of ours, and cannot be asked.
+    let status = waitpid(pid, WaitOptions::NOHANG).ok().flatten();
+    let how = match status.map(|(_, status)| (status.terminating_signal(), status.exit_status())) {
+        Some((Some(signal), _)) => format!("was killed by signal {signal}"),
+        Some((_, Some(status))) => format!("ended with status {status}"),
+        _ => "ended".to_owned(),
+    };
+    Some(ApiError::new(
+        ErrorCode::Internal,
+        format!(
+            "the clone `{name}` {how} before it had its identity{}",
+            last_words(&vm.dir)
+        ),
+    ))
 }
 
 /// Takes a standby, where one will do and there is one.

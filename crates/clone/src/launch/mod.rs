@@ -185,12 +185,17 @@ fn unexplained_end(dir: &VmDir, child: &mut Child) -> ApiError {
         },
         Err(error) => format!("cannot be waited for: {error}"),
     };
+    let message = format!("the VM's process {how} while it started{}", last_words(dir));
+    ApiError::new(ErrorCode::Internal, message)
+}
+
+/// The last lines of a process's log, each on a line of its own.
+fn last_words(dir: &VmDir) -> String {
     let log = fs::read_to_string(dir.vmm_log()).unwrap_or_default();
     let lines: Vec<&str> = log.lines().rev().take(LOG_LINES).collect();
-    let mut message = format!("the VM's process {how} while it started");
-    for line in lines.iter().rev() {
-        message.push_str("\n  ");
-        message.push_str(line);
-    }
-    ApiError::new(ErrorCode::Internal, message)
+    lines
+        .iter()
+        .rev()
+        .map(|line| format!("\n  {line}"))
+        .collect()
 }
