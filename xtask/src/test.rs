@@ -170,7 +170,7 @@ fn guest_tests(options: &Options) -> Result<ExitCode> {
     in_testbed(&testbed::in_memory(&files, &words)?)
 }
 
-/// What the guest tests run: `clone`, and their own binaries out of nextest's list.
+/// What the guest tests run: our programs, and their own binaries out of nextest's list.
 fn programs(list: &str) -> Result<Vec<PathBuf>> {
     let list: Value = serde_json::from_str(list).context("cannot read the list of tests")?;
     let binaries = list["rust-binaries"].as_object();
@@ -180,8 +180,11 @@ fn programs(list: &str) -> Result<Vec<PathBuf>> {
         name.starts_with("guest")
     });
     let paths = guests.filter_map(|binary| binary["binary-path"].as_str());
-    let clone = paths::debug_binary("clone").canonicalize()?;
-    Ok(paths.map(PathBuf::from).chain([clone]).collect())
+    let mut programs: Vec<PathBuf> = paths.map(PathBuf::from).collect();
+    for name in ["clone", "army"] {
+        programs.push(paths::debug_binary(name).canonicalize()?);
+    }
+    Ok(programs)
 }
 
 /// Runs the guest tests in a testbed. One that dies under them (a crash of its own kernel on the

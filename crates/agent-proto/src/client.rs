@@ -111,23 +111,32 @@ impl Out {
     }
 }
 
+/// A stream to `port` of the guest behind the vsock socket at `path`. Reads from it end after
+/// `timeout`, until the caller says otherwise.
+///
+/// # Errors
+/// [`ClientError::NoAgent`] where nobody listens there.
+pub fn connect(path: &Path, port: u32, timeout: Duration) -> Result<UnixStream> {
+    let unreachable = |source| ClientError::Connect {
+        path: path.display().to_string(),
+        source,
+    };
+    let mut stream = UnixStream::connect(path).map_err(unreachable)?;
+    stream
+        .set_read_timeout(Some(timeout))
+        .map_err(unreachable)?;
+    stream
+        .write_all(format!("CONNECT {port}\n").as_bytes())
+        .map_err(|_| ClientError::NoAgent)?;
+    read_connect_answer(&mut stream)?;
+    Ok(stream)
+}
+
 impl Connection {
     /// Connects to the agent behind the vsock socket at `path`, which takes `CONNECT port` and
     /// answers `OK …`. `timeout` bounds the wait for the agent's greeting, and nothing after it.
     pub fn open(path: &Path, timeout: Duration) -> Result<Self> {
-        let unreachable = |source| ClientError::Connect {
-            path: path.display().to_string(),
-            source,
-        };
-        let mut stream = UnixStream::connect(path).map_err(unreachable)?;
-        stream
-            .set_read_timeout(Some(timeout))
-            .map_err(unreachable)?;
-        stream
-            .write_all(format!("CONNECT {PORT}\n").as_bytes())
-            .map_err(|_| ClientError::NoAgent)?;
-        read_connect_answer(&mut stream)?;
-        Self::greet(stream)
+        Self::greet(connect(path, PORT, timeout)?)
     }
 
     /// Takes a stream that already leads to an agent.

@@ -28,6 +28,8 @@ const DEFAULT_CPUS: u32 = 2;
 const SINGLE: &str = "run-";
 const CONSOLE: &str = "console.log";
 const QEMU_LOG: &str = "qemu.log";
+/// The emulated CPUs' registers whenever one is reset: how it was when it could not go on.
+const CPU_LOG: &str = "cpu.log";
 /// Where the spare device of the VFIO flavour is put on its bus.
 const SPARE_DEVICE: &str = "0000:00:10.0";
 
@@ -319,7 +321,7 @@ fn arguments(image: &Image, kind: Kind, supervisor: &Path) -> Result<Vec<OsStrin
     }
     let mut cmdline = format!(
         "console=ttyS0 quiet panic=-1 i8042.noaux i8042.nokbd i8042.nopnp tsc=reliable \
-         mitigations=off no_timer_check cryptomgr.notests rcupdate.rcu_expedited=1 random.trust_cpu=on \
+         mitigations=off no_timer_check kvm.report_ignored_msrs=0 cryptomgr.notests rcupdate.rcu_expedited=1 random.trust_cpu=on \
          testbed.workspace={} testbed.target={} testbed.supervisor={}",
         workspace.display(),
         target.display(),
@@ -339,6 +341,7 @@ fn arguments(image: &Image, kind: Kind, supervisor: &Path) -> Result<Vec<OsStrin
     } else {
         add("-M pc");
     }
+    add(&format!("-d cpu_reset -D {CPU_LOG}"));
     add("-display none -nodefaults -no-user-config -no-reboot -nic none");
     add(&format!(
         "-chardev file,id=console,path={CONSOLE} -serial chardev:console"

@@ -25,6 +25,8 @@ use crate::template::Template;
 const AT_ONCE: usize = 8;
 /// How long a standby may take to come to life.
 const ADOPTION_LIMIT: Duration = Duration::from_secs(10);
+/// How long a process whose sockets are closed may take to end.
+const END_LIMIT: Duration = Duration::from_secs(1);
 
 /// What clones are made of.
 #[derive(Debug)]
@@ -152,6 +154,8 @@ pub struct Overrides {
     pub net: Option<Vec<NetConfig>>,
     /// Files that keep the writes of a disk, by its place; without one they end with the clone.
     pub overlays: Vec<(usize, PathBuf)>,
+    /// What the guests call themselves, one for each clone; their names where there are none.
+    pub host_names: Vec<String>,
 }
 
 impl Overrides {
@@ -194,7 +198,9 @@ pub fn fork(
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
             let Some(name) = names.get(index) else { break };
-            let result = fork_one(runtime, source, name, overrides, identify);
+            let host_name = overrides.host_names.get(index).unwrap_or(name);
+            let host_name = identify.then_some(host_name.as_str());
+            let result = fork_one(runtime, source, name, overrides, host_name);
             let mut slot = results[index]
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
@@ -220,7 +226,7 @@ fn fork_one(
     source: &Source,
     name: &str,
     overrides: &Overrides,
-    identify: bool,
+    identify_as: Option<&str>,
 ) -> Result<Forked> {
     if !clone_api::validate::is_valid_name(name) {
         let message = format!("`{}` is no name of a VM", name.escape_debug());
@@ -239,8 +245,8 @@ fn fork_one(
         running_us: running.as_micros() as u64,
         identity_us: None,
     };
-    if identify && source.has_agent {
-        if let Err(error) = identity::give(&vm, name) {
+    if let Some(host_name) = identify_as.filter(|_| source.has_agent) {
+        if let Err(error) = identity::give(&vm, host_name) {
             // Before its directory goes, and with it what it said.
             let error = died(&vm, name).unwrap_or(error);
             // Without its identity it would be its template's double.
@@ -254,7 +260,8 @@ fn fork_one(
 
 /// How a clone ended that should run; none where it does.
 fn died(vm: &RunningVm, name: &str) -> Option<ApiError> {
-    if vm.process.is_alive() {
+    // Its sockets go before it does.
+    if !vm.process.wait(Some(END_LIMIT)).ok()? {
         return None;
     }
     let pid = Pid::from_raw(vm.process.pid as i32);
@@ -334,7 +341,7 @@ pub(super) fn start_standby(runtime: &Runtime, source: &Source) -> Result<(VmDir
 }
 
 /// Ends a clone that is not wanted.
-pub(super) fn end(runtime: &Runtime, vm: &RunningVm) {
+pub fn end(runtime: &Runtime, vm: &RunningVm) {
     let ended = vm
         .process
         .signal(rustix::process::Signal::KILL)

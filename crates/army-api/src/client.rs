@@ -1,0 +1,252 @@
+//! A client of the API.
+
+use futures_util::{Stream, StreamExt};
+use reqwest::{Method, RequestBuilder, Response, StatusCode};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::Problem;
+use crate::events::Event;
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The server refused.
+    #[error("{0}")]
+    Refused(Problem),
+    /// The server cannot be reached, or went away.
+    #[error("cannot reach Army at {url}: {cause}")]
+    Unreachable {
+        /// Where it should be.
+        url: String,
+        /// What happened.
+        cause: String,
+    },
+    /// Something answered that is not Army, or another version of it.
+    #[error("{url} does not answer as Army does: {cause}")]
+    Garbled {
+        /// Where.
+        url: String,
+        /// What is wrong with the answer.
+        cause: String,
+    },
+}
+
+/// A server, and the key that it is asked with.
+#[derive(Debug, Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    url: String,
+    key: String,
+}
+
+impl Client {
+    /// The server at `url`, as in `http://127.0.0.1:7777`.
+    pub fn new(url: impl Into<String>, key: impl Into<String>) -> Self {
+        // Whoever installed one before has our thanks.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        Self {
+            http: reqwest::Client::new(),
+            url: url.into().trim_end_matches('/').to_owned(),
+            key: key.into(),
+        }
+    }
+
+    /// Where the server is.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// The key.
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
+    /// Asks for what is at `path`, with `query` behind it.
+    pub async fn get<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        query: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        self.json(self.request(Method::GET, path).query(query))
+            .await
+    }
+
+    /// Sends `body` with `method`, and reads the answer.
+    pub async fn send<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        self.json(self.request(method, path).json(body)).await
+    }
+
+    /// Sends a request for something new. With the same `idempotency_key` it is done once, however
+    /// often it is sent.
+    pub async fn create<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+        idempotency_key: Option<&str>,
+    ) -> Result<T, ClientError> {
+        let mut request = self.request(Method::POST, path).json(body);
+        if let Some(key) = idempotency_key {
+            request = request.header("Idempotency-Key", key);
+        }
+        self.json(request).await
+    }
+
+    /// Sends a request that has no body, and whose answer has none that matters.
+    pub async fn plain(&self, method: Method, path: &str) -> Result<(), ClientError> {
+        self.answer(self.request(method, path)).await.map(drop)
+    }
+
+    /// The bytes at `path`.
+    pub async fn bytes<Q: Serialize>(
+        &self,
+        path: &str,
+        query: &Q,
+    ) -> Result<impl Stream<Item = Result<Vec<u8>, ClientError>> + use<Q>, ClientError> {
+        let request = self.request(Method::GET, path).query(query);
+        let answer = self.answer(request).await?;
+        let client = self.clone();
+        let stream = answer.bytes_stream();
+        Ok(stream.map(move |piece| {
+            piece
+                .map(|piece| piece.to_vec())
+                .map_err(|error| client.lost(&error))
+        }))
+    }
+
+    /// Puts bytes to `path`.
+    pub async fn put_bytes(
+        &self,
+        path: &str,
+        query: &impl Serialize,
+        body: impl Into<reqwest::Body>,
+    ) -> Result<(), ClientError> {
+        let request = self.request(Method::PUT, path).query(query).body(body);
+        self.answer(request).await.map(drop)
+    }
+
+    /// Events after `after`, and on as they happen.
+    pub async fn events(
+        &self,
+        after: Option<i64>,
+    ) -> Result<impl Stream<Item = Result<Event, ClientError>> + use<>, ClientError> {
+        let filter = crate::events::EventFilter { after };
+        let pieces = self.bytes("/v1/events", &filter).await?;
+        let client = self.clone();
+        let lines = Lines {
+            pieces: Box::pin(pieces),
+            rest: Vec::new(),
+        };
+        Ok(futures_util::stream::unfold(
+            (lines, client),
+            |(mut lines, client)| async move {
+                loop {
+                    let line = match lines.next().await? {
+                        Ok(line) => line,
+                        Err(error) => return Some((Err(error), (lines, client))),
+                    };
+                    if let Some(text) = line.strip_prefix("data:") {
+                        let event = serde_json::from_str(text.trim_start());
+                        let event = event.map_err(|error| client.garbled(&error));
+                        return Some((event, (lines, client)));
+                    }
+                }
+            },
+        ))
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        let url = format!("{}{path}", self.url);
+        self.http.request(method, url).bearer_auth(&self.key)
+    }
+
+    async fn json<T: DeserializeOwned>(&self, request: RequestBuilder) -> Result<T, ClientError> {
+        let answer = self.answer(request).await?;
+        let text = answer.bytes().await.map_err(|error| self.lost(&error))?;
+        serde_json::from_slice(&text).map_err(|error| self.garbled(&error))
+    }
+
+    async fn answer(&self, request: RequestBuilder) -> Result<Response, ClientError> {
+        let answer = request.send().await.map_err(|error| self.lost(&error))?;
+        if answer.status() < StatusCode::BAD_REQUEST {
+            return Ok(answer);
+        }
+        let status = answer.status();
+        let text = answer.bytes().await.map_err(|error| self.lost(&error))?;
+        match serde_json::from_slice::<Problem>(&text) {
+            Ok(problem) => Err(ClientError::Refused(problem)),
+            Err(_) => Err(self.garbled(&format!("status {status}"))),
+        }
+    }
+
+    fn lost(&self, error: &reqwest::Error) -> ClientError {
+        let mut cause: &dyn std::error::Error = error;
+        // The last of the chain is what happened; the others say that something did.
+        while let Some(source) = cause.source() {
+            cause = source;
+        }
+        ClientError::Unreachable {
+            url: self.url.clone(),
+            cause: cause.to_string(),
+        }
+    }
+
+    fn garbled(&self, cause: &impl ToString) -> ClientError {
+        ClientError::Garbled {
+            url: self.url.clone(),
+            cause: cause.to_string(),
+        }
+    }
+}
+
+/// Lines out of pieces.
+struct Lines<S> {
+    pieces: S,
+    rest: Vec<u8>,
+}
+
+impl<S: Stream<Item = Result<Vec<u8>, ClientError>> + Unpin> Lines<S> {
+    async fn next(&mut self) -> Option<Result<String, ClientError>> {
+        loop {
+            if let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.rest.drain(..=end).collect();
+                let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+                return Some(Ok(line));
+            }
+            match self.pieces.next().await? {
+                Ok(piece) => self.rest.extend(piece),
+                Err(error) => return Some(Err(error)),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_come_whole_however_they_were_cut() {
+        let pieces = ["da", "ta: 1\nda", "ta: 2\n\n"].map(|it| Ok(it.as_bytes().to_vec()));
+        let mut lines = Lines {
+            pieces: futures_util::stream::iter(pieces),
+            rest: Vec::new(),
+        };
+        let mut next = || {
+            let next = std::pin::pin!(lines.next());
+            match futures_util::FutureExt::now_or_never(next).unwrap() {
+                Some(line) => line.unwrap(),
+                None => "end".to_owned(),
+            }
+        };
+        assert_eq!(
+            [next(), next(), next(), next()],
+            ["data: 1", "data: 2", "", "end"]
+        );
+    }
+}

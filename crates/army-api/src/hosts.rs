@@ -1,0 +1,59 @@
+//! Hosts.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// How a host is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum HostState {
+    /// It answers, and takes VMs.
+    Ready,
+    /// It answers and takes no new VMs; those that it has go on.
+    Draining,
+    /// It answers, and says that something is wrong with it.
+    Unhealthy,
+    /// It does not answer. Its VMs may well run.
+    Unreachable,
+}
+
+/// A host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Host {
+    /// Its name.
+    pub name: String,
+    /// How it is.
+    pub state: HostState,
+    /// What is wrong with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// When it was last heard of.
+    pub seen_ms: u64,
+    /// What it has.
+    pub capacity: Capacity,
+    /// VMs that run on it.
+    pub vms: u32,
+}
+
+/// What a host has, and what is left of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Capacity {
+    /// Processors.
+    pub cpus: u32,
+    /// Runnable tasks in the last minute, in thousandths.
+    pub load_milli: u32,
+    /// Memory.
+    pub memory_bytes: u64,
+    /// Memory that could be had without swapping.
+    pub available_bytes: u64,
+    /// What its VMs' guests were promised in sum.
+    pub promised_bytes: u64,
+    /// What its VMs have that nobody else has: what they really cost.
+    pub private_bytes: u64,
+    /// Space for templates.
+    pub disk_free_bytes: u64,
+}

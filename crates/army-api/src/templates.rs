@@ -1,0 +1,56 @@
+//! Templates.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// A request to take up a template that a host has in its store (`clone snapshot` made it there).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RegisterTemplate {
+    /// Its name in the host's store.
+    pub name: String,
+    /// The host; the only one where none is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    /// How many clones are kept ready. They cost memory and start in a millisecond.
+    #[serde(default)]
+    #[schema(maximum = 1000)]
+    pub standbys: u32,
+}
+
+/// A template that VMs can be made of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Template {
+    /// Its name.
+    pub name: String,
+    /// The hash of its content.
+    pub id: String,
+    /// The template that it is a difference to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
+    /// Where it is.
+    pub host: String,
+    /// The RAM of its clones.
+    pub memory_bytes: u64,
+    /// Data in its memory layers.
+    pub data_bytes: u64,
+    /// CPUs of its clones.
+    pub vcpus: u32,
+    /// When it was taken.
+    pub taken_ms: u64,
+    /// How many clones are kept ready.
+    pub standbys: u32,
+    /// How many are ready now.
+    pub ready: u32,
+    /// VMs that were made of it and run.
+    pub vms: u32,
+}
+
+/// A change to a template.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeTemplate {
+    /// How many clones are kept ready.
+    #[schema(maximum = 1000)]
+    pub standbys: u32,
+}

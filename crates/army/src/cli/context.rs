@@ -1,0 +1,60 @@
+//! Which server is asked, with which key, and how answers are shown.
+
+use anyhow::{Context as _, Result};
+use army_api::Client;
+use clap::Args;
+use serde::Serialize;
+
+use super::output;
+
+/// Where `army dev` listens unless it is told otherwise.
+pub(super) const DEFAULT_URL: &str = "http://127.0.0.1:7777";
+
+#[derive(Args)]
+pub(super) struct Options {
+    /// The server.
+    #[arg(long, global = true, env = "ARMY_URL", default_value = DEFAULT_URL)]
+    url: String,
+    /// The key.
+    #[arg(long, global = true, env = "ARMY_KEY", hide_env_values = true)]
+    key: Option<String>,
+    /// Answers in JSON.
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+/// What every client command has.
+pub(super) struct Context {
+    options: Options,
+}
+
+impl Context {
+    pub(super) fn new(options: Options) -> Self {
+        Self { options }
+    }
+
+    pub(super) fn client(&self) -> Result<Client> {
+        let key = self.options.key.as_deref().context(
+            "there is no key: set ARMY_KEY to what `army dev` printed, or to one of `army key create`",
+        )?;
+        Ok(Client::new(&self.options.url, key))
+    }
+
+    pub(super) fn is_json(&self) -> bool {
+        self.options.json
+    }
+
+    /// Shows an answer: as JSON, or as `text` makes it.
+    pub(super) fn show<T: Serialize>(
+        &self,
+        value: &T,
+        text: impl FnOnce(&T) -> String,
+    ) -> Result<()> {
+        if self.options.json {
+            output::print(&serde_json::to_string_pretty(value)?);
+        } else {
+            output::print(&text(value));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,158 @@
+//! `army exec` and `army cp`.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, bail};
+use army_api::exec::{Exec, ExecResult, FilePath};
+use futures_util::StreamExt;
+use reqwest::Method;
+
+use super::context::Context;
+
+/// What a command's exit status is when a signal ended it, as shells say it: 128 and the signal.
+const SIGNAL_BASE: i32 = 128;
+/// As of timeout(1).
+const TIMED_OUT: u8 = 124;
+
+/// Run a command in a VM; its output and exit status are this command's.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// The VM: its id or name.
+    vm: String,
+    /// The program and its arguments.
+    #[arg(required = true, trailing_var_arg = true)]
+    command: Vec<String>,
+    /// A variable for its environment, KEY=VALUE; can be given several times.
+    #[arg(long = "env", short)]
+    environment: Vec<String>,
+    /// Where it runs.
+    #[arg(long, short)]
+    directory: Option<String>,
+    /// As whom.
+    #[arg(long, short)]
+    user: Option<String>,
+    /// Kill it after so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+    /// Give it this command's input.
+    #[arg(long, short)]
+    input: bool,
+}
+
+pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
+    let mut environment = std::collections::BTreeMap::new();
+    for variable in &args.environment {
+        let (key, value) = variable
+            .split_once('=')
+            .context("write a variable as KEY=VALUE")?;
+        environment.insert(key.to_owned(), value.to_owned());
+    }
+    let stdin = match args.input {
+        true => Some(std::io::read_to_string(std::io::stdin()).context("the input is no text")?),
+        false => None,
+    };
+    let asked = Exec {
+        command: args.command,
+        environment,
+        directory: args.directory,
+        user: args.user,
+        stdin,
+        timeout_ms: args.timeout.map(|seconds| seconds.saturating_mul(1000)),
+    };
+    let path = format!("/v1/vms/{}/exec", args.vm);
+    let result: ExecResult = context.client()?.send(Method::POST, &path, &asked).await?;
+    let mut code = match (result.exit_code, result.signal) {
+        (Some(code), _) => code,
+        (None, Some(signal)) => SIGNAL_BASE + signal,
+        (None, None) => 1,
+    } as u8;
+    if result.timed_out {
+        code = TIMED_OUT;
+    }
+    if context.is_json() {
+        context.show(&result, |_| String::new())?;
+        return Ok(ExitCode::from(code));
+    }
+    std::io::stdout().write_all(result.stdout.as_bytes())?;
+    std::io::stderr().write_all(result.stderr.as_bytes())?;
+    if result.lossy || result.omitted_bytes > 0 {
+        bail!(
+            "not all of the output could be shown: write it to a file and fetch that with `army cp`"
+        );
+    }
+    Ok(ExitCode::from(code))
+}
+
+/// Copy a file into or out of a VM: one side is VM:PATH.
+#[derive(clap::Args)]
+pub(super) struct CopyArgs {
+    /// What is copied.
+    from: String,
+    /// Where to.
+    to: String,
+    /// Permissions of a new file in the VM, as in 755.
+    #[arg(long)]
+    mode: Option<String>,
+}
+
+pub(super) async fn copy(context: &Context, args: CopyArgs) -> Result<ExitCode> {
+    let client = context.client()?;
+    let file = |path: &str| FilePath {
+        path: path.to_owned(),
+        mode: args.mode.clone(),
+    };
+    match (inside(&args.from), inside(&args.to)) {
+        (Some((vm, path)), None) => {
+            let new = format!("{}.part", args.to);
+            let pieces = client
+                .bytes(&format!("/v1/vms/{vm}/files"), &file(path))
+                .await?;
+            let mut pieces = std::pin::pin!(pieces);
+            let mut out =
+                std::fs::File::create(&new).with_context(|| format!("cannot make {new}"))?;
+            let mut receive = async || -> Result<()> {
+                while let Some(piece) = pieces.next().await {
+                    out.write_all(&piece?)?;
+                }
+                Ok(())
+            };
+            let received = receive().await;
+            if received.is_err() {
+                let _ = std::fs::remove_file(&new);
+            }
+            received?;
+            std::fs::rename(&new, &args.to).with_context(|| format!("cannot make {}", args.to))?;
+        }
+        (None, Some((vm, path))) => {
+            let bytes =
+                std::fs::read(&args.from).with_context(|| format!("cannot read {}", args.from))?;
+            client
+                .put_bytes(&format!("/v1/vms/{vm}/files"), &file(path), bytes)
+                .await?;
+        }
+        _ => {
+            bail!("one of the two is a file in a VM, written as VM:PATH, and the other one is not")
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The VM and the path of `VM:/path`.
+fn inside(text: &str) -> Option<(&str, &str)> {
+    let (vm, path) = text.split_once(':')?;
+    (clone_api::validate::is_valid_name(vm) && path.starts_with('/')).then_some((vm, path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_in_a_vm_is_told_from_one_that_is_not() {
+        assert_eq!(inside("a:/etc/x"), Some(("a", "/etc/x")));
+        for text in ["/a:/b", "a:b", "./a", "a"] {
+            assert_eq!(inside(text), None, "{text}");
+        }
+    }
+}

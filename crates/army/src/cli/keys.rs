@@ -1,0 +1,84 @@
+//! `army key`.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use army_api::keys::{CreateKey, Key, NewKey, Role};
+use clap::ValueEnum;
+use reqwest::Method;
+
+use super::context::Context;
+use super::output::table;
+
+/// Keys.
+#[derive(clap::Subcommand)]
+pub(super) enum Command {
+    /// List keys.
+    Ls,
+    /// Make a key. Its secret is shown once.
+    Create {
+        /// Whose it is.
+        tenant: String,
+        /// What it allows.
+        #[arg(long, value_enum, default_value_t = RoleArg::User)]
+        role: RoleArg,
+        /// The most VMs that the tenant may have at a time.
+        #[arg(long)]
+        max_vms: Option<u32>,
+    },
+    /// Make a key useless.
+    Rm {
+        /// Its id.
+        id: String,
+    },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum RoleArg {
+    /// To look.
+    Viewer,
+    /// To make VMs and use them.
+    User,
+    /// Everything, of all tenants.
+    Admin,
+}
+
+pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode> {
+    let client = context.client()?;
+    match command {
+        Command::Ls => {
+            let keys: Vec<Key> = client.get("/v1/keys", &()).await?;
+            context.show(&keys, |keys| {
+                let lines = keys.iter().map(|key| {
+                    let role = format!("{:?}", key.role).to_lowercase();
+                    vec![key.id.clone(), key.tenant.clone(), role]
+                });
+                table(&["ID", "TENANT", "ROLE"], lines.collect())
+            })?;
+        }
+        Command::Create {
+            tenant,
+            role,
+            max_vms,
+        } => {
+            let role = match role {
+                RoleArg::Viewer => Role::Viewer,
+                RoleArg::User => Role::User,
+                RoleArg::Admin => Role::Admin,
+            };
+            let asked = CreateKey {
+                tenant,
+                role,
+                max_vms,
+            };
+            let key: NewKey = client.send(Method::POST, "/v1/keys", &asked).await?;
+            context.show(&key, |key| key.secret.clone())?;
+        }
+        Command::Rm { id } => {
+            client
+                .plain(Method::DELETE, &format!("/v1/keys/{id}"))
+                .await?
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

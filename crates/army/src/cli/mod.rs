@@ -1,0 +1,95 @@
+//! The command line: one file for each kind of thing.
+
+mod context;
+mod dev;
+mod exec;
+mod keys;
+mod output;
+mod shell;
+mod things;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use context::Context;
+
+/// Runs clones for people: an API, a scheduler, a store and a node in one program.
+///
+/// `army dev` is all of it on this host. The other commands are clients: they ask the server that
+/// ARMY_URL names, with the key in ARMY_KEY.
+#[derive(Parser)]
+#[command(name = "army", version, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    context: context::Options,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve everything on this host: API, dashboard, store and VMs.
+    Dev(dev::Args),
+    /// Hosts: list, drain, undrain.
+    #[command(subcommand)]
+    Host(things::HostCommand),
+    /// Templates: list, register, standbys, remove.
+    #[command(subcommand)]
+    Template(things::TemplateCommand),
+    /// VMs: create, list, inspect, fork, pause, resume, balloon, snapshot, destroy.
+    #[command(subcommand)]
+    Vm(things::VmCommand),
+    /// Run a command in a VM; its output and exit status are this command's.
+    Exec(exec::Args),
+    /// A shell in a VM.
+    Shell(shell::Args),
+    /// Copy a file into or out of a VM: one side is VM:PATH.
+    Cp(exec::CopyArgs),
+    /// Events, as they happen.
+    Events(things::EventsArgs),
+    /// Keys: list, create, remove.
+    #[command(subcommand)]
+    Key(keys::Command),
+    /// Print the API's description in OpenAPI.
+    Openapi,
+}
+
+/// Parses the command line and does what it says.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build();
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(run(cli)),
+        Err(error) => Err(error.into()),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            output::error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(cli: Cli) -> Result<ExitCode> {
+    let context = Context::new(cli.context);
+    match cli.command {
+        Command::Dev(args) => dev::run(args).await,
+        Command::Host(command) => things::host(&context, command).await,
+        Command::Template(command) => things::template(&context, command).await,
+        Command::Vm(command) => things::vm(&context, command).await,
+        Command::Exec(args) => exec::run(&context, args).await,
+        Command::Shell(args) => shell::run(&context, args).await,
+        Command::Cp(args) => exec::copy(&context, args).await,
+        Command::Events(args) => things::events(&context, args).await,
+        Command::Key(command) => keys::run(&context, command).await,
+        Command::Openapi => {
+            output::print(&crate::server::openapi().to_pretty_json()?);
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}

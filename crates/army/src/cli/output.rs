@@ -1,0 +1,94 @@
+//! What people read.
+
+use std::io::Write;
+
+use army_api::client::ClientError;
+
+/// Prints lines; nobody reading any more is no failure.
+pub(super) fn print(text: &str) {
+    let text = text.trim_end_matches('\n');
+    if !text.is_empty() {
+        let _ = writeln!(std::io::stdout(), "{text}");
+    }
+}
+
+/// Tells something beside what was asked for.
+pub(super) fn note(text: &str) {
+    let _ = writeln!(std::io::stderr(), "army: {text}");
+}
+
+/// Prints an error and what to do about it.
+pub(super) fn error(error: &anyhow::Error) {
+    let mut lines = format!("army: {error:#}");
+    if let Some(ClientError::Refused(problem)) = error.downcast_ref()
+        && let Some(advice) = &problem.advice
+    {
+        lines += &format!("\n  try: {advice}");
+    }
+    let _ = writeln!(std::io::stderr(), "{lines}");
+}
+
+/// Columns, the first line their heads.
+pub(super) fn table(heads: &[&str], lines: Vec<Vec<String>>) -> String {
+    let heads = heads.iter().map(|head| (*head).to_owned()).collect();
+    let all: Vec<Vec<String>> = std::iter::once(heads).chain(lines).collect();
+    let columns = all.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        let cells = all.iter().filter_map(|line| line.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for line in &all {
+        let cells = line.iter().zip(&widths);
+        let padded: Vec<String> = cells
+            .map(|(cell, width)| format!("{cell:<width$}"))
+            .collect();
+        text += padded.join("  ").trim_end();
+        text.push('\n');
+    }
+    text
+}
+
+/// Bytes in the largest unit that leaves a whole part.
+pub(super) fn bytes(count: u64) -> String {
+    let mut value = count as f64;
+    let mut unit = "B";
+    for larger in ["KiB", "MiB", "GiB", "TiB"] {
+        if value < 1024.0 {
+            break;
+        }
+        value /= 1024.0;
+        unit = larger;
+    }
+    match unit {
+        "B" => format!("{count} B"),
+        _ => format!("{value:.1} {unit}"),
+    }
+}
+
+/// Microseconds as milliseconds.
+pub(super) fn ms(us: u64) -> String {
+    format!("{:.1} ms", us as f64 / 1000.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_as_wide_as_their_widest_cell() {
+        let lines = vec![
+            vec!["a".to_owned(), "1".to_owned()],
+            vec!["long".to_owned(), "22".to_owned()],
+        ];
+        assert_eq!(table(&["N", "X"], lines), "N     X\na     1\nlong  22\n");
+    }
+
+    #[test]
+    fn sizes_and_times_are_short() {
+        assert_eq!(bytes(1023), "1023 B");
+        assert_eq!(bytes(3 << 20), "3.0 MiB");
+        assert_eq!(ms(1250), "1.2 ms");
+    }
+}

@@ -1,0 +1,142 @@
+//! `army shell`: a terminal in a VM, on this one.
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use army_api::exec::TerminalMessage;
+use futures_util::{SinkExt, StreamExt};
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::{Error, Message};
+
+use super::context::Context;
+
+/// A shell in a VM.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// The VM: its id or name.
+    vm: String,
+    /// A command instead of the user's shell.
+    #[arg(trailing_var_arg = true)]
+    command: Vec<String>,
+}
+
+pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
+    let client = context.client()?;
+    let (rows, columns) = size();
+    let url = client.url().replacen("http", "ws", 1);
+    let mut url = format!(
+        "{url}/v1/vms/{}/terminal?rows={rows}&columns={columns}",
+        args.vm
+    );
+    if !args.command.is_empty() {
+        url += &format!("&command={}", encoded(&args.command.join(" ")));
+    }
+    let mut request = url
+        .into_client_request()
+        .context("the server's address is none")?;
+    let bearer = format!("Bearer {}", client.key()).parse()?;
+    request.headers_mut().insert("authorization", bearer);
+    let (socket, _) = tokio_tungstenite::connect_async(request)
+        .await
+        .map_err(refusal)?;
+    let (mut sender, mut receiver) = socket.split();
+    let raw = Raw::enter()?;
+    let mut resized = signal(SignalKind::window_change())?;
+    let mut typed = typed();
+    let code = loop {
+        tokio::select! {
+            message = receiver.next() => match message {
+                Some(Ok(Message::Binary(bytes))) => {
+                    let mut out = std::io::stdout();
+                    out.write_all(&bytes)?;
+                    out.flush()?;
+                }
+                Some(Ok(Message::Text(text))) => {
+                    if let Ok(TerminalMessage::Exited { exit_code }) = serde_json::from_str(&text) {
+                        break exit_code;
+                    }
+                }
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => anyhow::bail!("the connection was lost"),
+            },
+            bytes = typed.recv() => match bytes {
+                Some(bytes) => sender.send(Message::Binary(bytes.into())).await?,
+                None => break None,
+            },
+            _ = resized.recv() => {
+                let (rows, columns) = size();
+                let text = serde_json::to_string(&TerminalMessage::Resize { rows, columns })?;
+                sender.send(Message::Text(text.into())).await?;
+            }
+        }
+    };
+    drop(raw);
+    // A thread still waits for keys, and would keep us.
+    std::process::exit(code.unwrap_or(1));
+}
+
+/// What the server said instead of opening a terminal.
+fn refusal(error: Error) -> anyhow::Error {
+    if let Error::Http(answer) = &error
+        && let Some(body) = answer.body()
+        && let Ok(problem) = serde_json::from_slice::<army_api::Problem>(body)
+    {
+        return army_api::client::ClientError::Refused(problem).into();
+    }
+    anyhow::Error::from(error).context("cannot reach Army")
+}
+
+/// Keys, read by a thread of their own: a terminal cannot be waited for otherwise.
+fn typed() -> mpsc::Receiver<Vec<u8>> {
+    let (sender, receiver) = mpsc::channel(16);
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(count) = std::io::stdin().read(&mut buffer) {
+            if count == 0 || sender.blocking_send(buffer[..count].to_vec()).is_err() {
+                break;
+            }
+        }
+    });
+    receiver
+}
+
+fn size() -> (u16, u16) {
+    match tcgetwinsize(std::io::stdout().as_fd()) {
+        Ok(size) if size.ws_row > 0 && size.ws_col > 0 => (size.ws_row, size.ws_col),
+        _ => (24, 80),
+    }
+}
+
+fn encoded(text: &str) -> String {
+    text.bytes().map(|byte| format!("%{byte:02X}")).collect()
+}
+
+/// The terminal passes every key on, until this is dropped.
+struct Raw(Option<Termios>);
+
+impl Raw {
+    fn enter() -> Result<Self> {
+        let stdin = std::io::stdin();
+        // No terminal: nothing to change.
+        let Ok(before) = tcgetattr(stdin.as_fd()) else {
+            return Ok(Self(None));
+        };
+        let mut raw = before.clone();
+        raw.make_raw();
+        tcsetattr(stdin.as_fd(), OptionalActions::Now, &raw)?;
+        Ok(Self(Some(before)))
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        if let Some(before) = &self.0 {
+            let _ = tcsetattr(std::io::stdin().as_fd(), OptionalActions::Now, before);
+        }
+    }
+}

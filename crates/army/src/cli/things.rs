@@ -1,0 +1,450 @@
+//! `army host`, `army template`, `army vm`, `army events`.
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use army_api::events::Event;
+use army_api::hosts::Host;
+use army_api::templates::{ChangeTemplate, RegisterTemplate, Template};
+use army_api::vms::{
+    Balloon, CreateVms, CreatedVms, ForkVm, IdleAction, IdlePolicy, SetBalloon, SnapshotVm, Vm,
+    VmFilter, VmPage,
+};
+use clap::Args;
+use clone_api::Bytes;
+use futures_util::StreamExt;
+use reqwest::Method;
+use serde::Serialize;
+
+use super::context::Context;
+use super::output::{bytes, ms, note, table};
+
+/// Hosts.
+#[derive(clap::Subcommand)]
+pub(super) enum HostCommand {
+    /// List hosts.
+    Ls,
+    /// Take a host out of placement; its VMs go on.
+    Drain {
+        /// The host.
+        name: String,
+    },
+    /// Put it back.
+    Undrain {
+        /// The host.
+        name: String,
+    },
+}
+
+pub(super) async fn host(context: &Context, command: HostCommand) -> Result<ExitCode> {
+    let client = context.client()?;
+    let (name, what) = match command {
+        HostCommand::Ls => {
+            let hosts: Vec<Host> = client.get("/v1/hosts", &()).await?;
+            context.show(&hosts, |hosts| hosts_table(hosts))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        HostCommand::Drain { name } => (name, "drain"),
+        HostCommand::Undrain { name } => (name, "undrain"),
+    };
+    let path = format!("/v1/hosts/{name}/{what}");
+    let host: Host = client.send(Method::POST, &path, &()).await?;
+    context.show(&host, |host| hosts_table(std::slice::from_ref(host)))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn hosts_table(hosts: &[Host]) -> String {
+    let lines = hosts.iter().map(|host| {
+        vec![
+            host.name.clone(),
+            word(&host.state),
+            host.vms.to_string(),
+            bytes(host.capacity.memory_bytes),
+            bytes(host.capacity.available_bytes),
+            bytes(host.capacity.private_bytes),
+            bytes(host.capacity.promised_bytes),
+        ]
+    });
+    let heads = [
+        "HOST",
+        "STATE",
+        "VMS",
+        "MEMORY",
+        "AVAILABLE",
+        "USED BY VMS",
+        "PROMISED",
+    ];
+    table(&heads, lines.collect())
+}
+
+/// Templates.
+#[derive(clap::Subcommand)]
+pub(super) enum TemplateCommand {
+    /// List templates.
+    Ls,
+    /// Take up a template of the host's store, where `clone snapshot` put it.
+    Register {
+        /// Its name there.
+        name: String,
+        /// The host that has it.
+        #[arg(long)]
+        host: Option<String>,
+        /// How many clones to keep ready.
+        #[arg(long, default_value_t = 0)]
+        standbys: u32,
+    },
+    /// Change how many clones are kept ready.
+    Standbys {
+        /// The template.
+        name: String,
+        /// How many.
+        count: u32,
+    },
+    /// Remove a template that nobody uses, from its host too.
+    Rm {
+        /// The template.
+        name: String,
+    },
+}
+
+pub(super) async fn template(context: &Context, command: TemplateCommand) -> Result<ExitCode> {
+    let client = context.client()?;
+    let template: Template = match command {
+        TemplateCommand::Ls => {
+            let templates: Vec<Template> = client.get("/v1/templates", &()).await?;
+            context.show(&templates, |templates| templates_table(templates))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        TemplateCommand::Register {
+            name,
+            host,
+            standbys,
+        } => {
+            let asked = RegisterTemplate {
+                name,
+                host,
+                standbys,
+            };
+            client.send(Method::POST, "/v1/templates", &asked).await?
+        }
+        TemplateCommand::Standbys { name, count } => {
+            let asked = ChangeTemplate { standbys: count };
+            let path = format!("/v1/templates/{name}");
+            client.send(Method::PATCH, &path, &asked).await?
+        }
+        TemplateCommand::Rm { name } => {
+            client
+                .plain(Method::DELETE, &format!("/v1/templates/{name}"))
+                .await?;
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
+    context.show(&template, |it| templates_table(std::slice::from_ref(it)))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn templates_table(templates: &[Template]) -> String {
+    let lines = templates.iter().map(|it| {
+        vec![
+            it.name.clone(),
+            it.id.chars().take(12).collect(),
+            it.host.clone(),
+            bytes(it.memory_bytes),
+            bytes(it.data_bytes),
+            it.vms.to_string(),
+            format!("{}/{}", it.ready, it.standbys),
+        ]
+    });
+    let heads = ["TEMPLATE", "ID", "HOST", "MEMORY", "DATA", "VMS", "READY"];
+    table(&heads, lines.collect())
+}
+
+/// VMs.
+#[derive(clap::Subcommand)]
+pub(super) enum VmCommand {
+    /// Make VMs of a template.
+    Create(CreateArgs),
+    /// List VMs.
+    Ls(ListArgs),
+    /// Show one VM.
+    Inspect {
+        /// The VM: its id or name.
+        vm: String,
+    },
+    /// Fork a running VM, which goes on.
+    Fork {
+        /// The VM.
+        vm: String,
+        /// How many forks.
+        #[arg(long, short, default_value_t = 1)]
+        count: u32,
+        /// The fork's name; several are called NAME-1, NAME-2 and so on.
+        #[arg(long, short)]
+        name: Option<String>,
+    },
+    /// Stop a VM's CPUs.
+    Pause {
+        /// The VM.
+        vm: String,
+    },
+    /// Set them going again.
+    Resume {
+        /// The VM.
+        vm: String,
+    },
+    /// Show a VM's balloon, or ask for another size.
+    Balloon {
+        /// The VM.
+        vm: String,
+        /// How much of the guest's memory it should hold, as in 128M.
+        size: Option<Bytes>,
+    },
+    /// Make a template of a VM, which goes on.
+    Snapshot {
+        /// The VM.
+        vm: String,
+        /// The template's name.
+        template: String,
+        /// Keep only what changed since the VM's template.
+        #[arg(long)]
+        diff: bool,
+    },
+    /// End VMs.
+    Rm {
+        /// The VMs.
+        #[arg(required = true)]
+        vms: Vec<String>,
+    },
+}
+
+/// `army vm create`.
+#[derive(Args)]
+pub(super) struct CreateArgs {
+    /// The template.
+    template: String,
+    /// How many.
+    #[arg(long, short, default_value_t = 1)]
+    count: u32,
+    /// The VM's name; several are called NAME-1, NAME-2 and so on.
+    #[arg(long, short)]
+    name: Option<String>,
+    /// A label, KEY=VALUE; can be given several times.
+    #[arg(long = "label", short, value_parser = pair)]
+    labels: Vec<(String, String)>,
+    /// A variable for the environment of commands, KEY=VALUE; can be given several times.
+    #[arg(long = "env", short, value_parser = pair)]
+    environment: Vec<(String, String)>,
+    /// Destroy them after so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    ttl: Option<u64>,
+    /// Pause them when nobody used them for so many seconds; the next command wakes them.
+    #[arg(long, value_name = "SECONDS", conflicts_with = "destroy_idle")]
+    pause_idle: Option<u64>,
+    /// Destroy them when nobody used them for so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    destroy_idle: Option<u64>,
+    /// Sent again with the same key, the request is not done again.
+    #[arg(long, value_name = "KEY")]
+    idempotency_key: Option<String>,
+}
+
+/// `army vm ls`.
+#[derive(Args)]
+pub(super) struct ListArgs {
+    /// Those of this template.
+    #[arg(long)]
+    template: Option<String>,
+    /// Those on this host.
+    #[arg(long)]
+    host: Option<String>,
+    /// Those with this label, KEY=VALUE.
+    #[arg(long, short)]
+    label: Option<String>,
+    /// Those that are over, too.
+    #[arg(long, short)]
+    all: bool,
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("write it as KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+pub(super) async fn vm(context: &Context, command: VmCommand) -> Result<ExitCode> {
+    let client = context.client()?;
+    let vm: Vm = match command {
+        VmCommand::Create(args) => {
+            let idle = |after_s, action| IdlePolicy { after_s, action };
+            let asked = CreateVms {
+                template: args.template,
+                count: args.count,
+                name: args.name,
+                labels: args.labels.into_iter().collect::<BTreeMap<_, _>>(),
+                environment: args.environment.into_iter().collect(),
+                ttl_s: args.ttl,
+                idle: args
+                    .pause_idle
+                    .map(|after| idle(after, IdleAction::Pause))
+                    .or(args
+                        .destroy_idle
+                        .map(|after| idle(after, IdleAction::Destroy))),
+            };
+            let created: CreatedVms = client
+                .create("/v1/vms", &asked, args.idempotency_key.as_deref())
+                .await?;
+            return created_vms(context, &created);
+        }
+        VmCommand::Fork { vm, count, name } => {
+            let path = format!("/v1/vms/{vm}/fork");
+            let created: CreatedVms = client
+                .send(Method::POST, &path, &ForkVm { count, name })
+                .await?;
+            return created_vms(context, &created);
+        }
+        VmCommand::Ls(args) => {
+            let mut filter = VmFilter {
+                template: args.template,
+                host: args.host,
+                label: args.label,
+                all: args.all,
+                ..VmFilter::default()
+            };
+            let mut vms = Vec::new();
+            loop {
+                let page: VmPage = client.get("/v1/vms", &filter).await?;
+                vms.extend(page.vms);
+                filter.after = page.next;
+                if filter.after.is_none() {
+                    break;
+                }
+            }
+            context.show(&vms, |vms| vms_table(vms))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        VmCommand::Balloon { vm, size } => {
+            let path = format!("/v1/vms/{vm}/balloon");
+            let balloon: Balloon = match size {
+                Some(Bytes(bytes)) => {
+                    client
+                        .send(Method::PUT, &path, &SetBalloon { bytes })
+                        .await?
+                }
+                None => client.get(&path, &()).await?,
+            };
+            context.show(&balloon, |it| {
+                let held = bytes(it.actual_bytes);
+                format!(
+                    "holds {held} of the {} that it should",
+                    bytes(it.target_bytes)
+                )
+            })?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        VmCommand::Snapshot { vm, template, diff } => {
+            let path = format!("/v1/vms/{vm}/snapshot");
+            let asked = SnapshotVm { template, diff };
+            let template: Template = client.send(Method::POST, &path, &asked).await?;
+            context.show(&template, |it| templates_table(std::slice::from_ref(it)))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        VmCommand::Rm { vms } => {
+            for vm in vms {
+                client
+                    .plain(Method::DELETE, &format!("/v1/vms/{vm}"))
+                    .await?;
+            }
+            return Ok(ExitCode::SUCCESS);
+        }
+        VmCommand::Inspect { vm } => client.get(&format!("/v1/vms/{vm}"), &()).await?,
+        VmCommand::Pause { vm } => {
+            client
+                .send(Method::POST, &format!("/v1/vms/{vm}/pause"), &())
+                .await?
+        }
+        VmCommand::Resume { vm } => {
+            client
+                .send(Method::POST, &format!("/v1/vms/{vm}/resume"), &())
+                .await?
+        }
+    };
+    context.show(&vm, |vm| vms_table(std::slice::from_ref(vm)))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn created_vms(context: &Context, created: &CreatedVms) -> Result<ExitCode> {
+    context.show(created, |created| {
+        let lines = created.vms.iter().map(|vm| {
+            let times = vm.fork.unwrap_or_default();
+            let from = if times.warm { "standby" } else { "start" };
+            vec![
+                vm.name.clone(),
+                vm.id.clone(),
+                vm.host.clone(),
+                from.to_owned(),
+                ms(times.running_us),
+                ms(times.identity_us),
+                ms(times.total_us),
+            ]
+        });
+        let heads = ["VM", "ID", "HOST", "FROM", "RUNNING", "IDENTITY", "ALL"];
+        table(&heads, lines.collect())
+    })?;
+    for failure in &created.failures {
+        note(&format!("{}: {}", failure.name, failure.problem.detail));
+    }
+    Ok(match created.failures.is_empty() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+fn vms_table(vms: &[Vm]) -> String {
+    let lines = vms.iter().map(|vm| {
+        let memory = vm.memory.unwrap_or_default();
+        vec![
+            vm.name.clone(),
+            vm.id.clone(),
+            vm.template.clone(),
+            vm.host.clone(),
+            word(&vm.state),
+            bytes(memory.private_bytes),
+            bytes(memory.shared_bytes),
+            vm.reason.clone().unwrap_or_default(),
+        ]
+    });
+    let heads = [
+        "VM", "ID", "TEMPLATE", "HOST", "STATE", "OWN", "SHARED", "REASON",
+    ];
+    table(&heads, lines.collect())
+}
+
+/// A state as the API writes it.
+fn word(state: &impl Serialize) -> String {
+    let text = serde_json::to_string(state).unwrap_or_default();
+    text.trim_matches('"').to_owned()
+}
+
+/// `army events`.
+#[derive(Args)]
+pub(super) struct EventsArgs {
+    /// Begin after this one; 0 is the oldest that is kept.
+    #[arg(long)]
+    after: Option<i64>,
+}
+
+pub(super) async fn events(context: &Context, args: EventsArgs) -> Result<ExitCode> {
+    let events = context.client()?.events(args.after).await?;
+    let mut events = std::pin::pin!(events);
+    while let Some(event) = events.next().await {
+        let event: Event = event?;
+        let line = |event: &Event| {
+            format!(
+                "{} {} {} {} {}",
+                event.id, event.time_ms, event.kind, event.subject, event.detail
+            )
+        };
+        context.show(&event, line)?;
+    }
+    anyhow::bail!("the server went away")
+}

@@ -1,0 +1,432 @@
+//! A host's side: the VMs of one host, their journal, their standbys.
+//!
+//! Everything here blocks; callers put it on threads of their own. The node owns the truth about
+//! its VMs: [`journal`] is what it remembers of them across its own death, the VMs' directories and
+//! processes are what is. [`supervise`] brings the two together, again and again, and enforces
+//! times to live and idle policies without asking anybody. Who may do what is not known here.
+
+pub mod capacity;
+pub mod journal;
+pub mod standbys;
+pub mod supervise;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use agent_proto::client::{ClientError, Connection};
+use army_api::hosts::Capacity;
+use army_api::vms::{Balloon, VmMemory, VmState};
+use army_api::{Problem, ProblemKind};
+use clone::launch::fork::{self, Forked, Overrides, Source};
+use clone::runtime::{RunningVm, Runtime};
+use clone::template::{Store, Template};
+use clone_api::{ApiError, Bytes, Client, ErrorCode};
+
+use journal::{Entry, Journal, Stage};
+use standbys::Standbys;
+
+/// What the names of Army's VMs begin with on their host.
+pub const VM_PREFIX: &str = "army-";
+/// How long an agent may take to answer: after a fork, it first takes back its connections.
+const AGENT_LIMIT: Duration = Duration::from_secs(20);
+/// The pause before it is tried again.
+const AGENT_PAUSE: Duration = Duration::from_millis(5);
+
+/// A result with a problem to tell the client.
+pub type Result<T> = std::result::Result<T, Problem>;
+
+/// A host's VMs.
+pub struct Node {
+    name: String,
+    runtime: Runtime,
+    store: Store,
+    journal: Journal,
+    sources: Mutex<HashMap<String, Arc<Source>>>,
+    standbys: Standbys,
+    /// When each VM was last used, by id.
+    used: Mutex<HashMap<String, Use>>,
+    started: Instant,
+}
+
+/// How a VM is used.
+#[derive(Clone)]
+struct Use {
+    /// Connections to its agent now.
+    open: Arc<AtomicU64>,
+    /// When there was one last.
+    last: Instant,
+}
+
+/// What the controller learns of a host in one go.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// What it has.
+    pub capacity: Capacity,
+    /// Its VMs, those that ended since the journal forgot none of them included.
+    pub vms: Vec<VmReport>,
+    /// Standbys that are ready, by the template's name.
+    pub ready: HashMap<String, u32>,
+}
+
+/// What a host says of one VM.
+#[derive(Debug, Clone)]
+pub struct VmReport {
+    /// The VM.
+    pub id: String,
+    /// What it does.
+    pub state: VmState,
+    /// Why it is over.
+    pub reason: Option<String>,
+    /// Its memory, where it runs.
+    pub memory: Option<VmMemory>,
+}
+
+/// What a host knows of a template.
+#[derive(Debug, Clone)]
+pub struct TemplateFacts {
+    /// The hash of its content.
+    pub id: String,
+    /// The template that it is a difference to.
+    pub parent: Option<String>,
+    /// The RAM of its clones.
+    pub memory_bytes: u64,
+    /// Data in its memory layers.
+    pub data_bytes: u64,
+    /// CPUs of its clones.
+    pub vcpus: u32,
+    /// When it was taken.
+    pub taken_ms: u64,
+}
+
+impl Node {
+    /// The node of this host, with its journal in `state`; what an earlier life of it left is
+    /// taken up: VMs that run are its own again, and those that were on their way are ended.
+    pub fn open(name: String, state: PathBuf, runtime: Runtime, store: Store) -> Result<Arc<Self>> {
+        let journal = Journal::open(state)?;
+        let node = Arc::new(Self {
+            name,
+            standbys: Standbys::new(runtime.clone()),
+            runtime,
+            store,
+            journal,
+            sources: Mutex::default(),
+            used: Mutex::default(),
+            started: Instant::now(),
+        });
+        node.take_up();
+        Ok(node)
+    }
+
+    /// The host's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Makes clones of a template, one for each entry; results in the same order. An entry that is
+    /// known already is answered with what became of it, and not made twice.
+    pub fn create(&self, template: &str, entries: &[Entry]) -> Vec<Result<Forked>> {
+        match self.source(template) {
+            Ok(source) => self.fork(&source, entries),
+            Err(problem) => entries.iter().map(|_| Err(problem.clone())).collect(),
+        }
+    }
+
+    /// Makes forks of a running VM, which goes on.
+    pub fn fork_live(&self, id: &str, entries: &[Entry]) -> Vec<Result<Forked>> {
+        let source = self
+            .find(id)
+            .and_then(|vm| Source::live(&self.runtime, &vm).map_err(told));
+        match source {
+            Ok((source, _)) => self.fork(&source, entries),
+            Err(problem) => entries.iter().map(|_| Err(problem.clone())).collect(),
+        }
+    }
+
+    fn fork(&self, source: &Source, entries: &[Entry]) -> Vec<Result<Forked>> {
+        // Written before anything is made: whatever dies in between, somebody knows of the VM.
+        let written: Vec<Result<()>> = entries.iter().map(|e| self.journal.begin(e)).collect();
+        let chosen: Vec<&Entry> = entries
+            .iter()
+            .zip(&written)
+            .filter_map(|(entry, written)| written.is_ok().then_some(entry))
+            .collect();
+        let names: Vec<String> = chosen.iter().map(|entry| vm_name(&entry.id)).collect();
+        let overrides = Overrides {
+            host_names: chosen.iter().map(|entry| entry.name.clone()).collect(),
+            ..Overrides::default()
+        };
+        let mut forked = fork::fork(&self.runtime, source, &names, &overrides, true)
+            .into_iter()
+            .zip(&chosen)
+            .map(|(result, entry)| {
+                let result = result.map_err(told);
+                let stage = match &result {
+                    Ok(_) => Stage::Running,
+                    Err(problem) => Stage::Failed(problem.detail.clone()),
+                };
+                self.journal.advance(&entry.id, stage)?;
+                self.touch(&entry.id);
+                result
+            })
+            .collect::<Vec<_>>()
+            .into_iter();
+        let lost = || {
+            Err(Problem::new(
+                ProblemKind::Internal,
+                "the fork has no result",
+            ))
+        };
+        written
+            .into_iter()
+            .map(|written| written.and_then(|()| forked.next().unwrap_or_else(lost)))
+            .collect()
+    }
+
+    /// Ends a VM. One that is over already is no error.
+    pub fn destroy(&self, id: &str, reason: &str) -> Result<()> {
+        self.journal
+            .advance(id, Stage::Ended(reason.to_owned()))
+            .or_else(|problem| match problem.kind {
+                ProblemKind::NotFound => Ok(()),
+                _ => Err(problem),
+            })?;
+        match self.runtime.find(&vm_name(id)) {
+            Ok(vm) => fork::end(&self.runtime, &vm),
+            Err(error) if error.code == ErrorCode::NotFound => {}
+            Err(error) => return Err(told(error)),
+        }
+        lock(&self.used).remove(id);
+        Ok(())
+    }
+
+    /// Stops a VM's CPUs.
+    pub fn pause(&self, id: &str) -> Result<()> {
+        self.client(id)?.pause().map_err(|error| of_vm(&error))
+    }
+
+    /// Sets them going again.
+    pub fn resume(&self, id: &str) -> Result<()> {
+        self.touch(id);
+        self.client(id)?.resume().map_err(|error| of_vm(&error))
+    }
+
+    /// A VM's balloon; with `bytes` after asking for that size.
+    pub fn balloon(&self, id: &str, bytes: Option<u64>) -> Result<Balloon> {
+        let client = self.client(id)?;
+        let status = match bytes {
+            Some(bytes) => client.set_balloon(Bytes(bytes)),
+            None => client.balloon(),
+        };
+        let status = status.map_err(|error| of_vm(&error))?;
+        Ok(Balloon {
+            target_bytes: status.target_bytes,
+            actual_bytes: status.actual_bytes,
+            available_bytes: status.guest.and_then(|guest| guest.available_bytes),
+        })
+    }
+
+    /// Makes a template of a running VM, which goes on.
+    pub fn snapshot(&self, id: &str, template: &str, diff: bool) -> Result<TemplateFacts> {
+        let vm = self.find(id)?;
+        let target = self.template_path(template)?;
+        let (template, _) =
+            clone::snapshot::take(&self.runtime, &vm, &target, diff).map_err(told)?;
+        Ok(facts(&template))
+    }
+
+    /// A connection to a VM's agent. While it lives, the VM counts as used; one that was paused
+    /// for idleness goes on.
+    pub fn agent(&self, id: &str) -> Result<(Connection, InUse)> {
+        let in_use = self.use_vm(id)?;
+        let vm = self.find(id)?;
+        self.wake(id, &vm)?;
+        let end = Instant::now() + AGENT_LIMIT;
+        loop {
+            match Connection::open(&vm.dir.vsock_socket(), AGENT_LIMIT) {
+                Ok(connection) => return Ok((connection, in_use)),
+                // After a fork the guest first hears that its former connections are gone.
+                Err(ClientError::NoAgent | ClientError::Lost(_)) if Instant::now() < end => {
+                    if vm.process.wait(Some(AGENT_PAUSE)).map_err(told)? {
+                        return Err(gone(id));
+                    }
+                }
+                Err(error) => return Err(of_agent(&error)),
+            }
+        }
+    }
+
+    /// What is known of a template in this host's store.
+    pub fn template(&self, name: &str) -> Result<TemplateFacts> {
+        Ok(facts(&self.open_template(name)?))
+    }
+
+    /// Verifies a template and keeps `standbys` clones of it ready from now on.
+    pub fn keep(&self, name: &str, standbys: u32) -> Result<()> {
+        let template = self.open_template(name)?;
+        self.standbys.keep(name, template, standbys);
+        Ok(())
+    }
+
+    /// Removes a template that nobody uses.
+    pub fn remove_template(&self, name: &str) -> Result<()> {
+        self.standbys.stop(name);
+        lock(&self.sources).remove(name);
+        let id = self
+            .open_template(name)
+            .ok()
+            .map(|it| it.manifest().id.clone());
+        self.store
+            .remove(&self.template_name(name)?)
+            .map_err(told)?;
+        match id {
+            Some(id) => clone::template::forget_verified(&self.runtime, &id).map_err(told),
+            None => Ok(()),
+        }
+    }
+
+    fn source(&self, name: &str) -> Result<Arc<Source>> {
+        if let Some(source) = lock(&self.sources).get(name) {
+            return Ok(Arc::clone(source));
+        }
+        let source = Source::template(self.open_template(name)?, &self.runtime).map_err(told)?;
+        let source = Arc::new(source);
+        lock(&self.sources).insert(name.to_owned(), Arc::clone(&source));
+        Ok(source)
+    }
+
+    fn open_template(&self, name: &str) -> Result<Template> {
+        Template::open(&self.template_path(name)?).map_err(told)
+    }
+
+    fn template_path(&self, name: &str) -> Result<PathBuf> {
+        self.store.path(&self.template_name(name)?).map_err(told)
+    }
+
+    /// A name, and never a path: clients do not choose where on the host we look.
+    fn template_name(&self, name: &str) -> Result<String> {
+        if clone_api::validate::is_valid_name(name) {
+            return Ok(name.to_owned());
+        }
+        let detail = format!("`{}` is no name of a template", name.escape_debug());
+        Err(Problem::new(ProblemKind::InvalidRequest, detail))
+    }
+
+    fn find(&self, id: &str) -> Result<RunningVm> {
+        self.runtime
+            .find(&vm_name(id))
+            .map_err(|error| match error.code {
+                ErrorCode::NotFound => gone(id),
+                _ => told(error),
+            })
+    }
+
+    fn client(&self, id: &str) -> Result<Client> {
+        Ok(Client::new(self.find(id)?.dir.control_socket()))
+    }
+
+    fn wake(&self, id: &str, vm: &RunningVm) -> Result<()> {
+        if self.journal.is_asleep(id) {
+            Client::new(vm.dir.control_socket())
+                .resume()
+                .map_err(|error| of_vm(&error))?;
+            self.journal.set_asleep(id, false)?;
+        }
+        Ok(())
+    }
+
+    fn touch(&self, id: &str) {
+        let mut used = lock(&self.used);
+        let entry = used.entry(id.to_owned()).or_insert_with(|| Use {
+            open: Arc::default(),
+            last: Instant::now(),
+        });
+        entry.last = Instant::now();
+    }
+
+    fn use_vm(&self, id: &str) -> Result<InUse> {
+        // What is over is not remembered as used.
+        self.journal.get(id)?;
+        self.touch(id);
+        let open = lock(&self.used).get(id).map(|it| Arc::clone(&it.open));
+        let open = open.unwrap_or_default();
+        open.fetch_add(1, Ordering::Relaxed);
+        Ok(InUse(open))
+    }
+}
+
+/// Somebody uses a VM while this lives.
+pub struct InUse(Arc<AtomicU64>);
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A VM's name on its host.
+fn vm_name(id: &str) -> String {
+    format!("{VM_PREFIX}{id}")
+}
+
+fn facts(template: &Template) -> TemplateFacts {
+    let content = template.content();
+    TemplateFacts {
+        id: template.manifest().id.clone(),
+        parent: content.parent.clone(),
+        memory_bytes: content.memory.bytes,
+        data_bytes: content.memory.layers.iter().map(|it| it.data_bytes).sum(),
+        vcpus: content.config.vcpus,
+        taken_ms: content.created_unix_ms,
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn gone(id: &str) -> Problem {
+    Problem::new(ProblemKind::NotFound, format!("the VM {id} does not run"))
+}
+
+/// Clone's error, as Army tells it.
+fn told(error: ApiError) -> Problem {
+    let kind = match error.code {
+        ErrorCode::BadRequest | ErrorCode::InvalidConfig | ErrorCode::MethodNotAllowed => {
+            ProblemKind::InvalidRequest
+        }
+        ErrorCode::NotFound => ProblemKind::NotFound,
+        ErrorCode::Conflict => ProblemKind::Conflict,
+        ErrorCode::TooLarge => ProblemKind::TooLarge,
+        ErrorCode::Unavailable => ProblemKind::GuestUnavailable,
+        ErrorCode::Timeout => ProblemKind::Timeout,
+        ErrorCode::HostUnsupported | ErrorCode::Internal => ProblemKind::Internal,
+    };
+    // Its advice is for people at the host's shell.
+    Problem::new(kind, error.message)
+}
+
+fn of_vm(error: &clone_api::ClientError) -> Problem {
+    match error {
+        clone_api::ClientError::Refused(error) => told(error.clone()),
+        other => Problem::new(ProblemKind::GuestUnavailable, other.to_string()),
+    }
+}
+
+/// What went wrong at a guest's agent.
+pub fn of_agent(error: &ClientError) -> Problem {
+    use agent_proto::messages::ErrorCode as Agent;
+    let kind = match error {
+        ClientError::Refused(refused) => match refused.code() {
+            Agent::Invalid | Agent::Unsupported => ProblemKind::InvalidRequest,
+            Agent::NotFound => ProblemKind::NotFound,
+            Agent::Denied => ProblemKind::Forbidden,
+            Agent::Exhausted => ProblemKind::Busy,
+            Agent::Other => ProblemKind::GuestUnavailable,
+        },
+        _ => ProblemKind::GuestUnavailable,
+    };
+    Problem::new(kind, error.to_string())
+}

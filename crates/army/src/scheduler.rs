@@ -1,0 +1,203 @@
+//! Which host a VM goes to: filter, then score. Plain data in, plain data out.
+//!
+//! Memory is counted by what VMs really have of their own, as measured, and not by what their
+//! guests were promised: clones share most of it. A host that was just given VMs is charged for
+//! them at once, by what others of their template cost, until it is measured again.
+
+use army_api::{Problem, ProblemKind};
+
+/// Memory of a host that is never given away, as a share of all: one part in so many.
+const RESERVE: u64 = 10;
+/// What a clone is taken to cost where none of its template was measured yet.
+pub const UNKNOWN_COST: u64 = 64 << 20;
+/// Of the score, what it is worth that the template is on the host already, and a standby ready.
+const TEMPLATE_BONUS: f64 = 0.5;
+const STANDBY_BONUS: f64 = 0.25;
+
+/// A host, as the scheduler sees it.
+#[derive(Debug, Clone, Default)]
+pub struct HostView {
+    /// Its name.
+    pub name: String,
+    /// Whether it takes VMs.
+    pub open: bool,
+    /// Its processors.
+    pub cpus: u32,
+    /// Runnable tasks, in thousandths.
+    pub load_milli: u32,
+    /// Its memory, in bytes.
+    pub memory_bytes: u64,
+    /// What is available of it, less what was given away since it was measured.
+    pub available_bytes: u64,
+    /// VMs on it.
+    pub vms: u32,
+    /// Whether it has the template.
+    pub has_template: bool,
+    /// Standbys of the template that are ready.
+    pub ready: u32,
+}
+
+/// What is placed.
+#[derive(Debug, Clone, Copy)]
+pub struct Need {
+    /// What one VM is expected to cost, in bytes of memory of its own.
+    pub cost_bytes: u64,
+    /// Whether hosts without the template will do.
+    pub anywhere: bool,
+}
+
+/// Chooses a host for each of `count` VMs, charging each to its host: indices into `hosts`.
+///
+/// # Errors
+/// [`ProblemKind::Busy`] where there is no room for all of them; then none is placed.
+pub fn place(hosts: &mut [HostView], need: Need, count: u32) -> Result<Vec<usize>, Problem> {
+    let before: Vec<HostView> = hosts.to_vec();
+    let mut chosen = Vec::with_capacity(count as usize);
+    for _ in 0..count {
+        let best = hosts
+            .iter()
+            .enumerate()
+            .filter(|(_, host)| fits(host, need))
+            .max_by(|(_, a), (_, b)| score(a).total_cmp(&score(b)));
+        let Some((index, _)) = best else {
+            let problem = refusal(hosts, need, count, chosen.len());
+            hosts.clone_from_slice(&before);
+            return Err(problem);
+        };
+        charge(&mut hosts[index], need);
+        chosen.push(index);
+    }
+    Ok(chosen)
+}
+
+fn fits(host: &HostView, need: Need) -> bool {
+    host.open
+        && (host.has_template || need.anywhere)
+        && host.available_bytes >= need.cost_bytes + host.memory_bytes / RESERVE
+}
+
+/// Better is more: free memory and idle processors, each as a share, and what is warm there.
+fn score(host: &HostView) -> f64 {
+    let free = host.available_bytes as f64 / host.memory_bytes.max(1) as f64;
+    let busy = f64::from(host.load_milli) / 1000.0 / f64::from(host.cpus.max(1));
+    let crowd = f64::from(host.vms) / f64::from(host.cpus.max(1)) / 1000.0;
+    let mut score = free - 0.5 * busy.min(2.0) - crowd;
+    if host.has_template {
+        score += TEMPLATE_BONUS;
+    }
+    if host.ready > 0 {
+        score += STANDBY_BONUS;
+    }
+    score
+}
+
+fn charge(host: &mut HostView, need: Need) {
+    host.available_bytes = host.available_bytes.saturating_sub(need.cost_bytes);
+    host.vms += 1;
+    host.ready = host.ready.saturating_sub(1);
+}
+
+fn refusal(hosts: &[HostView], need: Need, count: u32, placed: usize) -> Problem {
+    let open = hosts.iter().filter(|host| host.open).count();
+    let detail = if open == 0 {
+        "no host takes VMs now: all are drained, or do not answer".to_owned()
+    } else if !need.anywhere && !hosts.iter().any(|host| host.open && host.has_template) {
+        "no host that has the template takes VMs now".to_owned()
+    } else {
+        format!("there is memory for {placed} of the {count} VMs only")
+    };
+    Problem::new(ProblemKind::Busy, detail)
+        .advise("try again later, destroy VMs, or add a host")
+        .retry_after(5)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn host(name: &str) -> HostView {
+        HostView {
+            name: name.to_owned(),
+            open: true,
+            cpus: 8,
+            memory_bytes: 64 * GIB,
+            available_bytes: 60 * GIB,
+            has_template: true,
+            ..HostView::default()
+        }
+    }
+
+    fn need(cost_bytes: u64) -> Need {
+        Need {
+            cost_bytes,
+            anywhere: false,
+        }
+    }
+
+    #[test]
+    fn vms_spread_over_hosts_that_are_alike() {
+        let mut hosts = ["a", "b", "c"].map(host);
+        place(&mut hosts, need(GIB), 30).unwrap();
+        assert_eq!(hosts.map(|host| host.vms), [10, 10, 10]);
+    }
+
+    #[test]
+    fn what_a_host_promised_does_not_count_and_what_it_has_does() {
+        let mut full = host("full");
+        full.available_bytes = 7 * GIB;
+        let mut hosts = [full, host("free")];
+        assert_eq!(place(&mut hosts, need(GIB), 1).unwrap(), [1]);
+        // A tenth is kept back.
+        hosts[1].open = false;
+        let problem = place(&mut hosts, need(GIB), 1).unwrap_err();
+        assert_eq!(problem.kind, ProblemKind::Busy);
+        assert_eq!(problem.retry_after_s, Some(5));
+    }
+
+    #[test]
+    fn all_are_placed_or_none() {
+        let mut hosts = [host("a")];
+        let before = hosts[0].available_bytes;
+        assert!(place(&mut hosts, need(GIB), 1000).is_err());
+        assert_eq!((hosts[0].available_bytes, hosts[0].vms), (before, 0));
+    }
+
+    #[test]
+    fn a_standby_draws_and_a_drained_host_gets_nothing() {
+        let mut warm = host("warm");
+        warm.ready = 1;
+        warm.available_bytes -= 5 * GIB;
+        let mut drained = host("drained");
+        drained.open = false;
+        drained.available_bytes = 64 * GIB;
+        let mut hosts = [host("cold"), warm, drained];
+        let chosen = place(&mut hosts, need(GIB), 2).unwrap();
+        assert_eq!(chosen, [1, 0]);
+    }
+
+    #[test]
+    fn the_refusal_says_which_filter_it_was() {
+        let mut closed = [host("a")];
+        closed[0].open = false;
+        let detail = |hosts: &mut [HostView]| place(hosts, need(1), 1).unwrap_err().detail;
+        assert!(detail(&mut closed).contains("drained"));
+        let mut without = [host("a")];
+        without[0].has_template = false;
+        assert!(detail(&mut without).contains("template"));
+    }
+
+    #[test]
+    fn many_placements_keep_the_hosts_within_a_few_percent_of_each_other() {
+        let mut hosts: Vec<HostView> = (0..50).map(|n| host(&n.to_string())).collect();
+        // Of different costs, in an order that repeats itself late.
+        for number in 0..5000_u64 {
+            let cost = (1 + number * 7919 % 13) << 22;
+            place(&mut hosts, need(cost), 1).unwrap();
+        }
+        let free: Vec<u64> = hosts.iter().map(|host| host.available_bytes).collect();
+        let (least, most) = (free.iter().min().unwrap(), free.iter().max().unwrap());
+        assert!((most - least) * 100 / most <= 3, "{least} to {most}");
+    }
+}

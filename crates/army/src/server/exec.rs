@@ -1,0 +1,150 @@
+//! Commands in guests, with their output in the answer.
+
+use std::time::{Duration, Instant};
+
+use agent_proto::client::{Connection, Event};
+use agent_proto::messages::{Exec as AgentExec, Stream};
+use army_api::exec::{Exec, ExecResult};
+use army_api::keys::Role;
+use army_api::{Problem, ProblemKind};
+use axum::Json;
+use axum::extract::{Path, State};
+
+use super::auth::Caller;
+use super::extract::Body;
+use super::{Answer, App};
+use crate::blocking;
+use crate::node::of_agent;
+
+/// The most output that an answer holds, of both streams together.
+const MAX_OUTPUT: usize = 16 << 20;
+/// How long a command may take, where the client does not say.
+const DEFAULT_LIMIT: Duration = Duration::from_secs(60);
+
+/// Runs a command in a VM and answers with its output and its exit status.
+#[utoipa::path(post, path = "/v1/vms/{vm}/exec", params(("vm" = String, Path)), request_body = Exec,
+    responses((status = 200, body = ExecResult), (status = "4XX", body = Problem)))]
+pub(super) async fn exec(
+    State(app): State<App>,
+    caller: Caller,
+    Path(vm): Path<String>,
+    Body(asked): Body<Exec>,
+) -> Answer<Json<ExecResult>> {
+    let start = Instant::now();
+    caller.may(Role::User)?;
+    if asked.command.is_empty() {
+        let detail = "`command` is empty: it takes a program and its arguments";
+        return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
+    }
+    let vm = caller.vm(&app, &vm).await?;
+    let node = app.controller.node_of(&vm)?;
+    let environment = app.controller.store.environment(&vm.id).await?;
+    let mut result = blocking(move || {
+        let (connection, _in_use) = node.agent(&vm.id)?;
+        run(connection, asked, environment)
+    })
+    .await?;
+    result.took_us = start.elapsed().as_micros() as u64;
+    Ok(Json(result))
+}
+
+fn run(
+    connection: Connection,
+    asked: Exec,
+    mut environment: std::collections::BTreeMap<String, String>,
+) -> Result<ExecResult, Problem> {
+    environment.extend(asked.environment);
+    let limit = asked.timeout_ms.unwrap_or(DEFAULT_LIMIT.as_millis() as u64);
+    let request = AgentExec {
+        command: asked.command,
+        environment: environment
+            .iter()
+            .map(|(key, value)| format!("{key}={value}"))
+            .collect(),
+        directory: asked.directory.unwrap_or_default(),
+        user: asked.user.unwrap_or_default(),
+        timeout_ms: limit.max(1),
+        input: asked.stdin.is_some(),
+        ..AgentExec::default()
+    };
+    let mut running = connection.exec(request).map_err(|error| of_agent(&error))?;
+    if let Some(text) = asked.stdin {
+        let input = running.input();
+        // Beside us: a command that prints before it has read all would wait for us for ever.
+        std::thread::spawn(move || {
+            // A command that does not want it closes its end.
+            let _ = input.write(text.as_bytes()).and_then(|()| input.end());
+        });
+    }
+    let mut output = Output::default();
+    loop {
+        match running.next_event().map_err(|error| of_agent(&error))? {
+            Event::Output(stream, data) => output.add(stream, &data),
+            Event::Lost(_, count) => output.omitted += count,
+            Event::Exited(exited) => {
+                let (stdout, lossy_out) = text(output.stdout);
+                let (stderr, lossy_err) = text(output.stderr);
+                return Ok(ExecResult {
+                    exit_code: exited.code,
+                    signal: exited.signal,
+                    timed_out: exited.timed_out,
+                    stdout,
+                    stderr,
+                    lossy: lossy_out || lossy_err,
+                    omitted_bytes: output.omitted,
+                    took_us: 0,
+                });
+            }
+        }
+    }
+}
+
+#[derive(Default)]
+struct Output {
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+    omitted: u64,
+}
+
+impl Output {
+    /// Takes what there is room for; the command goes on, and the rest is counted.
+    fn add(&mut self, stream: Stream, data: &[u8]) {
+        let room = MAX_OUTPUT - self.stdout.len() - self.stderr.len();
+        let taken = data.len().min(room);
+        self.omitted += (data.len() - taken) as u64;
+        let kept = match stream {
+            Stream::Stdout => &mut self.stdout,
+            Stream::Stderr => &mut self.stderr,
+        };
+        kept.extend_from_slice(&data[..taken]);
+    }
+}
+
+/// Bytes as text, and whether something had to be replaced.
+fn text(bytes: Vec<u8>) -> (String, bool) {
+    match String::from_utf8(bytes) {
+        Ok(text) => (text, false),
+        Err(error) => (String::from_utf8_lossy(error.as_bytes()).into_owned(), true),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_beyond_the_limit_is_counted_and_not_kept() {
+        let mut output = Output::default();
+        output.add(Stream::Stderr, b"eeeeeeeeee");
+        output.add(Stream::Stdout, &vec![b'o'; MAX_OUTPUT]);
+        output.add(Stream::Stdout, b"more");
+        assert_eq!(output.stderr.len() + output.stdout.len(), MAX_OUTPUT);
+        assert_eq!(output.omitted, 14);
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_replaced_and_told() {
+        assert_eq!(text(b"a\xC3\xA4".to_vec()), ("aä".to_owned(), false));
+        assert_eq!(text(b"a\xFF".to_vec()), ("a\u{FFFD}".to_owned(), true));
+    }
+}

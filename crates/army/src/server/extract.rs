@@ -1,0 +1,95 @@
+//! Reading requests: what cannot be read is a problem like any other.
+
+use army_api::{Problem, ProblemKind};
+use axum::extract::rejection::{JsonRejection, QueryRejection};
+use axum::extract::{FromRequest, FromRequestParts, Json, Query, Request};
+use axum::http::StatusCode;
+use axum::http::request::Parts;
+use serde::de::DeserializeOwned;
+
+use super::{App, BODY_LIMIT, Failure};
+
+/// A body in JSON.
+pub(super) struct Body<T>(pub(super) T);
+
+impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
+    type Rejection = Failure;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, Failure> {
+        let read = tokio::time::timeout(BODY_LIMIT, Json::<T>::from_request(request, app)).await;
+        match read {
+            Ok(Ok(Json(value))) => Ok(Self(value)),
+            Ok(Err(rejection)) => Err(Failure(unreadable(&rejection))),
+            Err(_) => Err(Failure(Problem::new(
+                ProblemKind::Timeout,
+                "the request's body did not come in time",
+            ))),
+        }
+    }
+}
+
+fn unreadable(rejection: &JsonRejection) -> Problem {
+    let kind = match rejection.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => ProblemKind::TooLarge,
+        _ => ProblemKind::InvalidRequest,
+    };
+    Problem::new(kind, rejection.body_text())
+}
+
+/// What stands behind the `?`.
+pub(super) struct Params<T>(pub(super) T);
+
+impl<T: DeserializeOwned> FromRequestParts<App> for Params<T> {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Failure> {
+        let read: Result<Query<T>, QueryRejection> = Query::from_request_parts(parts, app).await;
+        match read {
+            Ok(Query(value)) => Ok(Self(value)),
+            Err(rejection) => Err(Failure(Problem::new(
+                ProblemKind::InvalidRequest,
+                rejection.body_text(),
+            ))),
+        }
+    }
+}
+
+/// The request's `Idempotency-Key`, where it has one.
+pub(super) struct IdempotencyKey(pub(super) Option<String>);
+
+impl FromRequestParts<App> for IdempotencyKey {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, Failure> {
+        let Some(value) = parts.headers.get("idempotency-key") else {
+            return Ok(Self(None));
+        };
+        let key = value
+            .to_str()
+            .ok()
+            .filter(|key| (1..=200).contains(&key.len()));
+        match key {
+            Some(key) => Ok(Self(Some(key.to_owned()))),
+            None => Err(Failure(Problem::new(
+                ProblemKind::InvalidRequest,
+                "an Idempotency-Key has 1 to 200 visible ASCII characters",
+            ))),
+        }
+    }
+}
+
+pub(super) async fn no_such_path(request: Request) -> Failure {
+    let detail = format!("there is nothing at {}", request.uri().path());
+    Failure(Problem::new(ProblemKind::NotFound, detail).advise("GET /openapi.json tells what is"))
+}
+
+pub(super) async fn no_such_method(request: Request) -> Failure {
+    let detail = format!(
+        "{} does not take {}",
+        request.uri().path(),
+        request.method()
+    );
+    let mut problem = Problem::new(ProblemKind::InvalidRequest, detail);
+    problem.status = 405;
+    Failure(problem)
+}

@@ -1,0 +1,23 @@
+//! Whether the server is up: the one thing that takes no key.
+
+use axum::Json;
+use axum::extract::State;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::{Answer, App};
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct Health {
+    /// The server's version.
+    version: &'static str,
+}
+
+/// Whether the server and its store are up.
+#[utoipa::path(get, path = "/healthz", security(()), responses((status = 200, body = Health)))]
+pub(super) async fn health(State(app): State<App>) -> Answer<Json<Health>> {
+    app.controller.store.has_keys().await?;
+    Ok(Json(Health {
+        version: env!("CARGO_PKG_VERSION"),
+    }))
+}

@@ -1,0 +1,48 @@
+//! Keys: an administrator's.
+
+use army_api::keys::{CreateKey, Key, NewKey, Role};
+use army_api::{Problem, ProblemKind};
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+
+use super::auth::Caller;
+use super::extract::Body;
+use super::{Answer, App};
+
+/// All keys, without their secrets.
+#[utoipa::path(get, path = "/v1/keys", responses((status = 200, body = Vec<Key>), (status = "4XX", body = Problem)))]
+pub(super) async fn list(State(app): State<App>, caller: Caller) -> Answer<Json<Vec<Key>>> {
+    caller.may(Role::Admin)?;
+    Ok(Json(app.controller.store.keys().await?))
+}
+
+/// Makes a key. Its secret is in this answer and nowhere else.
+#[utoipa::path(post, path = "/v1/keys", request_body = CreateKey,
+    responses((status = 201, body = NewKey), (status = "4XX", body = Problem)))]
+pub(super) async fn create(
+    State(app): State<App>,
+    caller: Caller,
+    Body(asked): Body<CreateKey>,
+) -> Answer<(StatusCode, Json<NewKey>)> {
+    caller.may(Role::Admin)?;
+    if !clone_api::validate::is_valid_name(&asked.tenant) {
+        let detail = format!("`{}` is no name of a tenant", asked.tenant.escape_debug());
+        return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
+    }
+    let key = app.controller.store.create_key(&asked).await?;
+    Ok((StatusCode::CREATED, Json(key)))
+}
+
+/// Makes a key useless.
+#[utoipa::path(delete, path = "/v1/keys/{id}", params(("id" = String, Path)),
+    responses((status = 204), (status = "4XX", body = Problem)))]
+pub(super) async fn remove(
+    State(app): State<App>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Answer<StatusCode> {
+    caller.may(Role::Admin)?;
+    app.controller.store.remove_key(&id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

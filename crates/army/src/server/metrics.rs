@@ -1,0 +1,97 @@
+//! Figures for Prometheus.
+
+use std::fmt::Write;
+
+use army_api::Problem;
+use army_api::hosts::HostState;
+use army_api::keys::Role;
+use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+
+use super::auth::Caller;
+use super::{Answer, App};
+
+/// Hosts, templates and VMs in figures, in Prometheus' text format.
+#[utoipa::path(get, path = "/metrics", responses((status = 200, content_type = "text/plain"), (status = "4XX", body = Problem)))]
+pub(super) async fn metrics(State(app): State<App>, caller: Caller) -> Answer<Response> {
+    caller.may(Role::Admin)?;
+    let mut text = String::new();
+    let hosts = app.controller.hosts().await?;
+    let mut family = |name: &str, help: &str, values: Vec<(String, u64)>| {
+        let _ = writeln!(text, "# HELP army_{name} {help}\n# TYPE army_{name} gauge");
+        for (labels, value) in values {
+            let _ = writeln!(text, "army_{name}{{{labels}}} {value}");
+        }
+    };
+    let by_host = |value: &dyn Fn(&army_api::hosts::Host) -> u64| {
+        let line = |host| (label("host", host_name(host)), value(host));
+        hosts.iter().map(line).collect::<Vec<_>>()
+    };
+    family(
+        "host_ready",
+        "Whether the host takes VMs.",
+        by_host(&|host| u64::from(host.state == HostState::Ready)),
+    );
+    family(
+        "host_vms",
+        "VMs on the host.",
+        by_host(&|host| host.vms.into()),
+    );
+    family(
+        "host_memory_bytes",
+        "Memory of the host.",
+        by_host(&|host| host.capacity.memory_bytes),
+    );
+    family(
+        "host_memory_available_bytes",
+        "Memory that could be had without swapping.",
+        by_host(&|host| host.capacity.available_bytes),
+    );
+    family(
+        "host_memory_promised_bytes",
+        "What guests were promised.",
+        by_host(&|host| host.capacity.promised_bytes),
+    );
+    family(
+        "host_memory_private_bytes",
+        "What VMs have of their own.",
+        by_host(&|host| host.capacity.private_bytes),
+    );
+    let templates = app.controller.templates().await?;
+    let by_template = |value: &dyn Fn(&army_api::templates::Template) -> u32| {
+        let templates = templates.iter();
+        let line = |it| (label("template", template_name(it)), u64::from(value(it)));
+        templates.map(line).collect::<Vec<_>>()
+    };
+    family(
+        "template_vms",
+        "VMs made of the template.",
+        by_template(&|it| it.vms),
+    );
+    family(
+        "template_standbys_ready",
+        "Clones of the template that are ready.",
+        by_template(&|it| it.ready),
+    );
+    family(
+        "template_standbys_wanted",
+        "Clones of the template that should be ready.",
+        by_template(&|it| it.standbys),
+    );
+    let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
+    Ok((kind, text).into_response())
+}
+
+fn host_name(host: &army_api::hosts::Host) -> &str {
+    &host.name
+}
+
+fn template_name(template: &army_api::templates::Template) -> &str {
+    &template.name
+}
+
+/// Names have no quotes in them: they are names of hosts and templates.
+fn label(key: &str, value: &str) -> String {
+    format!("{key}=\"{value}\"")
+}

@@ -1,0 +1,170 @@
+//! The REST API: HTTP in, problems out, and nothing decided.
+//!
+//! A file for each kind of thing; [`auth`] knows who asks, [`extract`] reads what is asked. What is
+//! asked for is done by the [`Controller`].
+
+pub mod auth;
+mod dashboard;
+mod events;
+mod exec;
+mod extract;
+mod files;
+mod health;
+mod hosts;
+mod keys;
+mod metrics;
+mod templates;
+mod terminal;
+mod vms;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request};
+use axum::http::{StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use utoipa::OpenApi;
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::controller::Controller;
+
+/// The largest body of a request, but for files.
+const MAX_BODY: usize = 1 << 20;
+/// How long a client may take to send a request's body, but for files and terminals.
+const BODY_LIMIT: Duration = Duration::from_secs(30);
+
+/// What every handler gets.
+#[derive(Clone)]
+pub struct App {
+    /// What does the work.
+    pub controller: Arc<Controller>,
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Army",
+        description = "Runs clones for people. Failures are RFC 9457 problem documents; every create takes an Idempotency-Key."
+    ),
+    security(("key" = [])),
+    modifiers(&BearerKey)
+)]
+struct Document;
+
+struct BearerKey;
+
+impl utoipa::Modify for BearerKey {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build();
+        let components = document.components.get_or_insert_default();
+        components.add_security_scheme("key", SecurityScheme::Http(scheme));
+    }
+}
+
+fn api() -> OpenApiRouter<App> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(health::health))
+        .routes(routes!(metrics::metrics))
+        .routes(routes!(keys::list, keys::create))
+        .routes(routes!(keys::remove))
+        .routes(routes!(hosts::list))
+        .routes(routes!(hosts::inspect))
+        .routes(routes!(hosts::drain))
+        .routes(routes!(hosts::undrain))
+        .routes(routes!(templates::list, templates::register))
+        .routes(routes!(
+            templates::inspect,
+            templates::change,
+            templates::remove
+        ))
+        .routes(routes!(vms::list, vms::create))
+        .routes(routes!(vms::inspect, vms::destroy))
+        .routes(routes!(vms::pause))
+        .routes(routes!(vms::resume))
+        .routes(routes!(vms::fork))
+        .routes(routes!(vms::snapshot))
+        .routes(routes!(vms::balloon, vms::set_balloon))
+        .routes(routes!(exec::exec))
+        .routes(routes!(terminal::terminal))
+        .routes(routes!(files::read, files::write))
+        .routes(routes!(events::events))
+}
+
+/// The API's description.
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    api().into_openapi()
+}
+
+/// The whole of it: API, its description, the dashboard.
+pub fn router(controller: Arc<Controller>) -> Router {
+    let (router, document) = api().split_for_parts();
+    let document = document.to_json().unwrap_or_default();
+    let description = move || {
+        let document = document.clone();
+        async move { ([(header::CONTENT_TYPE, "application/json")], document) }
+    };
+    router
+        .route("/openapi.json", get(description))
+        .merge(dashboard::router())
+        .fallback(extract::no_such_path)
+        .method_not_allowed_fallback(extract::no_such_method)
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(middleware::from_fn(harden))
+        .with_state(App { controller })
+}
+
+/// What every answer says to browsers.
+async fn harden(request: Request, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    let headers = response.headers_mut();
+    for (name, value) in [
+        ("x-content-type-options", "nosniff"),
+        ("x-frame-options", "DENY"),
+        ("referrer-policy", "no-referrer"),
+        ("cache-control", "no-store"),
+    ] {
+        headers.insert(name, header::HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// A failure as an answer.
+pub struct Failure(pub army_api::Problem);
+
+impl From<army_api::Problem> for Failure {
+    fn from(problem: army_api::Problem) -> Self {
+        Self(problem)
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let status =
+            StatusCode::from_u16(self.0.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        if status.is_server_error() {
+            tracing::warn!(status = status.as_u16(), problem = %self.0, "a request failed");
+        }
+        let retry = self.0.retry_after_s;
+        let body = serde_json::to_vec(&self.0).unwrap_or_default();
+        let mut response = (status, body).into_response();
+        let headers = response.headers_mut();
+        let kind = header::HeaderValue::from_static("application/problem+json");
+        headers.insert(header::CONTENT_TYPE, kind);
+        if let Some(seconds) = retry {
+            headers.insert(header::RETRY_AFTER, seconds.into());
+        }
+        if status == StatusCode::UNAUTHORIZED {
+            let scheme = header::HeaderValue::from_static("Bearer");
+            headers.insert(header::WWW_AUTHENTICATE, scheme);
+        }
+        response
+    }
+}
+
+/// What handlers return.
+type Answer<T> = Result<T, Failure>;

@@ -1,0 +1,164 @@
+//! Terminals: a program in a guest, interactive, over a WebSocket.
+//!
+//! Binary messages are the terminal's bytes, both ways; text messages are [`TerminalMessage`]s. The
+//! agent's connection blocks, so each terminal has a thread that reads it and one that writes it.
+
+use agent_proto::client::{Connection, Event, Input, Running};
+use agent_proto::messages::{Exec, TerminalSize};
+use army_api::Problem;
+use army_api::exec::{Terminal, TerminalMessage};
+use army_api::keys::Role;
+use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
+use axum::extract::{Path, State};
+use axum::response::Response;
+use tokio::sync::mpsc;
+
+use super::auth::Caller;
+use super::extract::Params;
+use super::{Answer, App};
+use crate::blocking;
+use crate::node::{InUse, of_agent};
+
+/// What a browser asks for beside its key; the answer has to name one that was offered.
+const SUBPROTOCOL: &str = "army.terminal";
+/// Messages that may wait for a slow client, then the guest waits.
+const AHEAD: usize = 64;
+/// The largest message of a client.
+const MAX_MESSAGE: usize = 256 * 1024;
+
+/// Opens a terminal in a VM: answers with a WebSocket. A browser offers the subprotocols
+/// `army.terminal` and `army.key.` with its key.
+#[utoipa::path(get, path = "/v1/vms/{vm}/terminal", params(("vm" = String, Path), Terminal),
+    responses((status = 101), (status = "4XX", body = Problem)))]
+pub(super) async fn terminal(
+    State(app): State<App>,
+    caller: Caller,
+    Path(vm): Path<String>,
+    Params(asked): Params<Terminal>,
+    upgrade: WebSocketUpgrade,
+) -> Answer<Response> {
+    caller.may(Role::User)?;
+    let vm = caller.vm(&app, &vm).await?;
+    let node = app.controller.node_of(&vm)?;
+    let environment = app.controller.store.environment(&vm.id).await?;
+    let (running, in_use) = blocking(move || {
+        let (connection, in_use) = node.agent(&vm.id)?;
+        Ok((start(connection, asked, &environment)?, in_use))
+    })
+    .await?;
+    let upgrade = upgrade
+        .protocols([SUBPROTOCOL])
+        .max_message_size(MAX_MESSAGE);
+    Ok(upgrade.on_upgrade(move |socket| serve(socket, running, in_use)))
+}
+
+fn start(
+    connection: Connection,
+    asked: Terminal,
+    environment: &std::collections::BTreeMap<String, String>,
+) -> Result<Running, Problem> {
+    let mut variables: Vec<String> = environment
+        .iter()
+        .map(|(k, v)| format!("{k}={v}"))
+        .collect();
+    variables.push("TERM=xterm-256color".into());
+    let shell = || {
+        vec![
+            "/bin/sh".into(),
+            "-c".into(),
+            "exec ${SHELL:-/bin/sh} -l".into(),
+        ]
+    };
+    let exec = Exec {
+        command: match asked.command {
+            Some(command) => vec!["/bin/sh".into(), "-c".into(), command],
+            None => shell(),
+        },
+        environment: variables,
+        terminal: Some(TerminalSize {
+            rows: asked.rows.into(),
+            columns: asked.columns.into(),
+        }),
+        input: true,
+        ..Exec::default()
+    };
+    connection.exec(exec).map_err(|error| of_agent(&error))
+}
+
+/// From the guest to the client.
+enum Outgoing {
+    Bytes(Vec<u8>),
+    Exited(Option<i32>),
+}
+
+async fn serve(mut socket: WebSocket, mut running: Running, in_use: InUse) {
+    let input = running.input();
+    let (outgoing, mut output) = mpsc::channel(AHEAD);
+    let (typed, mut keys) = mpsc::channel::<Message>(AHEAD);
+    tokio::task::spawn_blocking(move || {
+        while let Ok(event) = running.next_event() {
+            let message = match event {
+                Event::Output(_, data) => Outgoing::Bytes(data),
+                Event::Lost(..) => continue,
+                Event::Exited(exited) => Outgoing::Exited(exited.code),
+            };
+            let ended = matches!(message, Outgoing::Exited(_));
+            if outgoing.blocking_send(message).is_err() || ended {
+                break;
+            }
+        }
+    });
+    let writer = input.clone();
+    tokio::task::spawn_blocking(move || {
+        while let Some(message) = keys.blocking_recv() {
+            if type_in(&writer, message).is_err() {
+                break;
+            }
+        }
+    });
+    loop {
+        tokio::select! {
+            message = output.recv() => match message {
+                Some(Outgoing::Bytes(bytes)) => {
+                    if socket.send(Message::Binary(bytes.into())).await.is_err() {
+                        break;
+                    }
+                }
+                Some(Outgoing::Exited(exit_code)) => {
+                    let text = serde_json::to_string(&TerminalMessage::Exited { exit_code });
+                    let _ = socket.send(Message::Text(text.unwrap_or_default().into())).await;
+                    let frame = CloseFrame { code: close_code::NORMAL, reason: "exited".into() };
+                    let _ = socket.send(Message::Close(Some(frame))).await;
+                    break;
+                }
+                None => break,
+            },
+            message = socket.recv() => match message {
+                Some(Ok(Message::Close(_)) | Err(_)) | None => break,
+                Some(Ok(message)) => {
+                    if typed.send(message).await.is_err() {
+                        break;
+                    }
+                }
+            },
+        }
+    }
+    // The shell hears that its terminal is gone.
+    input.disconnect();
+    drop(in_use);
+}
+
+fn type_in(input: &Input, message: Message) -> Result<(), agent_proto::client::ClientError> {
+    match message {
+        Message::Binary(bytes) => input.write(&bytes),
+        Message::Text(text) => match serde_json::from_str(&text) {
+            Ok(TerminalMessage::Resize { rows, columns }) => input.resize(TerminalSize {
+                rows: rows.into(),
+                columns: columns.into(),
+            }),
+            // Nothing else is for us.
+            Ok(TerminalMessage::Exited { .. }) | Err(_) => Ok(()),
+        },
+        Message::Ping(_) | Message::Pong(_) | Message::Close(_) => Ok(()),
+    }
+}

@@ -1,0 +1,170 @@
+//! What the controller remembers: one file for each kind of thing, all of the SQL in here.
+//!
+//! The SQL is what SQLite and PostgreSQL have in common. Every change that belongs together is one
+//! transaction, so that a kill at any point leaves all of it or nothing.
+
+pub mod events;
+pub mod hosts;
+pub mod keys;
+pub mod requests;
+pub mod templates;
+pub mod vms;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use army_api::{Problem, ProblemKind};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use sqlx::any::{AnyPoolOptions, AnyRow};
+use sqlx::{AnyConnection, AnyPool, Row};
+use tokio::sync::{Mutex, MutexGuard, broadcast};
+
+use army_api::events::Event;
+
+/// A result with a problem to tell the client.
+pub type Result<T> = std::result::Result<T, Problem>;
+
+/// Connections to the database, for readers.
+const CONNECTIONS: u32 = 8;
+/// Events that a slow reader may be behind before it has to read the database.
+const EVENTS_AHEAD: usize = 1024;
+/// For each connection. Writers wait for each other; a kill loses nothing that was committed.
+const SQLITE_SETTINGS: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; \
+     PRAGMA busy_timeout = 10000; PRAGMA foreign_keys = ON;";
+
+/// The database.
+#[derive(Clone)]
+pub struct Store {
+    pool: AnyPool,
+    /// Writers take turns here and not in the database, where they would have to try again.
+    turn: Arc<Mutex<()>>,
+    news: broadcast::Sender<Event>,
+}
+
+impl Store {
+    /// The SQLite database at `path`, made where it does not exist, in the latest form.
+    pub async fn open(path: &Path) -> Result<Self> {
+        sqlx::any::install_default_drivers();
+        let url = format!("sqlite://{}?mode=rwc", path.display());
+        let pool = AnyPoolOptions::new()
+            .max_connections(CONNECTIONS)
+            .after_connect(|connection, _| {
+                Box::pin(async move {
+                    sqlx::raw_sql(SQLITE_SETTINGS)
+                        .execute(&mut *connection)
+                        .await
+                        .map(drop)
+                })
+            })
+            .connect(&url)
+            .await
+            .map_err(|error| failed("open the store", &error))?;
+        sqlx::migrate!("./migrations")
+            .run(&pool)
+            .await
+            .map_err(|error| {
+                let detail = format!("cannot bring the store into its latest form: {error}");
+                Problem::new(ProblemKind::Internal, detail)
+            })?;
+        Ok(Self {
+            pool,
+            turn: Arc::default(),
+            news: broadcast::channel(EVENTS_AHEAD).0,
+        })
+    }
+
+    /// Begins a change. It is undone unless it is committed.
+    async fn change(&self) -> Result<Change<'_>> {
+        let turn = self.turn.lock().await;
+        let transaction = self.pool.begin().await.map_err(|e| failed("begin", &e))?;
+        Ok(Change {
+            transaction,
+            events: Vec::new(),
+            news: &self.news,
+            _turn: turn,
+        })
+    }
+}
+
+/// A change to the store, and the events that it is.
+struct Change<'a> {
+    transaction: sqlx::Transaction<'static, sqlx::Any>,
+    events: Vec<Event>,
+    news: &'a broadcast::Sender<Event>,
+    _turn: MutexGuard<'a, ()>,
+}
+
+impl Change<'_> {
+    fn connection(&mut self) -> &mut AnyConnection {
+        &mut self.transaction
+    }
+
+    /// Makes the change; only then are its events told.
+    async fn commit(self) -> Result<()> {
+        let committed = self.transaction.commit().await;
+        committed.map_err(|error| failed("commit", &error))?;
+        for event in self.events {
+            // Nobody may be listening.
+            let _ = self.news.send(event);
+        }
+        Ok(())
+    }
+}
+
+fn failed(action: &str, error: &sqlx::Error) -> Problem {
+    let detail = format!("the store failed ({action}): {error}");
+    Problem::new(ProblemKind::Internal, detail)
+}
+
+fn query_failed(error: sqlx::Error) -> Problem {
+    failed("query", &error)
+}
+
+/// Whether it failed because something of that name is there.
+fn is_taken(error: &sqlx::Error) -> bool {
+    error
+        .as_database_error()
+        .is_some_and(|error| error.is_unique_violation())
+}
+
+fn text(row: &AnyRow, column: &str) -> Result<String> {
+    row.try_get(column).map_err(query_failed)
+}
+
+fn optional_text(row: &AnyRow, column: &str) -> Result<Option<String>> {
+    row.try_get(column).map_err(query_failed)
+}
+
+fn number(row: &AnyRow, column: &str) -> Result<i64> {
+    row.try_get(column).map_err(query_failed)
+}
+
+fn unsigned(row: &AnyRow, column: &str) -> Result<u64> {
+    Ok(number(row, column)?.max(0) as u64)
+}
+
+fn json<T: DeserializeOwned>(row: &AnyRow, column: &str) -> Result<T> {
+    parse(&text(row, column)?)
+}
+
+fn parse<T: DeserializeOwned>(text: &str) -> Result<T> {
+    serde_json::from_str(text).map_err(|error| {
+        let detail = format!("the store holds what cannot be understood: {error}");
+        Problem::new(ProblemKind::Internal, detail)
+    })
+}
+
+fn to_json(value: &impl Serialize) -> Result<String> {
+    serde_json::to_string(value)
+        .map_err(|error| Problem::new(ProblemKind::Internal, error.to_string()))
+}
+
+/// The word that a value of a simple enum is written as.
+fn word(value: &impl Serialize) -> Result<String> {
+    Ok(to_json(value)?.trim_matches('"').to_owned())
+}
+
+fn from_word<T: DeserializeOwned>(word: &str) -> Result<T> {
+    parse(&format!("\"{word}\""))
+}

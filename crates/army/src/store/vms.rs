@@ -1,0 +1,374 @@
+//! VMs: what was asked for, and what was last heard of them.
+
+use std::collections::BTreeMap;
+
+use army_api::vms::{ForkTimes, Vm, VmFilter, VmMemory, VmPage, VmState};
+use army_api::{Problem, ProblemKind};
+use sqlx::Row;
+use sqlx::any::AnyRow;
+
+use super::{
+    Result, Store, from_word, is_taken, json, number, optional_text, parse, query_failed, text,
+    to_json, unsigned, word,
+};
+use crate::node::VmReport;
+
+/// VMs of a page, where the client does not say.
+const PAGE: u32 = 1000;
+
+/// VMs that are to be made.
+pub struct NewVms<'a> {
+    /// They; in state [`VmState::Creating`].
+    pub vms: &'a [Vm],
+    /// Added to the environment of their commands.
+    pub environment: &'a BTreeMap<String, String>,
+    /// The idempotency key that they were asked for with.
+    pub request: Option<&'a str>,
+}
+
+impl Store {
+    /// Writes down VMs that are about to be made, all or none of them.
+    ///
+    /// # Errors
+    /// [`ProblemKind::Conflict`] where a name is taken, [`ProblemKind::QuotaExceeded`].
+    pub async fn add_vms(&self, new: &NewVms<'_>) -> Result<()> {
+        let Some(first) = new.vms.first() else {
+            return Ok(());
+        };
+        let mut change = self.change().await?;
+        let row = sqlx::query(
+            "SELECT (SELECT COUNT(*) FROM vms WHERE alive = 1 AND tenant = $1) AS used, \
+             (SELECT COALESCE(MAX(number), 0) FROM vms) AS last, \
+             (SELECT COALESCE(MAX(max_vms), -1) FROM tenants WHERE name = $1) AS quota",
+        )
+        .bind(&first.tenant)
+        .fetch_one(change.connection())
+        .await
+        .map_err(query_failed)?;
+        let (used, quota) = (number(&row, "used")?, number(&row, "quota")?);
+        if quota >= 0 && used + new.vms.len() as i64 > quota {
+            let detail = format!(
+                "the tenant {} has {used} of the {quota} VMs that it may have, and asked for {}",
+                first.tenant,
+                new.vms.len()
+            );
+            return Err(Problem::new(ProblemKind::QuotaExceeded, detail)
+                .advise("destroy some, or have the quota raised"));
+        }
+        let mut last = number(&row, "last")?;
+        for vm in new.vms {
+            last += 1;
+            sqlx::query(
+                "INSERT INTO vms (id, number, name, tenant, template, host, wanted, state, alive, \
+                 labels, environment, created_ms, expires_ms, request) \
+                 VALUES ($1, $2, $3, $4, $5, $6, 1, $7, 1, $8, $9, $10, $11, $12)",
+            )
+            .bind(&vm.id)
+            .bind(last)
+            .bind(&vm.name)
+            .bind(&vm.tenant)
+            .bind(&vm.template)
+            .bind(&vm.host)
+            .bind(word(&vm.state)?)
+            .bind(to_json(&vm.labels)?)
+            .bind(to_json(new.environment)?)
+            .bind(vm.created_ms as i64)
+            .bind(vm.expires_ms.map(|time| time as i64))
+            .bind(new.request)
+            .execute(change.connection())
+            .await
+            .map_err(|error| match is_taken(&error) {
+                true => {
+                    let detail = format!("there is a VM `{}` already", vm.name);
+                    Problem::new(ProblemKind::Conflict, detail)
+                }
+                false => query_failed(error),
+            })?;
+            let detail = format!("of {} on {}", vm.template, vm.host);
+            change
+                .event("vm.creating", &vm.id, &vm.tenant, &detail)
+                .await?;
+        }
+        change.commit().await
+    }
+
+    /// Writes down how making a VM went.
+    pub async fn made_vm(&self, id: &str, made: &Result<ForkTimes>) -> Result<()> {
+        let mut change = self.change().await?;
+        let (state, reason, fork) = match made {
+            Ok(times) => (VmState::Running, None, Some(to_json(times)?)),
+            Err(problem) => (VmState::Failed, Some(problem.detail.clone()), None),
+        };
+        // What was destroyed in the meantime stays so.
+        let changed = sqlx::query(
+            "UPDATE vms SET state = $1, alive = $2, reason = $3, fork = $4 \
+             WHERE id = $5 AND alive = 1 RETURNING tenant",
+        )
+        .bind(word(&state)?)
+        .bind(i64::from(state.is_alive()))
+        .bind(reason.as_deref())
+        .bind(fork)
+        .bind(id)
+        .fetch_optional(change.connection())
+        .await
+        .map_err(query_failed)?;
+        if let Some(row) = changed {
+            let tenant = text(&row, "tenant")?;
+            let kind = format!("vm.{}", word(&state)?);
+            let detail = reason.unwrap_or_default();
+            change.event(&kind, id, &tenant, &detail).await?;
+        }
+        change.commit().await
+    }
+
+    /// Takes in what a host says of its VMs; returns the ids of those that are over by our book,
+    /// which the host may end and forget. A VM that is not in our book at all is left alone: the
+    /// book may be the wrong one.
+    pub async fn hear_of_vms(&self, host: &str, reports: &[VmReport]) -> Result<Vec<String>> {
+        let rows = sqlx::query("SELECT id, state, tenant FROM vms WHERE host = $1 AND alive = 1")
+            .bind(host)
+            .fetch_all(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        let mut known = BTreeMap::new();
+        for row in &rows {
+            let state: VmState = from_word(&text(row, "state")?)?;
+            known.insert(text(row, "id")?, (state, text(row, "tenant")?));
+        }
+        let mut over = Vec::new();
+        let mut change = self.change().await?;
+        for report in reports {
+            let Some((state, tenant)) = known.get(&report.id) else {
+                let row = sqlx::query("SELECT id FROM vms WHERE id = $1 AND alive = 0")
+                    .bind(&report.id)
+                    .fetch_optional(change.connection())
+                    .await
+                    .map_err(query_failed)?;
+                over.extend(row.map(|_| report.id.clone()));
+                continue;
+            };
+            // A VM that is being made is told of by whoever makes it.
+            if *state == VmState::Creating && report.state.is_alive() {
+                continue;
+            }
+            let memory = report.memory.as_ref().map(to_json).transpose()?;
+            sqlx::query(
+                "UPDATE vms SET state = $1, alive = $2, reason = COALESCE($3, reason), \
+                 memory = COALESCE($4, memory) WHERE id = $5 AND alive = 1",
+            )
+            .bind(word(&report.state)?)
+            .bind(i64::from(report.state.is_alive()))
+            .bind(report.reason.as_deref())
+            .bind(memory)
+            .bind(&report.id)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+            if *state != report.state {
+                let kind = format!("vm.{}", word(&report.state)?);
+                let detail = report.reason.clone().unwrap_or_default();
+                change.event(&kind, &report.id, tenant, &detail).await?;
+            }
+            if !report.state.is_alive() {
+                over.push(report.id.clone());
+            }
+        }
+        change.commit().await?;
+        Ok(over)
+    }
+
+    /// Sets the state of VMs without hearing of them: of a host that does not answer, or of those
+    /// that a host turns out not to have.
+    pub async fn set_vms(&self, ids: &[String], state: VmState, reason: &str) -> Result<()> {
+        let mut change = self.change().await?;
+        for id in ids {
+            let changed = sqlx::query(
+                "UPDATE vms SET state = $1, alive = $2, reason = $3 \
+                 WHERE id = $4 AND alive = 1 AND state <> $1 RETURNING tenant",
+            )
+            .bind(word(&state)?)
+            .bind(i64::from(state.is_alive()))
+            .bind(reason)
+            .bind(id)
+            .fetch_optional(change.connection())
+            .await
+            .map_err(query_failed)?;
+            if let Some(row) = changed {
+                let tenant = text(&row, "tenant")?;
+                let kind = format!("vm.{}", word(&state)?);
+                change.event(&kind, id, &tenant, reason).await?;
+            }
+        }
+        change.commit().await
+    }
+
+    /// Writes down that a VM is to go.
+    pub async fn unwant_vm(&self, id: &str) -> Result<()> {
+        let mut change = self.change().await?;
+        sqlx::query("UPDATE vms SET wanted = 0 WHERE id = $1")
+            .bind(id)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        change.commit().await
+    }
+
+    /// VMs of a host that hold a place, with their state and whether they are wanted.
+    pub async fn vms_of_host(&self, host: &str) -> Result<Vec<(String, VmState, bool)>> {
+        let rows = sqlx::query("SELECT id, state, wanted FROM vms WHERE host = $1 AND alive = 1")
+            .bind(host)
+            .fetch_all(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        rows.iter()
+            .map(|row| {
+                let state = from_word(&text(row, "state")?)?;
+                Ok((text(row, "id")?, state, number(row, "wanted")? != 0))
+            })
+            .collect()
+    }
+
+    /// A VM by its id, or by the name of one that is not over; only `tenant`'s where one is given.
+    pub async fn vm(&self, key: &str, tenant: Option<&str>) -> Result<Vm> {
+        let row = sqlx::query(
+            "SELECT * FROM vms WHERE (id = $1 OR (name = $1 AND alive = 1)) \
+             AND ($2 = '*' OR tenant = $2) ORDER BY (id = $1) DESC, number DESC LIMIT 1",
+        )
+        .bind(key)
+        .bind(tenant.unwrap_or("*"))
+        .fetch_optional(&self.pool)
+        .await
+        .map_err(query_failed)?;
+        match row {
+            Some(row) => vm(&row),
+            None => {
+                let detail = format!("there is no VM `{}`", key.escape_debug());
+                Err(Problem::new(ProblemKind::NotFound, detail))
+            }
+        }
+    }
+
+    /// What is added to the environment of a VM's commands.
+    pub async fn environment(&self, id: &str) -> Result<BTreeMap<String, String>> {
+        let row = sqlx::query("SELECT environment FROM vms WHERE id = $1")
+            .bind(id)
+            .fetch_one(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        json(&row, "environment")
+    }
+
+    /// The VMs of one request.
+    pub async fn vms_of_request(&self, tenant: &str, request: &str) -> Result<Vec<Vm>> {
+        let rows =
+            sqlx::query("SELECT * FROM vms WHERE tenant = $1 AND request = $2 ORDER BY number")
+                .bind(tenant)
+                .bind(request)
+                .fetch_all(&self.pool)
+                .await
+                .map_err(query_failed)?;
+        rows.iter().map(vm).collect()
+    }
+
+    /// A page of VMs, of one tenant or of all.
+    pub async fn vms(&self, filter: &VmFilter, tenant: Option<&str>) -> Result<VmPage> {
+        let limit = filter.limit.unwrap_or(PAGE).clamp(1, 10_000);
+        let after = match &filter.after {
+            None => 0,
+            Some(after) => after.parse::<i64>().map_err(|_| {
+                let detail = "`after` is no page's `next`";
+                Problem::new(ProblemKind::InvalidRequest, detail)
+            })?,
+        };
+        // Labels are small JSON objects with sorted keys: a member of one is a part of its text.
+        let label = match &filter.label {
+            None => None,
+            Some(label) => {
+                let (key, value) = label.split_once('=').ok_or_else(|| {
+                    let detail = "write a label as key=value";
+                    Problem::new(ProblemKind::InvalidRequest, detail)
+                })?;
+                let member = BTreeMap::from([(key, value)]);
+                let text = to_json(&member)?;
+                Some(text[1..text.len() - 1].to_owned())
+            }
+        };
+        let rows = sqlx::query(
+            "SELECT * FROM vms WHERE number > $1 AND ($2 = '*' OR tenant = $2) \
+             AND ($3 = 1 OR alive = 1) AND ($4 = '' OR template = $4) AND ($5 = '' OR host = $5) \
+             ORDER BY number LIMIT $6",
+        )
+        .bind(after)
+        .bind(tenant.unwrap_or("*"))
+        .bind(i64::from(filter.all))
+        .bind(filter.template.as_deref().unwrap_or_default())
+        .bind(filter.host.as_deref().unwrap_or_default())
+        // One more tells whether there is a next page.
+        .bind(i64::from(limit) + 1)
+        .fetch_all(&self.pool)
+        .await
+        .map_err(query_failed)?;
+        let more = rows.len() > limit as usize;
+        let rows = &rows[..rows.len().min(limit as usize)];
+        let next = match rows.last().filter(|_| more) {
+            Some(row) => Some(number(row, "number")?.to_string()),
+            None => None,
+        };
+        let mut vms = Vec::with_capacity(rows.len());
+        for row in rows {
+            let has_label = match &label {
+                Some(label) => text(row, "labels")?.contains(label),
+                None => true,
+            };
+            if has_label {
+                vms.push(vm(row)?);
+            }
+        }
+        Ok(VmPage { vms, next })
+    }
+
+    /// VMs that hold a place, by what they were made of.
+    pub async fn vms_by_template(&self) -> Result<BTreeMap<String, u32>> {
+        self.count("template").await
+    }
+
+    /// VMs that hold a place, by host.
+    pub async fn vms_by_host(&self) -> Result<BTreeMap<String, u32>> {
+        self.count("host").await
+    }
+
+    async fn count(&self, column: &'static str) -> Result<BTreeMap<String, u32>> {
+        let query = match column {
+            "host" => "SELECT host AS it, COUNT(*) AS n FROM vms WHERE alive = 1 GROUP BY host",
+            _ => "SELECT template AS it, COUNT(*) AS n FROM vms WHERE alive = 1 GROUP BY template",
+        };
+        let rows = sqlx::query(query)
+            .fetch_all(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        rows.iter()
+            .map(|row| Ok((text(row, "it")?, number(row, "n")? as u32)))
+            .collect()
+    }
+}
+
+fn vm(row: &AnyRow) -> Result<Vm> {
+    let optional = |column: &str| optional_text(row, column);
+    let expires: Option<i64> = row.try_get("expires_ms").map_err(query_failed)?;
+    let fork: Option<ForkTimes> = optional("fork")?.as_deref().map(parse).transpose()?;
+    let memory: Option<VmMemory> = optional("memory")?.as_deref().map(parse).transpose()?;
+    Ok(Vm {
+        id: text(row, "id")?,
+        name: text(row, "name")?,
+        tenant: text(row, "tenant")?,
+        template: text(row, "template")?,
+        host: text(row, "host")?,
+        state: from_word(&text(row, "state")?)?,
+        reason: optional("reason")?,
+        labels: json(row, "labels")?,
+        created_ms: unsigned(row, "created_ms")?,
+        expires_ms: expires.map(|time| time.max(0) as u64),
+        fork,
+        memory,
+    })
+}

@@ -1,0 +1,223 @@
+//! The API without guests: who may what, and what a hostile client gets.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+
+use army::controller::Controller;
+use army::node::Node;
+use army::server;
+use army::store::Store;
+use army_api::client::{Client, ClientError};
+use army_api::keys::{CreateKey, Key, NewKey, Role};
+use army_api::templates::Template;
+use army_api::vms::{CreateVms, CreatedVms, VmPage};
+use army_api::{Problem, ProblemKind};
+use reqwest::Method;
+use serde_json::{Value, json};
+
+struct Server {
+    url: String,
+    admin: Client,
+    store: Store,
+    _dir: tempfile::TempDir,
+}
+
+async fn server() -> Server {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().to_owned();
+    let store = Store::open(&path.join("army.db")).await.unwrap();
+    let node = tokio::task::spawn_blocking(move || {
+        let runtime = clone::runtime::Runtime::at(&path.join("run")).unwrap();
+        let templates = clone::template::Store::at(path.join("templates"));
+        Node::open("here".into(), path.join("vms"), runtime, templates).unwrap()
+    });
+    let controller = Controller::new(store.clone(), vec![node.await.unwrap()]);
+    controller.take_up_all().await.unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let router = server::router(Arc::new(controller));
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    let key = create_key(&store, "root", Role::Admin, None).await;
+    Server {
+        admin: Client::new(&url, key.secret),
+        url,
+        store,
+        _dir: dir,
+    }
+}
+
+async fn create_key(store: &Store, tenant: &str, role: Role, max_vms: Option<u32>) -> NewKey {
+    let asked = CreateKey {
+        tenant: tenant.to_owned(),
+        role,
+        max_vms,
+    };
+    store.create_key(&asked).await.unwrap()
+}
+
+impl Server {
+    async fn client(&self, tenant: &str, role: Role) -> Client {
+        let key = create_key(&self.store, tenant, role, None).await;
+        Client::new(&self.url, key.secret)
+    }
+}
+
+fn problem(result: Result<Value, ClientError>) -> Problem {
+    match result.unwrap_err() {
+        ClientError::Refused(problem) => problem,
+        other => panic!("{other}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_told_without_a_key_but_health_and_the_apis_description() {
+    let server = server().await;
+    let nobody = Client::new(&server.url, "army_guess");
+    for path in [
+        "/v1/vms",
+        "/v1/hosts",
+        "/v1/templates",
+        "/v1/keys",
+        "/metrics",
+        "/v1/events",
+    ] {
+        let refused = problem(nobody.get(path, &()).await);
+        assert_eq!(refused.kind, ProblemKind::Unauthorized, "{path}");
+    }
+    let health: Value = nobody.get("/healthz", &()).await.unwrap();
+    assert_eq!(health["version"], env!("CARGO_PKG_VERSION"));
+    let document: Value = nobody.get("/openapi.json", &()).await.unwrap();
+    assert!(document["paths"]["/v1/vms/{vm}/exec"]["post"].is_object());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn roles_allow_what_they_say_and_the_last_administrator_stays() {
+    let server = server().await;
+    let user = server.client("red", Role::User).await;
+    let viewer = server.client("red", Role::Viewer).await;
+    let refused = problem(user.get("/v1/keys", &()).await);
+    assert_eq!(refused.kind, ProblemKind::Forbidden);
+    let asked = json!({"template": "t"});
+    let refused = problem(viewer.send(Method::POST, "/v1/vms", &asked).await);
+    assert_eq!(refused.kind, ProblemKind::Forbidden);
+    let refused = problem(user.send(Method::POST, "/v1/vms", &asked).await);
+    assert_eq!(refused.kind, ProblemKind::NotFound, "{refused}");
+    let keys: Vec<Key> = server.admin.get("/v1/keys", &()).await.unwrap();
+    assert_eq!(keys.len(), 3);
+    let admin = keys.iter().find(|key| key.role == Role::Admin).unwrap();
+    let path = format!("/v1/keys/{}", admin.id);
+    let refused = server.admin.plain(Method::DELETE, &path).await;
+    assert!(refused.unwrap_err().to_string().contains("last key"));
+    let red = keys.iter().find(|key| key.role == Role::User).unwrap();
+    let path = format!("/v1/keys/{}", red.id);
+    server.admin.plain(Method::DELETE, &path).await.unwrap();
+    let refused = problem(user.get("/v1/vms", &()).await);
+    assert_eq!(refused.kind, ProblemKind::Unauthorized);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_understood_is_a_problem_that_says_why() {
+    let server = server().await;
+    let admin = &server.admin;
+    let post = async |body: &Value| admin.send::<Value>(Method::POST, "/v1/vms", body).await;
+    for body in [
+        json!({}),
+        json!({"template": 7}),
+        json!({"template": "t", "surprise": 1}),
+        json!({"template": "t", "count": 0}),
+        json!({"template": "t", "count": 1001}),
+        json!({"template": "t", "count": -1}),
+        json!({"template": "t", "name": "../x"}),
+        json!({"template": "t", "ttl_s": 0}),
+        json!({"template": "t", "environment": {"A=B": "x"}}),
+        json!([]),
+        json!("x"),
+    ] {
+        let refused = problem(post(&body).await);
+        assert_eq!(refused.kind, ProblemKind::InvalidRequest, "{body}");
+    }
+    for query in ["limit=x", "surprise=1", "after=x", "label=x"] {
+        let refused = problem(admin.get(&format!("/v1/vms?{query}"), &()).await);
+        assert_eq!(refused.kind, ProblemKind::InvalidRequest, "{query}");
+    }
+    for path in ["vms/none", "nothing", "templates/none", "hosts/none"] {
+        let refused = problem(admin.get(&format!("/v1/{path}"), &()).await);
+        assert_eq!(refused.kind, ProblemKind::NotFound, "{path}");
+    }
+    // Paths are names: nothing outside the store is looked at.
+    for name in ["../../etc", "/etc", "", "a/b", ".hidden"] {
+        let asked = json!({"name": name});
+        let refused = problem(admin.send(Method::POST, "/v1/templates", &asked).await);
+        assert_eq!(refused.kind, ProblemKind::InvalidRequest, "{name}");
+    }
+    let huge = json!({"template": "t".repeat(2 << 20)});
+    assert_eq!(problem(post(&huge).await).kind, ProblemKind::TooLarge);
+    let refused = problem(admin.send(Method::PUT, "/v1/vms", &()).await);
+    assert_eq!(refused.status, 405);
+}
+
+fn template(name: &str) -> Template {
+    Template {
+        name: name.into(),
+        id: "0".repeat(32),
+        parent: None,
+        host: "here".into(),
+        memory_bytes: 256 << 20,
+        data_bytes: 1 << 20,
+        vcpus: 1,
+        taken_ms: 1,
+        standbys: 0,
+        ready: 0,
+        vms: 0,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fork_that_fails_is_told_written_down_and_leaves_its_name_free() {
+    let server = server().await;
+    // The store knows it, and the host does not have it.
+    server.store.add_template(&template("lost")).await.unwrap();
+    let asked = CreateVms {
+        template: "lost".into(),
+        count: 1,
+        name: Some("a".into()),
+        ..CreateVms::default()
+    };
+    for _ in 0..2 {
+        let result = server.admin.create("/v1/vms", &asked, Some("k")).await;
+        assert_eq!(problem(result).kind, ProblemKind::NotFound);
+    }
+    let two = CreateVms {
+        count: 2,
+        ..asked.clone()
+    };
+    let created: CreatedVms = server.admin.create("/v1/vms", &two, None).await.unwrap();
+    assert_eq!((created.vms.len(), created.failures.len()), (0, 2));
+    let page = async |query: &str| -> VmPage {
+        let path = format!("/v1/vms?{query}");
+        server.admin.get(&path, &()).await.unwrap()
+    };
+    let first = page("all=true&limit=3").await;
+    assert_eq!((first.vms.len(), first.next.as_deref()), (3, Some("3")));
+    assert!(first.vms.iter().all(|vm| vm.reason.is_some()));
+    let second = page("all=true&after=3").await;
+    assert_eq!((second.vms.len(), second.next), (1, None));
+    assert_eq!(page("").await.vms, []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_and_a_drained_host_are_honest_refusals() {
+    let server = server().await;
+    server.store.add_template(&template("t")).await.unwrap();
+    let poor = create_key(&server.store, "poor", Role::User, Some(1)).await;
+    let poor = Client::new(&server.url, poor.secret);
+    let asked = json!({"template": "t", "count": 2});
+    let refused = problem(poor.send(Method::POST, "/v1/vms", &asked).await);
+    assert_eq!(refused.kind, ProblemKind::QuotaExceeded);
+    let path = "/v1/hosts/here/drain";
+    let drained: Value = server.admin.send(Method::POST, path, &()).await.unwrap();
+    assert_eq!(drained["state"], "draining");
+    let refused = problem(server.admin.send(Method::POST, "/v1/vms", &asked).await);
+    assert_eq!(refused.kind, ProblemKind::Busy);
+    assert_eq!((refused.status, refused.retry_after_s), (429, Some(5)));
+}

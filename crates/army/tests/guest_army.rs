@@ -1,0 +1,319 @@
+//! `army dev` with real guests: what the API promises, seen from inside them.
+#![allow(clippy::unwrap_used)]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A host with a template, and a server on it.
+struct Host {
+    dir: tempfile::TempDir,
+    server: Option<Child>,
+    url: String,
+    key: String,
+}
+
+impl Host {
+    /// With the template `tiny`, of a guest that holds a nonce.
+    fn new(nonce: &str) -> Self {
+        let assets = std::env::var_os("CLONE_TEST_ASSETS")
+            .expect("set CLONE_TEST_ASSETS, or run `cargo xtask test --guest`");
+        let assets = PathBuf::from(assets);
+        let mut host = Self {
+            // Not under the shared target folder, which holds no sockets.
+            dir: tempfile::tempdir_in("/run").unwrap(),
+            server: None,
+            url: String::new(),
+            key: String::new(),
+        };
+        let file = |name: &str| assets.join(name).to_str().unwrap().to_owned();
+        let kernel = file("guest-kernel/bzImage");
+        let initrd = file("guest-initramfs/initramfs.cpio");
+        host.clone(&[
+            "run", "-d", "-n", "base", "-c", "2", "-m", "256M", "-k", &kernel, "-i", &initrd,
+        ]);
+        let script = format!("echo {nonce} > /run/nonce");
+        host.clone(&["exec", "--wait", "60", "base", "sh", "-c", &script]);
+        host.clone(&["snapshot", "base", "-o", "tiny"]);
+        host.clone(&["kill", "base"]);
+        host.start();
+        host
+    }
+
+    fn environment<'a>(&self, command: &'a mut Command) -> &'a mut Command {
+        command
+            .env("CLONE_RUNTIME_DIR", self.dir.path().join("run"))
+            .env("CLONE_TEMPLATE_DIR", self.dir.path().join("templates"))
+            .env("ARMY_STATE", self.dir.path().join("state"))
+            .env("ARMY_URL", &self.url)
+            .env("ARMY_KEY", &self.key)
+            .env_remove("LD_LIBRARY_PATH")
+            .stdin(Stdio::null())
+    }
+
+    fn clone(&self, words: &[&str]) {
+        let army = Path::new(env!("CARGO_BIN_EXE_army"));
+        let mut command = Command::new(army.with_file_name("clone"));
+        let output = self.environment(command.args(words)).output().unwrap();
+        assert!(output.status.success(), "{words:?}: {output:?}");
+    }
+
+    /// Starts the server, and takes its first key.
+    fn start(&mut self) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_army"));
+        command.args(["dev", "--listen", "127.0.0.1:0", "--host-name", "here"]);
+        let mut server = self
+            .environment(&mut command)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(server.stdout.take().unwrap()).lines();
+        self.server = Some(server);
+        for line in lines.by_ref() {
+            let line = line.unwrap();
+            if let Some(words) = line.trim().strip_prefix("export ") {
+                self.key = words.split("ARMY_KEY=").nth(1).unwrap().to_owned();
+            }
+            if let Some(rest) = line.strip_prefix("Army answers at ") {
+                self.url = rest.split(';').next().unwrap().to_owned();
+                break;
+            }
+        }
+        assert!(self.url.starts_with("http://"), "the server did not start");
+        // What it says later is read, so that it never waits for us.
+        std::thread::spawn(move || lines.for_each(drop));
+    }
+
+    fn kill_server(&mut self) {
+        let mut server = self.server.take().unwrap();
+        server.kill().unwrap();
+        server.wait().unwrap();
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_army"));
+        self.environment(command.args(words));
+        command
+    }
+
+    fn run(&self, words: &[&str]) -> Output {
+        self.command(words).output().unwrap()
+    }
+
+    fn army(&self, words: &[&str]) -> Value {
+        let words = [&["--json"], words].concat();
+        let output = self.run(&words);
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        serde_json::from_slice(&output.stdout).unwrap_or_default()
+    }
+
+    /// What a script prints in a VM.
+    fn guest(&self, vm: &str, script: &str) -> String {
+        let result = self.army(&["exec", vm, "sh", "-c", script]);
+        assert_eq!(result["exit_code"], 0, "{result}");
+        result["stdout"].as_str().unwrap().trim().to_owned()
+    }
+
+    fn wait(&self, what: &str, mut done: impl FnMut(&Self) -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !done(self) {
+            assert!(Instant::now() < end, "waited too long: {what}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// Waits until a VM is over, and tells why.
+    fn end_of(&self, name: &str) -> String {
+        let mut reason = String::new();
+        self.wait(name, |host| {
+            let all = host.army(&["vm", "ls", "--all"]);
+            let vm = all.as_array().unwrap().iter().find(|vm| vm["name"] == name);
+            let vm = vm.unwrap();
+            reason = vm["reason"].as_str().unwrap_or_default().to_owned();
+            vm["state"] == "ended"
+        });
+        reason
+    }
+
+    /// VMs that run on the host, by their directories.
+    fn there(&self) -> Vec<String> {
+        let list = std::fs::read_dir(self.dir.path().join("run/vms")).unwrap();
+        let names = list.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.starts_with("army-")).collect()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if self.server.is_some() {
+            self.kill_server();
+        }
+        // Of a test that failed; its VMs outlive their server.
+        let list = std::fs::read_dir(self.dir.path().join("run/vms"));
+        for entry in list.into_iter().flatten().flatten() {
+            if let Ok(text) = std::fs::read_to_string(entry.path().join("pid"))
+                && let Some(pid) = text.split_whitespace().next()
+            {
+                let _ = Command::new("kill").args(["-9", pid]).status();
+            }
+        }
+    }
+}
+
+#[test]
+fn vms_are_made_used_forked_and_destroyed_through_the_api() {
+    let host = Host::new("4711-nonce");
+    let template = host.army(&["template", "register", "tiny", "--standbys", "2"]);
+    assert_eq!(template["vcpus"], 2);
+    let created = host.army(&[
+        "vm",
+        "create",
+        "tiny",
+        "-n",
+        "c",
+        "--count",
+        "3",
+        "-l",
+        "team=red",
+        "-e",
+        "GREETING=hi",
+    ]);
+    let vms = created["vms"].as_array().unwrap();
+    assert_eq!(vms.len(), 3, "{created}");
+    assert!(
+        vms.iter()
+            .all(|vm| vm["fork"]["total_us"].as_u64() > Some(0))
+    );
+    // Each has the template's memory and a name of its own, and its output comes apart.
+    let script = "cat /run/nonce; hostname; echo $GREETING; echo wrong >&2; exit 3";
+    for vm in ["c-1", "c-2", "c-3"] {
+        let output = host.run(&["exec", vm, "sh", "-c", script]);
+        assert_eq!(output.status.code(), Some(3), "{output:?}");
+        let expected = format!("4711-nonce\n{vm}\nhi\n");
+        assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "wrong\n");
+    }
+    let red = host.army(&["vm", "ls", "-l", "team=red"]);
+    assert_eq!(red.as_array().unwrap().len(), 3);
+    assert_eq!(host.army(&["vm", "ls", "-l", "team=blue"]), json!([]));
+    bytes_go_in_and_out(&host);
+    // The balloon takes memory from the guest.
+    host.army(&["vm", "balloon", "c-3", "64M"]);
+    host.wait("the balloon", |host| {
+        host.army(&["vm", "balloon", "c-3"])["actual_bytes"] == 64 << 20
+    });
+    // A fork of a running VM has its memory of that instant, and both go on.
+    host.guest("c-2", "echo later > /run/later");
+    host.army(&["vm", "fork", "c-2", "-n", "d"]);
+    assert_eq!(host.guest("d", "cat /run/later; hostname"), "later\nd");
+    assert_eq!(host.guest("c-2", "hostname"), "c-2");
+    // Times to live and idleness are seen to.
+    host.army(&["vm", "create", "tiny", "-n", "short", "--ttl", "1"]);
+    host.army(&["vm", "create", "tiny", "-n", "idle", "--pause-idle", "1"]);
+    assert_eq!(host.end_of("short"), "its time to live was over");
+    host.wait("an idle VM's pause", |host| {
+        host.army(&["vm", "inspect", "idle"])["state"] == "paused"
+    });
+    assert_eq!(host.guest("idle", "cat /run/nonce"), "4711-nonce");
+    // A template in use stays; then everything goes.
+    assert!(!host.run(&["template", "rm", "tiny"]).status.success());
+    for vm in host.army(&["vm", "ls"]).as_array().unwrap() {
+        host.army(&["vm", "rm", vm["id"].as_str().unwrap()]);
+    }
+    assert_eq!(host.there(), [""; 0]);
+    host.army(&["template", "rm", "tiny"]);
+    assert!(!host.dir.path().join("templates/tiny").exists());
+}
+
+/// Input, files both ways, a program with a terminal.
+fn bytes_go_in_and_out(host: &Host) {
+    let mut wc = host
+        .command(&["exec", "-i", "c-1", "wc", "-c"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    wc.stdin
+        .take()
+        .unwrap()
+        .write_all(&[b'x'; 100_000])
+        .unwrap();
+    let mut counted = String::new();
+    wc.stdout
+        .take()
+        .unwrap()
+        .read_to_string(&mut counted)
+        .unwrap();
+    assert_eq!(
+        (counted.trim(), wc.wait().unwrap().success()),
+        ("100000", true)
+    );
+    let file = |name: &str| host.dir.path().join(name).to_str().unwrap().to_owned();
+    let (there, back) = (file("there"), file("back"));
+    let data: Vec<u8> = (0..3_000_000_u32)
+        .map(|n| (n.wrapping_mul(n) >> 7) as u8)
+        .collect();
+    std::fs::write(&there, &data).unwrap();
+    host.army(&["cp", &there, "c-1:/tmp/data", "--mode", "600"]);
+    host.army(&["cp", "c-1:/tmp/data", &back]);
+    assert_eq!(std::fs::read(&back).unwrap(), data);
+    let shell = host.run(&["shell", "c-2", "tty; exit 7"]);
+    assert_eq!(shell.status.code(), Some(7), "{shell:?}");
+    assert!(
+        String::from_utf8_lossy(&shell.stdout).contains("/dev/pts/"),
+        "{shell:?}"
+    );
+}
+
+#[test]
+fn vms_outlive_the_server_and_are_its_own_again() {
+    let mut host = Host::new("outlived");
+    host.army(&["template", "register", "tiny"]);
+    let create = [
+        "vm",
+        "create",
+        "tiny",
+        "-n",
+        "v",
+        "--count",
+        "2",
+        "--idempotency-key",
+        "k",
+    ];
+    let first = host.army(&create);
+    assert_eq!(host.army(&create), first, "the same request twice");
+    assert_eq!(host.there().len(), 2);
+    host.guest("v-1", "echo before > /run/before");
+    host.kill_server();
+    host.start();
+    assert_eq!(
+        host.guest("v-1", "cat /run/nonce /run/before"),
+        "outlived\nbefore"
+    );
+    assert_eq!(
+        host.army(&create),
+        first,
+        "the same request after a restart"
+    );
+    // One that ends by itself is told of, with the reason.
+    host.run(&["exec", "v-2", "poweroff", "-f"]);
+    assert_eq!(host.end_of("v-2"), "its guest ended it");
+    // Other tenants see nothing of it, and have what their quota says.
+    let other = host.army(&["key", "create", "other", "--max-vms", "1"]);
+    let other = other["secret"].as_str().unwrap().to_owned();
+    let as_other = |words: &[&str]| {
+        let output = host.run(&[&["--key", &other], words].concat());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let hidden = as_other(&["exec", "v-1", "true"]);
+    assert!(hidden.contains("there is no VM `v-1`"), "{hidden}");
+    let many = as_other(&["vm", "create", "tiny", "--count", "2"]);
+    assert!(many.contains("has 0 of the 1 VMs"), "{many}");
+    host.army(&["vm", "rm", "v-1"]);
+    assert_eq!(host.there(), [""; 0]);
+}
