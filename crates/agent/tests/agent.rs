@@ -339,6 +339,12 @@ fn a_detached_command_goes_on_alone_and_keeps_its_newest_output() {
         .unwrap();
     assert_eq!(exited.code, Some(0));
     assert!(stdout.ends_with(b"the end\n"));
+    // It is forgotten when the agent has read that all has arrived, which nobody waits for.
+    while let Ok(running) = agent.connect().attach(id, Acknowledge::default()) {
+        assert!(Instant::now() < deadline, "the command is not forgotten");
+        drop(running);
+        thread::sleep(Duration::from_millis(20));
+    }
     let (code, message) = refusal(agent.connect().attach(id, Acknowledge::default()));
     assert_eq!(
         (code, message.contains("no command")),

@@ -15,6 +15,9 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 
 use super::context::Context;
 
+/// Ctrl-D.
+const END_OF_INPUT: u8 = 4;
+
 /// A shell in a VM.
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -48,6 +51,7 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
     let raw = Raw::enter()?;
     let mut resized = signal(SignalKind::window_change())?;
     let mut typed = typed();
+    let mut more = true;
     let code = loop {
         tokio::select! {
             message = receiver.next() => match message {
@@ -64,10 +68,12 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
                 Some(Ok(_)) => {}
                 Some(Err(_)) | None => anyhow::bail!("the connection was lost"),
             },
-            bytes = typed.recv() => match bytes {
-                Some(bytes) => sender.send(Message::Binary(bytes.into())).await?,
-                None => break None,
-            },
+            bytes = typed.recv(), if more => {
+                more = bytes.is_some();
+                // The end of the input is a key of the terminal's.
+                let bytes = bytes.unwrap_or_else(|| vec![END_OF_INPUT]);
+                sender.send(Message::Binary(bytes.into())).await?;
+            }
             _ = resized.recv() => {
                 let (rows, columns) = size();
                 let text = serde_json::to_string(&TerminalMessage::Resize { rows, columns })?;
@@ -76,6 +82,8 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
         }
     };
     drop(raw);
+    // What was printed last.
+    std::io::stdout().flush()?;
     // A thread still waits for keys, and would keep us.
     std::process::exit(code.unwrap_or(1));
 }

@@ -125,7 +125,8 @@ impl Store {
     /// which the host may end and forget. A VM that is not in our book at all is left alone: the
     /// book may be the wrong one.
     pub async fn hear_of_vms(&self, host: &str, reports: &[VmReport]) -> Result<Vec<String>> {
-        let rows = sqlx::query("SELECT id, state, tenant FROM vms WHERE host = $1 AND alive = 1")
+        let query = "SELECT id, state, tenant, memory FROM vms WHERE host = $1 AND alive = 1";
+        let rows = sqlx::query(query)
             .bind(host)
             .fetch_all(&self.pool)
             .await
@@ -133,12 +134,13 @@ impl Store {
         let mut known = BTreeMap::new();
         for row in &rows {
             let state: VmState = from_word(&text(row, "state")?)?;
-            known.insert(text(row, "id")?, (state, text(row, "tenant")?));
+            let memory = optional_text(row, "memory")?;
+            known.insert(text(row, "id")?, (state, text(row, "tenant")?, memory));
         }
         let mut over = Vec::new();
         let mut change = self.change().await?;
         for report in reports {
-            let Some((state, tenant)) = known.get(&report.id) else {
+            let Some((state, tenant, known_memory)) = known.get(&report.id) else {
                 let row = sqlx::query("SELECT id FROM vms WHERE id = $1 AND alive = 0")
                     .bind(&report.id)
                     .fetch_optional(change.connection())
@@ -152,6 +154,9 @@ impl Store {
                 continue;
             }
             let memory = report.memory.as_ref().map(to_json).transpose()?;
+            if *state == report.state && memory == *known_memory {
+                continue;
+            }
             sqlx::query(
                 "UPDATE vms SET state = $1, alive = $2, reason = COALESCE($3, reason), \
                  memory = COALESCE($4, memory) WHERE id = $5 AND alive = 1",
