@@ -30,6 +30,7 @@ const CONSOLE: &str = "console.log";
 const QEMU_LOG: &str = "qemu.log";
 /// The emulated CPUs' registers whenever one is reset: how it was when it could not go on.
 const CPU_LOG: &str = "cpu.log";
+const TRIPLE_FAULT: &str = "Triple fault";
 /// Where the spare device of the VFIO flavour is put on its bus.
 const SPARE_DEVICE: &str = "0000:00:10.0";
 
@@ -244,10 +245,21 @@ impl Testbed {
             shown.collect::<Vec<_>>().join("\n")
         };
         format!(
-            "--- QEMU\n{}\n--- console\n{}",
+            "--- QEMU\n{}{}\n--- console\n{}",
             tail(QEMU_LOG),
+            self.triple_fault(),
             tail(CONSOLE)
         )
+    }
+
+    /// The CPUs as they were when one could not go on and the machine was reset; else nothing.
+    fn triple_fault(&self) -> String {
+        let text = fs::read(self.folder.join(CPU_LOG)).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        match text.find(TRIPLE_FAULT) {
+            Some(at) => format!("\n--- CPUs\n{}", &text[at..]),
+            None => String::new(),
+        }
     }
 }
 
@@ -321,7 +333,7 @@ fn arguments(image: &Image, kind: Kind, supervisor: &Path) -> Result<Vec<OsStrin
     }
     let mut cmdline = format!(
         "console=ttyS0 quiet panic=-1 i8042.noaux i8042.nokbd i8042.nopnp tsc=reliable \
-         mitigations=off no_timer_check kvm.report_ignored_msrs=0 cryptomgr.notests rcupdate.rcu_expedited=1 random.trust_cpu=on \
+         mitigations=off no_timer_check cryptomgr.notests rcupdate.rcu_expedited=1 random.trust_cpu=on \
          testbed.workspace={} testbed.target={} testbed.supervisor={}",
         workspace.display(),
         target.display(),

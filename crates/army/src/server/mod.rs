@@ -49,7 +49,7 @@ pub struct App {
 #[openapi(
     info(
         title = "Army",
-        description = "Runs clones for people. Failures are RFC 9457 problem documents; every create takes an Idempotency-Key."
+        description = "Runs clones for people. Failures are RFC 9457 problem documents; a request for VMs takes an Idempotency-Key."
     ),
     security(("key" = [])),
     modifiers(&BearerKey)
