@@ -14,8 +14,6 @@ use crate::{guest, host, kvm, paths};
 
 /// How `clone` and the measuring program are built: optimised as a release, quicker to build.
 const PROFILE: &str = "measure";
-/// How often a testbed may die under a bench (a crash of its own kernel on the emulated CPU).
-const ATTEMPTS: u32 = 3;
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -137,14 +135,6 @@ fn here(words: &[OsString]) -> Result<ExitCode> {
 }
 
 fn in_testbed(words: &[OsString]) -> Result<ExitCode> {
-    for _ in 1..ATTEMPTS {
-        let testbed = Testbed::find_or_start(&Size::default())?;
-        match testbed::execute(&testbed, words) {
-            Err(error) => println!("== {error:#}\n== trying again in a fresh testbed"),
-            ended => return ended,
-        }
-        testbed::discard()?;
-    }
     let testbed = Testbed::find_or_start(&Size::default())?;
     testbed::execute(&testbed, words)
 }

@@ -21,8 +21,6 @@ const TEMPLATE: &str = "demo";
 /// Clones that are started, and those that Army takes from its standbys.
 const CLONES: usize = 5;
 const STANDBYS: usize = 5;
-/// How often the show is tried in the testbed, whose emulated CPU has its days (docs/testbed.md).
-const ATTEMPTS: u32 = 3;
 /// Lines of the guest kernel's own that are shown.
 const CONSOLE_LINES: usize = 6;
 /// How long the standbys may take.
@@ -62,16 +60,8 @@ pub(crate) fn run(inside: bool) -> Result<ExitCode> {
             .canonicalize()?,
     ];
     let words: [OsString; 3] = [program.into(), "demo".into(), "--inside".into()];
-    let words = testbed::in_memory(&files, &words)?;
-    for _ in 1..ATTEMPTS {
-        let testbed = Testbed::find_or_start(&Size::default())?;
-        match testbed::execute(&testbed, &words) {
-            Ok(code) if code == ExitCode::SUCCESS => return Ok(code),
-            Ok(_) => println!("== the show failed; it is tried again in a fresh testbed"),
-            Err(error) => println!("== {error:#}\n== the show is tried again in a fresh testbed"),
-        }
-        testbed::discard()?;
-    }
+    let archive = paths::target().canonicalize()?.join("demo.tar");
+    let words = testbed::in_memory(&archive, &files, &words)?;
     let testbed = Testbed::find_or_start(&Size::default())?;
     testbed::execute(&testbed, &words)
 }

@@ -42,6 +42,16 @@ const FILES: &[(&str, &str, &str)] = &[
 /// A cargo tool and the version that the project is developed with.
 const CARGO_TOOLS: &[(&str, &str)] = &[("cargo-nextest", "0.9.143"), ("cargo-deny", "0.20.2")];
 
+/// Memory that programs can have now, in MiB (`MemAvailable` of `/proc/meminfo`).
+pub(crate) fn available_mib() -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
+    Ok(kib.context("/proc/meminfo has no MemAvailable")? >> 10)
+}
+
 /// Installs what is missing, saying what and why.
 pub(crate) fn setup() -> Result<()> {
     install_packages()?;

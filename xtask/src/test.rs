@@ -4,10 +4,13 @@
 //! A guest test is an ordinary `#[test]` in an integration-test binary whose name starts with
 //! `guest`. It is built here; with hardware KVM it also runs here, else in the testbed.
 
+use std::collections::VecDeque;
 use std::ffi::OsString;
-use std::fs;
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::Mutex;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -20,9 +23,18 @@ use crate::{guest, host, kvm, paths};
 
 /// Where guest tests find kernels and file systems.
 const ASSETS_VARIABLE: &str = "CLONE_TEST_ASSETS";
-/// How often a testbed may die before the tests are given up.
-const TESTBED_ATTEMPTS: u32 = 6;
 const GUEST_TESTS: &str = "binary(/^guest/)";
+/// Binaries that take long, longest first: they are started first, so that none is waited for alone.
+const LONG: [&str; 4] = [
+    "guest_fork_debian",
+    "guest_army",
+    "guest_fork",
+    "guest_debian",
+];
+/// What a testbed and the guests in it take of the machine's memory, in MiB.
+const TESTBED_MIB: u64 = 5 << 10;
+/// How `xtask testbed run` ends when the testbed died, and not the command.
+const TESTBED_DIED: i32 = 1;
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -133,42 +145,91 @@ fn guest_tests(options: &Options) -> Result<ExitCode> {
         Ok(words)
     };
     let wanted = options.guest.as_deref().unwrap_or_default();
+    let by_name = !wanted.is_empty() && !wanted.starts_with("guest");
     let verdict = kvm::probe();
     println!("{verdict}");
     std::env::set_current_dir(paths::workspace())?;
-    if !wanted.is_empty() && !wanted.starts_with("guest") {
-        // No test at all is a failure: nextest ends with a status of its own then.
-        let words = nextest(&format!("{GUEST_TESTS} & test({wanted})"))?;
-        return match verdict.runs_stock_guests() && !options.testbed {
-            true => here(&words),
-            false => {
-                let files: Vec<PathBuf> = binaries.into_iter().map(|(_, path)| path).collect();
-                in_testbed(&testbed::in_memory(&in_guests(files)?, &words)?)
-            }
-        };
-    }
+    // No test at all is a failure: nextest ends with a status of its own then.
+    let filter = match by_name {
+        true => format!("{GUEST_TESTS} & test({wanted})"),
+        false => format!("binary(/^{wanted}/) & {GUEST_TESTS}"),
+    };
     if verdict.runs_stock_guests() && !options.testbed {
-        return here(&nextest(&format!("binary(/^{wanted}/) & {GUEST_TESTS}"))?);
+        return here(&nextest(&filter)?);
     }
-    // One binary after the other: a testbed that dies costs no more than one.
-    let mut failed = Vec::new();
-    let chosen: Vec<_> = binaries
+    if by_name {
+        let files: Vec<PathBuf> = binaries.into_iter().map(|(_, path)| path).collect();
+        let (files, archive) = (in_guests(files)?, folder.join("files.tar"));
+        let testbed = Testbed::find_or_start(&Size::default())?;
+        let words = testbed::in_memory(&archive, &files, &nextest(&filter)?)?;
+        return testbed::execute(&testbed, &words);
+    }
+    let mut chosen: Vec<_> = binaries
         .into_iter()
-        .filter(|(id, _)| {
-            id.rsplit("::")
-                .next()
-                .is_some_and(|name| name.starts_with(wanted))
-        })
+        .filter(|(id, _)| name_of(id).starts_with(wanted))
         .collect();
     anyhow::ensure!(!chosen.is_empty(), "no guest test is called `{wanted}`");
-    let count = chosen.len();
-    for (id, path) in chosen {
-        let words = nextest(&format!("binary_id(={id})"))?;
-        let files = in_guests(vec![path])?;
-        if in_testbed(&testbed::in_memory(&files, &words)?)? != ExitCode::SUCCESS {
-            failed.push(id);
+    let place = |id: &str| LONG.iter().position(|name| *name == name_of(id));
+    chosen.sort_by_key(|(id, _)| (place(id).unwrap_or(LONG.len()), id.clone()));
+    let jobs = chosen.into_iter().map(|(id, path)| {
+        Ok(Job {
+            words: nextest(&format!("binary_id(={id})"))?,
+            files: in_guests(vec![path])?,
+            name: name_of(&id).to_owned(),
+        })
+    });
+    in_testbeds(jobs.collect::<Result<_>>()?, &folder)
+}
+
+/// The binary's name in its id.
+fn name_of(id: &str) -> &str {
+    id.rsplit("::").next().unwrap_or(id)
+}
+
+fn here(words: &[OsString]) -> Result<ExitCode> {
+    let status = Command::new(&words[0])
+        .args(&words[1..])
+        .status()
+        .context("cannot start cargo-nextest")?;
+    Ok(ExitCode::from(status.code().unwrap_or(1) as u8))
+}
+
+/// One binary's guest tests.
+struct Job {
+    name: String,
+    /// What is run in a testbed.
+    words: Vec<OsString>,
+    /// What that runs and boots.
+    files: Vec<PathBuf>,
+}
+
+/// Runs each job in a fresh testbed of its own. A testbed has one processor (docs/testbed.md), so
+/// there are as many side by side as the machine has processors, and memory.
+fn in_testbeds(jobs: Vec<Job>, folder: &Path) -> Result<ExitCode> {
+    let count = jobs.len();
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let room = (host::available_mib()? / TESTBED_MIB) as usize;
+    let lanes = processors.min(room).clamp(1, count);
+    println!("{count} binaries of guest tests, {lanes} testbeds at a time");
+    let queue = Mutex::new(VecDeque::from(jobs));
+    let failed = Mutex::new(Vec::new());
+    std::thread::scope(|scope| -> Result<()> {
+        let work = || -> Result<()> {
+            loop {
+                let job = queue.lock().expect("no lane panics").pop_front();
+                let Some(job) = job else { return Ok(()) };
+                if !job.run(folder)? {
+                    failed.lock().expect("no lane panics").push(job.name);
+                }
+            }
+        };
+        let lanes: Vec<_> = (0..lanes).map(|_| scope.spawn(work)).collect();
+        for lane in lanes {
+            lane.join().expect("no lane panics")?;
         }
-    }
+        Ok(())
+    })?;
+    let failed = failed.into_inner().expect("no lane panics");
     if failed.is_empty() {
         println!("== guest tests: all of {count} binaries passed");
         return Ok(ExitCode::SUCCESS);
@@ -177,12 +238,52 @@ fn guest_tests(options: &Options) -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-fn here(words: &[OsString]) -> Result<ExitCode> {
-    let status = std::process::Command::new(&words[0])
-        .args(&words[1..])
-        .status()
-        .context("cannot start cargo-nextest")?;
-    Ok(ExitCode::from(status.code().unwrap_or(1) as u8))
+impl Job {
+    /// Runs it, and shows all that it printed when it has ended: true where all tests passed. A
+    /// testbed that died says nothing about the tests, so they are then run again, once.
+    fn run(&self, folder: &Path) -> Result<bool> {
+        let (start, log) = (Instant::now(), folder.join(format!("{}.log", self.name)));
+        println!("== {} starts", self.name);
+        let mut status = self.once(folder, &log)?;
+        if status == Some(TESTBED_DIED) {
+            let text = fs::read_to_string(&log)?;
+            println!("{text}\n== {}: again in a fresh testbed", self.name);
+            status = self.once(folder, &log)?;
+        }
+        let (text, time) = (fs::read_to_string(&log)?, start.elapsed().as_secs());
+        let verdict = if status == Some(0) {
+            "passed"
+        } else {
+            "failed"
+        };
+        println!("{}\n== {} {verdict}: {time} s", text.trim_end(), self.name);
+        Ok(status == Some(0))
+    }
+
+    /// Runs it with its output in the file `log`, and returns its exit status.
+    fn once(&self, folder: &Path, log: &Path) -> Result<Option<i32>> {
+        let archive = folder.join(format!("{}.tar", self.name));
+        let output = File::create(log)?;
+        // Our own file may have been replaced by a build meanwhile.
+        let mut command = Command::new("/proc/self/exe");
+        command
+            .args(["testbed", "run", "--fresh", "--"])
+            .args(testbed::in_memory(&archive, &self.files, &self.words)?)
+            .stdout(output.try_clone()?)
+            .stderr(output);
+        // SAFETY: between fork and exec only async-signal-safe calls are allowed; prctl is one.
+        unsafe {
+            command.pre_exec(|| {
+                let signal = rustix::process::Signal::KILL;
+                Ok(rustix::process::set_parent_process_death_signal(Some(
+                    signal,
+                ))?)
+            });
+        }
+        let status = command.status().context("cannot start a testbed")?;
+        let _ = fs::remove_file(archive);
+        Ok(status.code())
+    }
 }
 
 /// The binaries of guest tests in nextest's list: ids and paths.
@@ -208,22 +309,4 @@ fn in_guests(mut files: Vec<PathBuf>) -> Result<Vec<PathBuf>> {
     let debian = paths::assets().join("guest-debian/debian.ext4");
     files.push(debian.canonicalize()?);
     Ok(files)
-}
-
-/// Runs guest tests in a testbed. One that dies under them (the emulated CPU overwrites memory of
-/// its own kernel now and then, docs/testbed.md) says nothing about the tests: they are run anew in
-/// a fresh one.
-fn in_testbed(words: &[OsString]) -> Result<ExitCode> {
-    for attempt in 1..TESTBED_ATTEMPTS {
-        let testbed = Testbed::find_or_start(&Size::default())?;
-        match testbed::execute(&testbed, words) {
-            Err(error) => {
-                println!("== attempt {attempt}: {error:#}\n== trying again in a fresh testbed")
-            }
-            ended => return ended,
-        }
-        testbed::discard()?;
-    }
-    let testbed = Testbed::find_or_start(&Size::default())?;
-    testbed::execute(&testbed, words)
 }

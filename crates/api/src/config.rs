@@ -91,7 +91,7 @@ impl VmConfig {
     fn made_cmdline(&self) -> String {
         let mut line = String::from(
             "console=ttyS0 panic=-1 i8042.noaux i8042.nokbd i8042.nomux i8042.nopnp \
-             8250.nr_uarts=1 random.trust_cpu=on",
+             8250.nr_uarts=1 random.trust_cpu=on net.ifnames=0",
         );
         if let Some(root) = self.disks.first() {
             let mode = if root.read_only { "ro" } else { "rw" };

@@ -6,12 +6,11 @@
 //! programs and disk images, is unpacked into memory first. It is faster, too.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Result;
 
-use crate::paths;
 use crate::process::run;
 
 /// Unpacks an archive into a memory file system of its own, puts each file of it over the one of
@@ -29,12 +28,16 @@ shift
 exec "$@"
 "#;
 
-/// The command `words`, for [`super::execute`], with these files (absolute paths) in memory.
-pub(crate) fn in_memory(files: &[PathBuf], words: &[OsString]) -> Result<Vec<OsString>> {
-    let archive = paths::target().canonicalize()?.join("testbed-files.tar");
+/// The command `words`, for [`super::execute`], with these files (absolute paths) in memory. They
+/// travel in `archive`, which is made, in a folder that the testbed sees.
+pub(crate) fn in_memory(
+    archive: &Path,
+    files: &[PathBuf],
+    words: &[OsString],
+) -> Result<Vec<OsString>> {
     let mut pack = Command::new("tar");
     // Holes stay holes: 9p does not know them.
-    pack.args(["--create", "--sparse", "--file"]).arg(&archive);
+    pack.args(["--create", "--sparse", "--file"]).arg(archive);
     pack.arg("--directory=/").args(
         files
             .iter()

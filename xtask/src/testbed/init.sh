@@ -14,7 +14,6 @@ load() {
     done < "/modules/$1.order"
 }
 load root
-# One after the other: modules that patch the kernel at the same time have crashed the emulated CPU.
 load host0
 load host1
 for word in $($b cat /proc/cmdline); do

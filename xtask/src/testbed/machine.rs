@@ -23,7 +23,8 @@ const PANIC: &str = "Kernel panic";
 const NOISE: &str = "TCG doesn't support requested feature";
 const PID_FILE: &str = "pid";
 const DEFAULT_MIB: u32 = 8192;
-const DEFAULT_CPUS: u32 = 2;
+/// Several corrupt what runs in them: docs/testbed.md.
+const DEFAULT_CPUS: u32 = 1;
 /// How folders of testbeds for single commands begin; the number of their process follows.
 const SINGLE: &str = "run-";
 const CONSOLE: &str = "console.log";
@@ -126,7 +127,7 @@ impl Testbed {
             testbed.wait_ready()?;
             return Ok(testbed);
         }
-        let mut testbed = Self::start(up_folder(), size, false)?;
+        let mut testbed = Self::launch(up_folder(), size, false)?;
         let time = start_time(testbed.pid).context("the testbed ended at once")?;
         // Before it is ready: should we be ended while we wait, `down` still finds it.
         fs::write(
@@ -144,9 +145,14 @@ impl Testbed {
         if let Some(testbed) = Self::find()?.filter(|testbed| testbed.kind.suits(size)) {
             return Ok(testbed);
         }
+        Self::start(size)
+    }
+
+    /// A fresh one that ends with this value.
+    pub(crate) fn start(size: &Size) -> Result<Self> {
         sweep()?;
         let folder = crate::paths::testbed_state().join(format!("{SINGLE}{}", std::process::id()));
-        let mut testbed = Self::start(folder, size, true)?;
+        let mut testbed = Self::launch(folder, size, true)?;
         testbed.wait_ready()?;
         Ok(testbed)
     }
@@ -159,7 +165,7 @@ impl Testbed {
         &self.folder
     }
 
-    fn start(folder: PathBuf, size: &Size, dies_with_us: bool) -> Result<Self> {
+    fn launch(folder: PathBuf, size: &Size, dies_with_us: bool) -> Result<Self> {
         crate::host::install_packages()?;
         let image = Image::ensure()?;
         let kind = Kind::new(size);

@@ -33,7 +33,7 @@ pub(crate) struct Size {
     /// Memory, as in 6G or 512M [default: 8G]; taken from the host only as it is used.
     #[arg(long, value_name = "SIZE", value_parser = mebibytes)]
     mem: Option<u32>,
-    /// CPUs [default: 2].
+    /// CPUs [default: 1]. With several, QEMU's emulation corrupts its guests: docs/testbed.md.
     #[arg(long, value_name = "N")]
     cpus: Option<u32>,
     /// A machine with an IOMMU, and a spare PCI device bound to vfio-pci.
@@ -70,6 +70,9 @@ pub(crate) enum Command {
     Run {
         #[command(flatten)]
         size: Size,
+        /// A fresh testbed, even where one is up.
+        #[arg(long)]
+        fresh: bool,
         /// Ends the command after so many seconds, with exit status 124.
         #[arg(long)]
         timeout: Option<u64>,
@@ -117,10 +120,14 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
         }),
         Command::Run {
             size,
+            fresh,
             timeout,
             command,
         } => {
-            let testbed = Testbed::find_or_start(&size)?;
+            let testbed = match fresh {
+                true => Testbed::start(&size)?,
+                false => Testbed::find_or_start(&size)?,
+            };
             client::run(&testbed, &command, timeout, false)
         }
         Command::Shell { size } => {
@@ -135,11 +142,6 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
 /// The root of the unpacked packages with the QEMU that testbeds run in.
 pub(crate) fn qemu_root() -> Result<PathBuf> {
     image::Image::ensure().map(|image| image.root())
-}
-
-/// Ends the testbed that is up, if one is, so that the next one is fresh.
-pub(crate) fn discard() -> Result<()> {
-    machine::down().map(drop)
 }
 
 /// Runs a command inside and returns how it ended, for the other chores.

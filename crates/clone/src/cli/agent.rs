@@ -47,8 +47,13 @@ pub(super) fn connect(vm: &RunningVm, wait: Wait) -> Result<Connection> {
     loop {
         let tried = Connection::open(&vm.dir.vsock_socket(), GREETING_LIMIT);
         let may_come = matches!(tried, Err(ClientError::NoAgent)) && Instant::now() < end;
-        if !may_come || vm.process.wait(Some(PAUSE))? {
+        if !may_come {
             return tried.map_err(told(&vm.dir.name()));
+        }
+        if vm.process.wait(Some(PAUSE))? {
+            let message = format!("`{}` ended before its agent answered", vm.dir.name());
+            return Err(ApiError::new(ErrorCode::Unavailable, message)
+                .advise("a VM in the foreground (clone run without --detach) shows why"));
         }
     }
 }
