@@ -5,7 +5,7 @@ use std::net::Shutdown as SocketEnd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::frame::{self, Decoder, FrameError};
 use crate::messages::{
@@ -37,6 +37,9 @@ pub enum ClientError {
     /// The connection was lost; the guest may have ended.
     #[error("the connection to the agent was lost: {0}")]
     Lost(#[source] io::Error),
+    /// The agent said nothing until the time given to it was over.
+    #[error("the guest does not answer: its agent said nothing in time")]
+    Late,
     /// The agent said something that is not the protocol.
     #[error("the agent cannot be understood: {0}")]
     Garbled(#[from] FrameError),
@@ -59,6 +62,7 @@ pub struct Connection {
     out: Arc<Out>,
     decoder: Decoder,
     hello: Hello,
+    deadline: Option<Instant>,
 }
 
 /// The way to the agent, shared by whoever sends: messages must not be mixed.
@@ -132,6 +136,15 @@ pub fn connect(path: &Path, port: u32, timeout: Duration) -> Result<UnixStream> 
     Ok(stream)
 }
 
+/// What is left until `deadline`.
+fn left_until(deadline: Instant) -> Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    match left.is_zero() {
+        true => Err(ClientError::Late),
+        false => Ok(left),
+    }
+}
+
 impl Connection {
     /// Connects to the agent behind the vsock socket at `path`, which takes `CONNECT port` and
     /// answers `OK …`. `timeout` bounds the wait for the agent's greeting, and nothing after it.
@@ -152,6 +165,7 @@ impl Connection {
             out: Arc::new(out),
             decoder,
             hello,
+            deadline: None,
         };
         match connection.receive() {
             Ok(from_agent::Kind::Hello(hello)) => connection.hello = hello,
@@ -169,6 +183,16 @@ impl Connection {
     /// What the agent said of itself.
     pub fn hello(&self) -> &Hello {
         &self.hello
+    }
+
+    /// From now on, waiting for the agent ends at `deadline` with [`ClientError::Late`]: for who
+    /// must not wait for ever for a guest that hangs, or means harm.
+    pub fn give_up_at(&mut self, deadline: Instant) -> Result<()> {
+        self.deadline = Some(deadline);
+        // What is sent first fills the guest's buffers, and would then wait, too.
+        self.stream
+            .set_write_timeout(Some(left_until(deadline)?))
+            .map_err(ClientError::Lost)
     }
 
     fn send(&mut self, kind: from_host::Kind) -> Result<()> {
@@ -198,12 +222,28 @@ impl Connection {
                     None => {}
                 }
             }
-            let len = self.stream.read(&mut chunk).map_err(ClientError::Lost)?;
+            let len = self.read(&mut chunk)?;
             if len == 0 {
                 return Err(ClientError::Lost(io::ErrorKind::UnexpectedEof.into()));
             }
             self.decoder.push(&chunk[..len]);
         }
+    }
+
+    fn read(&mut self, chunk: &mut [u8]) -> Result<usize> {
+        if let Some(deadline) = self.deadline {
+            let left = left_until(deadline)?;
+            self.stream
+                .set_read_timeout(Some(left))
+                .map_err(ClientError::Lost)?;
+        }
+        self.stream.read(chunk).map_err(|error| {
+            // What a read says when its time is over.
+            match self.deadline.is_some() && error.kind() == io::ErrorKind::WouldBlock {
+                true => ClientError::Late,
+                false => ClientError::Lost(error),
+            }
+        })
     }
 
     fn expect_done(&mut self) -> Result<()> {
@@ -477,5 +517,27 @@ impl Input {
             .unwrap_or_else(PoisonError::into_inner);
         // Not connected any more is what was asked for.
         let _ = stream.shutdown(SocketEnd::Both);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_falls_silent_is_given_up() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let hello = FromAgent {
+            kind: Some(from_agent::Kind::Hello(Hello::default())),
+        };
+        let mut bytes = Vec::new();
+        frame::encode(&hello, &mut bytes).unwrap();
+        theirs.write_all(&bytes).unwrap();
+        let mut connection = Connection::greet(ours).unwrap();
+        let deadline = Instant::now() + Duration::from_millis(50);
+        connection.give_up_at(deadline).unwrap();
+        assert!(matches!(connection.info(), Err(ClientError::Late)));
+        assert!(Instant::now() >= deadline);
     }
 }

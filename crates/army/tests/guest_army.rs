@@ -212,6 +212,14 @@ fn vms_are_made_used_forked_and_destroyed_through_the_api() {
     host.army(&["vm", "fork", "c-2", "-n", "d"]);
     assert_eq!(host.guest("d", "cat /run/later; hostname"), "later\nd");
     assert_eq!(host.guest("c-2", "hostname"), "c-2");
+    // Who paused a VM is told so, and does not wait for its agent.
+    host.army(&["vm", "pause", "d"]);
+    let refused = host.run(&["exec", "d", "true"]);
+    assert!(!refused.status.success());
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(said.contains("the VM is paused"), "{said}");
+    host.army(&["vm", "resume", "d"]);
+    assert_eq!(host.guest("d", "hostname"), "d");
     // Times to live and idleness are seen to.
     host.army(&["vm", "create", "tiny", "-n", "short", "--ttl", "1"]);
     host.army(&["vm", "create", "tiny", "-n", "idle", "--pause-idle", "1"]);

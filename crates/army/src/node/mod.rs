@@ -32,6 +32,8 @@ use standbys::Standbys;
 pub const VM_PREFIX: &str = "army-";
 /// How long an agent may take to answer: after a fork, it first takes back its connections.
 const AGENT_LIMIT: Duration = Duration::from_secs(20);
+/// How long it may take before it is looked at why.
+const FIRST_LIMIT: Duration = Duration::from_secs(1);
 /// The pause before it is tried again.
 const AGENT_PAUSE: Duration = Duration::from_millis(5);
 
@@ -244,14 +246,21 @@ impl Node {
         let vm = self.find(id)?;
         self.wake(id, &vm)?;
         let end = Instant::now() + AGENT_LIMIT;
+        let mut limit = FIRST_LIMIT;
         loop {
-            match Connection::open(&vm.dir.vsock_socket(), AGENT_LIMIT) {
+            match Connection::open(&vm.dir.vsock_socket(), limit) {
                 Ok(connection) => return Ok((connection, in_use)),
                 // After a fork the guest first hears that its former connections are gone.
                 Err(ClientError::NoAgent | ClientError::Lost(_)) if Instant::now() < end => {
                     if vm.process.wait(Some(AGENT_PAUSE)).map_err(told)? {
                         return Err(gone(id));
                     }
+                    let info = Client::new(vm.dir.control_socket()).info();
+                    if info.is_ok_and(|info| info.state == clone_api::control::VmState::Paused) {
+                        let detail = "the VM is paused: resume it first";
+                        return Err(Problem::new(ProblemKind::Conflict, detail));
+                    }
+                    limit = AGENT_LIMIT;
                 }
                 Err(error) => return Err(of_agent(&error)),
             }

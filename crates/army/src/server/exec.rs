@@ -20,6 +20,8 @@ use crate::node::of_agent;
 const MAX_OUTPUT: usize = 16 << 20;
 /// How long a command may take, where the client does not say.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(60);
+/// How much longer the guest, which ends the command, is waited for: it may hang.
+const GRACE: Duration = Duration::from_secs(15);
 
 /// Runs a command in a VM and answers with its output and its exit status.
 #[utoipa::path(post, path = "/v1/vms/{vm}/exec", params(("vm" = String, Path)), request_body = Exec,
@@ -49,7 +51,7 @@ pub(super) async fn exec(
 }
 
 fn run(
-    connection: Connection,
+    mut connection: Connection,
     asked: Exec,
     mut environment: std::collections::BTreeMap<String, String>,
 ) -> Result<ExecResult, Problem> {
@@ -67,6 +69,13 @@ fn run(
         input: asked.stdin.is_some(),
         ..AgentExec::default()
     };
+    // A limit beyond what the clock can tell is none.
+    let patience = Duration::from_millis(limit).saturating_add(GRACE);
+    if let Some(end) = Instant::now().checked_add(patience) {
+        connection
+            .give_up_at(end)
+            .map_err(|error| of_agent(&error))?;
+    }
     let mut running = connection.exec(request).map_err(|error| of_agent(&error))?;
     if let Some(text) = asked.stdin {
         let input = running.input();

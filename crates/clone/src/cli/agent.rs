@@ -73,6 +73,8 @@ pub(super) fn told(name: &str) -> impl Fn(ClientError) -> ApiError {
             ClientError::NoAgent => ApiError::new(ErrorCode::Unavailable, message).advise(
                 format!("while the guest starts, add --wait 60; look at it with: clone attach {name}; images made by `clone image build --agent` have the agent"),
             ),
+            ClientError::Late => ApiError::new(ErrorCode::Unavailable, message)
+                .advise(format!("see what the guest does: clone attach {name}")),
             ClientError::Refused(refusal) => {
                 let code = match refusal.code() {
                     AgentCode::NotFound => ErrorCode::NotFound,

@@ -15,6 +15,8 @@ use crate::runtime::{GuestInterface, RunningVm};
 
 /// How long a clone's agent may take to answer. It was up when the template was made.
 const LIMIT: Duration = Duration::from_secs(30);
+/// How long it may then take to become the clone.
+const WORK_LIMIT: Duration = Duration::from_secs(120);
 /// The pause before it is tried again.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -34,8 +36,10 @@ pub fn give(vm: &RunningVm, name: &str) -> Result<()> {
     let end = Instant::now() + LIMIT;
     loop {
         let identity = identity(name, &interfaces).map_err(|error| ApiError::internal(&error))?;
-        let given = Connection::open(&vm.dir.vsock_socket(), LIMIT)
-            .and_then(|connection| connection.set_identity(identity));
+        let given = Connection::open(&vm.dir.vsock_socket(), LIMIT).and_then(|mut connection| {
+            connection.give_up_at(Instant::now() + WORK_LIMIT)?;
+            connection.set_identity(identity)
+        });
         match given {
             // A guest that is starved of its CPU may take the end of its former life's connections
             // for the end of this one; the identity that it is given again is a new one.

@@ -1,6 +1,6 @@
 //! Keeping standbys of a template ready.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent_proto::client::{Connection, Running};
 use agent_proto::messages::Exec;
@@ -52,7 +52,8 @@ pub fn train(runtime: &Runtime, template: &Template) -> Result<()> {
 /// What a clone has touched when it has answered once.
 fn first_moments(vm: &RunningVm) -> Result<TouchedPages> {
     let answered = Connection::open(&vm.dir.vsock_socket(), ANSWER_LIMIT)
-        .and_then(|connection| {
+        .and_then(|mut connection| {
+            connection.give_up_at(Instant::now() + ANSWER_LIMIT)?;
             connection.exec(Exec {
                 command: vec!["true".to_owned()],
                 ..Exec::default()
