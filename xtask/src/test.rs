@@ -11,6 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -213,12 +214,15 @@ fn in_testbeds(jobs: Vec<Job>, folder: &Path) -> Result<ExitCode> {
     println!("{count} binaries of guest tests, {lanes} testbeds at a time");
     let queue = Mutex::new(VecDeque::from(jobs));
     let failed = Mutex::new(Vec::new());
+    let tests = AtomicUsize::new(0);
     std::thread::scope(|scope| -> Result<()> {
         let work = || -> Result<()> {
             loop {
                 let job = queue.lock().expect("no lane panics").pop_front();
                 let Some(job) = job else { return Ok(()) };
-                if !job.run(folder)? {
+                let outcome = job.run(folder)?;
+                tests.fetch_add(outcome.tests, Ordering::Relaxed);
+                if !outcome.passed {
                     failed.lock().expect("no lane panics").push(job.name);
                 }
             }
@@ -230,18 +234,29 @@ fn in_testbeds(jobs: Vec<Job>, folder: &Path) -> Result<ExitCode> {
         Ok(())
     })?;
     let failed = failed.into_inner().expect("no lane panics");
+    let tests = tests.into_inner();
     if failed.is_empty() {
-        println!("== guest tests: all of {count} binaries passed");
+        println!("== guest tests: all {tests} of {count} binaries passed");
         return Ok(ExitCode::SUCCESS);
     }
-    println!("== guest tests: failures in {}", failed.join(", "));
+    println!(
+        "== guest tests: {tests} run, failures in {}",
+        failed.join(", ")
+    );
     Ok(ExitCode::FAILURE)
 }
 
+/// How a job ended.
+struct Outcome {
+    passed: bool,
+    /// Tests that were run.
+    tests: usize,
+}
+
 impl Job {
-    /// Runs it, and shows all that it printed when it has ended: true where all tests passed. A
-    /// testbed that died says nothing about the tests, so they are then run again, once.
-    fn run(&self, folder: &Path) -> Result<bool> {
+    /// Runs it, and shows all that it printed when it has ended. A testbed that died says nothing
+    /// about the tests, so they are then run again, once.
+    fn run(&self, folder: &Path) -> Result<Outcome> {
         let (start, log) = (Instant::now(), folder.join(format!("{}.log", self.name)));
         println!("== {} starts", self.name);
         let mut status = self.once(folder, &log)?;
@@ -257,7 +272,10 @@ impl Job {
             "failed"
         };
         println!("{}\n== {} {verdict}: {time} s", text.trim_end(), self.name);
-        Ok(status == Some(0))
+        Ok(Outcome {
+            passed: status == Some(0),
+            tests: tests_run(&text),
+        })
     }
 
     /// Runs it with its output in the file `log`, and returns its exit status.
@@ -286,6 +304,17 @@ impl Job {
     }
 }
 
+/// How many tests nextest's summary tells of: `Summary [ 1.0s] 2 tests run: …`.
+fn tests_run(text: &str) -> usize {
+    let summary = text.lines().rev().filter_map(|line| line.split_once("] "));
+    let mut counts = summary.filter_map(|(_, rest)| {
+        let (count, rest) = rest.split_once(" test")?;
+        let run = rest.starts_with("s run:") || rest.starts_with(" run:");
+        count.parse::<usize>().ok().filter(|_| run)
+    });
+    counts.next().unwrap_or(0)
+}
+
 /// The binaries of guest tests in nextest's list: ids and paths.
 fn guest_binaries(list: &str) -> Result<Vec<(String, PathBuf)>> {
     let list: Value = serde_json::from_str(list).context("cannot read the list of tests")?;
@@ -309,4 +338,20 @@ fn in_guests(mut files: Vec<PathBuf>) -> Result<Vec<PathBuf>> {
     let debian = paths::assets().join("guest-debian/debian.ext4");
     files.push(debian.canonicalize()?);
     Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_summary_tells_how_many_tests_were_run() {
+        let text = "Starting 2 tests\n     Summary [ 198.950s] 12 tests run: 12 passed (1 slow)\n";
+        assert_eq!(tests_run(text), 12);
+        assert_eq!(
+            tests_run("Summary [ 9s] 1 test run: 1 passed, 26 skipped"),
+            1
+        );
+        assert_eq!(tests_run("error: no tests to run"), 0);
+    }
 }
