@@ -190,6 +190,11 @@ impl Show {
     /// The same through Army's REST API, from standbys.
     fn army(&mut self) -> Result<()> {
         println!("\n== Army serves the template, and keeps {STANDBYS} standbys ready");
+        // Idle machines cost time where they are emulated.
+        let started = (1..=CLONES).map(|number| format!("cold-{number}"));
+        for name in started.chain(["live".to_owned()]) {
+            output(&mut self.clone(&["kill", &name]))?;
+        }
         self.start_army()?;
         let standbys = STANDBYS.to_string();
         self.api(&["template", "register", TEMPLATE, "--standbys", &standbys])?;
