@@ -125,7 +125,8 @@ impl Show {
 
     /// Asks Army's API.
     fn api(&self, words: &[&str]) -> Result<Value> {
-        json(self.command("army", words).arg("--json"))
+        // First: behind `exec` it would be the guest's command's.
+        json(&mut self.command("army", &[&["--json"], words].concat()))
     }
 
     fn time(&mut self, what: impl Into<String>, time: Duration) {
