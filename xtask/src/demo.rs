@@ -226,7 +226,8 @@ impl Show {
         );
         self.spread("Army: exec, request to answer", exec);
         for number in 0..STANDBYS {
-            self.api(&["vm", "rm", &format!("army-{number}")])?;
+            let name = format!("army-{number}");
+            output(&mut self.command("army", &["vm", "rm", &name]))?;
         }
         self.stop_army()
     }

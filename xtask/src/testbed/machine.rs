@@ -339,7 +339,7 @@ fn arguments(image: &Image, kind: Kind, supervisor: &Path) -> Result<Vec<OsStrin
     }
     let mut cmdline = format!(
         "console=ttyS0 quiet panic=-1 i8042.noaux i8042.nokbd i8042.nopnp tsc=reliable \
-         mitigations=off no_timer_check cryptomgr.notests rcupdate.rcu_expedited=1 random.trust_cpu=on \
+         mitigations=off no_timer_check hpet=disable cryptomgr.notests rcupdate.rcu_expedited=1 random.trust_cpu=on \
          testbed.workspace={} testbed.target={} testbed.supervisor={}",
         workspace.display(),
         target.display(),
