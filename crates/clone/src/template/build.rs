@@ -72,7 +72,7 @@ impl NewTemplate {
         })
     }
 
-    fn create(&self, name: &str) -> Result<File> {
+    pub(super) fn create(&self, name: &str) -> Result<File> {
         faults::step("before a file")?;
         let path = self.dir.join(name);
         File::options()
@@ -194,10 +194,38 @@ impl NewTemplate {
         };
         let text =
             serde_json::to_vec_pretty(&manifest).map_err(|error| ApiError::internal(&error))?;
+        self.write_manifest(&text)?;
+        let template = self.publish(&manifest)?;
+        if let Some(runtime) = runtime {
+            template.note_verified(runtime, &template.stamp()?)?;
+        }
+        Ok(template)
+    }
+
+    /// Finishes one whose files came from elsewhere, with the manifest `text`: verifies all of it
+    /// before it has a name.
+    pub(super) fn take_in(
+        self,
+        text: &[u8],
+        manifest: &Manifest,
+        runtime: &Runtime,
+    ) -> Result<Template> {
+        self.write_manifest(text)?;
+        Template::open(&self.dir)?.verify(|_| {})?;
+        let template = self.publish(manifest)?;
+        template.note_verified(runtime, &template.stamp()?)?;
+        Ok(template)
+    }
+
+    fn write_manifest(&self, text: &[u8]) -> Result<()> {
         faults::step("before the manifest")?;
         let path = self.dir.join(manifest::FILE);
         fs::write(&path, text).map_err(failed("write", &path))?;
-        faults::step("after the manifest")?;
+        faults::step("after the manifest")
+    }
+
+    /// Makes all files durable, and gives the template its name.
+    fn publish(self, manifest: &Manifest) -> Result<Template> {
         for name in manifest.content.files().chain([manifest::FILE]) {
             let path = self.dir.join(name);
             seal(&path).map_err(failed("make durable", &path))?;
@@ -221,11 +249,7 @@ impl NewTemplate {
         sync_dir(target.parent().unwrap_or(Path::new("/")))?;
         // It has its name: dropping this removes nothing.
         drop(self);
-        let template = Template::open(&target)?;
-        if let Some(runtime) = runtime {
-            template.note_verified(runtime, &template.stamp()?)?;
-        }
-        Ok(template)
+        Template::open(&target)
     }
 
     fn describe(&self, parts: Parts) -> Result<Content> {

@@ -14,6 +14,7 @@ mod faults;
 mod flatten;
 pub mod manifest;
 mod store;
+mod transfer;
 mod verify;
 
 use std::fs::File;
@@ -31,6 +32,7 @@ pub use build::{NewTemplate, Parts};
 pub use flatten::{bytes_to_flatten, flatten};
 pub use manifest::{Content, Manifest};
 pub use store::Store;
+pub use transfer::{receive, send};
 pub use verify::{forget_verified, hash_of};
 
 use crate::error::{Result, failed};
