@@ -73,9 +73,11 @@ fn show() -> Result<ExitCode> {
     // Whatever happened, nothing stays behind.
     let ended = show.end();
     shown.and(ended)?;
-    println!("\n{:<58} {:>12}", "what", "");
+    let width = show.figures.iter().map(|(what, _)| what.len()).max();
+    let width = width.unwrap_or(0);
+    println!();
     for (what, figure) in &show.figures {
-        println!("{what:<58} {figure:>12}");
+        println!("{what:<width$} {figure:>12}");
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -180,6 +180,17 @@ impl Connection {
         Ok(connection)
     }
 
+    /// The stream, and the greeting that was read from it, encoded: for who passes both on to
+    /// another process, which then calls [`Connection::greet`].
+    pub fn into_stream(self) -> Result<(UnixStream, Vec<u8>)> {
+        let hello = FromAgent {
+            kind: Some(from_agent::Kind::Hello(self.hello)),
+        };
+        let mut greeting = Vec::new();
+        frame::encode(&hello, &mut greeting)?;
+        Ok((self.stream, greeting))
+    }
+
     /// What the agent said of itself.
     pub fn hello(&self) -> &Hello {
         &self.hello

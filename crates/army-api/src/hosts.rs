@@ -39,6 +39,25 @@ pub struct Host {
     pub vms: u32,
 }
 
+/// A request for a token that a host joins with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateJoinToken {
+    /// How long it can be used; 15 minutes where nothing is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 1440)]
+    pub minutes: Option<u32>,
+}
+
+/// What a host joins with: `army node --token`. It works once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct JoinToken {
+    /// The token.
+    pub token: String,
+    /// When it ends, in milliseconds since 1970.
+    pub expires_ms: u64,
+}
+
 /// What a host has, and what is left of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Capacity {

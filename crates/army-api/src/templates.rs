@@ -28,8 +28,11 @@ pub struct Template {
     /// The template that it is a difference to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
-    /// Where it is.
+    /// The host that it was taken up from.
     pub host: String,
+    /// All hosts that have it.
+    #[serde(default)]
+    pub hosts: Vec<String>,
     /// The RAM of its clones.
     pub memory_bytes: u64,
     /// Data in its memory layers.
@@ -38,12 +41,20 @@ pub struct Template {
     pub vcpus: u32,
     /// When it was taken.
     pub taken_ms: u64,
-    /// How many clones are kept ready.
+    /// How many clones are kept ready on each of its hosts.
     pub standbys: u32,
-    /// How many are ready now.
+    /// How many are ready now, on all hosts.
     pub ready: u32,
     /// VMs that were made of it and run.
     pub vms: u32,
+}
+
+/// A request to take a template to another host. One that is chosen for VMs gets it by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CopyTemplate {
+    /// The host.
+    pub host: String,
 }
 
 /// A change to a template.

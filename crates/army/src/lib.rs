@@ -3,6 +3,7 @@
 //! - [`server`]: the REST API and the dashboard.
 //! - [`controller`]: what the API asks for, done.
 //! - [`scheduler`]: which host a VM goes to.
+//! - [`cluster`]: how controller and nodes of several hosts trust each other.
 //! - [`store`]: what the controller remembers.
 //! - [`node`]: the VMs of one host.
 //! - [`cli`]: the commands; all but `army dev` are clients of the API.
@@ -11,8 +12,10 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod cli;
+pub mod cluster;
 pub mod controller;
 pub mod node;
+mod pipe;
 mod random;
 pub mod scheduler;
 pub mod server;

@@ -31,7 +31,7 @@ async fn server() -> Server {
         let templates = clone::template::Store::at(path.join("templates"));
         Node::open("here".into(), path.join("vms"), runtime, templates).unwrap()
     });
-    let controller = Controller::new(store.clone(), vec![node.await.unwrap()]);
+    let controller = Controller::alone(store.clone(), node.await.unwrap());
     controller.take_up_all().await.unwrap();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -162,6 +162,7 @@ fn template(name: &str) -> Template {
         id: "0".repeat(32),
         parent: None,
         host: "here".into(),
+        hosts: vec!["here".into()],
         memory_bytes: 256 << 20,
         data_bytes: 1 << 20,
         vcpus: 1,

@@ -1,10 +1,13 @@
 //! The command line: one file for each kind of thing.
 
 mod context;
+mod controller;
 mod dev;
 mod exec;
 mod keys;
+mod node;
 mod output;
+mod serve;
 mod shell;
 mod things;
 
@@ -17,7 +20,8 @@ use context::Context;
 
 /// Runs clones for people: an API, a scheduler, a store and a node in one program.
 ///
-/// `army dev` is all of it on this host. The other commands are clients: they ask the server that
+/// `army dev` is all of it on this host; `army controller` and `army node` are for several. The
+/// other commands are clients: they ask the server that
 /// ARMY_URL names, with the key in ARMY_KEY.
 #[derive(Parser)]
 #[command(name = "army", version, max_term_width = 100)]
@@ -32,10 +36,14 @@ struct Cli {
 enum Command {
     /// Serve everything on this host: API, dashboard, store and VMs.
     Dev(dev::Args),
-    /// Hosts: list, drain, undrain.
+    /// Serve the API of several hosts.
+    Controller(controller::Args),
+    /// Run this host's VMs for a controller.
+    Node(node::Args),
+    /// Hosts: list, drain, undrain, tokens to join with, remove.
     #[command(subcommand)]
     Host(things::HostCommand),
-    /// Templates: list, register, standbys, remove.
+    /// Templates: list, register, copy, standbys, remove.
     #[command(subcommand)]
     Template(things::TemplateCommand),
     /// VMs: create, list, inspect, fork, pause, resume, balloon, snapshot, destroy.
@@ -79,6 +87,8 @@ async fn run(cli: Cli) -> Result<ExitCode> {
     let context = Context::new(cli.context);
     match cli.command {
         Command::Dev(args) => dev::run(args).await,
+        Command::Controller(args) => controller::run(args).await,
+        Command::Node(args) => node::run(args).await,
         Command::Host(command) => things::host(&context, command).await,
         Command::Template(command) => things::template(&context, command).await,
         Command::Vm(command) => things::vm(&context, command).await,

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use army_api::events::Event;
-use army_api::hosts::Host;
-use army_api::templates::{ChangeTemplate, RegisterTemplate, Template};
+use army_api::hosts::{CreateJoinToken, Host, JoinToken};
+use army_api::templates::{ChangeTemplate, CopyTemplate, RegisterTemplate, Template};
 use army_api::vms::{
     Balloon, CreateVms, CreatedVms, ForkVm, IdleAction, IdlePolicy, SetBalloon, SnapshotVm, Vm,
     VmFilter, VmPage,
@@ -35,6 +35,17 @@ pub(super) enum HostCommand {
         /// The host.
         name: String,
     },
+    /// Make a token that a host joins with, once: army node --token.
+    Token {
+        /// How many minutes it can be used.
+        #[arg(long)]
+        minutes: Option<u32>,
+    },
+    /// Give a host up: one without VMs, or one that does not answer.
+    Rm {
+        /// The host.
+        name: String,
+    },
 }
 
 pub(super) async fn host(context: &Context, command: HostCommand) -> Result<ExitCode> {
@@ -43,6 +54,18 @@ pub(super) async fn host(context: &Context, command: HostCommand) -> Result<Exit
         HostCommand::Ls => {
             let hosts: Vec<Host> = client.get("/v1/hosts", &()).await?;
             context.show(&hosts, |hosts| hosts_table(hosts))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        HostCommand::Token { minutes } => {
+            let asked = CreateJoinToken { minutes };
+            let made: JoinToken = client.send(Method::POST, "/v1/join-tokens", &asked).await?;
+            context.show(&made, |it| it.token.clone())?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        HostCommand::Rm { name } => {
+            client
+                .plain(Method::DELETE, &format!("/v1/hosts/{name}"))
+                .await?;
             return Ok(ExitCode::SUCCESS);
         }
         HostCommand::Drain { name } => (name, "drain"),
@@ -94,14 +117,21 @@ pub(super) enum TemplateCommand {
         #[arg(long, default_value_t = 0)]
         standbys: u32,
     },
-    /// Change how many clones are kept ready.
+    /// Take a template to another host, too.
+    Copy {
+        /// The template.
+        name: String,
+        /// The host.
+        host: String,
+    },
+    /// Change how many clones are kept ready on each of its hosts.
     Standbys {
         /// The template.
         name: String,
         /// How many.
         count: u32,
     },
-    /// Remove a template that nobody uses, from its host too.
+    /// Remove a template that nobody uses, from its hosts too.
     Rm {
         /// The template.
         name: String,
@@ -127,6 +157,11 @@ pub(super) async fn template(context: &Context, command: TemplateCommand) -> Res
                 standbys,
             };
             client.send(Method::POST, "/v1/templates", &asked).await?
+        }
+        TemplateCommand::Copy { name, host } => {
+            let asked = CopyTemplate { host };
+            let path = format!("/v1/templates/{name}/copies");
+            client.send(Method::POST, &path, &asked).await?
         }
         TemplateCommand::Standbys { name, count } => {
             let asked = ChangeTemplate { standbys: count };

@@ -3,10 +3,13 @@
 //! The store holds what is wanted and what was last heard; [`reconcile`] goes over the difference.
 //! HTTP, keys and roles are not known here.
 
+pub mod host;
 pub mod reconcile;
+pub mod remote;
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 
 use army_api::hosts::{Host, HostState};
@@ -16,13 +19,17 @@ use army_api::vms::{
 };
 use army_api::{Problem, ProblemKind};
 
+use crate::cluster::enrol::Token;
 use crate::node::journal::Entry;
 use crate::node::supervise::now_ms;
-use crate::node::{Node, Report, TemplateFacts};
+use crate::node::{Made, Report, TemplateFacts};
 use crate::scheduler::{self, HostView, Need, UNKNOWN_COST};
 use crate::store::vms::NewVms;
 use crate::store::{Result, Store};
 use crate::{blocking, random};
+
+use host::Origin;
+use remote::Remote;
 
 /// The most VMs of one request.
 const MAX_COUNT: u32 = 1000;
@@ -33,8 +40,22 @@ const LIVE_PREFIX: &str = "vm:";
 pub struct Controller {
     /// What is remembered.
     pub store: Store,
-    nodes: BTreeMap<String, Arc<Node>>,
+    nodes: RwLock<BTreeMap<String, Node>>,
     heard: Mutex<HashMap<String, Heard>>,
+    /// Hosts that were told to be unreachable.
+    silent: Mutex<HashSet<String>>,
+    cluster: Option<Cluster>,
+}
+
+/// A host, near or far.
+pub type Node = Arc<dyn host::Host>;
+
+/// What it takes to have hosts elsewhere.
+pub struct Cluster {
+    /// How we connect to them.
+    pub tls: rustls::ClientConfig,
+    /// What our authority is known by.
+    pub fingerprint: String,
 }
 
 /// What a node last said.
@@ -58,25 +79,103 @@ struct Order {
 }
 
 impl Controller {
-    /// A controller of these nodes.
-    pub fn new(store: Store, nodes: Vec<Arc<Node>>) -> Self {
-        let nodes = nodes.into_iter().map(|node| (node.name().to_owned(), node));
+    /// A controller of one host, which is this one.
+    pub fn alone(store: Store, node: Node) -> Self {
+        Self::new(
+            store,
+            BTreeMap::from([(node.name().to_owned(), node)]),
+            None,
+        )
+    }
+
+    /// A controller of the hosts that have enrolled, and will.
+    pub async fn of_cluster(store: Store, cluster: Cluster) -> Result<Self> {
+        let mut nodes: BTreeMap<String, Node> = BTreeMap::new();
+        for host in store.hosts().await? {
+            let Some(address) = host.address else {
+                continue;
+            };
+            let remote = Remote::new(&host.name, address, cluster.tls.clone())?;
+            nodes.insert(host.name, Arc::new(remote));
+        }
+        Ok(Self::new(store, nodes, Some(cluster)))
+    }
+
+    fn new(store: Store, nodes: BTreeMap<String, Node>, cluster: Option<Cluster>) -> Self {
         Self {
             store,
-            nodes: nodes.collect(),
+            nodes: RwLock::new(nodes),
             heard: Mutex::default(),
+            silent: Mutex::default(),
+            cluster,
         }
     }
 
-    fn node(&self, host: &str) -> Result<Arc<Node>> {
-        self.nodes.get(host).cloned().ok_or_else(|| {
+    fn nodes(&self) -> Vec<Node> {
+        let nodes = self.nodes.read().unwrap_or_else(PoisonError::into_inner);
+        nodes.values().cloned().collect()
+    }
+
+    fn find_node(&self, host: &str) -> Option<Node> {
+        let nodes = self.nodes.read().unwrap_or_else(PoisonError::into_inner);
+        nodes.get(host).cloned()
+    }
+
+    fn node(&self, host: &str) -> Result<Node> {
+        self.find_node(host).ok_or_else(|| {
             let detail = format!("the host {host} is not here");
             Problem::new(ProblemKind::HostUnavailable, detail).retry_after(5)
         })
     }
 
+    fn cluster(&self) -> Result<&Cluster> {
+        self.cluster.as_ref().ok_or_else(|| {
+            let detail = "this Army has one host only: `army dev` serves it";
+            Problem::new(ProblemKind::Conflict, detail)
+                .advise("run `army controller` and an `army node` on each host")
+        })
+    }
+
+    /// Takes up a host that has just enrolled.
+    pub fn connect(&self, host: &str, address: SocketAddr) -> Result<()> {
+        let remote = Remote::new(host, address, self.cluster()?.tls.clone())?;
+        let mut nodes = self.nodes.write().unwrap_or_else(PoisonError::into_inner);
+        nodes.insert(host.to_owned(), Arc::new(remote));
+        Ok(())
+    }
+
+    /// A token that a host joins with, once, within `minutes`; and when it ends, in milliseconds
+    /// since 1970.
+    pub async fn token(&self, minutes: u32) -> Result<(Token, u64)> {
+        let cluster = self.cluster()?;
+        let token = Token {
+            secret: random::hex::<32>()?,
+            fingerprint: cluster.fingerprint.clone(),
+        };
+        let expires_ms = now_ms() + u64::from(minutes) * 60_000;
+        self.store.add_token(&token.secret, expires_ms).await?;
+        Ok((token, expires_ms))
+    }
+
+    /// Gives a host up. One that answers and has VMs keeps them, and stays.
+    pub async fn remove_host(&self, name: &str) -> Result<()> {
+        self.cluster()?;
+        let host = self.host(name).await?;
+        if host.state != HostState::Unreachable && host.vms > 0 {
+            let detail = format!("the host {name} has {} VMs", host.vms);
+            return Err(Problem::new(ProblemKind::Conflict, detail)
+                .advise("drain it, and destroy them or let them end"));
+        }
+        self.store.remove_host(name).await?;
+        let mut nodes = self.nodes.write().unwrap_or_else(PoisonError::into_inner);
+        nodes.remove(name);
+        drop(nodes);
+        self.heard().remove(name);
+        Ok(())
+    }
+
     /// The node of a VM that holds a place.
-    pub fn node_of(&self, vm: &Vm) -> Result<Arc<Node>> {
+    pub fn node_of(&self, vm: &Vm) -> Result<Node> {
         if vm.state.is_alive() {
             return self.node(&vm.host);
         }
@@ -107,14 +206,16 @@ impl Controller {
         let mut views = self.views(Some(&template)).await?;
         let need = Need {
             cost_bytes: self.cost(&template.name).await?,
-            anywhere: false,
+            // It travels to where there is room.
+            anywhere: true,
         };
         let chosen = scheduler::place(&mut views, need, order.count)?;
         self.charge(&views, &chosen, need);
         let hosts = chosen.iter().map(|index| views[*index].name.clone());
         let vms = self.write_down(&order, hosts.collect()).await?;
-        self.make(&order, vms, start, move |node, entries| {
-            node.create(&template.name, entries)
+        let made = template.clone();
+        self.make(&order, Some(&template), vms, start, move |node, entries| {
+            node.create(&made.name, entries)
         })
         .await
     }
@@ -150,7 +251,7 @@ impl Controller {
         let hosts = vec![parent.host.clone(); order.count as usize];
         let vms = self.write_down(&order, hosts).await?;
         let id = parent.id.clone();
-        self.make(&order, vms, start, move |node, entries| {
+        self.make(&order, None, vms, start, move |node, entries| {
             node.fork_live(&id, entries)
         })
         .await
@@ -188,16 +289,15 @@ impl Controller {
         Ok(vms)
     }
 
-    /// Tells each host to make its share, side by side, and writes down how it went.
+    /// Tells each host to make its share, side by side, and writes down how it went. A host
+    /// without the template gets it first.
     async fn make(
         &self,
         order: &Order,
+        template: Option<&Template>,
         vms: Vec<Vm>,
         start: Instant,
-        make: impl Fn(&Node, &[Entry]) -> Vec<Result<clone::launch::fork::Forked>>
-        + Clone
-        + Send
-        + 'static,
+        make: impl Fn(&dyn host::Host, &[Entry]) -> Vec<Result<Made>> + Clone + Send + 'static,
     ) -> Result<CreatedVms> {
         let mut shares: BTreeMap<String, Vec<Vm>> = BTreeMap::new();
         let ids: Vec<String> = vms.iter().map(|vm| vm.id.clone()).collect();
@@ -212,10 +312,14 @@ impl Controller {
             let idle = order.details.idle;
             work.push(async move {
                 let entries: Vec<Entry> = share.iter().map(|vm| entry(vm, idle)).collect();
-                let results = match node {
-                    Ok(node) => blocking(move || Ok(make(&node, &entries))).await,
-                    Err(problem) => Err(problem),
+                let results = async {
+                    let node = node?;
+                    if let Some(template) = template {
+                        self.bring(&node, template).await?;
+                    }
+                    blocking(move || Ok(make(node.as_ref(), &entries))).await
                 };
+                let results = results.await;
                 let results = results
                     .unwrap_or_else(|problem| share.iter().map(|_| Err(problem.clone())).collect());
                 share.into_iter().zip(results).collect::<Vec<_>>()
@@ -227,11 +331,11 @@ impl Controller {
             .into_iter()
             .flatten()
         {
-            let times = result.map(|forked| ForkTimes {
-                warm: forked.warm,
+            let times = result.map(|made| ForkTimes {
+                warm: made.warm,
                 placement_us,
-                running_us: forked.running_us,
-                identity_us: forked.identity_us.unwrap_or(0),
+                running_us: made.running_us,
+                identity_us: made.identity_us,
                 total_us: micros(start),
             });
             self.store.made_vm(&vm.id, &times).await?;
@@ -267,13 +371,17 @@ impl Controller {
         if vm.state.is_alive() {
             self.store.unwant_vm(&vm.id).await?;
             // Where its host is not here now, it is told when it is.
-            if let Ok(node) = self.node(&vm.host) {
-                let id = vm.id.clone();
-                blocking(move || node.destroy(&id, "destroyed")).await?;
-                let ids = [vm.id.clone()];
-                self.store
-                    .set_vms(&ids, VmState::Ended, "destroyed")
-                    .await?;
+            let node = self.node(&vm.host);
+            let id = vm.id.clone();
+            match blocking(move || node?.destroy(&id, "destroyed")).await {
+                Ok(()) => {
+                    let ids = [vm.id.clone()];
+                    self.store
+                        .set_vms(&ids, VmState::Ended, "destroyed")
+                        .await?;
+                }
+                Err(problem) if problem.kind == ProblemKind::HostUnavailable => {}
+                Err(problem) => return Err(problem),
             }
         }
         self.store.vm(&vm.id, None).await
@@ -315,11 +423,11 @@ impl Controller {
 
     /// Takes up a template that a host has.
     pub async fn register(&self, asked: &RegisterTemplate) -> Result<Template> {
-        let host = match (&asked.host, self.nodes.keys().next()) {
+        let host = match (&asked.host, self.nodes().as_slice()) {
             (Some(host), _) => host.clone(),
-            (None, Some(host)) if self.nodes.len() == 1 => host.clone(),
-            (None, _) => {
-                let detail = "say which host has the template: there are several";
+            (None, [only]) => only.name().to_owned(),
+            (None, nodes) => {
+                let detail = format!("say which host has the template: there are {}", nodes.len());
                 return Err(Problem::new(ProblemKind::InvalidRequest, detail));
             }
         };
@@ -342,6 +450,7 @@ impl Controller {
             id: facts.id,
             parent: facts.parent,
             host: host.to_owned(),
+            hosts: vec![host.to_owned()],
             memory_bytes: facts.memory_bytes,
             data_bytes: facts.data_bytes,
             vcpus: facts.vcpus,
@@ -363,13 +472,60 @@ impl Controller {
         Ok(template)
     }
 
+    /// Has clones of a template kept ready on every host that has it.
     async fn keep(&self, template: &Template) -> Result<()> {
-        let node = self.node(&template.host)?;
+        for host in &template.hosts {
+            self.keep_on(&self.node(host)?, template).await?;
+        }
+        Ok(())
+    }
+
+    async fn keep_on(&self, node: &Node, template: &Template) -> Result<()> {
+        let node = Arc::clone(node);
         let (name, standbys) = (template.name.clone(), template.standbys);
         blocking(move || node.keep(&name, standbys)).await
     }
 
-    /// Removes a template that nobody uses, from its host too.
+    /// Takes a template to another host, so that VMs start there as fast as here.
+    pub async fn copy_template(&self, name: &str, host: &str) -> Result<Template> {
+        let template = self.store.template(name).await?;
+        self.host(host).await?;
+        self.bring(&self.node(host)?, &template).await?;
+        self.template(name).await
+    }
+
+    /// Takes a template to `node`, unless it has it.
+    async fn bring(&self, node: &Node, template: &Template) -> Result<()> {
+        if template.hosts.iter().any(|host| host == node.name()) {
+            return Ok(());
+        }
+        let mut answer = Err(Problem::new(
+            ProblemKind::HostUnavailable,
+            format!("no host that has the template `{}` answers", template.name),
+        ));
+        for host in &template.hosts {
+            let Some(address) = self.find_node(host).and_then(|node| node.address()) else {
+                continue;
+            };
+            let origin = Origin {
+                host: host.clone(),
+                address,
+                template: template.name.clone(),
+                id: template.id.clone(),
+            };
+            let node = Arc::clone(node);
+            answer = blocking(move || node.fetch(&origin)).await;
+            match &answer {
+                Err(problem) if problem.kind == ProblemKind::HostUnavailable => {}
+                _ => break,
+            }
+        }
+        answer?;
+        self.store.add_copy(&template.name, node.name()).await?;
+        self.keep_on(node, template).await
+    }
+
+    /// Removes a template that nobody uses, from its hosts too.
     pub async fn remove_template(&self, name: &str) -> Result<()> {
         let template = self.template(name).await?;
         if template.vms > 0 {
@@ -377,9 +533,15 @@ impl Controller {
             return Err(Problem::new(ProblemKind::Conflict, detail)
                 .advise("destroy them first: they lie on its memory"));
         }
-        let node = self.node(&template.host)?;
-        let on_host = name.to_owned();
-        blocking(move || node.remove_template(&on_host)).await?;
+        for host in template.hosts {
+            let node = self.node(&host)?;
+            let on_host = name.to_owned();
+            match blocking(move || node.remove_template(&on_host)).await {
+                // It was removed before all were asked, or by hand.
+                Err(problem) if problem.kind == ProblemKind::NotFound => {}
+                removed => removed?,
+            }
+        }
         self.store.remove_template(name).await
     }
 
@@ -401,11 +563,24 @@ impl Controller {
     fn with_figures(&self, mut template: Template, used: &BTreeMap<String, u32>) -> Template {
         template.vms = used.get(&template.name).copied().unwrap_or(0);
         let heard = self.heard();
-        let ready = heard
-            .get(&template.host)
-            .and_then(|heard| heard.report.ready.get(&template.name));
-        template.ready = ready.copied().unwrap_or(0);
+        let ready = template.hosts.iter().filter_map(|host| {
+            let ready = &heard.get(host)?.report.ready;
+            ready.get(&template.name)
+        });
+        template.ready = ready.sum();
         template
+    }
+
+    /// One host.
+    pub async fn host(&self, name: &str) -> Result<Host> {
+        let hosts = self.hosts().await?;
+        hosts
+            .into_iter()
+            .find(|host| host.name == name)
+            .ok_or_else(|| {
+                let detail = format!("there is no host `{}`", name.escape_debug());
+                Problem::new(ProblemKind::NotFound, detail)
+            })
     }
 
     /// All hosts.
@@ -415,7 +590,7 @@ impl Controller {
         Ok(rows
             .into_iter()
             .map(|row| {
-                let here = self.nodes.contains_key(&row.name);
+                let here = self.find_node(&row.name).is_some();
                 let fresh = now_ms().saturating_sub(row.seen_ms) < reconcile::SILENCE_MS;
                 let (state, reason) = match (here && fresh, row.draining) {
                     (false, _) => (
@@ -454,7 +629,7 @@ impl Controller {
                     .available_bytes
                     .saturating_sub(heard.map_or(0, |heard| heard.promised)),
                 vms: host.vms,
-                has_template: template.is_some_and(|it| it.host == host.name),
+                has_template: template.is_some_and(|it| it.hosts.contains(&host.name)),
                 ready: ready.unwrap_or(0),
                 name: host.name,
             }

@@ -1,14 +1,14 @@
 //! Hearing of hosts, and going over the difference between what is wanted and what is.
 
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use army_api::vms::VmState;
+use futures_util::future::join_all;
 
-use super::{Controller, Heard};
+use super::{Controller, Heard, Node};
 use crate::blocking;
-use crate::node::Node;
 use crate::node::supervise::now_ms;
 use crate::store::Result;
 
@@ -24,9 +24,7 @@ impl Controller {
     /// Takes up what an earlier life left: templates are kept ready again, and requests that were
     /// not answered are answered with what became of their VMs.
     pub async fn take_up_all(&self) -> Result<()> {
-        for node in self.nodes.values() {
-            self.hear(node).await?;
-        }
+        self.hear_all().await;
         for template in self.store.templates().await? {
             if let Err(problem) = self.keep(&template).await {
                 tracing::warn!(template = template.name, %problem, "a template is not kept ready");
@@ -53,21 +51,74 @@ impl Controller {
     /// Goes over all hosts, again and again.
     pub async fn reconcile(self: Arc<Self>) {
         loop {
-            for node in self.nodes.values() {
-                if let Err(problem) = self.hear(node).await {
-                    tracing::error!(host = node.name(), %problem, "cannot hear of a host");
-                }
-            }
+            self.hear_all().await;
             tokio::time::sleep(ROUND).await;
         }
     }
 
-    async fn hear(&self, node: &Arc<Node>) -> Result<()> {
+    /// Hears of all hosts, side by side: one that does not answer must not keep others waiting.
+    async fn hear_all(&self) {
+        let nodes = self.nodes();
+        join_all(nodes.iter().map(|node| async {
+            let told = match self.hear(node).await {
+                Ok(()) => self.tell_return(node.name()).await,
+                Err(problem) => {
+                    tracing::debug!(host = node.name(), %problem, "cannot hear of a host");
+                    self.tell_silence(node.name()).await
+                }
+            };
+            if let Err(problem) = told {
+                tracing::error!(host = node.name(), %problem, "what a host does is not noted");
+            }
+        }))
+        .await;
+    }
+
+    /// Notes that nothing is heard of a host, when that has lasted. Its VMs may well run.
+    async fn tell_silence(&self, host: &str) -> Result<()> {
+        let hosts = self.store.hosts().await?;
+        let seen = hosts.iter().find(|row| row.name == host);
+        if seen.is_none_or(|row| now_ms().saturating_sub(row.seen_ms) < SILENCE_MS) {
+            return Ok(());
+        }
+        let vms = self.store.vms_of_host(host).await?;
+        let ids: Vec<String> = vms
+            .into_iter()
+            .filter(|(_, state, _)| matches!(state, VmState::Running | VmState::Paused))
+            .map(|(id, ..)| id)
+            .collect();
+        if self.set_silent(host, true) {
+            let detail = format!("does not answer; {} VMs are on it", ids.len());
+            self.store
+                .note_host("host.unreachable", host, &detail)
+                .await?;
+        }
+        let reason = "its host does not answer: it may well run";
+        self.store.set_vms(&ids, VmState::Unreachable, reason).await
+    }
+
+    async fn tell_return(&self, host: &str) -> Result<()> {
+        match self.set_silent(host, false) {
+            true => self.store.note_host("host.back", host, "answers").await,
+            false => Ok(()),
+        }
+    }
+
+    /// Returns whether that is a change.
+    fn set_silent(&self, host: &str, silent: bool) -> bool {
+        let mut all = self.silent.lock().unwrap_or_else(PoisonError::into_inner);
+        match silent {
+            true => all.insert(host.to_owned()),
+            false => all.remove(host),
+        }
+    }
+
+    async fn hear(&self, node: &Node) -> Result<()> {
         let host = node.name().to_owned();
         // Before the host is asked: what is placed meanwhile is not in its answer.
         let known = self.store.vms_of_host(&host).await?;
         let asked = Arc::clone(node);
-        let report = blocking(move || Ok(asked.report())).await?;
+        let report = blocking(move || asked.report()).await?;
         self.store.see_host(&host, &report.capacity).await?;
         let over = self.store.hear_of_vms(&host, &report.vms).await?;
         let there: HashSet<&str> = report.vms.iter().map(|vm| vm.id.as_str()).collect();
@@ -98,8 +149,10 @@ impl Controller {
             for id in over.iter().filter(|id| alive.contains(*id)) {
                 node.destroy(id, "it was over by the controller's book")?;
             }
-            node.forget(&over);
-            Ok(())
+            match over.is_empty() {
+                true => Ok(()),
+                false => node.forget(&over),
+            }
         })
         .await?;
         let heard = Heard {

@@ -7,10 +7,12 @@
 
 pub mod capacity;
 pub mod journal;
+pub mod serve;
 pub mod standbys;
 pub mod supervise;
 
 use std::collections::HashMap;
+use std::io::Read;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,12 +22,13 @@ use agent_proto::client::{ClientError, Connection};
 use army_api::hosts::Capacity;
 use army_api::vms::{Balloon, VmMemory, VmState};
 use army_api::{Problem, ProblemKind};
-use clone::launch::fork::{self, Forked, Overrides, Source};
+use clone::launch::fork::{self, Overrides, Source};
 use clone::runtime::{RunningVm, Runtime};
 use clone::template::{Store, Template};
 use clone_api::{ApiError, Bytes, Client, ErrorCode};
 
 use journal::{Entry, Journal, Stage};
+use serde::{Deserialize, Serialize};
 use standbys::Standbys;
 
 /// What the names of Army's VMs begin with on their host.
@@ -62,8 +65,19 @@ struct Use {
     last: Instant,
 }
 
+/// A VM that was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Made {
+    /// Whether it was a standby.
+    pub warm: bool,
+    /// From the request to its guest running, in microseconds.
+    pub running_us: u64,
+    /// From then until it had its own identity, in microseconds.
+    pub identity_us: u64,
+}
+
 /// What the controller learns of a host in one go.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
     /// What it has.
     pub capacity: Capacity,
@@ -74,7 +88,7 @@ pub struct Report {
 }
 
 /// What a host says of one VM.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VmReport {
     /// The VM.
     pub id: String,
@@ -87,7 +101,7 @@ pub struct VmReport {
 }
 
 /// What a host knows of a template.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TemplateFacts {
     /// The hash of its content.
     pub id: String,
@@ -129,7 +143,7 @@ impl Node {
 
     /// Makes clones of a template, one for each entry; results in the same order. An entry that is
     /// known already is answered with what became of it, and not made twice.
-    pub fn create(&self, template: &str, entries: &[Entry]) -> Vec<Result<Forked>> {
+    pub fn create(&self, template: &str, entries: &[Entry]) -> Vec<Result<Made>> {
         match self.source(template) {
             Ok(source) => self.fork(&source, entries),
             Err(problem) => entries.iter().map(|_| Err(problem.clone())).collect(),
@@ -137,7 +151,7 @@ impl Node {
     }
 
     /// Makes forks of a running VM, which goes on.
-    pub fn fork_live(&self, id: &str, entries: &[Entry]) -> Vec<Result<Forked>> {
+    pub fn fork_live(&self, id: &str, entries: &[Entry]) -> Vec<Result<Made>> {
         let source = self
             .find(id)
             .and_then(|vm| Source::live(&self.runtime, &vm).map_err(told));
@@ -147,7 +161,7 @@ impl Node {
         }
     }
 
-    fn fork(&self, source: &Source, entries: &[Entry]) -> Vec<Result<Forked>> {
+    fn fork(&self, source: &Source, entries: &[Entry]) -> Vec<Result<Made>> {
         // Written before anything is made: whatever dies in between, somebody knows of the VM.
         let written: Vec<Result<()>> = entries.iter().map(|e| self.journal.begin(e)).collect();
         let chosen: Vec<&Entry> = entries
@@ -160,7 +174,7 @@ impl Node {
             host_names: chosen.iter().map(|entry| entry.name.clone()).collect(),
             ..Overrides::default()
         };
-        let mut forked = fork::fork(&self.runtime, source, &names, &overrides, true)
+        let mut made = fork::fork(&self.runtime, source, &names, &overrides, true)
             .into_iter()
             .zip(&chosen)
             .map(|(result, entry)| {
@@ -171,7 +185,11 @@ impl Node {
                 };
                 self.journal.advance(&entry.id, stage)?;
                 self.touch(&entry.id);
-                result
+                result.map(|forked| Made {
+                    warm: forked.warm,
+                    running_us: forked.running_us,
+                    identity_us: forked.identity_us.unwrap_or(0),
+                })
             })
             .collect::<Vec<_>>()
             .into_iter();
@@ -183,7 +201,7 @@ impl Node {
         };
         written
             .into_iter()
-            .map(|written| written.and_then(|()| forked.next().unwrap_or_else(lost)))
+            .map(|written| written.and_then(|()| made.next().unwrap_or_else(lost)))
             .collect()
     }
 
@@ -270,6 +288,14 @@ impl Node {
     /// What is known of a template in this host's store.
     pub fn template(&self, name: &str) -> Result<TemplateFacts> {
         Ok(facts(&self.open_template(name)?))
+    }
+
+    /// Takes a template from a stream, if it is the one with this id.
+    pub fn take_in(&self, name: &str, id: &str, source: &mut impl Read) -> Result<()> {
+        let target = self.template_path(name)?;
+        clone::template::receive(&target, id, source, &self.runtime)
+            .map(drop)
+            .map_err(told)
     }
 
     /// Verifies a template and keeps `standbys` clones of it ready from now on.
@@ -362,16 +388,25 @@ impl Node {
         let open = lock(&self.used).get(id).map(|it| Arc::clone(&it.open));
         let open = open.unwrap_or_default();
         open.fetch_add(1, Ordering::Relaxed);
-        Ok(InUse(open))
+        Ok(InUse(Some(open)))
     }
 }
 
 /// Somebody uses a VM while this lives.
-pub struct InUse(Arc<AtomicU64>);
+pub struct InUse(Option<Arc<AtomicU64>>);
+
+impl InUse {
+    /// For a VM of another process, which counts by itself.
+    pub fn elsewhere() -> Self {
+        Self(None)
+    }
+}
 
 impl Drop for InUse {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        if let Some(open) = &self.0 {
+            open.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 

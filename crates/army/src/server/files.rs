@@ -1,6 +1,6 @@
 //! Files in guests, streamed both ways.
 
-use std::io::{self, Read, Write};
+use std::io;
 
 use agent_proto::messages::Put;
 use army_api::exec::FilePath;
@@ -18,9 +18,8 @@ use super::extract::Params;
 use super::{Answer, App};
 use crate::blocking;
 use crate::node::of_agent;
+use crate::pipe::{AHEAD, Sink, Source};
 
-/// Pieces that may wait for a slow reader.
-const AHEAD: usize = 16;
 /// Permissions of a new file, where the client does not say.
 const DEFAULT_MODE: u32 = 0o644;
 
@@ -90,10 +89,7 @@ pub(super) async fn write(
             mode,
             ..Put::default()
         };
-        let mut source = Source {
-            receiver,
-            piece: Bytes::new(),
-        };
+        let mut source = Source::new(receiver);
         connection
             .put(put, &mut source)
             .map_err(|error| of_agent(&error))
@@ -127,41 +123,5 @@ fn problem_of(error: io::Error) -> Problem {
     match error.into_inner().map(|inner| inner.downcast::<Problem>()) {
         Some(Ok(problem)) => *problem,
         _ => Problem::new(ProblemKind::GuestUnavailable, text),
-    }
-}
-
-/// What the agent sends goes into a channel.
-struct Sink(mpsc::Sender<io::Result<Bytes>>);
-
-impl Write for Sink {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let piece = Bytes::copy_from_slice(bytes);
-        let sent = self.0.blocking_send(Ok(piece));
-        sent.map_err(|_| io::ErrorKind::BrokenPipe)?;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// What the client sends comes out of a channel.
-struct Source {
-    receiver: mpsc::Receiver<io::Result<Bytes>>,
-    piece: Bytes,
-}
-
-impl Read for Source {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.piece.is_empty() {
-            match self.receiver.blocking_recv() {
-                Some(piece) => self.piece = piece?,
-                None => return Ok(0),
-            }
-        }
-        let count = buffer.len().min(self.piece.len());
-        buffer[..count].copy_from_slice(&self.piece.split_to(count));
-        Ok(count)
     }
 }

@@ -1,13 +1,20 @@
 //! Hosts.
 
-use army_api::hosts::Host;
+use army_api::hosts::{CreateJoinToken, Host, JoinToken};
 use army_api::keys::Role;
 use army_api::{Problem, ProblemKind};
 use axum::Json;
 use axum::extract::{Path, State};
+use axum::http::StatusCode;
 
 use super::auth::Caller;
+use super::extract::Body;
 use super::{Answer, App};
+
+/// How long a token can be used, where the client does not say.
+const TOKEN_MINUTES: u32 = 15;
+/// The most that it may say.
+const MAX_TOKEN_MINUTES: u32 = 24 * 60;
 
 /// All hosts.
 #[utoipa::path(get, path = "/v1/hosts", responses((status = 200, body = Vec<Host>), (status = "4XX", body = Problem)))]
@@ -23,7 +30,7 @@ pub(super) async fn inspect(
     _: Caller,
     Path(name): Path<String>,
 ) -> Answer<Json<Host>> {
-    Ok(Json(find(&app, &name).await?))
+    Ok(Json(app.controller.host(&name).await?))
 }
 
 /// Takes a host out of placement. Its VMs go on.
@@ -51,14 +58,37 @@ pub(super) async fn undrain(
 async fn set(app: &App, caller: &Caller, name: &str, draining: bool) -> Answer<Json<Host>> {
     caller.may(Role::Admin)?;
     app.controller.store.drain_host(name, draining).await?;
-    Ok(Json(find(app, name).await?))
+    Ok(Json(app.controller.host(name).await?))
 }
 
-async fn find(app: &App, name: &str) -> Answer<Host> {
-    let hosts = app.controller.hosts().await?;
-    let found = hosts.into_iter().find(|host| host.name == name);
-    Ok(found.ok_or_else(|| {
-        let detail = format!("there is no host `{}`", name.escape_debug());
-        Problem::new(ProblemKind::NotFound, detail)
-    })?)
+/// Makes a token that a host joins with, once.
+#[utoipa::path(post, path = "/v1/join-tokens", request_body = CreateJoinToken,
+    responses((status = 201, body = JoinToken), (status = "4XX", body = Problem)))]
+pub(super) async fn token(
+    State(app): State<App>,
+    caller: Caller,
+    Body(asked): Body<CreateJoinToken>,
+) -> Answer<(StatusCode, Json<JoinToken>)> {
+    caller.may(Role::Admin)?;
+    let minutes = asked.minutes.unwrap_or(TOKEN_MINUTES);
+    if !(1..=MAX_TOKEN_MINUTES).contains(&minutes) {
+        let detail = format!("`minutes` is 1 to {MAX_TOKEN_MINUTES}");
+        return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
+    }
+    let (token, expires_ms) = app.controller.token(minutes).await?;
+    let token = token.to_string();
+    Ok((StatusCode::CREATED, Json(JoinToken { token, expires_ms })))
+}
+
+/// Gives a host up: one without VMs, or one that does not answer, whose VMs then count as failed.
+#[utoipa::path(delete, path = "/v1/hosts/{name}", params(("name" = String, Path)),
+    responses((status = 204), (status = "4XX", body = Problem)))]
+pub(super) async fn remove(
+    State(app): State<App>,
+    caller: Caller,
+    Path(name): Path<String>,
+) -> Answer<StatusCode> {
+    caller.may(Role::Admin)?;
+    app.controller.remove_host(&name).await?;
+    Ok(StatusCode::NO_CONTENT)
 }

@@ -73,7 +73,8 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(keys::list, keys::create))
         .routes(routes!(keys::remove))
         .routes(routes!(hosts::list))
-        .routes(routes!(hosts::inspect))
+        .routes(routes!(hosts::token))
+        .routes(routes!(hosts::inspect, hosts::remove))
         .routes(routes!(hosts::drain))
         .routes(routes!(hosts::undrain))
         .routes(routes!(templates::list, templates::register))
@@ -82,6 +83,7 @@ fn api() -> OpenApiRouter<App> {
             templates::change,
             templates::remove
         ))
+        .routes(routes!(templates::copy))
         .routes(routes!(vms::list, vms::create))
         .routes(routes!(vms::inspect, vms::destroy))
         .routes(routes!(vms::pause))

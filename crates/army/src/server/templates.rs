@@ -2,7 +2,7 @@
 
 use army_api::Problem;
 use army_api::keys::Role;
-use army_api::templates::{ChangeTemplate, RegisterTemplate, Template};
+use army_api::templates::{ChangeTemplate, CopyTemplate, RegisterTemplate, Template};
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
@@ -55,7 +55,21 @@ pub(super) async fn change(
     Ok(Json(template))
 }
 
-/// Removes a template that nobody uses, from its host too.
+/// Takes a template to another host.
+#[utoipa::path(post, path = "/v1/templates/{name}/copies", params(("name" = String, Path)), request_body = CopyTemplate,
+    responses((status = 201, body = Template), (status = "4XX", body = Problem)))]
+pub(super) async fn copy(
+    State(app): State<App>,
+    caller: Caller,
+    Path(name): Path<String>,
+    Body(asked): Body<CopyTemplate>,
+) -> Answer<(StatusCode, Json<Template>)> {
+    caller.may(Role::Admin)?;
+    let template = app.controller.copy_template(&name, &asked.host).await?;
+    Ok((StatusCode::CREATED, Json(template)))
+}
+
+/// Removes a template that nobody uses, from its hosts too.
 #[utoipa::path(delete, path = "/v1/templates/{name}", params(("name" = String, Path)),
     responses((status = 204), (status = "4XX", body = Problem)))]
 pub(super) async fn remove(

@@ -111,7 +111,8 @@ impl Store {
     }
 }
 
-fn hash(secret: &str) -> String {
+/// What is kept of a secret.
+pub(super) fn hash(secret: &str) -> String {
     blake3::hash(secret.as_bytes()).to_hex().to_string()
 }
 

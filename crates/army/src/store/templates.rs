@@ -4,7 +4,7 @@ use army_api::templates::Template;
 use army_api::{Problem, ProblemKind};
 use sqlx::any::AnyRow;
 
-use super::{Result, Store, is_taken, number, parse, query_failed, text, to_json};
+use super::{Change, Result, Store, is_taken, number, parse, query_failed, text, to_json};
 
 impl Store {
     /// Takes up a template. Its figures of the moment (`ready`, `vms`) are not kept.
@@ -27,10 +27,19 @@ impl Store {
             }
             false => query_failed(error),
         })?;
+        add_copy(&mut change, &template.name, &template.host).await?;
         let detail = format!("{} on {}", template.id, template.host);
         change
             .event("template.registered", &template.name, "", &detail)
             .await?;
+        change.commit().await
+    }
+
+    /// Notes that a host has a template, too.
+    pub async fn add_copy(&self, name: &str, host: &str) -> Result<()> {
+        let mut change = self.change().await?;
+        add_copy(&mut change, name, host).await?;
+        change.event("template.copied", name, "", host).await?;
         change.commit().await
     }
 
@@ -40,7 +49,25 @@ impl Store {
             .fetch_all(&self.pool)
             .await
             .map_err(query_failed)?;
-        rows.iter().map(template).collect()
+        let mut templates = Vec::with_capacity(rows.len());
+        for row in &rows {
+            templates.push(self.with_hosts(template(row)?).await?);
+        }
+        Ok(templates)
+    }
+
+    async fn with_hosts(&self, mut template: Template) -> Result<Template> {
+        let query = "SELECT host FROM template_copies WHERE template = $1 ORDER BY host";
+        let rows = sqlx::query(query)
+            .bind(&template.name)
+            .fetch_all(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        template.hosts = rows
+            .iter()
+            .map(|row| text(row, "host"))
+            .collect::<Result<_>>()?;
+        Ok(template)
     }
 
     /// One template.
@@ -51,7 +78,7 @@ impl Store {
             .await
             .map_err(query_failed)?;
         match row {
-            Some(row) => template(&row),
+            Some(row) => self.with_hosts(template(&row)?).await,
             None => Err(unknown(name)),
         }
     }
@@ -74,6 +101,11 @@ impl Store {
     /// Gives a template up.
     pub async fn remove_template(&self, name: &str) -> Result<()> {
         let mut change = self.change().await?;
+        sqlx::query("DELETE FROM template_copies WHERE template = $1")
+            .bind(name)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
         let removed = sqlx::query("DELETE FROM templates WHERE name = $1")
             .bind(name)
             .execute(change.connection())
@@ -87,6 +119,19 @@ impl Store {
             .await?;
         change.commit().await
     }
+}
+
+async fn add_copy(change: &mut Change<'_>, template: &str, host: &str) -> Result<()> {
+    sqlx::query(
+        "INSERT INTO template_copies (template, host) VALUES ($1, $2) \
+         ON CONFLICT (template, host) DO NOTHING",
+    )
+    .bind(template)
+    .bind(host)
+    .execute(change.connection())
+    .await
+    .map(drop)
+    .map_err(query_failed)
 }
 
 fn unknown(name: &str) -> Problem {

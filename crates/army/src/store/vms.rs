@@ -158,7 +158,8 @@ impl Store {
                 continue;
             }
             sqlx::query(
-                "UPDATE vms SET state = $1, alive = $2, reason = COALESCE($3, reason), \
+                "UPDATE vms SET state = $1, alive = $2, \
+                 reason = CASE WHEN $2 = 1 THEN $3 ELSE COALESCE($3, reason) END, \
                  memory = COALESCE($4, memory) WHERE id = $5 AND alive = 1",
             )
             .bind(word(&report.state)?)

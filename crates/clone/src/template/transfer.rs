@@ -39,7 +39,10 @@ pub fn send(template: &Template, sink: &mut impl Write) -> Result<()> {
     };
     sink.write_all(MAGIC).map_err(gone)?;
     sink.write_all(&[VERSION]).map_err(gone)?;
-    for name in [manifest::FILE].into_iter().chain(template.content().files()) {
+    for name in [manifest::FILE]
+        .into_iter()
+        .chain(template.content().files())
+    {
         let path = template.path(name);
         let file = open_plain(&path).map_err(failed("open", &path))?;
         let len = file.metadata().map_err(failed("look at", &path))?.len();
@@ -57,7 +60,9 @@ pub fn send(template: &Template, sink: &mut impl Write) -> Result<()> {
         }
         piece(sink, name, len, &[]).map_err(gone)?;
     }
-    sink.write_all(&[0]).and_then(|()| sink.flush()).map_err(gone)
+    sink.write_all(&[0])
+        .and_then(|()| sink.flush())
+        .map_err(gone)
 }
 
 /// The data of a file at or after `at`.
@@ -66,7 +71,10 @@ fn next_data(file: &File, at: u64) -> io::Result<Option<(u64, u64)>> {
         Err(Errno::NXIO) => return Ok(None),
         start => start?,
     };
-    Ok(Some((start, rustix::fs::seek(file, SeekFrom::Hole(start))?)))
+    Ok(Some((
+        start,
+        rustix::fs::seek(file, SeekFrom::Hole(start))?,
+    )))
 }
 
 fn piece(sink: &mut impl Write, name: &str, at: u64, data: &[u8]) -> io::Result<()> {

@@ -1,0 +1,63 @@
+//! `army controller`: the API of several hosts.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Result;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+
+use super::serve;
+use crate::cluster::authority::Authority;
+use crate::cluster::tls::{self, Listener, Peer};
+use crate::cluster::{Member, enrol};
+use crate::controller::{Cluster, Controller};
+use crate::store::Store;
+
+/// Serve the API and the dashboard of several hosts, each of which runs `army node`.
+///
+/// The first start prints an administrator's key, once, and makes the authority that certifies
+/// hosts; `army host token` makes what a host joins with. VMs go on when this server ends.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Where to listen for clients. Nothing is encrypted: put a proxy with TLS before any other
+    /// address than this host's own.
+    #[arg(long, default_value = "127.0.0.1:7777", env = "ARMY_LISTEN")]
+    listen: SocketAddr,
+    /// Where to listen for hosts that join. Always TLS.
+    #[arg(long, default_value = "0.0.0.0:7778", env = "ARMY_CLUSTER_LISTEN")]
+    cluster_listen: SocketAddr,
+    /// Where everything is kept that is to outlive the server, the authority's key among it.
+    #[arg(long, default_value = "/var/lib/army", env = "ARMY_STATE")]
+    state: PathBuf,
+}
+
+pub(super) async fn run(args: Args) -> Result<ExitCode> {
+    let _lock = serve::begin(&args.state)?;
+    let listener = serve::listen(args.listen).await?;
+    let joining = serve::listen(args.cluster_listen).await?;
+    let store = Store::open(&args.state.join("army.db")).await?;
+    let authority = Authority::open(&args.state)?;
+    let certificate = CertificateDer::from_pem_slice(authority.certificate().as_bytes())?;
+    let credentials = authority.credentials(&Member::Controller)?;
+    let cluster = Cluster {
+        tls: tls::client(&credentials)?,
+        fingerprint: tls::fingerprint(&certificate),
+    };
+    let controller = Controller::of_cluster(store.clone(), cluster).await?;
+    // Hosts that join have nothing to show yet but their token.
+    let joining = Listener::new(joining, &credentials, true)?;
+    let enrol = move |controller: &Arc<Controller>| {
+        let router = enrol::router(Arc::clone(controller), Arc::new(authority));
+        let service = router.into_make_service_with_connect_info::<Peer>();
+        Ok(tokio::spawn(async move {
+            if let Err(error) = axum::serve(joining, service).await {
+                tracing::error!(%error, "hosts cannot join any more");
+            }
+        }))
+    };
+    serve::api(controller, &store, listener, enrol).await?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,127 @@
+//! What all servers of this program have in common: their log, their state, their end.
+
+use std::future::{Future, IntoFuture};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use army_api::keys::{CreateKey, Role};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::output;
+use crate::controller::Controller;
+use crate::node::Node;
+use crate::server;
+use crate::store::Store;
+
+/// Starts the log, makes the state's directory, and makes sure that nobody else uses it while what
+/// is returned lives.
+pub(super) fn begin(state: &Path) -> Result<std::fs::File> {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("ARMY_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,sqlx=warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    std::fs::create_dir_all(state).with_context(|| format!("cannot make {}", state.display()))?;
+    only_one(state)
+}
+
+/// Two servers on one state would undo each other's work.
+fn only_one(state: &Path) -> Result<std::fs::File> {
+    let path = state.join("lock");
+    let file =
+        std::fs::File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
+    let lock = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+    rustix::fs::flock(&file, lock).map_err(|_| {
+        anyhow::anyhow!(
+            "another Army serves from {}: end it, or use another --state",
+            state.display()
+        )
+    })?;
+    Ok(file)
+}
+
+pub(super) async fn listen(address: SocketAddr) -> Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on {address}"))
+}
+
+/// The node of this host, supervising its VMs.
+pub(super) async fn node(name: String, state: &Path) -> Result<Arc<Node>> {
+    let journal = state.join("vms");
+    let runtime = clone::runtime::Runtime::from_env()?;
+    let templates = clone::template::Store::from_env()?;
+    let open = move || Node::open(name, journal, runtime, templates);
+    let node = crate::blocking(open).await?;
+    node.supervise().context("cannot supervise VMs")?;
+    Ok(node)
+}
+
+/// Serves the API until it is asked to end.
+pub(super) async fn api(
+    controller: Controller,
+    store: &Store,
+    listener: TcpListener,
+    beside: impl FnOnce(&Arc<Controller>) -> Result<tokio::task::JoinHandle<()>>,
+) -> Result<()> {
+    let controller = Arc::new(controller);
+    let beside = beside(&controller)?;
+    controller.take_up_all().await?;
+    let url = format!("http://{}", listener.local_addr()?);
+    first_key(store, &url).await?;
+    output::print(&format!(
+        "Army answers at {url}; the dashboard is there, too."
+    ));
+    let reconcile = tokio::spawn(Arc::clone(&controller).reconcile());
+    let serve = axum::serve(listener, server::router(controller)).into_future();
+    let served = until_asked(serve).await;
+    reconcile.abort();
+    beside.abort();
+    served
+}
+
+/// Prints an administrator's key where there is none yet.
+async fn first_key(store: &Store, url: &str) -> Result<()> {
+    if store.has_keys().await? {
+        return Ok(());
+    }
+    let admin = CreateKey {
+        tenant: "default".into(),
+        role: Role::Admin,
+        max_vms: None,
+    };
+    let key = store.create_key(&admin).await?;
+    output::print(&format!(
+        "This key is not shown again:\n\n    export ARMY_URL={url} ARMY_KEY={}\n",
+        key.secret
+    ));
+    Ok(())
+}
+
+/// Serves until SIGTERM or SIGINT. Running requests are dropped with their connections: what they
+/// began is in the journal.
+pub(super) async fn until_asked(serve: impl Future<Output = std::io::Result<()>>) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        served = serve => served?,
+        _ = terminate.recv() => {}
+        interrupted = tokio::signal::ctrl_c() => interrupted?,
+    }
+    Ok(())
+}
+
+/// What this host is called.
+pub(super) fn host_name() -> String {
+    let name = rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .to_lowercase();
+    match crate::cluster::is_host_name(&name) {
+        true => name,
+        false => "host".into(),
+    }
+}

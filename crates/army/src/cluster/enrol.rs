@@ -1,0 +1,199 @@
+//! How a host becomes one of ours: it shows a token, and gets a certificate.
+//!
+//! The token also holds the hash of the authority's certificate, so a host does not tell its token
+//! to anybody but the controller that made it.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use army_api::{Problem, ProblemKind};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, State};
+use axum::routing::post;
+use axum::{Json, Router};
+use serde::{Deserialize, Serialize};
+
+use super::authority::{Authority, Credentials};
+use super::tls::{self, Peer};
+use super::{Member, internal, is_host_name};
+use crate::controller::Controller;
+use crate::node::Result;
+use crate::server::Failure;
+
+/// What every token begins with, so that one that leaks is recognised.
+const PREFIX: &str = "army-join";
+/// The largest body of a request.
+const MAX_BODY: usize = 64 << 10;
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// What a host joins with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Token {
+    /// What the controller knows the hash of.
+    pub secret: String,
+    /// What the authority is known by.
+    pub fingerprint: String,
+}
+
+impl fmt::Display for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{PREFIX}.{}.{}", self.secret, self.fingerprint)
+    }
+}
+
+impl FromStr for Token {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let parts: Vec<&str> = text.trim().split('.').collect();
+        match parts[..] {
+            [PREFIX, secret, fingerprint] if !secret.is_empty() && fingerprint.len() == 64 => {
+                Ok(Self {
+                    secret: secret.to_owned(),
+                    fingerprint: fingerprint.to_owned(),
+                })
+            }
+            _ => Err("it is no token of `army host token`".to_owned()),
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Enrol {
+    secret: String,
+    host: String,
+    /// Where the node listens; the IP address that it is seen with where this one is unspecified.
+    address: SocketAddr,
+    /// In PEM.
+    request: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Enrolled {
+    authority: String,
+    certificate: String,
+}
+
+/// What enrolling needs.
+#[derive(Clone)]
+struct Desk {
+    controller: Arc<Controller>,
+    authority: Arc<Authority>,
+}
+
+/// What the controller serves to hosts.
+pub fn router(controller: Arc<Controller>, authority: Arc<Authority>) -> Router {
+    let desk = Desk {
+        controller,
+        authority,
+    };
+    Router::new()
+        .route("/v1/enrol", post(enrol))
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(desk)
+}
+
+async fn enrol(
+    State(desk): State<Desk>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Json(asked): Json<Enrol>,
+) -> std::result::Result<Json<Enrolled>, Failure> {
+    if !is_host_name(&asked.host) {
+        let detail = format!("`{}` is no name of a host", asked.host.escape_debug());
+        let problem = Problem::new(ProblemKind::InvalidRequest, detail);
+        return Err(problem
+            .advise("use small letters, digits and `-`, at most 63: --name")
+            .into());
+    }
+    let mut address = asked.address;
+    if address.ip().is_unspecified() {
+        address.set_ip(peer.address.ip().to_canonical());
+    }
+    // Before the token is used up.
+    let certificate = desk
+        .authority
+        .sign(&Member::Node(asked.host.clone()), &asked.request)?;
+    desk.controller
+        .store
+        .enrol_host(&asked.host, &address.to_string(), &asked.secret)
+        .await?;
+    desk.controller.connect(&asked.host, address)?;
+    Ok(Json(Enrolled {
+        authority: desk.authority.certificate().to_owned(),
+        certificate,
+    }))
+}
+
+/// Asks the controller for a certificate for the node of `host`, which listens at `address`.
+pub async fn join(
+    controller: SocketAddr,
+    token: &Token,
+    host: &str,
+    address: SocketAddr,
+) -> Result<Credentials> {
+    let name = Member::Controller.dns_name();
+    let client = reqwest::Client::builder()
+        .tls_backend_preconfigured(tls::stranger(&token.fingerprint)?)
+        .resolve(&name, controller)
+        .connect_timeout(CONNECT_LIMIT)
+        .timeout(LIMIT)
+        .no_proxy()
+        .build()
+        .map_err(|error| internal("set up a client", &error))?;
+    let (key, request) = Credentials::request()?;
+    let asked = Enrol {
+        secret: token.secret.clone(),
+        host: host.to_owned(),
+        address,
+        request,
+    };
+    let unreachable = |error: reqwest::Error| {
+        let detail = format!(
+            "cannot join at {controller}: {}",
+            crate::controller::remote::whole(&error)
+        );
+        Problem::new(ProblemKind::HostUnavailable, detail)
+            .advise("the address is that of --cluster-listen, and the token is used once")
+    };
+    let url = format!("https://{name}:{}/v1/enrol", controller.port());
+    let answer = client
+        .post(url)
+        .json(&asked)
+        .send()
+        .await
+        .map_err(unreachable)?;
+    if !answer.status().is_success() {
+        return Err(crate::controller::remote::problem_of(answer).await);
+    }
+    let enrolled: Enrolled = answer.json().await.map_err(unreachable)?;
+    let known = tls::fingerprint(&tls::certificate(&enrolled.authority)?);
+    if known != token.fingerprint {
+        let detail = "the controller named another authority than the token";
+        return Err(Problem::new(ProblemKind::HostUnavailable, detail));
+    }
+    Ok(Credentials {
+        authority: enrolled.authority,
+        certificate: enrolled.certificate,
+        key,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_read_as_written() {
+        let token = Token {
+            secret: "ab".into(),
+            fingerprint: "0".repeat(64),
+        };
+        assert_eq!(token.to_string().parse(), Ok(token));
+        for text in ["", "army-join.a.b", "x.a.b", "army-join..0"] {
+            assert!(text.parse::<Token>().is_err(), "{text}");
+        }
+    }
+}

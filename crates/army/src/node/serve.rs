@@ -1,0 +1,290 @@
+//! A node's own API: what [`super::Node`] does, for the controller, and its templates, for other
+//! nodes. Nobody else is heard; [`crate::cluster::tls`] knows who is who.
+
+use std::borrow::Cow;
+use std::io::{self, BufReader, BufWriter};
+use std::sync::Arc;
+
+use army_api::{Problem, ProblemKind};
+use axum::body::Body;
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, Request, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodRouter, get, post};
+use axum::{Json, Router};
+use futures_util::StreamExt;
+use hyper_util::rt::TokioIo;
+use rustls::ClientConfig;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::io::AsyncWriteExt;
+use tokio::sync::{Mutex, mpsc};
+
+use super::journal::Entry;
+use super::{Node, Result};
+use crate::blocking;
+use crate::cluster::Member;
+use crate::cluster::tls::Peer;
+use crate::controller::host::Origin;
+use crate::controller::remote;
+use crate::pipe::{AHEAD, Sink, Source};
+use crate::server::Failure;
+
+/// What a connection to an agent upgrades to: from then on it is the agent's protocol.
+pub const AGENT_PROTOCOL: &str = "army-agent";
+/// The largest body of a request.
+const MAX_BODY: usize = 16 << 20;
+/// Bytes of a template that are sent in one piece.
+const PIECE: usize = 256 << 10;
+
+/// VMs that are to be made.
+#[derive(Serialize, Deserialize)]
+pub struct Make<'a> {
+    /// The template, or the VM that is forked.
+    pub of: Cow<'a, str>,
+    /// The VMs.
+    pub entries: Cow<'a, [Entry]>,
+}
+
+impl<'a> Make<'a> {
+    /// They, without copying.
+    pub fn new(of: &'a str, entries: &'a [Entry]) -> Self {
+        Self {
+            of: of.into(),
+            entries: entries.into(),
+        }
+    }
+}
+
+#[derive(Clone)]
+struct Served {
+    node: Arc<Node>,
+    tls: ClientConfig,
+    /// One template travels at a time: two of a name would be in each other's way.
+    fetching: Arc<Mutex<()>>,
+}
+
+/// All of it. `tls` is how this node connects to others.
+pub fn router(node: Arc<Node>, tls: ClientConfig) -> Router {
+    let served = Served {
+        node,
+        tls,
+        fetching: Arc::default(),
+    };
+    Router::new()
+        .route(
+            "/v1/create",
+            operation(|node, make: Make<'static>| Ok(node.create(&make.of, &make.entries))),
+        )
+        .route(
+            "/v1/fork",
+            operation(|node, make: Make<'static>| Ok(node.fork_live(&make.of, &make.entries))),
+        )
+        .route(
+            "/v1/destroy",
+            operation(|node, (id, reason): (String, String)| node.destroy(&id, &reason)),
+        )
+        .route("/v1/pause", operation(|node, id: String| node.pause(&id)))
+        .route("/v1/resume", operation(|node, id: String| node.resume(&id)))
+        .route(
+            "/v1/balloon",
+            operation(|node, (id, bytes): (String, Option<u64>)| node.balloon(&id, bytes)),
+        )
+        .route(
+            "/v1/snapshot",
+            operation(|node, (id, name, diff): (String, String, bool)| {
+                node.snapshot(&id, &name, diff)
+            }),
+        )
+        .route(
+            "/v1/template",
+            operation(|node, name: String| node.template(&name)),
+        )
+        .route(
+            "/v1/keep",
+            operation(|node, (name, standbys): (String, u32)| node.keep(&name, standbys)),
+        )
+        .route(
+            "/v1/remove-template",
+            operation(|node, name: String| node.remove_template(&name)),
+        )
+        .route("/v1/report", operation(|node, ()| Ok(node.report())))
+        .route(
+            "/v1/forget",
+            operation(|node, ids: Vec<String>| {
+                node.forget(&ids);
+                Ok(())
+            }),
+        )
+        .route("/v1/fetch", post(fetch))
+        .route("/v1/agent/{id}", get(agent))
+        .route("/v1/content/{template}", get(content))
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(served)
+}
+
+/// An operation of the controller's.
+fn operation<A, R, W>(work: W) -> MethodRouter<Served>
+where
+    A: DeserializeOwned + Send + 'static,
+    R: Serialize + Send + 'static,
+    W: Fn(&Node, A) -> Result<R> + Clone + Send + Sync + 'static,
+{
+    post(
+        move |State(served): State<Served>,
+              ConnectInfo(peer): ConnectInfo<Peer>,
+              Json(arguments): Json<A>| async move {
+            of_controller(&peer)?;
+            let done = blocking(move || work(&served.node, arguments)).await?;
+            Ok::<_, Failure>(Json(done))
+        },
+    )
+}
+
+fn of_controller(peer: &Peer) -> Result<()> {
+    match &peer.member {
+        Some(Member::Controller) => Ok(()),
+        _ => Err(Problem::new(
+            ProblemKind::Forbidden,
+            "only the controller may ask for this",
+        )),
+    }
+}
+
+/// Connects the controller with a VM's agent.
+async fn agent(
+    State(served): State<Served>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path(id): Path<String>,
+    mut request: Request,
+) -> std::result::Result<Response, Failure> {
+    of_controller(&peer)?;
+    if request
+        .headers()
+        .get(header::UPGRADE)
+        .map(|it| it.as_bytes())
+        != Some(AGENT_PROTOCOL.as_bytes())
+    {
+        let detail = format!("this is for `Upgrade: {AGENT_PROTOCOL}`");
+        return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
+    }
+    let (stream, greeting, in_use) = blocking(move || {
+        let (connection, in_use) = served.node.agent(&id)?;
+        let (stream, greeting) = connection
+            .into_stream()
+            .map_err(|error| super::of_agent(&error))?;
+        Ok((stream, greeting, in_use))
+    })
+    .await?;
+    let local = |error: io::Error| Problem::new(ProblemKind::Internal, error.to_string());
+    stream.set_nonblocking(true).map_err(local)?;
+    let mut near = tokio::net::UnixStream::from_std(stream).map_err(local)?;
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        let _in_use = in_use;
+        let Ok(upgraded) = upgrade.await else { return };
+        let mut far = TokioIo::new(upgraded);
+        if far.write_all(&greeting).await.is_ok() {
+            // Ends when either side does.
+            let _ = tokio::io::copy_bidirectional(&mut far, &mut near).await;
+        }
+    });
+    let headers = [
+        (header::CONNECTION, "upgrade"),
+        (header::UPGRADE, AGENT_PROTOCOL),
+    ];
+    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+}
+
+/// Sends a template to another node.
+async fn content(
+    State(served): State<Served>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path(name): Path<String>,
+) -> std::result::Result<Response, Failure> {
+    if peer.member.is_none() {
+        let detail = "only hosts of this Army get templates";
+        return Err(Problem::new(ProblemKind::Forbidden, detail).into());
+    }
+    let template = blocking(move || served.node.open_template(&name)).await?;
+    let (sender, receiver) = mpsc::channel(AHEAD);
+    tokio::task::spawn_blocking(move || {
+        let mut sink = BufWriter::with_capacity(PIECE, Sink(sender.clone()));
+        if let Err(error) = clone::template::send(&template, &mut sink) {
+            // Cuts the answer short, which the other side notices.
+            let _ = sender.blocking_send(Err(io::Error::other(error.message)));
+        }
+    });
+    let stream = futures_util::stream::unfold(receiver, |mut receiver| async move {
+        Some((receiver.recv().await?, receiver))
+    });
+    Ok(Body::from_stream(stream).into_response())
+}
+
+/// Gets a template from another node, unless it is here.
+async fn fetch(
+    State(served): State<Served>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Json(origin): Json<Origin>,
+) -> std::result::Result<Json<()>, Failure> {
+    of_controller(&peer)?;
+    let _turn = served.fetching.lock().await;
+    let (node, name) = (Arc::clone(&served.node), origin.template.clone());
+    let here = blocking(move || match node.template(&name) {
+        Ok(facts) => Ok(Some(facts.id)),
+        Err(problem) if problem.kind == ProblemKind::NotFound => Ok(None),
+        Err(problem) => Err(problem),
+    })
+    .await?;
+    match here {
+        Some(id) if id == origin.id => return Ok(Json(())),
+        Some(_) => {
+            let detail = format!(
+                "the host {} has another template that is called `{}`",
+                served.node.name(),
+                origin.template
+            );
+            return Err(Problem::new(ProblemKind::Conflict, detail)
+                .advise("remove it there: clone template rm")
+                .into());
+        }
+        None => {}
+    }
+    let dns = Member::Node(origin.host.clone()).dns_name();
+    let unavailable = |why: String| {
+        let detail = format!("cannot get the template from {}: {why}", origin.host);
+        Failure(Problem::new(ProblemKind::HostUnavailable, detail).retry_after(5))
+    };
+    let url = format!(
+        "https://{dns}:{}/v1/content/{}",
+        origin.address.port(),
+        origin.template
+    );
+    let answer = remote::client(&dns, origin.address, served.tls.clone())?
+        .get(url)
+        .send()
+        .await
+        .map_err(|error| unavailable(remote::whole(&error)))?;
+    if !answer.status().is_success() {
+        return Err(unavailable(remote::problem_of(answer).await.detail));
+    }
+    let (sender, receiver) = mpsc::channel(AHEAD);
+    let feed = tokio::spawn(async move {
+        let mut pieces = answer.bytes_stream();
+        while let Some(piece) = pieces.next().await {
+            let piece = piece.map_err(|error| io::Error::other(remote::whole(&error)));
+            if sender.send(piece).await.is_err() {
+                return;
+            }
+        }
+    });
+    let node = Arc::clone(&served.node);
+    let taken = blocking(move || {
+        let mut source = BufReader::with_capacity(PIECE, Source::new(receiver));
+        node.take_in(&origin.template, &origin.id, &mut source)
+    })
+    .await;
+    feed.abort();
+    taken?;
+    Ok(Json(()))
+}

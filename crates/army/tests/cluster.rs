@@ -1,0 +1,223 @@
+//! A controller and its nodes over mutual TLS, without guests: who gets in, and who may ask what.
+#![allow(clippy::unwrap_used)]
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use army::cluster::authority::{Authority, Credentials};
+use army::cluster::enrol::{self, Token};
+use army::cluster::tls::{self, Listener, Peer};
+use army::cluster::{Member, authority};
+use army::controller::host::{Host, Origin};
+use army::controller::remote::Remote;
+use army::controller::{Cluster, Controller};
+use army::node::{Node, serve};
+use army::store::Store;
+use army_api::hosts::HostState;
+use army_api::{Problem, ProblemKind};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+
+struct Army {
+    controller: Arc<Controller>,
+    authority: Arc<Authority>,
+    /// Where hosts join.
+    desk: SocketAddr,
+    dir: tempfile::TempDir,
+}
+
+async fn army() -> Army {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("army.db")).await.unwrap();
+    let authority = Arc::new(Authority::open(dir.path()).unwrap());
+    let credentials = authority.credentials(&Member::Controller).unwrap();
+    let cluster = Cluster {
+        tls: tls::client(&credentials).unwrap(),
+        fingerprint: fingerprint(&authority),
+    };
+    let controller = Arc::new(Controller::of_cluster(store, cluster).await.unwrap());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let desk = listener.local_addr().unwrap();
+    let listener = Listener::new(listener, &credentials, true).unwrap();
+    let router = enrol::router(Arc::clone(&controller), Arc::clone(&authority));
+    let service = router.into_make_service_with_connect_info::<Peer>();
+    tokio::spawn(async move { axum::serve(listener, service).await });
+    Army {
+        controller,
+        authority,
+        desk,
+        dir,
+    }
+}
+
+fn fingerprint(authority: &Authority) -> String {
+    let pem = authority.certificate().as_bytes();
+    tls::fingerprint(&CertificateDer::from_pem_slice(pem).unwrap())
+}
+
+impl Army {
+    /// A host that joins, and its node.
+    async fn host(&self, name: &str) -> (SocketAddr, Credentials, JoinHandle<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (token, _) = self.controller.token(1).await.unwrap();
+        let credentials = enrol::join(self.desk, &token, name, address).await.unwrap();
+        let task = self.serve(name, listener, &credentials).await;
+        (address, credentials, task)
+    }
+
+    async fn serve(
+        &self,
+        name: &str,
+        listener: TcpListener,
+        credentials: &Credentials,
+    ) -> JoinHandle<()> {
+        let path = self.dir.path().join(name);
+        let name = name.to_owned();
+        let node = tokio::task::spawn_blocking(move || {
+            let runtime = clone::runtime::Runtime::at(&path.join("run")).unwrap();
+            let templates = clone::template::Store::at(path.join("templates"));
+            Node::open(name, path.join("vms"), runtime, templates).unwrap()
+        });
+        let router = serve::router(node.await.unwrap(), tls::client(credentials).unwrap());
+        let listener = Listener::new(listener, credentials, false).unwrap();
+        let service = router.into_make_service_with_connect_info::<Peer>();
+        tokio::spawn(async move { axum::serve(listener, service).await.unwrap() })
+    }
+
+    /// Looks at hosts until `done`.
+    async fn wait(&self, done: impl Fn(&[army_api::hosts::Host]) -> bool) {
+        let end = Instant::now() + Duration::from_secs(60);
+        loop {
+            let hosts = self.controller.hosts().await.unwrap();
+            if done(&hosts) {
+                return;
+            }
+            assert!(Instant::now() < end, "waited too long: {hosts:?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+}
+
+/// What a member with these credentials is told when it asks the node of `name` for something.
+async fn ask<T: Send + 'static>(
+    credentials: &Credentials,
+    name: &str,
+    address: SocketAddr,
+    question: impl FnOnce(&Remote) -> Result<T, Problem> + Send + 'static,
+) -> Result<T, Problem> {
+    let remote = Remote::new(name, address, tls::client(credentials).unwrap()).unwrap();
+    tokio::task::spawn_blocking(move || question(&remote))
+        .await
+        .unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_joins_once_with_a_token_and_is_heard_of() {
+    let army = army().await;
+    let (_, _, task) = army.host("a").await;
+    let reconcile = tokio::spawn(Arc::clone(&army.controller).reconcile());
+    army.wait(
+        |hosts| matches!(hosts, [it] if it.state == HostState::Ready && it.capacity.cpus > 0),
+    )
+    .await;
+    // Its name is taken, and a token works once, for whoever comes first.
+    let address = "127.0.0.1:1".parse().unwrap();
+    let (token, _) = army.controller.token(1).await.unwrap();
+    let problem = enrol::join(army.desk, &token, "a", address)
+        .await
+        .err()
+        .unwrap();
+    assert_eq!(problem.kind, ProblemKind::Conflict);
+    enrol::join(army.desk, &token, "b", address)
+        .await
+        .map(drop)
+        .unwrap();
+    let problem = enrol::join(army.desk, &token, "c", address)
+        .await
+        .err()
+        .unwrap();
+    assert_eq!(problem.kind, ProblemKind::Unauthorized);
+    let (token, _) = army.controller.token(1).await.unwrap();
+    let problem = enrol::join(army.desk, &token, "../x", address)
+        .await
+        .err()
+        .unwrap();
+    assert_eq!(problem.kind, ProblemKind::InvalidRequest);
+    // One that never answered can be given up; one that answers and has no VMs, too.
+    army.controller.remove_host("b").await.unwrap();
+    army.controller.remove_host("a").await.unwrap();
+    assert_eq!(army.controller.hosts().await.unwrap(), []);
+    reconcile.abort();
+    task.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_told_to_no_other_controller() {
+    let (ours, theirs) = (army().await, army().await);
+    let (token, _) = ours.controller.token(1).await.unwrap();
+    let address = "127.0.0.1:1".parse().unwrap();
+    let problem = enrol::join(theirs.desk, &token, "a", address)
+        .await
+        .err()
+        .unwrap();
+    assert!(problem.detail.contains("not the token's"), "{problem}");
+    let made_up = Token {
+        secret: "0".repeat(64),
+        fingerprint: fingerprint(&ours.authority),
+    };
+    let problem = enrol::join(ours.desk, &made_up, "a", address)
+        .await
+        .err()
+        .unwrap();
+    assert_eq!(problem.kind, ProblemKind::Unauthorized);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_controller_commands_a_node_and_only_members_reach_it() {
+    let army = army().await;
+    let (address, a, _task) = army.host("a").await;
+    let (_, b, _task) = army.host("b").await;
+    let controller = army.authority.credentials(&Member::Controller).unwrap();
+    ask(&controller, "a", address, |node| node.report())
+        .await
+        .unwrap();
+    // Another node gets templates, and nothing else.
+    for credentials in [&a, &b] {
+        let refused = ask(credentials, "a", address, |node| node.report()).await;
+        assert_eq!(refused.unwrap_err().kind, ProblemKind::Forbidden);
+        let refused = ask(credentials, "a", address, |node| node.agent("x").map(drop)).await;
+        assert_eq!(refused.unwrap_err().kind, ProblemKind::Forbidden);
+    }
+    // Another Army's controller is nobody here, and neither is a node that takes another's name.
+    let folder = tempfile::tempdir().unwrap();
+    let other = authority::Authority::open(folder.path()).unwrap();
+    let stranger = other.credentials(&Member::Controller).unwrap();
+    let refused = ask(&stranger, "a", address, |node| node.report()).await;
+    assert_eq!(refused.unwrap_err().kind, ProblemKind::HostUnavailable);
+    let refused = ask(&controller, "b", address, |node| node.report()).await;
+    assert_eq!(refused.unwrap_err().kind, ProblemKind::HostUnavailable);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_template_that_is_nowhere_is_not_fetched() {
+    let army = army().await;
+    let (address, _, _task) = army.host("a").await;
+    let (there, _, _task) = army.host("b").await;
+    let controller = army.authority.credentials(&Member::Controller).unwrap();
+    for template in ["none", "../../etc"] {
+        let origin = Origin {
+            host: "b".into(),
+            address: there,
+            template: template.into(),
+            id: "0".into(),
+        };
+        let refused = ask(&controller, "a", address, move |node| node.fetch(&origin)).await;
+        refused.unwrap_err();
+    }
+    let left = std::fs::read_dir(army.dir.path().join("a/templates"));
+    assert_eq!(left.map_or(0, Iterator::count), 0);
+}
