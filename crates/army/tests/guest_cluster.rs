@@ -147,10 +147,14 @@ impl Cluster {
         result["stdout"].as_str().unwrap().trim().to_owned()
     }
 
-    /// A VM on `host`.
+    /// One of the many VMs, on `host`.
     fn vm_on(&self, host: &str) -> String {
         let vms = self.army(&["vm", "ls"]);
-        let vm = vms.as_array().unwrap().iter().find(|vm| vm["host"] == host);
+        let mut vms = vms.as_array().unwrap().iter();
+        let vm = vms.find(|vm| {
+            let name = vm["name"].as_str().unwrap();
+            vm["host"] == host && name.starts_with("w-")
+        });
         vm.unwrap()["name"].as_str().unwrap().to_owned()
     }
 
