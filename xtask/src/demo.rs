@@ -39,7 +39,7 @@ pub(crate) fn run(inside: bool) -> Result<ExitCode> {
     if inside {
         return show();
     }
-    host::setup()?;
+    host::install_packages()?;
     guest::build()?;
     println!("building clone and army");
     let build = ["build", "--quiet", "-p", "clone", "-p", "army"];
