@@ -14,6 +14,8 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
         "mmdebstrap",
         "unpacks QEMU, kernels and guest file systems from Debian",
     ),
+    ("mount", "mount", "lays out the guests' file systems"),
+    ("kill", "procps", "ends processes in tests"),
     ("mke2fs", "e2fsprogs", "makes the guests' disk images"),
     ("xz", "xz-utils", "unpacks kernel modules"),
     ("ip", "iproute2", "sets up test networks"),
