@@ -419,6 +419,15 @@ impl Running {
         self.started
     }
 
+    /// From now on, waiting has no limit: undoes [`Connection::give_up_at`].
+    pub fn wait_for_ever(&mut self) -> Result<()> {
+        self.connection.deadline = None;
+        self.connection
+            .stream
+            .set_read_timeout(None)
+            .map_err(ClientError::Lost)
+    }
+
     /// How much of its output has arrived: with it and the command's id, a later connection can go
     /// on where this one was lost.
     pub fn arrived(&self) -> Acknowledge {

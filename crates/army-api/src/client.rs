@@ -102,6 +102,13 @@ impl Client {
         self.answer(self.request(method, path)).await.map(drop)
     }
 
+    /// Sends a request whose answer has no body that matters.
+    pub async fn post(&self, path: &str, body: &impl Serialize) -> Result<(), ClientError> {
+        self.answer(self.request(Method::POST, path).json(body))
+            .await
+            .map(drop)
+    }
+
     /// The bytes at `path`.
     pub async fn bytes<Q: Serialize>(
         &self,
@@ -136,7 +143,16 @@ impl Client {
         after: Option<i64>,
     ) -> Result<impl Stream<Item = Result<Event, ClientError>> + use<>, ClientError> {
         let filter = crate::events::EventFilter { after };
-        let pieces = self.bytes("/v1/events", &filter).await?;
+        self.stream("/v1/events", &filter).await
+    }
+
+    /// The server-sent events at `path`, with `query` behind it.
+    pub async fn stream<T: DeserializeOwned, Q: Serialize>(
+        &self,
+        path: &str,
+        query: &Q,
+    ) -> Result<impl Stream<Item = Result<T, ClientError>> + use<T, Q>, ClientError> {
+        let pieces = self.bytes(path, query).await?;
         let client = self.clone();
         let lines = Lines {
             pieces: Box::pin(pieces),

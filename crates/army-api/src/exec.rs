@@ -55,6 +55,89 @@ pub struct ExecResult {
     pub took_us: u64,
 }
 
+/// A command that runs, or ran, without anybody waiting for it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Command {
+    /// What it is called in its VM.
+    pub id: u64,
+    /// Its process id in the guest.
+    pub pid: u32,
+    /// The program and its arguments.
+    pub command: Vec<String>,
+    /// How it ended, once it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<Ended>,
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Ended {
+    /// Its exit status; absent where a signal ended it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+    /// The signal that ended it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<i32>,
+    /// Whether its time ran out.
+    pub timed_out: bool,
+}
+
+/// From where a command's output is read: so many bytes of each stream are there already.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct Cursor {
+    /// Of the standard output.
+    #[serde(default)]
+    pub stdout: u64,
+    /// Of the standard error output.
+    #[serde(default)]
+    pub stderr: u64,
+}
+
+/// What happens to a command: the `data` of a server-sent event.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum CommandEvent {
+    /// It wrote something.
+    Output {
+        /// Where.
+        stream: OutputStream,
+        /// What. Bytes that are no UTF-8 are replaced.
+        text: String,
+        /// How much of this stream is there with it: [`Cursor`] for who reads on later.
+        cursor: u64,
+    },
+    /// Output is gone: it was read before, or nobody read it until there was too much.
+    Lost {
+        /// Of which stream.
+        stream: OutputStream,
+        /// How much.
+        bytes: u64,
+    },
+    /// It ended, and is forgotten now.
+    Ended(Ended),
+}
+
+/// One of a command's outputs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OutputStream {
+    /// The standard output.
+    Stdout,
+    /// The standard error output.
+    Stderr,
+}
+
+/// A signal for a command and what it started in its process group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SendSignal {
+    /// Its number: 15 asks the command to end, 9 ends it.
+    #[schema(minimum = 1, maximum = 64)]
+    pub signal: i32,
+}
+
 /// A terminal to be opened.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]

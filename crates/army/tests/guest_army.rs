@@ -202,6 +202,7 @@ fn vms_are_made_used_forked_and_destroyed_through_the_api() {
     assert_eq!(red.as_array().unwrap().len(), 3);
     assert_eq!(host.army(&["vm", "ls", "-l", "team=blue"]), json!([]));
     bytes_go_in_and_out(&host);
+    commands_go_on_without_anybody(&host);
     // The balloon takes memory from the guest.
     host.army(&["vm", "balloon", "c-3", "64M"]);
     host.wait("the balloon", |host| {
@@ -239,6 +240,48 @@ fn vms_are_made_used_forked_and_destroyed_through_the_api() {
 }
 
 /// Input, files both ways, a program with a terminal.
+/// A command is started, read twice from where the first reader stopped, and ended by a signal.
+fn commands_go_on_without_anybody(host: &Host) {
+    let script =
+        "echo one; echo apart >&2; until [ -e /run/go ]; do sleep 0.1; done; echo two; exit 5";
+    let started = host.run(&["exec", "--detach", "c-1", "sh", "-c", script]);
+    let id = String::from_utf8(started.stdout).unwrap();
+    let id = id.trim();
+    let output = |stdout: &str| {
+        let mut command = host.command(&["--json", "command", "output", "c-1", id]);
+        command.args(["--stdout", stdout]).stdout(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    // A reader that is cut off in the middle.
+    let mut first = output("0");
+    let mut text = String::new();
+    let mut reader = BufReader::new(first.stdout.take().unwrap());
+    while !text.contains("one") {
+        assert!(reader.read_line(&mut text).unwrap() > 0, "{text}");
+    }
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let known = host.army(&["command", "ls", "c-1"]);
+    assert_eq!(known[0]["id"].to_string(), id);
+    assert!(known[0].get("ended").is_none(), "{known}");
+    // Another goes on behind what the first had.
+    let second = output("4");
+    host.guest("c-1", "touch /run/go");
+    let second = second.wait_with_output().unwrap();
+    assert_eq!(second.status.code(), Some(5), "{second:?}");
+    let text = String::from_utf8(second.stdout).unwrap();
+    assert!(text.contains("two") && !text.contains("one"), "{text}");
+    // One that would never end.
+    let started = host.army(&["exec", "--detach", "c-1", "sleep", "1000"]);
+    let id = started["id"].to_string();
+    host.army(&["command", "signal", "c-1", &id]);
+    let ended = host.run(&["command", "output", "c-1", &id]);
+    assert_eq!(ended.status.code(), Some(128 + 15), "{ended:?}");
+    let refused = host.run(&["command", "signal", "c-1", &id]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("runs no command"));
+    assert_eq!(host.army(&["command", "ls", "c-1"]), json!([]));
+}
+
 fn bytes_go_in_and_out(host: &Host) {
     let mut wc = host
         .command(&["exec", "-i", "c-1", "wc", "-c"])

@@ -1,14 +1,17 @@
-//! `army exec` and `army cp`.
+//! `army exec`, `army command` and `army cp`.
 
 use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
-use army_api::exec::{Exec, ExecResult, FilePath};
+use army_api::exec::{
+    Command, CommandEvent, Cursor, Ended, Exec, ExecResult, FilePath, OutputStream, SendSignal,
+};
 use futures_util::StreamExt;
 use reqwest::Method;
 
 use super::context::Context;
+use super::output::{note, table};
 
 /// What a command's exit status is when a signal ended it, as shells say it: 128 and the signal.
 const SIGNAL_BASE: i32 = 128;
@@ -38,6 +41,9 @@ pub(super) struct Args {
     /// Give it this command's input.
     #[arg(long, short)]
     input: bool,
+    /// Do not wait for it: print its number, for `army command`.
+    #[arg(long, conflicts_with = "input")]
+    detach: bool,
 }
 
 pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
@@ -60,16 +66,15 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
         stdin,
         timeout_ms: args.timeout.map(|seconds| seconds.saturating_mul(1000)),
     };
+    if args.detach {
+        let path = format!("/v1/vms/{}/commands", args.vm);
+        let started: Command = context.client()?.send(Method::POST, &path, &asked).await?;
+        context.show(&started, |it| it.id.to_string())?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let path = format!("/v1/vms/{}/exec", args.vm);
     let result: ExecResult = context.client()?.send(Method::POST, &path, &asked).await?;
-    let mut code = match (result.exit_code, result.signal) {
-        (Some(code), _) => code,
-        (None, Some(signal)) => SIGNAL_BASE + signal,
-        (None, None) => 1,
-    } as u8;
-    if result.timed_out {
-        code = TIMED_OUT;
-    }
+    let code = code_of(result.exit_code, result.signal, result.timed_out);
     if context.is_json() {
         context.show(&result, |_| String::new())?;
         return Ok(ExitCode::from(code));
@@ -82,6 +87,127 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
         );
     }
     Ok(ExitCode::from(code))
+}
+
+/// What a command's end is as an exit status.
+fn code_of(exit_code: Option<i32>, signal: Option<i32>, timed_out: bool) -> u8 {
+    match (exit_code, signal) {
+        _ if timed_out => TIMED_OUT,
+        (Some(code), _) => code as u8,
+        (None, Some(signal)) => (SIGNAL_BASE + signal) as u8,
+        (None, None) => 1,
+    }
+}
+
+/// Commands that were started with `army exec --detach`.
+#[derive(clap::Subcommand)]
+pub(super) enum CommandCommand {
+    /// List those that run, and those whose end nobody has read.
+    Ls {
+        /// The VM.
+        vm: String,
+    },
+    /// Print what one writes until it ends; its exit status is this command's.
+    Output {
+        /// The VM.
+        vm: String,
+        /// The command's number.
+        id: u64,
+        /// Leave out so many bytes of its standard output.
+        #[arg(long, default_value_t = 0)]
+        stdout: u64,
+        /// Leave out so many bytes of its standard error output.
+        #[arg(long, default_value_t = 0)]
+        stderr: u64,
+    },
+    /// Send a signal to one and what it started.
+    Signal {
+        /// The VM.
+        vm: String,
+        /// The command's number.
+        id: u64,
+        /// The signal's number.
+        #[arg(default_value_t = 15)]
+        signal: i32,
+    },
+}
+
+pub(super) async fn command(context: &Context, command: CommandCommand) -> Result<ExitCode> {
+    let client = context.client()?;
+    match command {
+        CommandCommand::Ls { vm } => {
+            let path = format!("/v1/vms/{vm}/commands");
+            let commands: Vec<Command> = client.get(&path, &()).await?;
+            context.show(&commands, |commands| commands_table(commands))?;
+        }
+        CommandCommand::Output {
+            vm,
+            id,
+            stdout,
+            stderr,
+        } => {
+            let path = format!("/v1/vms/{vm}/commands/{id}/output");
+            let events = client.stream(&path, &Cursor { stdout, stderr }).await?;
+            let mut events = std::pin::pin!(events);
+            while let Some(event) = events.next().await {
+                let event: CommandEvent = event?;
+                if context.is_json() {
+                    context.show(&event, |_| String::new())?;
+                } else {
+                    print(&event)?;
+                }
+                if let CommandEvent::Ended(Ended {
+                    exit_code,
+                    signal,
+                    timed_out,
+                }) = event
+                {
+                    return Ok(ExitCode::from(code_of(exit_code, signal, timed_out)));
+                }
+            }
+            bail!("the command's output was cut off: read on with --stdout and --stderr");
+        }
+        CommandCommand::Signal { vm, id, signal } => {
+            let path = format!("/v1/vms/{vm}/commands/{id}/signal");
+            client.post(&path, &SendSignal { signal }).await?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print(event: &CommandEvent) -> Result<()> {
+    match event {
+        CommandEvent::Output { stream, text, .. } => {
+            let mut out: Box<dyn Write> = match stream {
+                OutputStream::Stdout => Box::new(std::io::stdout()),
+                OutputStream::Stderr => Box::new(std::io::stderr()),
+            };
+            out.write_all(text.as_bytes())?;
+            out.flush()?;
+        }
+        CommandEvent::Lost { bytes, .. } => note(&format!("{bytes} bytes of output are gone")),
+        CommandEvent::Ended(_) => {}
+    }
+    Ok(())
+}
+
+fn commands_table(commands: &[Command]) -> String {
+    let lines = commands.iter().map(|it| {
+        let state = match it.ended {
+            None => "runs".to_owned(),
+            Some(end) => format!(
+                "ended: {}",
+                code_of(end.exit_code, end.signal, end.timed_out)
+            ),
+        };
+        vec![
+            it.id.to_string(),
+            it.pid.to_string(),
+            state,
+            it.command.join(" "),
+        ]
+    });
+    table(&["COMMAND", "PID", "STATE", "WHAT"], lines.collect())
 }
 
 /// Copy a file into or out of a VM: one side is VM:PATH.

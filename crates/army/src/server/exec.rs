@@ -1,5 +1,6 @@
 //! Commands in guests, with their output in the answer.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use agent_proto::client::{Connection, Event};
@@ -34,10 +35,7 @@ pub(super) async fn exec(
 ) -> Answer<Json<ExecResult>> {
     let start = Instant::now();
     caller.may(Role::User)?;
-    if asked.command.is_empty() {
-        let detail = "`command` is empty: it takes a program and its arguments";
-        return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
-    }
+    check(&asked)?;
     let vm = caller.vm(&app, &vm).await?;
     let node = app.controller.node_of(&vm)?;
     let environment = app.controller.store.environment(&vm.id).await?;
@@ -50,14 +48,23 @@ pub(super) async fn exec(
     Ok(Json(result))
 }
 
-fn run(
-    mut connection: Connection,
+/// What is wrong with a command before anybody is asked.
+pub(super) fn check(asked: &Exec) -> Result<(), Problem> {
+    if asked.command.is_empty() {
+        let detail = "`command` is empty: it takes a program and its arguments";
+        return Err(Problem::new(ProblemKind::InvalidRequest, detail));
+    }
+    Ok(())
+}
+
+/// A command as its VM's agent is told, with the VM's environment.
+pub(super) fn request(
     asked: Exec,
-    mut environment: std::collections::BTreeMap<String, String>,
-) -> Result<ExecResult, Problem> {
+    mut environment: BTreeMap<String, String>,
+    timeout_ms: u64,
+) -> AgentExec {
     environment.extend(asked.environment);
-    let limit = asked.timeout_ms.unwrap_or(DEFAULT_LIMIT.as_millis() as u64);
-    let request = AgentExec {
+    AgentExec {
         command: asked.command,
         environment: environment
             .iter()
@@ -65,10 +72,20 @@ fn run(
             .collect(),
         directory: asked.directory.unwrap_or_default(),
         user: asked.user.unwrap_or_default(),
-        timeout_ms: limit.max(1),
+        timeout_ms,
         input: asked.stdin.is_some(),
         ..AgentExec::default()
-    };
+    }
+}
+
+fn run(
+    mut connection: Connection,
+    asked: Exec,
+    environment: BTreeMap<String, String>,
+) -> Result<ExecResult, Problem> {
+    let limit = asked.timeout_ms.unwrap_or(DEFAULT_LIMIT.as_millis() as u64);
+    let stdin = asked.stdin.clone();
+    let request = request(asked, environment, limit.max(1));
     // A limit beyond what the clock can tell is none.
     let patience = Duration::from_millis(limit).saturating_add(GRACE);
     if let Some(end) = Instant::now().checked_add(patience) {
@@ -77,7 +94,7 @@ fn run(
             .map_err(|error| of_agent(&error))?;
     }
     let mut running = connection.exec(request).map_err(|error| of_agent(&error))?;
-    if let Some(text) = asked.stdin {
+    if let Some(text) = stdin {
         let input = running.input();
         // Beside us: a command that prints before it has read all would wait for us for ever.
         std::thread::spawn(move || {

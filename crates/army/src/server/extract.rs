@@ -5,9 +5,13 @@ use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{FromRequest, FromRequestParts, Json, Query, Request};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
+use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
 
-use super::{App, BODY_LIMIT, Failure};
+use super::{App, BODY_LIMIT, Failure, MAX_BODY};
+
+/// How much of a body that is too large is read before the client is left to itself.
+const MAX_DISCARDED: usize = 16 << 20;
 
 /// A body in JSON.
 pub(super) struct Body<T>(pub(super) T);
@@ -16,16 +20,42 @@ impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
     type Rejection = Failure;
 
     async fn from_request(request: Request, app: &App) -> Result<Self, Failure> {
-        let read = tokio::time::timeout(BODY_LIMIT, Json::<T>::from_request(request, app)).await;
-        match read {
-            Ok(Ok(Json(value))) => Ok(Self(value)),
-            Ok(Err(rejection)) => Err(Failure(unreadable(&rejection))),
-            Err(_) => Err(Failure(Problem::new(
-                ProblemKind::Timeout,
-                "the request's body did not come in time",
-            ))),
+        let (parts, body) = request.into_parts();
+        let Ok(read) = tokio::time::timeout(BODY_LIMIT, read(body)).await else {
+            let detail = "the request's body did not come in time";
+            return Err(Failure(Problem::new(ProblemKind::Timeout, detail)));
+        };
+        let request = Request::from_parts(parts, read?.into());
+        match Json::<T>::from_request(request, app).await {
+            Ok(Json(value)) => Ok(Self(value)),
+            Err(rejection) => Err(Failure(unreadable(&rejection))),
         }
     }
+}
+
+/// Reads a body. One that is too large is read on for a while: a client that is still sending when
+/// the connection closes does not see the answer.
+async fn read(body: axum::body::Body) -> Result<Vec<u8>, Problem> {
+    let mut pieces = body.into_data_stream();
+    let mut bytes = Vec::new();
+    let mut len = 0;
+    while let Some(piece) = pieces.next().await {
+        let piece = piece.map_err(|error| {
+            let detail = format!("the request's body was cut off: {error}");
+            Problem::new(ProblemKind::InvalidRequest, detail)
+        })?;
+        len += piece.len();
+        match len {
+            0..=MAX_BODY => bytes.extend_from_slice(&piece),
+            ..=MAX_DISCARDED => {}
+            _ => break,
+        }
+    }
+    if len > MAX_BODY {
+        let detail = format!("the request's body has more than {MAX_BODY} bytes");
+        return Err(Problem::new(ProblemKind::TooLarge, detail));
+    }
+    Ok(bytes)
 }
 
 fn unreadable(rejection: &JsonRejection) -> Problem {

@@ -4,6 +4,7 @@
 //! asked for is done by the [`Controller`].
 
 pub mod auth;
+mod commands;
 mod dashboard;
 mod events;
 mod exec;
@@ -92,6 +93,9 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(vms::snapshot))
         .routes(routes!(vms::balloon, vms::set_balloon))
         .routes(routes!(exec::exec))
+        .routes(routes!(commands::list, commands::start))
+        .routes(routes!(commands::output))
+        .routes(routes!(commands::signal))
         .routes(routes!(terminal::terminal))
         .routes(routes!(files::read, files::write))
         .routes(routes!(events::events))

@@ -1,0 +1,280 @@
+//! Commands in guests that nobody has to wait for: started, listed, read from a cursor on, ended.
+//!
+//! The guest's agent has them; they outlive connections and every process of ours.
+
+use std::convert::Infallible;
+use std::time::{Duration, Instant};
+
+use agent_proto::client::{Connection, Event as AgentEvent};
+use agent_proto::messages::{Acknowledge, Exited, Stream as AgentStream};
+use army_api::exec::{Command, CommandEvent, Cursor, Ended, Exec, OutputStream, SendSignal};
+use army_api::keys::Role;
+use army_api::{Problem, ProblemKind};
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use futures_util::{Stream, StreamExt, stream};
+use tokio::sync::mpsc;
+
+use super::auth::Caller;
+use super::exec::{check, request};
+use super::extract::{Body, Params};
+use super::{Answer, App};
+use crate::blocking;
+use crate::node::{InUse, of_agent};
+
+/// Events that may wait for a slow reader; then the guest waits.
+const AHEAD: usize = 4;
+/// How long an agent may take to answer what needs no waiting.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// A connection to the agent of the VM that is asked for.
+async fn connect(app: &App, caller: &Caller, vm: &str) -> Answer<(Connection, InUse)> {
+    caller.may(Role::User)?;
+    let vm = caller.vm(app, vm).await?;
+    let node = app.controller.node_of(&vm)?;
+    let connected = blocking(move || {
+        let (mut connection, in_use) = node.agent(&vm.id)?;
+        connection
+            .give_up_at(Instant::now() + LIMIT)
+            .map_err(|error| of_agent(&error))?;
+        Ok((connection, in_use))
+    })
+    .await?;
+    Ok(connected)
+}
+
+/// Starts a command and does not wait for it. Its time is unlimited where none is given, and it
+/// gets no input.
+#[utoipa::path(post, path = "/v1/vms/{vm}/commands", params(("vm" = String, Path)), request_body = Exec,
+    responses((status = 201, body = Command), (status = "4XX", body = Problem)))]
+pub(super) async fn start(
+    State(app): State<App>,
+    caller: Caller,
+    Path(vm): Path<String>,
+    Body(asked): Body<Exec>,
+) -> Answer<(StatusCode, Json<Command>)> {
+    check(&asked)?;
+    if asked.stdin.is_some() {
+        let detail = "a command that nobody waits for gets no `stdin`: write a file first";
+        return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
+    }
+    caller.may(Role::User)?;
+    let found = caller.vm(&app, &vm).await?;
+    let environment = app.controller.store.environment(&found.id).await?;
+    let (connection, in_use) = connect(&app, &caller, &found.id).await?;
+    let command = asked.command.clone();
+    let started = blocking(move || {
+        let _in_use = in_use;
+        let limit = asked.timeout_ms.unwrap_or(0);
+        let mut exec = request(asked, environment, limit);
+        exec.detached = true;
+        let running = connection.exec(exec).map_err(|error| of_agent(&error))?;
+        Ok(running.started())
+    })
+    .await?;
+    let command = Command {
+        id: started.id,
+        pid: started.pid,
+        command,
+        ended: None,
+    };
+    Ok((StatusCode::CREATED, Json(command)))
+}
+
+/// The commands that a VM's agent knows: those that run, and those whose end nobody has read.
+#[utoipa::path(get, path = "/v1/vms/{vm}/commands", params(("vm" = String, Path)),
+    responses((status = 200, body = Vec<Command>), (status = "4XX", body = Problem)))]
+pub(super) async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    Path(vm): Path<String>,
+) -> Answer<Json<Vec<Command>>> {
+    let (connection, in_use) = connect(&app, &caller, &vm).await?;
+    let commands = blocking(move || {
+        let _in_use = in_use;
+        connection.commands().map_err(|error| of_agent(&error))
+    })
+    .await?;
+    let commands = commands.into_iter().map(|it| Command {
+        id: it.id,
+        pid: it.pid,
+        command: it.command,
+        ended: it.exited.map(ended),
+    });
+    Ok(Json(commands.collect()))
+}
+
+/// What a command writes, from a cursor on and until it ends, as server-sent events. Who is cut off
+/// reads on with the last cursors.
+#[utoipa::path(get, path = "/v1/vms/{vm}/commands/{id}/output",
+    params(("vm" = String, Path), ("id" = u64, Path), Cursor),
+    responses((status = 200, body = CommandEvent, content_type = "text/event-stream"),
+        (status = "4XX", body = Problem)))]
+pub(super) async fn output(
+    State(app): State<App>,
+    caller: Caller,
+    Path((vm, id)): Path<(String, u64)>,
+    Params(cursor): Params<Cursor>,
+) -> Answer<Sse<impl Stream<Item = std::result::Result<Event, Infallible>>>> {
+    let (connection, in_use) = connect(&app, &caller, &vm).await?;
+    let mut running = blocking(move || {
+        let mut running = connection
+            .attach(id, of_cursor(cursor))
+            .map_err(|error| of_agent(&error))?;
+        running.wait_for_ever().map_err(|error| of_agent(&error))?;
+        Ok(running)
+    })
+    .await?;
+    let (sender, receiver) = mpsc::channel(AHEAD);
+    let input = running.input();
+    let watched = sender.clone();
+    // A reader that goes away is noticed even while the command says nothing.
+    tokio::spawn(async move {
+        watched.closed().await;
+        input.disconnect();
+    });
+    tokio::task::spawn_blocking(move || {
+        let _in_use = in_use;
+        let mut text = [Text::default(), Text::default()];
+        while let Ok(event) = running.next_event() {
+            let arrived = running.arrived();
+            let event = match event {
+                AgentEvent::Output(stream, data) => CommandEvent::Output {
+                    stream: told(stream),
+                    text: text[usize::from(stream == AgentStream::Stderr)].take(&data),
+                    cursor: match stream {
+                        AgentStream::Stdout => arrived.stdout_cursor,
+                        AgentStream::Stderr => arrived.stderr_cursor,
+                    },
+                },
+                AgentEvent::Lost(stream, bytes) => CommandEvent::Lost {
+                    stream: told(stream),
+                    bytes,
+                },
+                AgentEvent::Exited(exited) => CommandEvent::Ended(ended(exited)),
+            };
+            let last = matches!(event, CommandEvent::Ended(_));
+            if sender.blocking_send(event).is_err() || last {
+                return;
+            }
+        }
+    });
+    let events = stream::unfold(receiver, |mut receiver| async move {
+        Some((receiver.recv().await?, receiver))
+    });
+    let events = events.map(|event| {
+        let text = serde_json::to_string(&event).unwrap_or_default();
+        Ok(Event::default().data(text))
+    });
+    Ok(Sse::new(events).keep_alive(KeepAlive::default()))
+}
+
+/// Sends a signal to a command.
+#[utoipa::path(post, path = "/v1/vms/{vm}/commands/{id}/signal",
+    params(("vm" = String, Path), ("id" = u64, Path)), request_body = SendSignal,
+    responses((status = 204), (status = "4XX", body = Problem)))]
+pub(super) async fn signal(
+    State(app): State<App>,
+    caller: Caller,
+    Path((vm, id)): Path<(String, u64)>,
+    Body(asked): Body<SendSignal>,
+) -> Answer<StatusCode> {
+    if !(1..=64).contains(&asked.signal) {
+        let detail = format!("{} is no signal: 1 to 64 are", asked.signal);
+        return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
+    }
+    let (connection, in_use) = connect(&app, &caller, &vm).await?;
+    let (lister, _) = connect(&app, &caller, &vm).await?;
+    blocking(move || {
+        let _in_use = in_use;
+        let known = lister.commands().map_err(|error| of_agent(&error))?;
+        let pid = known.iter().find(|it| it.id == id && it.exited.is_none());
+        let Some(pid) = pid.map(|it| it.pid) else {
+            let detail = format!("the VM runs no command {id}");
+            return Err(Problem::new(ProblemKind::NotFound, detail));
+        };
+        // Attaching would take the command from who reads it.
+        let kill = agent_proto::messages::Exec {
+            command: vec![
+                "/bin/sh".into(),
+                "-c".into(),
+                format!("kill -{} -{pid}", asked.signal),
+            ],
+            timeout_ms: LIMIT.as_millis() as u64,
+            ..Default::default()
+        };
+        let (exited, _, stderr) = connection
+            .exec(kill)
+            .and_then(agent_proto::client::Running::collect)
+            .map_err(|error| of_agent(&error))?;
+        match exited.code {
+            Some(0) => Ok(()),
+            _ => Err(Problem::new(
+                ProblemKind::Conflict,
+                format!(
+                    "the guest refused: {}",
+                    String::from_utf8_lossy(&stderr).trim()
+                ),
+            )),
+        }
+    })
+    .await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+fn of_cursor(cursor: Cursor) -> Acknowledge {
+    Acknowledge {
+        stdout_cursor: cursor.stdout,
+        stderr_cursor: cursor.stderr,
+    }
+}
+
+fn ended(exited: Exited) -> Ended {
+    Ended {
+        exit_code: exited.code,
+        signal: exited.signal,
+        timed_out: exited.timed_out,
+    }
+}
+
+fn told(stream: AgentStream) -> OutputStream {
+    match stream {
+        AgentStream::Stdout => OutputStream::Stdout,
+        AgentStream::Stderr => OutputStream::Stderr,
+    }
+}
+
+/// Bytes that become text piece by piece: a character may be cut in two.
+#[derive(Default)]
+struct Text(Vec<u8>);
+
+impl Text {
+    fn take(&mut self, data: &[u8]) -> String {
+        self.0.extend_from_slice(data);
+        let whole = match std::str::from_utf8(&self.0) {
+            // The beginning of a character, and no more than that.
+            Err(error) if error.error_len().is_none() => error.valid_up_to(),
+            _ => self.0.len(),
+        };
+        let rest = self.0.split_off(whole);
+        let text = String::from_utf8_lossy(&self.0).into_owned();
+        self.0 = rest;
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn characters_that_are_cut_in_two_come_whole() {
+        let mut text = Text::default();
+        let bytes = "aä€".as_bytes();
+        let pieces: String = bytes.iter().map(|byte| text.take(&[*byte])).collect();
+        assert_eq!(pieces, "aä€");
+        assert_eq!(text.take(b"\xFFb"), "\u{FFFD}b");
+    }
+}
