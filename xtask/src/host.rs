@@ -18,6 +18,11 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
     ("kill", "procps", "ends processes in tests"),
     ("mke2fs", "e2fsprogs", "makes the guests' disk images"),
     ("xz", "xz-utils", "unpacks kernel modules"),
+    (
+        "pg_ctlcluster",
+        "postgresql",
+        "keeps what Army remembers, in tests",
+    ),
     ("ip", "iproute2", "sets up test networks"),
     ("nft", "nftables", "sets up the guests' address translation"),
     (

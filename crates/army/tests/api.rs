@@ -1,7 +1,11 @@
 //! The API without guests: who may what, and what a hostile client gets.
 #![allow(clippy::unwrap_used)]
 
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use army::controller::Controller;
 use army::node::Node;
@@ -15,17 +19,131 @@ use army_api::{Problem, ProblemKind};
 use reqwest::Method;
 use serde_json::{Value, json};
 
+/// The user and group without rights.
+const NOBODY: u32 = 65534;
+
+/// Each test runs with each kind of database.
+macro_rules! on_each_database {
+    ($($name:ident,)*) => {
+        mod sqlite {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $name() {
+                super::$name(super::server(None).await).await;
+            })*
+        }
+        mod postgres {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $name() {
+                super::$name(super::server(Some(super::Postgres::start())).await).await;
+            })*
+        }
+    };
+}
+
+on_each_database! {
+    nothing_is_told_without_a_key_but_health_and_the_apis_description,
+    roles_allow_what_they_say_and_the_last_administrator_stays,
+    what_cannot_be_understood_is_a_problem_that_says_why,
+    a_fork_that_fails_is_told_written_down_and_leaves_its_name_free,
+    a_quota_and_a_drained_host_are_honest_refusals,
+}
+
 struct Server {
     url: String,
     admin: Client,
     store: Store,
     _dir: tempfile::TempDir,
+    _postgres: Option<Postgres>,
 }
 
-async fn server() -> Server {
+/// A PostgreSQL of one test's own.
+struct Postgres {
+    dir: tempfile::TempDir,
+    server: Child,
+}
+
+impl Postgres {
+    fn start() -> Self {
+        let mut versions: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
+            .expect("PostgreSQL is missing: cargo xtask setup")
+            .map(|entry| entry.unwrap().path())
+            .collect();
+        versions.sort();
+        let programs = versions.pop().unwrap().join("bin");
+        // Sockets have short names.
+        let dir = tempfile::tempdir_in("/tmp").unwrap();
+        let data = dir.path().join("data");
+        let program = |name: &str| {
+            let mut command = Command::new(programs.join(name));
+            command
+                .arg("-D")
+                .arg(&data)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null());
+            if rustix::process::geteuid().is_root() {
+                // It refuses to be root.
+                command.uid(NOBODY).gid(NOBODY).current_dir("/");
+            }
+            command
+        };
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+        }
+        let mut init = program("initdb");
+        init.args([
+            "-U",
+            "army",
+            "-A",
+            "trust",
+            "-N",
+            "-E",
+            "UTF8",
+            "--locale=C",
+        ]);
+        assert!(init.status().unwrap().success(), "initdb failed");
+        let mut server = program("postgres");
+        server
+            .arg("-k")
+            .arg(dir.path())
+            .args(["-c", "listen_addresses=", "-F"]);
+        let server = server.spawn().unwrap();
+        Self { dir, server }
+    }
+
+    fn url(&self) -> String {
+        format!(
+            "postgres://army@localhost/postgres?host={}",
+            self.dir.path().display()
+        )
+    }
+
+    async fn open(&self) -> Store {
+        let end = Instant::now() + Duration::from_secs(60);
+        loop {
+            match Store::open(&self.url()).await {
+                Ok(store) => return store,
+                Err(problem) => assert!(Instant::now() < end, "{problem}"),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        let _ = self.server.kill().and_then(|()| self.server.wait());
+    }
+}
+
+async fn server(postgres: Option<Postgres>) -> Server {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().to_owned();
-    let store = Store::open(&path.join("army.db")).await.unwrap();
+    let store = match &postgres {
+        Some(postgres) => postgres.open().await,
+        None => Store::open(&Store::sqlite(&path.join("army.db")))
+            .await
+            .unwrap(),
+    };
     let node = tokio::task::spawn_blocking(move || {
         let runtime = clone::runtime::Runtime::at(&path.join("run")).unwrap();
         let templates = clone::template::Store::at(path.join("templates"));
@@ -43,7 +161,20 @@ async fn server() -> Server {
         url,
         store,
         _dir: dir,
+        _postgres: postgres,
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shared_database_has_one_controller() {
+    let postgres = Postgres::start();
+    let first = postgres.open().await;
+    let problem = Store::open(&postgres.url()).await.map(drop).unwrap_err();
+    assert_eq!(problem.kind, ProblemKind::Conflict);
+    drop(first);
+    postgres.open().await;
+    let problem = Store::open("mysql://x").await.map(drop).unwrap_err();
+    assert_eq!(problem.kind, ProblemKind::InvalidRequest);
 }
 
 async fn create_key(store: &Store, tenant: &str, role: Role, max_vms: Option<u32>) -> NewKey {
@@ -69,9 +200,7 @@ fn problem(result: Result<Value, ClientError>) -> Problem {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_told_without_a_key_but_health_and_the_apis_description() {
-    let server = server().await;
+async fn nothing_is_told_without_a_key_but_health_and_the_apis_description(server: Server) {
     let nobody = Client::new(&server.url, "army_guess");
     for path in [
         "/v1/vms",
@@ -90,9 +219,7 @@ async fn nothing_is_told_without_a_key_but_health_and_the_apis_description() {
     assert!(document["paths"]["/v1/vms/{vm}/exec"]["post"].is_object());
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn roles_allow_what_they_say_and_the_last_administrator_stays() {
-    let server = server().await;
+async fn roles_allow_what_they_say_and_the_last_administrator_stays(server: Server) {
     let user = server.client("red", Role::User).await;
     let viewer = server.client("red", Role::Viewer).await;
     let refused = problem(user.get("/v1/keys", &()).await);
@@ -115,9 +242,7 @@ async fn roles_allow_what_they_say_and_the_last_administrator_stays() {
     assert_eq!(refused.kind, ProblemKind::Unauthorized);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_understood_is_a_problem_that_says_why() {
-    let server = server().await;
+async fn what_cannot_be_understood_is_a_problem_that_says_why(server: Server) {
     let admin = &server.admin;
     let post = async |body: &Value| admin.send::<Value>(Method::POST, "/v1/vms", body).await;
     for body in [
@@ -173,9 +298,7 @@ fn template(name: &str) -> Template {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_fork_that_fails_is_told_written_down_and_leaves_its_name_free() {
-    let server = server().await;
+async fn a_fork_that_fails_is_told_written_down_and_leaves_its_name_free(server: Server) {
     // The store knows it, and the host does not have it.
     server.store.add_template(&template("lost")).await.unwrap();
     let asked = CreateVms {
@@ -206,9 +329,7 @@ async fn a_fork_that_fails_is_told_written_down_and_leaves_its_name_free() {
     assert_eq!(page("").await.vms, []);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_quota_and_a_drained_host_are_honest_refusals() {
-    let server = server().await;
+async fn a_quota_and_a_drained_host_are_honest_refusals(server: Server) {
     server.store.add_template(&template("t")).await.unwrap();
     let poor = create_key(&server.store, "poor", Role::User, Some(1)).await;
     let poor = Client::new(&server.url, poor.secret);

@@ -31,7 +31,9 @@ struct Army {
 
 async fn army() -> Army {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(&dir.path().join("army.db")).await.unwrap();
+    let store = Store::open(&Store::sqlite(&dir.path().join("army.db")))
+        .await
+        .unwrap();
     let authority = Arc::new(Authority::open(dir.path()).unwrap());
     let credentials = authority.credentials(&Member::Controller).unwrap();
     let cluster = Cluster {

@@ -14,7 +14,6 @@ use crate::cluster::authority::Authority;
 use crate::cluster::tls::{self, Listener, Peer};
 use crate::cluster::{Member, enrol};
 use crate::controller::{Cluster, Controller};
-use crate::store::Store;
 
 /// Serve the API and the dashboard of several hosts, each of which runs `army node`.
 ///
@@ -32,13 +31,22 @@ pub(super) struct Args {
     /// Where everything is kept that is to outlive the server, the authority's key among it.
     #[arg(long, default_value = "/var/lib/army", env = "ARMY_STATE")]
     state: PathBuf,
+    /// Where requests, keys and VMs are written down: postgres://…; an SQLite file in --state where
+    /// none is given.
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "ARMY_DATABASE",
+        hide_env_values = true
+    )]
+    database: Option<String>,
 }
 
 pub(super) async fn run(args: Args) -> Result<ExitCode> {
     let _lock = serve::begin(&args.state)?;
     let listener = serve::listen(args.listen).await?;
     let joining = serve::listen(args.cluster_listen).await?;
-    let store = Store::open(&args.state.join("army.db")).await?;
+    let store = serve::store(args.database.as_deref(), &args.state).await?;
     let authority = Authority::open(&args.state)?;
     let certificate = CertificateDer::from_pem_slice(authority.certificate().as_bytes())?;
     let credentials = authority.credentials(&Member::Controller)?;

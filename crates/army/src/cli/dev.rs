@@ -8,7 +8,6 @@ use anyhow::Result;
 
 use super::serve;
 use crate::controller::Controller;
-use crate::store::Store;
 
 /// Serve everything on this host: API, dashboard, store and VMs.
 ///
@@ -23,6 +22,15 @@ pub(super) struct Args {
     /// Where everything is kept that is to outlive the server.
     #[arg(long, default_value = "/var/lib/army", env = "ARMY_STATE")]
     state: PathBuf,
+    /// Where requests, keys and VMs are written down: postgres://…; an SQLite file in --state where
+    /// none is given.
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "ARMY_DATABASE",
+        hide_env_values = true
+    )]
+    database: Option<String>,
     /// What the host is called.
     #[arg(long)]
     host_name: Option<String>,
@@ -32,7 +40,7 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
     let _lock = serve::begin(&args.state)?;
     // First, so that a second server or a wrong address is told before anything is done.
     let listener = serve::listen(args.listen).await?;
-    let store = Store::open(&args.state.join("army.db")).await?;
+    let store = serve::store(args.database.as_deref(), &args.state).await?;
     let name = args.host_name.unwrap_or_else(serve::host_name);
     let node = serve::node(name, &args.state).await?;
     let controller = Controller::alone(store.clone(), node);

@@ -101,7 +101,7 @@ fn code_of(exit_code: Option<i32>, signal: Option<i32>, timed_out: bool) -> u8 {
 
 /// Commands that were started with `army exec --detach`.
 #[derive(clap::Subcommand)]
-pub(super) enum CommandCommand {
+pub(super) enum DetachedCommand {
     /// List those that run, and those whose end nobody has read.
     Ls {
         /// The VM.
@@ -132,15 +132,15 @@ pub(super) enum CommandCommand {
     },
 }
 
-pub(super) async fn command(context: &Context, command: CommandCommand) -> Result<ExitCode> {
+pub(super) async fn command(context: &Context, command: DetachedCommand) -> Result<ExitCode> {
     let client = context.client()?;
     match command {
-        CommandCommand::Ls { vm } => {
+        DetachedCommand::Ls { vm } => {
             let path = format!("/v1/vms/{vm}/commands");
             let commands: Vec<Command> = client.get(&path, &()).await?;
             context.show(&commands, |commands| commands_table(commands))?;
         }
-        CommandCommand::Output {
+        DetachedCommand::Output {
             vm,
             id,
             stdout,
@@ -167,7 +167,7 @@ pub(super) async fn command(context: &Context, command: CommandCommand) -> Resul
             }
             bail!("the command's output was cut off: read on with --stdout and --stderr");
         }
-        CommandCommand::Signal { vm, id, signal } => {
+        DetachedCommand::Signal { vm, id, signal } => {
             let path = format!("/v1/vms/{vm}/commands/{id}/signal");
             client.post(&path, &SendSignal { signal }).await?;
         }

@@ -52,8 +52,8 @@ enum Command {
     /// Run a command in a VM; its output and exit status are this command's.
     Exec(exec::Args),
     /// Commands that were started with `exec --detach`: list, output, signal.
-    #[command(subcommand)]
-    Command(exec::CommandCommand),
+    #[command(subcommand, name = "command")]
+    Detached(exec::DetachedCommand),
     /// A shell in a VM.
     Shell(shell::Args),
     /// Copy a file into or out of a VM: one side is VM:PATH.
@@ -96,7 +96,7 @@ async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Template(command) => things::template(&context, command).await,
         Command::Vm(command) => things::vm(&context, command).await,
         Command::Exec(args) => exec::run(&context, args).await,
-        Command::Command(command) => exec::command(&context, command).await,
+        Command::Detached(command) => exec::command(&context, command).await,
         Command::Shell(args) => shell::run(&context, args).await,
         Command::Cp(args) => exec::copy(&context, args).await,
         Command::Events(args) => things::events(&context, args).await,

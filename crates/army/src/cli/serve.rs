@@ -50,6 +50,15 @@ pub(super) async fn listen(address: SocketAddr) -> Result<TcpListener> {
         .with_context(|| format!("cannot listen on {address}"))
 }
 
+/// The store at `database`, or in `state`.
+pub(super) async fn store(database: Option<&str>, state: &Path) -> Result<Store> {
+    let url = match database {
+        Some(url) => url.to_owned(),
+        None => Store::sqlite(&state.join("army.db")),
+    };
+    Ok(Store::open(&url).await?)
+}
+
 /// The node of this host, supervising its VMs.
 pub(super) async fn node(name: String, state: &Path) -> Result<Arc<Node>> {
     let journal = state.join("vms");

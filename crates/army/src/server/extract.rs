@@ -45,10 +45,10 @@ async fn read(body: axum::body::Body) -> Result<Vec<u8>, Problem> {
             Problem::new(ProblemKind::InvalidRequest, detail)
         })?;
         len += piece.len();
-        match len {
-            0..=MAX_BODY => bytes.extend_from_slice(&piece),
-            ..=MAX_DISCARDED => {}
-            _ => break,
+        if len <= MAX_BODY {
+            bytes.extend_from_slice(&piece);
+        } else if len > MAX_DISCARDED {
+            break;
         }
     }
     if len > MAX_BODY {

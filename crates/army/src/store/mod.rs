@@ -17,7 +17,7 @@ use army_api::{Problem, ProblemKind};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sqlx::any::{AnyPoolOptions, AnyRow};
-use sqlx::{AnyConnection, AnyPool, Row};
+use sqlx::{AnyConnection, AnyPool, Connection as _, Row};
 use tokio::sync::{Mutex, MutexGuard, broadcast};
 
 use army_api::events::Event;
@@ -33,31 +33,54 @@ const EVENTS_AHEAD: usize = 1024;
 const SQLITE_SETTINGS: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; \
      PRAGMA busy_timeout = 10000; PRAGMA foreign_keys = ON;";
 
+/// The lock that a controller holds in PostgreSQL while it lives: two would undo each other's work.
+const POSTGRES_LOCK: i64 = 0x41_52_4d_59;
+/// How a PostgreSQL database is named.
+const POSTGRES: [&str; 2] = ["postgres://", "postgresql://"];
+
 /// The database.
 #[derive(Clone)]
 pub struct Store {
     pool: AnyPool,
+    /// Holds the lock of a shared database.
+    _lock: Option<Arc<Mutex<AnyConnection>>>,
     /// Writers take turns here and not in the database, where they would have to try again.
     turn: Arc<Mutex<()>>,
     news: broadcast::Sender<Event>,
 }
 
 impl Store {
-    /// The SQLite database at `path`, made where it does not exist, in the latest form.
-    pub async fn open(path: &Path) -> Result<Self> {
+    /// The URL of the SQLite database at `path`, which is made where it does not exist.
+    pub fn sqlite(path: &Path) -> String {
+        format!("sqlite://{}?mode=rwc", path.display())
+    }
+
+    /// The database at `url`, of SQLite or PostgreSQL, brought into the latest form.
+    pub async fn open(url: &str) -> Result<Self> {
         sqlx::any::install_default_drivers();
-        let url = format!("sqlite://{}?mode=rwc", path.display());
+        let is_postgres = POSTGRES.iter().any(|scheme| url.starts_with(scheme));
+        if !is_postgres && !url.starts_with("sqlite:") {
+            let detail = "the database is neither `postgres://…` nor `sqlite://…`";
+            return Err(Problem::new(ProblemKind::InvalidRequest, detail));
+        }
+        let lock = match is_postgres {
+            true => Some(Arc::new(Mutex::new(lock(url).await?))),
+            false => None,
+        };
         let pool = AnyPoolOptions::new()
             .max_connections(CONNECTIONS)
-            .after_connect(|connection, _| {
+            .after_connect(move |connection, _| {
                 Box::pin(async move {
+                    if is_postgres {
+                        return Ok(());
+                    }
                     sqlx::raw_sql(SQLITE_SETTINGS)
                         .execute(&mut *connection)
                         .await
                         .map(drop)
                 })
             })
-            .connect(&url)
+            .connect(url)
             .await
             .map_err(|error| failed("open the store", &error))?;
         sqlx::migrate!("./migrations")
@@ -69,6 +92,7 @@ impl Store {
             })?;
         Ok(Self {
             pool,
+            _lock: lock,
             turn: Arc::default(),
             news: broadcast::channel(EVENTS_AHEAD).0,
         })
@@ -84,6 +108,24 @@ impl Store {
             news: &self.news,
             _turn: turn,
         })
+    }
+}
+
+/// Takes the lock of a PostgreSQL database; it is held as long as the connection.
+async fn lock(url: &str) -> Result<AnyConnection> {
+    let opened = |error| failed("open the store", &error);
+    let mut connection = AnyConnection::connect(url).await.map_err(opened)?;
+    let row = sqlx::query("SELECT pg_try_advisory_lock($1) AS taken")
+        .bind(POSTGRES_LOCK)
+        .fetch_one(&mut connection)
+        .await
+        .map_err(opened)?;
+    match row.try_get("taken").map_err(opened)? {
+        true => Ok(connection),
+        false => {
+            let detail = "another Army uses this database";
+            Err(Problem::new(ProblemKind::Conflict, detail).advise("end it, or use another one"))
+        }
     }
 }
 
