@@ -15,6 +15,9 @@ use crate::{guest, host, kvm, paths};
 /// How `clone` and the measuring program are built: optimised as a release, quicker to build.
 const PROFILE: &str = "measure";
 
+/// The bench that is a program of `army`'s.
+const PLACE: &str = "place";
+
 #[derive(Args)]
 pub(crate) struct Options {
     /// The benches; all where none is named. `--list` tells them.
@@ -38,6 +41,9 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     host::install_packages()?;
+    if options.names == [PLACE] {
+        return place();
+    }
     let built = [
         "build",
         "--quiet",
@@ -52,6 +58,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if options.list {
         build()?;
         run_command(Command::new(binary("clone-bench")).arg("list"))?;
+        println!("{PLACE:<10} placement in a simulated fleet; needs no guests");
         return Ok(ExitCode::SUCCESS);
     }
     println!("building clone and the measuring programs (profile {PROFILE})");
@@ -68,6 +75,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let on_hardware = verdict.runs_stock_guests() && !options.testbed;
     let mut failed = Vec::new();
     for name in &names {
+        if name == PLACE {
+            place()?;
+            continue;
+        }
         let kvm = match on_hardware {
             true => "hardware KVM",
             false => "testbed: nested KVM on a CPU that QEMU emulates; compare ratios only",
@@ -94,6 +105,15 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if !failed.is_empty() {
         bail!("these benches failed: {}", failed.join(", "));
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Measures Army's scheduler, here: it has nothing to do with guests.
+fn place() -> Result<ExitCode> {
+    std::fs::create_dir_all(folder())?;
+    let path = folder().join("place.json");
+    let words = ["bench", "--quiet", "-p", "army", "--bench", PLACE, "--"];
+    run_command(cargo(&words).arg(&path)).context("cannot measure placement")?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -144,7 +164,7 @@ fn all_names() -> Result<Vec<String>> {
     let names = list
         .lines()
         .filter_map(|line| line.split_whitespace().next());
-    Ok(names.map(str::to_owned).collect())
+    Ok(names.map(str::to_owned).chain([PLACE.to_owned()]).collect())
 }
 
 fn binary(name: &str) -> PathBuf {

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -110,6 +111,20 @@ impl Host {
         let output = self.run(&words);
         assert!(output.status.success(), "{words:?}: {output:?}");
         serde_json::from_slice(&output.stdout).unwrap_or_default()
+    }
+
+    /// An answer as it is on the wire, to its end.
+    fn plain_get(&self, path: &str) -> String {
+        let mut stream = TcpStream::connect(self.url.strip_prefix("http://").unwrap()).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let key = &self.key;
+        let request = format!(
+            "GET {path} HTTP/1.1\r\nHost: army\r\nAuthorization: Bearer {key}\r\nConnection: close\r\n\r\n"
+        );
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
     }
 
     /// What a script prints in a VM.
@@ -279,6 +294,10 @@ fn commands_go_on_without_anybody(host: &Host) {
     assert_eq!(ended.status.code(), Some(128 + 15), "{ended:?}");
     let refused = host.run(&["command", "signal", "c-1", &id]);
     assert!(String::from_utf8_lossy(&refused.stderr).contains("runs no command"));
+    // The answer ends with the command: a plain HTTP client needs to know nothing more.
+    let started = host.army(&["exec", "--detach", "c-1", "echo", "plain"]);
+    let said = host.plain_get(&format!("/v1/vms/c-1/commands/{}/output", started["id"]));
+    assert!(said.contains("plain") && said.contains(r#""kind":"ended""#), "{said}");
     assert_eq!(host.army(&["command", "ls", "c-1"]), json!([]));
 }
 

@@ -35,8 +35,8 @@ pub(super) struct Args {
     /// Where to listen for the controller and other nodes. Always mutual TLS.
     #[arg(long, default_value = "0.0.0.0:7779", env = "ARMY_NODE_LISTEN")]
     listen: SocketAddr,
-    /// Where they reach this node; by default the address that the controller sees, and the port
-    /// of --listen.
+    /// Where they reach this node, told once, when it joins; by default the address that the
+    /// controller sees, and the port of --listen.
     #[arg(long)]
     advertise: Option<SocketAddr>,
     /// Where everything is kept that is to outlive the node.

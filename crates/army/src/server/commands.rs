@@ -15,7 +15,7 @@ use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use futures_util::{Stream, StreamExt, stream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::auth::Caller;
 use super::exec::{check, request};
@@ -130,13 +130,16 @@ pub(super) async fn output(
     let (sender, receiver) = mpsc::channel(AHEAD);
     let input = running.input();
     let watched = sender.clone();
+    let (working, done) = oneshot::channel::<()>();
     // A reader that goes away is noticed even while the command says nothing.
     tokio::spawn(async move {
-        watched.closed().await;
-        input.disconnect();
+        tokio::select! {
+            () = watched.closed() => input.disconnect(),
+            _ = done => {}
+        }
     });
     tokio::task::spawn_blocking(move || {
-        let _in_use = in_use;
+        let (_in_use, _working) = (in_use, working);
         let mut text = [Text::default(), Text::default()];
         while let Ok(event) = running.next_event() {
             let arrived = running.arrived();
