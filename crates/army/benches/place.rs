@@ -101,7 +101,10 @@ fn main() {
     let text = serde_json::to_string_pretty(&record).unwrap();
     println!("{text}");
     // Cargo adds flags of its own.
-    if let Some(path) = std::env::args().skip(1).find(|word| !word.starts_with("--")) {
+    if let Some(path) = std::env::args()
+        .skip(1)
+        .find(|word| !word.starts_with("--"))
+    {
         std::fs::write(path, text).unwrap();
     }
 }

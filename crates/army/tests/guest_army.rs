@@ -297,7 +297,10 @@ fn commands_go_on_without_anybody(host: &Host) {
     // The answer ends with the command: a plain HTTP client needs to know nothing more.
     let started = host.army(&["exec", "--detach", "c-1", "echo", "plain"]);
     let said = host.plain_get(&format!("/v1/vms/c-1/commands/{}/output", started["id"]));
-    assert!(said.contains("plain") && said.contains(r#""kind":"ended""#), "{said}");
+    assert!(
+        said.contains("plain") && said.contains(r#""kind":"ended""#),
+        "{said}"
+    );
     assert_eq!(host.army(&["command", "ls", "c-1"]), json!([]));
 }
 
