@@ -39,6 +39,15 @@ pub struct Host {
     pub vms: u32,
 }
 
+/// A change to a host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeHost {
+    /// Labels that it gets, or, with null, loses; others stay.
+    #[serde(default)]
+    pub labels: BTreeMap<String, Option<String>>,
+}
+
 /// A request for a token that a host joins with.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -1,7 +1,7 @@
 //! Templates.
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 /// A request to take up a template that a host has in its store (`clone snapshot` made it there).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -33,6 +33,9 @@ pub struct Template {
     /// All hosts that have it.
     #[serde(default)]
     pub hosts: Vec<String>,
+    /// The tags that point to it.
+    #[serde(default)]
+    pub tags: Vec<String>,
     /// The RAM of its clones.
     pub memory_bytes: u64,
     /// Data in its memory layers.
@@ -55,6 +58,24 @@ pub struct Template {
 pub struct CopyTemplate {
     /// The host.
     pub host: String,
+}
+
+/// What a tag points to. VMs can be made of a tag, and are then made of that template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SetTag {
+    /// The template.
+    pub template: String,
+}
+
+/// Where a template that is sent goes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ImportTemplate {
+    /// The host; the only one where none is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
 }
 
 /// A change to a template.

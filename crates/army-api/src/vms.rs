@@ -11,7 +11,7 @@ use crate::Problem;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateVms {
-    /// The template that they are forked from.
+    /// The template that they are forked from, or a tag that points to it.
     pub template: String,
     /// How many, 1 to 1,000.
     #[serde(default = "one")]
@@ -24,6 +24,9 @@ pub struct CreateVms {
     /// Labels to find them by.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
+    /// They go to hosts that have these labels.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub host_labels: BTreeMap<String, String>,
     /// Added to the environment of every command that is run in them.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub environment: BTreeMap<String, String>,

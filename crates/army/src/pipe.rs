@@ -2,14 +2,89 @@
 
 use std::io::{self, Read, Write};
 
-use axum::body::Bytes;
+use std::time::Duration;
+
+use army_api::{Problem, ProblemKind};
+use axum::body::{Body, Bytes};
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use futures_util::{Stream, StreamExt};
 use tokio::sync::mpsc;
 
 /// Pieces that may wait for a slow reader.
-pub(crate) const AHEAD: usize = 16;
+const AHEAD: usize = 16;
+/// How long the next piece of a body may take.
+const SILENCE: Duration = Duration::from_secs(30);
+
+/// Pieces as they come; an error is the last.
+pub(crate) type Pieces = mpsc::Receiver<io::Result<Bytes>>;
+/// Where pieces are sent.
+pub(crate) type Sender = mpsc::Sender<io::Result<Bytes>>;
+
+/// What is sent comes out at the other end.
+pub(crate) fn pipe() -> (Sender, Pieces) {
+    mpsc::channel(AHEAD)
+}
+
+/// The pieces of a body, as they come. It ends with an error where nothing comes for a while, and
+/// early when nobody reads.
+pub(crate) fn pieces_of<E>(
+    mut body: impl Stream<Item = Result<Bytes, E>> + Send + Unpin + 'static,
+) -> Pieces
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>> + Send,
+{
+    let (sender, pieces) = pipe();
+    tokio::spawn(async move {
+        loop {
+            let piece = match tokio::time::timeout(SILENCE, body.next()).await {
+                Ok(Some(piece)) => piece.map_err(io::Error::other),
+                Ok(None) => return,
+                Err(_) => Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "nothing came for a while",
+                )),
+            };
+            let last = piece.is_err();
+            if sender.send(piece).await.is_err() || last {
+                return;
+            }
+        }
+    });
+    pieces
+}
+
+/// A body of pieces.
+pub(crate) fn body_of(pieces: Pieces) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
+    futures_util::stream::unfold(pieces, |mut pieces| async move {
+        Some((pieces.recv().await?, pieces))
+    })
+}
+
+/// An answer of bytes. The first piece, or what is wrong, decides on its status.
+///
+/// # Errors
+/// The problem that is the first piece; anything else there is one of `kind`.
+pub(crate) async fn answer(mut pieces: Pieces, kind: ProblemKind) -> Result<Response, Problem> {
+    let first = match pieces.recv().await {
+        Some(Err(error)) => return Err(problem_of(error, kind)),
+        first => first,
+    };
+    let body = Body::from_stream(futures_util::stream::iter(first).chain(body_of(pieces)));
+    let media = [(header::CONTENT_TYPE, "application/octet-stream")];
+    Ok((media, body).into_response())
+}
+
+fn problem_of(error: io::Error, kind: ProblemKind) -> Problem {
+    let text = error.to_string();
+    match error.into_inner().map(|inner| inner.downcast::<Problem>()) {
+        Some(Ok(problem)) => *problem,
+        _ => Problem::new(kind, text),
+    }
+}
 
 /// Blocking writes, to who reads without blocking.
-pub(crate) struct Sink(pub(crate) mpsc::Sender<io::Result<Bytes>>);
+pub(crate) struct Sink(pub(crate) Sender);
 
 impl Write for Sink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -26,12 +101,12 @@ impl Write for Sink {
 
 /// Blocking reads, of what comes without blocking.
 pub(crate) struct Source {
-    receiver: mpsc::Receiver<io::Result<Bytes>>,
+    receiver: Pieces,
     piece: Bytes,
 }
 
 impl Source {
-    pub(crate) fn new(receiver: mpsc::Receiver<io::Result<Bytes>>) -> Self {
+    pub(crate) fn new(receiver: Pieces) -> Self {
         Self {
             receiver,
             piece: Bytes::new(),

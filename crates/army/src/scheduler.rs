@@ -23,6 +23,8 @@ pub struct HostView {
     pub name: String,
     /// Whether it takes VMs.
     pub open: bool,
+    /// Whether it has the labels that are asked for.
+    pub suits: bool,
     /// Its processors.
     pub cpus: u32,
     /// Runnable tasks, in thousandths.
@@ -74,6 +76,7 @@ pub fn place(hosts: &mut [HostView], need: Need, count: u32) -> Result<Vec<usize
 
 fn fits(host: &HostView, need: Need) -> bool {
     host.open
+        && host.suits
         && (host.has_template || need.anywhere)
         && host.available_bytes >= need.cost_bytes + host.memory_bytes / RESERVE
 }
@@ -103,6 +106,8 @@ fn refusal(hosts: &[HostView], need: Need, count: u32, placed: usize) -> Problem
     let open = hosts.iter().filter(|host| host.open).count();
     let detail = if open == 0 {
         "no host takes VMs now: all are drained, or do not answer".to_owned()
+    } else if !hosts.iter().any(|host| host.open && host.suits) {
+        "no host with these labels takes VMs now".to_owned()
     } else if !need.anywhere && !hosts.iter().any(|host| host.open && host.has_template) {
         "no host that has the template takes VMs now".to_owned()
     } else {
@@ -123,6 +128,7 @@ mod tests {
         HostView {
             name: name.to_owned(),
             open: true,
+            suits: true,
             cpus: 8,
             memory_bytes: 64 * GIB,
             available_bytes: 60 * GIB,

@@ -46,6 +46,9 @@ on_each_database! {
     what_cannot_be_understood_is_a_problem_that_says_why,
     a_fork_that_fails_is_told_written_down_and_leaves_its_name_free,
     a_quota_and_a_drained_host_are_honest_refusals,
+    a_tag_points_to_one_template_at_a_time_and_keeps_it,
+    labels_decide_which_hosts_a_vm_may_go_to,
+    a_stream_that_is_no_template_leaves_nothing,
 }
 
 struct Server {
@@ -288,6 +291,7 @@ fn template(name: &str) -> Template {
         parent: None,
         host: "here".into(),
         hosts: vec!["here".into()],
+        tags: vec![],
         memory_bytes: 256 << 20,
         data_bytes: 1 << 20,
         vcpus: 1,
@@ -342,4 +346,99 @@ async fn a_quota_and_a_drained_host_are_honest_refusals(server: Server) {
     let refused = problem(server.admin.send(Method::POST, "/v1/vms", &asked).await);
     assert_eq!(refused.kind, ProblemKind::Busy);
     assert_eq!((refused.status, refused.retry_after_s), (429, Some(5)));
+}
+
+async fn a_tag_points_to_one_template_at_a_time_and_keeps_it(server: Server) {
+    for name in ["v1", "v2"] {
+        server.store.add_template(&template(name)).await.unwrap();
+    }
+    let admin = &server.admin;
+    let tag = async |tag: &str, template: &str| {
+        let asked = json!({ "template": template });
+        let path = format!("/v1/tags/{tag}");
+        admin.send::<Value>(Method::PUT, &path, &asked).await
+    };
+    assert_eq!(
+        tag("latest", "v1").await.unwrap()["tags"],
+        json!(["latest"])
+    );
+    assert_eq!(tag("latest", "v2").await.unwrap()["name"], "v2");
+    let all: Value = admin.get("/v1/templates", &()).await.unwrap();
+    assert_eq!(
+        (&all[0]["tags"], &all[1]["tags"]),
+        (&json!([]), &json!(["latest"]))
+    );
+    assert_eq!(problem(tag("v1", "v2").await).kind, ProblemKind::Conflict);
+    assert_eq!(problem(tag("x", "none").await).kind, ProblemKind::NotFound);
+    assert_eq!(
+        problem(tag("a%2Fb", "v1").await).kind,
+        ProblemKind::InvalidRequest
+    );
+    let refused = server.store.add_template(&template("latest")).await;
+    assert_eq!(refused.unwrap_err().kind, ProblemKind::Conflict);
+    // It is found by its tag: what fails is that its host does not have it.
+    let asked = json!({"template": "latest"});
+    let refused = problem(admin.send(Method::POST, "/v1/vms", &asked).await);
+    assert!(refused.detail.contains("v2"), "{refused}");
+    let refused = admin.plain(Method::DELETE, "/v1/templates/v2").await;
+    assert!(refused.unwrap_err().to_string().contains("latest"));
+    admin
+        .plain(Method::DELETE, "/v1/tags/latest")
+        .await
+        .unwrap();
+    admin
+        .plain(Method::DELETE, "/v1/templates/v2")
+        .await
+        .unwrap();
+    let refused = admin.plain(Method::DELETE, "/v1/tags/latest").await;
+    assert!(refused.unwrap_err().to_string().contains("no tag"));
+}
+
+async fn labels_decide_which_hosts_a_vm_may_go_to(server: Server) {
+    server.store.add_template(&template("t")).await.unwrap();
+    let label = async |labels: Value| {
+        let asked = json!({ "labels": labels });
+        let admin = &server.admin;
+        admin
+            .send::<Value>(Method::PATCH, "/v1/hosts/here", &asked)
+            .await
+    };
+    let create = async || {
+        let asked = json!({"template": "t", "host_labels": {"gpu": "yes"}});
+        problem(server.admin.send(Method::POST, "/v1/vms", &asked).await)
+    };
+    let refused = create().await;
+    assert_eq!(refused.kind, ProblemKind::Busy);
+    assert!(refused.detail.contains("labels"), "{refused}");
+    let host = label(json!({"gpu": "yes", "rack": "7"})).await.unwrap();
+    assert_eq!(host["labels"], json!({"gpu": "yes", "rack": "7"}));
+    // It is placed; that its host has no such template is another matter.
+    assert_eq!(create().await.kind, ProblemKind::NotFound);
+    let host = label(json!({"gpu": null})).await.unwrap();
+    assert_eq!(host["labels"], json!({"rack": "7"}));
+    assert_eq!(create().await.kind, ProblemKind::Busy);
+    let refused = problem(label(json!({"": "x"})).await);
+    assert_eq!(refused.kind, ProblemKind::InvalidRequest);
+}
+
+async fn a_stream_that_is_no_template_leaves_nothing(server: Server) {
+    let admin = &server.admin;
+    let path = "/v1/templates/new/content";
+    for bytes in [b"".as_slice(), b"x", &[0; 100_000]] {
+        let refused = admin.put_bytes(path, &(), bytes.to_vec()).await;
+        let ClientError::Refused(refused) = refused.unwrap_err() else {
+            panic!("no answer");
+        };
+        assert!(refused.status < 500, "{refused}");
+    }
+    for path in ["/v1/templates/..%2Fx/content", "/v1/templates/.x/content"] {
+        let refused = admin.put_bytes(path, &(), b"x".to_vec()).await;
+        assert!(refused.unwrap_err().to_string().contains("no name"));
+    }
+    let all: Value = admin.get("/v1/templates", &()).await.unwrap();
+    assert_eq!(all, json!([]));
+    let left = std::fs::read_dir(server._dir.path().join("templates"));
+    assert_eq!(left.map_or(0, Iterator::count), 0);
+    let refused = problem(admin.get(path, &()).await);
+    assert_eq!(refused.kind, ProblemKind::NotFound);
 }

@@ -250,7 +250,21 @@ fn vms_are_made_used_forked_and_destroyed_through_the_api() {
         host.army(&["vm", "rm", vm["id"].as_str().unwrap()]);
     }
     assert_eq!(host.there(), [""; 0]);
+    // It leaves as a file and comes back under another name, which a tag then stands for.
+    let file = host.dir.path().join("tiny.template");
+    let file = file.to_str().unwrap();
+    host.army(&["template", "export", "tiny", file]);
     host.army(&["template", "rm", "tiny"]);
+    let back = host.army(&["template", "import", "again", file]);
+    assert_eq!(back["id"], template["id"]);
+    host.army(&["template", "tag", "again", "latest"]);
+    host.army(&["vm", "create", "latest", "-n", "tagged"]);
+    let vm = host.army(&["vm", "inspect", "tagged"]);
+    assert_eq!(vm["template"], "again");
+    assert_eq!(host.guest("tagged", "cat /run/nonce"), "4711-nonce");
+    host.army(&["vm", "rm", "tagged"]);
+    host.army(&["template", "untag", "latest"]);
+    host.army(&["template", "rm", "again"]);
     assert!(!host.dir.path().join("templates/tiny").exists());
 }
 

@@ -310,6 +310,18 @@ fn vms_spread_over_hosts_that_come_and_go() {
     for vm in cluster.army(&["vm", "ls"]).as_array().unwrap() {
         cluster.army(&["vm", "rm", vm["id"].as_str().unwrap()]);
     }
+    // A template leaves as a file, and comes to another host than it left from.
+    let file = cluster.dir.path().join("tiny.template");
+    let file = file.to_str().unwrap();
+    cluster.army(&["template", "export", "tiny", file]);
+    cluster.army(&["template", "rm", "tiny"]);
+    cluster.army(&["template", "import", "tiny", file, "--host", "three"]);
+    cluster.army(&["host", "label", "two", "disk=fast"]);
+    cluster.army(&["vm", "create", "tiny", "-n", "there", "--on", "disk=fast"]);
+    let vm = cluster.army(&["vm", "inspect", "there"]);
+    assert_eq!(vm["host"], "two");
+    assert_eq!(cluster.guest("there", "cat /run/nonce"), "4711-nonce");
+    cluster.army(&["vm", "rm", "there"]);
     cluster.army(&["template", "rm", "tiny"]);
     for host in HOSTS {
         assert_eq!(cluster.there(host), 0, "{host}");

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 use army_api::exec::{
-    Command, CommandEvent, Cursor, Ended, Exec, ExecResult, FilePath, OutputStream, SendSignal,
+    Command, CommandEvent, Cursor, Ended, Exec, ExecResult, OutputStream, SendSignal,
 };
 use futures_util::StreamExt;
 use reqwest::Method;
@@ -208,77 +208,4 @@ fn commands_table(commands: &[Command]) -> String {
         ]
     });
     table(&["COMMAND", "PID", "STATE", "WHAT"], lines.collect())
-}
-
-/// Copy a file into or out of a VM: one side is VM:PATH.
-#[derive(clap::Args)]
-pub(super) struct CopyArgs {
-    /// What is copied.
-    from: String,
-    /// Where to.
-    to: String,
-    /// Permissions of a new file in the VM, as in 755.
-    #[arg(long)]
-    mode: Option<String>,
-}
-
-pub(super) async fn copy(context: &Context, args: CopyArgs) -> Result<ExitCode> {
-    let client = context.client()?;
-    let file = |path: &str| FilePath {
-        path: path.to_owned(),
-        mode: args.mode.clone(),
-    };
-    match (inside(&args.from), inside(&args.to)) {
-        (Some((vm, path)), None) => {
-            let new = format!("{}.part", args.to);
-            let pieces = client
-                .bytes(&format!("/v1/vms/{vm}/files"), &file(path))
-                .await?;
-            let mut pieces = std::pin::pin!(pieces);
-            let mut out =
-                std::fs::File::create(&new).with_context(|| format!("cannot make {new}"))?;
-            let mut receive = async || -> Result<()> {
-                while let Some(piece) = pieces.next().await {
-                    out.write_all(&piece?)?;
-                }
-                Ok(())
-            };
-            let received = receive().await;
-            if received.is_err() {
-                let _ = std::fs::remove_file(&new);
-            }
-            received?;
-            std::fs::rename(&new, &args.to).with_context(|| format!("cannot make {}", args.to))?;
-        }
-        (None, Some((vm, path))) => {
-            let bytes =
-                std::fs::read(&args.from).with_context(|| format!("cannot read {}", args.from))?;
-            client
-                .put_bytes(&format!("/v1/vms/{vm}/files"), &file(path), bytes)
-                .await?;
-        }
-        _ => {
-            bail!("one of the two is a file in a VM, written as VM:PATH, and the other one is not")
-        }
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-/// The VM and the path of `VM:/path`.
-fn inside(text: &str) -> Option<(&str, &str)> {
-    let (vm, path) = text.split_once(':')?;
-    (clone_api::validate::is_valid_name(vm) && path.starts_with('/')).then_some((vm, path))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_file_in_a_vm_is_told_from_one_that_is_not() {
-        assert_eq!(inside("a:/etc/x"), Some(("a", "/etc/x")));
-        for text in ["/a:/b", "a:b", "./a", "a"] {
-            assert_eq!(inside(text), None, "{text}");
-        }
-    }
 }

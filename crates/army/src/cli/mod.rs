@@ -4,6 +4,7 @@ mod context;
 mod controller;
 mod dev;
 mod exec;
+mod files;
 mod keys;
 mod node;
 mod output;
@@ -40,10 +41,10 @@ enum Command {
     Controller(controller::Args),
     /// Run this host's VMs for a controller.
     Node(node::Args),
-    /// Hosts: list, drain, undrain, tokens to join with, remove.
+    /// Hosts: list, label, drain, undrain, tokens to join with, remove.
     #[command(subcommand)]
     Host(things::HostCommand),
-    /// Templates: list, register, copy, standbys, remove.
+    /// Templates: list, register, tag, copy, export, import, standbys, remove.
     #[command(subcommand)]
     Template(things::TemplateCommand),
     /// VMs: create, list, inspect, fork, pause, resume, balloon, snapshot, destroy.
@@ -57,7 +58,7 @@ enum Command {
     /// A shell in a VM.
     Shell(shell::Args),
     /// Copy a file into or out of a VM: one side is VM:PATH.
-    Cp(exec::CopyArgs),
+    Cp(files::CopyArgs),
     /// Events, as they happen.
     Events(things::EventsArgs),
     /// Keys: list, create, remove.
@@ -98,7 +99,7 @@ async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Exec(args) => exec::run(&context, args).await,
         Command::Detached(command) => exec::command(&context, command).await,
         Command::Shell(args) => shell::run(&context, args).await,
-        Command::Cp(args) => exec::copy(&context, args).await,
+        Command::Cp(args) => files::copy(&context, args).await,
         Command::Events(args) => things::events(&context, args).await,
         Command::Key(command) => keys::run(&context, command).await,
         Command::Openapi => {

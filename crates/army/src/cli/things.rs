@@ -1,12 +1,15 @@
 //! `army host`, `army template`, `army vm`, `army events`.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use army_api::events::Event;
-use army_api::hosts::{CreateJoinToken, Host, JoinToken};
-use army_api::templates::{ChangeTemplate, CopyTemplate, RegisterTemplate, Template};
+use army_api::hosts::{ChangeHost, CreateJoinToken, Host, JoinToken};
+use army_api::templates::{
+    ChangeTemplate, CopyTemplate, ImportTemplate, RegisterTemplate, SetTag, Template,
+};
 use army_api::vms::{
     Balloon, CreateVms, CreatedVms, ForkVm, IdleAction, IdlePolicy, SetBalloon, SnapshotVm, Vm,
     VmFilter, VmPage,
@@ -35,6 +38,14 @@ pub(super) enum HostCommand {
         /// The host.
         name: String,
     },
+    /// Label a host, KEY=VALUE; KEY= takes a label away. VMs can be sent to labelled hosts.
+    Label {
+        /// The host.
+        name: String,
+        /// The labels.
+        #[arg(required = true, value_parser = pair)]
+        labels: Vec<(String, String)>,
+    },
     /// Make a token that a host joins with, once: army node --token.
     Token {
         /// How many minutes it can be used.
@@ -62,6 +73,18 @@ pub(super) async fn host(context: &Context, command: HostCommand) -> Result<Exit
             context.show(&made, |it| it.token.clone())?;
             return Ok(ExitCode::SUCCESS);
         }
+        HostCommand::Label { name, labels } => {
+            let labels = labels.into_iter();
+            let asked = ChangeHost {
+                labels: labels
+                    .map(|(key, value)| (key, (!value.is_empty()).then_some(value)))
+                    .collect(),
+            };
+            let path = format!("/v1/hosts/{name}");
+            let host: Host = client.send(Method::PATCH, &path, &asked).await?;
+            context.show(&host, |host| hosts_table(std::slice::from_ref(host)))?;
+            return Ok(ExitCode::SUCCESS);
+        }
         HostCommand::Rm { name } => {
             client
                 .plain(Method::DELETE, &format!("/v1/hosts/{name}"))
@@ -87,6 +110,7 @@ fn hosts_table(hosts: &[Host]) -> String {
             bytes(host.capacity.available_bytes),
             bytes(host.capacity.private_bytes),
             bytes(host.capacity.promised_bytes),
+            labels(&host.labels),
         ]
     });
     let heads = [
@@ -97,8 +121,17 @@ fn hosts_table(hosts: &[Host]) -> String {
         "AVAILABLE",
         "USED BY VMS",
         "PROMISED",
+        "LABELS",
     ];
     table(&heads, lines.collect())
+}
+
+fn labels(labels: &BTreeMap<String, String>) -> String {
+    let labels: Vec<String> = labels
+        .iter()
+        .map(|(key, value)| format!("{key}={value}"))
+        .collect();
+    labels.join(",")
 }
 
 /// Templates.
@@ -123,6 +156,35 @@ pub(super) enum TemplateCommand {
         name: String,
         /// The host.
         host: String,
+    },
+    /// Let a tag point to a template; VMs can be made of a tag.
+    Tag {
+        /// The template.
+        name: String,
+        /// The tag; where it pointed before, it points no longer.
+        tag: String,
+    },
+    /// Remove a tag.
+    Untag {
+        /// The tag.
+        tag: String,
+    },
+    /// Write all of a template to a file.
+    Export {
+        /// The template.
+        name: String,
+        /// The file.
+        file: PathBuf,
+    },
+    /// Take up a template from a file that `export` wrote.
+    Import {
+        /// Its name from now on.
+        name: String,
+        /// The file.
+        file: PathBuf,
+        /// The host that gets it.
+        #[arg(long)]
+        host: Option<String>,
     },
     /// Change how many clones are kept ready on each of its hosts.
     Standbys {
@@ -163,6 +225,29 @@ pub(super) async fn template(context: &Context, command: TemplateCommand) -> Res
             let path = format!("/v1/templates/{name}/copies");
             client.send(Method::POST, &path, &asked).await?
         }
+        TemplateCommand::Tag { name, tag } => {
+            let asked = SetTag { template: name };
+            let path = format!("/v1/tags/{tag}");
+            client.send(Method::PUT, &path, &asked).await?
+        }
+        TemplateCommand::Untag { tag } => {
+            let path = format!("/v1/tags/{tag}");
+            client.plain(Method::DELETE, &path).await?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        TemplateCommand::Export { name, file } => {
+            let path = format!("/v1/templates/{name}/content");
+            super::files::receive(client.bytes(&path, &()).await?, &file).await?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        TemplateCommand::Import { name, file, host } => {
+            let path = format!("/v1/templates/{name}/content");
+            let body = super::files::open(&file).await?;
+            client
+                .put_bytes(&path, &ImportTemplate { host }, body)
+                .await?;
+            client.get(&format!("/v1/templates/{name}"), &()).await?
+        }
         TemplateCommand::Standbys { name, count } => {
             let asked = ChangeTemplate { standbys: count };
             let path = format!("/v1/templates/{name}");
@@ -184,14 +269,17 @@ fn templates_table(templates: &[Template]) -> String {
         vec![
             it.name.clone(),
             it.id.chars().take(12).collect(),
-            it.host.clone(),
+            it.tags.join(","),
+            it.hosts.join(","),
             bytes(it.memory_bytes),
             bytes(it.data_bytes),
             it.vms.to_string(),
             format!("{}/{}", it.ready, it.standbys),
         ]
     });
-    let heads = ["TEMPLATE", "ID", "HOST", "MEMORY", "DATA", "VMS", "READY"];
+    let heads = [
+        "TEMPLATE", "ID", "TAGS", "HOSTS", "MEMORY", "DATA", "VMS", "READY",
+    ];
     table(&heads, lines.collect())
 }
 
@@ -256,7 +344,7 @@ pub(super) enum VmCommand {
 /// `army vm create`.
 #[derive(Args)]
 pub(super) struct CreateArgs {
-    /// The template.
+    /// The template, or a tag.
     template: String,
     /// How many.
     #[arg(long, short, default_value_t = 1)]
@@ -264,6 +352,9 @@ pub(super) struct CreateArgs {
     /// The VM's name; several are called NAME-1, NAME-2 and so on.
     #[arg(long, short)]
     name: Option<String>,
+    /// Only on hosts with this label, KEY=VALUE; can be given several times.
+    #[arg(long = "on", value_name = "KEY=VALUE", value_parser = pair)]
+    host_labels: Vec<(String, String)>,
     /// A label, KEY=VALUE; can be given several times.
     #[arg(long = "label", short, value_parser = pair)]
     labels: Vec<(String, String)>,
@@ -316,6 +407,7 @@ pub(super) async fn vm(context: &Context, command: VmCommand) -> Result<ExitCode
                 count: args.count,
                 name: args.name,
                 labels: args.labels.into_iter().collect::<BTreeMap<_, _>>(),
+                host_labels: args.host_labels.into_iter().collect(),
                 environment: args.environment.into_iter().collect(),
                 ttl_s: args.ttl,
                 idle: args

@@ -6,6 +6,7 @@ use army_api::{Problem, ProblemKind};
 
 use crate::node::journal::Entry;
 use crate::node::{InUse, Made, Node, Report, Result, TemplateFacts};
+use crate::pipe::{Pieces, Sender};
 
 /// Where another host gets a template.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
@@ -50,6 +51,10 @@ pub trait Host: Send + Sync {
     fn remove_template(&self, name: &str) -> Result<()>;
     /// Gets a template from another host, where it is not here yet.
     fn fetch(&self, origin: &Origin) -> Result<()>;
+    /// [`Node::send_template`].
+    fn send_template(&self, name: &str, sender: Sender) -> Result<()>;
+    /// [`Node::receive_template`].
+    fn receive_template(&self, name: &str, pieces: Pieces) -> Result<TemplateFacts>;
     /// [`Node::report`].
     fn report(&self) -> Result<Report>;
     /// [`Node::forget`].
@@ -112,6 +117,14 @@ impl Host for Node {
     fn fetch(&self, _: &Origin) -> Result<()> {
         let detail = "this is the only host";
         Err(Problem::new(ProblemKind::Conflict, detail))
+    }
+
+    fn send_template(&self, name: &str, sender: Sender) -> Result<()> {
+        self.send_template(name, sender)
+    }
+
+    fn receive_template(&self, name: &str, pieces: Pieces) -> Result<TemplateFacts> {
+        self.receive_template(name, None, pieces)
     }
 
     fn report(&self) -> Result<Report> {

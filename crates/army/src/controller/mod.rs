@@ -1,34 +1,33 @@
 //! What the API asks for, done: placed, told to nodes, written down.
 //!
+//! [`fleet`] has what is done to hosts, [`templates`] what is done to templates, and VMs are here.
 //! The store holds what is wanted and what was last heard; [`reconcile`] goes over the difference.
 //! HTTP, keys and roles are not known here.
 
+mod fleet;
 pub mod host;
 pub mod reconcile;
 pub mod remote;
+mod templates;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 
-use army_api::hosts::{Host, HostState};
-use army_api::templates::{RegisterTemplate, Template};
+use army_api::templates::Template;
 use army_api::vms::{
     Balloon, CreateVms, CreatedVms, Failure, ForkTimes, ForkVm, SnapshotVm, Vm, VmState,
 };
 use army_api::{Problem, ProblemKind};
 
-use crate::cluster::enrol::Token;
 use crate::node::journal::Entry;
 use crate::node::supervise::now_ms;
-use crate::node::{Made, Report, TemplateFacts};
+use crate::node::{Made, Report};
 use crate::scheduler::{self, HostView, Need, UNKNOWN_COST};
 use crate::store::vms::NewVms;
 use crate::store::{Result, Store};
 use crate::{blocking, random};
 
-use host::Origin;
 use remote::Remote;
 
 /// The most VMs of one request.
@@ -111,69 +110,6 @@ impl Controller {
         }
     }
 
-    fn nodes(&self) -> Vec<Node> {
-        let nodes = self.nodes.read().unwrap_or_else(PoisonError::into_inner);
-        nodes.values().cloned().collect()
-    }
-
-    fn find_node(&self, host: &str) -> Option<Node> {
-        let nodes = self.nodes.read().unwrap_or_else(PoisonError::into_inner);
-        nodes.get(host).cloned()
-    }
-
-    fn node(&self, host: &str) -> Result<Node> {
-        self.find_node(host).ok_or_else(|| {
-            let detail = format!("the host {host} is not here");
-            Problem::new(ProblemKind::HostUnavailable, detail).retry_after(5)
-        })
-    }
-
-    fn cluster(&self) -> Result<&Cluster> {
-        self.cluster.as_ref().ok_or_else(|| {
-            let detail = "this Army has one host only: `army dev` serves it";
-            Problem::new(ProblemKind::Conflict, detail)
-                .advise("run `army controller` and an `army node` on each host")
-        })
-    }
-
-    /// Takes up a host that has just enrolled.
-    pub fn connect(&self, host: &str, address: SocketAddr) -> Result<()> {
-        let remote = Remote::new(host, address, self.cluster()?.tls.clone())?;
-        let mut nodes = self.nodes.write().unwrap_or_else(PoisonError::into_inner);
-        nodes.insert(host.to_owned(), Arc::new(remote));
-        Ok(())
-    }
-
-    /// A token that a host joins with, once, within `minutes`; and when it ends, in milliseconds
-    /// since 1970.
-    pub async fn token(&self, minutes: u32) -> Result<(Token, u64)> {
-        let cluster = self.cluster()?;
-        let token = Token {
-            secret: random::hex::<32>()?,
-            fingerprint: cluster.fingerprint.clone(),
-        };
-        let expires_ms = now_ms() + u64::from(minutes) * 60_000;
-        self.store.add_token(&token.secret, expires_ms).await?;
-        Ok((token, expires_ms))
-    }
-
-    /// Gives a host up. One that answers and has VMs keeps them, and stays.
-    pub async fn remove_host(&self, name: &str) -> Result<()> {
-        self.cluster()?;
-        let host = self.host(name).await?;
-        if host.state != HostState::Unreachable && host.vms > 0 {
-            let detail = format!("the host {name} has {} VMs", host.vms);
-            return Err(Problem::new(ProblemKind::Conflict, detail)
-                .advise("drain it, and destroy them or let them end"));
-        }
-        self.store.remove_host(name).await?;
-        let mut nodes = self.nodes.write().unwrap_or_else(PoisonError::into_inner);
-        nodes.remove(name);
-        drop(nodes);
-        self.heard().remove(name);
-        Ok(())
-    }
-
     /// The node of a VM that holds a place.
     pub fn node_of(&self, vm: &Vm) -> Result<Node> {
         if vm.state.is_alive() {
@@ -193,7 +129,7 @@ impl Controller {
     ) -> Result<CreatedVms> {
         let start = Instant::now();
         check(&details)?;
-        let template = self.store.template(&details.template).await?;
+        let template = self.store.template_or_tag(&details.template).await?;
         let order = Order {
             tenant: tenant.to_owned(),
             template: template.name.clone(),
@@ -203,7 +139,7 @@ impl Controller {
             request: request.map(str::to_owned),
             details,
         };
-        let mut views = self.views(Some(&template)).await?;
+        let mut views = self.views(&template, &order.details.host_labels).await?;
         let need = Need {
             cost_bytes: self.cost(&template.name).await?,
             // It travels to where there is room.
@@ -419,222 +355,6 @@ impl Controller {
         let (id, name) = (vm.id.clone(), asked.template.clone());
         let facts = blocking(move || node.snapshot(&id, &name, asked.diff)).await?;
         self.take_up(&asked.template, &vm.host, 0, facts).await
-    }
-
-    /// Takes up a template that a host has.
-    pub async fn register(&self, asked: &RegisterTemplate) -> Result<Template> {
-        let host = match (&asked.host, self.nodes().as_slice()) {
-            (Some(host), _) => host.clone(),
-            (None, [only]) => only.name().to_owned(),
-            (None, nodes) => {
-                let detail = format!("say which host has the template: there are {}", nodes.len());
-                return Err(Problem::new(ProblemKind::InvalidRequest, detail));
-            }
-        };
-        let node = self.node(&host)?;
-        let name = asked.name.clone();
-        let facts = blocking(move || node.template(&name)).await?;
-        self.take_up(&asked.name, &host, asked.standbys, facts)
-            .await
-    }
-
-    async fn take_up(
-        &self,
-        name: &str,
-        host: &str,
-        standbys: u32,
-        facts: TemplateFacts,
-    ) -> Result<Template> {
-        let template = Template {
-            name: name.to_owned(),
-            id: facts.id,
-            parent: facts.parent,
-            host: host.to_owned(),
-            hosts: vec![host.to_owned()],
-            memory_bytes: facts.memory_bytes,
-            data_bytes: facts.data_bytes,
-            vcpus: facts.vcpus,
-            taken_ms: facts.taken_ms,
-            standbys,
-            ready: 0,
-            vms: 0,
-        };
-        self.store.add_template(&template).await?;
-        self.keep(&template).await?;
-        Ok(template)
-    }
-
-    /// Changes how many clones of a template are kept ready.
-    pub async fn set_standbys(&self, name: &str, standbys: u32) -> Result<Template> {
-        self.store.set_standbys(name, standbys).await?;
-        let template = self.template(name).await?;
-        self.keep(&template).await?;
-        Ok(template)
-    }
-
-    /// Has clones of a template kept ready on every host that has it.
-    async fn keep(&self, template: &Template) -> Result<()> {
-        for host in &template.hosts {
-            self.keep_on(&self.node(host)?, template).await?;
-        }
-        Ok(())
-    }
-
-    async fn keep_on(&self, node: &Node, template: &Template) -> Result<()> {
-        let node = Arc::clone(node);
-        let (name, standbys) = (template.name.clone(), template.standbys);
-        blocking(move || node.keep(&name, standbys)).await
-    }
-
-    /// Takes a template to another host, so that VMs start there as fast as here.
-    pub async fn copy_template(&self, name: &str, host: &str) -> Result<Template> {
-        let template = self.store.template(name).await?;
-        self.host(host).await?;
-        self.bring(&self.node(host)?, &template).await?;
-        self.template(name).await
-    }
-
-    /// Takes a template to `node`, unless it has it.
-    async fn bring(&self, node: &Node, template: &Template) -> Result<()> {
-        if template.hosts.iter().any(|host| host == node.name()) {
-            return Ok(());
-        }
-        let mut answer = Err(Problem::new(
-            ProblemKind::HostUnavailable,
-            format!("no host that has the template `{}` answers", template.name),
-        ));
-        for host in &template.hosts {
-            let Some(address) = self.find_node(host).and_then(|node| node.address()) else {
-                continue;
-            };
-            let origin = Origin {
-                host: host.clone(),
-                address,
-                template: template.name.clone(),
-                id: template.id.clone(),
-            };
-            let node = Arc::clone(node);
-            answer = blocking(move || node.fetch(&origin)).await;
-            match &answer {
-                Err(problem) if problem.kind == ProblemKind::HostUnavailable => {}
-                _ => break,
-            }
-        }
-        answer?;
-        self.store.add_copy(&template.name, node.name()).await?;
-        self.keep_on(node, template).await
-    }
-
-    /// Removes a template that nobody uses, from its hosts too.
-    pub async fn remove_template(&self, name: &str) -> Result<()> {
-        let template = self.template(name).await?;
-        if template.vms > 0 {
-            let detail = format!("{} VMs were made of the template `{name}`", template.vms);
-            return Err(Problem::new(ProblemKind::Conflict, detail)
-                .advise("destroy them first: they lie on its memory"));
-        }
-        for host in template.hosts {
-            let node = self.node(&host)?;
-            let on_host = name.to_owned();
-            match blocking(move || node.remove_template(&on_host)).await {
-                // It was removed before all were asked, or by hand.
-                Err(problem) if problem.kind == ProblemKind::NotFound => {}
-                removed => removed?,
-            }
-        }
-        self.store.remove_template(name).await
-    }
-
-    /// A template with its figures of the moment.
-    pub async fn template(&self, name: &str) -> Result<Template> {
-        let template = self.store.template(name).await?;
-        let used = self.store.vms_by_template().await?;
-        Ok(self.with_figures(template, &used))
-    }
-
-    /// All templates with their figures of the moment.
-    pub async fn templates(&self) -> Result<Vec<Template>> {
-        let used = self.store.vms_by_template().await?;
-        let templates = self.store.templates().await?;
-        let templates = templates.into_iter();
-        Ok(templates.map(|it| self.with_figures(it, &used)).collect())
-    }
-
-    fn with_figures(&self, mut template: Template, used: &BTreeMap<String, u32>) -> Template {
-        template.vms = used.get(&template.name).copied().unwrap_or(0);
-        let heard = self.heard();
-        let ready = template.hosts.iter().filter_map(|host| {
-            let ready = &heard.get(host)?.report.ready;
-            ready.get(&template.name)
-        });
-        template.ready = ready.sum();
-        template
-    }
-
-    /// One host.
-    pub async fn host(&self, name: &str) -> Result<Host> {
-        let hosts = self.hosts().await?;
-        hosts
-            .into_iter()
-            .find(|host| host.name == name)
-            .ok_or_else(|| {
-                let detail = format!("there is no host `{}`", name.escape_debug());
-                Problem::new(ProblemKind::NotFound, detail)
-            })
-    }
-
-    /// All hosts.
-    pub async fn hosts(&self) -> Result<Vec<Host>> {
-        let counts = self.store.vms_by_host().await?;
-        let rows = self.store.hosts().await?;
-        Ok(rows
-            .into_iter()
-            .map(|row| {
-                let here = self.find_node(&row.name).is_some();
-                let fresh = now_ms().saturating_sub(row.seen_ms) < reconcile::SILENCE_MS;
-                let (state, reason) = match (here && fresh, row.draining) {
-                    (false, _) => (
-                        HostState::Unreachable,
-                        Some("nothing was heard of it for a while".to_owned()),
-                    ),
-                    (true, true) => (HostState::Draining, None),
-                    (true, false) => (HostState::Ready, None),
-                };
-                Host {
-                    vms: counts.get(&row.name).copied().unwrap_or(0),
-                    name: row.name,
-                    state,
-                    reason,
-                    labels: row.labels,
-                    seen_ms: row.seen_ms,
-                    capacity: row.capacity,
-                }
-            })
-            .collect())
-    }
-
-    async fn views(&self, template: Option<&Template>) -> Result<Vec<HostView>> {
-        let hosts = self.hosts().await?;
-        let heard = self.heard();
-        let views = hosts.into_iter().map(|host| {
-            let heard = heard.get(&host.name);
-            let ready = template.and_then(|it| heard?.report.ready.get(&it.name).copied());
-            HostView {
-                open: host.state == HostState::Ready,
-                cpus: host.capacity.cpus,
-                load_milli: host.capacity.load_milli,
-                memory_bytes: host.capacity.memory_bytes,
-                available_bytes: host
-                    .capacity
-                    .available_bytes
-                    .saturating_sub(heard.map_or(0, |heard| heard.promised)),
-                vms: host.vms,
-                has_template: template.is_some_and(|it| it.hosts.contains(&host.name)),
-                ready: ready.unwrap_or(0),
-                name: host.name,
-            }
-        });
-        Ok(views.collect())
     }
 
     /// What a clone of a template costs, by those that there are.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use agent_proto::client::Connection;
 use army_api::vms::Balloon;
 use army_api::{Problem, ProblemKind};
+use futures_util::StreamExt;
 use reqwest::header;
 use rustls::ClientConfig;
 use serde::Serialize;
@@ -19,6 +20,7 @@ use crate::cluster::Member;
 use crate::node::journal::Entry;
 use crate::node::serve::{self, AGENT_PROTOCOL};
 use crate::node::{InUse, Made, Report, Result, TemplateFacts, of_agent};
+use crate::pipe::{self, Pieces, Sender};
 
 /// How long a host may take to be connected with.
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
@@ -67,13 +69,15 @@ impl Remote {
             .post(format!("{}/v1/{operation}", self.url))
             .timeout(limit)
             .json(arguments);
-        self.runtime.block_on(async {
-            let answer = request.send().await.map_err(|error| self.lost(&error))?;
-            if !answer.status().is_success() {
-                return Err(problem_of(answer).await);
-            }
-            answer.json().await.map_err(|error| self.lost(&error))
-        })
+        self.runtime.block_on(self.answer(request))
+    }
+
+    async fn answer<R: DeserializeOwned>(&self, request: reqwest::RequestBuilder) -> Result<R> {
+        let answer = request.send().await.map_err(|error| self.lost(&error))?;
+        if !answer.status().is_success() {
+            return Err(problem_of(answer).await);
+        }
+        answer.json().await.map_err(|error| self.lost(&error))
     }
 
     fn many(&self, operation: &str, make: &serve::Make<'_>) -> Vec<Result<Made>> {
@@ -230,6 +234,36 @@ impl Host for Remote {
 
     fn fetch(&self, origin: &Origin) -> Result<()> {
         self.call("fetch", origin, FETCH_LIMIT)
+    }
+
+    fn send_template(&self, name: &str, sender: Sender) -> Result<()> {
+        self.runtime.block_on(async {
+            let url = format!("{}/v1/content/{name}", self.url);
+            let answer = self.http.get(url).send().await;
+            let answer = answer.map_err(|error| self.lost(&error))?;
+            if !answer.status().is_success() {
+                return Err(problem_of(answer).await);
+            }
+            let mut pieces = answer.bytes_stream();
+            while let Some(piece) = pieces.next().await {
+                let piece = piece.map_err(|error| io::Error::other(self.lost(&error)));
+                if sender.send(piece).await.is_err() {
+                    break;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn receive_template(&self, name: &str, pieces: Pieces) -> Result<TemplateFacts> {
+        self.runtime.block_on(async {
+            let request = self
+                .http
+                .put(format!("{}/v1/content/{name}", self.url))
+                .timeout(FETCH_LIMIT)
+                .body(reqwest::Body::wrap_stream(pipe::body_of(pieces)));
+            self.answer(request).await
+        })
     }
 
     fn report(&self) -> Result<Report> {

@@ -12,7 +12,7 @@ pub mod standbys;
 pub mod supervise;
 
 use std::collections::HashMap;
-use std::io::Read;
+use std::io::{self, BufReader, BufWriter};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,6 +27,8 @@ use clone::runtime::{RunningVm, Runtime};
 use clone::template::{Store, Template};
 use clone_api::{ApiError, Bytes, Client, ErrorCode};
 
+use crate::pipe::{Pieces, Sender, Sink, Source as PieceSource};
+
 use journal::{Entry, Journal, Stage};
 use serde::{Deserialize, Serialize};
 use standbys::Standbys;
@@ -40,6 +42,9 @@ const FIRST_LIMIT: Duration = Duration::from_secs(1);
 /// The pause before it is tried again.
 const AGENT_PAUSE: Duration = Duration::from_millis(5);
 
+/// Bytes of a template that are sent in one piece.
+const PIECE: usize = 256 << 10;
+
 /// A result with a problem to tell the client.
 pub type Result<T> = std::result::Result<T, Problem>;
 
@@ -51,6 +56,7 @@ pub struct Node {
     journal: Journal,
     sources: Mutex<HashMap<String, Arc<Source>>>,
     standbys: Standbys,
+    receiving: Mutex<()>,
     /// When each VM was last used, by id.
     used: Mutex<HashMap<String, Use>>,
     started: Instant,
@@ -124,6 +130,7 @@ impl Node {
         let journal = Journal::open(state)?;
         let node = Arc::new(Self {
             name,
+            receiving: Mutex::default(),
             standbys: Standbys::new(runtime.clone()),
             runtime,
             store,
@@ -290,12 +297,30 @@ impl Node {
         Ok(facts(&self.open_template(name)?))
     }
 
-    /// Takes a template from a stream, if it is the one with this id.
-    pub fn take_in(&self, name: &str, id: &str, source: &mut impl Read) -> Result<()> {
+    /// Takes a template from a stream; with `id` only if it is that one.
+    pub fn receive_template(
+        &self,
+        name: &str,
+        id: Option<&str>,
+        pieces: Pieces,
+    ) -> Result<TemplateFacts> {
         let target = self.template_path(name)?;
-        clone::template::receive(&target, id, source, &self.runtime)
-            .map(drop)
-            .map_err(told)
+        // One travels at a time: two of a name would be in each other's way.
+        let _turn = lock(&self.receiving);
+        let mut source = BufReader::with_capacity(PIECE, PieceSource::new(pieces));
+        let template = clone::template::receive(&target, id, &mut source, &self.runtime);
+        template.map(|it| facts(&it)).map_err(told)
+    }
+
+    /// Sends all of a template. What goes wrong before the first piece is the result, and later a
+    /// piece, which cuts the stream short.
+    pub fn send_template(&self, name: &str, sender: Sender) -> Result<()> {
+        let template = self.open_template(name)?;
+        let mut sink = BufWriter::with_capacity(PIECE, Sink(sender.clone()));
+        if let Err(error) = clone::template::send(&template, &mut sink) {
+            let _ = sender.blocking_send(Err(io::Error::other(error.message)));
+        }
+        Ok(())
     }
 
     /// Verifies a template and keeps `standbys` clones of it ready from now on.

@@ -2,11 +2,10 @@
 //! nodes. Nobody else is heard; [`crate::cluster::tls`] knows who is who.
 
 use std::borrow::Cow;
-use std::io::{self, BufReader, BufWriter};
+use std::io;
 use std::sync::Arc;
 
 use army_api::{Problem, ProblemKind};
-use axum::body::Body;
 use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -18,24 +17,22 @@ use rustls::ClientConfig;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt;
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::Mutex;
 
 use super::journal::Entry;
-use super::{Node, Result};
+use super::{Node, Result, TemplateFacts};
 use crate::blocking;
 use crate::cluster::Member;
 use crate::cluster::tls::Peer;
 use crate::controller::host::Origin;
 use crate::controller::remote;
-use crate::pipe::{AHEAD, Sink, Source};
+use crate::pipe;
 use crate::server::Failure;
 
 /// What a connection to an agent upgrades to: from then on it is the agent's protocol.
 pub const AGENT_PROTOCOL: &str = "army-agent";
 /// The largest body of a request.
 const MAX_BODY: usize = 16 << 20;
-/// Bytes of a template that are sent in one piece.
-const PIECE: usize = 256 << 10;
 
 /// VMs that are to be made.
 #[derive(Serialize, Deserialize)]
@@ -60,7 +57,7 @@ impl<'a> Make<'a> {
 struct Served {
     node: Arc<Node>,
     tls: ClientConfig,
-    /// One template travels at a time: two of a name would be in each other's way.
+    /// Fetching goes one by one.
     fetching: Arc<Mutex<()>>,
 }
 
@@ -118,7 +115,10 @@ pub fn router(node: Arc<Node>, tls: ClientConfig) -> Router {
         )
         .route("/v1/fetch", post(fetch))
         .route("/v1/agent/{id}", get(agent))
-        .route("/v1/content/{template}", get(content))
+        .route(
+            "/v1/content/{template}",
+            get(content).put(take).layer(DefaultBodyLimit::disable()),
+        )
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(served)
 }
@@ -206,19 +206,26 @@ async fn content(
         let detail = "only hosts of this Army get templates";
         return Err(Problem::new(ProblemKind::Forbidden, detail).into());
     }
-    let template = blocking(move || served.node.open_template(&name)).await?;
-    let (sender, receiver) = mpsc::channel(AHEAD);
+    let (sender, pieces) = pipe::pipe();
     tokio::task::spawn_blocking(move || {
-        let mut sink = BufWriter::with_capacity(PIECE, Sink(sender.clone()));
-        if let Err(error) = clone::template::send(&template, &mut sink) {
-            // Cuts the answer short, which the other side notices.
-            let _ = sender.blocking_send(Err(io::Error::other(error.message)));
+        if let Err(problem) = served.node.send_template(&name, sender.clone()) {
+            let _ = sender.blocking_send(Err(io::Error::other(problem)));
         }
     });
-    let stream = futures_util::stream::unfold(receiver, |mut receiver| async move {
-        Some((receiver.recv().await?, receiver))
-    });
-    Ok(Body::from_stream(stream).into_response())
+    Ok(pipe::answer(pieces, ProblemKind::Internal).await?)
+}
+
+/// Takes a template that the controller sends.
+async fn take(
+    State(served): State<Served>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path(name): Path<String>,
+    request: Request,
+) -> std::result::Result<Json<TemplateFacts>, Failure> {
+    of_controller(&peer)?;
+    let pieces = pipe::pieces_of(request.into_body().into_data_stream());
+    let facts = blocking(move || served.node.receive_template(&name, None, pieces)).await?;
+    Ok(Json(facts))
 }
 
 /// Gets a template from another node, unless it is here.
@@ -228,6 +235,7 @@ async fn fetch(
     Json(origin): Json<Origin>,
 ) -> std::result::Result<Json<()>, Failure> {
     of_controller(&peer)?;
+    // Who waits for the same template finds it here.
     let _turn = served.fetching.lock().await;
     let (node, name) = (Arc::clone(&served.node), origin.template.clone());
     let here = blocking(move || match node.template(&name) {
@@ -268,23 +276,10 @@ async fn fetch(
     if !answer.status().is_success() {
         return Err(unavailable(remote::problem_of(answer).await.detail));
     }
-    let (sender, receiver) = mpsc::channel(AHEAD);
-    let feed = tokio::spawn(async move {
-        let mut pieces = answer.bytes_stream();
-        while let Some(piece) = pieces.next().await {
-            let piece = piece.map_err(|error| io::Error::other(remote::whole(&error)));
-            if sender.send(piece).await.is_err() {
-                return;
-            }
-        }
-    });
+    let body = answer.bytes_stream();
+    let body = body.map(|piece| piece.map_err(|error| remote::whole(&error)));
+    let pieces = pipe::pieces_of(body);
     let node = Arc::clone(&served.node);
-    let taken = blocking(move || {
-        let mut source = BufReader::with_capacity(PIECE, Source::new(receiver));
-        node.take_in(&origin.template, &origin.id, &mut source)
-    })
-    .await;
-    feed.abort();
-    taken?;
+    blocking(move || node.receive_template(&origin.template, Some(&origin.id), pieces)).await?;
     Ok(Json(()))
 }

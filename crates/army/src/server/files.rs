@@ -6,19 +6,16 @@ use agent_proto::messages::Put;
 use army_api::exec::FilePath;
 use army_api::keys::Role;
 use army_api::{Problem, ProblemKind};
-use axum::body::{Body, Bytes};
 use axum::extract::{Path, Request, State};
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
-use futures_util::StreamExt;
-use tokio::sync::mpsc;
+use axum::http::StatusCode;
+use axum::response::Response;
 
 use super::auth::Caller;
 use super::extract::Params;
 use super::{Answer, App};
 use crate::blocking;
 use crate::node::of_agent;
-use crate::pipe::{AHEAD, Sink, Source};
+use crate::pipe::{self, Sink, Source};
 
 /// Permissions of a new file, where the client does not say.
 const DEFAULT_MODE: u32 = 0o644;
@@ -37,7 +34,7 @@ pub(super) async fn read(
     let vm = caller.vm(&app, &vm).await?;
     let node = app.controller.node_of(&vm)?;
     let (connection, in_use) = blocking(move || node.agent(&vm.id)).await?;
-    let (sender, mut receiver) = mpsc::channel::<io::Result<Bytes>>(AHEAD);
+    let (sender, pieces) = pipe::pipe();
     tokio::task::spawn_blocking(move || {
         let mut sink = Sink(sender.clone());
         if let Err(error) = connection.get(&file.path, &mut sink) {
@@ -45,17 +42,7 @@ pub(super) async fn read(
         }
         drop(in_use);
     });
-    // The first piece, or what is wrong, decides on the answer's status.
-    let first = match receiver.recv().await {
-        Some(Err(error)) => return Err(problem_of(error).into()),
-        first => first,
-    };
-    let rest = futures_util::stream::unfold(receiver, |mut receiver| async move {
-        Some((receiver.recv().await?, receiver))
-    });
-    let body = Body::from_stream(futures_util::stream::iter(first).chain(rest));
-    let kind = [(header::CONTENT_TYPE, "application/octet-stream")];
-    Ok((kind, body).into_response())
+    Ok(pipe::answer(pieces, ProblemKind::GuestUnavailable).await?)
 }
 
 /// Writes a file into a guest: the request's body, of any size. It appears whole or not at all.
@@ -73,30 +60,20 @@ pub(super) async fn write(
     let mode = check(&file)?;
     let vm = caller.vm(&app, &vm).await?;
     let node = app.controller.node_of(&vm)?;
-    let (sender, receiver) = mpsc::channel::<io::Result<Bytes>>(AHEAD);
-    let mut body = request.into_body().into_data_stream();
-    let feed = tokio::spawn(async move {
-        while let Some(piece) = body.next().await {
-            if sender.send(piece.map_err(io::Error::other)).await.is_err() {
-                break;
-            }
-        }
-    });
-    let written = blocking(move || {
+    let pieces = pipe::pieces_of(request.into_body().into_data_stream());
+    blocking(move || {
         let (connection, _in_use) = node.agent(&vm.id)?;
         let put = Put {
             path: file.path,
             mode,
             ..Put::default()
         };
-        let mut source = Source::new(receiver);
+        let mut source = Source::new(pieces);
         connection
             .put(put, &mut source)
             .map_err(|error| of_agent(&error))
     })
-    .await;
-    feed.abort();
-    written?;
+    .await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -116,12 +93,4 @@ fn check(file: &FilePath) -> Result<u32, Problem> {
         .ok()
         .filter(|mode| *mode <= 0o7777);
     parsed.ok_or_else(|| invalid(format!("`{}` are no permissions", mode.escape_debug())))
-}
-
-fn problem_of(error: io::Error) -> Problem {
-    let text = error.to_string();
-    match error.into_inner().map(|inner| inner.downcast::<Problem>()) {
-        Some(Ok(problem)) => *problem,
-        _ => Problem::new(ProblemKind::GuestUnavailable, text),
-    }
 }

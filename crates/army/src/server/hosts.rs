@@ -1,6 +1,6 @@
 //! Hosts.
 
-use army_api::hosts::{CreateJoinToken, Host, JoinToken};
+use army_api::hosts::{ChangeHost, CreateJoinToken, Host, JoinToken};
 use army_api::keys::Role;
 use army_api::{Problem, ProblemKind};
 use axum::Json;
@@ -59,6 +59,19 @@ async fn set(app: &App, caller: &Caller, name: &str, draining: bool) -> Answer<J
     caller.may(Role::Admin)?;
     app.controller.store.drain_host(name, draining).await?;
     Ok(Json(app.controller.host(name).await?))
+}
+
+/// Changes what a host is labelled with.
+#[utoipa::path(patch, path = "/v1/hosts/{name}", params(("name" = String, Path)), request_body = ChangeHost,
+    responses((status = 200, body = Host), (status = "4XX", body = Problem)))]
+pub(super) async fn change(
+    State(app): State<App>,
+    caller: Caller,
+    Path(name): Path<String>,
+    Body(asked): Body<ChangeHost>,
+) -> Answer<Json<Host>> {
+    caller.may(Role::Admin)?;
+    Ok(Json(app.controller.change_host(&name, &asked).await?))
 }
 
 /// Makes a token that a host joins with, once.

@@ -75,7 +75,7 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(keys::remove))
         .routes(routes!(hosts::list))
         .routes(routes!(hosts::token))
-        .routes(routes!(hosts::inspect, hosts::remove))
+        .routes(routes!(hosts::inspect, hosts::change, hosts::remove))
         .routes(routes!(hosts::drain))
         .routes(routes!(hosts::undrain))
         .routes(routes!(templates::list, templates::register))
@@ -85,6 +85,8 @@ fn api() -> OpenApiRouter<App> {
             templates::remove
         ))
         .routes(routes!(templates::copy))
+        .routes(routes!(templates::export, templates::import))
+        .routes(routes!(templates::tag, templates::untag))
         .routes(routes!(vms::list, vms::create))
         .routes(routes!(vms::inspect, vms::destroy))
         .routes(routes!(vms::pause))

@@ -1,15 +1,21 @@
 //! Templates.
 
-use army_api::Problem;
+use std::io;
+
 use army_api::keys::Role;
-use army_api::templates::{ChangeTemplate, CopyTemplate, RegisterTemplate, Template};
+use army_api::templates::{
+    ChangeTemplate, CopyTemplate, ImportTemplate, RegisterTemplate, SetTag, Template,
+};
+use army_api::{Problem, ProblemKind};
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::{Path, Request, State};
 use axum::http::StatusCode;
+use axum::response::Response;
 
 use super::auth::Caller;
-use super::extract::Body;
+use super::extract::{Body, Params};
 use super::{Answer, App};
+use crate::pipe;
 
 /// All templates.
 #[utoipa::path(get, path = "/v1/templates", responses((status = 200, body = Vec<Template>), (status = "4XX", body = Problem)))]
@@ -67,6 +73,71 @@ pub(super) async fn copy(
     caller.may(Role::Admin)?;
     let template = app.controller.copy_template(&name, &asked.host).await?;
     Ok((StatusCode::CREATED, Json(template)))
+}
+
+/// All of a template in one stream, of a format of its own: for another Army, or to keep.
+#[utoipa::path(get, path = "/v1/templates/{name}/content", params(("name" = String, Path)),
+    responses((status = 200, content_type = "application/octet-stream"), (status = "4XX", body = Problem)))]
+pub(super) async fn export(
+    State(app): State<App>,
+    caller: Caller,
+    Path(name): Path<String>,
+) -> Answer<Response> {
+    caller.may(Role::Admin)?;
+    let (sender, pieces) = pipe::pipe();
+    tokio::spawn(async move {
+        if let Err(problem) = app.controller.export(&name, sender.clone()).await {
+            let _ = sender.send(Err(io::Error::other(problem))).await;
+        }
+    });
+    Ok(pipe::answer(pieces, ProblemKind::Internal).await?)
+}
+
+/// Takes up a template that is sent: what `GET` gave. It is verified, and appears whole or not at
+/// all.
+#[utoipa::path(put, path = "/v1/templates/{name}/content", params(("name" = String, Path), ImportTemplate),
+    request_body(content_type = "application/octet-stream"),
+    responses((status = 201, body = Template), (status = "4XX", body = Problem)))]
+pub(super) async fn import(
+    State(app): State<App>,
+    caller: Caller,
+    Path(name): Path<String>,
+    Params(asked): Params<ImportTemplate>,
+    request: Request,
+) -> Answer<(StatusCode, Json<Template>)> {
+    caller.may(Role::Admin)?;
+    let pieces = pipe::pieces_of(request.into_body().into_data_stream());
+    let template = app
+        .controller
+        .import(&name, asked.host.as_deref(), pieces)
+        .await?;
+    Ok((StatusCode::CREATED, Json(template)))
+}
+
+/// Lets a tag point to a template from now on, wherever it pointed before.
+#[utoipa::path(put, path = "/v1/tags/{tag}", params(("tag" = String, Path)), request_body = SetTag,
+    responses((status = 200, body = Template), (status = "4XX", body = Problem)))]
+pub(super) async fn tag(
+    State(app): State<App>,
+    caller: Caller,
+    Path(tag): Path<String>,
+    Body(asked): Body<SetTag>,
+) -> Answer<Json<Template>> {
+    caller.may(Role::Admin)?;
+    Ok(Json(app.controller.tag(&tag, &asked.template).await?))
+}
+
+/// Removes a tag; the template that it points to stays.
+#[utoipa::path(delete, path = "/v1/tags/{tag}", params(("tag" = String, Path)),
+    responses((status = 204), (status = "4XX", body = Problem)))]
+pub(super) async fn untag(
+    State(app): State<App>,
+    caller: Caller,
+    Path(tag): Path<String>,
+) -> Answer<StatusCode> {
+    caller.may(Role::Admin)?;
+    app.controller.store.untag(&tag).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Removes a template that nobody uses, from its hosts too.

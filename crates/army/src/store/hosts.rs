@@ -140,6 +140,18 @@ impl Store {
         rows.iter().map(host).collect()
     }
 
+    /// What a host is labelled with.
+    pub async fn label_host(&self, name: &str, labels: &BTreeMap<String, String>) -> Result<()> {
+        let mut change = self.change().await?;
+        sqlx::query("UPDATE hosts SET labels = $1 WHERE name = $2")
+            .bind(to_json(labels)?)
+            .bind(name)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        change.commit().await
+    }
+
     /// Whether a host takes new VMs.
     pub async fn drain_host(&self, name: &str, draining: bool) -> Result<()> {
         let mut change = self.change().await?;

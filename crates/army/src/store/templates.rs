@@ -10,6 +10,12 @@ impl Store {
     /// Takes up a template. Its figures of the moment (`ready`, `vms`) are not kept.
     pub async fn add_template(&self, template: &Template) -> Result<()> {
         let mut change = self.change().await?;
+        let query = "SELECT tag FROM template_tags WHERE tag = $1";
+        if is_there(&mut change, query, &template.name).await? {
+            let detail = format!("there is a tag `{}`", template.name);
+            return Err(Problem::new(ProblemKind::Conflict, detail)
+                .advise("give the template another name, or remove the tag: army template untag"));
+        }
         sqlx::query(
             "INSERT INTO templates (name, id, host, standbys, facts) VALUES ($1, $2, $3, $4, $5)",
         )
@@ -58,16 +64,70 @@ impl Store {
 
     async fn with_hosts(&self, mut template: Template) -> Result<Template> {
         let query = "SELECT host FROM template_copies WHERE template = $1 ORDER BY host";
+        template.hosts = self.texts(query, &template.name, "host").await?;
+        let query = "SELECT tag FROM template_tags WHERE template = $1 ORDER BY tag";
+        template.tags = self.texts(query, &template.name, "tag").await?;
+        Ok(template)
+    }
+
+    async fn texts(&self, query: &'static str, of: &str, column: &str) -> Result<Vec<String>> {
         let rows = sqlx::query(query)
-            .bind(&template.name)
+            .bind(of)
             .fetch_all(&self.pool)
             .await
             .map_err(query_failed)?;
-        template.hosts = rows
-            .iter()
-            .map(|row| text(row, "host"))
-            .collect::<Result<_>>()?;
-        Ok(template)
+        rows.iter().map(|row| text(row, column)).collect()
+    }
+
+    /// The template of this name, or that a tag of this name points to.
+    pub async fn template_or_tag(&self, name: &str) -> Result<Template> {
+        let query = "SELECT template FROM template_tags WHERE tag = $1";
+        match self.texts(query, name, "template").await?.first() {
+            Some(tagged) => self.template(tagged).await,
+            None => self.template(name).await,
+        }
+    }
+
+    /// Lets a tag point to a template.
+    pub async fn tag(&self, tag: &str, template: &str) -> Result<()> {
+        let mut change = self.change().await?;
+        let query = "SELECT name FROM templates WHERE name = $1";
+        if !is_there(&mut change, query, template).await? {
+            return Err(unknown(template));
+        }
+        if is_there(&mut change, query, tag).await? {
+            let detail = format!("there is a template `{tag}`: a tag has another name");
+            return Err(Problem::new(ProblemKind::Conflict, detail));
+        }
+        sqlx::query(
+            "INSERT INTO template_tags (tag, template) VALUES ($1, $2) \
+             ON CONFLICT (tag) DO UPDATE SET template = $2",
+        )
+        .bind(tag)
+        .bind(template)
+        .execute(change.connection())
+        .await
+        .map_err(query_failed)?;
+        change.event("template.tagged", template, "", tag).await?;
+        change.commit().await
+    }
+
+    /// Removes a tag.
+    pub async fn untag(&self, tag: &str) -> Result<()> {
+        let mut change = self.change().await?;
+        let removed = sqlx::query("DELETE FROM template_tags WHERE tag = $1")
+            .bind(tag)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        if removed.rows_affected() == 0 {
+            let detail = format!("there is no tag `{}`", tag.escape_debug());
+            return Err(Problem::new(ProblemKind::NotFound, detail));
+        }
+        change
+            .event("template.untagged", tag, "", "removed")
+            .await?;
+        change.commit().await
     }
 
     /// One template.
@@ -119,6 +179,14 @@ impl Store {
             .await?;
         change.commit().await
     }
+}
+
+async fn is_there(change: &mut Change<'_>, query: &'static str, name: &str) -> Result<bool> {
+    let row = sqlx::query(query)
+        .bind(name)
+        .fetch_optional(change.connection())
+        .await;
+    Ok(row.map_err(query_failed)?.is_some())
 }
 
 async fn add_copy(change: &mut Change<'_>, template: &str, host: &str) -> Result<()> {

@@ -86,17 +86,21 @@ fn piece(sink: &mut impl Write, name: &str, at: u64, data: &[u8]) -> io::Result<
     sink.write_all(data)
 }
 
-/// Reads the template `id` from `source`, verifies it, and gives it its place at `target`.
+/// Reads a template from `source`, verifies it, and gives it its place at `target`; with `id` only
+/// if it is that one.
 ///
 /// # Errors
 /// With what is wrong with the stream; then nothing is left of it.
 pub fn receive(
     target: &Path,
-    id: &str,
+    id: Option<&str>,
     source: &mut impl Read,
     runtime: &Runtime,
 ) -> Result<Template> {
     let broken = |error: io::Error| {
+        if error.kind() == io::ErrorKind::UnexpectedEof {
+            return refused(target, "it ends early");
+        }
         let message = format!("the template did not come whole: {error}");
         ApiError::new(ErrorCode::Unavailable, message)
     };
@@ -126,7 +130,7 @@ pub fn receive(
                 continue;
             }
             let manifest = Manifest::parse(&text, target)?;
-            if manifest.id != id {
+            if let Some(id) = id.filter(|id| manifest.id != *id) {
                 let reason = format!("it is the template {}, and not {id}", manifest.id);
                 return Err(wrong(&reason));
             }
@@ -194,7 +198,8 @@ mod tests {
             let id = &template.manifest().id;
             let target = there.path(id);
             let bytes = sent(&template);
-            let arrived = receive(&target, id, &mut bytes.as_slice(), &there.runtime).unwrap();
+            let arrived =
+                receive(&target, Some(id), &mut bytes.as_slice(), &there.runtime).unwrap();
             assert_eq!(arrived.manifest().id, *id);
             for (ours, theirs) in template.memory_paths().iter().zip(arrived.memory_paths()) {
                 assert_eq!(std::fs::read(ours).unwrap(), std::fs::read(theirs).unwrap());
@@ -210,7 +215,7 @@ mod tests {
         let (id, bytes) = (template.manifest().id.clone(), sent(&template));
         let target = there.path("a");
         let refuse = |id: &str, bytes: &[u8]| {
-            receive(&target, id, &mut &bytes[..], &there.runtime).unwrap_err();
+            receive(&target, Some(id), &mut &bytes[..], &there.runtime).unwrap_err();
             let left = std::fs::read_dir(target.parent().unwrap());
             assert_eq!(left.map_or(0, Iterator::count), 0);
         };
@@ -223,7 +228,7 @@ mod tests {
             changed[at] ^= 0x10;
             refuse(&id, &changed);
         }
-        receive(&target, &id, &mut bytes.as_slice(), &there.runtime).unwrap();
+        receive(&target, None, &mut bytes.as_slice(), &there.runtime).unwrap();
     }
 
     #[test]
@@ -237,7 +242,12 @@ mod tests {
             let mut more = bytes.clone();
             piece(&mut more, name, 0, b"x").unwrap();
             more.push(0);
-            let refused = receive(&there.path("a"), &id, &mut more.as_slice(), &there.runtime);
+            let refused = receive(
+                &there.path("a"),
+                Some(&id),
+                &mut more.as_slice(),
+                &there.runtime,
+            );
             assert!(refused.unwrap_err().message.contains("does not name"));
         }
     }

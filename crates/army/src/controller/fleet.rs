@@ -1,0 +1,184 @@
+//! Hosts: who they are, what they have, and whether they take VMs.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, PoisonError};
+
+use army_api::hosts::{ChangeHost, Host, HostState};
+use army_api::templates::Template;
+use army_api::{Problem, ProblemKind};
+
+use super::remote::Remote;
+use super::{Cluster, Controller, Node, reconcile};
+use crate::cluster::enrol::Token;
+use crate::node::supervise::now_ms;
+use crate::random;
+use crate::scheduler::HostView;
+use crate::store::Result;
+
+/// The most labels of a host, and the most characters of each part of one.
+const MAX_LABELS: usize = 64;
+const MAX_LABEL: usize = 200;
+
+impl Controller {
+    pub(super) fn nodes(&self) -> Vec<Node> {
+        let nodes = self.nodes.read().unwrap_or_else(PoisonError::into_inner);
+        nodes.values().cloned().collect()
+    }
+
+    pub(super) fn find_node(&self, host: &str) -> Option<Node> {
+        let nodes = self.nodes.read().unwrap_or_else(PoisonError::into_inner);
+        nodes.get(host).cloned()
+    }
+
+    pub(super) fn node(&self, host: &str) -> Result<Node> {
+        self.find_node(host).ok_or_else(|| {
+            let detail = format!("the host {host} is not here");
+            Problem::new(ProblemKind::HostUnavailable, detail).retry_after(5)
+        })
+    }
+
+    pub(super) fn cluster(&self) -> Result<&Cluster> {
+        self.cluster.as_ref().ok_or_else(|| {
+            let detail = "this Army has one host only: `army dev` serves it";
+            Problem::new(ProblemKind::Conflict, detail)
+                .advise("run `army controller` and an `army node` on each host")
+        })
+    }
+
+    /// Takes up a host that has just enrolled.
+    pub fn connect(&self, host: &str, address: SocketAddr) -> Result<()> {
+        let remote = Remote::new(host, address, self.cluster()?.tls.clone())?;
+        let mut nodes = self.nodes.write().unwrap_or_else(PoisonError::into_inner);
+        nodes.insert(host.to_owned(), Arc::new(remote));
+        Ok(())
+    }
+
+    /// A token that a host joins with, once, within `minutes`; and when it ends, in milliseconds
+    /// since 1970.
+    pub async fn token(&self, minutes: u32) -> Result<(Token, u64)> {
+        let cluster = self.cluster()?;
+        let token = Token {
+            secret: random::hex::<32>()?,
+            fingerprint: cluster.fingerprint.clone(),
+        };
+        let expires_ms = now_ms() + u64::from(minutes) * 60_000;
+        self.store.add_token(&token.secret, expires_ms).await?;
+        Ok((token, expires_ms))
+    }
+
+    /// Gives a host up. One that answers and has VMs keeps them, and stays.
+    pub async fn remove_host(&self, name: &str) -> Result<()> {
+        self.cluster()?;
+        let host = self.host(name).await?;
+        if host.state != HostState::Unreachable && host.vms > 0 {
+            let detail = format!("the host {name} has {} VMs", host.vms);
+            return Err(Problem::new(ProblemKind::Conflict, detail)
+                .advise("drain it, and destroy them or let them end"));
+        }
+        self.store.remove_host(name).await?;
+        let mut nodes = self.nodes.write().unwrap_or_else(PoisonError::into_inner);
+        nodes.remove(name);
+        drop(nodes);
+        self.heard().remove(name);
+        Ok(())
+    }
+
+    /// One host.
+    pub async fn host(&self, name: &str) -> Result<Host> {
+        let hosts = self.hosts().await?;
+        hosts
+            .into_iter()
+            .find(|host| host.name == name)
+            .ok_or_else(|| {
+                let detail = format!("there is no host `{}`", name.escape_debug());
+                Problem::new(ProblemKind::NotFound, detail)
+            })
+    }
+
+    /// All hosts.
+    pub async fn hosts(&self) -> Result<Vec<Host>> {
+        let counts = self.store.vms_by_host().await?;
+        let rows = self.store.hosts().await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| {
+                let here = self.find_node(&row.name).is_some();
+                let fresh = now_ms().saturating_sub(row.seen_ms) < reconcile::SILENCE_MS;
+                let (state, reason) = match (here && fresh, row.draining) {
+                    (false, _) => (
+                        HostState::Unreachable,
+                        Some("nothing was heard of it for a while".to_owned()),
+                    ),
+                    (true, true) => (HostState::Draining, None),
+                    (true, false) => (HostState::Ready, None),
+                };
+                Host {
+                    vms: counts.get(&row.name).copied().unwrap_or(0),
+                    name: row.name,
+                    state,
+                    reason,
+                    labels: row.labels,
+                    seen_ms: row.seen_ms,
+                    capacity: row.capacity,
+                }
+            })
+            .collect())
+    }
+
+    /// Changes what a host is labelled with.
+    pub async fn change_host(&self, name: &str, asked: &ChangeHost) -> Result<Host> {
+        let mut labels = self.host(name).await?.labels;
+        for (key, value) in &asked.labels {
+            match value {
+                Some(value) => labels.insert(key.clone(), value.clone()),
+                None => labels.remove(key),
+            };
+        }
+        let too_long = |text: &String| text.is_empty() || text.chars().count() > MAX_LABEL;
+        if labels.len() > MAX_LABELS
+            || labels
+                .iter()
+                .any(|(key, value)| too_long(key) || too_long(value))
+        {
+            let detail = format!(
+                "a host has up to {MAX_LABELS} labels, and a key and a value 1 to {MAX_LABEL} characters"
+            );
+            return Err(Problem::new(ProblemKind::InvalidRequest, detail));
+        }
+        self.store.label_host(name, &labels).await?;
+        self.host(name).await
+    }
+
+    /// The hosts as the scheduler sees them, for VMs of `template` that want `labels` of theirs.
+    pub(super) async fn views(
+        &self,
+        template: &Template,
+        labels: &BTreeMap<String, String>,
+    ) -> Result<Vec<HostView>> {
+        let hosts = self.hosts().await?;
+        let heard = self.heard();
+        let views = hosts.into_iter().map(|host| {
+            let heard = heard.get(&host.name);
+            let ready = heard.and_then(|heard| heard.report.ready.get(&template.name).copied());
+            HostView {
+                suits: labels
+                    .iter()
+                    .all(|(key, value)| host.labels.get(key) == Some(value)),
+                open: host.state == HostState::Ready,
+                cpus: host.capacity.cpus,
+                load_milli: host.capacity.load_milli,
+                memory_bytes: host.capacity.memory_bytes,
+                available_bytes: host
+                    .capacity
+                    .available_bytes
+                    .saturating_sub(heard.map_or(0, |heard| heard.promised)),
+                vms: host.vms,
+                has_template: template.hosts.contains(&host.name),
+                ready: ready.unwrap_or(0),
+                name: host.name,
+            }
+        });
+        Ok(views.collect())
+    }
+}
