@@ -18,18 +18,24 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
     ("kill", "procps", "ends processes in tests"),
     ("mke2fs", "e2fsprogs", "makes the guests' disk images"),
     ("xz", "xz-utils", "unpacks kernel modules"),
+    ("ip", "iproute2", "sets up test networks"),
+    ("nft", "nftables", "sets up the guests' address translation"),
+];
+
+/// What only tests start.
+const TEST_PROGRAMS: &[(&str, &str, &str)] = &[
     (
         "pg_ctlcluster",
         "postgresql",
         "keeps what Army remembers, in tests",
     ),
-    ("ip", "iproute2", "sets up test networks"),
-    ("nft", "nftables", "sets up the guests' address translation"),
     (
         "qemu-img",
         "qemu-utils",
         "checks our qcow2 images against QEMU's",
     ),
+    ("chromium", "chromium", "looks at the dashboard"),
+    ("chromedriver", "chromium-driver", "clicks on it"),
 ];
 
 /// Packages without a program of their own: a file that tells, the package, what it is for.
@@ -59,9 +65,9 @@ pub(crate) fn available_mib() -> Result<u64> {
     Ok(kib.context("/proc/meminfo has no MemAvailable")? >> 10)
 }
 
-/// Installs what is missing, saying what and why.
+/// Installs what tests need and is missing, saying what and why.
 pub(crate) fn setup() -> Result<()> {
-    install_packages()?;
+    install(&[PROGRAMS, TEST_PROGRAMS])?;
     for (tool, version) in CARGO_TOOLS {
         if !is_installed(tool) {
             println!("installing {tool} {version} with cargo (some minutes, once)");
@@ -85,12 +91,19 @@ const USER_PROGRAMS: &[(&str, &str, &str)] = &[(
     "lets mmdebstrap make file systems without root's rights",
 )];
 
-/// Installs missing system packages with apt.
+/// Installs what everything but tests needs and is missing.
 pub(crate) fn install_packages() -> Result<()> {
+    install(&[PROGRAMS])
+}
+
+/// Installs missing system packages with apt.
+fn install(programs: &[&'static [(&str, &str, &str)]]) -> Result<()> {
     let is_root = rustix::process::geteuid().is_root();
     let user_programs = if is_root { &[] } else { USER_PROGRAMS };
-    let programs = PROGRAMS
+    let programs = programs
         .iter()
+        .copied()
+        .flatten()
         .chain(user_programs)
         .filter(|(program, ..)| !is_installed(program));
     let files = FILES

@@ -8,27 +8,49 @@ use axum::routing::get;
 
 use super::App;
 
-const PAGE: &str = include_str!("dashboard/index.html");
-const SCRIPT: &str = include_str!("dashboard/dashboard.js");
-const STYLE: &str = include_str!("dashboard/dashboard.css");
-/// Nothing but our own files, and our own API.
-const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
-     img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+const HTML: &str = "text/html; charset=utf-8";
+const SCRIPT: &str = "text/javascript; charset=utf-8";
+const STYLE: &str = "text/css; charset=utf-8";
+/// All files: path, type, content.
+const FILES: [(&str, &str, &str); 6] = [
+    ("/", HTML, include_str!("dashboard/index.html")),
+    (
+        "/dashboard.js",
+        SCRIPT,
+        include_str!("dashboard/dashboard.js"),
+    ),
+    (
+        "/terminal.js",
+        SCRIPT,
+        include_str!("dashboard/terminal.js"),
+    ),
+    (
+        "/dashboard.css",
+        STYLE,
+        include_str!("dashboard/dashboard.css"),
+    ),
+    (
+        "/vendor/xterm.mjs",
+        SCRIPT,
+        include_str!("dashboard/vendor/xterm.mjs"),
+    ),
+    (
+        "/vendor/xterm.css",
+        STYLE,
+        include_str!("dashboard/vendor/xterm.css"),
+    ),
+];
+/// Nothing but our own files, and our own API. xterm.js makes style sheets as it goes.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; \
+     connect-src 'self'; img-src 'self' data:; font-src 'self'; base-uri 'none'; form-action 'none'; \
+     frame-ancestors 'none'";
 
 pub(super) fn router() -> Router<App> {
-    Router::new()
-        .route("/", get(|| file("text/html; charset=utf-8", PAGE)))
-        .route(
-            "/dashboard.js",
-            get(|| file("text/javascript; charset=utf-8", SCRIPT)),
-        )
-        .route(
-            "/dashboard.css",
-            get(|| file("text/css; charset=utf-8", STYLE)),
-        )
-}
-
-async fn file(kind: &'static str, text: &'static str) -> impl IntoResponse {
-    let policy = HeaderName::from_static("content-security-policy");
-    ([(header::CONTENT_TYPE, kind), (policy, POLICY)], text)
+    FILES
+        .iter()
+        .fold(Router::new(), |router, (path, kind, text)| {
+            let policy = HeaderName::from_static("content-security-policy");
+            let answer = ([(header::CONTENT_TYPE, *kind), (policy, POLICY)], *text);
+            router.route(path, get(|| async { answer.into_response() }))
+        })
 }

@@ -1,5 +1,6 @@
 // The dashboard: asks the API once a second, and shows what it says.
-"use strict";
+
+import { openTerminal } from "/terminal.js";
 
 const element = (id) => document.getElementById(id);
 let key = sessionStorage.getItem("army-key") || "";
@@ -26,13 +27,26 @@ function size(bytes) {
   return `${bytes.toFixed(unit && bytes < 100 ? 1 : 0)} ${units[unit]}`;
 }
 
+// Rows stay the same elements while what they are about is there, so that a click finds its button.
 function rows(table, list) {
-  const body = document.createElement("tbody");
-  for (const cells of list) {
-    const row = body.insertRow();
-    for (const cell of cells) row.insertCell().append(cell);
-  }
-  element(table).tBodies[0].replaceWith(body);
+  const body = element(table).tBodies[0];
+  const old = new Map([...body.rows].map((row) => [row.dataset.id, row]));
+  list.forEach(({ id, cells, actions }, index) => {
+    let row = old.get(id);
+    old.delete(id);
+    if (!row) {
+      row = document.createElement("tr");
+      row.dataset.id = id;
+      for (const _ of cells) row.insertCell();
+      if (actions) row.insertCell().append(...actions());
+    }
+    cells.forEach((text, column) => {
+      const cell = row.cells[column];
+      if (cell.textContent !== text) cell.textContent = text;
+    });
+    if (body.rows[index] !== row) body.insertBefore(row, body.rows[index] || null);
+  });
+  for (const row of old.values()) row.remove();
 }
 
 function button(text, label, action) {
@@ -41,12 +55,6 @@ function button(text, label, action) {
   made.setAttribute("aria-label", label);
   made.addEventListener("click", () => action().catch((error) => say(error.message, true)));
   return made;
-}
-
-function buttons(...all) {
-  const cell = document.createDocumentFragment();
-  cell.append(...all);
-  return cell;
 }
 
 async function fork(template) {
@@ -69,76 +77,54 @@ async function look() {
   const [hosts, templates, page] = await Promise.all([
     api("GET", "/v1/hosts"), api("GET", "/v1/templates"), api("GET", "/v1/vms?limit=500"),
   ]);
-  rows("hosts", hosts.map((host) => [
-    host.name, host.state, String(host.vms), size(host.capacity.memory_bytes),
-    size(host.capacity.private_bytes), size(host.capacity.promised_bytes),
-    size(host.capacity.available_bytes),
-  ]));
-  rows("templates", templates.map((it) => [
-    it.name, size(it.memory_bytes), size(it.data_bytes), String(it.vms),
-    `${it.ready} of ${it.standbys}`, button("Fork", `Fork ${it.name}`, () => fork(it.name)),
-  ]));
-  rows("vms", page.vms.map((vm) => [
-    vm.name, vm.template, vm.state,
-    vm.fork ? `${(vm.fork.running_us / 1000).toFixed(1)} ms` : "",
-    vm.memory ? size(vm.memory.private_bytes) : "", vm.memory ? size(vm.memory.shared_bytes) : "",
-    buttons(
-      button("Terminal", `Terminal in ${vm.name}`, async () => terminal(vm)),
+  rows("hosts", hosts.map((host) => ({
+    id: host.name,
+    cells: [
+      host.name, host.state, String(host.vms), size(host.capacity.memory_bytes),
+      size(host.capacity.private_bytes), size(host.capacity.promised_bytes),
+      size(host.capacity.available_bytes),
+    ],
+  })));
+  rows("templates", templates.map((it) => ({
+    id: it.name,
+    cells: [
+      it.name, it.tags.join(", "), it.hosts.join(", "), size(it.memory_bytes),
+      size(it.data_bytes), String(it.vms), `${it.ready} of ${it.standbys}`,
+    ],
+    actions: () => [button("Fork", `Fork ${it.name}`, () => fork(it.name))],
+  })));
+  rows("vms", page.vms.map((vm) => ({
+    id: vm.id,
+    cells: [
+      vm.name, vm.template, vm.host, vm.state,
+      vm.fork ? `${(vm.fork.running_us / 1000).toFixed(1)} ms` : "",
+      vm.memory ? size(vm.memory.private_bytes) : "",
+      vm.memory ? size(vm.memory.shared_bytes) : "",
+    ],
+    actions: () => [
+      button("Terminal", `Terminal in ${vm.name}`, async () => show(vm)),
       button("Fork", `Fork ${vm.name}`, () => act("POST", `/v1/vms/${vm.id}/fork`, `${vm.name} was forked`)),
       button("Destroy", `Destroy ${vm.name}`, () => act("DELETE", `/v1/vms/${vm.id}`, `${vm.name} is gone`)),
-    ),
-  ]));
+    ],
+  })));
 }
 
-// A terminal of lines: what programs draw with cursor movements is for `army shell`.
-let socket = null;
+let terminal = null;
 
-function plain(text) {
-  return text.replace(/\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07|\x1b[()][A-Z0-9]|\x1b[=>]|\r/g, "");
-}
-
-function terminal(vm) {
-  if (socket) socket.close();
-  const screen = element("screen");
-  screen.textContent = "";
+function show(vm) {
+  hangUp();
   element("terminal-vm").textContent = vm.name;
   element("terminal").hidden = false;
-  const scheme = location.protocol === "https:" ? "wss" : "ws";
-  const path = `${scheme}://${location.host}/v1/vms/${vm.id}/terminal?rows=24&columns=100`;
-  socket = new WebSocket(path, ["army.terminal", `army.key.${key}`]);
-  socket.binaryType = "arraybuffer";
-  const decoder = new TextDecoder();
-  socket.onmessage = (message) => {
-    if (typeof message.data === "string") return;
-    for (const character of plain(decoder.decode(message.data, { stream: true }))) {
-      if (character === "\b") screen.textContent = screen.textContent.slice(0, -1);
-      else if (character !== "\x07") screen.textContent += character;
-    }
-    screen.scrollTop = screen.scrollHeight;
-  };
-  socket.onclose = () => { screen.textContent += "\n[closed]"; };
-  screen.focus();
+  terminal = openTerminal(vm, key, element("screen"));
 }
 
-const KEYS = { Enter: "\r", Backspace: "\x7f", Tab: "\t", Escape: "\x1b", ArrowUp: "\x1b[A", ArrowDown: "\x1b[B", ArrowRight: "\x1b[C", ArrowLeft: "\x1b[D" };
-
-function type(text) {
-  if (socket && socket.readyState === WebSocket.OPEN) socket.send(new TextEncoder().encode(text));
-}
-
-element("screen").addEventListener("keydown", (event) => {
-  let text = KEYS[event.key];
-  if (!text && event.ctrlKey && /^[a-z]$/.test(event.key)) text = String.fromCharCode(event.key.charCodeAt(0) - 96);
-  if (!text && !event.ctrlKey && !event.metaKey && event.key.length === 1) text = event.key;
-  if (!text) return;
-  event.preventDefault();
-  type(text);
-});
-element("screen").addEventListener("paste", (event) => type(event.clipboardData.getData("text")));
-element("hang-up").addEventListener("click", () => {
-  if (socket) socket.close();
+function hangUp() {
+  if (terminal) terminal.close();
+  terminal = null;
   element("terminal").hidden = true;
-});
+}
+
+element("hang-up").addEventListener("click", hangUp);
 
 function open(known) {
   element("login").hidden = known;
@@ -158,6 +144,7 @@ async function refresh() {
 }
 
 function forget() {
+  hangUp();
   key = "";
   sessionStorage.removeItem("army-key");
   open(false);

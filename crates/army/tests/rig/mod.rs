@@ -1,0 +1,183 @@
+//! A host with a template and `army dev`, in a place of its own.
+// Each test program uses its part of it.
+#![allow(dead_code, unreachable_pub)]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// How long anything may take.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A host with a template, and a server on it.
+pub struct Host {
+    pub dir: tempfile::TempDir,
+    pub server: Option<Child>,
+    pub url: String,
+    pub key: String,
+}
+
+impl Host {
+    /// With the template `tiny`, of a guest that holds a nonce.
+    pub fn new(nonce: &str) -> Self {
+        let assets = std::env::var_os("CLONE_TEST_ASSETS")
+            .expect("set CLONE_TEST_ASSETS, or run `cargo xtask test --guest`");
+        let assets = PathBuf::from(assets);
+        let mut host = Self {
+            // Not under the shared target folder, which holds no sockets.
+            dir: tempfile::tempdir_in("/run").unwrap(),
+            server: None,
+            url: String::new(),
+            key: String::new(),
+        };
+        let file = |name: &str| assets.join(name).to_str().unwrap().to_owned();
+        let kernel = file("guest-kernel/bzImage");
+        let initrd = file("guest-initramfs/initramfs.cpio");
+        host.clone(&[
+            "run", "-d", "-n", "base", "-c", "2", "-m", "256M", "-k", &kernel, "-i", &initrd,
+        ]);
+        let script = format!("echo {nonce} > /run/nonce");
+        host.clone(&["exec", "--wait", "120", "base", "sh", "-c", &script]);
+        host.clone(&["snapshot", "base", "-o", "tiny"]);
+        host.clone(&["kill", "base"]);
+        host.start();
+        host
+    }
+
+    pub fn environment<'a>(&self, command: &'a mut Command) -> &'a mut Command {
+        command
+            .env("CLONE_RUNTIME_DIR", self.dir.path().join("run"))
+            .env("CLONE_TEMPLATE_DIR", self.dir.path().join("templates"))
+            .env("ARMY_STATE", self.dir.path().join("state"))
+            .env("ARMY_URL", &self.url)
+            .env("ARMY_KEY", &self.key)
+            .env_remove("LD_LIBRARY_PATH")
+            .stdin(Stdio::null())
+    }
+
+    pub fn clone(&self, words: &[&str]) {
+        let army = Path::new(env!("CARGO_BIN_EXE_army"));
+        let mut command = Command::new(army.with_file_name("clone"));
+        let output = self.environment(command.args(words)).output().unwrap();
+        assert!(output.status.success(), "{words:?}: {output:?}");
+    }
+
+    /// Starts the server, and takes its first key.
+    pub fn start(&mut self) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_army"));
+        command.args(["dev", "--listen", "127.0.0.1:0", "--host-name", "here"]);
+        let mut server = self
+            .environment(&mut command)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(server.stdout.take().unwrap()).lines();
+        self.server = Some(server);
+        for line in lines.by_ref() {
+            let line = line.unwrap();
+            if let Some(words) = line.trim().strip_prefix("export ") {
+                self.key = words.split("ARMY_KEY=").nth(1).unwrap().to_owned();
+            }
+            if let Some(rest) = line.strip_prefix("Army answers at ") {
+                self.url = rest.split(';').next().unwrap().to_owned();
+                break;
+            }
+        }
+        assert!(self.url.starts_with("http://"), "the server did not start");
+        // What it says later is read, so that it never waits for us.
+        std::thread::spawn(move || lines.for_each(drop));
+    }
+
+    pub fn kill_server(&mut self) {
+        let mut server = self.server.take().unwrap();
+        server.kill().unwrap();
+        server.wait().unwrap();
+    }
+
+    pub fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_army"));
+        self.environment(command.args(words));
+        command
+    }
+
+    pub fn run(&self, words: &[&str]) -> Output {
+        self.command(words).output().unwrap()
+    }
+
+    pub fn army(&self, words: &[&str]) -> Value {
+        let words = [&["--json"], words].concat();
+        let output = self.run(&words);
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        serde_json::from_slice(&output.stdout).unwrap_or_default()
+    }
+
+    /// An answer as it is on the wire, to its end.
+    pub fn plain_get(&self, path: &str) -> String {
+        let mut stream = TcpStream::connect(self.url.strip_prefix("http://").unwrap()).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let key = &self.key;
+        let request = format!(
+            "GET {path} HTTP/1.1\r\nHost: army\r\nAuthorization: Bearer {key}\r\nConnection: close\r\n\r\n"
+        );
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
+    /// What a script prints in a VM.
+    pub fn guest(&self, vm: &str, script: &str) -> String {
+        let result = self.army(&["exec", vm, "sh", "-c", script]);
+        assert_eq!(result["exit_code"], 0, "{result}");
+        result["stdout"].as_str().unwrap().trim().to_owned()
+    }
+
+    pub fn wait(&self, what: &str, mut done: impl FnMut(&Self) -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !done(self) {
+            assert!(Instant::now() < end, "waited too long: {what}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// Waits until a VM is over, and tells why.
+    pub fn end_of(&self, name: &str) -> String {
+        let mut reason = String::new();
+        self.wait(name, |host| {
+            let all = host.army(&["vm", "ls", "--all"]);
+            let vm = all.as_array().unwrap().iter().find(|vm| vm["name"] == name);
+            let vm = vm.unwrap();
+            reason = vm["reason"].as_str().unwrap_or_default().to_owned();
+            vm["state"] == "ended"
+        });
+        reason
+    }
+
+    /// VMs that run on the host, by their directories.
+    pub fn there(&self) -> Vec<String> {
+        let list = std::fs::read_dir(self.dir.path().join("run/vms")).unwrap();
+        let names = list.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.starts_with("army-")).collect()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if self.server.is_some() {
+            self.kill_server();
+        }
+        // Of a test that failed; its VMs outlive their server.
+        let list = std::fs::read_dir(self.dir.path().join("run/vms"));
+        for entry in list.into_iter().flatten().flatten() {
+            if let Ok(text) = std::fs::read_to_string(entry.path().join("pid"))
+                && let Some(pid) = text.split_whitespace().next()
+            {
+                let _ = Command::new("kill").args(["-9", pid]).status();
+            }
+        }
+    }
+}
