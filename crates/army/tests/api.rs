@@ -1,26 +1,17 @@
 //! The API without guests: who may what, and what a hostile client gets.
 #![allow(clippy::unwrap_used)]
 
-use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+mod served;
 
-use army::controller::Controller;
-use army::node::Node;
-use army::server;
 use army::store::Store;
 use army_api::client::{Client, ClientError};
-use army_api::keys::{CreateKey, Key, NewKey, Role};
-use army_api::templates::Template;
+use army_api::keys::{Key, Role};
 use army_api::vms::{CreateVms, CreatedVms, VmPage};
 use army_api::{Problem, ProblemKind};
 use reqwest::Method;
 use serde_json::{Value, json};
 
-/// The user and group without rights.
-const NOBODY: u32 = 65534;
+use served::{Postgres, Server, create_key, template};
 
 /// Each test runs with each kind of database.
 macro_rules! on_each_database {
@@ -28,13 +19,13 @@ macro_rules! on_each_database {
         mod sqlite {
             $(#[tokio::test(flavor = "multi_thread")]
             async fn $name() {
-                super::$name(super::server(None).await).await;
+                super::$name(super::served::server(None).await).await;
             })*
         }
         mod postgres {
             $(#[tokio::test(flavor = "multi_thread")]
             async fn $name() {
-                super::$name(super::server(Some(super::Postgres::start())).await).await;
+                super::$name(super::served::server(Some(super::served::Postgres::start())).await).await;
             })*
         }
     };
@@ -51,123 +42,6 @@ on_each_database! {
     a_stream_that_is_no_template_leaves_nothing,
 }
 
-struct Server {
-    url: String,
-    admin: Client,
-    store: Store,
-    _dir: tempfile::TempDir,
-    _postgres: Option<Postgres>,
-}
-
-/// A PostgreSQL of one test's own.
-struct Postgres {
-    dir: tempfile::TempDir,
-    server: Child,
-}
-
-impl Postgres {
-    fn start() -> Self {
-        let mut versions: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
-            .expect("PostgreSQL is missing: cargo xtask setup")
-            .map(|entry| entry.unwrap().path())
-            .collect();
-        versions.sort();
-        let programs = versions.pop().unwrap().join("bin");
-        // Sockets have short names.
-        let dir = tempfile::tempdir_in("/tmp").unwrap();
-        let data = dir.path().join("data");
-        let program = |name: &str| {
-            let mut command = Command::new(programs.join(name));
-            command
-                .arg("-D")
-                .arg(&data)
-                .stdout(Stdio::null())
-                .stderr(Stdio::null());
-            if rustix::process::geteuid().is_root() {
-                // It refuses to be root.
-                command.uid(NOBODY).gid(NOBODY).current_dir("/");
-            }
-            command
-        };
-        if rustix::process::geteuid().is_root() {
-            std::os::unix::fs::chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
-        }
-        let mut init = program("initdb");
-        init.args([
-            "-U",
-            "army",
-            "-A",
-            "trust",
-            "-N",
-            "-E",
-            "UTF8",
-            "--locale=C",
-        ]);
-        assert!(init.status().unwrap().success(), "initdb failed");
-        let mut server = program("postgres");
-        server
-            .arg("-k")
-            .arg(dir.path())
-            .args(["-c", "listen_addresses=", "-F"]);
-        let server = server.spawn().unwrap();
-        Self { dir, server }
-    }
-
-    fn url(&self) -> String {
-        format!(
-            "postgres://army@localhost/postgres?host={}",
-            self.dir.path().display()
-        )
-    }
-
-    async fn open(&self) -> Store {
-        let end = Instant::now() + Duration::from_secs(60);
-        loop {
-            match Store::open(&self.url()).await {
-                Ok(store) => return store,
-                Err(problem) => assert!(Instant::now() < end, "{problem}"),
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    }
-}
-
-impl Drop for Postgres {
-    fn drop(&mut self) {
-        let _ = self.server.kill().and_then(|()| self.server.wait());
-    }
-}
-
-async fn server(postgres: Option<Postgres>) -> Server {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().to_owned();
-    let store = match &postgres {
-        Some(postgres) => postgres.open().await,
-        None => Store::open(&Store::sqlite(&path.join("army.db")))
-            .await
-            .unwrap(),
-    };
-    let node = tokio::task::spawn_blocking(move || {
-        let runtime = clone::runtime::Runtime::at(&path.join("run")).unwrap();
-        let templates = clone::template::Store::at(path.join("templates"));
-        Node::open("here".into(), path.join("vms"), runtime, templates).unwrap()
-    });
-    let controller = Controller::alone(store.clone(), node.await.unwrap());
-    controller.take_up_all().await.unwrap();
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let router = server::router(Arc::new(controller));
-    tokio::spawn(async move { axum::serve(listener, router).await });
-    let key = create_key(&store, "root", Role::Admin, None).await;
-    Server {
-        admin: Client::new(&url, key.secret),
-        url,
-        store,
-        _dir: dir,
-        _postgres: postgres,
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shared_database_has_one_controller() {
     let postgres = Postgres::start();
@@ -180,22 +54,6 @@ async fn a_shared_database_has_one_controller() {
     assert_eq!(problem.kind, ProblemKind::InvalidRequest);
 }
 
-async fn create_key(store: &Store, tenant: &str, role: Role, max_vms: Option<u32>) -> NewKey {
-    let asked = CreateKey {
-        tenant: tenant.to_owned(),
-        role,
-        max_vms,
-    };
-    store.create_key(&asked).await.unwrap()
-}
-
-impl Server {
-    async fn client(&self, tenant: &str, role: Role) -> Client {
-        let key = create_key(&self.store, tenant, role, None).await;
-        Client::new(&self.url, key.secret)
-    }
-}
-
 fn problem(result: Result<Value, ClientError>) -> Problem {
     match result.unwrap_err() {
         ClientError::Refused(problem) => problem,
@@ -204,7 +62,7 @@ fn problem(result: Result<Value, ClientError>) -> Problem {
 }
 
 async fn nothing_is_told_without_a_key_but_health_and_the_apis_description(server: Server) {
-    let nobody = Client::new(&server.url, "army_guess");
+    let nobody = Client::new(&server.url, "army_guess").unwrap();
     for path in [
         "/v1/vms",
         "/v1/hosts",
@@ -284,24 +142,6 @@ async fn what_cannot_be_understood_is_a_problem_that_says_why(server: Server) {
     assert_eq!(refused.status, 405);
 }
 
-fn template(name: &str) -> Template {
-    Template {
-        name: name.into(),
-        id: "0".repeat(32),
-        parent: None,
-        host: "here".into(),
-        hosts: vec!["here".into()],
-        tags: vec![],
-        memory_bytes: 256 << 20,
-        data_bytes: 1 << 20,
-        vcpus: 1,
-        taken_ms: 1,
-        standbys: 0,
-        ready: 0,
-        vms: 0,
-    }
-}
-
 async fn a_fork_that_fails_is_told_written_down_and_leaves_its_name_free(server: Server) {
     // The store knows it, and the host does not have it.
     server.store.add_template(&template("lost")).await.unwrap();
@@ -336,7 +176,7 @@ async fn a_fork_that_fails_is_told_written_down_and_leaves_its_name_free(server:
 async fn a_quota_and_a_drained_host_are_honest_refusals(server: Server) {
     server.store.add_template(&template("t")).await.unwrap();
     let poor = create_key(&server.store, "poor", Role::User, Some(1)).await;
-    let poor = Client::new(&server.url, poor.secret);
+    let poor = Client::new(&server.url, poor.secret).unwrap();
     let asked = json!({"template": "t", "count": 2});
     let refused = problem(poor.send(Method::POST, "/v1/vms", &asked).await);
     assert_eq!(refused.kind, ProblemKind::QuotaExceeded);
@@ -437,7 +277,7 @@ async fn a_stream_that_is_no_template_leaves_nothing(server: Server) {
     }
     let all: Value = admin.get("/v1/templates", &()).await.unwrap();
     assert_eq!(all, json!([]));
-    let left = std::fs::read_dir(server._dir.path().join("templates"));
+    let left = std::fs::read_dir(server.dir.path().join("templates"));
     assert_eq!(left.map_or(0, Iterator::count), 0);
     let refused = problem(admin.get(path, &()).await);
     assert_eq!(refused.kind, ProblemKind::NotFound);

@@ -16,7 +16,7 @@ use crate::store::Result;
 impl Controller {
     /// Takes up a template that a host has.
     pub async fn register(&self, asked: &RegisterTemplate) -> Result<Template> {
-        let node = self.named_or_only(asked.host.as_deref())?;
+        let node = self.named_or_only(asked.host.as_deref()).await?;
         let (host, name) = (node.name().to_owned(), asked.name.clone());
         let facts = blocking(move || node.template(&name)).await?;
         self.take_up(&asked.name, &host, asked.standbys, facts)
@@ -33,7 +33,7 @@ impl Controller {
                 return Err(Problem::new(ProblemKind::Conflict, detail));
             }
         }
-        let node = self.named_or_only(host)?;
+        let node = self.named_or_only(host).await?;
         let (host, taken) = (node.name().to_owned(), name.to_owned());
         let facts = blocking(move || node.receive_template(&taken, pieces)).await?;
         self.take_up(name, &host, 0, facts).await
@@ -48,15 +48,23 @@ impl Controller {
         blocking(move || node.send_template(&template.name, sender)).await
     }
 
-    fn named_or_only(&self, host: Option<&str>) -> Result<Node> {
-        match (host, self.nodes().as_slice()) {
-            (Some(host), _) => self.node(host),
-            (None, [only]) => Ok(Arc::clone(only)),
-            (None, nodes) => {
+    async fn named_or_only(&self, host: Option<&str>) -> Result<Node> {
+        if let Some(host) = host {
+            return self.known(host).await;
+        }
+        match self.nodes().as_slice() {
+            [only] => Ok(Arc::clone(only)),
+            nodes => {
                 let detail = format!("say which host: there are {}", nodes.len());
                 Err(Problem::new(ProblemKind::InvalidRequest, detail))
             }
         }
+    }
+
+    /// The host of a name that a client gave: one that there is not is not one that is away.
+    async fn known(&self, host: &str) -> Result<Node> {
+        self.host(host).await?;
+        self.node(host)
     }
 
     pub(super) async fn take_up(
@@ -111,8 +119,7 @@ impl Controller {
     /// Takes a template to another host, so that VMs start there as fast as here.
     pub async fn copy_template(&self, name: &str, host: &str) -> Result<Template> {
         let template = self.store.template(name).await?;
-        self.host(host).await?;
-        self.bring(&self.node(host)?, &template).await?;
+        self.bring(&self.known(host).await?, &template).await?;
         self.template(name).await
     }
 

@@ -11,7 +11,7 @@ use army_api::exec::{Command, CommandEvent, Cursor, Ended, Exec, OutputStream, S
 use army_api::keys::Role;
 use army_api::{Problem, ProblemKind};
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use futures_util::{Stream, StreamExt, stream};
@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::auth::Caller;
 use super::exec::{check, request};
-use super::extract::{Body, Params};
+use super::extract::{Body, Params, Path};
 use super::{Answer, App};
 use crate::blocking;
 use crate::node::{InUse, of_agent};
@@ -48,7 +48,7 @@ async fn connect(app: &App, caller: &Caller, vm: &str) -> Answer<(Connection, In
 /// Starts a command and does not wait for it. Its time is unlimited where none is given, and it
 /// gets no input.
 #[utoipa::path(post, path = "/v1/vms/{vm}/commands", params(("vm" = String, Path)), request_body = Exec,
-    responses((status = 201, body = Command), (status = "4XX", body = Problem)))]
+    responses((status = 201, body = Command)))]
 pub(super) async fn start(
     State(app): State<App>,
     caller: Caller,
@@ -85,7 +85,7 @@ pub(super) async fn start(
 
 /// The commands that a VM's agent knows: those that run, and those whose end nobody has read.
 #[utoipa::path(get, path = "/v1/vms/{vm}/commands", params(("vm" = String, Path)),
-    responses((status = 200, body = Vec<Command>), (status = "4XX", body = Problem)))]
+    responses((status = 200, body = Vec<Command>)))]
 pub(super) async fn list(
     State(app): State<App>,
     caller: Caller,
@@ -110,8 +110,7 @@ pub(super) async fn list(
 /// reads on with the last cursors.
 #[utoipa::path(get, path = "/v1/vms/{vm}/commands/{id}/output",
     params(("vm" = String, Path), ("id" = u64, Path), Cursor),
-    responses((status = 200, body = CommandEvent, content_type = "text/event-stream"),
-        (status = "4XX", body = Problem)))]
+    responses((status = 200, body = CommandEvent, content_type = "text/event-stream")))]
 pub(super) async fn output(
     State(app): State<App>,
     caller: Caller,
@@ -177,7 +176,7 @@ pub(super) async fn output(
 /// Sends a signal to a command.
 #[utoipa::path(post, path = "/v1/vms/{vm}/commands/{id}/signal",
     params(("vm" = String, Path), ("id" = u64, Path)), request_body = SendSignal,
-    responses((status = 204), (status = "4XX", body = Problem)))]
+    responses((status = 204)))]
 pub(super) async fn signal(
     State(app): State<App>,
     caller: Caller,

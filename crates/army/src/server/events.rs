@@ -2,7 +2,6 @@
 
 use std::convert::Infallible;
 
-use army_api::Problem;
 use army_api::events::{Event, EventFilter};
 use axum::extract::State;
 use axum::http::HeaderMap;
@@ -18,7 +17,7 @@ use crate::store::Store;
 /// Events, the oldest first, and on as they happen. Each is sent with its id, so that a client
 /// that comes back goes on where it was.
 #[utoipa::path(get, path = "/v1/events", params(EventFilter),
-    responses((status = 200, content_type = "text/event-stream", body = Event), (status = "4XX", body = Problem)))]
+    responses((status = 200, content_type = "text/event-stream", body = Event)))]
 pub(super) async fn events(
     State(app): State<App>,
     caller: Caller,

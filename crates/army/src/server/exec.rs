@@ -9,10 +9,10 @@ use army_api::exec::{Exec, ExecResult};
 use army_api::keys::Role;
 use army_api::{Problem, ProblemKind};
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 
 use super::auth::Caller;
-use super::extract::Body;
+use super::extract::{Body, Path};
 use super::{Answer, App};
 use crate::blocking;
 use crate::node::of_agent;
@@ -26,7 +26,7 @@ const GRACE: Duration = Duration::from_secs(15);
 
 /// Runs a command in a VM and answers with its output and its exit status.
 #[utoipa::path(post, path = "/v1/vms/{vm}/exec", params(("vm" = String, Path)), request_body = Exec,
-    responses((status = 200, body = ExecResult), (status = "4XX", body = Problem)))]
+    responses((status = 200, body = ExecResult)))]
 pub(super) async fn exec(
     State(app): State<App>,
     caller: Caller,

@@ -1,8 +1,9 @@
 //! Reading requests: what cannot be read is a problem like any other.
 
 use army_api::{Problem, ProblemKind};
-use axum::extract::rejection::{JsonRejection, QueryRejection};
-use axum::extract::{FromRequest, FromRequestParts, Json, Query, Request};
+use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
+use axum::extract::ws::WebSocketUpgrade;
+use axum::extract::{self, FromRequest, FromRequestParts, Json, Query, Request};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
 use futures_util::StreamExt;
@@ -79,6 +80,42 @@ impl<T: DeserializeOwned> FromRequestParts<App> for Params<T> {
             Err(rejection) => Err(Failure(Problem::new(
                 ProblemKind::InvalidRequest,
                 rejection.body_text(),
+            ))),
+        }
+    }
+}
+
+/// The parts of the path that a route names.
+pub(super) struct Path<T>(pub(super) T);
+
+impl<T: DeserializeOwned + Send> FromRequestParts<App> for Path<T> {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Failure> {
+        let read: Result<extract::Path<T>, PathRejection> =
+            extract::Path::from_request_parts(parts, app).await;
+        match read {
+            Ok(extract::Path(value)) => Ok(Self(value)),
+            Err(rejection) => Err(Failure(Problem::new(
+                ProblemKind::InvalidRequest,
+                rejection.body_text(),
+            ))),
+        }
+    }
+}
+
+/// A request that becomes a WebSocket.
+pub(super) struct Upgrade(pub(super) WebSocketUpgrade);
+
+impl FromRequestParts<App> for Upgrade {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Failure> {
+        match WebSocketUpgrade::from_request_parts(parts, app).await {
+            Ok(upgrade) => Ok(Self(upgrade)),
+            Err(rejection) => Err(Failure(Problem::new(
+                ProblemKind::InvalidRequest,
+                format!("this is a WebSocket: {}", rejection.body_text()),
             ))),
         }
     }

@@ -6,12 +6,12 @@ use agent_proto::messages::Put;
 use army_api::exec::FilePath;
 use army_api::keys::Role;
 use army_api::{Problem, ProblemKind};
-use axum::extract::{Path, Request, State};
+use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 
 use super::auth::Caller;
-use super::extract::Params;
+use super::extract::{Params, Path};
 use super::{Answer, App};
 use crate::blocking;
 use crate::node::of_agent;
@@ -22,7 +22,7 @@ const DEFAULT_MODE: u32 = 0o644;
 
 /// Reads a file of a guest.
 #[utoipa::path(get, path = "/v1/vms/{vm}/files", params(("vm" = String, Path), FilePath),
-    responses((status = 200, content_type = "application/octet-stream"), (status = "4XX", body = Problem)))]
+    responses((status = 200, content_type = "application/octet-stream")))]
 pub(super) async fn read(
     State(app): State<App>,
     caller: Caller,
@@ -48,7 +48,7 @@ pub(super) async fn read(
 /// Writes a file into a guest: the request's body, of any size. It appears whole or not at all.
 #[utoipa::path(put, path = "/v1/vms/{vm}/files", params(("vm" = String, Path), FilePath),
     request_body(content_type = "application/octet-stream"),
-    responses((status = 204), (status = "4XX", body = Problem)))]
+    responses((status = 204)))]
 pub(super) async fn write(
     State(app): State<App>,
     caller: Caller,

@@ -4,11 +4,11 @@ use army_api::hosts::{ChangeHost, CreateJoinToken, Host, JoinToken};
 use army_api::keys::Role;
 use army_api::{Problem, ProblemKind};
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 
 use super::auth::Caller;
-use super::extract::Body;
+use super::extract::{Body, Path};
 use super::{Answer, App};
 
 /// How long a token can be used, where the client does not say.
@@ -17,14 +17,14 @@ const TOKEN_MINUTES: u32 = 15;
 const MAX_TOKEN_MINUTES: u32 = 24 * 60;
 
 /// All hosts.
-#[utoipa::path(get, path = "/v1/hosts", responses((status = 200, body = Vec<Host>), (status = "4XX", body = Problem)))]
+#[utoipa::path(get, path = "/v1/hosts", responses((status = 200, body = Vec<Host>)))]
 pub(super) async fn list(State(app): State<App>, _: Caller) -> Answer<Json<Vec<Host>>> {
     Ok(Json(app.controller.hosts().await?))
 }
 
 /// One host.
 #[utoipa::path(get, path = "/v1/hosts/{name}", params(("name" = String, Path)),
-    responses((status = 200, body = Host), (status = "4XX", body = Problem)))]
+    responses((status = 200, body = Host)))]
 pub(super) async fn inspect(
     State(app): State<App>,
     _: Caller,
@@ -35,7 +35,7 @@ pub(super) async fn inspect(
 
 /// Takes a host out of placement. Its VMs go on.
 #[utoipa::path(post, path = "/v1/hosts/{name}/drain", params(("name" = String, Path)),
-    responses((status = 200, body = Host), (status = "4XX", body = Problem)))]
+    responses((status = 200, body = Host)))]
 pub(super) async fn drain(
     State(app): State<App>,
     caller: Caller,
@@ -46,7 +46,7 @@ pub(super) async fn drain(
 
 /// Puts a host back into placement.
 #[utoipa::path(post, path = "/v1/hosts/{name}/undrain", params(("name" = String, Path)),
-    responses((status = 200, body = Host), (status = "4XX", body = Problem)))]
+    responses((status = 200, body = Host)))]
 pub(super) async fn undrain(
     State(app): State<App>,
     caller: Caller,
@@ -63,7 +63,7 @@ async fn set(app: &App, caller: &Caller, name: &str, draining: bool) -> Answer<J
 
 /// Changes what a host is labelled with.
 #[utoipa::path(patch, path = "/v1/hosts/{name}", params(("name" = String, Path)), request_body = ChangeHost,
-    responses((status = 200, body = Host), (status = "4XX", body = Problem)))]
+    responses((status = 200, body = Host)))]
 pub(super) async fn change(
     State(app): State<App>,
     caller: Caller,
@@ -76,7 +76,7 @@ pub(super) async fn change(
 
 /// Makes a token that a host joins with, once.
 #[utoipa::path(post, path = "/v1/join-tokens", request_body = CreateJoinToken,
-    responses((status = 201, body = JoinToken), (status = "4XX", body = Problem)))]
+    responses((status = 201, body = JoinToken)))]
 pub(super) async fn token(
     State(app): State<App>,
     caller: Caller,
@@ -95,7 +95,7 @@ pub(super) async fn token(
 
 /// Gives a host up: one without VMs, or one that does not answer, whose VMs then count as failed.
 #[utoipa::path(delete, path = "/v1/hosts/{name}", params(("name" = String, Path)),
-    responses((status = 204), (status = "4XX", body = Problem)))]
+    responses((status = 204)))]
 pub(super) async fn remove(
     State(app): State<App>,
     caller: Caller,

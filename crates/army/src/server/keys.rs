@@ -3,15 +3,15 @@
 use army_api::keys::{CreateKey, Key, NewKey, Role};
 use army_api::{Problem, ProblemKind};
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 
 use super::auth::Caller;
-use super::extract::Body;
+use super::extract::{Body, Path};
 use super::{Answer, App};
 
 /// All keys, without their secrets.
-#[utoipa::path(get, path = "/v1/keys", responses((status = 200, body = Vec<Key>), (status = "4XX", body = Problem)))]
+#[utoipa::path(get, path = "/v1/keys", responses((status = 200, body = Vec<Key>)))]
 pub(super) async fn list(State(app): State<App>, caller: Caller) -> Answer<Json<Vec<Key>>> {
     caller.may(Role::Admin)?;
     Ok(Json(app.controller.store.keys().await?))
@@ -19,7 +19,7 @@ pub(super) async fn list(State(app): State<App>, caller: Caller) -> Answer<Json<
 
 /// Makes a key. Its secret is in this answer and nowhere else.
 #[utoipa::path(post, path = "/v1/keys", request_body = CreateKey,
-    responses((status = 201, body = NewKey), (status = "4XX", body = Problem)))]
+    responses((status = 201, body = NewKey)))]
 pub(super) async fn create(
     State(app): State<App>,
     caller: Caller,
@@ -36,7 +36,7 @@ pub(super) async fn create(
 
 /// Makes a key useless.
 #[utoipa::path(delete, path = "/v1/keys/{id}", params(("id" = String, Path)),
-    responses((status = 204), (status = "4XX", body = Problem)))]
+    responses((status = 204)))]
 pub(super) async fn remove(
     State(app): State<App>,
     caller: Caller,

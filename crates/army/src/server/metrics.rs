@@ -2,7 +2,6 @@
 
 use std::fmt::Write;
 
-use army_api::Problem;
 use army_api::hosts::HostState;
 use army_api::keys::Role;
 use axum::extract::State;
@@ -13,7 +12,7 @@ use super::auth::Caller;
 use super::{Answer, App};
 
 /// Hosts, templates and VMs in figures, in Prometheus' text format.
-#[utoipa::path(get, path = "/metrics", responses((status = 200, content_type = "text/plain"), (status = "4XX", body = Problem)))]
+#[utoipa::path(get, path = "/metrics", responses((status = 200, content_type = "text/plain")))]
 pub(super) async fn metrics(State(app): State<App>, caller: Caller) -> Answer<Response> {
     caller.may(Role::Admin)?;
     let mut text = String::new();

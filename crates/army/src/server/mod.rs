@@ -29,6 +29,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use utoipa::OpenApi;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa::openapi::{Content, Ref, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -53,6 +54,7 @@ pub struct App {
         description = "Runs clones for people. Failures are RFC 9457 problem documents; a request for VMs takes an Idempotency-Key."
     ),
     security(("key" = [])),
+    components(schemas(army_api::Problem)),
     modifiers(&BearerKey)
 )]
 struct Document;
@@ -105,12 +107,48 @@ fn api() -> OpenApiRouter<App> {
 
 /// The API's description.
 pub fn openapi() -> utoipa::openapi::OpenApi {
-    api().into_openapi()
+    describe().1
+}
+
+fn describe() -> (Router<App>, utoipa::openapi::OpenApi) {
+    let (router, mut document) = api().split_for_parts();
+    // What any of them may answer, whoever asks for what.
+    let problems = [
+        ("4XX", "The request is refused; the problem says why"),
+        (
+            "5XX",
+            "The VM's host does not answer now, or the server failed",
+        ),
+    ]
+    .map(|(status, description)| (status, problem(description)));
+    for item in document.paths.paths.values_mut() {
+        let methods = [
+            &mut item.get,
+            &mut item.put,
+            &mut item.post,
+            &mut item.patch,
+            &mut item.delete,
+        ];
+        for operation in methods.into_iter().flatten() {
+            let responses = &mut operation.responses.responses;
+            let problems = problems.iter().cloned();
+            responses.extend(problems.map(|(status, it)| (status.to_owned(), it.into())));
+        }
+    }
+    (router, document)
+}
+
+fn problem(description: &str) -> utoipa::openapi::Response {
+    let content = Content::new(Some(Ref::from_schema_name("Problem")));
+    ResponseBuilder::new()
+        .description(description)
+        .content("application/problem+json", content)
+        .build()
 }
 
 /// The whole of it: API, its description, the dashboard.
 pub fn router(controller: Arc<Controller>) -> Router {
-    let (router, document) = api().split_for_parts();
+    let (router, document) = describe();
     let document = document.to_json().unwrap_or_default();
     let description = move || {
         let document = document.clone();

@@ -2,30 +2,30 @@
 
 use std::io;
 
+use army_api::ProblemKind;
 use army_api::keys::Role;
 use army_api::templates::{
     ChangeTemplate, CopyTemplate, ImportTemplate, RegisterTemplate, SetTag, Template,
 };
-use army_api::{Problem, ProblemKind};
 use axum::Json;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 
 use super::auth::Caller;
-use super::extract::{Body, Params};
+use super::extract::{Body, Params, Path};
 use super::{Answer, App};
 use crate::pipe;
 
 /// All templates.
-#[utoipa::path(get, path = "/v1/templates", responses((status = 200, body = Vec<Template>), (status = "4XX", body = Problem)))]
+#[utoipa::path(get, path = "/v1/templates", responses((status = 200, body = Vec<Template>)))]
 pub(super) async fn list(State(app): State<App>, _: Caller) -> Answer<Json<Vec<Template>>> {
     Ok(Json(app.controller.templates().await?))
 }
 
 /// Takes up a template that a host has.
 #[utoipa::path(post, path = "/v1/templates", request_body = RegisterTemplate,
-    responses((status = 201, body = Template), (status = "4XX", body = Problem)))]
+    responses((status = 201, body = Template)))]
 pub(super) async fn register(
     State(app): State<App>,
     caller: Caller,
@@ -38,7 +38,7 @@ pub(super) async fn register(
 
 /// One template.
 #[utoipa::path(get, path = "/v1/templates/{name}", params(("name" = String, Path)),
-    responses((status = 200, body = Template), (status = "4XX", body = Problem)))]
+    responses((status = 200, body = Template)))]
 pub(super) async fn inspect(
     State(app): State<App>,
     _: Caller,
@@ -49,7 +49,7 @@ pub(super) async fn inspect(
 
 /// Changes how many clones of a template are kept ready.
 #[utoipa::path(patch, path = "/v1/templates/{name}", params(("name" = String, Path)), request_body = ChangeTemplate,
-    responses((status = 200, body = Template), (status = "4XX", body = Problem)))]
+    responses((status = 200, body = Template)))]
 pub(super) async fn change(
     State(app): State<App>,
     caller: Caller,
@@ -63,7 +63,7 @@ pub(super) async fn change(
 
 /// Takes a template to another host.
 #[utoipa::path(post, path = "/v1/templates/{name}/copies", params(("name" = String, Path)), request_body = CopyTemplate,
-    responses((status = 201, body = Template), (status = "4XX", body = Problem)))]
+    responses((status = 201, body = Template)))]
 pub(super) async fn copy(
     State(app): State<App>,
     caller: Caller,
@@ -77,7 +77,7 @@ pub(super) async fn copy(
 
 /// All of a template in one stream, of a format of its own: for another Army, or to keep.
 #[utoipa::path(get, path = "/v1/templates/{name}/content", params(("name" = String, Path)),
-    responses((status = 200, content_type = "application/octet-stream"), (status = "4XX", body = Problem)))]
+    responses((status = 200, content_type = "application/octet-stream")))]
 pub(super) async fn export(
     State(app): State<App>,
     caller: Caller,
@@ -97,7 +97,7 @@ pub(super) async fn export(
 /// all.
 #[utoipa::path(put, path = "/v1/templates/{name}/content", params(("name" = String, Path), ImportTemplate),
     request_body(content_type = "application/octet-stream"),
-    responses((status = 201, body = Template), (status = "4XX", body = Problem)))]
+    responses((status = 201, body = Template)))]
 pub(super) async fn import(
     State(app): State<App>,
     caller: Caller,
@@ -116,7 +116,7 @@ pub(super) async fn import(
 
 /// Lets a tag point to a template from now on, wherever it pointed before.
 #[utoipa::path(put, path = "/v1/tags/{tag}", params(("tag" = String, Path)), request_body = SetTag,
-    responses((status = 200, body = Template), (status = "4XX", body = Problem)))]
+    responses((status = 200, body = Template)))]
 pub(super) async fn tag(
     State(app): State<App>,
     caller: Caller,
@@ -129,7 +129,7 @@ pub(super) async fn tag(
 
 /// Removes a tag; the template that it points to stays.
 #[utoipa::path(delete, path = "/v1/tags/{tag}", params(("tag" = String, Path)),
-    responses((status = 204), (status = "4XX", body = Problem)))]
+    responses((status = 204)))]
 pub(super) async fn untag(
     State(app): State<App>,
     caller: Caller,
@@ -142,7 +142,7 @@ pub(super) async fn untag(
 
 /// Removes a template that nobody uses, from its hosts too.
 #[utoipa::path(delete, path = "/v1/templates/{name}", params(("name" = String, Path)),
-    responses((status = 204), (status = "4XX", body = Problem)))]
+    responses((status = 204)))]
 pub(super) async fn remove(
     State(app): State<App>,
     caller: Caller,

@@ -8,13 +8,13 @@ use agent_proto::messages::{Exec, TerminalSize};
 use army_api::Problem;
 use army_api::exec::{Terminal, TerminalMessage};
 use army_api::keys::Role;
-use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
-use axum::extract::{Path, State};
+use axum::extract::State;
+use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
 use axum::response::Response;
 use tokio::sync::mpsc;
 
 use super::auth::Caller;
-use super::extract::Params;
+use super::extract::{Params, Path, Upgrade};
 use super::{Answer, App};
 use crate::blocking;
 use crate::node::{InUse, of_agent};
@@ -29,13 +29,13 @@ const MAX_MESSAGE: usize = 256 * 1024;
 /// Opens a terminal in a VM: answers with a WebSocket. A browser offers the subprotocols
 /// `army.terminal` and `army.key.` with its key.
 #[utoipa::path(get, path = "/v1/vms/{vm}/terminal", params(("vm" = String, Path), Terminal),
-    responses((status = 101), (status = "4XX", body = Problem)))]
+    responses((status = 101)))]
 pub(super) async fn terminal(
     State(app): State<App>,
     caller: Caller,
     Path(vm): Path<String>,
     Params(asked): Params<Terminal>,
-    upgrade: WebSocketUpgrade,
+    Upgrade(upgrade): Upgrade,
 ) -> Answer<Response> {
     caller.may(Role::User)?;
     let vm = caller.vm(&app, &vm).await?;

@@ -7,18 +7,18 @@ use army_api::vms::{
     Balloon, CreateVms, CreatedVms, ForkVm, SetBalloon, SnapshotVm, Vm, VmFilter, VmPage,
 };
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use serde::Serialize;
 
 use super::auth::Caller;
-use super::extract::{Body, IdempotencyKey, Params};
+use super::extract::{Body, IdempotencyKey, Params, Path};
 use super::{Answer, App};
 use crate::store::requests::Known;
 
 /// VMs, a page of them.
 #[utoipa::path(get, path = "/v1/vms", params(VmFilter),
-    responses((status = 200, body = VmPage), (status = "4XX", body = Problem)))]
+    responses((status = 200, body = VmPage)))]
 pub(super) async fn list(
     State(app): State<App>,
     caller: Caller,
@@ -32,7 +32,7 @@ pub(super) async fn list(
 /// Makes VMs of a template; returns when they run.
 #[utoipa::path(post, path = "/v1/vms", request_body = CreateVms,
     params(("Idempotency-Key" = Option<String>, Header, description = "The same for the same request, however often it is sent")),
-    responses((status = 201, body = CreatedVms), (status = "4XX", body = Problem)))]
+    responses((status = 201, body = CreatedVms)))]
 pub(super) async fn create(
     State(app): State<App>,
     caller: Caller,
@@ -52,7 +52,7 @@ pub(super) async fn create(
 
 /// One VM.
 #[utoipa::path(get, path = "/v1/vms/{vm}", params(("vm" = String, Path)),
-    responses((status = 200, body = Vm), (status = "4XX", body = Problem)))]
+    responses((status = 200, body = Vm)))]
 pub(super) async fn inspect(
     State(app): State<App>,
     caller: Caller,
@@ -63,7 +63,7 @@ pub(super) async fn inspect(
 
 /// Ends a VM; one that is over is answered as it is.
 #[utoipa::path(delete, path = "/v1/vms/{vm}", params(("vm" = String, Path)),
-    responses((status = 200, body = Vm), (status = "4XX", body = Problem)))]
+    responses((status = 200, body = Vm)))]
 pub(super) async fn destroy(
     State(app): State<App>,
     caller: Caller,
@@ -76,7 +76,7 @@ pub(super) async fn destroy(
 
 /// Stops a VM's CPUs.
 #[utoipa::path(post, path = "/v1/vms/{vm}/pause", params(("vm" = String, Path)),
-    responses((status = 200, body = Vm), (status = "4XX", body = Problem)))]
+    responses((status = 200, body = Vm)))]
 pub(super) async fn pause(
     State(app): State<App>,
     caller: Caller,
@@ -89,7 +89,7 @@ pub(super) async fn pause(
 
 /// Sets a VM's CPUs going again.
 #[utoipa::path(post, path = "/v1/vms/{vm}/resume", params(("vm" = String, Path)),
-    responses((status = 200, body = Vm), (status = "4XX", body = Problem)))]
+    responses((status = 200, body = Vm)))]
 pub(super) async fn resume(
     State(app): State<App>,
     caller: Caller,
@@ -103,7 +103,7 @@ pub(super) async fn resume(
 /// Forks a running VM, which goes on.
 #[utoipa::path(post, path = "/v1/vms/{vm}/fork", params(("vm" = String, Path),
     ("Idempotency-Key" = Option<String>, Header)), request_body = ForkVm,
-    responses((status = 201, body = CreatedVms), (status = "4XX", body = Problem)))]
+    responses((status = 201, body = CreatedVms)))]
 pub(super) async fn fork(
     State(app): State<App>,
     caller: Caller,
@@ -126,7 +126,7 @@ pub(super) async fn fork(
 
 /// Makes a template of a VM, which goes on.
 #[utoipa::path(post, path = "/v1/vms/{vm}/snapshot", params(("vm" = String, Path)), request_body = SnapshotVm,
-    responses((status = 201, body = Template), (status = "4XX", body = Problem)))]
+    responses((status = 201, body = Template)))]
 pub(super) async fn snapshot(
     State(app): State<App>,
     caller: Caller,
@@ -142,7 +142,7 @@ pub(super) async fn snapshot(
 
 /// A VM's balloon.
 #[utoipa::path(get, path = "/v1/vms/{vm}/balloon", params(("vm" = String, Path)),
-    responses((status = 200, body = Balloon), (status = "4XX", body = Problem)))]
+    responses((status = 200, body = Balloon)))]
 pub(super) async fn balloon(
     State(app): State<App>,
     caller: Caller,
@@ -154,7 +154,7 @@ pub(super) async fn balloon(
 
 /// Asks for another size of a VM's balloon. The guest gives or takes the memory by and by.
 #[utoipa::path(put, path = "/v1/vms/{vm}/balloon", params(("vm" = String, Path)), request_body = SetBalloon,
-    responses((status = 200, body = Balloon), (status = "4XX", body = Problem)))]
+    responses((status = 200, body = Balloon)))]
 pub(super) async fn set_balloon(
     State(app): State<App>,
     caller: Caller,

@@ -1,0 +1,171 @@
+//! The API on a port of its own, with a host that has no VMs and either database.
+// Each test program uses its part of it.
+#![allow(dead_code, unreachable_pub)]
+
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use army::controller::Controller;
+use army::node::Node;
+use army::server;
+use army::store::Store;
+use army_api::client::Client;
+use army_api::keys::{CreateKey, NewKey, Role};
+use army_api::templates::Template;
+
+/// The user and group without rights.
+const NOBODY: u32 = 65534;
+
+pub struct Server {
+    pub url: String,
+    pub admin: Client,
+    pub store: Store,
+    pub dir: tempfile::TempDir,
+    _postgres: Option<Postgres>,
+}
+
+/// A PostgreSQL of one test's own.
+pub struct Postgres {
+    dir: tempfile::TempDir,
+    server: Child,
+}
+
+impl Postgres {
+    pub fn start() -> Self {
+        let mut versions: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
+            .expect("PostgreSQL is missing: cargo xtask setup")
+            .map(|entry| entry.unwrap().path())
+            .collect();
+        versions.sort();
+        let programs = versions.pop().unwrap().join("bin");
+        // Sockets have short names.
+        let dir = tempfile::tempdir_in("/tmp").unwrap();
+        let data = dir.path().join("data");
+        let program = |name: &str| {
+            let mut command = Command::new(programs.join(name));
+            command
+                .arg("-D")
+                .arg(&data)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null());
+            if rustix::process::geteuid().is_root() {
+                // It refuses to be root.
+                command.uid(NOBODY).gid(NOBODY).current_dir("/");
+            }
+            command
+        };
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+        }
+        let mut init = program("initdb");
+        init.args([
+            "-U",
+            "army",
+            "-A",
+            "trust",
+            "-N",
+            "-E",
+            "UTF8",
+            "--locale=C",
+        ]);
+        assert!(init.status().unwrap().success(), "initdb failed");
+        let mut server = program("postgres");
+        server
+            .arg("-k")
+            .arg(dir.path())
+            .args(["-c", "listen_addresses=", "-F"]);
+        let server = server.spawn().unwrap();
+        Self { dir, server }
+    }
+
+    pub fn url(&self) -> String {
+        format!(
+            "postgres://army@localhost/postgres?host={}",
+            self.dir.path().display()
+        )
+    }
+
+    pub async fn open(&self) -> Store {
+        let end = Instant::now() + Duration::from_secs(60);
+        loop {
+            match Store::open(&self.url()).await {
+                Ok(store) => return store,
+                Err(problem) => assert!(Instant::now() < end, "{problem}"),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        let _ = self.server.kill().and_then(|()| self.server.wait());
+    }
+}
+
+pub async fn server(postgres: Option<Postgres>) -> Server {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().to_owned();
+    let store = match &postgres {
+        Some(postgres) => postgres.open().await,
+        None => Store::open(&Store::sqlite(&path.join("army.db")))
+            .await
+            .unwrap(),
+    };
+    let node = tokio::task::spawn_blocking(move || {
+        let runtime = clone::runtime::Runtime::at(&path.join("run")).unwrap();
+        let templates = clone::template::Store::at(path.join("templates"));
+        Node::open("here".into(), path.join("vms"), runtime, templates).unwrap()
+    });
+    let controller = Controller::alone(store.clone(), node.await.unwrap());
+    controller.take_up_all().await.unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let router = server::router(Arc::new(controller));
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    let key = create_key(&store, "root", Role::Admin, None).await;
+    Server {
+        admin: Client::new(&url, key.secret).unwrap(),
+        url,
+        store,
+        dir,
+        _postgres: postgres,
+    }
+}
+
+pub async fn create_key(store: &Store, tenant: &str, role: Role, max_vms: Option<u32>) -> NewKey {
+    let asked = CreateKey {
+        tenant: tenant.to_owned(),
+        role,
+        max_vms,
+    };
+    store.create_key(&asked).await.unwrap()
+}
+
+impl Server {
+    pub async fn client(&self, tenant: &str, role: Role) -> Client {
+        let key = create_key(&self.store, tenant, role, None).await;
+        Client::new(&self.url, key.secret).unwrap()
+    }
+}
+
+pub fn template(name: &str) -> Template {
+    Template {
+        name: name.into(),
+        id: "0".repeat(32),
+        parent: None,
+        host: "here".into(),
+        hosts: vec!["here".into()],
+        tags: vec![],
+        memory_bytes: 256 << 20,
+        data_bytes: 1 << 20,
+        vcpus: 1,
+        taken_ms: 1,
+        standbys: 0,
+        ready: 0,
+        vms: 0,
+    }
+}
