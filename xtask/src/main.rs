@@ -19,6 +19,7 @@ mod kvm;
 mod modules;
 mod paths;
 mod process;
+mod release;
 mod test;
 mod testbed;
 
@@ -62,6 +63,8 @@ enum Command {
     /// Kernels and file systems for test guests, from Debian's packages.
     #[command(subcommand)]
     Guest(guest::Command),
+    /// Makes what users install: an archive and a Debian package, in target/release-files.
+    Release,
     /// Installs the system packages and cargo tools that the chores need (with apt).
     Setup,
     /// Says whether this machine's /dev/kvm runs stock guests.
@@ -76,6 +79,7 @@ fn main() -> ExitCode {
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Testbed(command) => testbed::run(command),
         Command::Guest(command) => guest::run(&command),
+        Command::Release => release::run(),
         Command::Setup => host::setup().map(|()| ExitCode::SUCCESS),
         Command::Kvm => {
             println!("{}", kvm::probe());

@@ -20,15 +20,19 @@ use serde_json::Value;
 
 use crate::process::{cargo, output, run as run_command};
 use crate::testbed::{self, Size, Testbed};
-use crate::{guest, host, kvm, paths};
+use crate::{guest, host, kvm, paths, release};
 
 /// Where guest tests find kernels and file systems.
 const ASSETS_VARIABLE: &str = "CLONE_TEST_ASSETS";
+/// Where they find the Debian package.
+const PACKAGE_VARIABLE: &str = "CLONE_TEST_PACKAGE";
 const GUEST_TESTS: &str = "binary(/^guest/)";
 /// Binaries that take long, longest first: they are started first, so that none is waited for alone.
-const LONG: [&str; 4] = [
+const LONG: [&str; 6] = [
+    "guest_cluster",
     "guest_fork_debian",
     "guest_army",
+    "guest_dashboard",
     "guest_fork",
     "guest_debian",
 ];
@@ -116,6 +120,9 @@ fn step(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
 fn guest_tests(options: &Options) -> Result<ExitCode> {
     println!("== guest tests");
     run_command(&mut cargo(&["build", "--quiet", "--workspace", "--bins"]))?;
+    // Whether a package installs does not depend on optimisation, which takes minutes.
+    let package = paths::target().join("guest-tests/package");
+    let [_, package] = release::make(&paths::target().join("debug"), &package)?;
     let list = [
         "nextest",
         "list",
@@ -137,6 +144,7 @@ fn guest_tests(options: &Options) -> Result<ExitCode> {
         let assets = paths::assets().canonicalize()?;
         let mut words: Vec<OsString> = vec!["env".into()];
         words.push(format!("{ASSETS_VARIABLE}={}", assets.display()).into());
+        words.push(format!("{PACKAGE_VARIABLE}={}", package.display()).into());
         words.extend(["cargo-nextest", "nextest", "run", "--profile", "guest"].map(Into::into));
         words.extend(["--no-fail-fast", "--binaries-metadata"].map(Into::into));
         words.push(list_file.as_os_str().into());

@@ -30,6 +30,16 @@ pub enum ClientError {
         /// What is wrong with the answer.
         cause: String,
     },
+    /// Certificates cannot be checked here.
+    #[error(
+        "cannot check the certificate of {url}: {cause}\n  try: install the system's certificates (the package ca-certificates)"
+    )]
+    Untrusting {
+        /// Where the server should be.
+        url: String,
+        /// What is missing.
+        cause: String,
+    },
 }
 
 /// A server, and the key that it is asked with.
@@ -42,14 +52,29 @@ pub struct Client {
 
 impl Client {
     /// The server at `url`, as in `http://127.0.0.1:7777`.
-    pub fn new(url: impl Into<String>, key: impl Into<String>) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError::Untrusting`], if `url` begins with `https:` and this system has no
+    /// certificates.
+    pub fn new(url: impl Into<String>, key: impl Into<String>) -> Result<Self, ClientError> {
         // Whoever installed one before has our thanks.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        Self {
-            http: reqwest::Client::new(),
-            url: url.into().trim_end_matches('/').to_owned(),
-            key: key.into(),
+        let url = url.into().trim_end_matches('/').to_owned();
+        let mut http = reqwest::Client::builder();
+        if !url.starts_with("https:") {
+            // A small system has none, and needs none.
+            http = http.tls_certs_only([]);
         }
+        let http = http.build().map_err(|error| ClientError::Untrusting {
+            url: url.clone(),
+            cause: last_cause(&error),
+        })?;
+        Ok(Self {
+            http,
+            url,
+            key: key.into(),
+        })
     }
 
     /// Where the server is.
@@ -201,14 +226,9 @@ impl Client {
     }
 
     fn lost(&self, error: &reqwest::Error) -> ClientError {
-        let mut cause: &dyn std::error::Error = error;
-        // The last of the chain is what happened; the others say that something did.
-        while let Some(source) = cause.source() {
-            cause = source;
-        }
         ClientError::Unreachable {
             url: self.url.clone(),
-            cause: cause.to_string(),
+            cause: last_cause(error),
         }
     }
 
@@ -218,6 +238,14 @@ impl Client {
             cause: cause.to_string(),
         }
     }
+}
+
+/// The last of the chain is what happened; the others say that something did.
+fn last_cause(mut error: &dyn std::error::Error) -> String {
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
 }
 
 /// Lines out of pieces.

@@ -37,7 +37,7 @@ impl Context {
         let key = self.options.key.as_deref().context(
             "there is no key: set ARMY_KEY to what `army dev` printed, or to one of `army key create`",
         )?;
-        Ok(Client::new(&self.options.url, key))
+        Ok(Client::new(&self.options.url, key)?)
     }
 
     pub(super) fn is_json(&self) -> bool {

@@ -15,7 +15,8 @@ mod things;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use clone::cli::generate;
 
 use context::Context;
 
@@ -66,6 +67,8 @@ enum Command {
     Key(keys::Command),
     /// Print the API's description in OpenAPI.
     Openapi,
+    Completions(generate::CompletionsArgs),
+    Man(generate::ManArgs),
 }
 
 /// Parses the command line and does what it says.
@@ -106,5 +109,7 @@ async fn run(cli: Cli) -> Result<ExitCode> {
             output::print(&crate::server::openapi().to_pretty_json()?);
             Ok(ExitCode::SUCCESS)
         }
+        Command::Completions(args) => Ok(generate::completions(&args, Cli::command())?),
+        Command::Man(args) => Ok(generate::man(&args, Cli::command())?),
     }
 }

@@ -1,46 +1,46 @@
-//! `clone completions` and `clone man`: what a shell and `man` want to know of the command.
+//! `completions` and `man`: what a shell and `man` want to know of a command. `army` has them, too.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::CommandFactory;
 use clap_complete::Shell;
 
-use super::Cli;
 use crate::error::{Result, failed};
 
 /// Print a completion script for a shell.
 #[derive(Debug, clap::Args)]
-pub(super) struct CompletionsArgs {
+pub struct CompletionsArgs {
     /// The shell.
     shell: Shell,
 }
 
 /// Print the manual page, or write one page per command into a directory.
 #[derive(Debug, clap::Args)]
-pub(super) struct ManArgs {
-    /// Where to write clone.1, clone-run.1 and so on.
+pub struct ManArgs {
+    /// Where to write them.
     dir: Option<PathBuf>,
 }
 
-pub(super) fn completions(args: &CompletionsArgs) -> Result<ExitCode> {
+/// Prints the script of `command`.
+pub fn completions(args: &CompletionsArgs, mut command: clap::Command) -> Result<ExitCode> {
+    let name = command.get_name().to_owned();
     let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "clone", &mut script);
+    clap_complete::generate(args.shell, &mut command, name, &mut script);
     print(&script)
 }
 
-pub(super) fn man(args: &ManArgs) -> Result<ExitCode> {
+/// Prints or writes the pages of `command`.
+pub fn man(args: &ManArgs, command: clap::Command) -> Result<ExitCode> {
     match &args.dir {
         Some(dir) => {
             std::fs::create_dir_all(dir).map_err(failed("make", dir))?;
-            clap_mangen::generate_to(Cli::command(), dir)
-                .map_err(failed("write manual pages to", dir))?;
+            clap_mangen::generate_to(command, dir).map_err(failed("write manual pages to", dir))?;
             Ok(ExitCode::SUCCESS)
         }
         None => {
             let mut page = Vec::new();
-            clap_mangen::Man::new(Cli::command())
+            clap_mangen::Man::new(command)
                 .render(&mut page)
                 .map_err(failed("print to", Path::new("standard output")))?;
             print(&page)

@@ -48,7 +48,8 @@ struct BuildArgs {
     /// The disk's size; where it is not given, the content and one GiB free.
     #[arg(long, short)]
     size: Option<Bytes>,
-    /// A static clone-agent to put in, for exec, shell and cp.
+    /// A static clone-agent to put in, for exec, shell and cp; by default the one that is installed
+    /// with this program, where there is one.
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
     /// The guest's host name.
@@ -72,7 +73,7 @@ pub(super) fn run(context: &Context, args: Args) -> Result<ExitCode> {
     let Command::Build(args) = args.command;
     let mut spec = RootfsSpec::new(source(&args)?, &args.output);
     spec.replace = args.force;
-    spec.agent = args.agent;
+    spec.agent = args.agent.or_else(installed_agent);
     spec.hostname = args.hostname;
     spec.nameservers = args.name_servers;
     if let Some(size) = args.size {
@@ -94,6 +95,13 @@ pub(super) fn run(context: &Context, args: Args) -> Result<ExitCode> {
         )
     });
     Ok(ExitCode::SUCCESS)
+}
+
+/// `../lib/clone/clone-agent`, seen from the program, as packages have it.
+fn installed_agent() -> Option<PathBuf> {
+    let program = std::env::current_exe().ok()?;
+    let agent = program.parent()?.with_file_name("lib/clone/clone-agent");
+    agent.is_file().then_some(agent)
 }
 
 fn source(args: &BuildArgs) -> Result<Source> {

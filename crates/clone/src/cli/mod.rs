@@ -12,7 +12,7 @@ mod cp;
 mod exec;
 pub mod exit;
 mod fork;
-mod generate;
+pub mod generate;
 mod image;
 mod logs;
 mod ls;
@@ -29,7 +29,7 @@ mod tty_console;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::Result;
 use crate::runtime::Runtime;
@@ -140,8 +140,8 @@ fn dispatch(context: &Context, command: Command) -> Result<ExitCode> {
         Command::Fork(args) => fork::run(context, &args),
         Command::Template(args) => template::run(context, &args),
         Command::Image(args) => image::run(context, args),
-        Command::Completions(args) => generate::completions(&args),
-        Command::Man(args) => generate::man(&args),
+        Command::Completions(args) => generate::completions(&args, Cli::command()),
+        Command::Man(args) => generate::man(&args, Cli::command()),
         Command::VmProcess { dir } => Ok(crate::process::main(dir)),
     }
 }

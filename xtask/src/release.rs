@@ -1,0 +1,175 @@
+//! What users install: an archive and a Debian package, both of the same tree of files.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+
+use crate::process::{cargo, output, run as run_command};
+use crate::{guest, host, paths};
+
+/// What `cargo xtask release` makes.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+const NAME: &str = "clone-army";
+/// The programs, and the shells that completions are made for: name, folder, file.
+const PROGRAMS: [&str; 2] = ["clone", "army"];
+const SHELLS: [(&str, &str, &str); 3] = [
+    ("bash", "share/bash-completion/completions", ""),
+    ("zsh", "share/zsh/vendor-completions", "_"),
+    ("fish", "share/fish/vendor_completions.d", ""),
+];
+/// Texts that come along.
+const TEXTS: [&str; 3] = ["README.md", "CHANGELOG.md", "LICENSE"];
+
+/// Builds with full optimisation, and makes the archive and the package.
+pub(crate) fn run() -> Result<ExitCode> {
+    host::install_packages()?;
+    let folder = paths::target().join("release-files");
+    let mut build = vec!["build", "--quiet", "--release"];
+    build.extend(PROGRAMS.iter().flat_map(|program| ["-p", program]));
+    run_command(&mut cargo(&build)).context("cannot build the programs")?;
+    let made = make(&paths::target().join("release"), &folder)?;
+    for path in made {
+        println!("{}", path.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes archive and package in `folder`, of the programs in `built`.
+pub(crate) fn make(built: &Path, folder: &Path) -> Result<[PathBuf; 2]> {
+    let agent = guest::static_program("clone-agent")?;
+    let tree = folder.join(format!("{NAME}-{VERSION}-x86_64"));
+    if tree.exists() {
+        fs::remove_dir_all(&tree).context("cannot remove what was made before")?;
+    }
+    lay_out(built, &agent, &tree)?;
+    Ok([archive(&tree)?, package(&tree, folder)?])
+}
+
+/// The files, below `tree` as below `/usr`.
+fn lay_out(programs: &Path, agent: &Path, tree: &Path) -> Result<()> {
+    let pages = tree.join("share/man/man1");
+    fs::create_dir_all(&pages)?;
+    for program in PROGRAMS {
+        let installed = tree.join("bin").join(program);
+        install(&programs.join(program), &installed, 0o755)?;
+        run_command(Command::new("strip").arg(&installed))?;
+        run_command(Command::new(&installed).arg("man").arg(&pages))
+            .with_context(|| format!("{program} does not write its manual"))?;
+        for (shell, place, prefix) in SHELLS {
+            let script = output(Command::new(&installed).args(["completions", shell]))?;
+            let name = match shell {
+                "fish" => format!("{program}.fish"),
+                _ => format!("{prefix}{program}"),
+            };
+            write(&tree.join(place).join(name), &script, 0o644)?;
+        }
+    }
+    install(agent, &tree.join("lib/clone/clone-agent"), 0o755)?;
+    let workspace = paths::workspace();
+    for text in TEXTS {
+        let target = tree.join("share/doc").join(NAME).join(text);
+        install(&workspace.join(text), &target, 0o644)?;
+    }
+    for entry in fs::read_dir(workspace.join("packaging/systemd"))? {
+        let unit = entry?;
+        let target = tree.join("lib/systemd/system").join(unit.file_name());
+        install(&unit.path(), &target, 0o644)?;
+    }
+    Ok(())
+}
+
+fn install(from: &Path, to: &Path, mode: u32) -> Result<()> {
+    fs::create_dir_all(to.parent().context("a file is in a folder")?)?;
+    fs::copy(from, to).with_context(|| format!("cannot copy {}", from.display()))?;
+    Ok(fs::set_permissions(to, fs::Permissions::from_mode(mode))?)
+}
+
+fn write(to: &Path, text: &str, mode: u32) -> Result<()> {
+    fs::create_dir_all(to.parent().context("a file is in a folder")?)?;
+    fs::write(to, text).with_context(|| format!("cannot write {}", to.display()))?;
+    Ok(fs::set_permissions(to, fs::Permissions::from_mode(mode))?)
+}
+
+/// The same files give the same archive.
+fn archive(tree: &Path) -> Result<PathBuf> {
+    let folder = tree.parent().context("the tree is in a folder")?;
+    let name = tree.file_name().unwrap_or_default();
+    let path = folder.join(format!("{}.tar.xz", name.display()));
+    run_command(
+        Command::new("tar")
+            .args(["--create", "--xz", "--sort=name", "--mtime=@0"])
+            .args(["--owner=0", "--group=0", "--numeric-owner", "--file"])
+            .arg(&path)
+            .arg("--directory")
+            .arg(folder)
+            .arg(name),
+    )?;
+    Ok(path)
+}
+
+fn package(tree: &Path, folder: &Path) -> Result<PathBuf> {
+    let root = folder.join("package");
+    if root.exists() {
+        fs::remove_dir_all(&root)?;
+    }
+    fs::create_dir_all(root.join("DEBIAN"))?;
+    run_command(Command::new("cp").arg("-r").arg(tree).arg(root.join("usr")))?;
+    write(&root.join("DEBIAN/control"), &control(), 0o644)?;
+    let path = folder.join(format!("{NAME}_{VERSION}_amd64.deb"));
+    run_command(
+        Command::new("dpkg-deb")
+            .args(["--root-owner-group", "--build"])
+            .arg(&root)
+            .arg(&path)
+            .stdout(std::process::Stdio::null()),
+    )?;
+    fs::remove_dir_all(&root)?;
+    Ok(path)
+}
+
+/// The programs link with glibc alone, as it is in Debian 12 and later.
+fn control() -> String {
+    format!(
+        "Package: {NAME}\n\
+         Version: {VERSION}\n\
+         Architecture: amd64\n\
+         Maintainer: Clone and Army <maintainers@clone-army.invalid>\n\
+         Section: admin\n\
+         Priority: optional\n\
+         Depends: libc6 (>= 2.36), libgcc-s1\n\
+         Recommends: ca-certificates\n\
+         Description: micro-VMs that fork, and a service that runs them\n \
+         clone boots Linux under KVM, makes templates of running machines and forks them;\n \
+         army runs those clones over many hosts behind a REST API.\n \
+         The units army-dev, army-controller and army-node start when they are enabled.\n"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_package_says_what_dpkg_asks_for() {
+        let control = control();
+        for field in [
+            "Package",
+            "Version",
+            "Architecture",
+            "Maintainer",
+            "Description",
+        ] {
+            assert!(control.contains(&format!("{field}: ")), "{field}");
+        }
+        let description = control.split("Description").nth(1).unwrap();
+        assert!(
+            description
+                .lines()
+                .skip(1)
+                .all(|line| line.starts_with(' '))
+        );
+    }
+}
