@@ -37,6 +37,48 @@ pub struct VmInfo {
     pub version: String,
     /// Its description, with everything filled in that was left to us.
     pub config: VmConfig,
+    /// When its start reached each of its stages, in order. Not all starts have all of them.
+    #[serde(default)]
+    pub timeline: Vec<StageTime>,
+}
+
+/// When a start reached a stage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct StageTime {
+    /// The stage.
+    pub stage: StartStage,
+    /// In nanoseconds of the host's `CLOCK_MONOTONIC`.
+    pub monotonic_ns: u64,
+}
+
+/// The stages of a start, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum StartStage {
+    /// Its process runs.
+    Spawned,
+    /// It has read what it is to be.
+    Described,
+    /// All that it uses of the host is open.
+    Opened,
+    /// It is jailed.
+    Jailed,
+    /// Its memory is mapped, with what is brought in ahead.
+    Mapped,
+    /// KVM's VM, its CPUs and devices are made and have their state.
+    Built,
+    /// KVM has mapped what is brought in ahead.
+    PreFaulted,
+    /// It waits for its name, or to run.
+    Ready,
+    /// As a standby it was given its name.
+    Adopted,
+    /// Devices and CPUs were let run.
+    Resumed,
+    /// The guest ran its first instruction.
+    Entered,
 }
 
 /// The name that a standby is given; it runs from then on.

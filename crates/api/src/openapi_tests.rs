@@ -65,6 +65,10 @@ fn example(type_name: &str) -> Value {
             state: VmState::Running,
             pid: 4242,
             started_unix_ms: 1_790_000_000_000,
+            timeline: vec![StageTime {
+                stage: StartStage::Entered,
+                monotonic_ns: 86_400_000_000_000,
+            }],
             version: "0.1.0".into(),
             config: full_config(),
         }),

@@ -73,6 +73,7 @@ impl Options {
             "guest-kernel/bzImage",
             "guest-kernel/vmlinux",
             "guest-initramfs/initramfs.cpio",
+            "guest-debian/debian.ext4",
         ] {
             copy(&self.assets.join(part), &assets.join(part))?;
         }
@@ -165,6 +166,11 @@ impl Context {
 
     pub(crate) fn initramfs(&self) -> PathBuf {
         self.options.assets.join("guest-initramfs/initramfs.cpio")
+    }
+
+    /// A raw image with a stock Debian.
+    pub(crate) fn debian(&self) -> PathBuf {
+        self.options.assets.join("guest-debian/debian.ext4")
     }
 
     pub(crate) fn guest_program(&self) -> &Path {

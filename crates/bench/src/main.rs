@@ -85,7 +85,7 @@ fn run(options: context::Options) -> Result<()> {
         match (bench.run)(&context) {
             Ok(record) => {
                 let path = record.save(bench.name, &context)?;
-                println!("{record}== {}: {}", bench.name, path.display());
+                println!("== {}: {}", bench.name, path.display());
             }
             Err(error) => {
                 println!("== {} failed: {error:#}", bench.name);

@@ -90,8 +90,16 @@ impl Record {
         }
     }
 
+    /// Adds a figure, and prints it: a long bench shows how far it is.
     pub(crate) fn add(&mut self, figure: Figure) {
+        println!("{figure}");
         self.figures.push(figure);
+    }
+
+    /// Adds a ratio, and prints it.
+    pub(crate) fn add_ratio(&mut self, ratio: Ratio) {
+        println!("{ratio}");
+        self.ratios.push(ratio);
     }
 
     /// Adds the ratio of the medians of two figures, which must be there.
@@ -102,7 +110,7 @@ impl Record {
                 .map(|figure| figure.p50)
                 .with_context(|| format!("there is no figure {name:?} for a ratio"))
         };
-        self.ratios.push(Ratio {
+        self.add_ratio(Ratio {
             name: format!("{ours} / {theirs}"),
             value: p50(ours)? / p50(theirs)?,
             goal: goal.map(str::to_owned),
@@ -121,29 +129,31 @@ impl Record {
     }
 }
 
-impl fmt::Display for Record {
+impl fmt::Display for Figure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for figure in &self.figures {
-            let Figure {
-                name,
-                unit,
-                n,
-                p50,
-                p99,
-                min,
-                ..
-            } = figure;
-            writeln!(
-                f,
-                "   {name:<40} p50 {p50:>10.2} {unit}, p99 {p99:.2}, min {min:.2}, n {n}"
-            )?;
+        let Self {
+            name,
+            unit,
+            n,
+            p50,
+            p99,
+            min,
+            ..
+        } = self;
+        write!(
+            f,
+            "   {name:<40} p50 {p50:>10.2} {unit}, p99 {p99:.2}, min {min:.2}, n {n}"
+        )
+    }
+}
+
+impl fmt::Display for Ratio {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "   {}: {:.3}", self.name, self.value)?;
+        match &self.goal {
+            Some(goal) => write!(f, " (goal: {goal})"),
+            None => Ok(()),
         }
-        for ratio in &self.ratios {
-            let goal = ratio.goal.as_deref().map(|goal| format!(" (goal: {goal})"));
-            let goal = goal.unwrap_or_default();
-            writeln!(f, "   {}: {:.3}{goal}", ratio.name, ratio.value)?;
-        }
-        Ok(())
     }
 }
 

@@ -39,7 +39,6 @@ pub fn take(
     diff: bool,
 ) -> Result<(Template, SnapshotTaken)> {
     let config = vm.dir.config()?;
-    let agent_version = agent_version(vm);
     let known = vm.dir.parent()?;
     let parent = match &known.template {
         Some(path) => Template::open(path).ok(),
@@ -48,6 +47,13 @@ pub fn take(
     if diff && parent.is_none() {
         return Err(no_parent(&config.name, known.template.as_deref()));
     }
+    // The guest of a difference has the agent of its parent. Who asks it again wakes it, and it
+    // changes more pages by that than an idle guest in a minute.
+    let agent_of_parent = parent
+        .as_ref()
+        .filter(|_| diff)
+        .and_then(|parent| parent.content().agent_version.clone());
+    let agent_version = agent_of_parent.or_else(|| agent_version(vm));
     let mut new = NewTemplate::begin(target)?;
     if let Some(parent) = parent.as_ref().filter(|_| diff) {
         new.share_memory(parent)?;

@@ -52,7 +52,7 @@ pub(crate) fn run(context: &Context) -> Result<Record> {
         .first()
         .map_or(f64::INFINITY, |ours| ours.p50)
         / GOAL_KIB;
-    record.ratios.push(Ratio {
+    record.add_ratio(Ratio {
         name: "clone / 2 MiB".to_owned(),
         value,
         goal: Some("at most 1".to_owned()),

@@ -7,7 +7,7 @@ use agent_proto::client::Connection;
 use anyhow::{Context as _, Result};
 use serde::Deserialize;
 
-use super::{CMDLINE, GREETING_LIMIT, Guest, MEMORY_MIB, Machine, time_to_first_line};
+use super::{CMDLINE, GREETING_LIMIT, Guest, Machine, time_to_first_line};
 use crate::context::Context;
 
 /// What `clone run --json` tells.
@@ -81,10 +81,15 @@ fn run(context: &Context, name: &str, machine: &Machine) -> Command {
     let mut command = context.clone();
     command
         .args(["run", "--name", name, "--memory"])
-        .arg(format!("{MEMORY_MIB}M"))
+        .arg(format!("{}M", machine.memory_mib))
         .arg("--cpus")
         .arg(machine.vcpus.to_string())
-        .args(["--cmdline", CMDLINE, "--kernel"])
+        .arg("--cmdline")
+        .arg(match machine.root {
+            true => format!("{CMDLINE} root=/dev/vda"),
+            false => CMDLINE.to_owned(),
+        })
+        .arg("--kernel")
         .arg(&machine.kernel)
         .arg("--initrd")
         .arg(&machine.initramfs);
@@ -92,6 +97,10 @@ fn run(context: &Context, name: &str, machine: &Machine) -> Command {
         command.args(["--no-vsock", "--no-balloon", "--no-rng"]);
     }
     if let Some(disk) = &machine.disk {
+        let mut disk = disk.clone().into_os_string();
+        if machine.root {
+            disk.push(",overlay=ephemeral");
+        }
         command.arg("--disk").arg(disk);
     }
     if let Some(tap) = &machine.tap {

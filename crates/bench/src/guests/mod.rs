@@ -6,7 +6,9 @@
 
 mod clone;
 mod firecracker;
+mod http;
 mod qemu;
+mod qmp;
 mod vsock;
 
 use std::fs::File;
@@ -22,8 +24,8 @@ use agent_proto::messages::{Exec, Put};
 use anyhow::{Context as _, Result, bail};
 
 pub(crate) use self::clone::CloneVm;
-pub(crate) use self::firecracker::Firecracker;
-pub(crate) use self::qemu::Qemu;
+pub(crate) use self::firecracker::{Firecracker, FirecrackerSnapshot};
+pub(crate) use self::qemu::{Qemu, QemuSnapshot};
 use crate::context::Context;
 
 /// The RAM disk's first words from user space.
@@ -46,10 +48,13 @@ pub(crate) struct Machine {
     pub(crate) kernel: PathBuf,
     pub(crate) initramfs: PathBuf,
     pub(crate) vcpus: u32,
+    pub(crate) memory_mib: u64,
     /// vsock, a balloon and a source of random numbers.
     pub(crate) standard_devices: bool,
     /// A raw image.
     pub(crate) disk: Option<PathBuf>,
+    /// Whether that is the root file system; its writes end with the machine.
+    pub(crate) root: bool,
     /// A tap device that is there.
     pub(crate) tap: Option<String>,
 }
@@ -61,9 +66,21 @@ impl Machine {
             kernel: context.kernel(kernel),
             initramfs: context.initramfs(),
             vcpus: 1,
+            memory_mib: MEMORY_MIB,
             standard_devices: true,
             disk: None,
+            root: false,
             tap: None,
+        }
+    }
+
+    /// A stock Debian with systemd, of 512 MiB.
+    pub(crate) fn debian(context: &Context) -> Self {
+        Self {
+            memory_mib: 512,
+            disk: Some(context.debian()),
+            root: true,
+            ..Self::standard(context, "vmlinux")
         }
     }
 }

@@ -1,40 +1,56 @@
-//! QEMU's `microvm`, as lean as its documentation advises, with our devices' counterparts on PCI.
+//! QEMU's `microvm`, as lean as its documentation advises, with our devices' counterparts on PCI;
+//! booted, and going on from a migration into a file (`mapped-ram`).
 
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use agent_proto::client::Connection;
 use anyhow::{Context as _, Result};
+use serde_json::json;
 
-use super::{CMDLINE, Ended, Guest, MEMORY_MIB, Machine, time_to_first_line, vsock};
+use super::qmp::{self, Monitor};
+use super::{CMDLINE, Ended, Guest, Machine, time_to_first_line, vsock, wait_for_agent};
 use crate::context::Context;
 
 /// The guest's vsock address; ours have one each behind their own socket.
 const CID: u32 = 77;
 
+/// How long its monitor may take to be there.
+const MONITOR_LIMIT: Duration = Duration::from_secs(20);
+/// Between two looks for that; nothing tells when it is there.
+const LOOK: Duration = Duration::from_micros(500);
+
 /// A machine of QEMU's.
 pub(crate) struct Qemu {
     process: Ended,
+    cid: u32,
 }
 
 impl Qemu {
     /// Starts `machine`; its guest is still booting.
     pub(crate) fn start(context: &Context, machine: &Machine) -> Result<Self> {
-        let mut command = command(context, machine);
+        Self::spawn(command(context, machine, CID), CID)
+    }
+
+    fn spawn(mut command: Command, cid: u32) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::null());
         let process = Ended(command.spawn().context("cannot start QEMU")?);
-        Ok(Self { process })
+        Ok(Self { process, cid })
     }
 
     /// The time to its guest's first line; the machine is gone then.
     pub(crate) fn boot(context: &Context, machine: &Machine) -> Result<Duration> {
-        time_to_first_line(command(context, machine)).map(|(time, _process)| time)
+        time_to_first_line(command(context, machine, CID)).map(|(time, _process)| time)
     }
 }
 
 impl Guest for Qemu {
     fn connect(&self) -> Result<Connection> {
-        let stream = vsock::connect(CID, agent_proto::PORT).context("QEMU's guest")?;
+        let stream = vsock::connect(self.cid, agent_proto::PORT).context("QEMU's guest")?;
         Ok(Connection::greet(stream)?)
     }
 
@@ -43,7 +59,76 @@ impl Guest for Qemu {
     }
 }
 
-fn command(context: &Context, machine: &Machine) -> Command {
+/// A guest's state and RAM as QEMU migrated them into a file.
+pub(crate) struct QemuSnapshot<'a> {
+    context: &'a Context,
+    machine: Machine,
+    file: PathBuf,
+}
+
+impl<'a> QemuSnapshot<'a> {
+    /// Boots `machine`, waits for its agent, and migrates it into a file.
+    pub(crate) fn take(context: &'a Context, machine: &Machine) -> Result<Self> {
+        let snapshot = Self {
+            context,
+            machine: machine.clone(),
+            file: context.scratch("qemu.migration"),
+        };
+        let socket = context.scratch("qemu-base.qmp");
+        let mut command = command(context, machine, CID);
+        add_monitor(&mut command, &socket);
+        let base = Qemu::spawn(command, CID)?;
+        wait_for_agent(&base)?;
+        let mut monitor = Monitor::open(connect(&socket)?)?;
+        monitor.command("stop", json!({}))?;
+        monitor.prepare_migration()?;
+        let to = json!({ "uri": qmp::file(&snapshot.file) });
+        monitor.command("migrate", to)?;
+        monitor.migrated()?;
+        Ok(snapshot)
+    }
+
+    /// A machine that goes on from there, and the time from before its process was started until
+    /// its monitor said that it runs.
+    pub(crate) fn fork(&self, number: usize) -> Result<(Qemu, Duration)> {
+        let socket = self.context.scratch(&format!("qemu-{number}.qmp"));
+        let _ = fs::remove_file(&socket);
+        let cid = CID + 1 + number as u32;
+        let mut command = command(self.context, &self.machine, cid);
+        add_monitor(&mut command, &socket);
+        command.args(["-incoming", "defer"]);
+        let start = Instant::now();
+        let qemu = Qemu::spawn(command, cid)?;
+        let mut monitor = Monitor::open(connect(&socket)?)?;
+        monitor.prepare_migration()?;
+        let from = json!({ "uri": qmp::file(&self.file) });
+        monitor.command("migrate-incoming", from)?;
+        monitor.migrated()?;
+        // It was stopped when it was saved.
+        monitor.command("cont", json!({}))?;
+        Ok((qemu, start.elapsed()))
+    }
+}
+
+fn add_monitor(command: &mut Command, socket: &Path) {
+    let address = format!("unix:{},server=on,wait=off", socket.display());
+    command.args(["-qmp", &address]);
+}
+
+fn connect(socket: &Path) -> Result<UnixStream> {
+    let end = Instant::now() + MONITOR_LIMIT;
+    loop {
+        match UnixStream::connect(socket) {
+            Ok(stream) => return Ok(stream),
+            Err(error) if Instant::now() > end => {
+                return Err(error).context("QEMU has no monitor");
+            }
+            Err(_) => thread::sleep(LOOK),
+        }
+    }
+}
+
+fn command(context: &Context, machine: &Machine, cid: u32) -> Command {
     let mut command = context.qemu();
     let mut add = |text: &str| {
         command.args(text.split_whitespace());
@@ -53,9 +138,9 @@ fn command(context: &Context, machine: &Machine) -> Command {
     // known.
     add("-cpu host,-kvm-pv-eoi");
     add("-nodefaults -no-user-config -no-reboot -display none -serial stdio");
-    add(&format!("-m {MEMORY_MIB} -smp {}", machine.vcpus));
+    add(&format!("-m {} -smp {}", machine.memory_mib, machine.vcpus));
     if machine.standard_devices {
-        add(&format!("-device vhost-vsock-pci,guest-cid={CID}"));
+        add(&format!("-device vhost-vsock-pci,guest-cid={cid}"));
         add("-device virtio-balloon-pci,free-page-reporting=on -device virtio-rng-pci");
     }
     if let Some(disk) = &machine.disk {

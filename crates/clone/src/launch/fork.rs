@@ -301,8 +301,7 @@ fn adopt(
     let client = Client::new(vm.dir.control_socket()).with_timeout(ADOPTION_LIMIT);
     let adopted = client
         .adopt(name)
-        .map_err(|error| ApiError::internal(&error))
-        .and_then(|()| vm.dir.rename_config(name));
+        .map_err(|error| ApiError::internal(&error));
     match adopted {
         Ok(()) => Ok(Some(vm)),
         Err(error) => {

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::sync::{Arc, Mutex};
 
+use clone_api::control::StartStage;
 use clone_api::{ApiError, ErrorCode, VmConfig};
 use clone_memory::{GuestMemory, RamLayout};
 use clone_vmm::event_loop::EventLoop;
@@ -17,6 +18,7 @@ use super::lineage::Lineage;
 use super::open::{OpenOrigin, Resources};
 use super::prefetch::Needed;
 use super::snapshot::SnapshotDisk;
+use super::timeline::Timeline;
 use super::vm::{Observed, Vm, VmHandle};
 use super::{devices, prefetch};
 use crate::error::Result;
@@ -30,6 +32,7 @@ pub(super) fn assemble(
     extra_arguments: &[String],
     resources: Resources,
     events: &mut EventLoop,
+    mut timeline: Timeline,
 ) -> Result<Vm> {
     let internal = |error: std::io::Error| ApiError::internal(&error);
     let console_slot = events.reserve();
@@ -43,6 +46,7 @@ pub(super) fn assemble(
     events.attach(&console_slot, hub.clone());
 
     let guest = Guest::of(resources.origin, &resources.kvm, &config)?;
+    timeline.reach(StartStage::Mapped);
     let saved = guest.state().map(|state| state.devices.as_slice());
     let ram = guest.memory.ram().clone();
     let devices = devices::build(&config, resources.devices, &ram, saved, events)?;
@@ -68,7 +72,9 @@ pub(super) fn assemble(
             };
             boot(parts, kernel, &config, events)?
         }
-        Source::State(state, needed) => restore(parts, *state, needed.as_ref(), events)?,
+        Source::State(state, needed) => {
+            restore(parts, *state, needed.as_ref(), events, &mut timeline)?
+        }
     };
     let serial = machine.serial();
     let drained = serial.drained().map_err(internal)?;
@@ -88,7 +94,10 @@ pub(super) fn assemble(
         parent_layers: guest.disk_layers.get(index).copied().unwrap_or(0),
     });
     let disks = disks.collect();
-    let vm = Vm::new(machine, hub, guest.standby, guest.locks, events).map_err(internal)?;
+    timeline.watch(machine.entry_time());
+    let timeline = Arc::new(Mutex::new(timeline));
+    let vm = Vm::new(machine, hub, timeline, guest.standby, guest.locks, events);
+    let vm = vm.map_err(internal)?;
     let handle = VmHandle::new(
         &vm,
         dir,
@@ -200,10 +209,13 @@ fn restore(
     state: MachineState,
     needed: Option<&Needed>,
     events: &mut EventLoop,
+    timeline: &mut Timeline,
 ) -> Result<Machine> {
     let machine = Machine::restore(parts, state, events).map_err(told)?;
+    timeline.reach(StartStage::Built);
     if let Some(needed) = needed {
         machine.pre_fault(&needed.all()).map_err(told)?;
+        timeline.reach(StartStage::PreFaulted);
     }
     let mut generation = [0; 16];
     rustix::rand::getrandom(&mut generation, rustix::rand::GetRandomFlags::empty())

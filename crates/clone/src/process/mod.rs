@@ -17,6 +17,7 @@ pub mod prefetch;
 pub mod report;
 mod snapshot;
 pub mod start;
+mod timeline;
 mod vm;
 
 use std::io;
@@ -24,10 +25,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clone_api::ApiError;
+use clone_api::control::StartStage;
 use clone_vmm::event_loop::EventLoop;
 use clone_vmm::machine::Exit;
 use rustix::process::Signal;
 use start::Start;
+use timeline::Timeline;
 
 use crate::error::Result;
 use crate::jail::{self, JailSpec};
@@ -51,6 +54,8 @@ pub fn main(dir: PathBuf) -> ExitCode {
     let dir = VmDir::at(dir);
     // Until the report, the VM is its launcher's: should that end (Ctrl-C), so does this.
     let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
+    let mut timeline = Timeline::default();
+    timeline.reach(StartStage::Spawned);
     let start = match start::read(io::stdin().lock()) {
         Ok(Some(start)) => start,
         // The launcher is gone before it said what to run: there is nobody to tell.
@@ -61,7 +66,8 @@ pub fn main(dir: PathBuf) -> ExitCode {
         Ok(events) => events,
         Err(error) => return fail(ApiError::internal(&error)),
     };
-    let mut vm = match start_vm(&dir, start, &mut events) {
+    timeline.reach(StartStage::Described);
+    let mut vm = match start_vm(&dir, start, &mut events, timeline) {
         Ok(vm) => vm,
         Err(error) => return fail(error),
     };
@@ -83,12 +89,18 @@ pub fn main(dir: PathBuf) -> ExitCode {
     ExitCode::from(code)
 }
 
-fn start_vm(dir: &VmDir, start: Start, events: &mut EventLoop) -> Result<vm::Vm> {
+fn start_vm(
+    dir: &VmDir,
+    start: Start,
+    events: &mut EventLoop,
+    mut timeline: Timeline,
+) -> Result<vm::Vm> {
     // Its launcher's terminal and its Ctrl-C are not ours. It fails only for a group's leader,
     // which a process that was just started is only by its launcher's will.
     let _ = rustix::process::setsid();
     let extra: Vec<String> = kernel_arguments(&start);
     let (config, resources) = open::open(dir, start)?;
+    timeline.reach(StartStage::Opened);
     jail::enter(&JailSpec {
         name: config.name.clone(),
         runtime_dir: dir.path().to_owned(),
@@ -96,9 +108,11 @@ fn start_vm(dir: &VmDir, start: Start, events: &mut EventLoop) -> Result<vm::Vm>
         vcpus: config.vcpus,
     })
     .map_err(|error| ApiError::internal(&error))?;
-    let mut vm = assemble::assemble(dir, config, &extra, resources, events)?;
+    timeline.reach(StartStage::Jailed);
+    let mut vm = assemble::assemble(dir, config, &extra, resources, events, timeline)?;
     // Everything is made: from here on no thread needs more than its daily calls.
     jail::confine_event_loop().map_err(|error| ApiError::internal(&error))?;
+    vm.reach(StartStage::Ready);
     if !vm.is_standby() {
         vm.begin()?;
     }

@@ -11,7 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use clone_api::control::{
     BalloonStatus, ConsoleInfo, CpuStats, GuestPages, LayerPages, MemoryStats, SnapshotRequest,
-    TouchedPages, VmInfo, VmState, VmStats,
+    StartStage, TouchedPages, VmInfo, VmState, VmStats,
 };
 use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
 use clone_vmm::devices::balloon::Balloon;
@@ -27,6 +27,7 @@ use super::devices::{Handles, balloon_status};
 use super::lineage::Lineage;
 use super::prefetch;
 use super::snapshot::{self, SharedSubject, SnapshotDisk, Subject};
+use super::timeline::Timeline;
 use crate::runtime::VmDir;
 
 /// Locked for one call at a time by the event loop's thread, and by a snapshot's for as long as it
@@ -38,9 +39,13 @@ pub(super) fn locked(machine: &SharedMachine) -> MutexGuard<'_, Machine> {
     machine.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Locked for a moment each, by the event loop's thread alone: its two owners are both on it.
+type SharedTimeline = Arc<Mutex<Timeline>>;
+
 /// A VM in its event loop.
 pub(super) struct Vm {
     machine: SharedMachine,
+    timeline: SharedTimeline,
     hub: Arc<Mutex<ConsoleHub>>,
     exit: ExitSignal,
     standby: bool,
@@ -52,6 +57,7 @@ impl Vm {
     pub(super) fn new(
         machine: Machine,
         hub: Arc<Mutex<ConsoleHub>>,
+        timeline: SharedTimeline,
         standby: bool,
         locks: Vec<File>,
         events: &mut EventLoop,
@@ -61,6 +67,7 @@ impl Vm {
         events.reserve().add(&exit, 0, EventSet::IN)?;
         Ok(Self {
             machine: Arc::new(Mutex::new(machine)),
+            timeline,
             hub,
             exit,
             standby,
@@ -84,7 +91,14 @@ impl Vm {
 
     /// Lets the guest run its first instruction.
     pub(super) fn begin(&mut self) -> Result<(), ApiError> {
-        locked(&self.machine).resume().map_err(told)
+        locked(&self.machine).resume().map_err(told)?;
+        self.reach(StartStage::Resumed);
+        Ok(())
+    }
+
+    /// Notes a stage of its start.
+    pub(super) fn reach(&self, stage: StartStage) {
+        timeline(&self.timeline).reach(stage);
     }
 
     /// Serves the VM until it ends.
@@ -107,9 +121,14 @@ impl Vm {
     }
 }
 
+fn timeline(shared: &SharedTimeline) -> MutexGuard<'_, Timeline> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// What the control socket holds of the VM.
 pub(super) struct VmHandle {
     machine: SharedMachine,
+    timeline: SharedTimeline,
     exit: ExitSignal,
     config: VmConfig,
     console: ConsoleInfo,
@@ -137,6 +156,7 @@ impl VmHandle {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         Self {
             machine: Arc::clone(&vm.machine),
+            timeline: Arc::clone(&vm.timeline),
             exit: vm.exit.clone(),
             console: ConsoleInfo {
                 socket: dir.console_socket().display().to_string(),
@@ -230,6 +250,7 @@ impl VmControl for VmHandle {
             started_unix_ms: self.started_unix_ms,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             config: self.config.clone(),
+            timeline: timeline(&self.timeline).stages(),
         }
     }
 
@@ -349,12 +370,15 @@ impl VmControl for VmHandle {
                 format!("the VM `{}` is no standby", self.config.name),
             ));
         };
+        timeline(&self.timeline).reach(StartStage::Adopted);
         self.rename(name);
         // From now on it is nobody's but its own.
         let _ = rustix::process::set_parent_process_death_signal(None);
         let mut machine = locked(&self.machine);
         machine.set_time(&time).map_err(told)?;
-        machine.resume().map_err(told)
+        machine.resume().map_err(told)?;
+        timeline(&self.timeline).reach(StartStage::Resumed);
+        Ok(())
     }
 }
 

@@ -312,13 +312,6 @@ impl VmDir {
         self.path.join("config.json")
     }
 
-    /// Gives the kept description another name.
-    pub fn rename_config(&self, name: &str) -> Result<()> {
-        let mut config = self.config()?;
-        name.clone_into(&mut config.name);
-        write_json(&self.config_file(), &config)
-    }
-
     /// What snapshots and forks of the VM lie on.
     pub fn parent(&self) -> Result<Parent> {
         read_json(&self.path.join(PARENT))
@@ -342,14 +335,24 @@ impl VmDir {
         self.path.join("lock")
     }
 
-    /// The description of the VM.
+    /// The description of the VM, by the name that the directory has now: one that was adopted was
+    /// made under another.
     pub fn config(&self) -> Result<VmConfig> {
-        read_json(&self.config_file())
+        let config: VmConfig = read_json(&self.config_file())?;
+        Ok(VmConfig {
+            name: self.name(),
+            ..config
+        })
+    }
+
+    /// The process that the directory names, whether or not it lives.
+    fn process(&self) -> Result<Option<Process>> {
+        Process::read(&self.pid_file())
     }
 
     /// What the directory says about its VM now.
     pub fn status(&self) -> Result<Status> {
-        if let Some(process) = Process::read(&self.pid_file())?
+        if let Some(process) = self.process()?
             && process.is_alive()
         {
             return Ok(Status::Running(process));

@@ -47,31 +47,46 @@ impl Runtime {
     }
 
     /// Takes a standby of a template and gives its directory the name; `None` where there is none
-    /// left. Its process is still to be told.
+    /// left. Its process is still to be told, and may turn out to be dead.
+    ///
+    /// This is the beginning of every warm fork, so nothing is asked of the standbys but of the one
+    /// that is taken, and however many there are costs nothing.
     ///
     /// # Errors
     /// [`ErrorCode::Conflict`] where the name is taken.
     pub fn claim(&self, template_id: &str, name: &str) -> Result<Option<RunningVm>> {
         let target = self.dir(name);
-        for standby in self.standbys(template_id)? {
+        let prefix = format!("{PREFIX}{}-", short(template_id));
+        let list = |error| failed("list", &self.vms)(error);
+        for entry in fs::read_dir(&self.vms).map_err(list)? {
+            let standby = entry.map_err(list)?;
+            let of_template = standby
+                .file_name()
+                .as_encoded_bytes()
+                .starts_with(prefix.as_bytes());
+            // Reported ready.
+            if !of_template || !standby.path().join(super::PARENT).exists() {
+                continue;
+            }
             let renamed = renameat_with(
                 CWD,
-                standby.dir.path(),
+                standby.path(),
                 CWD,
                 target.path(),
                 RenameFlags::NOREPLACE,
             );
             match renamed {
                 Ok(()) => {
-                    return Ok(Some(RunningVm {
+                    let process = target.process()?;
+                    return Ok(process.map(|process| RunningVm {
                         dir: target,
-                        process: standby.process,
+                        process,
                     }));
                 }
                 // Somebody else was first.
                 Err(Errno::NOENT) => {}
                 Err(Errno::EXIST) => return Err(name_taken(name)),
-                Err(error) => return Err(failed("rename", standby.dir.path())(error.into())),
+                Err(error) => return Err(failed("rename", &standby.path())(error.into())),
             }
         }
         Ok(None)

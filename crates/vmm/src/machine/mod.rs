@@ -33,7 +33,7 @@ use crate::pci::virtio_pci::{SharedVirtioDevice, VirtioPci};
 use crate::pci::{
     ECAM_BASE, ECAM_SIZE, EcamWindow, MMIO32_BASE, MMIO32_SIZE, MmioWindow, PciBus, SLOT_COUNT,
 };
-use crate::vcpu::{Buses, StateFormat, Vcpu, VcpuContext, VcpuError};
+use crate::vcpu::{Buses, EntryTime, StateFormat, Vcpu, VcpuContext, VcpuError};
 use crate::virtio::DeviceError;
 
 /// The most CPUs that a machine may have.
@@ -141,6 +141,7 @@ pub struct Machine {
     serial: Arc<Serial>,
     power: Arc<PowerRegisters>,
     exit: ExitSignal,
+    entry_time: EntryTime,
     vm: Arc<VmFd>,
     memory: Arc<GuestMemory>,
     running: bool,
@@ -181,12 +182,14 @@ impl Machine {
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(MachineError::kvm("ask for the supported CPUID"))?;
+        let entry_time = EntryTime::default();
         let context = VcpuContext {
             vm: &vm,
             cpuid: &cpuid,
             count: parts.vcpus,
             buses,
             exit: exit.clone(),
+            entry_time: entry_time.clone(),
             format: Arc::new(format),
             confine: parts.confine_vcpu,
         };
@@ -201,6 +204,7 @@ impl Machine {
             serial,
             power,
             exit,
+            entry_time,
             vm,
             memory,
             running: false,
@@ -263,6 +267,11 @@ impl Machine {
     /// Readable once the machine has ended; anybody may end it.
     pub fn exit_signal(&self) -> ExitSignal {
         self.exit.clone()
+    }
+
+    /// When its guest first ran, here and not where it may have been saved.
+    pub fn entry_time(&self) -> EntryTime {
+        self.entry_time.clone()
     }
 
     /// Presses the power button: asks the guest to switch itself off.

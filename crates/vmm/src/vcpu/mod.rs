@@ -7,6 +7,7 @@
 //! that the state of a parked CPU is complete.
 
 mod cpuid;
+mod entry_time;
 mod pre_fault;
 mod registers;
 mod state;
@@ -21,6 +22,7 @@ use std::{io, thread};
 use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
+pub use self::entry_time::{EntryTime, monotonic_ns};
 pub use self::state::{StateFormat, VcpuState};
 use crate::boot::Entry;
 use crate::bus::Bus;
@@ -143,6 +145,8 @@ pub struct VcpuContext<'a> {
     pub buses: Arc<Buses>,
     /// Where the end of the machine is told.
     pub exit: ExitSignal,
+    /// Where the first entry into the guest is noted.
+    pub entry_time: EntryTime,
     /// How state is saved on this host.
     pub format: Arc<StateFormat>,
     /// Called first thing on the CPU's own thread, to confine it (seccomp). An error ends it.
@@ -180,6 +184,7 @@ impl Vcpu {
             shared: Arc::clone(&shared),
             fd,
             buses: Arc::clone(&context.buses),
+            entry_time: context.entry_time.clone(),
         };
         let confine = Arc::clone(&context.confine);
         let thread = thread::Builder::new()
@@ -310,6 +315,7 @@ struct Worker {
     shared: Arc<Shared>,
     fd: VcpuFd,
     buses: Arc<Buses>,
+    entry_time: EntryTime,
 }
 
 impl Worker {
@@ -377,6 +383,7 @@ impl Worker {
 
     /// Runs the guest until somebody asks to park, or it cannot go on.
     fn run(&mut self) {
+        self.entry_time.note();
         loop {
             match self.fd.run() {
                 Ok(VcpuExit::IoOut(port, data)) => self.buses.ports.write(u64::from(port), data),

@@ -97,8 +97,12 @@ impl ControlServer {
     fn accept(&mut self) {
         while let Ok((stream, _)) = self.listener.accept() {
             let index = self.free_slot();
-            if let Err(error) = self.welcome(index, stream) {
-                tracing::warn!(%error, "a client of the control socket could not be served");
+            match self.welcome(index, stream) {
+                // Its request is most often there already: a wait less on the way of a fork.
+                Ok(()) => self.serve(index, EventSet::IN),
+                Err(error) => {
+                    tracing::warn!(%error, "a client of the control socket could not be served");
+                }
             }
         }
     }

@@ -35,6 +35,7 @@ impl VmControl for Fake {
             started_unix_ms: 0,
             version: "0".into(),
             config: VmConfig::default(),
+            timeline: Vec::new(),
         }
     }
 

@@ -52,8 +52,9 @@ const QUEUES: u16 = 3;
 const EVENT_QUEUE: u16 = 2;
 
 /// How long a restored guest may take to hear that its connections are gone before hosts are let
-/// in all the same.
-const RESET_PATIENCE: Duration = Duration::from_secs(1);
+/// in all the same: its driver may be one that looks at no events. Long, because a driver that is
+/// only slow, on a busy host, takes the connections of those who were let in for old ones.
+const RESET_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What one device may use of the host.
 #[derive(Clone, Debug)]
@@ -112,7 +113,14 @@ enum Reset {
     /// The event waits for a buffer.
     Due,
     /// The event is under way: the driver moves on from this position when it has dealt with it.
-    Told(u16),
+    /// Hosts are let in before that only when it took too long.
+    Told { position: u16, overdue: bool },
+}
+
+impl Reset {
+    fn lets_hosts_in(self) -> bool {
+        matches!(self, Self::Done | Self::Told { overdue: true, .. })
+    }
 }
 
 /// The vsock device.
@@ -185,15 +193,23 @@ impl Vsock {
         if self.reset == Reset::Due
             && let Some(position) = queues.announce_reset()?
         {
-            self.reset = Reset::Told(position);
+            self.reset = Reset::Told {
+                position,
+                overdue: false,
+            };
         }
-        if let Reset::Told(position) = self.reset
+        if let Reset::Told { position, overdue } = self.reset
             && queues.passed(position)?
         {
+            if overdue {
+                // The driver has closed what was opened meanwhile, and sends nothing of that: the
+                // hosts would wait for ever.
+                self.mux.end_all();
+            }
             self.reset = Reset::Done;
         }
         self.mux
-            .listen(self.reset == Reset::Done)
+            .listen(self.reset.lets_hosts_in())
             .map_err(|source| host("watch its listener", source))
     }
 }
@@ -267,8 +283,8 @@ impl VirtioDevice for Vsock {
             TOKEN_LISTENER if self.paused => Ok(()),
             TOKEN_LISTENER => self.mux.accept(),
             TOKEN_TIMER => self.mux.timer_ready().map(|opened| {
-                if opened && matches!(self.reset, Reset::Told(_)) {
-                    self.reset = Reset::Done;
+                if let Reset::Told { overdue, .. } = &mut self.reset {
+                    *overdue |= opened;
                 }
             }),
             connection => {

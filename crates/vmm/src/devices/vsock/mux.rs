@@ -101,9 +101,7 @@ impl Mux {
     /// Ends every connection and forgets the loop.
     pub(super) fn stop(&mut self) -> io::Result<()> {
         let unlistened = self.listen(false);
-        for token in self.table.tokens() {
-            self.remove(token);
-        }
+        self.end_all();
         self.replies.clear();
         self.ready.clear();
         self.deadlines.clear();
@@ -112,6 +110,13 @@ impl Mux {
             events.remove(self.deadlines.timer())?;
         }
         unlistened
+    }
+
+    /// Ends every connection; their hosts see the end of the stream.
+    pub(super) fn end_all(&mut self) {
+        for token in self.table.tokens() {
+            self.remove(token);
+        }
     }
 
     /// Opens or closes the door for hosts; who comes meanwhile waits in the listener's backlog.

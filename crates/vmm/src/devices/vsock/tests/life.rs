@@ -114,11 +114,11 @@ fn hosts_wait_until_a_restored_guest_has_heard() {
 }
 
 #[test]
-fn a_driver_that_never_moves_on_keeps_hosts_out_for_a_moment_only() {
+fn a_late_driver_keeps_hosts_out_for_a_while_and_then_ends_who_was_let_in() {
     let mut parent = Guest::new();
     parent.connect(5);
     let mut clone = parent.restore();
-    let _host = clone.host(5);
+    let mut host = clone.host(5);
     let deadline = std::time::Instant::now() + 5 * RESET_PATIENCE;
     let request = loop {
         clone.rig.wait();
@@ -128,6 +128,13 @@ fn a_driver_that_never_moves_on_keeps_hosts_out_for_a_moment_only() {
         assert!(std::time::Instant::now() < deadline);
     };
     assert_eq!(request.op, op::REQUEST);
+    // It closes all that it has, and says nothing of it: the host must not wait for ever.
+    let (head, _) = clone.rig.queues[EVENT].take_used().unwrap();
+    let at = clone.rig.queues[EVENT].buffer_of(head);
+    clone.rig.queues[EVENT].offer(&[(at, 8, true)]);
+    clone.rig.kick(EVENT as u16);
+    assert!(is_closed(&mut host));
+    clone.connect(6);
 }
 
 #[test]

@@ -1,0 +1,85 @@
+//! Other VMMs' snapshots of the same guest, and the ratios to them.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+
+use super::{COMPARED, REST};
+use crate::context::Context;
+use crate::guests::{FirecrackerSnapshot, Guest, Machine, QemuSnapshot, exec};
+use crate::record::{Figure, Record};
+
+/// Goals that are set beside Firecracker only.
+const STANDBY_GOAL: &str = "at most 0.1";
+const STARTED_GOAL: &str = "at most 0.5";
+const REPLY_GOAL: &str = "at most 0.25";
+const MEMORY_GOAL: &str = "at most 0.5";
+
+pub(super) fn measure(
+    context: &Context,
+    machine: &Machine,
+    record: &mut Record,
+    count: usize,
+) -> Result<()> {
+    let qemu = QemuSnapshot::take(context, machine)?;
+    let fork = |number| qemu.fork(number).map(|(guest, time)| (guest, time));
+    series(record, "QEMU", count, fork)?;
+    ratios(record, "QEMU", |_| None)?;
+    drop(qemu);
+    if let Some(program) = context.peer("firecracker") {
+        let snapshot = FirecrackerSnapshot::take(context, program, machine)?;
+        series(record, "Firecracker", count, |number| snapshot.fork(number))?;
+        ratios(record, "Firecracker", Some)?;
+    }
+    Ok(())
+}
+
+/// One after the other, each with its first reply; then the memory of some that rest.
+fn series<G: Guest>(
+    record: &mut Record,
+    vmm: &str,
+    count: usize,
+    fork: impl Fn(usize) -> Result<(G, Duration)>,
+) -> Result<()> {
+    let (mut running, mut replies, mut kept) = (Vec::new(), Vec::new(), Vec::new());
+    for number in 0..count.max(COMPARED) {
+        let start = Instant::now();
+        let (guest, time) = fork(number)?;
+        exec(&guest, &["true"])?;
+        replies.push(start.elapsed());
+        running.push(time);
+        if kept.len() < COMPARED {
+            kept.push(guest);
+        }
+    }
+    record.add(Figure::ms(&format!("{vmm}: running"), &running));
+    record.add(Figure::ms(&format!("{vmm}: reply"), &replies));
+    std::thread::sleep(REST);
+    let pss: Result<Vec<f64>> = kept.iter().map(|guest| pss_mib(guest.pid())).collect();
+    record.add(Figure::new(&format!("{vmm}, idle: PSS"), "MiB", pss?));
+    Ok(())
+}
+
+fn ratios<'a>(
+    record: &mut Record,
+    vmm: &str,
+    goal: impl Fn(&'a str) -> Option<&'a str>,
+) -> Result<()> {
+    let (running, reply) = (format!("{vmm}: running"), format!("{vmm}: reply"));
+    record.ratio("standby: running", &running, goal(STANDBY_GOAL))?;
+    record.ratio("started: running", &running, goal(STARTED_GOAL))?;
+    record.ratio("standby: reply", &reply, goal(REPLY_GOAL))?;
+    record.ratio("started: reply", &reply, None)?;
+    let pss = format!("{vmm}, idle: PSS");
+    record.ratio("idle clone: PSS", &pss, goal(MEMORY_GOAL))
+}
+
+/// What a process is charged of memory, its share of what it shares included (proc_pid_smaps(5)).
+pub(super) fn pss_mib(pid: u32) -> Result<f64> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+    let kib = line.and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<f64>().ok());
+    Ok(kib.with_context(|| format!("{path} has no PSS"))? / 1024.0)
+}

@@ -1,0 +1,52 @@
+//! When a machine's guest first ran: the moment that the time of a start or a fork is measured to.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Shared by all CPUs of a machine; the first that enters the guest sets it, once.
+#[derive(Clone, Debug, Default)]
+pub struct EntryTime(Arc<AtomicU64>);
+
+impl EntryTime {
+    /// When the first CPU entered the guest, in nanoseconds of the host's `CLOCK_MONOTONIC`; none
+    /// before that.
+    pub fn monotonic_ns(&self) -> Option<u64> {
+        match self.0.load(Ordering::Relaxed) {
+            0 => None,
+            time => Some(time),
+        }
+    }
+
+    /// A CPU is about to enter. Costs one load when that was noted before.
+    pub(super) fn note(&self) {
+        if self.0.load(Ordering::Relaxed) == 0 {
+            // Where another CPU is first in this moment, its time is as good.
+            let _ =
+                self.0
+                    .compare_exchange(0, monotonic_ns(), Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Now, in nanoseconds of the host's `CLOCK_MONOTONIC`, which all processes share.
+pub fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_first_entry_is_noted() {
+        let entry = EntryTime::default();
+        assert_eq!(entry.monotonic_ns(), None);
+        let before = monotonic_ns();
+        entry.clone().note();
+        let noted = entry.monotonic_ns().unwrap();
+        assert!((before..=monotonic_ns()).contains(&noted));
+        entry.note();
+        assert_eq!(entry.monotonic_ns(), Some(noted));
+    }
+}
