@@ -57,15 +57,9 @@ impl Runtime {
     pub fn claim(&self, template_id: &str, name: &str) -> Result<Option<RunningVm>> {
         let target = self.dir(name);
         let prefix = format!("{PREFIX}{}-", short(template_id));
-        let list = |error| failed("list", &self.vms)(error);
-        for entry in fs::read_dir(&self.vms).map_err(list)? {
-            let standby = entry.map_err(list)?;
-            let of_template = standby
-                .file_name()
-                .as_encoded_bytes()
-                .starts_with(prefix.as_bytes());
+        for standby in self.hidden_dirs(&prefix)? {
             // Reported ready.
-            if !of_template || !standby.path().join(super::PARENT).exists() {
+            if !standby.path().join(super::PARENT).exists() {
                 continue;
             }
             let renamed = renameat_with(
@@ -86,7 +80,7 @@ impl Runtime {
                 // Somebody else was first.
                 Err(Errno::NOENT) => {}
                 Err(Errno::EXIST) => return Err(name_taken(name)),
-                Err(error) => return Err(failed("rename", &standby.path())(error.into())),
+                Err(error) => return Err(failed("rename", standby.path())(error.into())),
             }
         }
         Ok(None)
