@@ -4,7 +4,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use agent_proto::client::Connection;
@@ -12,14 +11,10 @@ use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
 use super::{
-    CMDLINE, Ended, GREETING_LIMIT, Guest, Machine, http, time_to_first_line, wait_for_agent,
+    CMDLINE, Ended, GREETING_LIMIT, Guest, Machine, connect_when_there, http, time_to_first_line,
+    wait_for_agent,
 };
 use crate::context::Context;
-
-/// How long its API's socket may take to be there.
-const SOCKET_LIMIT: Duration = Duration::from_secs(20);
-/// Between two looks for that socket; nothing tells when it is there.
-const LOOK: Duration = Duration::from_micros(500);
 
 /// A machine of Firecracker's.
 pub(crate) struct Firecracker {
@@ -95,10 +90,7 @@ impl FirecrackerSnapshot {
         let start = Instant::now();
         let process = self.command(&api).spawn();
         let process = Ended(process.context("cannot start Firecracker")?);
-        while std::os::unix::net::UnixStream::connect(&api).is_err() {
-            anyhow::ensure!(start.elapsed() < SOCKET_LIMIT, "Firecracker has no API");
-            thread::sleep(LOOK);
-        }
+        drop(connect_when_there(&api)?);
         let load = json!({
             "snapshot_path": self.path("state"),
             "mem_backend": { "backend_type": "File", "backend_path": self.path("memory") },

@@ -13,7 +13,8 @@ mod vsock;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
@@ -34,6 +35,10 @@ const FIRST_LINE: &str = "guest: user space";
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 /// How long an agent may take to greet once it is there.
 const GREETING_LIMIT: Duration = Duration::from_secs(60);
+/// How long another VMM's socket may take to be there.
+const SOCKET_LIMIT: Duration = Duration::from_secs(20);
+/// Between two looks for that; nothing tells when it is there.
+const LOOK: Duration = Duration::from_micros(500);
 const PROGRAM: &str = "/bin/bench-guest";
 
 /// What all VMMs are given.
@@ -92,6 +97,20 @@ pub(crate) trait Guest {
 
     /// The VMM's process.
     fn pid(&self) -> u32;
+}
+
+/// Connects to a socket that another VMM is about to make.
+pub(crate) fn connect_when_there(socket: &Path) -> Result<UnixStream> {
+    let end = Instant::now() + SOCKET_LIMIT;
+    loop {
+        match UnixStream::connect(socket) {
+            Ok(stream) => return Ok(stream),
+            Err(error) if Instant::now() > end => {
+                return Err(error).with_context(|| format!("nobody is at {}", socket.display()));
+            }
+            Err(_) => thread::sleep(LOOK),
+        }
+    }
 }
 
 /// Waits for the agent of a machine that boots.

@@ -2,10 +2,8 @@
 //! booted, and going on from a migration into a file (`mapped-ram`).
 
 use std::fs;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use agent_proto::client::Connection;
@@ -13,16 +11,13 @@ use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use super::qmp::{self, Monitor};
-use super::{CMDLINE, Ended, Guest, Machine, time_to_first_line, vsock, wait_for_agent};
+use super::{
+    CMDLINE, Ended, Guest, Machine, connect_when_there, time_to_first_line, vsock, wait_for_agent,
+};
 use crate::context::Context;
 
 /// The guest's vsock address; ours have one each behind their own socket.
 const CID: u32 = 77;
-
-/// How long its monitor may take to be there.
-const MONITOR_LIMIT: Duration = Duration::from_secs(20);
-/// Between two looks for that; nothing tells when it is there.
-const LOOK: Duration = Duration::from_micros(500);
 
 /// A machine of QEMU's.
 pub(crate) struct Qemu {
@@ -79,7 +74,7 @@ impl<'a> QemuSnapshot<'a> {
         add_monitor(&mut command, &socket);
         let base = Qemu::spawn(command, CID)?;
         wait_for_agent(&base)?;
-        let mut monitor = Monitor::open(connect(&socket)?)?;
+        let mut monitor = Monitor::open(connect_when_there(&socket)?)?;
         monitor.command("stop", json!({}))?;
         monitor.prepare_migration()?;
         let to = json!({ "uri": qmp::file(&snapshot.file) });
@@ -99,7 +94,7 @@ impl<'a> QemuSnapshot<'a> {
         command.args(["-incoming", "defer"]);
         let start = Instant::now();
         let qemu = Qemu::spawn(command, cid)?;
-        let mut monitor = Monitor::open(connect(&socket)?)?;
+        let mut monitor = Monitor::open(connect_when_there(&socket)?)?;
         monitor.prepare_migration()?;
         let from = json!({ "uri": qmp::file(&self.file) });
         monitor.command("migrate-incoming", from)?;
@@ -113,19 +108,6 @@ impl<'a> QemuSnapshot<'a> {
 fn add_monitor(command: &mut Command, socket: &Path) {
     let address = format!("unix:{},server=on,wait=off", socket.display());
     command.args(["-qmp", &address]);
-}
-
-fn connect(socket: &Path) -> Result<UnixStream> {
-    let end = Instant::now() + MONITOR_LIMIT;
-    loop {
-        match UnixStream::connect(socket) {
-            Ok(stream) => return Ok(stream),
-            Err(error) if Instant::now() > end => {
-                return Err(error).context("QEMU has no monitor");
-            }
-            Err(_) => thread::sleep(LOOK),
-        }
-    }
 }
 
 fn command(context: &Context, machine: &Machine, cid: u32) -> Command {
