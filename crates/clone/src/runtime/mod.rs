@@ -312,10 +312,10 @@ impl VmDir {
         self.path.join("config.json")
     }
 
-    /// Gives the kept description another name.
-    pub fn rename_config(&self, name: &str) -> Result<()> {
+    /// Changes the kept description.
+    pub fn change_config(&self, change: impl FnOnce(&mut VmConfig)) -> Result<()> {
         let mut config = self.config()?;
-        name.clone_into(&mut config.name);
+        change(&mut config);
         write_json(&self.config_file(), &config)
     }
 
