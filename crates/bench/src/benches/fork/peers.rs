@@ -23,8 +23,7 @@ pub(super) fn measure(
     count: usize,
 ) -> Result<()> {
     let qemu = QemuSnapshot::take(context, machine)?;
-    let fork = |number| qemu.fork(number).map(|(guest, time)| (guest, time));
-    series(record, "QEMU", count, fork)?;
+    series(record, "QEMU", count, |number| qemu.fork(number))?;
     ratios(record, "QEMU", |_| None)?;
     drop(qemu);
     if let Some(program) = context.peer("firecracker") {
