@@ -197,11 +197,11 @@ impl Page {
         }
         for block in self.blocks.iter().filter(|it| !it.is_skipped()) {
             lines[block.line - 1] = format!("__begin {}", block.line);
-            for number in block.line..block.line + block.len {
-                let line = &self.lines[number];
+            let body = block.line..block.line + block.len;
+            for (slot, line) in lines[body.clone()].iter_mut().zip(&self.lines[body]) {
                 let line = line.replace("ARMY_KEY=…", "ARMY_KEY=$(cat \"$__dir/key\")");
                 let line = line.replace("--token …", "--token \"$(cat \"$__dir/last\")\"");
-                lines[number] = match block.how {
+                *slot = match block.how {
                     How::Serve => format!("__serve {line}"),
                     _ => line,
                 };
