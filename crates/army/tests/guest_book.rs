@@ -3,7 +3,7 @@
 //!
 //! All pages are run where nothing of this machine is touched and nothing stays: by root, with
 //! mounts, networks and processes of their own, which the kernel ends with the test.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod book;
 
