@@ -35,6 +35,8 @@ const TEST_PROGRAMS: &[(&str, &str, &str)] = &[
         "checks our qcow2 images against QEMU's",
     ),
     ("chromium", "chromium", "looks at the dashboard"),
+    ("curl", "curl", "asks Army's API as the book shows it"),
+    ("python3", "python3", "runs the examples"),
     ("chromedriver", "chromium-driver", "clicks on it"),
 ];
 

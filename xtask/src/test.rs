@@ -28,8 +28,9 @@ const ASSETS_VARIABLE: &str = "CLONE_TEST_ASSETS";
 const PACKAGE_VARIABLE: &str = "CLONE_TEST_PACKAGE";
 const GUEST_TESTS: &str = "binary(/^guest/)";
 /// Binaries that take long, longest first: they are started first, so that none is waited for alone.
-const LONG: [&str; 6] = [
+const LONG: [&str; 7] = [
     "guest_cluster",
+    "guest_book",
     "guest_fork_debian",
     "guest_army",
     "guest_dashboard",

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use crate::frame::{self, Decoder, FrameError};
 use crate::messages::{
-    Acknowledge, Attach, CommandInfo, Empty, Exec, Exited, FileInfo, FromAgent, FromHost, Get,
-    Hello, Identity, Info, Put, Request, Shutdown, Started, Stream, TerminalSize, from_agent,
+    Acknowledge, Attach, CommandInfo, Connect, Empty, Exec, Exited, FileInfo, FromAgent, FromHost,
+    Get, Hello, Identity, Info, Put, Request, Shutdown, Started, Stream, TerminalSize, from_agent,
     from_host, request::Operation,
 };
 use crate::{CHUNK, INPUT_WINDOW, OUTPUT_WINDOW, PORT};
@@ -68,6 +68,8 @@ pub struct Connection {
 /// The way to the agent, shared by whoever sends: messages must not be mixed.
 struct Out {
     stream: Mutex<UnixStream>,
+    /// The same, for who ends it while somebody waits to send.
+    end: UnixStream,
     credit: Mutex<Credit>,
     /// Notified when `credit` changed.
     credit_changed: Condvar,
@@ -82,6 +84,11 @@ struct Credit {
 }
 
 impl Out {
+    fn disconnect(&self) {
+        // Not connected any more is what was asked for.
+        let _ = self.end.shutdown(SocketEnd::Both);
+    }
+
     fn send(&self, kind: from_host::Kind) -> Result<()> {
         let mut bytes = Vec::new();
         frame::encode(&FromHost { kind: Some(kind) }, &mut bytes)?;
@@ -156,6 +163,7 @@ impl Connection {
     pub fn greet(stream: UnixStream) -> Result<Self> {
         let out = Out {
             stream: Mutex::new(stream.try_clone().map_err(ClientError::Lost)?),
+            end: stream.try_clone().map_err(ClientError::Lost)?,
             credit: Mutex::default(),
             credit_changed: Condvar::new(),
         };
@@ -341,6 +349,26 @@ impl Connection {
         }
     }
 
+    /// Connects to a TCP port on the guest's loopback: both ways of the connection, each for a thread
+    /// of its own.
+    pub fn connect(mut self, port: u16) -> Result<(TunnelOut, TunnelIn)> {
+        self.request(Operation::Connect(Connect { port: port.into() }))?;
+        match self.receive()? {
+            from_agent::Kind::Connected(_) => {}
+            _ => return Err(ClientError::OutOfTurn),
+        }
+        // The limit was for the connecting.
+        self.deadline = None;
+        self.stream
+            .set_read_timeout(None)
+            .and_then(|()| self.stream.set_write_timeout(None))
+            .map_err(ClientError::Lost)?;
+        let into = TunnelIn {
+            out: Arc::clone(&self.out),
+        };
+        Ok((TunnelOut { connection: self }, into))
+    }
+
     /// Runs a command.
     pub fn exec(mut self, exec: Exec) -> Result<Running> {
         self.request(Operation::Exec(exec))?;
@@ -497,6 +525,47 @@ impl Drop for Running {
     }
 }
 
+/// What comes out of a connection in the guest.
+pub struct TunnelOut {
+    connection: Connection,
+}
+
+impl TunnelOut {
+    /// The next bytes; none at their end. The other way goes on then.
+    pub fn read(&mut self) -> Result<Option<Vec<u8>>> {
+        match self.connection.receive()? {
+            from_agent::Kind::Data(data) => Ok(Some(data)),
+            from_agent::Kind::Done(_) => Ok(None),
+            _ => Err(ClientError::OutOfTurn),
+        }
+    }
+}
+
+/// The way into a connection in the guest.
+#[derive(Clone)]
+pub struct TunnelIn {
+    out: Arc<Out>,
+}
+
+impl TunnelIn {
+    /// Sends bytes; waits while nobody takes them.
+    pub fn write(&self, bytes: &[u8]) -> Result<()> {
+        bytes
+            .chunks(CHUNK)
+            .try_for_each(|chunk| self.out.send(from_host::Kind::Data(chunk.to_vec())))
+    }
+
+    /// The end of what is sent.
+    pub fn end(&self) -> Result<()> {
+        self.out.send(from_host::Kind::DataEnd(Empty {}))
+    }
+
+    /// Drops the connection, from any thread; whoever reads or writes gets an error.
+    pub fn disconnect(&self) {
+        self.out.disconnect();
+    }
+}
+
 /// The way into a running command. Input is taken only while somebody waits for the command's
 /// events.
 #[derive(Clone)]
@@ -530,13 +599,7 @@ impl Input {
 
     /// Drops the connection, from any thread; [`Running::next_event`] ends with an error.
     pub fn disconnect(&self) {
-        let stream = self
-            .out
-            .stream
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        // Not connected any more is what was asked for.
-        let _ = stream.shutdown(SocketEnd::Both);
+        self.out.disconnect();
     }
 }
 

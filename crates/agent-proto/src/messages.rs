@@ -38,10 +38,10 @@ pub mod from_host {
         /// How much of a command's output has safely arrived.
         #[prost(message, tag = "6")]
         Acknowledge(Acknowledge),
-        /// A piece of a file that is being put.
+        /// A piece of a file that is being put, or of what goes into a connection.
         #[prost(bytes, tag = "7")]
         Data(Vec<u8>),
-        /// The end of a file that is being put.
+        /// The end of a file that is being put, or of what goes into a connection.
         #[prost(message, tag = "8")]
         DataEnd(Empty),
     }
@@ -51,7 +51,10 @@ pub mod from_host {
 #[derive(Clone, PartialEq, Message)]
 pub struct FromAgent {
     /// What it is; absent where a newer agent sent something this side does not know.
-    #[prost(oneof = "from_agent::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    #[prost(
+        oneof = "from_agent::Kind",
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12"
+    )]
     pub kind: Option<from_agent::Kind>,
 }
 
@@ -77,7 +80,8 @@ pub mod from_agent {
         /// The request failed.
         #[prost(message, tag = "5")]
         Error(Error),
-        /// The request was carried out, and there is no more to say.
+        /// The request was carried out, and there is no more to say; the end of what comes out of a
+        /// connection.
         #[prost(message, tag = "6")]
         Done(Empty),
         /// About the guest.
@@ -86,7 +90,7 @@ pub mod from_agent {
         /// About a file that follows.
         #[prost(message, tag = "8")]
         File(FileInfo),
-        /// A piece of a file.
+        /// A piece of a file, or of what comes out of a connection.
         #[prost(bytes, tag = "9")]
         Data(Vec<u8>),
         /// The commands that the agent knows.
@@ -95,6 +99,9 @@ pub mod from_agent {
         /// How many bytes of input the command has taken since its start.
         #[prost(uint64, tag = "11")]
         InputTaken(u64),
+        /// A connection within the guest is there.
+        #[prost(message, tag = "12")]
+        Connected(Empty),
     }
 }
 
@@ -102,7 +109,7 @@ pub mod from_agent {
 #[derive(Clone, PartialEq, Message)]
 pub struct Request {
     /// The operation; absent where a newer host asks for one that this agent does not know.
-    #[prost(oneof = "request::Operation", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "request::Operation", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub operation: Option<request::Operation>,
 }
 
@@ -140,6 +147,10 @@ pub mod request {
         /// Which commands there are: `Commands`.
         #[prost(message, tag = "9")]
         ListCommands(Empty),
+        /// Connect to a port in the guest: `Connected`, then both sides send `Data`… as it comes,
+        /// each until its end, which the host calls `DataEnd` and the agent `Done`.
+        #[prost(message, tag = "10")]
+        Connect(Connect),
     }
 }
 
@@ -413,6 +424,14 @@ pub struct Interface {
     pub gateway: String,
 }
 
+/// A connection to somebody in the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Connect {
+    /// The TCP port, on the guest's loopback.
+    #[prost(uint32, tag = "1")]
+    pub port: u32,
+}
+
 /// Ends the guest.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct Shutdown {
@@ -483,6 +502,21 @@ mod tests {
     #[test]
     fn an_exec_request_is_encoded_as_in_the_first_release() {
         assert_eq!(hex(&request().encode_to_vec()), GOLDEN_EXEC);
+    }
+
+    #[test]
+    fn a_connect_request_is_encoded_as_in_its_first_release() {
+        let request = Request {
+            operation: Some(request::Operation::Connect(Connect { port: 8080 })),
+        };
+        let message = FromHost {
+            kind: Some(from_host::Kind::Request(request)),
+        };
+        assert_eq!(hex(&message.encode_to_vec()), "0a05520308903f");
+        let answer = FromAgent {
+            kind: Some(from_agent::Kind::Connected(Empty {})),
+        };
+        assert_eq!(hex(&answer.encode_to_vec()), "6200");
     }
 
     #[test]

@@ -11,6 +11,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod boot_network;
+mod connect;
 mod exec;
 mod files;
 mod heap;

@@ -13,12 +13,12 @@ use agent_proto::messages::{
 };
 
 use crate::exec::Commands;
-use crate::{exec, files, heap, identity, info, power};
+use crate::{connect, exec, files, heap, identity, info, power};
 
 /// Stacks of session threads: buffers are on the heap.
 pub(crate) const STACK_BYTES: usize = 64 << 10;
 /// The tags of `Request.operation` that are served here.
-const OPERATIONS: [u32; 9] = [1, 2, 3, 4, 5, 6, 7, 8, 9];
+const OPERATIONS: [u32; 10] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10];
 
 /// What all sessions share.
 pub(crate) struct Agent {
@@ -207,5 +207,6 @@ fn converse(agent: &Arc<Agent>, mut inbox: Inbox, outbox: &Outbox) -> Result<(),
         Operation::ListCommands(_) => {
             outbox.send(from_agent::Kind::Commands(agent.commands.list()))
         }
+        Operation::Connect(request) => connect::serve(&request, inbox, outbox),
     }
 }

@@ -581,3 +581,74 @@ fn the_guest_tells_about_itself() {
     assert!(info.memory_total > info.memory_available && info.uptime_ms > 0);
     assert!(!info.kernel.is_empty() && info.clock_ns > 0);
 }
+
+/// A server on the loopback, which is the agent's, too: sends back what it gets, and `end` when its
+/// client has ended.
+fn echo_server() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            thread::spawn(move || {
+                let mut back = stream.try_clone().unwrap();
+                std::io::copy(&mut stream, &mut back).unwrap();
+                back.write_all(b"end").unwrap();
+            });
+        }
+    });
+    port
+}
+
+#[test]
+fn a_connection_to_a_port_carries_bytes_both_ways_and_each_end_by_itself() {
+    let agent = Agent::start();
+    let port = echo_server();
+    let (mut out, into) = agent.connect().connect(port).unwrap();
+    let sent: Vec<u8> = (0..3_000_000_u32).map(|n| (n / 7) as u8).collect();
+    let writer = thread::spawn({
+        let sent = sent.clone();
+        move || {
+            into.write(&sent).unwrap();
+            into.end().unwrap();
+            into
+        }
+    });
+    let mut came = Vec::new();
+    while let Some(bytes) = out.read().unwrap() {
+        came.extend(bytes);
+    }
+    let into = writer.join().unwrap();
+    assert_eq!(came.len(), sent.len() + 3);
+    assert!(came.starts_with(&sent) && came.ends_with(b"end"));
+    // Who hangs up ends it for all.
+    into.disconnect();
+    assert!(out.read().is_err());
+}
+
+#[test]
+fn a_server_learns_that_its_client_went() {
+    let agent = Agent::start();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let (out, into) = agent.connect().connect(port).unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    into.write(b"hello").unwrap();
+    let mut text = [0; 5];
+    server.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"hello");
+    drop((out, into));
+    assert_eq!(server.read(&mut text).unwrap(), 0);
+}
+
+#[test]
+fn nobody_at_a_port_is_told_apart_from_a_port_that_is_none() {
+    let agent = Agent::start();
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = free.local_addr().unwrap().port();
+    drop(free);
+    let (code, message) = refusal(agent.connect().connect(port));
+    assert_eq!(code, ErrorCode::NotFound);
+    assert!(message.contains(&port.to_string()), "{message}");
+    assert_eq!(refusal(agent.connect().connect(0)).0, ErrorCode::Invalid);
+}

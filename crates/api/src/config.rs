@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::{Bytes, MacAddr};
+use crate::units::{Bytes, Ipv4Network, MacAddr};
 
 /// A virtual machine as its owner describes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -191,10 +191,37 @@ pub struct NetConfig {
     pub vhost: Vhost,
     /// Whether the guest may reach others on the same bridge that may do so too.
     pub neighbours: bool,
+    /// Whom the guest may send to. Forks of it are held to the same.
+    #[serde(skip_serializing_if = "Egress::is_full")]
+    pub egress: Egress,
     /// How fast packets may go, each direction by itself. With a limit they go through the VM's
     /// process.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limit: Option<RateLimit>,
+}
+
+/// Whom a guest may send to, over an interface whose tap is ours.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum Egress {
+    /// Everybody.
+    #[default]
+    Full,
+    /// Nobody: only ARP leaves the guest. What the host's agent connection carries is not held.
+    None,
+    /// IPv4 addresses in these networks and nobody else, name servers among it.
+    Allow(Vec<Ipv4Network>),
+}
+
+impl Egress {
+    /// The most networks that can be allowed.
+    pub const MAX_NETWORKS: usize = 64;
+
+    /// Whether nothing is held back.
+    pub fn is_full(&self) -> bool {
+        *self == Self::Full
+    }
 }
 
 /// What a network interface is connected to.
@@ -356,6 +383,23 @@ mod tests {
             let error = toml::from_str::<VmConfig>(text).unwrap_err().to_string();
             assert!(error.contains("unknown field"), "{error}");
         }
+    }
+
+    #[test]
+    fn an_interface_that_holds_nothing_back_is_written_as_ever() {
+        let text = |egress| {
+            let net = NetConfig {
+                egress,
+                ..NetConfig::default()
+            };
+            let text = serde_json::to_string(&net).unwrap();
+            assert_eq!(serde_json::from_str::<NetConfig>(&text).unwrap(), net);
+            text
+        };
+        assert!(!text(Egress::Full).contains("egress"));
+        assert!(text(Egress::None).contains(r#""egress":"none""#));
+        let allowed = Egress::Allow(vec!["10.0.0.0/8".parse().unwrap()]);
+        assert!(text(allowed).contains(r#""egress":{"allow":["10.0.0.0/8"]}"#));
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub use client::{Client, ClientError};
 pub use config::VmConfig;
 pub use control::{ApiError, ErrorCode};
 pub use routes::{Method, Operation, Route};
-pub use units::{Bytes, MacAddr};
+pub use units::{Bytes, Ipv4Network, MacAddr};
 
 /// The OpenAPI 3.1 document of the control socket, as served at `/openapi.json`.
 pub const OPENAPI: &str = include_str!("../openapi.json");

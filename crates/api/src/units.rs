@@ -1,6 +1,7 @@
 //! Sizes and addresses as people write them.
 
 use std::fmt;
+use std::net::Ipv4Addr;
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
@@ -40,6 +41,11 @@ pub enum UnitError {
     /// Not a MAC address.
     #[error("`{0}` is not a MAC address: write six hexadecimal pairs, as in 02:c1:00:00:00:01")]
     Mac(String),
+    /// Not a network.
+    #[error(
+        "`{0}` is not an IPv4 network: write its first address and the bits that all have in common, as in 10.0.0.0/8"
+    )]
+    Network(String),
 }
 
 impl FromStr for Bytes {
@@ -177,13 +183,83 @@ impl<'de> Deserialize<'de> for MacAddr {
     }
 }
 
+/// Addresses that begin alike: an IPv4 network, written as `10.0.0.0/8`; one address alone is `/32`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ipv4Network {
+    address: Ipv4Addr,
+    prefix: u8,
+}
+
+impl Ipv4Network {
+    /// Its first address.
+    pub fn address(self) -> Ipv4Addr {
+        self.address
+    }
+
+    /// How many bits its addresses have in common, 0 to 32.
+    pub fn prefix(self) -> u8 {
+        self.prefix
+    }
+
+    /// Whether all of `other` is in it. Two networks have all of one in common or nothing.
+    pub fn contains(self, other: Self) -> bool {
+        self.prefix <= other.prefix
+            && (self.address.to_bits() ^ other.address.to_bits()) & mask(self.prefix) == 0
+    }
+}
+
+fn mask(prefix: u8) -> u32 {
+    u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0)
+}
+
+impl FromStr for Ipv4Network {
+    type Err = UnitError;
+
+    fn from_str(text: &str) -> Result<Self, UnitError> {
+        let wrong = || UnitError::Network(text.to_owned());
+        let (address, prefix) = match text.split_once('/') {
+            Some((address, prefix)) if prefix.bytes().all(|c| c.is_ascii_digit()) => {
+                (address, prefix.parse().map_err(|_| wrong())?)
+            }
+            Some(_) => return Err(wrong()),
+            None => (text, 32),
+        };
+        let address: Ipv4Addr = address.parse().map_err(|_| wrong())?;
+        // `10.0.0.1/8` may be meant as one or the other.
+        if prefix > 32 || address.to_bits() & !mask(prefix) != 0 {
+            return Err(wrong());
+        }
+        Ok(Self { address, prefix })
+    }
+}
+
+impl fmt::Display for Ipv4Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.prefix)
+    }
+}
+
+impl Serialize for Ipv4Network {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Ipv4Network {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(de::Error::custom)
+    }
+}
+
 #[cfg(test)]
 mod schema {
     use std::borrow::Cow;
 
     use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 
-    use super::{Bytes, MacAddr};
+    use super::{Bytes, Ipv4Network, MacAddr};
 
     impl JsonSchema for Bytes {
         fn schema_name() -> Cow<'static, str> {
@@ -197,6 +273,20 @@ mod schema {
                     { "type": "integer", "format": "uint64", "minimum": 0 },
                     { "type": "string", "pattern": "^[0-9]+([KMGTkmgt]([Ii]?[Bb])?|[Bb])?$" }
                 ]
+            })
+        }
+    }
+
+    impl JsonSchema for Ipv4Network {
+        fn schema_name() -> Cow<'static, str> {
+            "Ipv4Network".into()
+        }
+
+        fn json_schema(_: &mut SchemaGenerator) -> Schema {
+            json_schema!({
+                "description": "An IPv4 network; one address alone has 32 bits.",
+                "type": "string",
+                "pattern": "^[0-9]{1,3}(\\.[0-9]{1,3}){3}(/[0-9]{1,2})?$"
             })
         }
     }
@@ -266,6 +356,27 @@ mod tests {
         }
     }
 
+    #[test]
+    fn networks_are_read_as_they_are_meant_or_not_at_all() {
+        let network = |text: &str| text.parse::<Ipv4Network>();
+        assert_eq!(network("10.1.2.3").unwrap().to_string(), "10.1.2.3/32");
+        for wrong in [
+            "",
+            "10.0.0.1/8",
+            "10.0.0.0/33",
+            "10.0.0.0/",
+            "10.0.0.0/+8",
+            "10.0.0/8",
+            "::/0",
+        ] {
+            assert!(network(wrong).is_err(), "{wrong}");
+        }
+        let [all, ten, one] =
+            ["0.0.0.0/0", "10.0.0.0/8", "10.1.2.3"].map(|it| network(it).unwrap());
+        assert!(all.contains(ten) && ten.contains(one) && one.contains(one));
+        assert!(!one.contains(ten) && !network("11.0.0.0/8").unwrap().contains(one));
+    }
+
     proptest! {
         #[test]
         fn a_printed_size_reads_back_the_same(bytes: u64, shift in 0_u32..50) {
@@ -280,8 +391,16 @@ mod tests {
         }
 
         #[test]
+        fn a_printed_network_reads_back_the_same(address: u32, prefix in 0_u8..=32) {
+            let address = Ipv4Addr::from_bits(address & mask(prefix));
+            let network = Ipv4Network { address, prefix };
+            prop_assert_eq!(network.to_string().parse::<Ipv4Network>().unwrap(), network);
+        }
+
+        #[test]
         fn no_text_makes_the_size_parser_panic(text in ".*") {
             let _ = text.parse::<Bytes>();
+            let _ = text.parse::<Ipv4Network>();
             let _ = text.parse::<MacAddr>();
         }
     }

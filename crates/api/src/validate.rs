@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use crate::config::{DiskConfig, NetConfig, NetMode, Overlay, RateLimit, Vhost, VmConfig};
+use crate::config::{DiskConfig, Egress, NetConfig, NetMode, Overlay, RateLimit, Vhost, VmConfig};
 use crate::units::Bytes;
 
 /// The most vCPUs of a VM.
@@ -219,6 +219,16 @@ fn one_net(field: &str, net: &NetConfig, problems: &mut Problems) {
         net.rate_limit.is_none() || net.vhost != Vhost::On,
         format!("{field}.vhost"),
         "the host's kernel knows no limits: leave out vhost or rate_limit",
+    );
+    problems.check(
+        net.egress.is_full() || net.mode != NetMode::Tap,
+        format!("{field}.egress"),
+        "a tap of yours is yours to guard: leave out egress, or use another mode",
+    );
+    problems.check(
+        !matches!(&net.egress, Egress::Allow(networks) if networks.len() > Egress::MAX_NETWORKS),
+        format!("{field}.egress"),
+        format!("allows more than {} networks", Egress::MAX_NETWORKS),
     );
     rate_limit(field, net.rate_limit.as_ref(), problems);
 }

@@ -40,6 +40,12 @@ pub enum ClientError {
         /// What is missing.
         cause: String,
     },
+    /// What servers were to be checked with is no certificate.
+    #[error("there is no certificate to check the server with: {cause}")]
+    NoCertificate {
+        /// Why.
+        cause: String,
+    },
 }
 
 /// A server, and the key that it is asked with.
@@ -58,11 +64,40 @@ impl Client {
     /// [`ClientError::Untrusting`], if `url` begins with `https:` and this system has no
     /// certificates.
     pub fn new(url: impl Into<String>, key: impl Into<String>) -> Result<Self, ClientError> {
+        Self::checking(url.into(), key.into(), None)
+    }
+
+    /// The same, which believes only servers whose certificate leads to one in `pem`.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError::NoCertificate`] where there is none in it.
+    pub fn believing(
+        url: impl Into<String>,
+        key: impl Into<String>,
+        pem: &[u8],
+    ) -> Result<Self, ClientError> {
+        let unusable = |cause: String| ClientError::NoCertificate { cause };
+        let certificates = reqwest::Certificate::from_pem_bundle(pem)
+            .map_err(|error| unusable(last_cause(&error)))?;
+        if certificates.is_empty() {
+            return Err(unusable("there is none".to_owned()));
+        }
+        Self::checking(url.into(), key.into(), Some(certificates))
+    }
+
+    fn checking(
+        url: String,
+        key: String,
+        certificates: Option<Vec<reqwest::Certificate>>,
+    ) -> Result<Self, ClientError> {
         // Whoever installed one before has our thanks.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let url = url.into().trim_end_matches('/').to_owned();
+        let url = url.trim_end_matches('/').to_owned();
         let mut http = reqwest::Client::builder();
-        if !url.starts_with("https:") {
+        if let Some(certificates) = certificates {
+            http = http.tls_certs_only(certificates);
+        } else if !url.starts_with("https:") {
             // A small system has none, and needs none.
             http = http.tls_certs_only([]);
         }
@@ -70,11 +105,7 @@ impl Client {
             url: url.clone(),
             cause: last_cause(&error),
         })?;
-        Ok(Self {
-            http,
-            url,
-            key: key.into(),
-        })
+        Ok(Self { http, url, key })
     }
 
     /// Where the server is.
@@ -199,6 +230,31 @@ impl Client {
                 }
             },
         ))
+    }
+
+    /// Asks for a WebSocket with a key that the caller drew: the answer is the one that switches,
+    /// and what it upgrades to speaks the protocol.
+    ///
+    /// # Errors
+    /// As of any request; [`ClientError::Garbled`] where the server does not switch.
+    pub async fn web_socket(
+        &self,
+        path: &str,
+        query: &impl Serialize,
+        key: &str,
+    ) -> Result<Response, ClientError> {
+        let request = self
+            .request(Method::GET, path)
+            .query(query)
+            .header("connection", "upgrade")
+            .header("upgrade", "websocket")
+            .header("sec-websocket-version", "13")
+            .header("sec-websocket-key", key);
+        let answer = self.answer(request).await?;
+        match answer.status() {
+            StatusCode::SWITCHING_PROTOCOLS => Ok(answer),
+            status => Err(self.garbled(&format!("status {status} instead of a WebSocket"))),
+        }
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {

@@ -171,6 +171,15 @@ pub enum TerminalMessage {
     },
 }
 
+/// What either side sends over a port's WebSocket as text; the connection's bytes are binary
+/// messages. The server closes when both sides have ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum PortMessage {
+    /// There is no more from this side; the other one may go on.
+    End,
+}
+
 /// A file in a guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]

@@ -37,6 +37,32 @@ pub struct CreateVms {
     /// What is done to one that nobody uses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub idle: Option<IdlePolicy>,
+    /// What their network lets them do; as their template's VM where nothing is given, which is
+    /// everything unless that was held back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkPolicy>,
+}
+
+/// What a VM's network lets it do. Its host sees to it; forks of the VM are held to the same.
+/// Commands, files and ports go another way, and are not held.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkPolicy {
+    /// Whom the guest may send to.
+    pub egress: Egress,
+}
+
+/// Whom a guest may send to.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Egress {
+    /// Everybody.
+    Full,
+    /// Nobody.
+    None,
+    /// IPv4 addresses in these networks, up to 64 as in `10.0.0.0/8` or `192.0.2.7`, and nobody else:
+    /// names are looked up only where a name server is among them.
+    Allow(Vec<String>),
 }
 
 fn one() -> u32 {
@@ -114,6 +140,9 @@ pub struct Vm {
     /// When it is destroyed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_ms: Option<u64>,
+    /// What its network was told to let it do, where something was said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkPolicy>,
     /// How its creation went.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fork: Option<ForkTimes>,

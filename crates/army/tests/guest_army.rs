@@ -5,14 +5,15 @@ mod rig;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::Stdio;
+use std::time::Duration;
 
 use serde_json::json;
 
-use rig::Host;
+use rig::{Forwarded, Host};
 
 #[test]
 fn vms_are_made_used_forked_and_destroyed_through_the_api() {
-    let host = Host::new("4711-nonce");
+    let host = Host::with("4711-nonce", &["--net", "nat"]);
     let template = host.army(&["template", "register", "tiny", "--standbys", "2"]);
     assert_eq!(template["vcpus"], 2);
     let created = host.army(&[
@@ -48,6 +49,8 @@ fn vms_are_made_used_forked_and_destroyed_through_the_api() {
     assert_eq!(host.army(&["vm", "ls", "-l", "team=blue"]), json!([]));
     bytes_go_in_and_out(&host);
     commands_go_on_without_anybody(&host);
+    ports_lead_into_vms(&host);
+    networks_are_held_to_what_was_said(&host);
     // The balloon takes memory from the guest.
     host.army(&["vm", "balloon", "c-3", "64M"]);
     host.wait("the balloon", |host| {
@@ -187,6 +190,68 @@ fn bytes_go_in_and_out(host: &Host) {
     );
 }
 
+/// A server in a guest is reached from here, whatever its network.
+fn ports_lead_into_vms(host: &Host) {
+    let serve = "mkdir -p /run/www; echo 4711-page > /run/www/page; head -c 3000000 /dev/zero \
+                 > /run/www/large; httpd -p 127.0.0.1:8080 -h /run/www";
+    host.guest("c-1", serve);
+    let forwarded = Forwarded::new(&mut host.command(&["port-forward", "c-1", "0:8080"]));
+    assert!(forwarded.page("/page").ends_with("4711-page\n"));
+    assert!(forwarded.page("/large").len() > 3_000_000);
+    let nobody = Forwarded::new(&mut host.command(&["port-forward", "c-1", "0:9"]));
+    assert_eq!(nobody.page("/"), "");
+    let refused = host.run(&["port-forward", "none", "0:80"]);
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(said.contains("there is no VM `none`"), "{said}");
+}
+
+/// Guests send to whom they may, and their forks likewise.
+fn networks_are_held_to_what_was_said(host: &Host) {
+    let ping = |vm: &str, whom: &str| {
+        let script = format!(
+            "gateway=$(ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p'); \
+             ping -c 1 -W 2 {whom} >/dev/null && echo yes || echo no"
+        );
+        host.guest(vm, &script)
+    };
+    let create = |name: &str, egress: &str| {
+        let created = host.army(&["vm", "create", "tiny", "-n", name, "--egress", egress]);
+        created["vms"][0].clone()
+    };
+    // An address of the host's beside the guests' gateway.
+    let address = |verb: &str| {
+        let mut ip = std::process::Command::new("ip");
+        let status = ip.args(["address", verb, "192.0.2.7/32", "dev", "lo"]);
+        assert!(status.status().unwrap().success());
+    };
+    address("add");
+    assert_eq!(ping("c-1", "$gateway"), "yes");
+    assert_eq!(ping("c-1", "192.0.2.7"), "yes");
+    // One that is taken from the standbys is held before it runs.
+    let ready = |host: &Host| host.army(&["template", "ls"])[0]["ready"].as_u64() > Some(0);
+    host.wait("a standby", ready);
+    let none = create("n", "none");
+    assert_eq!(none["network"], json!({"egress": "none"}));
+    assert_eq!(none["fork"]["warm"], true);
+    assert_eq!(ping("n", "$gateway"), "no");
+    let some = create("s", "192.0.2.0/24,198.51.100.0/24");
+    assert_eq!(some["network"]["egress"]["allow"][0], "192.0.2.0/24");
+    assert_eq!(ping("s", "192.0.2.7"), "yes");
+    assert_eq!(ping("s", "$gateway"), "no");
+    host.army(&["vm", "fork", "s", "-n", "t"]);
+    assert_eq!(ping("t", "192.0.2.7"), "yes");
+    assert_eq!(ping("t", "$gateway"), "no");
+    assert_eq!(
+        host.army(&["vm", "inspect", "t"])["network"],
+        some["network"]
+    );
+    let refused = host.run(&["vm", "create", "tiny", "--egress", "example.org"]);
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(said.contains("not an IPv4 network"), "{said}");
+    address("del");
+    host.army(&["vm", "rm", "n", "s", "t"]);
+}
+
 #[test]
 fn vms_outlive_the_server_and_are_its_own_again() {
     let mut host = Host::new("outlived");
@@ -217,6 +282,9 @@ fn vms_outlive_the_server_and_are_its_own_again() {
         first,
         "the same request after a restart"
     );
+    a_client_that_went_away_finds_its_vm_when_it_is_back(&host);
+    whenever_it_is_killed_each_vm_is_there_once_or_not_at_all(&mut host);
+    a_full_disk_is_told_and_harms_no_vm(&mut host);
     // One that ends by itself is told of, with the reason.
     host.run(&["exec", "v-2", "poweroff", "-f"]);
     assert_eq!(host.end_of("v-2"), "its guest ended it");
@@ -233,4 +301,124 @@ fn vms_outlive_the_server_and_are_its_own_again() {
     assert!(many.contains("has 0 of the 1 VMs"), "{many}");
     host.army(&["vm", "rm", "v-1"]);
     assert_eq!(host.there(), [""; 0]);
+}
+
+/// Its request is done to its end, and answered to who asks again with the same key.
+fn a_client_that_went_away_finds_its_vm_when_it_is_back(host: &Host) {
+    let create = ["vm", "create", "tiny", "-n", "g", "--idempotency-key", "g"];
+    for moment in [10, 60, 200] {
+        let mut asked = host.command(&create);
+        let mut asked = asked
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(moment));
+        let _ = asked.kill();
+        asked.wait().unwrap();
+    }
+    host.wait("the answer", |host| host.run(&create).status.success());
+    let all = host.army(&["vm", "ls", "--all"]);
+    let made = all
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|vm| vm["name"] == "g");
+    assert_eq!(made.count(), 1, "{all}");
+    assert_eq!(host.guest("g", "hostname"), "g");
+    host.army(&["vm", "rm", "g"]);
+}
+
+/// The server is killed at several moments of making VMs, asked for with a key. Whoever asks again
+/// gets those VMs, of which each runs or is said to have failed, and the host has no others.
+fn whenever_it_is_killed_each_vm_is_there_once_or_not_at_all(host: &mut Host) {
+    let mut finished = 0;
+    for moment in [20, 150, 400, 900, 1800] {
+        let name = format!("k{moment}");
+        let create = [
+            "vm",
+            "create",
+            "tiny",
+            "-n",
+            &name,
+            "--count",
+            "3",
+            "--idempotency-key",
+            &name,
+        ];
+        let mut asked = host.command(&create);
+        let mut asked = asked
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(moment));
+        host.kill_server();
+        asked.wait().unwrap();
+        host.start();
+        // What came to nothing is made now, and the rest is not made again.
+        host.run(&create);
+        let mut vms = Vec::new();
+        host.wait("an end of making", |host| {
+            let all = host.army(&["vm", "ls", "--all"]);
+            let all = all.as_array().unwrap().iter();
+            let ours = all.filter(|vm| vm["name"].as_str().unwrap().starts_with(&name));
+            vms = ours.cloned().collect();
+            vms.iter().all(|vm| vm["state"] != "creating")
+        });
+        assert_eq!(vms.len(), 3, "{moment} ms: {vms:?}");
+        let (alive, over): (Vec<_>, Vec<_>) = vms.iter().partition(|vm| vm["state"] == "running");
+        assert!(over.iter().all(|vm| vm["reason"].is_string()), "{over:?}");
+        for vm in &alive {
+            let vm = vm["name"].as_str().unwrap();
+            assert_eq!(
+                host.guest(vm, "cat /run/nonce; hostname"),
+                format!("outlived\n{vm}")
+            );
+        }
+        // These and the two of before.
+        assert_eq!(host.there().len(), alive.len() + 2, "{moment} ms");
+        finished += alive.len();
+        for vm in alive {
+            host.army(&["vm", "rm", vm["id"].as_str().unwrap()]);
+        }
+    }
+    assert!(finished > 0, "no VM was made at all");
+}
+
+/// What the server keeps is on a disk that is full: VMs go on and are used, new ones are refused
+/// with the reason, and all is well again when there is room.
+fn a_full_disk_is_told_and_harms_no_vm(host: &mut Host) {
+    let shell = |host: &Host, script: &str| {
+        let mut sh = std::process::Command::new("sh");
+        let status = sh.args(["-ec", script]).current_dir(host.dir.path());
+        assert!(status.status().unwrap().success(), "{script}");
+    };
+    host.kill_server();
+    shell(
+        host,
+        "cp -a state kept; mount -t tmpfs -o size=8M small state; cp -a kept/. state",
+    );
+    host.start();
+    shell(
+        host,
+        "dd if=/dev/zero of=state/filler bs=64k 2>/dev/null || true",
+    );
+    let create = ["vm", "create", "tiny", "-n", "full"];
+    let refused = host.run(&create);
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(said.contains("full") || said.contains("No space"), "{said}");
+    assert_eq!(host.guest("v-1", "cat /run/before"), "before");
+    assert_eq!(host.army(&["host", "ls"])[0]["state"], "ready");
+    assert_eq!(host.there().len(), 2);
+    shell(host, "rm state/filler");
+    host.wait("room", |host| host.run(&create).status.success());
+    assert_eq!(host.guest("full", "hostname"), "full");
+    host.army(&["vm", "rm", "full"]);
+    host.kill_server();
+    shell(
+        host,
+        "rm -r kept; cp -a state kept; umount state; cp -a kept/. state; rm -r kept",
+    );
+    host.start();
 }

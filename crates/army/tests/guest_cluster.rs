@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -294,6 +295,7 @@ fn vms_spread_over_hosts_that_come_and_go() {
         it.army(&["vm", "balloon", "w-3"])["actual_bytes"] == 32 << 20
     });
 
+    a_port_leads_through_controller_and_node(&cluster);
     a_node_is_killed(&mut cluster);
     a_host_is_cut_off(&cluster);
 
@@ -328,6 +330,33 @@ fn vms_spread_over_hosts_that_come_and_go() {
         let template = cluster.dir.path().join(host).join("templates/tiny");
         assert!(!template.exists(), "{host}");
     }
+}
+
+/// A connection to a program in a guest on another host.
+fn a_port_leads_through_controller_and_node(cluster: &Cluster) {
+    let vm = cluster.vm_on("two");
+    let serve = "mkdir -p /run/www; echo there > /run/www/page; \
+                 httpd -p 127.0.0.1:80 -h /run/www";
+    cluster.guest(&vm, serve);
+    let mut forward = Command::new(env!("CARGO_BIN_EXE_army"));
+    let mut forward = forward
+        .args(["port-forward", &vm, "0:80"])
+        .env("ARMY_URL", &cluster.url)
+        .env("ARMY_KEY", &cluster.key)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let mut lines = BufReader::new(forward.stdout.take().unwrap());
+    lines.read_line(&mut line).unwrap();
+    let mut stream = TcpStream::connect(line.split(' ').next().unwrap()).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.write_all(b"GET /page HTTP/1.0\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    forward.kill().unwrap();
+    forward.wait().unwrap();
+    assert!(answer.ends_with("there\n"), "{answer}");
 }
 
 /// A node's process is killed: its VMs go on, and answer when it is back.

@@ -80,6 +80,9 @@ async fn furnish(server: &Server) -> Vec<String> {
         labels: [("team".to_owned(), "red".to_owned())].into(),
         created_ms: 1,
         expires_ms: Some(2),
+        network: Some(army_api::vms::NetworkPolicy {
+            egress: army_api::vms::Egress::Allow(vec!["10.0.0.0/8".into()]),
+        }),
         fork: None,
         memory: None,
     };

@@ -1,5 +1,7 @@
 //! Which server is asked, with which key, and how answers are shown.
 
+use std::path::PathBuf;
+
 use anyhow::{Context as _, Result};
 use army_api::Client;
 use clap::Args;
@@ -18,6 +20,9 @@ pub(super) struct Options {
     /// The key.
     #[arg(long, global = true, env = "ARMY_KEY", hide_env_values = true)]
     key: Option<String>,
+    /// Believe a server whose certificate leads to one in this PEM file, and no other.
+    #[arg(long, global = true, value_name = "FILE", env = "ARMY_CA")]
+    ca: Option<PathBuf>,
     /// Answers in JSON.
     #[arg(long, global = true)]
     json: bool,
@@ -37,7 +42,11 @@ impl Context {
         let key = self.options.key.as_deref().context(
             "there is no key: set ARMY_KEY to what `army dev` printed, or to one of `army key create`",
         )?;
-        Ok(Client::new(&self.options.url, key)?)
+        let Some(path) = &self.options.ca else {
+            return Ok(Client::new(&self.options.url, key)?);
+        };
+        let pem = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(Client::believing(&self.options.url, key, &pem)?)
     }
 
     pub(super) fn is_json(&self) -> bool {

@@ -21,10 +21,12 @@ use crate::controller::{Cluster, Controller};
 /// hosts; `army host token` makes what a host joins with. VMs go on when this server ends.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Where to listen for clients. Nothing is encrypted: put a proxy with TLS before any other
-    /// address than this host's own.
+    /// Where to listen for clients. With another address than this host's own, encrypt:
+    /// --tls-cert, or a proxy.
     #[arg(long, default_value = "127.0.0.1:7777", env = "ARMY_LISTEN")]
     listen: SocketAddr,
+    #[command(flatten)]
+    tls: serve::TlsArgs,
     /// Where to listen for hosts that join. Always TLS.
     #[arg(long, default_value = "0.0.0.0:7778", env = "ARMY_CLUSTER_LISTEN")]
     cluster_listen: SocketAddr,
@@ -44,7 +46,7 @@ pub(super) struct Args {
 
 pub(super) async fn run(args: Args) -> Result<ExitCode> {
     let _lock = serve::begin(&args.state)?;
-    let listener = serve::listen(args.listen).await?;
+    let door = serve::Door::open(args.listen, args.tls).await?;
     let joining = serve::listen(args.cluster_listen).await?;
     let store = serve::store(args.database.as_deref(), &args.state).await?;
     let authority = Authority::open(&args.state)?;
@@ -66,6 +68,6 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
             }
         }))
     };
-    serve::api(controller, &store, listener, enrol).await?;
+    serve::api(controller, &store, door, enrol).await?;
     Ok(ExitCode::SUCCESS)
 }

@@ -15,10 +15,11 @@ use crate::controller::Controller;
 /// own again when it comes back.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Where to listen. Nothing is encrypted: put a proxy with TLS before any other address than
-    /// this host's own.
+    /// Where to listen. With another address than this host's own, encrypt: --tls-cert, or a proxy.
     #[arg(long, default_value = "127.0.0.1:7777", env = "ARMY_LISTEN")]
     listen: SocketAddr,
+    #[command(flatten)]
+    tls: serve::TlsArgs,
     /// Where everything is kept that is to outlive the server.
     #[arg(long, default_value = "/var/lib/army", env = "ARMY_STATE")]
     state: PathBuf,
@@ -39,12 +40,12 @@ pub(super) struct Args {
 pub(super) async fn run(args: Args) -> Result<ExitCode> {
     let _lock = serve::begin(&args.state)?;
     // First, so that a second server or a wrong address is told before anything is done.
-    let listener = serve::listen(args.listen).await?;
+    let door = serve::Door::open(args.listen, args.tls).await?;
     let store = serve::store(args.database.as_deref(), &args.state).await?;
     let name = args.host_name.unwrap_or_else(serve::host_name);
     let node = serve::node(name, &args.state).await?;
     let controller = Controller::alone(store.clone(), node);
     let nothing = |_: &_| Ok(tokio::spawn(async {}));
-    serve::api(controller, &store, listener, nothing).await?;
+    serve::api(controller, &store, door, nothing).await?;
     Ok(ExitCode::SUCCESS)
 }

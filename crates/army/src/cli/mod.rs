@@ -8,8 +8,10 @@ mod files;
 mod keys;
 mod node;
 mod output;
+mod ports;
 mod serve;
 mod shell;
+mod socket;
 mod things;
 
 use std::process::ExitCode;
@@ -58,6 +60,8 @@ enum Command {
     Detached(exec::DetachedCommand),
     /// A shell in a VM.
     Shell(shell::Args),
+    /// Reach ports of a VM under ports of this host.
+    PortForward(ports::Args),
     /// Copy a file into or out of a VM: one side is VM:PATH.
     Cp(files::CopyArgs),
     /// Events, as they happen.
@@ -102,6 +106,7 @@ async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Exec(args) => exec::run(&context, args).await,
         Command::Detached(command) => exec::command(&context, command).await,
         Command::Shell(args) => shell::run(&context, args).await,
+        Command::PortForward(args) => ports::run(&context, args).await,
         Command::Cp(args) => files::copy(&context, args).await,
         Command::Events(args) => things::events(&context, args).await,
         Command::Key(command) => keys::run(&context, command).await,

@@ -1,19 +1,21 @@
 //! What all servers of this program have in common: their log, their state, their end.
 
-use std::future::{Future, IntoFuture};
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use army_api::keys::{CreateKey, Role};
+use rustls::ServerConfig;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::output;
+use crate::cluster::tls::Listener;
 use crate::controller::Controller;
 use crate::node::Node;
 use crate::server;
+use crate::server::tls::{self, Files};
 use crate::store::Store;
 
 /// Starts the log, makes the state's directory, and makes sure that nobody else uses it while what
@@ -70,24 +72,72 @@ pub(super) async fn node(name: String, state: &Path) -> Result<Arc<Node>> {
     Ok(node)
 }
 
+/// Whether and how connections of clients are encrypted.
+#[derive(clap::Args)]
+pub(super) struct TlsArgs {
+    /// Serve clients over TLS, with the certificate in this PEM file, and what leads from it to an
+    /// authority. It is read again when it changes.
+    #[arg(long, value_name = "FILE", env = "ARMY_TLS_CERT", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's key, a PEM file.
+    #[arg(long, value_name = "FILE", env = "ARMY_TLS_KEY", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+}
+
+/// Where clients are served.
+pub(super) struct Door {
+    listener: TcpListener,
+    tls: Option<ServerConfig>,
+}
+
+impl Door {
+    pub(super) async fn open(address: SocketAddr, args: TlsArgs) -> Result<Self> {
+        let tls = match (args.tls_cert, args.tls_key) {
+            (Some(certificate), Some(key)) => Some(tls::config(Files { certificate, key })?),
+            // The one goes with the other.
+            _ => None,
+        };
+        let listener = listen(address).await?;
+        Ok(Self { listener, tls })
+    }
+
+    fn url(&self) -> Result<String> {
+        let scheme = match self.tls {
+            Some(_) => "https",
+            None => "http",
+        };
+        Ok(format!("{scheme}://{}", self.listener.local_addr()?))
+    }
+
+    async fn serve(self, router: axum::Router) -> std::io::Result<()> {
+        match self.tls {
+            None => axum::serve(self.listener, router).await,
+            Some(config) => {
+                let listener = Listener::of(self.listener, config);
+                let listener = listener.map_err(std::io::Error::other)?;
+                axum::serve(listener, router).await
+            }
+        }
+    }
+}
+
 /// Serves the API until it is asked to end.
 pub(super) async fn api(
     controller: Controller,
     store: &Store,
-    listener: TcpListener,
+    door: Door,
     beside: impl FnOnce(&Arc<Controller>) -> Result<tokio::task::JoinHandle<()>>,
 ) -> Result<()> {
     let controller = Arc::new(controller);
     let beside = beside(&controller)?;
     controller.take_up_all().await?;
-    let url = format!("http://{}", listener.local_addr()?);
+    let url = door.url()?;
     first_key(store, &url).await?;
     output::print(&format!(
         "Army answers at {url}; the dashboard is there, too."
     ));
     let reconcile = tokio::spawn(Arc::clone(&controller).reconcile());
-    let serve = axum::serve(listener, server::router(controller)).into_future();
-    let served = until_asked(serve).await;
+    let served = until_asked(door.serve(server::router(controller))).await;
     reconcile.abort();
     beside.abort();
     served

@@ -4,16 +4,16 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result};
-use army_api::exec::TerminalMessage;
+use anyhow::Result;
+use army_api::exec::{Terminal, TerminalMessage};
 use futures_util::{SinkExt, StreamExt};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tokio_tungstenite::tungstenite::client::IntoClientRequest;
-use tokio_tungstenite::tungstenite::{Error, Message};
+use tokio_tungstenite::tungstenite::Message;
 
 use super::context::Context;
+use super::socket;
 
 /// Ctrl-D.
 const END_OF_INPUT: u8 = 4;
@@ -31,22 +31,13 @@ pub(super) struct Args {
 pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
     let client = context.client()?;
     let (rows, columns) = size();
-    let url = client.url().replacen("http", "ws", 1);
-    let mut url = format!(
-        "{url}/v1/vms/{}/terminal?rows={rows}&columns={columns}",
-        args.vm
-    );
-    if !args.command.is_empty() {
-        url += &format!("&command={}", encoded(&args.command.join(" ")));
-    }
-    let mut request = url
-        .into_client_request()
-        .context("the server's address is none")?;
-    let bearer = format!("Bearer {}", client.key()).parse()?;
-    request.headers_mut().insert("authorization", bearer);
-    let (socket, _) = tokio_tungstenite::connect_async(request)
-        .await
-        .map_err(refusal)?;
+    let asked = Terminal {
+        rows,
+        columns,
+        command: (!args.command.is_empty()).then(|| args.command.join(" ")),
+    };
+    let path = format!("/v1/vms/{}/terminal", args.vm);
+    let socket = socket::open(&client, &path, &asked).await?;
     let (mut sender, mut receiver) = socket.split();
     let raw = Raw::enter()?;
     let mut resized = signal(SignalKind::window_change())?;
@@ -88,17 +79,6 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
     std::process::exit(code.unwrap_or(1));
 }
 
-/// What the server said instead of opening a terminal.
-fn refusal(error: Error) -> anyhow::Error {
-    if let Error::Http(answer) = &error
-        && let Some(body) = answer.body()
-        && let Ok(problem) = serde_json::from_slice::<army_api::Problem>(body)
-    {
-        return army_api::client::ClientError::Refused(problem).into();
-    }
-    anyhow::Error::from(error).context("cannot reach Army")
-}
-
 /// Keys, read by a thread of their own: a terminal cannot be waited for otherwise.
 fn typed() -> mpsc::Receiver<Vec<u8>> {
     let (sender, receiver) = mpsc::channel(16);
@@ -118,10 +98,6 @@ fn size() -> (u16, u16) {
         Ok(size) if size.ws_row > 0 && size.ws_col > 0 => (size.ws_row, size.ws_col),
         _ => (24, 80),
     }
-}
-
-fn encoded(text: &str) -> String {
-    text.bytes().map(|byte| format!("%{byte:02X}")).collect()
 }
 
 /// The terminal passes every key on, until this is dropped.

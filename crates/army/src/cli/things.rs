@@ -11,8 +11,8 @@ use army_api::templates::{
     ChangeTemplate, CopyTemplate, ImportTemplate, RegisterTemplate, SetTag, Template,
 };
 use army_api::vms::{
-    Balloon, CreateVms, CreatedVms, ForkVm, IdleAction, IdlePolicy, SetBalloon, SnapshotVm, Vm,
-    VmFilter, VmPage,
+    Balloon, CreateVms, CreatedVms, Egress, ForkVm, IdleAction, IdlePolicy, NetworkPolicy,
+    SetBalloon, SnapshotVm, Vm, VmFilter, VmPage,
 };
 use clap::Args;
 use clone_api::Bytes;
@@ -370,6 +370,10 @@ pub(super) struct CreateArgs {
     /// Destroy them when nobody used them for so many seconds.
     #[arg(long, value_name = "SECONDS")]
     destroy_idle: Option<u64>,
+    /// Whom they may send to over their network: full, none, or IPv4 networks with commas between
+    /// them, as in 10.0.0.0/8,192.0.2.7. As the template says where it is not given.
+    #[arg(long, value_name = "WHOM")]
+    egress: Option<String>,
     /// Sent again with the same key, the request is not done again.
     #[arg(long, value_name = "KEY")]
     idempotency_key: Option<String>,
@@ -397,6 +401,15 @@ fn pair(text: &str) -> Result<(String, String), String> {
     Ok((key.to_owned(), value.to_owned()))
 }
 
+fn network(text: &str) -> NetworkPolicy {
+    let egress = match text {
+        "full" => Egress::Full,
+        "none" => Egress::None,
+        networks => Egress::Allow(networks.split(',').map(str::to_owned).collect()),
+    };
+    NetworkPolicy { egress }
+}
+
 pub(super) async fn vm(context: &Context, command: VmCommand) -> Result<ExitCode> {
     let client = context.client()?;
     let vm: Vm = match command {
@@ -416,6 +429,7 @@ pub(super) async fn vm(context: &Context, command: VmCommand) -> Result<ExitCode
                     .or(args
                         .destroy_idle
                         .map(|after| idle(after, IdleAction::Destroy))),
+                network: args.egress.as_deref().map(network),
             };
             let created: CreatedVms = client
                 .create("/v1/vms", &asked, args.idempotency_key.as_deref())

@@ -47,7 +47,12 @@ impl Listener {
     /// Takes connections from `listener`. With `strangers` also from those that show no
     /// certificate; what they may do is for others to say.
     pub fn new(listener: TcpListener, credentials: &Credentials, strangers: bool) -> Result<Self> {
-        let acceptor = TlsAcceptor::from(Arc::new(server(credentials, strangers)?));
+        Self::of(listener, server(credentials, strangers)?)
+    }
+
+    /// Takes connections from `listener` that are encrypted as `config` says.
+    pub fn of(listener: TcpListener, config: ServerConfig) -> Result<Self> {
+        let acceptor = TlsAcceptor::from(Arc::new(config));
         let address = listener
             .local_addr()
             .map_err(|error| internal("listen", &error))?;
@@ -78,9 +83,9 @@ impl Listener {
                             let _ = done.send((stream, Peer { address, member })).await;
                         }
                         Ok(Err(error)) => {
-                            tracing::warn!(%address, %error, "a peer is none of ours");
+                            tracing::warn!(%address, %error, "a connection is none of ours");
                         }
-                        Err(_) => tracing::warn!(%address, "a peer did not say who it is"),
+                        Err(_) => tracing::warn!(%address, "a connection did not say whose it is"),
                     }
                 });
             }
@@ -131,7 +136,7 @@ fn member_of(stream: &TlsStream<TcpStream>) -> Option<Member> {
     certificate.valid_dns_names().find_map(Member::of_dns_name)
 }
 
-fn provider() -> Arc<CryptoProvider> {
+pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 

@@ -9,7 +9,7 @@ use army_api::templates::Template;
 use army_api::{Problem, ProblemKind};
 
 use super::remote::Remote;
-use super::{Cluster, Controller, Node, reconcile};
+use super::{Cluster, Controller, Node};
 use crate::cluster::enrol::Token;
 use crate::node::supervise::now_ms;
 use crate::random;
@@ -104,8 +104,7 @@ impl Controller {
             .into_iter()
             .map(|row| {
                 let here = self.find_node(&row.name).is_some();
-                let fresh = now_ms().saturating_sub(row.seen_ms) < reconcile::SILENCE_MS;
-                let (state, reason) = match (here && fresh, row.draining) {
+                let (state, reason) = match (here && self.is_heard(&row.name), row.draining) {
                     (false, _) => (
                         HostState::Unreachable,
                         Some("nothing was heard of it for a while".to_owned()),
@@ -150,7 +149,7 @@ impl Controller {
         self.host(name).await
     }
 
-    /// The hosts as the scheduler sees them, for VMs of `template` that want `labels` of theirs.
+    /// The hosts as they were measured, for VMs of `template` that want `labels` of theirs.
     pub(super) async fn views(
         &self,
         template: &Template,
@@ -169,10 +168,7 @@ impl Controller {
                 cpus: host.capacity.cpus,
                 load_milli: host.capacity.load_milli,
                 memory_bytes: host.capacity.memory_bytes,
-                available_bytes: host
-                    .capacity
-                    .available_bytes
-                    .saturating_sub(heard.map_or(0, |heard| heard.promised)),
+                available_bytes: host.capacity.available_bytes,
                 vms: host.vms,
                 has_template: template.hosts.contains(&host.name),
                 ready: ready.unwrap_or(0),

@@ -6,6 +6,7 @@
 
 mod fleet;
 pub mod host;
+mod making;
 pub mod reconcile;
 pub mod remote;
 mod templates;
@@ -21,13 +22,15 @@ use army_api::vms::{
 use army_api::{Problem, ProblemKind};
 
 use crate::node::journal::Entry;
+use crate::node::policy;
 use crate::node::supervise::now_ms;
 use crate::node::{Made, Report};
-use crate::scheduler::{self, HostView, Need, UNKNOWN_COST};
+use crate::scheduler::{Need, UNKNOWN_COST};
 use crate::store::vms::NewVms;
 use crate::store::{Result, Store};
 use crate::{blocking, random};
 
+use making::Making;
 use remote::Remote;
 
 /// The most VMs of one request.
@@ -43,6 +46,9 @@ pub struct Controller {
     heard: Mutex<HashMap<String, Heard>>,
     /// Hosts that were told to be unreachable.
     silent: Mutex<HashSet<String>>,
+    /// VMs that this life is making: what it does not finish is taken up by what hosts say.
+    making: Making,
+    started: Instant,
     cluster: Option<Cluster>,
 }
 
@@ -62,8 +68,6 @@ pub struct Cluster {
 struct Heard {
     report: Report,
     at: Instant,
-    /// Memory given away since then.
-    promised: u64,
 }
 
 /// VMs that are asked for, whatever they are made of.
@@ -106,6 +110,8 @@ impl Controller {
             nodes: RwLock::new(nodes),
             heard: Mutex::default(),
             silent: Mutex::default(),
+            making: Making::default(),
+            started: Instant::now(),
             cluster,
         }
     }
@@ -139,16 +145,18 @@ impl Controller {
             request: request.map(str::to_owned),
             details,
         };
-        let mut views = self.views(&template, &order.details.host_labels).await?;
+        let mut making = self.making.request()?;
         let need = Need {
             cost_bytes: self.cost(&template.name).await?,
             // It travels to where there is room.
             anywhere: true,
         };
-        let chosen = scheduler::place(&mut views, need, order.count)?;
-        self.charge(&views, &chosen, need);
+        let mut views = self.views(&template, &order.details.host_labels).await?;
+        let chosen = making.place(&mut views, need, order.count)?;
         let hosts = chosen.iter().map(|index| views[*index].name.clone());
-        let vms = self.write_down(&order, hosts.collect()).await?;
+        let vms = self
+            .write_down(&order, hosts.collect(), &mut making)
+            .await?;
         let made = template.clone();
         self.make(&order, Some(&template), vms, start, move |node, entries| {
             node.create(&made.name, entries)
@@ -172,6 +180,7 @@ impl Controller {
             name: asked.name.clone(),
             labels: parent.labels.clone(),
             environment: self.store.environment(&parent.id).await?,
+            network: parent.network.clone(),
             ..CreateVms::default()
         };
         check(&details)?;
@@ -185,7 +194,8 @@ impl Controller {
             details,
         };
         let hosts = vec![parent.host.clone(); order.count as usize];
-        let vms = self.write_down(&order, hosts).await?;
+        let mut making = self.making.request()?;
+        let vms = self.write_down(&order, hosts, &mut making).await?;
         let id = parent.id.clone();
         self.make(&order, None, vms, start, move |node, entries| {
             node.fork_live(&id, entries)
@@ -193,7 +203,12 @@ impl Controller {
         .await
     }
 
-    async fn write_down(&self, order: &Order, hosts: Vec<String>) -> Result<Vec<Vm>> {
+    async fn write_down(
+        &self,
+        order: &Order,
+        hosts: Vec<String>,
+        making: &mut making::Request<'_>,
+    ) -> Result<Vec<Vm>> {
         let names = names(order)?;
         let created_ms = now_ms();
         let mut vms = Vec::with_capacity(hosts.len());
@@ -212,6 +227,7 @@ impl Controller {
                     .details
                     .ttl_s
                     .map(|ttl| created_ms.saturating_add(ttl.saturating_mul(1000))),
+                network: order.details.network.clone(),
                 fork: None,
                 memory: None,
             });
@@ -221,6 +237,8 @@ impl Controller {
             environment: &order.details.environment,
             request: order.request.as_deref(),
         };
+        // First, so that nobody finds them without a maker.
+        making.name(vms.iter().map(|vm| vm.id.clone()));
         self.store.add_vms(&new).await?;
         Ok(vms)
     }
@@ -244,15 +262,20 @@ impl Controller {
         let mut work = Vec::new();
         for (host, share) in shares {
             let node = self.node(&host);
+            let heard = self.heard().get(&host).map(|it| it.report.capacity.cpus);
+            let cpus = heard.unwrap_or(1);
             let make = make.clone();
             let idle = order.details.idle;
+            let ttl_ms = order.details.ttl_s.map(|ttl| ttl.saturating_mul(1000));
             work.push(async move {
-                let entries: Vec<Entry> = share.iter().map(|vm| entry(vm, idle)).collect();
+                let entry = |vm| entry(vm, idle, ttl_ms);
+                let entries: Vec<Entry> = share.iter().map(entry).collect();
                 let results = async {
                     let node = node?;
                     if let Some(template) = template {
                         self.bring(&node, template).await?;
                     }
+                    let _turn = self.making.turn(&host, cpus).await;
                     blocking(move || Ok(make(node.as_ref(), &entries))).await
                 };
                 let results = results.await;
@@ -376,15 +399,6 @@ impl Controller {
         })
     }
 
-    fn charge(&self, views: &[HostView], chosen: &[usize], need: Need) {
-        let mut heard = self.heard();
-        for index in chosen {
-            if let Some(heard) = heard.get_mut(&views[*index].name) {
-                heard.promised += need.cost_bytes;
-            }
-        }
-    }
-
     fn heard(&self) -> std::sync::MutexGuard<'_, HashMap<String, Heard>> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -394,10 +408,12 @@ fn micros(start: Instant) -> u64 {
     start.elapsed().as_micros() as u64
 }
 
-fn entry(vm: &Vm, idle: Option<army_api::vms::IdlePolicy>) -> Entry {
+fn entry(vm: &Vm, idle: Option<army_api::vms::IdlePolicy>, ttl_ms: Option<u64>) -> Entry {
     let mut entry = Entry::new(vm.id.clone(), 1, vm.name.clone());
     entry.expires_ms = vm.expires_ms;
+    entry.ttl_ms = ttl_ms;
     entry.idle = idle;
+    entry.network.clone_from(&vm.network);
     entry
 }
 
@@ -416,6 +432,9 @@ fn check(details: &CreateVms) -> Result<()> {
         && !clone_api::validate::is_valid_name(&format!("{name}-{}", details.count))
     {
         return invalid(format!("`{}` is no name of a VM", name.escape_debug()));
+    }
+    if let Some(network) = &details.network {
+        policy::egress(network)?;
     }
     for (key, value) in &details.environment {
         if key.is_empty() || key.contains(['=', '\0']) || value.contains('\0') {

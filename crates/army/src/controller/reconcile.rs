@@ -9,16 +9,15 @@ use futures_util::future::join_all;
 
 use super::{Controller, Heard, Node};
 use crate::blocking;
-use crate::node::supervise::now_ms;
 use crate::store::Result;
 
 /// How often a host is asked.
 const ROUND: Duration = Duration::from_secs(1);
 /// A host is unreachable when nothing was heard of it for so long.
-pub(super) const SILENCE_MS: u64 = 15_000;
-/// A VM that is said to be made by an earlier life of ours, and of which its host knows nothing, is
-/// given up after so long.
-const CREATION_MS: u64 = 60_000;
+const SILENCE: Duration = Duration::from_secs(15);
+/// A VM that an earlier life of ours was making, and of which its host knows nothing, is given up
+/// when this life is so old: what that one asked for may still be on its way.
+const CREATION: Duration = Duration::from_secs(60);
 
 impl Controller {
     /// Takes up what an earlier life left: templates are kept ready again, and requests that were
@@ -76,9 +75,8 @@ impl Controller {
 
     /// Notes that nothing is heard of a host, when that has lasted. Its VMs may well run.
     async fn tell_silence(&self, host: &str) -> Result<()> {
-        let hosts = self.store.hosts().await?;
-        let seen = hosts.iter().find(|row| row.name == host);
-        if seen.is_none_or(|row| now_ms().saturating_sub(row.seen_ms) < SILENCE_MS) {
+        let heard = self.heard().get(host).map(|heard| heard.at);
+        if heard.unwrap_or(self.started).elapsed() < SILENCE {
             return Ok(());
         }
         let vms = self.store.vms_of_host(host).await?;
@@ -95,6 +93,12 @@ impl Controller {
         }
         let reason = "its host does not answer: it may well run";
         self.store.set_vms(&ids, VmState::Unreachable, reason).await
+    }
+
+    /// Whether a host was heard of lately.
+    pub(super) fn is_heard(&self, host: &str) -> bool {
+        let heard = self.heard();
+        heard.get(host).is_some_and(|it| it.at.elapsed() < SILENCE)
     }
 
     async fn tell_return(&self, host: &str) -> Result<()> {
@@ -119,8 +123,16 @@ impl Controller {
         let known = self.store.vms_of_host(&host).await?;
         let asked = Arc::clone(node);
         let report = blocking(move || asked.report()).await?;
+        // Before anything is written: that our disk is full does not make it silent.
+        let heard = Heard {
+            report: report.clone(),
+            at: Instant::now(),
+        };
+        self.heard().insert(host.clone(), heard);
+        self.making.measured(&host);
         self.store.see_host(&host, &report.capacity).await?;
-        let over = self.store.hear_of_vms(&host, &report.vms).await?;
+        let making = self.making.vms();
+        let over = self.store.hear_of_vms(&host, &report.vms, &making).await?;
         let there: HashSet<&str> = report.vms.iter().map(|vm| vm.id.as_str()).collect();
         let mut lost = Vec::new();
         for (id, state, wanted) in known {
@@ -132,7 +144,7 @@ impl Controller {
                 self.store
                     .set_vms(&[id], VmState::Ended, "destroyed")
                     .await?;
-            } else if !there.contains(id.as_str()) && self.is_lost(&id, state).await? {
+            } else if !there.contains(id.as_str()) && self.is_lost(&id, state) {
                 lost.push(id);
             }
         }
@@ -155,22 +167,20 @@ impl Controller {
             }
         })
         .await?;
-        let heard = Heard {
-            report,
-            at: Instant::now(),
-            promised: 0,
-        };
-        tracing::trace!(host, at = ?heard.at, "heard");
-        self.heard().insert(host, heard);
         Ok(())
     }
 
-    /// Whether a VM that its host does not know is lost, and not only on its way.
-    async fn is_lost(&self, id: &str, state: VmState) -> Result<bool> {
+    /// Whether a VM that its host does not know is lost, and not only on its way: its template may
+    /// have a long way to go.
+    fn is_lost(&self, id: &str, state: VmState) -> bool {
         if state != VmState::Creating {
-            return Ok(true);
+            return true;
         }
-        let vm = self.store.vm(id, None).await?;
-        Ok(now_ms().saturating_sub(vm.created_ms) > CREATION_MS)
+        // A node of this process began its life with us.
+        let grace = match self.cluster {
+            Some(_) => CREATION,
+            None => Duration::ZERO,
+        };
+        !self.making.contains(id) && self.started.elapsed() >= grace
     }
 }

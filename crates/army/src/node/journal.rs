@@ -10,7 +10,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use army_api::vms::IdlePolicy;
+use army_api::vms::{IdlePolicy, NetworkPolicy};
 use army_api::{Problem, ProblemKind};
 use serde::{Deserialize, Serialize};
 
@@ -30,10 +30,21 @@ pub struct Entry {
     pub epoch: u64,
     /// What its guest is called.
     pub name: String,
-    /// When it is destroyed, in milliseconds since 1970.
+    /// When it is destroyed, in milliseconds since 1970, by the controller's clock. Those of former
+    /// versions have only this.
     pub expires_ms: Option<u64>,
+    /// How long it may live, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl_ms: Option<u64>,
+    /// When that is over, in milliseconds since the host's start: no clock that somebody sets, and
+    /// a VM does not outlive its host's start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ends_ms: Option<u64>,
     /// What is done when nobody uses it.
     pub idle: Option<IdlePolicy>,
+    /// What its network lets it do, where something was said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkPolicy>,
     /// How far it got.
     pub stage: Stage,
     /// Whether it was paused because nobody used it.
@@ -63,6 +74,22 @@ impl Stage {
 }
 
 impl Entry {
+    /// The same, whose time to live begins when it is `boot_ms` since the host's start.
+    pub fn beginning(&self, boot_ms: u64) -> Self {
+        let mut entry = self.clone();
+        entry.ends_ms = entry.ttl_ms.map(|ttl| boot_ms.saturating_add(ttl));
+        entry
+    }
+
+    /// Whether its time to live is over.
+    pub fn is_expired(&self, boot_ms: u64, wall_ms: u64) -> bool {
+        match (self.ends_ms, self.expires_ms) {
+            (Some(end), _) => end <= boot_ms,
+            (None, Some(end)) => end <= wall_ms,
+            (None, None) => false,
+        }
+    }
+
     /// A VM that is to be made.
     pub fn new(id: String, epoch: u64, name: String) -> Self {
         Self {
@@ -71,7 +98,10 @@ impl Entry {
             epoch,
             name,
             expires_ms: None,
+            ttl_ms: None,
+            ends_ms: None,
             idle: None,
+            network: None,
             stage: Stage::Begun,
             asleep: false,
         }
@@ -265,6 +295,23 @@ mod tests {
         assert!(!journal.get("1").unwrap().stage.is_alive());
         journal.begin(&entry("1", 3)).unwrap();
         assert!(journal.get("1").unwrap().stage.is_alive());
+    }
+
+    #[test]
+    fn a_time_to_live_is_not_a_matter_of_what_the_clock_on_the_wall_says() {
+        let mut asked = entry("1", 1);
+        asked.ttl_ms = Some(60_000);
+        asked.expires_ms = Some(1_000_060_000);
+        let begun = asked.beginning(5_000);
+        // The clock is set an hour ahead, or back to 1970.
+        assert!(!begun.is_expired(64_999, 1_003_600_000));
+        assert!(begun.is_expired(65_000, 0));
+        // One of a former version, which has nothing else.
+        asked.ttl_ms = None;
+        let old = asked.beginning(5_000);
+        assert!(!old.is_expired(u64::MAX, 1_000_059_999));
+        assert!(old.is_expired(0, 1_000_060_000));
+        assert!(!entry("2", 1).beginning(0).is_expired(u64::MAX, u64::MAX));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 pub mod capacity;
 pub mod journal;
+pub mod policy;
 pub mod serve;
 pub mod standbys;
 pub mod supervise;
@@ -169,8 +170,15 @@ impl Node {
     }
 
     fn fork(&self, source: &Source, entries: &[Entry]) -> Vec<Result<Made>> {
+        // The VMs of a request are alike.
+        let network = entries.first().and_then(|entry| entry.network.as_ref());
+        let egress = match network.map(policy::egress).transpose() {
+            Ok(egress) => egress,
+            Err(problem) => return entries.iter().map(|_| Err(problem.clone())).collect(),
+        };
         // Written before anything is made: whatever dies in between, somebody knows of the VM.
-        let written: Vec<Result<()>> = entries.iter().map(|e| self.journal.begin(e)).collect();
+        let begin = |entry: &Entry| self.journal.begin(&entry.beginning(supervise::boot_ms()));
+        let written: Vec<Result<()>> = entries.iter().map(begin).collect();
         let chosen: Vec<&Entry> = entries
             .iter()
             .zip(&written)
@@ -178,6 +186,7 @@ impl Node {
             .collect();
         let names: Vec<String> = chosen.iter().map(|entry| vm_name(&entry.id)).collect();
         let overrides = Overrides {
+            egress,
             host_names: chosen.iter().map(|entry| entry.name.clone()).collect(),
             ..Overrides::default()
         };

@@ -67,7 +67,7 @@ impl Node {
             lock(&self.used).remove(&entry.id);
             return;
         }
-        if entry.expires_ms.is_some_and(|time| time <= now_ms()) {
+        if entry.is_expired(boot_ms(), now_ms()) {
             return self.end(entry, "its time to live was over", false);
         }
         let Some(policy) = entry.idle else { return };
@@ -215,6 +215,16 @@ fn ask(vm: &RunningVm) -> Result<(VmState, VmMemory), ClientError> {
             swapped_bytes: memory.swapped_bytes,
         },
     ))
+}
+
+/// Since the host's start, sleep included, in milliseconds: what nobody sets.
+pub(super) fn boot_ms() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let Ok(now) = Duration::try_from(now) else {
+        // Before the host's start: it cannot be.
+        return 0;
+    };
+    now.as_millis() as u64
 }
 
 /// The host's clock.

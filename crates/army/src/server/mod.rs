@@ -14,8 +14,10 @@ mod health;
 mod hosts;
 mod keys;
 mod metrics;
+mod ports;
 mod templates;
 mod terminal;
+pub mod tls;
 mod vms;
 
 use std::sync::Arc;
@@ -101,6 +103,7 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(commands::output))
         .routes(routes!(commands::signal))
         .routes(routes!(terminal::terminal))
+        .routes(routes!(ports::connect))
         .routes(routes!(files::read, files::write))
         .routes(routes!(events::events))
 }

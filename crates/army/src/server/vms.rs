@@ -40,12 +40,15 @@ pub(super) async fn create(
     Body(asked): Body<CreateVms>,
 ) -> Answer<(StatusCode, Json<CreatedVms>)> {
     caller.may(Role::User)?;
-    let tenant = caller.key.tenant.clone();
-    let request = key.clone();
-    once(&app, &caller, "create", key, &asked.clone(), async {
-        app.controller
-            .create(&tenant, asked, request.as_deref())
-            .await
+    to_its_end(async move {
+        let tenant = caller.key.tenant.clone();
+        let request = key.clone();
+        once(&app, &caller, "create", key, &asked.clone(), async {
+            app.controller
+                .create(&tenant, asked, request.as_deref())
+                .await
+        })
+        .await
     })
     .await
 }
@@ -113,13 +116,16 @@ pub(super) async fn fork(
 ) -> Answer<(StatusCode, Json<CreatedVms>)> {
     caller.may(Role::User)?;
     let parent = caller.vm(&app, &vm).await?;
-    let request = key.clone();
-    let hashed = (parent.id.clone(), asked.clone());
-    once(&app, &caller, "fork", key, &hashed, async {
-        let controller = &app.controller;
-        controller
-            .fork_live(&parent.tenant, &parent, asked, request.as_deref())
-            .await
+    to_its_end(async move {
+        let request = key.clone();
+        let hashed = (parent.id.clone(), asked.clone());
+        once(&app, &caller, "fork", key, &hashed, async {
+            let controller = &app.controller;
+            controller
+                .fork_live(&parent.tenant, &parent, asked, request.as_deref())
+                .await
+        })
+        .await
     })
     .await
 }
@@ -164,6 +170,17 @@ pub(super) async fn set_balloon(
     caller.may(Role::User)?;
     let vm = caller.vm(&app, &vm).await?;
     Ok(Json(app.controller.balloon(&vm, Some(asked.bytes)).await?))
+}
+
+/// Does work that is not dropped half done when its client goes away: who asks again with the same
+/// key is to find how it ended.
+async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Answer<T>> + Send + 'static,
+) -> Answer<T> {
+    tokio::spawn(work).await.unwrap_or_else(|error| {
+        let detail = format!("a task failed: {error}");
+        Err(Problem::new(army_api::ProblemKind::Internal, detail).into())
+    })
 }
 
 /// Does what is asked for, or answers again what was answered to the same request before.

@@ -1,6 +1,6 @@
 //! VMs: what was asked for, and what was last heard of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use army_api::vms::{ForkTimes, Vm, VmFilter, VmMemory, VmPage, VmState};
 use army_api::{Problem, ProblemKind};
@@ -60,8 +60,8 @@ impl Store {
             last += 1;
             sqlx::query(
                 "INSERT INTO vms (id, number, name, tenant, template, host, wanted, state, alive, \
-                 labels, environment, created_ms, expires_ms, request) \
-                 VALUES ($1, $2, $3, $4, $5, $6, 1, $7, 1, $8, $9, $10, $11, $12)",
+                 labels, environment, created_ms, expires_ms, request, network) \
+                 VALUES ($1, $2, $3, $4, $5, $6, 1, $7, 1, $8, $9, $10, $11, $12, $13)",
             )
             .bind(&vm.id)
             .bind(last)
@@ -75,6 +75,7 @@ impl Store {
             .bind(vm.created_ms as i64)
             .bind(vm.expires_ms.map(|time| time as i64))
             .bind(new.request)
+            .bind(vm.network.as_ref().map(to_json).transpose()?)
             .execute(change.connection())
             .await
             .map_err(|error| match is_taken(&error) {
@@ -123,8 +124,13 @@ impl Store {
 
     /// Takes in what a host says of its VMs; returns the ids of those that are over by our book,
     /// which the host may end and forget. A VM that is not in our book at all is left alone: the
-    /// book may be the wrong one.
-    pub async fn hear_of_vms(&self, host: &str, reports: &[VmReport]) -> Result<Vec<String>> {
+    /// book may be the wrong one. Those in `making` are told of by whoever makes them.
+    pub async fn hear_of_vms(
+        &self,
+        host: &str,
+        reports: &[VmReport],
+        making: &HashSet<String>,
+    ) -> Result<Vec<String>> {
         let query = "SELECT id, state, tenant, memory FROM vms WHERE host = $1 AND alive = 1";
         let rows = sqlx::query(query)
             .bind(host)
@@ -149,8 +155,8 @@ impl Store {
                 over.extend(row.map(|_| report.id.clone()));
                 continue;
             };
-            // A VM that is being made is told of by whoever makes it.
-            if *state == VmState::Creating && report.state.is_alive() {
+            // That it is on its way is known, or over since.
+            if report.state == VmState::Creating || making.contains(&report.id) {
                 continue;
             }
             let memory = report.memory.as_ref().map(to_json).transpose()?;
@@ -374,6 +380,7 @@ fn vm(row: &AnyRow) -> Result<Vm> {
         labels: json(row, "labels")?,
         created_ms: unsigned(row, "created_ms")?,
         expires_ms: expires.map(|time| time.max(0) as u64),
+        network: optional("network")?.as_deref().map(parse).transpose()?,
         fork,
         memory,
     })

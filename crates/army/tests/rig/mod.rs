@@ -24,6 +24,11 @@ pub struct Host {
 impl Host {
     /// With the template `tiny`, of a guest that holds a nonce.
     pub fn new(nonce: &str) -> Self {
+        Self::with(nonce, &[])
+    }
+
+    /// The same, of a machine with more of what `clone run` gives.
+    pub fn with(nonce: &str, more: &[&str]) -> Self {
         let assets = std::env::var_os("CLONE_TEST_ASSETS")
             .expect("set CLONE_TEST_ASSETS, or run `cargo xtask test --guest`");
         let assets = PathBuf::from(assets);
@@ -37,9 +42,10 @@ impl Host {
         let file = |name: &str| assets.join(name).to_str().unwrap().to_owned();
         let kernel = file("guest-kernel/bzImage");
         let initrd = file("guest-initramfs/initramfs.cpio");
-        host.clone(&[
+        let run = [
             "run", "-d", "-n", "base", "-c", "2", "-m", "256M", "-k", &kernel, "-i", &initrd,
-        ]);
+        ];
+        host.clone(&[&run, more].concat());
         let script = format!("echo {nonce} > /run/nonce");
         host.clone(&["exec", "--wait", "120", "base", "sh", "-c", &script]);
         host.clone(&["snapshot", "base", "-o", "tiny"]);
@@ -162,6 +168,41 @@ impl Host {
         let list = std::fs::read_dir(self.dir.path().join("run/vms")).unwrap();
         let names = list.map(|entry| entry.unwrap().file_name().into_string().unwrap());
         names.filter(|name| name.starts_with("army-")).collect()
+    }
+}
+
+/// A port of a VM, under one of this host while this lives.
+pub struct Forwarded {
+    process: Child,
+    pub local: String,
+}
+
+impl Forwarded {
+    /// By a command that forwards one port.
+    pub fn new(command: &mut Command) -> Self {
+        let mut process = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        let mut lines = BufReader::new(process.stdout.take().unwrap());
+        lines.read_line(&mut line).unwrap();
+        let local = line.split(' ').next().unwrap().to_owned();
+        Self { process, local }
+    }
+
+    /// What is answered to a request for a page.
+    pub fn page(&self, path: &str) -> String {
+        let mut stream = TcpStream::connect(&self.local).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let request = format!("GET {path} HTTP/1.0\r\n\r\n");
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    }
+}
+
+impl Drop for Forwarded {
+    fn drop(&mut self) {
+        let _ = self.process.kill().and_then(|()| self.process.wait());
     }
 }
 

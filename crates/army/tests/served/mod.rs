@@ -24,6 +24,7 @@ pub struct Server {
     pub admin: Client,
     pub store: Store,
     pub dir: tempfile::TempDir,
+    router: axum::Router,
     _postgres: Option<Postgres>,
 }
 
@@ -125,6 +126,7 @@ pub async fn server(postgres: Option<Postgres>) -> Server {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let router = server::router(Arc::new(controller));
+    let over_tls = router.clone();
     tokio::spawn(async move { axum::serve(listener, router).await });
     let key = create_key(&store, "root", Role::Admin, None).await;
     Server {
@@ -132,6 +134,7 @@ pub async fn server(postgres: Option<Postgres>) -> Server {
         url,
         store,
         dir,
+        router: over_tls,
         _postgres: postgres,
     }
 }
@@ -146,6 +149,16 @@ pub async fn create_key(store: &Store, tenant: &str, role: Role, max_vms: Option
 }
 
 impl Server {
+    /// The same behind another address, encrypted.
+    pub async fn over_tls(&self, config: rustls::ServerConfig) -> String {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("https://{}", listener.local_addr().unwrap());
+        let listener = army::cluster::tls::Listener::of(listener, config).unwrap();
+        let router = self.router.clone();
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        url
+    }
+
     pub async fn client(&self, tenant: &str, role: Role) -> Client {
         let key = create_key(&self.store, tenant, role, None).await;
         Client::new(&self.url, key.secret).unwrap()

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use clone_api::config::{DiskConfig, DiskFormat, NetConfig, NetMode, Overlay, Vhost};
+use clone_api::config::{DiskConfig, DiskFormat, Egress, NetConfig, NetMode, Overlay, Vhost};
 use clone_api::validate::validate;
 use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
 
@@ -41,7 +41,7 @@ pub(super) struct VmArgs {
     #[arg(long = "disk", value_name = "DISK")]
     disks: Vec<DiskArg>,
     /// A network interface (can be given several times): nat, bridge=NAME or tap=NAME
-    /// [,mac=ADDRESS][,queues=N][,vhost=auto|on|off][,neighbours]
+    /// [,mac=ADDRESS][,queues=N][,vhost=auto|on|off][,neighbours][,egress=full|none|NETWORK+…]
     /// [,bandwidth=SIZE]
     #[arg(long = "net", value_name = "NET")]
     nets: Vec<NetArg>,
@@ -152,17 +152,36 @@ impl FromStr for NetArg {
                 ("vhost", "on") => net.vhost = Vhost::On,
                 ("vhost", "off") => net.vhost = Vhost::Off,
                 ("neighbours", "") => net.neighbours = true,
+                ("egress", whom) => net.egress = egress(whom)?,
                 ("bandwidth", rate) => {
                     net.rate_limit.get_or_insert_default().bandwidth = size(rate)?;
                 }
                 _ => {
                     return Err(format!(
-                        "`{key}={value}` is no option of an interface: there are nat, bridge=NAME, tap=NAME, mac=ADDRESS, queues=N, vhost=auto|on|off, neighbours, bandwidth=SIZE"
+                        "`{key}={value}` is no option of an interface: there are nat, bridge=NAME, tap=NAME, mac=ADDRESS, queues=N, vhost=auto|on|off, neighbours, egress=full|none|NETWORK+NETWORK…, bandwidth=SIZE"
                     ));
                 }
             }
         }
         Ok(Self(net))
+    }
+}
+
+/// Whom a guest may send to: `full`, `none`, or networks with `+` between them.
+fn egress(text: &str) -> std::result::Result<Egress, String> {
+    let network = |word: &str| {
+        word.parse()
+            .map_err(|error: clone_api::units::UnitError| error.to_string())
+    };
+    match text {
+        "full" => Ok(Egress::Full),
+        "none" => Ok(Egress::None),
+        networks => Ok(Egress::Allow(
+            networks
+                .split('+')
+                .map(network)
+                .collect::<std::result::Result<_, _>>()?,
+        )),
     }
 }
 
@@ -344,6 +363,14 @@ mod tests {
             .parse()
             .unwrap();
         assert_eq!((net.0.mode, net.0.queues), (NetMode::Tap, Some(2)));
+        let egress = |word: &str| word.parse::<NetArg>().map(|net| net.0.egress);
+        assert_eq!(egress("nat,egress=none"), Ok(Egress::None));
+        let allowed = ["10.0.0.0/8", "192.0.2.1"].map(|it| it.parse().unwrap());
+        assert_eq!(
+            egress("nat,egress=10.0.0.0/8+192.0.2.1"),
+            Ok(Egress::Allow(allowed.into()))
+        );
+        assert!(egress("nat,egress=10.0.0.1/8").is_err());
         for wrong in [
             "a,rw",
             "a,format=vmdk",

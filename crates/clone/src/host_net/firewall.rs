@@ -9,6 +9,9 @@ use std::fmt::Write as _;
 use std::io::{self, ErrorKind, Write as _};
 use std::process::{Command, Stdio};
 
+use clone_api::Ipv4Network;
+use clone_api::config::Egress;
+
 use super::lease::Lease;
 use super::range::Range;
 use super::{BRIDGE, HostNetError};
@@ -26,6 +29,31 @@ pub(super) fn admit(
     }
     push_element(&mut script, "add", lease);
     match run(&script, "admit a guest") {
+        Err(HostNetError::Nft { .. }) => rebuild(all, range),
+        result => result,
+    }
+}
+
+/// Holds guests to what their leases say, of which each comes with what it said before.
+pub(super) fn restrict(
+    changed: &[(Egress, Lease)],
+    all: &[Lease],
+    range: Option<&Range>,
+) -> Result<(), HostNetError> {
+    if changed
+        .iter()
+        .all(|(before, lease)| *before == lease.egress)
+    {
+        return Ok(());
+    }
+    let mut script = String::new();
+    for (before, lease) in changed {
+        // Adding first makes the deletion succeed for an element that is not there.
+        push_egress(&mut script, "add", &lease.tap(), before);
+        push_egress(&mut script, "delete", &lease.tap(), before);
+        push_egress(&mut script, "add", &lease.tap(), &lease.egress);
+    }
+    match run(&script, "restrict a guest") {
         Err(HostNetError::Nft { .. }) => rebuild(all, range),
         result => result,
     }
@@ -103,16 +131,21 @@ fn push_guard(script: &mut String, range: Option<&Range>) {
     // `senders` have an address that we gave them and speak IPv4 and ARP under it alone;
     // `stations`, on bridges that are not ours, are held to their hardware address. From guest to
     // guest only what both take part in passes: a bridge port's own flag (isolated) keeps a guest
-    // from another isolated one, but not from those that are not.
+    // from another isolated one, but not from those that are not. `held` send to `allowed` only:
+    // that comes first, so that it holds stations, too.
     let _ = write!(
         script,
         "table bridge clone {{
   set senders {{ type ifname . ether_addr . ipv4_addr; }}
   set stations {{ type ifname . ether_addr; }}
   set neighbours {{ type ifname; }}
+  set held {{ type ifname; }}
+  set allowed {{ type ifname . ipv4_addr; flags interval; }}
   chain guard {{
     type filter hook prerouting priority -300; policy accept;
     iifname != \"clone-*\" accept
+    iifname @held meta protocol != {{ ip, arp }} drop
+    iifname @held iifname . ip daddr != @allowed drop
     iifname . ether saddr @stations accept
 {detour}    iifname . ether saddr . ip saddr @senders accept
     iifname . ether saddr . arp saddr ip @senders iifname . arp saddr ether . arp saddr ip @senders accept
@@ -130,6 +163,8 @@ fn push_guard(script: &mut String, range: Option<&Range>) {
 
 fn push_element(script: &mut String, verb: &str, lease: &Lease) {
     let (tap, mac) = (lease.tap(), lease.mac);
+    // First it is held, then it may send; nobody sees a state between the two.
+    push_egress(script, verb, &tap, &lease.egress);
     let _ = match lease.address {
         Some(address) => writeln!(
             script,
@@ -146,6 +181,35 @@ fn push_element(script: &mut String, verb: &str, lease: &Lease) {
             "{verb} element bridge clone neighbours {{ {tap:?} }}"
         );
     }
+}
+
+fn push_egress(script: &mut String, verb: &str, tap: &str, egress: &Egress) {
+    if egress.is_full() {
+        return;
+    }
+    let _ = writeln!(script, "{verb} element bridge clone held {{ {tap:?} }}");
+    if let Egress::Allow(networks) = egress {
+        for network in disjoint(networks) {
+            let _ = writeln!(
+                script,
+                "{verb} element bridge clone allowed {{ {tap:?} . {network} }}"
+            );
+        }
+    }
+}
+
+/// The networks without those that are in another one: a set takes no element twice.
+fn disjoint(networks: &[Ipv4Network]) -> Vec<Ipv4Network> {
+    let mut kept: Vec<Ipv4Network> = Vec::new();
+    let mut sorted = networks.to_vec();
+    // Who contains others comes before them.
+    sorted.sort_unstable();
+    for network in sorted {
+        if !kept.last().is_some_and(|last| last.contains(network)) {
+            kept.push(network);
+        }
+    }
+    kept
 }
 
 fn has_table(family: &str) -> Result<bool, HostNetError> {
@@ -206,4 +270,42 @@ fn spawn() -> io::Result<std::process::Child> {
         }
     }
     Err(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn networks(words: &[&str]) -> Vec<Ipv4Network> {
+        words.iter().map(|word| word.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn a_network_within_another_is_no_element_of_its_own() {
+        let given = networks(&[
+            "10.1.2.3",
+            "192.168.0.0/24",
+            "10.0.0.0/8",
+            "10.0.0.0/9",
+            "192.168.0.0/24",
+            "192.168.1.0/24",
+        ]);
+        let kept = networks(&["10.0.0.0/8", "192.168.0.0/24", "192.168.1.0/24"]);
+        assert_eq!(disjoint(&given), kept);
+    }
+
+    #[test]
+    fn who_may_send_everywhere_has_no_element_and_who_may_nowhere_is_held() {
+        let script = |egress: &Egress| {
+            let mut script = String::new();
+            push_egress(&mut script, "add", "clone-0002", egress);
+            script
+        };
+        assert_eq!(script(&Egress::Full), "");
+        let held = "add element bridge clone held { \"clone-0002\" }\n";
+        assert_eq!(script(&Egress::None), held);
+        let allowed = script(&Egress::Allow(networks(&["10.0.0.0/8"])));
+        let element = "add element bridge clone allowed { \"clone-0002\" . 10.0.0.0/8 }\n";
+        assert_eq!(allowed, format!("{held}{element}"));
+    }
 }

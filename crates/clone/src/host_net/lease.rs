@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clone_api::MacAddr;
+use clone_api::config::Egress;
 use rustix::fs::{FlockOperation, flock};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -38,6 +39,9 @@ pub(super) struct Lease {
     pub(super) address: Option<Ipv4Addr>,
     /// Whether the guest may reach others of which the same is true.
     pub(super) neighbours: bool,
+    /// Whom the guest may send to.
+    #[serde(default, skip_serializing_if = "Egress::is_full")]
+    pub(super) egress: Egress,
     /// Who made it, while the VM is starting.
     pub(super) creator: Creator,
 }
@@ -271,6 +275,7 @@ mod tests {
             mac: MacAddr([2, 0xc1, 0, 0, 0, slot as u8]),
             address: Some(Ipv4Addr::new(10, 213, 0, 2)),
             neighbours: false,
+            egress: Egress::Full,
             creator: Creator::this_process(),
         }
     }

@@ -28,6 +28,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use clone_api::MacAddr;
+use clone_api::config::Egress;
 use clone_vmm::devices::net::Tap;
 use serde::{Deserialize, Serialize};
 
@@ -70,6 +71,8 @@ pub struct Request {
     pub queues: u16,
     /// Whether the guest may reach others on the same bridge that may do so too.
     pub neighbours: bool,
+    /// Whom the guest may send to; all for a tap that is not ours.
+    pub egress: Egress,
 }
 
 /// A network interface that is ready for a VM.
@@ -173,6 +176,28 @@ impl HostNet {
                 site.attach_nat(request, self.range)
             }
         }
+    }
+
+    /// Changes whom the VM's guest may send to, on all of its interfaces: from the return on it is
+    /// held to it. For a VM that has nothing here it does nothing.
+    ///
+    /// # Errors
+    /// [`HostNetError`]; the guest may then be held to either.
+    pub fn restrict(&self, vm: &str, egress: &Egress) -> Result<(), HostNetError> {
+        if !Path::new(&self.dir).exists() {
+            return Ok(());
+        }
+        let leases = Leases::lock(&self.dir)?;
+        let mut all = leases.contents()?.leases;
+        let mut changed = Vec::new();
+        for lease in all.iter_mut().filter(|lease| lease.vm == vm) {
+            let before = std::mem::replace(&mut lease.egress, egress.clone());
+            // Whoever makes the tables anew does it from this.
+            leases.add(lease)?;
+            changed.push((before, lease.clone()));
+        }
+        let nat = leases.nat()?;
+        firewall::restrict(&changed, &all, nat.as_ref().map(|nat| &nat.range))
     }
 
     /// Removes what was set up for the VM, and with the last one what all shared. For a VM that
@@ -353,6 +378,7 @@ impl Site {
             mac,
             address,
             neighbours: request.neighbours,
+            egress: request.egress.clone(),
             creator: Creator::this_process(),
         };
         self.leases.add(&lease)?;

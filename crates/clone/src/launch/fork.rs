@@ -8,13 +8,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use clone_api::config::{NetConfig, NetMode, Overlay};
+use clone_api::config::{Egress, NetConfig, NetMode, Overlay};
 use clone_api::control::SnapshotTaken;
 use clone_api::{ApiError, Client, ErrorCode, VmConfig};
 use rustix::process::{Pid, WaitOptions, waitpid};
 use serde::Serialize;
 
-use super::{identity, last_words, start_or_abandon};
+use super::{identity, last_words, network, start_or_abandon};
 use crate::error::Result;
 use crate::process::start::{Fork, Origin};
 use crate::runtime::{Parent, Process, RunningVm, Runtime, VmDir};
@@ -122,6 +122,9 @@ impl Source {
                 .advise("give each clone its own: --net tap=NAME"));
             }
         }
+        if let Some(egress) = &overrides.egress {
+            restrict(&mut config, egress);
+        }
         for disk in config.disks.iter_mut().filter(|disk| !disk.read_only) {
             disk.overlay = Overlay::Ephemeral;
         }
@@ -154,6 +157,8 @@ pub struct Overrides {
     pub net: Option<Vec<NetConfig>>,
     /// Files that keep the writes of a disk, by its place; without one they end with the clone.
     pub overlays: Vec<(usize, PathBuf)>,
+    /// Whom the guests may send to; as in the template where it is not given.
+    pub egress: Option<Egress>,
     /// What the guests call themselves, one for each clone; their names where there are none.
     pub host_names: Vec<String>,
 }
@@ -162,6 +167,13 @@ impl Overrides {
     /// Whether a standby, which is made as the template says, will do.
     fn is_none(&self) -> bool {
         self.net.is_none() && self.overlays.is_empty()
+    }
+}
+
+/// Holds all interfaces to `egress`.
+fn restrict(config: &mut VmConfig, egress: &Egress) {
+    for net in &mut config.net {
+        net.egress.clone_from(egress);
     }
 }
 
@@ -299,9 +311,16 @@ fn adopt(
         return Ok(None);
     };
     let client = Client::new(vm.dir.control_socket()).with_timeout(ADOPTION_LIMIT);
-    let adopted = client
-        .adopt(name)
-        .map_err(|error| ApiError::internal(&error));
+    // Before it runs.
+    let held = overrides.egress.as_ref().map_or(Ok(()), |egress| {
+        network::restrict(&vm.dir, egress)?;
+        vm.dir.change_config(|config| restrict(config, egress))
+    });
+    let adopted = held.and_then(|()| {
+        client
+            .adopt(name)
+            .map_err(|error| ApiError::internal(&error))
+    });
     match adopted {
         Ok(()) => Ok(Some(vm)),
         Err(error) => {

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use clone_api::config::{NetConfig, NetMode};
+use clone_api::config::{Egress, NetConfig, NetMode};
 use clone_api::{ApiError, ErrorCode, VmConfig};
 use clone_vmm::devices::net::Tap;
 use rustix::io::FdFlags;
@@ -65,6 +65,13 @@ pub(super) fn attach(dir: &VmDir, config: &mut VmConfig) -> Result<Attached> {
     })
 }
 
+/// Changes whom a VM's guest may send to, on all of its interfaces.
+pub(super) fn restrict(dir: &VmDir, egress: &Egress) -> Result<()> {
+    HostNet::new(DEFAULT_DIR)
+        .restrict(&dir.network_key(), egress)
+        .map_err(|error| ApiError::internal(&error))
+}
+
 fn request(dir: &VmDir, net: &NetConfig) -> Request {
     // Validation has made sure that a mode comes with its name.
     let name = |name: &Option<String>| name.clone().unwrap_or_default();
@@ -78,6 +85,7 @@ fn request(dir: &VmDir, net: &NetConfig) -> Request {
         mac: net.mac,
         queues: net.queues.unwrap_or(1),
         neighbours: net.neighbours,
+        egress: net.egress.clone(),
     }
 }
 

@@ -312,6 +312,13 @@ impl VmDir {
         self.path.join("config.json")
     }
 
+    /// Changes the kept description.
+    pub fn change_config(&self, change: impl FnOnce(&mut VmConfig)) -> Result<()> {
+        let mut config = self.config()?;
+        change(&mut config);
+        write_json(&self.config_file(), &config)
+    }
+
     /// What snapshots and forks of the VM lie on.
     pub fn parent(&self) -> Result<Parent> {
         read_json(&self.path.join(PARENT))

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use clone::host_net::{BRIDGE, Connection, HostNet, HostNetError, Range, Request};
 use clone_api::MacAddr;
+use clone_api::config::Egress;
 use tempfile::TempDir;
 
 use wire::{Guest, enter_new_network, in_new_network, run, thread_id, try_run};
@@ -24,6 +25,7 @@ fn request(vm: &str) -> Request {
         mac: None,
         queues: 1,
         neighbours: false,
+        egress: Egress::Full,
     }
 }
 
@@ -243,6 +245,71 @@ fn the_world_is_reached_under_the_hosts_address_and_reaches_nobody_by_itself() {
         assert_eq!(guest.hears_datagram().as_deref(), Some(&b"answer"[..]));
         world.join().unwrap();
         assert_eq!(guest.hears_datagram(), None);
+    });
+}
+
+#[test]
+fn a_guest_sends_where_it_may_and_nowhere_else() {
+    in_new_network(|| {
+        let (host, dir) = host();
+        run("ip address add 192.0.2.1/32 dev lo");
+        let allow = |networks: &[&str]| {
+            Egress::Allow(networks.iter().map(|it| it.parse().unwrap()).collect())
+        };
+        let request = Request {
+            egress: allow(&["192.0.2.0/24", "192.0.2.1", "198.51.100.0/24"]),
+            ..request("held")
+        };
+        let mut held = Guest::new(host.attach(&request).unwrap());
+        let mut free = guest(&host, "free");
+        let gateway = held.gateway();
+        let mac = held.finds(gateway).expect("ARP is not held");
+        free.finds(gateway).unwrap();
+        let server = UdpSocket::bind(("0.0.0.0", 9)).unwrap();
+        let limit = Some(Duration::from_millis(300));
+        server.set_read_timeout(limit).unwrap();
+        let elsewhere = Ipv4Addr::new(192, 0, 2, 1);
+        // What arrives of what a guest sends to two addresses of the host.
+        let heard = |guest: &mut Guest| {
+            let from = guest.address;
+            guest.datagram(mac, from, (gateway, 9), b"gateway");
+            guest.datagram(mac, from, (elsewhere, 9), b"elsewhere");
+            let mut heard = Vec::new();
+            let mut text = [0; 16];
+            while let Ok((len, _)) = server.recv_from(&mut text) {
+                heard.push(String::from_utf8(text[..len].to_vec()).unwrap());
+            }
+            heard
+        };
+        assert_eq!(heard(&mut held), ["elsewhere"]);
+        assert_eq!(heard(&mut free), ["gateway", "elsewhere"]);
+        host.restrict("held", &Egress::None).unwrap();
+        assert_eq!(heard(&mut held), [""; 0]);
+        assert_eq!(heard(&mut free), ["gateway", "elsewhere"]);
+        // Tables that somebody removed come back with it.
+        run("nft delete table bridge clone");
+        let third = guest(&host, "third");
+        assert_eq!(heard(&mut held), [""; 0]);
+        host.restrict(
+            "held",
+            &allow(&["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"]),
+        )
+        .unwrap();
+        assert_eq!(heard(&mut held), ["gateway"]);
+        host.restrict("held", &Egress::Full).unwrap();
+        assert_eq!(heard(&mut held), ["gateway", "elsewhere"]);
+        host.restrict("held", &allow(&["192.0.2.1"])).unwrap();
+        // Who comes later under its tap's name is not held.
+        drop(held);
+        host.detach("held").unwrap();
+        let rules = run("nft list table bridge clone");
+        assert!(!rules.contains("192.0.2.1"), "{rules}");
+        drop((free, third));
+        for vm in ["free", "third"] {
+            host.detach(vm).unwrap();
+        }
+        assert_nothing_left(dir.path());
+        host.restrict("held", &Egress::None).unwrap();
     });
 }
 

@@ -1,0 +1,105 @@
+//! Connections to programs of the guest, for who is on the host.
+//!
+//! Each way has a thread: one that nobody reads keeps only itself waiting. A way ends by itself, as
+//! in TCP; the connection ends when the host hangs up.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use agent_proto::messages::{Connect, Empty, ErrorCode, from_agent, from_host};
+
+use crate::session::{End, Inbox, Outbox, Refusal, STACK_BYTES};
+
+/// Where programs of the guest listen. A server that is asked on `localhost` may have either.
+const LOOPBACK: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::LOCALHOST),
+    IpAddr::V6(Ipv6Addr::LOCALHOST),
+];
+/// How long a connection on the loopback may take: its server has a full queue then.
+const LIMIT: Duration = Duration::from_secs(5);
+/// Bytes that are taken at once.
+const PIECE: usize = 16 << 10;
+
+/// Connects the host with a port of the guest, until the host hangs up.
+pub(crate) fn serve(request: &Connect, mut inbox: Inbox, outbox: &Outbox) -> Result<(), End> {
+    let mut server = open(request.port)?;
+    let failed = |error: &io::Error| Refusal::io("cannot serve the connection", error);
+    let out = server.try_clone().map_err(|error| failed(&error))?;
+    let answers = outbox.clone();
+    outbox.send(from_agent::Kind::Connected(Empty {}))?;
+    let sender = thread::Builder::new()
+        .name("connect".to_owned())
+        .stack_size(STACK_BYTES)
+        .spawn(move || send_out(out, &answers))
+        .map_err(|error| failed(&error))?;
+    let ended = take_in(&mut server, &mut inbox);
+    // The server sees its client go, and the other thread the end of the server's stream.
+    let _ = server.shutdown(Shutdown::Both);
+    let _ = sender.join();
+    ended
+}
+
+fn open(port: u32) -> Result<TcpStream, Refusal> {
+    let number = u16::try_from(port).ok().filter(|port| *port > 0);
+    let number =
+        number.ok_or_else(|| Refusal::new(ErrorCode::Invalid, format!("{port} is no TCP port")))?;
+    let mut last = None;
+    for address in LOOPBACK {
+        match TcpStream::connect_timeout(&SocketAddr::new(address, number), LIMIT) {
+            Ok(stream) => {
+                // Whoever types should not wait for more to be typed.
+                let _ = stream.set_nodelay(true);
+                return Ok(stream);
+            }
+            // The first address is the one that is told of.
+            Err(error) => last = last.or(Some(error)),
+        }
+    }
+    let error = last.unwrap_or_else(|| io::ErrorKind::AddrNotAvailable.into());
+    let message = format!("cannot connect to port {number} in the guest: {error}");
+    let code = match error.kind() {
+        io::ErrorKind::ConnectionRefused => ErrorCode::NotFound,
+        _ => ErrorCode::Other,
+    };
+    Err(Refusal::new(code, message))
+}
+
+/// What the host sends, to the server. After the end of that, what comes is the host's going.
+fn take_in(server: &mut TcpStream, inbox: &mut Inbox) -> Result<(), End> {
+    loop {
+        match inbox.receive()? {
+            Some(from_host::Kind::Data(data)) => {
+                server.write_all(&data).map_err(|_| End::Lost)?;
+            }
+            Some(from_host::Kind::DataEnd(_)) => {
+                // One that is gone already has no use for it.
+                let _ = server.shutdown(Shutdown::Write);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// What the server says, to the host, until its end.
+fn send_out(mut server: TcpStream, outbox: &Outbox) {
+    let mut piece = vec![0; PIECE];
+    loop {
+        match server.read(&mut piece) {
+            Ok(0) => break,
+            Ok(len) => {
+                let data = from_agent::Kind::Data(piece[..len].to_vec());
+                if outbox.send(data).is_err() {
+                    // So that a server that only writes ends, too.
+                    let _ = server.shutdown(Shutdown::Both);
+                    return;
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // Reset: there is no more, and the host cannot be told in which way.
+            Err(_) => break,
+        }
+    }
+    let _ = outbox.done();
+}

@@ -1,0 +1,190 @@
+//! `army port-forward`: ports of a VM, on this host.
+
+use std::net::{IpAddr, SocketAddr};
+use std::process::ExitCode;
+use std::str::FromStr;
+
+use anyhow::{Context as _, Result};
+use army_api::Client;
+use army_api::exec::PortMessage;
+use army_api::vms::Vm;
+use futures_util::stream::{SplitSink, SplitStream};
+use futures_util::{SinkExt, StreamExt};
+use serde::Serialize;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+
+use super::context::Context;
+use super::output::note;
+use super::socket::{self, Socket};
+
+/// Bytes that are taken at once.
+const PIECE: usize = 64 << 10;
+
+/// Reach ports of a VM under ports of this host, until interrupted.
+///
+/// Connections go through Army and the VM's agent: the VM needs no network for it, and its programs
+/// see a client on their own loopback.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// The VM: its id or name.
+    vm: String,
+    /// The VM's port, and before it the one of this host where that is another; 0 takes a free one.
+    #[arg(required = true, value_name = "[LOCAL:]PORT")]
+    ports: Vec<Ports>,
+    /// Where to listen. Whoever reaches it reaches the VM's port, without a key.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    listen: IpAddr,
+}
+
+/// A port here and the one that it stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Ports {
+    local: u16,
+    remote: u16,
+}
+
+impl FromStr for Ports {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let number = |text: &str| {
+            text.parse::<u16>()
+                .map_err(|_| format!("`{text}` is no port"))
+        };
+        let (local, remote) = match text.split_once(':') {
+            Some((local, remote)) => (number(local)?, number(remote)?),
+            None => (number(text)?, number(text)?),
+        };
+        match remote {
+            0 => Err("port 0 of a VM is none".to_owned()),
+            _ => Ok(Self { local, remote }),
+        }
+    }
+}
+
+/// What is told when a port is ready.
+#[derive(Serialize)]
+struct Forwarded<'a> {
+    vm: &'a str,
+    port: u16,
+    local: SocketAddr,
+}
+
+pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
+    let client = context.client()?;
+    // A VM that is not there is told before anybody connects.
+    let vm: Vm = client.get(&format!("/v1/vms/{}", args.vm), &()).await?;
+    let mut listeners = Vec::new();
+    for ports in &args.ports {
+        let address = SocketAddr::new(args.listen, ports.local);
+        let listener = TcpListener::bind(address)
+            .await
+            .with_context(|| format!("cannot listen on {address}"))?;
+        listeners.push((listener, ports.remote));
+    }
+    for (listener, port) in listeners {
+        let forwarded = Forwarded {
+            vm: &vm.name,
+            port,
+            local: listener.local_addr()?,
+        };
+        context.show(&forwarded, |it| {
+            format!("{} leads to port {} of {}", it.local, it.port, it.vm)
+        })?;
+        // By its id: another VM may get the name one day.
+        tokio::spawn(accept(listener, client.clone(), vm.id.clone(), port));
+    }
+    tokio::signal::ctrl_c().await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn accept(listener: TcpListener, client: Client, vm: String, port: u16) {
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                note(&format!("cannot accept a connection: {error}"));
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (client, path) = (client.clone(), format!("/v1/vms/{vm}/ports/{port}"));
+        tokio::spawn(async move {
+            let carried = async {
+                let socket = socket::open(&client, &path, &()).await?;
+                carry(stream, socket).await
+            };
+            if let Err(error) = carried.await {
+                note(&format!("a connection to port {port} ended: {error:#}"));
+            }
+        });
+    }
+}
+
+/// Until both sides have ended, or one is gone. Each way goes by itself.
+async fn carry(stream: TcpStream, socket: Socket) -> Result<()> {
+    stream.set_nodelay(true)?;
+    let (reader, writer) = stream.into_split();
+    let (sender, receiver) = socket.split();
+    tokio::select! {
+        lost = to_server(reader, sender) => lost,
+        ended = to_local(receiver, writer) => ended,
+    }
+}
+
+/// Ends only when something fails.
+async fn to_server(
+    mut reader: OwnedReadHalf,
+    mut sender: SplitSink<Socket, Message>,
+) -> Result<()> {
+    let mut piece = vec![0; PIECE];
+    loop {
+        let len = reader.read(&mut piece).await?;
+        if len == 0 {
+            break;
+        }
+        let bytes = piece[..len].to_vec();
+        sender.send(Message::Binary(bytes.into())).await?;
+    }
+    let text = serde_json::to_string(&PortMessage::End)?;
+    sender.send(Message::Text(text.into())).await?;
+    std::future::pending().await
+}
+
+async fn to_local(mut receiver: SplitStream<Socket>, mut writer: OwnedWriteHalf) -> Result<()> {
+    while let Some(message) = receiver.next().await {
+        match message? {
+            Message::Binary(bytes) => writer.write_all(&bytes).await?,
+            Message::Text(text) => match serde_json::from_str(&text) {
+                Ok(PortMessage::End) => writer.shutdown().await?,
+                // Of a newer server.
+                Err(_) => {}
+            },
+            Message::Close(Some(frame)) if frame.code == CloseCode::Normal => return Ok(()),
+            Message::Close(_) => break,
+            _ => {}
+        }
+    }
+    anyhow::bail!("the connection was lost")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_port_stands_for_both() {
+        let ports = |text: &str| text.parse::<Ports>();
+        let pair = |local, remote| Ok(Ports { local, remote });
+        assert_eq!(ports("80"), pair(80, 80));
+        assert_eq!(ports("8080:80"), pair(8080, 80));
+        assert_eq!(ports("0:80"), pair(0, 80));
+        for wrong in ["", "x", "0", "80:0", "70000", "1:2:3"] {
+            assert!(ports(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! Ports of guests: a TCP connection in a guest, over a WebSocket.
+//!
+//! Binary messages are the connection's bytes, both ways; text messages are [`PortMessage`]s. Each way
+//! goes by itself: a server that waits for its client to read must not keep the client from being
+//! read. The agent's connection blocks, so each way has a thread, too.
+
+use agent_proto::client::{ClientError, TunnelIn, TunnelOut};
+use army_api::exec::PortMessage;
+use army_api::keys::Role;
+use army_api::{Problem, ProblemKind};
+use axum::extract::State;
+use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
+use axum::response::Response;
+use futures_util::stream::{SplitSink, SplitStream};
+use futures_util::{SinkExt, StreamExt};
+use tokio::sync::{mpsc, oneshot};
+
+use super::auth::Caller;
+use super::extract::{Path, Upgrade};
+use super::{Answer, App};
+use crate::blocking;
+use crate::node::{InUse, of_agent};
+
+/// What a browser asks for beside its key; the answer has to name one that was offered.
+const SUBPROTOCOL: &str = "army.port";
+/// Messages that may wait for a slow side, then the other one waits.
+const AHEAD: usize = 16;
+/// The largest message of a client.
+const MAX_MESSAGE: usize = 256 * 1024;
+
+/// Connects to a TCP port of a VM's loopback: answers with a WebSocket whose binary messages are the
+/// connection's bytes. A browser offers the subprotocols `army.port` and `army.key.` with its key.
+#[utoipa::path(get, path = "/v1/vms/{vm}/ports/{port}",
+    params(("vm" = String, Path), ("port" = u16, Path, minimum = 1)),
+    responses((status = 101)))]
+pub(super) async fn connect(
+    State(app): State<App>,
+    caller: Caller,
+    Path((vm, port)): Path<(String, u16)>,
+    Upgrade(upgrade): Upgrade,
+) -> Answer<Response> {
+    caller.may(Role::User)?;
+    if port == 0 {
+        let detail = "0 is no TCP port";
+        return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
+    }
+    let vm = caller.vm(&app, &vm).await?;
+    let node = app.controller.node_of(&vm)?;
+    let (out, into, in_use) = blocking(move || {
+        let (connection, in_use) = node.agent(&vm.id)?;
+        let (out, into) = connection.connect(port).map_err(|error| of_agent(&error))?;
+        Ok((out, into, in_use))
+    })
+    .await?;
+    let upgrade = upgrade
+        .protocols([SUBPROTOCOL])
+        .max_message_size(MAX_MESSAGE);
+    Ok(upgrade.on_upgrade(move |socket| serve(socket, out, into, in_use)))
+}
+
+/// What comes out of the guest; none at its end.
+type Output = Result<Option<Vec<u8>>, ClientError>;
+
+async fn serve(socket: WebSocket, mut out: TunnelOut, into: TunnelIn, in_use: InUse) {
+    let (sender, receiver) = socket.split();
+    let (outgoing, output) = mpsc::channel::<Output>(AHEAD);
+    let (incoming, mut input) = mpsc::channel::<Option<Vec<u8>>>(AHEAD);
+    tokio::task::spawn_blocking(move || {
+        loop {
+            let read = out.read();
+            let more = matches!(read, Ok(Some(_)));
+            if outgoing.blocking_send(read).is_err() || !more {
+                return;
+            }
+        }
+    });
+    let writer = into.clone();
+    tokio::task::spawn_blocking(move || {
+        while let Some(piece) = input.blocking_recv() {
+            let written = match piece {
+                Some(bytes) => writer.write(&bytes),
+                None => writer.end(),
+            };
+            // Whoever reads learns why.
+            if written.is_err() {
+                return;
+            }
+        }
+    });
+    let (told_end, ended) = oneshot::channel();
+    tokio::select! {
+        () = to_client(sender, output, ended) => {}
+        () = to_guest(receiver, incoming, told_end) => {}
+    }
+    into.disconnect();
+    drop(in_use);
+}
+
+/// Until both sides have ended, or the guest's is lost.
+async fn to_client(
+    mut sender: SplitSink<WebSocket, Message>,
+    mut output: mpsc::Receiver<Output>,
+    client_ended: oneshot::Receiver<()>,
+) {
+    let code = loop {
+        match output.recv().await {
+            Some(Ok(Some(bytes))) => {
+                if sender.send(Message::Binary(bytes.into())).await.is_err() {
+                    return;
+                }
+            }
+            Some(Ok(None)) => {
+                let text = serde_json::to_string(&PortMessage::End).unwrap_or_default();
+                if sender.send(Message::Text(text.into())).await.is_err() {
+                    return;
+                }
+                // A client that goes without a word is noticed beside us.
+                let _ = client_ended.await;
+                break close_code::NORMAL;
+            }
+            Some(Err(_)) | None => break close_code::ERROR,
+        }
+    };
+    let frame = CloseFrame {
+        code,
+        reason: "".into(),
+    };
+    let _ = sender.send(Message::Close(Some(frame))).await;
+}
+
+/// Until the client is gone.
+async fn to_guest(
+    mut receiver: SplitStream<WebSocket>,
+    incoming: mpsc::Sender<Option<Vec<u8>>>,
+    told_end: oneshot::Sender<()>,
+) {
+    let mut told_end = Some(told_end);
+    while let Some(Ok(message)) = receiver.next().await {
+        let piece = match message {
+            Message::Binary(bytes) => Some(bytes.to_vec()),
+            Message::Text(text) => match serde_json::from_str(&text) {
+                Ok(PortMessage::End) => None,
+                // Nothing else is for us.
+                Err(_) => continue,
+            },
+            Message::Close(_) => return,
+            Message::Ping(_) | Message::Pong(_) => continue,
+        };
+        let is_end = piece.is_none();
+        if told_end.is_none() {
+            // There was an end before.
+            continue;
+        }
+        // Nobody takes it any more: the other way tells the client why.
+        let _ = incoming.send(piece).await;
+        if is_end && let Some(told_end) = told_end.take() {
+            let _ = told_end.send(());
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! TLS towards clients, with a certificate of the owner's.
+//!
+//! Its files are read again when they changed, so that whoever renews certificates only has to
+//! replace them. How connections are taken is [`crate::cluster::tls`]'s.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use army_api::{Problem, ProblemKind};
+use rustls::ServerConfig;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+
+use crate::cluster::tls::provider;
+use crate::node::Result;
+
+/// Files in PEM.
+#[derive(Debug, Clone)]
+pub struct Files {
+    /// The server's certificate, and behind it those that lead to an authority.
+    pub certificate: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+}
+
+/// How clients are served with the certificate in `files`.
+///
+/// # Errors
+/// Where a file cannot be read, or the two do not belong together.
+pub fn config(files: Files) -> Result<ServerConfig> {
+    let current = files.read()?;
+    let renewed = Renewed {
+        current: Mutex::new(current),
+        files,
+    };
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(|error| problem(format!("cannot set up TLS: {error}")))?
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(renewed));
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+/// What was read, and when both files were written that it was read from.
+#[derive(Clone)]
+struct Read {
+    key: Arc<CertifiedKey>,
+    written: [Option<SystemTime>; 2],
+}
+
+impl Files {
+    fn written(&self) -> [Option<SystemTime>; 2] {
+        let time = |path: &Path| path.metadata().and_then(|it| it.modified()).ok();
+        [time(&self.certificate), time(&self.key)]
+    }
+
+    fn read(&self) -> Result<Read> {
+        // Before reading: what is written meanwhile is read again.
+        let written = self.written();
+        let wrong = |path: &Path, error: &dyn fmt::Display| {
+            problem(format!("cannot use {}: {error}", path.display()))
+        };
+        let of_certificate = |error: &dyn fmt::Display| wrong(&self.certificate, error);
+        let chain = CertificateDer::pem_file_iter(&self.certificate)
+            .map_err(|error| of_certificate(&error))?
+            .collect::<std::result::Result<Vec<_>, _>>()
+            .map_err(|error| of_certificate(&error))?;
+        if chain.is_empty() {
+            return Err(of_certificate(&"there is no certificate in it"));
+        }
+        let key = PrivateKeyDer::from_pem_file(&self.key).map_err(|it| wrong(&self.key, &it))?;
+        // This compares the two, too.
+        let key = CertifiedKey::from_der(chain, key, &provider())
+            .map_err(|error| wrong(&self.key, &error))?;
+        Ok(Read {
+            key: Arc::new(key),
+            written,
+        })
+    }
+}
+
+fn problem(detail: String) -> Problem {
+    Problem::new(ProblemKind::InvalidRequest, detail)
+}
+
+/// The certificate as its files have it now.
+struct Renewed {
+    files: Files,
+    current: Mutex<Read>,
+}
+
+impl fmt::Debug for Renewed {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.debug_struct("Renewed")
+            .field("files", &self.files)
+            .finish()
+    }
+}
+
+impl ResolvesServerCert for Renewed {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let written = self.files.written();
+        if written != current.written {
+            match self.files.read() {
+                Ok(read) => *current = read,
+                // Half of it may be there: the next connection looks again.
+                Err(problem) => tracing::warn!(%problem, "the former certificate is kept"),
+            }
+        }
+        Some(Arc::clone(&current.key))
+    }
+}
