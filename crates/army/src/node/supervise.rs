@@ -90,6 +90,10 @@ impl Node {
                     .and_then(|()| self.pause(&entry.id));
                 if let Err(problem) = paused {
                     tracing::warn!(vm = entry.id, %problem, "an idle VM could not be paused");
+                    // Awake, then, and due again at the next look.
+                    if let Err(problem) = self.journal.set_asleep(&entry.id, false) {
+                        tracing::warn!(vm = entry.id, %problem, "it counts as paused");
+                    }
                 }
             }
             IdleAction::Pause => {}
