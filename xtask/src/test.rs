@@ -120,10 +120,8 @@ fn step(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
 
 fn guest_tests(options: &Options) -> Result<ExitCode> {
     println!("== guest tests");
-    run_command(&mut cargo(&["build", "--quiet", "--workspace", "--bins"]))?;
-    // Whether a package installs does not depend on optimisation, which takes minutes.
-    let package = paths::target().join("guest-tests/package");
-    let [_, package] = release::make(&paths::target().join("debug"), &package)?;
+    // This builds the programs that tests run, too. A build of those alone would choose other
+    // features of what they stand on, and compile all of that again.
     let list = [
         "nextest",
         "list",
@@ -134,6 +132,9 @@ fn guest_tests(options: &Options) -> Result<ExitCode> {
         "json",
     ];
     let list = output(&mut cargo(&list)).context("cannot build the guest tests")?;
+    // Whether a package installs does not depend on optimisation, which takes minutes.
+    let package = paths::target().join("guest-tests/package");
+    let [_, package] = release::make(&paths::target().join("debug"), &package)?;
     let metadata = output(&mut cargo(&["metadata", "--format-version", "1"]))?;
     let folder = paths::target().join("guest-tests");
     fs::create_dir_all(&folder)?;

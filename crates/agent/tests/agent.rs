@@ -237,7 +237,7 @@ fn signals_reach_the_command_and_its_children() {
 fn a_command_over_its_time_ends_with_all_its_children() {
     let agent = Agent::start();
     let marker = agent.path("marker");
-    let script = format!("(sleep 2; touch {}) & sleep 100", marker.display());
+    let script = format!("(sleep 4; touch {}) & sleep 100", marker.display());
     let start = Instant::now();
     let exec = Exec {
         timeout_ms: 200,
@@ -245,8 +245,8 @@ fn a_command_over_its_time_ends_with_all_its_children() {
     };
     let (exited, ..) = agent.connect().exec(exec).unwrap().collect().unwrap();
     assert!(exited.timed_out);
-    assert!(start.elapsed() < Duration::from_secs(2));
-    thread::sleep(Duration::from_millis(2300));
+    assert!(start.elapsed() < Duration::from_secs(4));
+    thread::sleep(Duration::from_millis(4300));
     assert!(!marker.exists(), "a child outlived the command");
 }
 

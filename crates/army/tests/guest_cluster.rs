@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(300);
 const HOSTS: [&str; 3] = ["one", "two", "three"];
 const BRIDGE: &str = "army-test";
 const CONTROLLER: &str = "10.77.0.1";
@@ -108,7 +108,7 @@ impl Cluster {
             .expect("set CLONE_TEST_ASSETS, or run `cargo xtask test --guest`");
         let assets = PathBuf::from(assets);
         let file = |name: &str| assets.join(name).to_str().unwrap().to_owned();
-        let kernel = file("guest-kernel/bzImage");
+        let kernel = file("guest-kernel/vmlinux");
         let initrd = file("guest-initramfs/initramfs.cpio");
         let program = Path::new(env!("CARGO_BIN_EXE_army")).with_file_name("clone");
         let run = |words: &[&str]| {
@@ -119,7 +119,7 @@ impl Cluster {
             "run", "-d", "-n", "base", "-m", "128M", "-k", &kernel, "-i", &initrd,
         ]);
         let script = format!("echo {nonce} > /run/nonce");
-        run(&["exec", "--wait", "60", "base", "sh", "-c", &script]);
+        run(&["exec", "--wait", "300", "base", "sh", "-c", &script]);
         run(&["snapshot", "base", "-o", "tiny"]);
         run(&["kill", "base"]);
     }

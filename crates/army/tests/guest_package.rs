@@ -24,7 +24,7 @@ impl Guest {
         guest.clone(&[
             "run", "-d", "-n", VM, "-m", "768M", "-k", &kernel, "-i", &initrd, "--disk", &disk,
         ]);
-        guest.clone(&["exec", "--wait", "240", VM, "true"]);
+        guest.clone(&["exec", "--wait", "600", VM, "true"]);
         guest
     }
 

@@ -18,8 +18,7 @@ fn with_agent() -> Bench {
     let bench = Bench::new();
     let started = bench.boot("a", &["--detach"]);
     assert!(started.status.success(), "{started:?}");
-    let ready = bench.run(&["exec", "--wait", "120", "a", "true"]);
-    assert!(ready.status.success(), "{ready:?}");
+    bench.wait_for_agent("a");
     bench
 }
 

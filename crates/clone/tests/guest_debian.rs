@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use guest_bench::Bench;
+use guest_bench::{Bench, PATIENCE};
 
 /// Bytes sent over the network.
 const TRANSFER: usize = 8 << 20;
@@ -38,8 +38,7 @@ fn guest(bench: &Bench, script: &str) -> String {
 #[test]
 fn a_stock_debian_uses_every_device_and_leaves_nothing() {
     let bench = debian();
-    let ready = bench.run(&["exec", "--wait", "240", "a", "true"]);
-    assert!(ready.status.success(), "{ready:?}");
+    bench.wait_for_agent("a");
     assert_eq!(
         guest(&bench, "systemctl is-system-running --wait").trim(),
         "running"
@@ -67,7 +66,7 @@ fn a_stock_debian_uses_every_device_and_leaves_nothing() {
 }
 
 fn a_login_prompt_is_on_the_console(bench: &Bench) {
-    let limit = Instant::now() + Duration::from_secs(120);
+    let limit = Instant::now() + Duration::from_secs(PATIENCE);
     loop {
         let console = bench.run(&["logs", "a"]).stdout;
         if String::from_utf8_lossy(&console).contains("login:") {
@@ -138,7 +137,7 @@ fn the_balloon_takes_and_gives(bench: &Bench) {
     for (size, bytes) in [("128M", 128u64 << 20), ("0", 0)] {
         let set = bench.run(&["balloon", "a", size]);
         assert!(set.status.success(), "{set:?}");
-        let limit = Instant::now() + Duration::from_secs(120);
+        let limit = Instant::now() + Duration::from_secs(PATIENCE);
         loop {
             let held = bench.json(&["--json", "balloon", "a"])["actual_bytes"]
                 .as_u64()

@@ -9,14 +9,14 @@ use std::fs;
 use std::process::Stdio;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use guest_bench::Bench;
+use guest_bench::{Bench, PATIENCE};
 
 /// A guest of two CPUs with a nonce in RAM and a counter that never stops, and its template `t`.
 fn bench_with_template() -> Bench {
     let bench = Bench::new();
     let started = bench.boot("base", &["--detach", "-c", "2"]);
     assert!(started.status.success(), "{started:?}");
-    bench.done(&["exec", "--wait", "60", "base", "true"]);
+    bench.wait_for_agent("base");
     bench.guest(
         "base",
         "echo nonce-4711 > /run/nonce; \
@@ -63,7 +63,7 @@ fn clones_live_and_are_themselves_cold_warm_and_live() {
     let waited = Instant::now();
     while standbys(&bench) < 2 {
         assert!(
-            waited.elapsed() < Duration::from_secs(60),
+            waited.elapsed() < Duration::from_secs(PATIENCE),
             "no standbys came"
         );
         std::thread::sleep(Duration::from_millis(100));

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 #[test]
 fn a_guest_that_powers_off_ends_run_with_0_and_leaves_nothing() {
-    let bench = Bench::new();
+    let bench = Bench::with_kernel("bzImage");
     let ended = bench.boot("a", &["-c", "2", "--append", "quiet guest.poweroff"]);
     let console = String::from_utf8_lossy(&ended.stdout).into_owned();
     assert_eq!(ended.status.code(), Some(0), "{ended:?}");
@@ -23,7 +23,7 @@ fn a_guest_that_powers_off_ends_run_with_0_and_leaves_nothing() {
 
 #[test]
 fn a_detached_vm_is_listed_paused_resumed_and_killed() {
-    let bench = Bench::new();
+    let bench = Bench::with_kernel("bzImage");
     let started = bench.boot("a", &["--detach"]);
     assert!(started.status.success(), "{started:?}");
     assert_eq!(String::from_utf8(started.stdout).unwrap(), "a\n");
@@ -52,7 +52,7 @@ fn a_detached_vm_is_listed_paused_resumed_and_killed() {
 
 #[test]
 fn what_a_vm_killed_from_outside_left_is_gone_after_the_next_command() {
-    let bench = Bench::new();
+    let bench = Bench::with_kernel("bzImage");
     assert!(bench.boot("a", &["--detach"]).status.success());
     let pid = bench.json(&["ls", "--json"])[0]["pid"].to_string();
     let killed = Command::new("kill").args(["-9", &pid]).status().unwrap();
@@ -63,7 +63,7 @@ fn what_a_vm_killed_from_outside_left_is_gone_after_the_next_command() {
 
 #[test]
 fn a_kernel_that_cannot_start_is_one_error_and_leaves_nothing() {
-    let bench = Bench::new();
+    let bench = Bench::with_kernel("bzImage");
     let mut cut = fs::read(bench.kernel()).unwrap();
     cut.truncate(cut.len() / 3);
     let kernel = bench.path("cut");

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 /// How long anything may take.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A host with a template, and a server on it.
 pub struct Host {
@@ -40,14 +40,14 @@ impl Host {
             key: String::new(),
         };
         let file = |name: &str| assets.join(name).to_str().unwrap().to_owned();
-        let kernel = file("guest-kernel/bzImage");
+        let kernel = file("guest-kernel/vmlinux");
         let initrd = file("guest-initramfs/initramfs.cpio");
         let run = [
             "run", "-d", "-n", "base", "-c", "2", "-m", "256M", "-k", &kernel, "-i", &initrd,
         ];
         host.clone(&[&run, more].concat());
         let script = format!("echo {nonce} > /run/nonce");
-        host.clone(&["exec", "--wait", "120", "base", "sh", "-c", &script]);
+        host.clone(&["exec", "--wait", "300", "base", "sh", "-c", &script]);
         host.clone(&["snapshot", "base", "-o", "tiny"]);
         host.clone(&["kill", "base"]);
         host.start();

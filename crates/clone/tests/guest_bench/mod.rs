@@ -8,6 +8,10 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
+/// How long anything may take, in seconds: not what is tested, and where guests are emulated they
+/// have their days.
+pub const PATIENCE: u64 = 300;
+
 /// A runtime directory of its own and the tiny guest.
 pub struct Bench {
     dir: tempfile::TempDir,
@@ -17,14 +21,20 @@ pub struct Bench {
 }
 
 impl Bench {
+    /// With a kernel that starts as it is; a `bzImage` is extracted first, which takes its time.
     pub fn new() -> Self {
+        Self::with_kernel("vmlinux")
+    }
+
+    /// With this kernel of the assets.
+    pub fn with_kernel(kernel: &str) -> Self {
         let assets = std::env::var_os("CLONE_TEST_ASSETS")
             .expect("set CLONE_TEST_ASSETS, or run `cargo xtask test --guest`");
         let assets = PathBuf::from(assets);
         Self {
             // Not under the shared target folder, which holds no sockets.
             dir: tempfile::tempdir_in("/run").unwrap(),
-            kernel: assets.join("guest-kernel/bzImage"),
+            kernel: assets.join("guest-kernel").join(kernel),
             initrd: assets.join("guest-initramfs/initramfs.cpio"),
             debian: assets.join("guest-debian/debian.ext4"),
         }
@@ -121,6 +131,11 @@ impl Bench {
             words.extend(["--append", "quiet"]);
         }
         self.run(&words)
+    }
+
+    /// Waits until a VM that boots has its agent.
+    pub fn wait_for_agent(&self, name: &str) {
+        self.done(&["exec", "--wait", &PATIENCE.to_string(), name, "true"]);
     }
 
     /// What is left of VMs: directories, and processes that mention the runtime directory.
