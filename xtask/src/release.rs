@@ -37,15 +37,35 @@ pub(crate) fn run() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// How the package is compressed.
+#[derive(Clone, Copy)]
+enum Compression {
+    /// Small.
+    Full,
+    /// Quickly made.
+    Quick,
+}
+
 /// Makes archive and package in `folder`, of the programs in `built`.
-pub(crate) fn make(built: &Path, folder: &Path) -> Result<[PathBuf; 2]> {
+fn make(built: &Path, folder: &Path) -> Result<[PathBuf; 2]> {
+    let tree = tree(built, folder)?;
+    Ok([archive(&tree)?, package(&tree, folder, Compression::Full)?])
+}
+
+/// Makes a package to be tested. Whether it installs does not depend on optimisation and
+/// compression, which take minutes.
+pub(crate) fn package_to_test(built: &Path, folder: &Path) -> Result<PathBuf> {
+    package(&tree(built, folder)?, folder, Compression::Quick)
+}
+
+fn tree(built: &Path, folder: &Path) -> Result<PathBuf> {
     let agent = guest::static_program("clone-agent")?;
     let tree = folder.join(format!("{NAME}-{VERSION}-x86_64"));
     if tree.exists() {
         fs::remove_dir_all(&tree).context("cannot remove what was made before")?;
     }
     lay_out(built, &agent, &tree)?;
-    Ok([archive(&tree)?, package(&tree, folder)?])
+    Ok(tree)
 }
 
 /// The files, below `tree` as below `/usr`.
@@ -110,7 +130,7 @@ fn archive(tree: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn package(tree: &Path, folder: &Path) -> Result<PathBuf> {
+fn package(tree: &Path, folder: &Path, compression: Compression) -> Result<PathBuf> {
     let root = folder.join("package");
     if root.exists() {
         fs::remove_dir_all(&root)?;
@@ -121,6 +141,10 @@ fn package(tree: &Path, folder: &Path) -> Result<PathBuf> {
     let path = folder.join(format!("{NAME}_{VERSION}_amd64.deb"));
     run_command(
         Command::new("dpkg-deb")
+            .args(match compression {
+                Compression::Full => ["-Zxz", "-z6"],
+                Compression::Quick => ["-Zgzip", "-z1"],
+            })
             .args(["--root-owner-group", "--build"])
             .arg(&root)
             .arg(&path)

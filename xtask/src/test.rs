@@ -132,9 +132,8 @@ fn guest_tests(options: &Options) -> Result<ExitCode> {
         "json",
     ];
     let list = output(&mut cargo(&list)).context("cannot build the guest tests")?;
-    // Whether a package installs does not depend on optimisation, which takes minutes.
     let package = paths::target().join("guest-tests/package");
-    let [_, package] = release::make(&paths::target().join("debug"), &package)?;
+    let package = release::package_to_test(&paths::target().join("debug"), &package)?;
     let metadata = output(&mut cargo(&["metadata", "--format-version", "1"]))?;
     let folder = paths::target().join("guest-tests");
     fs::create_dir_all(&folder)?;
