@@ -16,6 +16,7 @@ use super::control::ControlServer;
 use super::lineage::Lineage;
 use super::open::{OpenOrigin, Resources};
 use super::prefetch::Needed;
+use super::reboot::{BootFiles, Reboot};
 use super::snapshot::SnapshotDisk;
 use super::vm::{Observed, Vm, VmHandle};
 use super::{devices, prefetch};
@@ -55,20 +56,16 @@ pub(super) fn assemble(
         devices: devices.slots,
         confine_vcpu: Arc::new(jail::confine_vcpu),
     };
-    let machine = match guest.source {
-        Source::Boot { image, initrd } => {
-            let mut cmdline = config.kernel_cmdline();
-            for argument in extra_arguments {
-                cmdline = format!("{cmdline} {argument}");
-            }
-            let kernel = Kernel {
-                image,
-                initrd,
-                cmdline,
-            };
-            boot(parts, kernel, &config, events)?
+    let mut kernel = guest
+        .boot
+        .map(|files| files.kernel(&config, extra_arguments));
+    let machine = match (guest.source, &mut kernel) {
+        (Source::State(state, needed), _) => restore(parts, *state, needed.as_ref(), events)?,
+        (Source::Boot, Ok(kernel)) => boot(parts, kernel, &config, events)?,
+        // It was opened a moment ago.
+        (Source::Boot, Err(missing)) => {
+            return Err(ApiError::new(ErrorCode::Internal, missing.clone()));
         }
-        Source::State(state, needed) => restore(parts, *state, needed.as_ref(), events)?,
     };
     let serial = machine.serial();
     let drained = serial.drained().map_err(internal)?;
@@ -88,7 +85,9 @@ pub(super) fn assemble(
         parent_layers: guest.disk_layers.get(index).copied().unwrap_or(0),
     });
     let disks = disks.collect();
-    let vm = Vm::new(machine, hub, guest.standby, guest.locks, events).map_err(internal)?;
+    let mut vm = Vm::new(machine, hub, guest.standby, guest.locks, events).map_err(internal)?;
+    let subject = vm.subject(lineage, disks);
+    vm.on_reboot(Reboot::new(config.on_reboot, kernel, Arc::clone(&subject)));
     let handle = VmHandle::new(
         &vm,
         dir,
@@ -97,7 +96,7 @@ pub(super) fn assemble(
             memory_map: resources.memory_map,
             attached,
             devices: devices.handles,
-            subject: vm.subject(lineage, disks),
+            subject,
             standby: time.filter(|_| guest.standby),
         },
     );
@@ -112,25 +111,25 @@ pub(super) fn assemble(
 struct Guest {
     memory: GuestMemory,
     source: Source,
+    /// What it boots; or why there is nothing to boot.
+    boot: std::result::Result<BootFiles, String>,
     disk_layers: Vec<usize>,
     standby: bool,
     locks: Vec<File>,
 }
 
 enum Source {
-    Boot { image: File, initrd: Option<File> },
+    Boot,
     State(Box<MachineState>, Option<Needed>),
 }
 
 impl Guest {
     fn of(origin: OpenOrigin, kvm: &Kvm, config: &VmConfig) -> Result<Self> {
         match origin {
-            OpenOrigin::Boot { kernel, initrd } => Ok(Self {
+            OpenOrigin::Boot(files) => Ok(Self {
                 memory: guest_memory(config)?,
-                source: Source::Boot {
-                    image: kernel,
-                    initrd,
-                },
+                source: Source::Boot,
+                boot: Ok(files),
                 disk_layers: Vec::new(),
                 standby: false,
                 locks: Vec::new(),
@@ -147,6 +146,7 @@ impl Guest {
                 Ok(Self {
                     memory,
                     source: Source::State(Box::new(fork.state), needed),
+                    boot: fork.boot,
                     disk_layers: fork.disk_layers,
                     standby: fork.standby,
                     locks: fork.locks,
@@ -157,7 +157,7 @@ impl Guest {
 
     fn state(&self) -> Option<&MachineState> {
         match &self.source {
-            Source::Boot { .. } => None,
+            Source::Boot => None,
             Source::State(state, _) => Some(state),
         }
     }
@@ -181,12 +181,12 @@ fn check_cpu(kvm: &Kvm, state: &MachineState) -> Result<()> {
 
 fn boot(
     parts: Parts,
-    mut kernel: Kernel,
+    kernel: &mut Kernel,
     config: &VmConfig,
     events: &mut EventLoop,
 ) -> Result<Machine> {
     let mut machine = Machine::new(parts, events).map_err(told)?;
-    machine.boot(&mut kernel).map_err(|error| {
+    machine.boot(kernel).map_err(|error| {
         told(error).advise(format!(
             "check that {} is a Linux kernel for x86-64",
             config.kernel.display()

@@ -26,6 +26,7 @@ use super::control::{Responder, VmControl};
 use super::devices::{Handles, balloon_status};
 use super::lineage::Lineage;
 use super::prefetch;
+use super::reboot::Reboot;
 use super::snapshot::{self, SharedSubject, SnapshotDisk, Subject};
 use crate::runtime::VmDir;
 
@@ -43,6 +44,7 @@ pub(super) struct Vm {
     machine: SharedMachine,
     hub: Arc<Mutex<ConsoleHub>>,
     exit: ExitSignal,
+    reboot: Option<Reboot>,
     standby: bool,
     /// What it uses of others, kept from being removed.
     _locks: Vec<File>,
@@ -63,6 +65,7 @@ impl Vm {
             machine: Arc::new(Mutex::new(machine)),
             hub,
             exit,
+            reboot: None,
             standby,
             _locks: locks,
         })
@@ -75,6 +78,11 @@ impl Vm {
             lineage,
             disks,
         }))
+    }
+
+    /// Lets the guest reboot.
+    pub(super) fn on_reboot(&mut self, reboot: Reboot) {
+        self.reboot = Some(reboot);
     }
 
     /// Whether it was made to wait for its name.
@@ -90,7 +98,11 @@ impl Vm {
     /// Serves the VM until it ends.
     pub(super) fn run(&mut self, events: &mut EventLoop) -> io::Result<Exit> {
         let exit = loop {
-            if let Some(exit) = self.exit.get() {
+            let exit = match (self.exit.get(), &mut self.reboot) {
+                (Some(Exit::Reboot), Some(reboot)) => reboot.grant(&self.exit),
+                (exit, _) => exit,
+            };
+            if let Some(exit) = exit {
                 break exit;
             }
             events.run_once(-1)?;
@@ -104,6 +116,15 @@ impl Vm {
             .unwrap_or_else(PoisonError::into_inner)
             .flush();
         Ok(exit)
+    }
+}
+
+/// Has the event loop look again when a snapshot is over: a reboot may wait for that.
+struct WakeAtEnd(ExitSignal);
+
+impl Drop for WakeAtEnd {
+    fn drop(&mut self) {
+        self.0.wake();
     }
 }
 
@@ -204,6 +225,11 @@ impl VmHandle {
         }
         match self.exit.get() {
             None => Ok(()),
+            Some(Exit::Reboot) => Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!("the VM `{}` is rebooting", self.config.name),
+            )
+            .advise("try again")),
             Some(_) => Err(ApiError::new(
                 ErrorCode::Conflict,
                 format!("the VM `{}` is ending", self.config.name),
@@ -317,7 +343,11 @@ impl VmControl for VmHandle {
             return responder.answer::<()>(Err(error));
         }
         let subject = Arc::clone(&self.observed.subject);
-        let work = move || responder.answer(snapshot::take(&subject, &request, files));
+        let wake = WakeAtEnd(self.exit.clone());
+        let work = move || {
+            let _wake = wake;
+            responder.answer(snapshot::take(&subject, &request, files));
+        };
         // Without a thread the responder is dropped, which tells the client.
         let started = std::thread::Builder::new()
             .name("snapshot".to_owned())
