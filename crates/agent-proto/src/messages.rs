@@ -175,16 +175,17 @@ pub struct Hello {
 /// A command to run.
 #[derive(Clone, PartialEq, Message)]
 pub struct Exec {
-    /// Program and arguments; a program without a slash is looked up in the PATH.
+    /// Program and arguments; a program without a slash is looked up in the PATH. Empty is the
+    /// image's own command.
     #[prost(string, repeated, tag = "1")]
     pub command: Vec<String>,
-    /// `NAME=value`, added to the agent's defaults.
+    /// `NAME=value`, added to the agent's defaults and the image's.
     #[prost(string, repeated, tag = "2")]
     pub environment: Vec<String>,
-    /// Working directory; the user's home by default.
+    /// Working directory; the image's by default, else the user's home.
     #[prost(string, tag = "3")]
     pub directory: String,
-    /// `user`, `user:group`, or numbers; root by default.
+    /// `user`, `user:group`, or numbers; the image's by default, else root.
     #[prost(string, tag = "4")]
     pub user: String,
     /// A terminal of this size; stdout and stderr are one stream then.

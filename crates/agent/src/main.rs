@@ -16,6 +16,7 @@ mod exec;
 mod files;
 mod heap;
 mod identity;
+mod image;
 mod info;
 mod init;
 mod limits;

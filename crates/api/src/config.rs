@@ -46,6 +46,9 @@ pub struct VmConfig {
     pub rng: bool,
     /// The serial console.
     pub console: ConsoleConfig,
+    /// What a reboot of the guest does.
+    #[serde(skip_serializing_if = "OnReboot::is_default")]
+    pub on_reboot: OnReboot,
 }
 
 impl Default for VmConfig {
@@ -64,6 +67,7 @@ impl Default for VmConfig {
             balloon: BalloonConfig::default(),
             rng: true,
             console: ConsoleConfig::default(),
+            on_reboot: OnReboot::default(),
         }
     }
 }
@@ -71,8 +75,8 @@ impl Default for VmConfig {
 impl VmConfig {
     /// The command line that the kernel gets.
     ///
-    /// The made one names the serial console, restarts never (a guest that panics or reboots ends
-    /// its VM), skips probing for hardware that the machine does not have, and names the first
+    /// The made one names the serial console, has a kernel that panics ask for a warm reset (by
+    /// which the VM's process knows a panic, and ends), skips probing for hardware that the machine does not have, and names the first
     /// disk as the root.
     pub fn kernel_cmdline(&self) -> String {
         let mut line = match &self.cmdline {
@@ -90,7 +94,7 @@ impl VmConfig {
 
     fn made_cmdline(&self) -> String {
         let mut line = String::from(
-            "console=ttyS0 panic=-1 i8042.noaux i8042.nokbd i8042.nomux i8042.nopnp \
+            "console=ttyS0 panic=-1 reboot=panic_warm i8042.noaux i8042.nokbd i8042.nomux i8042.nopnp \
              8250.nr_uarts=1 random.trust_cpu=on net.ifnames=0",
         );
         if let Some(root) = self.disks.first() {
@@ -314,6 +318,25 @@ impl Default for ConsoleConfig {
         Self {
             log_limit: Bytes::mib(1),
         }
+    }
+}
+
+/// What a reboot of the guest does.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum OnReboot {
+    /// The guest boots again in the same VM: same name, sockets, disks with their content,
+    /// network. Its RAM is fresh.
+    #[default]
+    Restart,
+    /// The VM ends.
+    Stop,
+}
+
+impl OnReboot {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
     }
 }
 

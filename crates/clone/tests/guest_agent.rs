@@ -52,6 +52,29 @@ fn exec_gives_the_commands_output_and_its_own_exit_code() {
         "echo $A; pwd",
     ]);
     assert_eq!(here.stdout, b"b\n/proc\n");
+
+    // What the image says is for those who say nothing.
+    bench.guest(
+        "a",
+        r#"mkdir -p /etc/clone; echo 'ada:x:1000:1000::/:/bin/sh' >> /etc/passwd
+           echo '{"env": ["A=image"], "working_dir": "/sys", "user": "ada",
+                  "cmd": ["sh", "-c", "echo $A $(pwd) $(id -u)"]}' > /etc/clone/image.json"#,
+    );
+    assert_eq!(exec(&[]).stdout, b"image /sys 1000\n");
+    let said = bench.run(&[
+        "exec",
+        "-u",
+        "0",
+        "-e",
+        "A=b",
+        "-w",
+        "/",
+        "a",
+        "sh",
+        "-c",
+        "echo $A; pwd; id -u",
+    ]);
+    assert_eq!(said.stdout, b"b\n/\n0\n");
 }
 
 #[test]

@@ -45,6 +45,7 @@ use std::io::{Seek, SeekFrom};
 pub use buffer::{Buffer, Buffers};
 pub use disk::{Disk, FrozenLayers, copy_range};
 pub use engine::EngineKind;
+pub use engine::ring::restricted_ring;
 pub use error::DiskError;
 pub use layer::{LayerHeader, LayerId, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
 pub use qcow2::Qcow2Header;

@@ -7,7 +7,7 @@ use std::ptr;
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
 use vm_memory::mmap::{FromRangesError, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
 
@@ -185,6 +185,50 @@ impl GuestMemory {
             layout: *layout,
             regions,
             backing,
+        };
+        memory.keep_out_of_core_dumps();
+        Ok(memory)
+    }
+
+    /// The same RAM, all zero and all of this process's own again, at the same addresses: views
+    /// and memory slots stay good. This value is outdated then (its layers lie there no more).
+    ///
+    /// # Errors
+    /// [`MemoryError::Map`] or [`MemoryError::Advise`] if the host refuses.
+    pub fn renewed(&self) -> Result<Self, MemoryError> {
+        for (_, address, len) in self.host_addresses(0..self.pages()) {
+            let at = ptr::with_exposed_provenance_mut(address as usize);
+            match &self.backing {
+                Backing::Anonymous | Backing::Layers(_) => {
+                    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
+                    // SAFETY: as in `map_piece`: the range lies within a mapping that `self.ram`
+                    // owns, all accesses to guest memory are raw and find zeros from now on.
+                    unsafe { mmap_anonymous(at, len, rw(), flags) }.map_err(|source| {
+                        MemoryError::Map {
+                            mib: (len >> 20) as u64,
+                            source: source.into(),
+                        }
+                    })?;
+                }
+                Backing::Shared(_) => {
+                    // SAFETY: the range lies within a mapping of ours; all accesses are raw.
+                    unsafe { madvise(at, len, Advice::LinuxRemove) }.map_err(|source| {
+                        MemoryError::Advise {
+                            what: "empty",
+                            source: source.into(),
+                        }
+                    })?;
+                }
+            }
+        }
+        let memory = Self {
+            ram: self.ram.clone(),
+            layout: self.layout,
+            regions: self.regions.clone(),
+            backing: match &self.backing {
+                Backing::Anonymous | Backing::Layers(_) => Backing::Anonymous,
+                Backing::Shared(file) => Backing::Shared(Arc::clone(file)),
+            },
         };
         memory.keep_out_of_core_dumps();
         Ok(memory)

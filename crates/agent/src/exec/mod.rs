@@ -18,6 +18,7 @@ use agent_proto::messages::{
 };
 
 use self::command::{Command, Piece};
+use crate::image::Image;
 use crate::session::{Agent, End, Inbox, Outbox, Refusal, STACK_BYTES};
 
 /// The PATH of commands that bring none.
@@ -95,10 +96,11 @@ impl Commands {
 /// Starts a command and stays with it.
 pub(crate) fn start(
     agent: &Arc<Agent>,
-    request: Exec,
+    mut request: Exec,
     inbox: Inbox,
     outbox: &Outbox,
 ) -> Result<(), End> {
+    Image::of_this_guest()?.fill(&mut request);
     let command = agent.commands.start(&request)?;
     attend(agent, &command, Acknowledge::default(), inbox, outbox)
 }

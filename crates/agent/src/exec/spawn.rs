@@ -28,7 +28,10 @@ pub(super) struct Spawned {
 
 pub(super) fn spawn(request: &Exec) -> Result<Spawned, Refusal> {
     let Some((program, arguments)) = request.command.split_first() else {
-        return Err(Refusal::new(ErrorCode::Invalid, "no command was given"));
+        return Err(Refusal::new(
+            ErrorCode::Invalid,
+            "no command was given, and the image names none",
+        ));
     };
     let words = request.command.iter().chain(&request.environment);
     if words.clone().any(|word| word.contains('\0')) {

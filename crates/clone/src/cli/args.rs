@@ -3,7 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+<<<<<<< HEAD
 use clone_api::config::{DiskConfig, DiskFormat, Egress, NetConfig, NetMode, Overlay, Vhost};
+=======
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clone_api::config::{DiskConfig, DiskFormat, NetConfig, NetMode, OnReboot, Overlay, Vhost};
+>>>>>>> clone-gaps-wip
 use clone_api::validate::validate;
 use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
 
@@ -57,6 +62,17 @@ pub(super) struct VmArgs {
     /// How much of the console's output is kept; 0 keeps none.
     #[arg(long, value_name = "SIZE")]
     console_log: Option<Bytes>,
+    /// What a reboot of the guest does: it boots again in the same VM, or the VM ends. (A kernel
+    /// that panics ends its VM in any case.)
+    #[arg(long, value_name = "WHAT", value_parser = on_reboot_parser())]
+    on_reboot: Option<OnReboot>,
+}
+
+fn on_reboot_parser() -> impl TypedValueParser<Value = OnReboot> {
+    PossibleValuesParser::new(["restart", "stop"]).map(|word| match word.as_str() {
+        "stop" => OnReboot::Stop,
+        _ => OnReboot::Restart,
+    })
 }
 
 /// `--disk`.
@@ -212,6 +228,7 @@ impl VmArgs {
         set(&mut config.memory, self.memory);
         set(&mut config.kernel, self.kernel);
         set(&mut config.console.log_limit, self.console_log);
+        set(&mut config.on_reboot, self.on_reboot);
         config.initrd = self.initrd.or(config.initrd.take());
         config.cmdline = self.cmdline.or(config.cmdline.take());
         config.append = self.append.or(config.append.take());
@@ -317,6 +334,8 @@ mod tests {
             "--disk",
             "/three,ro",
             "--no-rng",
+            "--on-reboot",
+            "stop",
         ])
         .into_config()
         .unwrap();
@@ -324,6 +343,7 @@ mod tests {
         assert_eq!(config.kernel, dir.path().join("vmlinuz"));
         assert_eq!(config.disks.len(), 1);
         assert!(config.disks[0].read_only && !config.rng);
+        assert_eq!(config.on_reboot, OnReboot::Stop);
     }
 
     #[test]

@@ -23,6 +23,9 @@ const TIMED_OUT: u8 = 124;
 
 /// Run a command in a guest, and end with its exit code.
 ///
+/// Where the guest's image is a container's, its command, environment, user and working directory
+/// are what is not given here.
+///
 /// A command that a signal ended gives 128 and the signal's number, one that ran too long 124;
 /// 125 means that clone failed, 126 that the command cannot be run, 127 that there is none.
 #[derive(Debug, clap::Args)]
@@ -37,8 +40,8 @@ pub(super) struct ExecArgs {
     how: How,
     /// The VM.
     name: String,
-    /// The command and its arguments.
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    /// The command and its arguments; without one, the image's own.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<String>,
 }
 

@@ -95,7 +95,7 @@ fn told_end(context: &Context, name: &str, code: Option<i32>, log: &str) -> Resu
         Some(process::EXIT_POWER_OFF) => Ok(ExitCode::SUCCESS),
         Some(process::EXIT_REBOOT) => {
             context.output.note(&format!(
-                "[clone: {name} asked for a reboot, which ends a VM]"
+                "[clone: {name} asked for a reboot, which ends it]"
             ));
             Ok(ExitCode::SUCCESS)
         }

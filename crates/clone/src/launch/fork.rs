@@ -14,7 +14,11 @@ use clone_api::{ApiError, Client, ErrorCode, VmConfig};
 use rustix::process::{Pid, WaitOptions, waitpid};
 use serde::Serialize;
 
+<<<<<<< HEAD
 use super::{identity, last_words, network, start_or_abandon};
+=======
+use super::{identity, last_words, preflight, start_or_abandon};
+>>>>>>> clone-gaps-wip
 use crate::error::Result;
 use crate::process::start::{Fork, Origin};
 use crate::runtime::{Parent, Process, RunningVm, Runtime, VmDir};
@@ -35,6 +39,8 @@ pub struct Source {
     config: VmConfig,
     parent: Parent,
     state: PathBuf,
+    /// What the clones boot when they reboot.
+    kernel: PathBuf,
     prefetch: Option<PathBuf>,
     /// The template's id; none for a live fork, which has no standbys.
     template_id: Option<String>,
@@ -65,6 +71,7 @@ impl Source {
                 disks: template.disks(),
                 locks: vec![template.lock_path()],
             },
+            kernel: preflight::known_kernel(&content.config.kernel),
             state: template.state_path(),
             prefetch: prefetch.exists().then_some(prefetch),
             template_id: Some(template.manifest().id.clone()),
@@ -79,8 +86,10 @@ impl Source {
     pub fn live(runtime: &Runtime, vm: &RunningVm) -> Result<(Self, SnapshotTaken)> {
         let has_agent = snapshot::agent_version(vm).is_some();
         let (layers, taken) = snapshot::take_live(runtime, vm)?;
+        let config = vm.dir.config()?;
         let source = Self {
-            config: vm.dir.config()?,
+            kernel: preflight::known_kernel(&config.kernel),
+            config,
             parent: layers.parent.clone(),
             state: layers.state.clone(),
             prefetch: None,
@@ -146,6 +155,7 @@ impl Source {
             disks: self.parent.disks.clone(),
             standby,
             prefetch: self.prefetch.clone(),
+            kernel: self.kernel.clone(),
         })
     }
 }

@@ -62,6 +62,15 @@ pub(super) fn boot_kernel(kernel: &Path) -> Result<PathBuf> {
     }
 }
 
+/// What a clone of a VM with this kernel boots when it reboots: a `vmlinux` that is in the cache
+/// already, or the file as it is, which may be missing. Reads little: a fork does not wait for it.
+pub(super) fn known_kernel(kernel: &Path) -> PathBuf {
+    let cache = cache::dir("kernels").map(KernelCache::open);
+    let known = cache.and_then(|cache| cache.ok()?.unchanged(kernel));
+    let bootable = known.filter(|known| known.pvh);
+    bootable.map_or_else(|| kernel.to_owned(), |known| known.vmlinux)
+}
+
 /// The kernel itself, if it is one and nothing of it is missing.
 fn whole(kernel: &Path) -> Result<PathBuf> {
     clone_image::kernel::extract_vmlinux(kernel)

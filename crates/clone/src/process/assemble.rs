@@ -17,6 +17,7 @@ use super::control::ControlServer;
 use super::lineage::Lineage;
 use super::open::{OpenOrigin, Resources};
 use super::prefetch::Needed;
+use super::reboot::{BootFiles, Reboot};
 use super::snapshot::SnapshotDisk;
 use super::timeline::Timeline;
 use super::vm::{Observed, Vm, VmHandle};
@@ -59,21 +60,17 @@ pub(super) fn assemble(
         devices: devices.slots,
         confine_vcpu: Arc::new(jail::confine_vcpu),
     };
-    let machine = match guest.source {
-        Source::Boot { image, initrd } => {
-            let mut cmdline = config.kernel_cmdline();
-            for argument in extra_arguments {
-                cmdline = format!("{cmdline} {argument}");
-            }
-            let kernel = Kernel {
-                image,
-                initrd,
-                cmdline,
-            };
-            boot(parts, kernel, &config, events)?
-        }
-        Source::State(state, needed) => {
+    let mut kernel = guest
+        .boot
+        .map(|files| files.kernel(&config, extra_arguments));
+    let machine = match (guest.source, &mut kernel) {
+        (Source::State(state, needed), _) => {
             restore(parts, *state, needed.as_ref(), events, &mut timeline)?
+        }
+        (Source::Boot, Ok(kernel)) => boot(parts, kernel, &config, events)?,
+        // It was opened a moment ago.
+        (Source::Boot, Err(missing)) => {
+            return Err(ApiError::new(ErrorCode::Internal, missing.clone()));
         }
     };
     let serial = machine.serial();
@@ -97,7 +94,9 @@ pub(super) fn assemble(
     timeline.watch(machine.entry_time());
     let timeline = Arc::new(Mutex::new(timeline));
     let vm = Vm::new(machine, hub, timeline, guest.standby, guest.locks, events);
-    let vm = vm.map_err(internal)?;
+    let mut vm = vm.map_err(internal)?;
+    let subject = vm.subject(lineage, disks);
+    vm.on_reboot(Reboot::new(config.on_reboot, kernel, Arc::clone(&subject)));
     let handle = VmHandle::new(
         &vm,
         dir,
@@ -106,7 +105,7 @@ pub(super) fn assemble(
             memory_map: resources.memory_map,
             attached,
             devices: devices.handles,
-            subject: vm.subject(lineage, disks),
+            subject,
             standby: time.filter(|_| guest.standby),
         },
     );
@@ -121,25 +120,25 @@ pub(super) fn assemble(
 struct Guest {
     memory: GuestMemory,
     source: Source,
+    /// What it boots; or why there is nothing to boot.
+    boot: std::result::Result<BootFiles, String>,
     disk_layers: Vec<usize>,
     standby: bool,
     locks: Vec<File>,
 }
 
 enum Source {
-    Boot { image: File, initrd: Option<File> },
+    Boot,
     State(Box<MachineState>, Option<Needed>),
 }
 
 impl Guest {
     fn of(origin: OpenOrigin, kvm: &Kvm, config: &VmConfig) -> Result<Self> {
         match origin {
-            OpenOrigin::Boot { kernel, initrd } => Ok(Self {
+            OpenOrigin::Boot(files) => Ok(Self {
                 memory: guest_memory(config)?,
-                source: Source::Boot {
-                    image: kernel,
-                    initrd,
-                },
+                source: Source::Boot,
+                boot: Ok(files),
                 disk_layers: Vec::new(),
                 standby: false,
                 locks: Vec::new(),
@@ -156,6 +155,7 @@ impl Guest {
                 Ok(Self {
                     memory,
                     source: Source::State(Box::new(fork.state), needed),
+                    boot: fork.boot,
                     disk_layers: fork.disk_layers,
                     standby: fork.standby,
                     locks: fork.locks,
@@ -166,7 +166,7 @@ impl Guest {
 
     fn state(&self) -> Option<&MachineState> {
         match &self.source {
-            Source::Boot { .. } => None,
+            Source::Boot => None,
             Source::State(state, _) => Some(state),
         }
     }
@@ -190,12 +190,12 @@ fn check_cpu(kvm: &Kvm, state: &MachineState) -> Result<()> {
 
 fn boot(
     parts: Parts,
-    mut kernel: Kernel,
+    kernel: &mut Kernel,
     config: &VmConfig,
     events: &mut EventLoop,
 ) -> Result<Machine> {
     let mut machine = Machine::new(parts, events).map_err(told)?;
-    machine.boot(&mut kernel).map_err(|error| {
+    machine.boot(kernel).map_err(|error| {
         told(error).advise(format!(
             "check that {} is a Linux kernel for x86-64",
             config.kernel.display()

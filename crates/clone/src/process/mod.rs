@@ -14,6 +14,7 @@ mod lineage;
 mod nets;
 pub mod open;
 pub mod prefetch;
+mod reboot;
 pub mod report;
 mod snapshot;
 pub mod start;
@@ -42,7 +43,7 @@ pub const EXIT_POWER_OFF: u8 = 0;
 pub const EXIT_START_FAILED: u8 = 1;
 /// How it ends when the guest crashed; the log says how.
 pub const EXIT_CRASH: u8 = 2;
-/// How it ends when the guest asked for a reset, which ends a VM.
+/// How it ends when the guest asked for a reset, and is not to boot again or cannot; the log says.
 pub const EXIT_REBOOT: u8 = 3;
 /// How it ends when `kill` was asked of its control socket.
 pub const EXIT_KILLED: u8 = 4;

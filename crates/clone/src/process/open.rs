@@ -16,6 +16,7 @@ use kvm_ioctls::Kvm;
 use rustix::fs::FlockOperation;
 
 use super::nets::OpenNet;
+use super::reboot::BootFiles;
 use super::start::{Fork, ForkDisk, Origin, Start};
 use super::{disks, nets};
 use crate::error::{Result, failed};
@@ -38,7 +39,7 @@ pub(super) struct Resources {
 
 /// What its guest comes from, open.
 pub(super) enum OpenOrigin {
-    Boot { kernel: File, initrd: Option<File> },
+    Boot(BootFiles),
     // Boxed: a state is large.
     Fork(Box<OpenFork>),
 }
@@ -51,6 +52,8 @@ pub(super) struct OpenFork {
     /// How many layers each disk shares with others.
     pub(super) disk_layers: Vec<usize>,
     pub(super) standby: bool,
+    /// For a reboot; or why there is none.
+    pub(super) boot: std::result::Result<BootFiles, String>,
     /// Locked.
     pub(super) locks: Vec<File>,
 }
@@ -113,18 +116,22 @@ pub(super) fn open(dir: &VmDir, start: Start) -> Result<(VmConfig, Resources)> {
 
 fn open_origin(origin: Origin, config: &VmConfig) -> Result<OpenOrigin> {
     match origin {
-        Origin::Boot { kernel } => Ok(OpenOrigin::Boot {
-            kernel: read_only("open the kernel", &kernel)?,
-            initrd: match &config.initrd {
-                Some(path) => Some(read_only("open the initrd", path)?),
-                None => None,
-            },
-        }),
-        Origin::Fork(fork) => open_fork(&fork).map(|fork| OpenOrigin::Fork(Box::new(fork))),
+        Origin::Boot { kernel } => open_boot(&kernel, config).map(OpenOrigin::Boot),
+        Origin::Fork(fork) => open_fork(&fork, config).map(|fork| OpenOrigin::Fork(Box::new(fork))),
     }
 }
 
-fn open_fork(fork: &Fork) -> Result<OpenFork> {
+fn open_boot(kernel: &Path, config: &VmConfig) -> Result<BootFiles> {
+    Ok(BootFiles {
+        kernel: read_only("open the kernel", kernel)?,
+        initrd: match &config.initrd {
+            Some(path) => Some(read_only("open the initrd", path)?),
+            None => None,
+        },
+    })
+}
+
+fn open_fork(fork: &Fork, config: &VmConfig) -> Result<OpenFork> {
     let locks = fork.locks.iter().map(|path| {
         let file = read_only("open", path)?;
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared)
@@ -160,6 +167,8 @@ fn open_fork(fork: &Fork) -> Result<OpenFork> {
             Some(path) => Some(read_only("open", path)?),
             None => None,
         },
+        // A clone does well without until it reboots, and its template may come from elsewhere.
+        boot: open_boot(&fork.kernel, config).map_err(|error| error.message),
         disk_layers: fork.disks.iter().map(|disk| disk.layers.len()).collect(),
         standby: fork.standby,
         locks,

@@ -211,6 +211,11 @@ impl Subject {
         let mut watch = Stopwatch::start();
         machine.pause().map_err(told)?;
         watch.lap(&mut times.stop_us);
+        if machine.exit().is_some() {
+            // Its next instruction is the end: nothing of use could be forked from it.
+            let message = "the VM is ending or rebooting";
+            return Err(ApiError::new(ErrorCode::Conflict, message).advise("try again after it"));
+        }
         let pages = self.lineage.take_changed().map_err(no_tracking)?;
         times.last_copy_bytes = pages.bytes();
         let memory = self.lineage.memory();

@@ -48,6 +48,9 @@ pub struct Fork {
     pub standby: bool,
     /// Pages to bring in before the guest runs.
     pub prefetch: Option<PathBuf>,
+    /// What its guest boots when it reboots, if it is there: the described kernel, or a `vmlinux`
+    /// that was extracted from it.
+    pub kernel: PathBuf,
 }
 
 /// A disk of a clone: what it shares with others, under what the description says of it.

@@ -26,6 +26,7 @@ use super::control::{Responder, VmControl};
 use super::devices::{Handles, balloon_status};
 use super::lineage::Lineage;
 use super::prefetch;
+use super::reboot::Reboot;
 use super::snapshot::{self, SharedSubject, SnapshotDisk, Subject};
 use super::timeline::Timeline;
 use crate::runtime::VmDir;
@@ -48,6 +49,7 @@ pub(super) struct Vm {
     timeline: SharedTimeline,
     hub: Arc<Mutex<ConsoleHub>>,
     exit: ExitSignal,
+    reboot: Option<Reboot>,
     standby: bool,
     /// What it uses of others, kept from being removed.
     _locks: Vec<File>,
@@ -70,6 +72,7 @@ impl Vm {
             timeline,
             hub,
             exit,
+            reboot: None,
             standby,
             _locks: locks,
         })
@@ -82,6 +85,11 @@ impl Vm {
             lineage,
             disks,
         }))
+    }
+
+    /// Lets the guest reboot.
+    pub(super) fn on_reboot(&mut self, reboot: Reboot) {
+        self.reboot = Some(reboot);
     }
 
     /// Whether it was made to wait for its name.
@@ -104,7 +112,11 @@ impl Vm {
     /// Serves the VM until it ends.
     pub(super) fn run(&mut self, events: &mut EventLoop) -> io::Result<Exit> {
         let exit = loop {
-            if let Some(exit) = self.exit.get() {
+            let exit = match (self.exit.get(), &mut self.reboot) {
+                (Some(Exit::Reboot), Some(reboot)) => reboot.grant(&self.exit),
+                (exit, _) => exit,
+            };
+            if let Some(exit) = exit {
                 break exit;
             }
             events.run_once(-1)?;
@@ -123,6 +135,15 @@ impl Vm {
 
 fn timeline(shared: &SharedTimeline) -> MutexGuard<'_, Timeline> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Has the event loop look again when a snapshot is over: a reboot may wait for that.
+struct WakeAtEnd(ExitSignal);
+
+impl Drop for WakeAtEnd {
+    fn drop(&mut self) {
+        self.0.wake();
+    }
 }
 
 /// What the control socket holds of the VM.
@@ -224,6 +245,11 @@ impl VmHandle {
         }
         match self.exit.get() {
             None => Ok(()),
+            Some(Exit::Reboot) => Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!("the VM `{}` is rebooting", self.config.name),
+            )
+            .advise("try again")),
             Some(_) => Err(ApiError::new(
                 ErrorCode::Conflict,
                 format!("the VM `{}` is ending", self.config.name),
@@ -338,7 +364,11 @@ impl VmControl for VmHandle {
             return responder.answer::<()>(Err(error));
         }
         let subject = Arc::clone(&self.observed.subject);
-        let work = move || responder.answer(snapshot::take(&subject, &request, files));
+        let wake = WakeAtEnd(self.exit.clone());
+        let work = move || {
+            let _wake = wake;
+            responder.answer(snapshot::take(&subject, &request, files));
+        };
         // Without a thread the responder is dropped, which tells the client.
         let started = std::thread::Builder::new()
             .name("snapshot".to_owned())

@@ -2,6 +2,7 @@
 //! the rest, or the caller itself (command-line tools and tests).
 
 mod op;
+pub(crate) mod ring;
 mod uring;
 mod worker;
 

@@ -12,6 +12,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use rustix::fs::FallocateFlags;
 
 use super::op::{Op, OpKind, Progress, Target};
+use super::ring::restricted_ring;
 use super::{Finished, OpId};
 
 /// Ops in flight at once; more wait in a queue of ours.
@@ -39,7 +40,7 @@ impl Uring {
     /// Makes a ring; fails where the host does not allow one.
     pub(crate) fn new() -> io::Result<Self> {
         Ok(Self {
-            ring: IoUring::builder().dontfork().build(ENTRIES)?,
+            ring: restricted_ring(ENTRIES)?,
             files: Vec::new(),
             flights: (0..ENTRIES).map(|_| None).collect(),
             free: (0..ENTRIES as usize).rev().collect(),

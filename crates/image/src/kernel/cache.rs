@@ -170,7 +170,7 @@ impl KernelCache {
     }
 
     /// A hit by stamps alone: neither the kernel nor its extracted file changed since both were last hashed.
-    fn unchanged(&self, kernel: &Path) -> Option<CachedKernel> {
+    pub fn unchanged(&self, kernel: &Path) -> Option<CachedKernel> {
         let seen: Seen = read_json(&self.seen_path(kernel))?;
         // The key becomes part of a path: it must be a hash and nothing else.
         blake3::Hash::from_hex(&seen.key).ok()?;

@@ -429,3 +429,28 @@ proptest! {
         prop_assert!(Layer::open(file, "random").is_err());
     }
 }
+
+#[test]
+fn renewed_ram_is_zero_at_the_same_addresses_whatever_it_was() {
+    let base = layer(None, &[(0, 1), (5, 2), (47, 9)]);
+    let stack = LayerStack::new(vec![base]).unwrap();
+    for memory in [
+        GuestMemory::from_layers(&layout(), &stack).unwrap(),
+        GuestMemory::anonymous(&layout()).unwrap(),
+        GuestMemory::shared(&layout()).unwrap(),
+    ] {
+        fill(&memory, 7, 3);
+        let view = memory.ram().clone();
+        let renewed = memory.renewed().unwrap();
+        assert_eq!(renewed.regions(), memory.regions());
+        assert!(renewed.layers().is_none());
+        assert!(content(&renewed).iter().all(|byte| *byte == 0));
+        // Who had a view before sees what is written from now on.
+        fill(&renewed, 5, 8);
+        let address = GuestAddress(5 * PAGE_SIZE);
+        assert_eq!(view.read_obj::<u8>(address).unwrap(), 8);
+    }
+    // Others that map the layer keep it.
+    let sibling = GuestMemory::from_layers(&layout(), &stack).unwrap();
+    assert_eq!(content(&sibling)[0], 1);
+}

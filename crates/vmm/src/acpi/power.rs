@@ -110,11 +110,14 @@ mod tests {
     }
 
     #[test]
-    fn the_first_reason_to_end_stays() {
+    fn the_first_reason_to_end_stays_unless_it_is_a_reboot() {
         let (registers, exit) = registers();
         registers.write(2, &[RESET_VALUE]);
-        exit.send(Exit::Killed);
         assert_eq!(exit.get(), Some(Exit::Reboot));
+        exit.send(Exit::Killed);
+        registers.write(2, &[RESET_VALUE]);
+        exit.send(Exit::PowerOff);
+        assert_eq!(exit.get(), Some(Exit::Killed));
     }
 
     #[test]

@@ -11,7 +11,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 pub enum Exit {
     /// The guest switched itself off.
     PowerOff,
-    /// The guest asked for a reset.
+    /// The guest asked for a reset. Who runs the machine may grant it ([`Machine::reset`]).
+    ///
+    /// [`Machine::reset`]: super::Machine::reset
     Reboot,
     /// The guest can not go on: a triple fault, say. In words.
     Crash(String),
@@ -19,7 +21,7 @@ pub enum Exit {
     Killed,
 }
 
-/// Where the first reason to end is kept. Cheap to clone.
+/// Where the first reason to end is kept; a wish to reboot gives way to any other. Cheap to clone.
 #[derive(Clone)]
 pub struct ExitSignal(Arc<Inner>);
 
@@ -38,12 +40,29 @@ impl ExitSignal {
         })))
     }
 
-    /// Ends the machine. Only the first reason counts.
+    /// Ends the machine. Only the first reason counts, but who asked for a reboot can still be
+    /// ended.
     pub fn send(&self, reason: Exit) {
         let mut slot = self.0.reason.lock().unwrap_or_else(PoisonError::into_inner);
-        slot.get_or_insert(reason);
-        // The counter cannot overflow in the life of a machine; readable it is in any case.
-        let _ = self.0.fd.write(1);
+        if matches!(*slot, None | Some(Exit::Reboot)) {
+            *slot = Some(reason);
+        }
+        drop(slot);
+        self.wake();
+    }
+
+    /// Has whoever waits look again at the reason, if there is one.
+    pub fn wake(&self) {
+        if self.get().is_some() {
+            // The counter cannot overflow in the life of a machine; readable it is in any case.
+            let _ = self.0.fd.write(1);
+        }
+    }
+
+    /// Takes the news, not the reason: readable again at the next one, or when woken.
+    pub fn hush(&self) {
+        // EAGAIN: there was no news.
+        let _ = self.0.fd.read();
     }
 
     /// The reason, once there is one.
@@ -58,7 +77,7 @@ impl ExitSignal {
     /// Forgets the reason, for a machine that starts again.
     pub fn clear(&self) {
         *self.0.reason.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        let _ = self.0.fd.read();
+        self.hush();
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod exit;
 mod memory_slots;
+mod reset;
 mod state;
 
 use std::fs::File;
@@ -13,7 +14,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clone_memory::layout::PAGE_SIZE;
-use clone_memory::{GuestMemory, PageSet};
+use clone_memory::{GuestMemory, MemoryError, PageSet};
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{Bytes, GuestAddress};
@@ -72,6 +73,9 @@ pub enum MachineError {
     /// A device.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// The host refused a file descriptor or the like.
     #[error("cannot {action}: {source}")]
     Host {

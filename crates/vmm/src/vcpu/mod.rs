@@ -89,6 +89,7 @@ enum Job {
     SetTsc(u64, mpsc::Sender<Result<(), VcpuError>>),
     PreFault(Vec<Range<u64>>, mpsc::Sender<Result<(), VcpuError>>),
     Start(Entry, mpsc::Sender<Result<(), VcpuError>>),
+    Reset(mpsc::Sender<Result<(), VcpuError>>),
 }
 
 struct Control {
@@ -166,6 +167,7 @@ impl Vcpu {
             .map_err(|_| VcpuError::Corrupt("too many CPUID entries"))?;
         fd.set_cpuid2(&cpuid).map_err(kvm("set CPUID"))?;
         registers::set_firmware_msrs(&fd).map_err(kvm("set the firmware's MSRs"))?;
+        let power_on = state::save(&fd, &context.format)?.into_power_on();
         let run = fd.get_kvm_run();
         let immediate_exit = ImmediateExit((&raw const run.immediate_exit).cast());
         let shared = Arc::new(Shared {
@@ -183,6 +185,7 @@ impl Vcpu {
         let worker = Worker {
             shared: Arc::clone(&shared),
             fd,
+            power_on,
             buses: Arc::clone(&context.buses),
             entry_time: context.entry_time.clone(),
         };
@@ -224,6 +227,11 @@ impl Vcpu {
     /// Puts a state into a parked CPU.
     pub fn restore(&self, state: VcpuState) -> Result<(), VcpuError> {
         self.job(|reply| Job::Restore(Box::new(state), reply))
+    }
+
+    /// Puts a parked CPU back to what it was when it was new.
+    pub fn reset(&self) -> Result<(), VcpuError> {
+        self.job(Job::Reset)
     }
 
     /// Sets the time-stamp counter of a parked CPU.
@@ -314,6 +322,8 @@ fn install_signal_handler() {
 struct Worker {
     shared: Arc<Shared>,
     fd: VcpuFd,
+    /// Its state when it was new.
+    power_on: VcpuState,
     buses: Arc<Buses>,
     entry_time: EntryTime,
 }
@@ -377,6 +387,9 @@ impl Worker {
             Job::Start(entry, reply) => {
                 let set = registers::set(&self.fd, entry);
                 let _ = reply.send(set.map_err(VcpuError::kvm("set the first registers")));
+            }
+            Job::Reset(reply) => {
+                let _ = reply.send(state::reset(&self.fd, &self.power_on, &self.shared.format));
             }
         }
     }

@@ -138,11 +138,8 @@ pub(super) fn save(vcpu: &VcpuFd, format: &StateFormat) -> Result<VcpuState, Vcp
     })
 }
 
-/// Puts a saved state into a CPU that has not run yet.
-///
-/// The order matters: CPUID decides what the others may hold; the system registers (with the APIC
-/// base) come before the LAPIC, the LAPIC before the deadline MSR that arms its timer, pending
-/// events after all that could raise one, and the MP state last.
+/// Puts a saved state into a CPU that has not run yet. CPUID comes first: it decides what the
+/// others may hold.
 pub(super) fn restore(
     vcpu: &VcpuFd,
     state: &VcpuState,
@@ -153,6 +150,41 @@ pub(super) fn restore(
         .map_err(|_| VcpuError::Corrupt("too many CPUID entries"))?;
     vcpu.set_cpuid2(&cpuid).map_err(kvm("set CPUID"))?;
     set_tsc_frequency(vcpu, state.tsc_khz)?;
+    put(vcpu, state, format)
+}
+
+/// Puts a CPU that is not running back to `power_on`, its state when it was new: all but what it
+/// is (CPUID, the MSRs that report it) and its time-stamp counter, which a reset does not stop.
+/// KVM takes no other CPUID once a CPU has run.
+pub(super) fn reset(
+    vcpu: &VcpuFd,
+    power_on: &VcpuState,
+    format: &StateFormat,
+) -> Result<(), VcpuError> {
+    // KVM works off a wake-up or INIT that is under way: it must not hit the new CPU.
+    vcpu.get_mp_state()
+        .map_err(VcpuError::kvm("read the MP state"))?;
+    put(vcpu, power_on, format)
+}
+
+impl VcpuState {
+    /// What [`reset`] needs of the state of a new CPU.
+    pub(super) fn into_power_on(mut self) -> Self {
+        self.cpuid = Vec::new();
+        self.msrs
+            .retain(|&(index, _)| index != MSR_TSC && !is_host_owned(index));
+        self.msrs.shrink_to_fit();
+        self
+    }
+}
+
+/// Puts all into a CPU that it changes while it runs.
+///
+/// The order matters: the system registers (with the APIC base) come before the LAPIC, the LAPIC
+/// before the deadline MSR that arms its timer, pending events after all that could raise one, and
+/// the MP state last.
+fn put(vcpu: &VcpuFd, state: &VcpuState, format: &StateFormat) -> Result<(), VcpuError> {
+    let kvm = VcpuError::kvm;
     vcpu.set_sregs(&state.sregs)
         .map_err(kvm("set the system registers"))?;
     vcpu.set_xcrs(&state.xcrs)
@@ -350,6 +382,16 @@ mod tests {
         assert_eq!(deadline_after_repair(2 << 17 | 0xEC, 5000), 5000);
         assert_eq!(deadline_after_repair(2 << 17 | 1 << 16, 0), 0);
         assert_eq!(deadline_after_repair(0xEC, 0), 0);
+    }
+
+    #[test]
+    fn a_reset_leaves_what_the_cpu_is_and_its_counter() {
+        let mut state = VcpuState::blank();
+        state.cpuid = vec![kvm_cpuid_entry2::default()];
+        state.msrs = vec![(MSR_TSC, 9), (0x10A, 8), (MSR_TSC_DEADLINE, 0), (0x277, 7)];
+        let power_on = state.into_power_on();
+        assert!(power_on.cpuid.is_empty());
+        assert_eq!(power_on.msrs, [(MSR_TSC_DEADLINE, 0), (0x277, 7)]);
     }
 
     #[test]

@@ -218,9 +218,6 @@ pub(super) const EVENT_LOOP: &[Allowed] = &[
     // BLKSSZGET, BLKGETSIZE64.
     ioctl(BLOCK, 104),
     ioctl(BLOCK, 114),
-    // REGISTER_FILES and UNREGISTER_FILES, of rings that exist.
-    (libc::SYS_io_uring_register, Is(1, 2)),
-    (libc::SYS_io_uring_register, Is(1, 3)),
     // Snapshots: what changed is found by asynchronous write-protection (UFFDIO_API, REGISTER,
     // UNREGISTER, WRITEPROTECT) and by the page tables (PAGEMAP_SCAN).
     // Of the process's own faults only: what a kernel's access meets cannot be held up by it.

@@ -10,7 +10,7 @@ mod tests;
 
 use std::convert::Infallible;
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial as Uart, Trigger};
@@ -30,6 +30,7 @@ pub const PORT_COUNT: u64 = 8;
 pub type Output = Box<dyn Write + Send>;
 
 /// A pulse on a pin of the I/O APIC.
+#[derive(Clone)]
 struct Pin {
     ioapic: Arc<Ioapic>,
     pin: usize,
@@ -57,9 +58,29 @@ impl SerialEvents for Drained {
     }
 }
 
+/// Where the port prints: shared with the port that follows it at a reset.
+#[derive(Clone)]
+struct SharedOutput(Arc<Mutex<Output>>);
+
+impl SharedOutput {
+    fn lock(&self) -> MutexGuard<'_, Output> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Write for SharedOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.lock().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.lock().flush()
+    }
+}
+
 /// The serial port; shared by the vCPUs and the console.
 pub struct Serial {
-    uart: Mutex<Uart<Pin, Drained, Output>>,
+    uart: Mutex<Uart<Pin, Drained, SharedOutput>>,
 }
 
 impl Serial {
@@ -74,11 +95,22 @@ impl Serial {
         output: Output,
     ) -> io::Result<Self> {
         let drained = Drained(EventFd::new(EFD_NONBLOCK)?);
-        let uart = Uart::from_state(&state.into(), Pin { ioapic, pin }, drained, output)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, format!("{error:?}")))?;
+        let output = SharedOutput(Arc::new(Mutex::new(output)));
         Ok(Self {
-            uart: Mutex::new(uart),
+            uart: Mutex::new(uart(state, Pin { ioapic, pin }, drained, output)?),
         })
+    }
+
+    /// Puts it into `state`: who listens and who types stay.
+    pub fn restore(&self, state: SerialState) -> io::Result<()> {
+        let mut uart = self.uart.lock().unwrap_or_else(PoisonError::into_inner);
+        let pin = uart.interrupt_evt().clone();
+        let drained = Drained(uart.events().0.try_clone()?);
+        let output = uart.writer().clone();
+        *uart = self::uart(state, pin, drained, output)?;
+        // What waits to be typed may come now.
+        uart.events().in_buffer_empty();
+        Ok(())
     }
 
     /// Types `bytes`; returns how many the guest's queue took.
@@ -110,6 +142,16 @@ impl Serial {
             .state()
             .into()
     }
+}
+
+fn uart(
+    state: SerialState,
+    pin: Pin,
+    drained: Drained,
+    output: SharedOutput,
+) -> io::Result<Uart<Pin, Drained, SharedOutput>> {
+    Uart::from_state(&state.into(), pin, drained, output)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, format!("{error:?}")))
 }
 
 impl BusDevice for Serial {

@@ -66,3 +66,19 @@ fn a_state_with_too_much_input_is_refused() {
     };
     assert!(port(state.into(), &Paper::default()).is_err());
 }
+
+#[test]
+fn a_reset_forgets_input_and_registers_but_not_who_listens() {
+    let paper = Paper::default();
+    let serial = port(SerialState::fresh(), &paper).unwrap();
+    let drained = serial.drained().unwrap();
+    serial.input(b"typed");
+    // Loop-back mode, in which nothing is printed.
+    serial.write(4, &[0x10]);
+    serial.restore(SerialState::fresh()).unwrap();
+    assert_eq!(serial.save(), SerialState::fresh());
+    serial.write(0, b"!");
+    assert_eq!(*paper.0.lock().unwrap(), b"!");
+    // There is room for what waits to be typed.
+    assert_eq!(drained.read().unwrap(), 1);
+}

@@ -53,6 +53,8 @@ pub struct VirtioPciState {
 pub struct VirtioPci {
     name: &'static str,
     config: ConfigSpace,
+    /// Its configuration space when it was new.
+    power_on: ConfigState,
     layout: layout::Capabilities,
     msix: MsixTable,
     common: CommonConfig,
@@ -99,6 +101,7 @@ impl VirtioPci {
         let interrupt = Arc::new(PciInterrupt::new(msix.eventfds()?, queues));
         let mut transport = Self {
             name,
+            power_on: config.save(),
             config,
             layout,
             msix,
@@ -252,9 +255,16 @@ impl VirtioPci {
     }
 
     /// The machine is reset: as after power-on.
-    pub fn reset(&mut self) {
+    pub fn reset(&mut self) -> Result<(), DeviceError> {
         self.reset_by_driver();
         self.msix.reset();
+        let refused = |reason| DeviceError::State {
+            device: self.name,
+            reason,
+        };
+        self.config.restore(&self.power_on).map_err(refused)?;
+        self.move_doorbells();
+        Ok(())
     }
 
     /// Stops the device's work; see [`VirtioDevice::pause`].

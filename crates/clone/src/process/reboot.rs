@@ -1,0 +1,117 @@
+//! Booting the guest again, in the same VM: what a reset asked for by the guest does.
+//!
+//! The machine is reset in place, and the kernel, kept open from the start since there are no paths
+//! in the jail, is loaded as at the first boot. Sockets, console, network and disks stay. A guest
+//! whose kernel panicked is not booted again: it would most likely panic for ever.
+
+use std::fs::File;
+use std::sync::{Arc, TryLockError};
+
+use clone_api::VmConfig;
+use clone_api::config::OnReboot;
+use clone_vmm::machine::{Exit, ExitSignal, Kernel, Machine, MachineError};
+
+use super::snapshot::{SharedSubject, Subject};
+use super::vm::locked;
+
+/// A kernel and its initial RAM disk, open.
+pub(super) struct BootFiles {
+    pub(super) kernel: File,
+    pub(super) initrd: Option<File>,
+}
+
+impl BootFiles {
+    /// What `config` boots, with the words that its devices need on the command line.
+    pub(super) fn kernel(self, config: &VmConfig, extra_arguments: &[String]) -> Kernel {
+        let mut cmdline = config.kernel_cmdline();
+        for argument in extra_arguments {
+            cmdline = format!("{cmdline} {argument}");
+        }
+        Kernel {
+            image: self.kernel,
+            initrd: self.initrd,
+            cmdline,
+        }
+    }
+}
+
+/// What a reboot needs.
+pub(super) struct Reboot {
+    wanted: OnReboot,
+    /// What boots; or why there is nothing to boot.
+    kernel: Result<Kernel, String>,
+    /// What a reboot must not disturb while a snapshot of it is taken.
+    subject: SharedSubject,
+}
+
+impl Reboot {
+    pub(super) fn new(
+        wanted: OnReboot,
+        kernel: Result<Kernel, String>,
+        subject: SharedSubject,
+    ) -> Self {
+        Self {
+            wanted,
+            kernel,
+            subject,
+        }
+    }
+
+    /// The guest asked for a reset: boots it again, or tells how the VM ends. While a snapshot is
+    /// taken it does neither: the signal wakes the event loop when that is over.
+    pub(super) fn grant(&mut self, signal: &ExitSignal) -> Option<Exit> {
+        if self.wanted == OnReboot::Stop {
+            tracing::info!("the guest rebooted, which is to end its VM (on_reboot)");
+            return Some(Exit::Reboot);
+        }
+        // Before the look at the subject: what ends after it is heard of again.
+        signal.hush();
+        let subject = Arc::clone(&self.subject);
+        let mut subject = match subject.try_lock() {
+            Ok(subject) => subject,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        let machine = Arc::clone(&subject.machine);
+        let mut machine = locked(&machine);
+        let was_running = machine.is_running();
+        if let Err(error) = machine.pause() {
+            return Some(Exit::Crash(format!("the reboot failed: {error}")));
+        }
+        if machine.asked_for_warm_reset() {
+            return Some(Exit::Crash(
+                "the guest's kernel panicked; `clone logs` has its last words".to_owned(),
+            ));
+        }
+        let kernel = match &mut self.kernel {
+            Ok(kernel) => kernel,
+            Err(missing) => {
+                tracing::error!("the guest cannot reboot, so its VM ends: {missing}");
+                return Some(Exit::Reboot);
+            }
+        };
+        match boot_again(&mut machine, &mut subject, kernel, was_running) {
+            Ok(()) => {
+                tracing::info!("the guest rebooted");
+                None
+            }
+            Err(error) => Some(Exit::Crash(format!("the reboot failed: {error}"))),
+        }
+    }
+}
+
+fn boot_again(
+    machine: &mut Machine,
+    subject: &mut Subject,
+    kernel: &mut Kernel,
+    run: bool,
+) -> Result<(), MachineError> {
+    machine.reset()?;
+    subject.lineage.renewed(Arc::clone(machine.memory()));
+    machine.boot(kernel)?;
+    // It may have been paused in the very moment it asked.
+    if run {
+        machine.resume()?;
+    }
+    Ok(())
+}
