@@ -3,12 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-<<<<<<< HEAD
-use clone_api::config::{DiskConfig, DiskFormat, Egress, NetConfig, NetMode, Overlay, Vhost};
-=======
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clone_api::config::{DiskConfig, DiskFormat, NetConfig, NetMode, OnReboot, Overlay, Vhost};
->>>>>>> clone-gaps-wip
+use clone_api::config::{
+    DiskConfig, DiskFormat, Egress, NetConfig, NetMode, OnReboot, Overlay, Vhost,
+};
 use clone_api::validate::validate;
 use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
 

@@ -14,11 +14,7 @@ use clone_api::{ApiError, Client, ErrorCode, VmConfig};
 use rustix::process::{Pid, WaitOptions, waitpid};
 use serde::Serialize;
 
-<<<<<<< HEAD
-use super::{identity, last_words, network, start_or_abandon};
-=======
-use super::{identity, last_words, preflight, start_or_abandon};
->>>>>>> clone-gaps-wip
+use super::{identity, last_words, network, preflight, start_or_abandon};
 use crate::error::Result;
 use crate::process::start::{Fork, Origin};
 use crate::runtime::{Parent, Process, RunningVm, Runtime, VmDir};
