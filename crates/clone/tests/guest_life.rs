@@ -114,7 +114,7 @@ fn a_guest_that_reboots_boots_again_in_its_vm_with_its_disk() {
     let bench = Bench::new();
     let disk = bench.path("disk");
     fs::write(&disk, vec![0; 1 << 20]).unwrap();
-    let disk = format!("{disk},format=raw");
+    let disk = format!("{disk},format=raw,overlay=ephemeral");
     let started = bench.boot(
         "a",
         &[
