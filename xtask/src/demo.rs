@@ -157,7 +157,7 @@ impl Show {
             "run", "--detach", "--name", VM, "--cpus", "2", "--memory", "512M", "--net", "nat",
             "--kernel", &kernel, "--initrd", &initrd, "--disk", &disk,
         ]))?;
-        run_command(&mut self.clone(&["exec", "--wait", "240", VM, "true"]))?;
+        run_command(&mut self.clone(&["exec", "--wait", "600", VM, "true"]))?;
         self.time("boot: clone run to the first exec's reply", start.elapsed());
         println!("its kernel's first lines:");
         let log = output(&mut self.clone(&["logs", VM]))?;
