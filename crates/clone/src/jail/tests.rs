@@ -254,10 +254,7 @@ fn socket_by_ring(make: impl FnOnce(u32) -> io::Result<io_uring::IoUring>) -> Ou
 #[test]
 fn a_disks_ring_is_no_way_around_the_filter() {
     // The filter does not see what a ring does: any ring would be such a way.
-    assert_eq!(
-        socket_by_ring(io_uring::IoUring::new),
-        Outcome::Done
-    );
+    assert_eq!(socket_by_ring(io_uring::IoUring::new), Outcome::Done);
     assert_eq!(
         socket_by_ring(clone_disk::restricted_ring),
         Outcome::Refused(libc::EACCES)
