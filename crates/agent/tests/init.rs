@@ -17,13 +17,13 @@ const LIMIT: Duration = Duration::from_secs(30);
 /// A machine, as far as its processes see.
 struct Machine {
     unshare: Child,
-    // Not in /tmp: that is covered inside.
+    // Not in /tmp, nor where a work tree in there would be: that is covered inside.
     folder: tempfile::TempDir,
 }
 
 impl Machine {
     fn boot() -> Self {
-        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let folder = tempfile::tempdir_in("/var/tmp").unwrap();
         let unshare = Command::new("unshare")
             .args(["--pid", "--mount", "--net", "--fork"])
             .arg(env!("CARGO_BIN_EXE_clone-agent"))

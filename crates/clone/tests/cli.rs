@@ -158,7 +158,7 @@ fn wrong_usage_has_code_2_and_help_has_0() {
         &["frobnicate"][..],
         &["run", "--memory", "much"],
         &["run", "--disk", "a,format=vmdk"],
-        &["exec", "name"],
+        &["exec"],
         &["cp", "a", "b"],
     ] {
         assert_eq!(bench.fails(words).0, 2, "{words:?}");
