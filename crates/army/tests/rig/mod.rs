@@ -198,7 +198,9 @@ impl Forwarded {
         match stream.read_to_string(&mut answer) {
             // Where nobody is at the port, the request was not read when the connection ended.
             Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
-            read => drop(read.unwrap()),
+            read => {
+                read.unwrap();
+            }
         }
         answer
     }
