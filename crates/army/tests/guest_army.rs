@@ -4,7 +4,7 @@
 mod rig;
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use serde_json::json;
@@ -303,16 +303,18 @@ fn vms_outlive_the_server_and_are_its_own_again() {
     assert_eq!(host.there(), [""; 0]);
 }
 
+/// Starts a command whose answer nobody waits for.
+fn begin(host: &Host, words: &[&str]) -> Child {
+    let mut command = host.command(words);
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    command.spawn().unwrap()
+}
+
 /// Its request is done to its end, and answered to who asks again with the same key.
 fn a_client_that_went_away_finds_its_vm_when_it_is_back(host: &Host) {
     let create = ["vm", "create", "tiny", "-n", "g", "--idempotency-key", "g"];
     for moment in [10, 60, 200] {
-        let mut asked = host.command(&create);
-        let mut asked = asked
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut asked = begin(host, &create);
         std::thread::sleep(Duration::from_millis(moment));
         let _ = asked.kill();
         asked.wait().unwrap();
@@ -346,12 +348,7 @@ fn whenever_it_is_killed_each_vm_is_there_once_or_not_at_all(host: &mut Host) {
             "--idempotency-key",
             &name,
         ];
-        let mut asked = host.command(&create);
-        let mut asked = asked
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut asked = begin(host, &create);
         std::thread::sleep(Duration::from_millis(moment));
         host.kill_server();
         asked.wait().unwrap();

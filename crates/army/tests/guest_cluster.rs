@@ -1,14 +1,17 @@
 //! A controller and three nodes, each in a network of its own, with real guests.
 #![allow(clippy::unwrap_used)]
 
+mod rig;
+
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+
+use rig::Forwarded;
 
 const PATIENCE: Duration = Duration::from_secs(300);
 const HOSTS: [&str; 3] = ["one", "two", "three"];
@@ -349,24 +352,12 @@ fn a_port_leads_through_controller_and_node(cluster: &Cluster) {
     let serve = "mkdir -p /run/www; echo there > /run/www/page; \
                  httpd -p 127.0.0.1:80 -h /run/www";
     cluster.guest(&vm, serve);
-    let mut forward = Command::new(env!("CARGO_BIN_EXE_army"));
-    let mut forward = forward
+    let mut command = Command::new(env!("CARGO_BIN_EXE_army"));
+    command
         .args(["port-forward", &vm, "0:80"])
         .env("ARMY_URL", &cluster.url)
-        .env("ARMY_KEY", &cluster.key)
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut line = String::new();
-    let mut lines = BufReader::new(forward.stdout.take().unwrap());
-    lines.read_line(&mut line).unwrap();
-    let mut stream = TcpStream::connect(line.split(' ').next().unwrap()).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream.write_all(b"GET /page HTTP/1.0\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    forward.kill().unwrap();
-    forward.wait().unwrap();
+        .env("ARMY_KEY", &cluster.key);
+    let answer = Forwarded::new(&mut command).page("/page");
     assert!(answer.ends_with("there\n"), "{answer}");
 }
 

@@ -142,8 +142,11 @@ fn a_guest_that_reboots_boots_again_in_its_vm_with_its_disk() {
         );
         // Connections to the agent end a moment after who had them.
         let waited = Instant::now();
-        while holdings(&bench, "a") != at_first {
+        loop {
             let now = holdings(&bench, "a");
+            if now == at_first {
+                break;
+            }
             assert!(
                 waited.elapsed() < LEAK_LIMIT,
                 "{now:?} and not {at_first:?}"
@@ -182,10 +185,10 @@ fn a_guest_that_reboots_boots_again_in_its_vm_with_its_disk() {
 }
 
 fn gone(bench: &Bench, name: &str) {
-    let waited = std::time::Instant::now();
+    let waited = Instant::now();
     while bench.run(&["stat", name]).status.code() != Some(3) {
         assert!(waited.elapsed().as_secs() < PATIENCE, "{name} does not end");
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        std::thread::sleep(Duration::from_millis(100));
     }
 }
 
