@@ -18,6 +18,9 @@ const PROFILE: &str = "measure";
 /// The bench that is a program of `army`'s.
 const PLACE: &str = "place";
 
+/// The bench of the measuring program that needs no guests, and runs here.
+const LIST: &str = "list";
+
 #[derive(Args)]
 pub(crate) struct Options {
     /// The benches; all where none is named. `--list` tells them.
@@ -79,13 +82,14 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             place()?;
             continue;
         }
-        let kvm = match on_hardware {
-            true => "hardware KVM",
-            false => "testbed: nested KVM on a CPU that QEMU emulates; compare ratios only",
+        let kvm = match (name == LIST, on_hardware) {
+            (true, _) => "none: no guests take part",
+            (_, true) => "hardware KVM",
+            (_, false) => "testbed: nested KVM on a CPU that QEMU emulates; compare ratios only",
         };
         let mut words = words.clone();
         words.extend(["--kvm".into(), kvm.into(), name.into()]);
-        let ended = match on_hardware {
+        let ended = match on_hardware || name == LIST {
             true => here(&words)?,
             false => {
                 words.push("--stage".into());

@@ -119,7 +119,12 @@ impl Context {
         if options.stage {
             options.stage()?;
         }
-        let scratch = PathBuf::from(format!("/run/clone-bench-{}", std::process::id()));
+        let base = match rustix::process::geteuid().is_root() {
+            true => PathBuf::from("/run"),
+            // For what needs no guests.
+            false => std::env::temp_dir(),
+        };
+        let scratch = base.join(format!("clone-bench-{}", std::process::id()));
         fs::create_dir_all(&scratch)
             .with_context(|| format!("cannot make {}", scratch.display()))?;
         fs::create_dir_all(&options.out)
@@ -134,6 +139,11 @@ impl Context {
     /// `quick` in a short run, `full` else.
     pub(crate) fn samples(&self, quick: usize, full: usize) -> usize {
         if self.options.quick { quick } else { full }
+    }
+
+    /// Whether there is time for what takes minutes.
+    pub(crate) fn is_full(&self) -> bool {
+        !self.options.quick
     }
 
     /// How many machines of each kind are started.

@@ -1,9 +1,11 @@
 //! The benches. A new one is a file here and a line in [`ALL`].
 
+mod army;
 mod block;
 mod boot;
 mod exec;
 mod fork;
+mod list;
 mod memory;
 mod net;
 
@@ -50,6 +52,16 @@ pub(crate) const ALL: &[Bench] = &[
         name: "net",
         about: net::ABOUT,
         run: net::run,
+    },
+    Bench {
+        name: "army",
+        about: army::ABOUT,
+        run: army::run,
+    },
+    Bench {
+        name: "list",
+        about: list::ABOUT,
+        run: list::run,
     },
 ];
 

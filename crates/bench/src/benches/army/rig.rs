@@ -1,0 +1,188 @@
+//! A host with a template, and Army's server on it in this process.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, anyhow};
+use army::controller::Controller;
+use army::node::Node;
+use army::store::Store;
+use army_api::client::Client;
+use army_api::keys::{CreateKey, Role};
+use army_api::templates::RegisterTemplate;
+use army_api::vms::{CreateVms, CreatedVms, Vm};
+use clone::launch::fork::{self, Source};
+use clone::launch::standby::{Standbys, train};
+use clone::runtime::{Runtime, VmDir};
+use clone::template::{self, Template};
+
+use crate::context::Context;
+use crate::guests::{CloneVm, Machine, wait_for_agent};
+
+/// The template's name.
+pub(super) const TEMPLATE: &str = "base";
+
+pub(crate) fn told(error: clone_api::ApiError) -> anyhow::Error {
+    anyhow!("{}", error.message)
+}
+
+/// A server of the API, without VMs.
+pub(crate) struct Server {
+    pub(crate) controller: Arc<Controller>,
+    pub(crate) store: Store,
+    url: String,
+    key: String,
+}
+
+impl Server {
+    /// On a port of its own, with its database in `state`; looked after as `army dev` does where
+    /// it is `alive`, else nobody looks at what VMs there really are.
+    pub(crate) async fn start(state: &Path, node: Arc<Node>, alive: bool) -> Result<Self> {
+        let store = Store::open(&Store::sqlite(&state.join("army.db"))).await?;
+        let controller = Arc::new(Controller::alone(store.clone(), node));
+        controller.take_up_all().await?;
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+        let url = format!("http://{}", listener.local_addr()?);
+        let router = army::server::router(Arc::clone(&controller));
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        if alive {
+            tokio::spawn(Arc::clone(&controller).reconcile());
+        }
+        let admin = CreateKey {
+            tenant: "root".to_owned(),
+            role: Role::Admin,
+            max_vms: None,
+        };
+        let key = store.create_key(&admin).await?.secret;
+        Ok(Self {
+            controller,
+            store,
+            url,
+            key,
+        })
+    }
+
+    /// A client with connections of its own.
+    pub(crate) fn client(&self) -> Result<Client> {
+        Ok(Client::new(&self.url, &self.key)?)
+    }
+}
+
+/// All of it.
+pub(super) struct Rig<'a> {
+    pub(super) runtime: Runtime,
+    pub(super) node: Arc<Node>,
+    pub(super) controller: Arc<Controller>,
+    pub(super) client: Client,
+    store: template::Store,
+    server: Server,
+    tokio: tokio::runtime::Runtime,
+    _base: CloneVm<'a>,
+}
+
+impl<'a> Rig<'a> {
+    pub(super) fn new(context: &'a Context) -> Result<Self> {
+        let base = CloneVm::start(context, "base", &Machine::standard(context, "vmlinux"))?;
+        wait_for_agent(&base)?;
+        let runtime = Runtime::at(&context.scratch("")).map_err(told)?;
+        let store = template::Store::at(context.scratch("templates"));
+        let path = store.path(TEMPLATE).map_err(told)?;
+        let vm = runtime.find(base.name()).map_err(told)?;
+        clone::snapshot::take(&runtime, &vm, &path, false).map_err(told)?;
+        train(&runtime, &Template::open(&path).map_err(told)?).map_err(told)?;
+        let tokio = tokio::runtime::Runtime::new().context("cannot start a runtime")?;
+        let state = context.scratch("army");
+        std::fs::create_dir_all(&state)?;
+        let node = Node::open(
+            "here".to_owned(),
+            state.join("vms"),
+            runtime.clone(),
+            template::Store::at(context.scratch("templates")),
+        )?;
+        node.supervise()?;
+        let server = tokio.block_on(Server::start(&state, Arc::clone(&node), true))?;
+        let client = server.client()?;
+        let asked = RegisterTemplate {
+            name: TEMPLATE.to_owned(),
+            ..RegisterTemplate::default()
+        };
+        tokio.block_on(server.controller.register(&asked))?;
+        Ok(Self {
+            runtime,
+            node,
+            controller: Arc::clone(&server.controller),
+            client,
+            store,
+            server,
+            tokio,
+            _base: base,
+        })
+    }
+
+    /// What comes of `work`, which may use everything here.
+    pub(super) fn wait<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        self.tokio.block_on(work)
+    }
+
+    pub(super) fn client(&self) -> Result<Client> {
+        self.server.client()
+    }
+
+    pub(super) fn vm_dir(&self, id: &str) -> VmDir {
+        self.runtime.dir(&format!("{}{id}", army::node::VM_PREFIX))
+    }
+
+    pub(super) fn source(&self) -> Result<Source> {
+        let template = self.store.open(TEMPLATE).map_err(told)?;
+        Source::template(template, &self.runtime).map_err(told)
+    }
+
+    /// So many standbys, which end with what is returned.
+    pub(super) fn standbys(&self, count: usize) -> Result<Standbys<'_>> {
+        let id = self
+            .store
+            .open(TEMPLATE)
+            .map_err(told)?
+            .manifest()
+            .id
+            .clone();
+        let mut standbys = Standbys::new(&self.runtime, self.source()?, id).map_err(told)?;
+        standbys.fill(count).map_err(told)?;
+        Ok(standbys)
+    }
+
+    /// A VM of that name, through the API.
+    pub(super) fn create(&self, name: &str) -> Result<Vm> {
+        let asked = CreateVms {
+            template: TEMPLATE.to_owned(),
+            count: 1,
+            name: Some(name.to_owned()),
+            ..CreateVms::default()
+        };
+        let made: CreatedVms =
+            self.wait(async { Ok(self.client.create("/v1/vms", &asked, None).await?) })?;
+        made.vms.into_iter().next().context("the answer has no VM")
+    }
+
+    pub(super) fn destroy(&self, vm: &Vm) -> Result<()> {
+        self.wait(async { Ok(self.controller.destroy(vm).await.map(drop)?) })
+    }
+
+    /// Ends a clone that is not Army's.
+    pub(super) fn end(&self, name: &str) -> Result<()> {
+        let vm = self.runtime.find(name).map_err(told)?;
+        fork::end(&self.runtime, &vm);
+        Ok(())
+    }
+}
+
+impl Drop for Rig<'_> {
+    fn drop(&mut self) {
+        // Of a bench that failed; its VMs outlive their server.
+        for vm in self.runtime.running().unwrap_or_default() {
+            if vm.dir.name().starts_with(army::node::VM_PREFIX) {
+                fork::end(&self.runtime, &vm);
+            }
+        }
+    }
+}
