@@ -128,6 +128,14 @@ impl Out {
 /// # Errors
 /// [`ClientError::NoAgent`] where nobody listens there.
 pub fn connect(path: &Path, port: u32, timeout: Duration) -> Result<UnixStream> {
+    let mut stream = ask(path, port, timeout)?;
+    // Byte by byte: what follows the answer is the caller's.
+    read_connect_answer(&mut stream, 1)?;
+    Ok(stream)
+}
+
+/// Asks the vsock socket at `path` for `port` of the guest; the answer is still to be read.
+fn ask(path: &Path, port: u32, timeout: Duration) -> Result<UnixStream> {
     let unreachable = |source| ClientError::Connect {
         path: path.display().to_string(),
         source,
@@ -139,7 +147,6 @@ pub fn connect(path: &Path, port: u32, timeout: Duration) -> Result<UnixStream> 
     stream
         .write_all(format!("CONNECT {port}\n").as_bytes())
         .map_err(|_| ClientError::NoAgent)?;
-    read_connect_answer(&mut stream)?;
     Ok(stream)
 }
 
@@ -156,25 +163,32 @@ impl Connection {
     /// Connects to the agent behind the vsock socket at `path`, which takes `CONNECT port` and
     /// answers `OK …`. `timeout` bounds the wait for the agent's greeting, and nothing after it.
     pub fn open(path: &Path, timeout: Duration) -> Result<Self> {
-        Self::greet(connect(path, PORT, timeout)?)
+        let mut stream = ask(path, PORT, timeout)?;
+        let greeting = read_connect_answer(&mut stream, CONNECT_ANSWER_MAX)?;
+        Self::go_on(stream, &greeting)
     }
 
     /// Takes a stream that already leads to an agent.
     pub fn greet(stream: UnixStream) -> Result<Self> {
+        Self::go_on(stream, &[])
+    }
+
+    /// Takes a stream from which the beginning of the greeting was read.
+    fn go_on(stream: UnixStream, begun: &[u8]) -> Result<Self> {
         let out = Out {
             stream: Mutex::new(stream.try_clone().map_err(ClientError::Lost)?),
             end: stream.try_clone().map_err(ClientError::Lost)?,
             credit: Mutex::default(),
             credit_changed: Condvar::new(),
         };
-        let (decoder, hello) = (Decoder::default(), Hello::default());
         let mut connection = Self {
             stream,
             out: Arc::new(out),
-            decoder,
-            hello,
+            decoder: Decoder::default(),
+            hello: Hello::default(),
             deadline: None,
         };
+        connection.decoder.push(begun);
         match connection.receive() {
             Ok(from_agent::Kind::Hello(hello)) => connection.hello = hello,
             Ok(_) => return Err(ClientError::OutOfTurn),
@@ -406,19 +420,21 @@ impl Connection {
     }
 }
 
-fn read_connect_answer(stream: &mut UnixStream) -> Result<()> {
-    let mut answer = Vec::new();
-    let mut byte = [0];
-    while byte != *b"\n" {
-        match stream.read(&mut byte) {
-            Ok(1) if answer.len() < CONNECT_ANSWER_MAX => answer.push(byte[0]),
+/// Reads the answer to `CONNECT`, up to `at_once` bytes a time, and gives what came after it.
+fn read_connect_answer(stream: &mut UnixStream, at_once: usize) -> Result<Vec<u8>> {
+    let mut read = Vec::new();
+    let mut chunk = [0; CONNECT_ANSWER_MAX];
+    loop {
+        let len = match stream.read(&mut chunk[..at_once]) {
+            Ok(len) if len > 0 => len,
+            _ => return Err(ClientError::NoAgent),
+        };
+        read.extend_from_slice(&chunk[..len]);
+        match read.iter().position(|&byte| byte == b'\n') {
+            Some(end) if read.starts_with(b"OK ") => return Ok(read.split_off(end + 1)),
+            None if read.len() < CONNECT_ANSWER_MAX => {}
             _ => return Err(ClientError::NoAgent),
         }
-    }
-    if answer.starts_with(b"OK ") {
-        Ok(())
-    } else {
-        Err(ClientError::NoAgent)
     }
 }
 
@@ -606,17 +622,68 @@ impl Input {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::os::unix::net::UnixListener;
+
     use super::*;
+
+    fn hello() -> Vec<u8> {
+        let hello = FromAgent {
+            kind: Some(from_agent::Kind::Hello(Hello {
+                agent_version: "7".to_owned(),
+                ..Hello::default()
+            })),
+        };
+        let mut bytes = Vec::new();
+        frame::encode(&hello, &mut bytes).unwrap();
+        bytes
+    }
+
+    /// What a VM answers to who connects, piece by piece.
+    fn opened(name: &str, pieces: Vec<Vec<u8>>) -> Result<Connection> {
+        let path = std::env::temp_dir().join(format!("{name}-{}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).unwrap();
+        let vm = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut asked = [0; 13];
+            stream.read_exact(&mut asked).unwrap();
+            for piece in pieces {
+                stream.write_all(&piece).unwrap();
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let opened = Connection::open(&path, Duration::from_secs(10));
+        vm.join().unwrap();
+        std::fs::remove_file(&path).unwrap();
+        opened
+    }
+
+    #[test]
+    fn a_greeting_is_read_whole_however_it_comes() {
+        let together = [b"OK 7\n".to_vec(), hello()].concat();
+        let apart = together.iter().map(|&byte| vec![byte]).collect();
+        let cut = together.split_at(9);
+        for (number, pieces) in [apart, vec![cut.0.to_vec(), cut.1.to_vec()], vec![together]]
+            .into_iter()
+            .enumerate()
+        {
+            let connection = opened(&format!("greeting-{number}"), pieces).unwrap();
+            assert_eq!(connection.hello().agent_version, "7");
+        }
+        let endless = vec![vec![b'O'; 2 * CONNECT_ANSWER_MAX]];
+        for (number, pieces) in [endless, vec![b"NO\n".to_vec()], Vec::new()]
+            .into_iter()
+            .enumerate()
+        {
+            let refused = opened(&format!("no-greeting-{number}"), pieces);
+            assert!(matches!(refused, Err(ClientError::NoAgent)));
+        }
+    }
 
     #[test]
     fn a_guest_that_falls_silent_is_given_up() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let hello = FromAgent {
-            kind: Some(from_agent::Kind::Hello(Hello::default())),
-        };
-        let mut bytes = Vec::new();
-        frame::encode(&hello, &mut bytes).unwrap();
-        theirs.write_all(&bytes).unwrap();
+        theirs.write_all(&hello()).unwrap();
         let mut connection = Connection::greet(ours).unwrap();
         let deadline = Instant::now() + Duration::from_millis(50);
         connection.give_up_at(deadline).unwrap();

@@ -19,6 +19,7 @@ mod identity;
 mod image;
 mod info;
 mod init;
+mod kernel_log;
 mod limits;
 mod listener;
 mod power;
@@ -77,6 +78,7 @@ fn serve(listen: &str) -> ExitCode {
     };
     if listen.starts_with("vsock:") {
         boot_network::set_up();
+        kernel_log::settle();
     }
     // A line on the console: whoever waits for the guest sees that it is there.
     crate::say(&format!("ready on {listen}"));

@@ -86,6 +86,9 @@ fn run(options: context::Options) -> Result<()> {
             Ok(record) => {
                 let path = record.save(bench.name, &context)?;
                 println!("== {}: {}", bench.name, path.display());
+                if !record.failures.is_empty() {
+                    failed.push(bench.name);
+                }
             }
             Err(error) => {
                 println!("== {} failed: {error:#}", bench.name);

@@ -17,6 +17,9 @@ pub(crate) struct Record {
     pub(crate) how: Vec<String>,
     pub(crate) figures: Vec<Figure>,
     pub(crate) ratios: Vec<Ratio>,
+    /// Parts that could not be measured, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) failures: Vec<String>,
     pub(crate) machine: Option<Machine>,
 }
 
@@ -94,6 +97,16 @@ impl Record {
     pub(crate) fn add(&mut self, figure: Figure) {
         println!("{figure}");
         self.figures.push(figure);
+    }
+
+    /// Measures a part of a bench. Where it fails, what others found is kept, and the bench has
+    /// failed all the same.
+    pub(crate) fn part(&mut self, name: &str, measure: impl FnOnce(&mut Self) -> Result<()>) {
+        if let Err(error) = measure(self) {
+            let failure = format!("{name}: {error:#}");
+            println!("   failed: {failure}");
+            self.failures.push(failure);
+        }
     }
 
     /// Adds a ratio, and prints it.
@@ -187,5 +200,20 @@ mod tests {
         record.ratio("ours", "theirs", Some("at most 1")).unwrap();
         assert_eq!(record.ratios[0].value, 0.02);
         assert!(record.ratio("ours", "nobody", None).is_err());
+    }
+
+    #[test]
+    fn a_part_that_fails_takes_nothing_with_it() {
+        let mut record = Record::default();
+        record.part("ours", |record| {
+            record.add(Figure::new("ours", "ms", vec![1.0]));
+            Ok(())
+        });
+        record.part("theirs", |record| record.ratio("ours", "theirs", None));
+        assert_eq!(record.figures.len(), 1);
+        assert_eq!(
+            record.failures,
+            ["theirs: there is no figure \"theirs\" for a ratio"]
+        );
     }
 }

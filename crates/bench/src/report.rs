@@ -54,6 +54,9 @@ fn section(text: &mut String, name: &str, record: &Record, plots: &[PathBuf]) {
             machine.cpu, machine.cores, machine.kernel, machine.kvm
         ));
     }
+    for failure in &record.failures {
+        add(format!("- Not measured: {failure}."));
+    }
     add("\n| figure | unit | n | p50 | p99 | min |\n| --- | --- | --: | --: | --: | --: |".into());
     for figure in &record.figures {
         add(format!(
@@ -87,12 +90,14 @@ mod tests {
             record.add(Figure::new("clone", "ms", vec![2.0]));
             record.add(Figure::new("QEMU", "ms", vec![4.0]));
             record.ratio("clone", "QEMU", Some("at most 1")).unwrap();
+            record.part("bochs", |_| anyhow::bail!("it is gone"));
             let json = serde_json::to_string(&record).unwrap();
             fs::write(folder.path().join(format!("{name}.json")), json).unwrap();
         }
         let text = fs::read_to_string(write(folder.path()).unwrap()).unwrap();
         assert!(text.contains("## boot") && text.contains("## exec"));
         assert!(text.contains("| clone / QEMU | 0.500 | at most 1 |"));
+        assert!(text.contains("- Not measured: bochs: it is gone."));
         assert!(text.contains("![exec](exec-ms.png)"));
         fs::write(folder.path().join("other.json"), "{}").unwrap();
         let error = format!("{:#}", write(folder.path()).unwrap_err());

@@ -35,8 +35,6 @@ pub struct Source {
     config: VmConfig,
     parent: Parent,
     state: PathBuf,
-    /// What the clones boot when they reboot.
-    kernel: PathBuf,
     prefetch: Option<PathBuf>,
     /// The template's id; none for a live fork, which has no standbys.
     template_id: Option<String>,
@@ -67,7 +65,6 @@ impl Source {
                 disks: template.disks(),
                 locks: vec![template.lock_path()],
             },
-            kernel: preflight::known_kernel(&content.config.kernel),
             state: template.state_path(),
             prefetch: prefetch.exists().then_some(prefetch),
             template_id: Some(template.manifest().id.clone()),
@@ -84,7 +81,6 @@ impl Source {
         let (layers, taken) = snapshot::take_live(runtime, vm)?;
         let config = vm.dir.config()?;
         let source = Self {
-            kernel: preflight::known_kernel(&config.kernel),
             config,
             parent: layers.parent.clone(),
             state: layers.state.clone(),
@@ -151,7 +147,8 @@ impl Source {
             disks: self.parent.disks.clone(),
             standby,
             prefetch: self.prefetch.clone(),
-            kernel: self.kernel.clone(),
+            // Looked for here, where a process is started: a standby has it already.
+            kernel: preflight::known_kernel(&self.config.kernel),
         })
     }
 }

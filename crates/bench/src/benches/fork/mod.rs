@@ -52,8 +52,14 @@ pub(crate) fn run(context: &Context) -> Result<Record> {
         bench.burst(&mut record, context.samples(10, 100))?;
         live::measure(&bench, &mut record, context.samples(3, 5))?;
     }
-    peers::measure(context, &tiny, &mut record, context.samples(COMPARED, 20))?;
-    debian(context, &mut record)?;
+    let count = context.samples(COMPARED, 20);
+    record.part("QEMU", |record| peers::qemu(context, &tiny, record, count));
+    if let Some(program) = context.peer("firecracker") {
+        record.part("Firecracker", |record| {
+            peers::firecracker(context, program, &tiny, record, count)
+        });
+    }
+    record.part("Debian", |record| debian(context, record));
     Ok(record)
 }
 

@@ -1,7 +1,8 @@
 //! The serial console's other end: a log of limited size, and whoever is attached.
 //!
 //! The guest's output is gathered by [`ConsoleOutput`] on the vCPU that prints and handed out by
-//! the [`ConsoleHub`] in the event loop, so that a byte costs the guest no system call. What
+//! the [`ConsoleHub`] in the event loop a moment later, so that a byte costs the guest no system
+//! call, and a line wakes the event loop once and not for each of its bytes. What
 //! attached clients send is typed into the serial port as it takes it. Clients come and go on a
 //! Unix stream socket that carries plain bytes both ways; one that reads too slowly misses output
 //! and is told so.
@@ -16,15 +17,19 @@ use std::io::{self, Write};
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use clone_vmm::devices::serial::Serial;
 use clone_vmm::event_loop::{EventHandler, Registrar};
+use clone_vmm::timer::Timer;
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use client::Client;
 pub use log::ConsoleLog;
 
+/// How long output is gathered: a guest prints byte by byte, and nobody sees what is later by this.
+const GATHERING: Duration = Duration::from_millis(2);
 /// Output that may wait for the event loop. Far above what comes while it does anything else.
 const MAX_PENDING_OUTPUT: usize = 256 << 10;
 /// Input that may wait for the guest; clients that send more wait.
@@ -61,7 +66,7 @@ struct Pending {
 pub struct ConsoleOutput {
     // Held for a copy of bytes only: by the vCPU that prints and by the hub.
     pending: Arc<Mutex<Pending>>,
-    wake: EventFd,
+    gathered: Arc<Timer>,
 }
 
 impl Write for ConsoleOutput {
@@ -75,7 +80,7 @@ impl Write for ConsoleOutput {
         pending.bytes.extend_from_slice(bytes);
         drop(pending);
         if first {
-            self.wake.write(1)?;
+            self.gathered.arm_once(GATHERING)?;
         }
         Ok(bytes.len())
     }
@@ -90,7 +95,7 @@ pub struct ConsoleHub {
     registrar: Registrar,
     listener: UnixListener,
     pending: Arc<Mutex<Pending>>,
-    wake: EventFd,
+    gathered: Arc<Timer>,
     log: Option<ConsoleLog>,
     port: Option<(Box<dyn ConsoleInput>, EventFd)>,
     typed: VecDeque<u8>,
@@ -106,19 +111,19 @@ impl ConsoleHub {
         listener: UnixListener,
         log: Option<ConsoleLog>,
     ) -> io::Result<(Self, ConsoleOutput)> {
-        let wake = EventFd::new(EFD_NONBLOCK)?;
-        registrar.add(&wake, OUTPUT, EventSet::IN)?;
+        let gathered = Arc::new(Timer::new()?);
+        registrar.add(gathered.as_ref(), OUTPUT, EventSet::IN)?;
         registrar.add(&listener, LISTENER, EventSet::IN)?;
         let pending = Arc::new(Mutex::new(Pending::default()));
         let output = ConsoleOutput {
             pending: Arc::clone(&pending),
-            wake: wake.try_clone()?,
+            gathered: Arc::clone(&gathered),
         };
         let hub = Self {
             registrar,
             listener,
             pending,
-            wake,
+            gathered,
             log,
             port: None,
             typed: VecDeque::new(),
@@ -268,8 +273,8 @@ impl EventHandler for ConsoleHub {
     fn handle_event(&mut self, token: u32, ready: EventSet) {
         match token {
             OUTPUT => {
-                // EAGAIN: somebody flushed in between.
-                let _ = self.wake.read();
+                // Not due any more: somebody flushed in between.
+                let _ = self.gathered.take();
                 self.flush();
             }
             LISTENER => self.accept(),

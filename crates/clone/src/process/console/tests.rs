@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clone_vmm::event_loop::EventLoop;
+use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
 
@@ -56,7 +57,7 @@ impl Bench {
 
     /// Runs the loop until nothing is left to do.
     fn settle(&mut self) {
-        while self.events.run_once(5).unwrap() > 0 {}
+        while self.events.run_once(50).unwrap() > 0 {}
     }
 
     fn attach(&mut self) -> UnixStream {
@@ -95,6 +96,18 @@ fn output_reaches_everyone_attached_and_those_who_come_later() {
         assert_eq!(drain(stream), b"login: ");
     }
     assert_eq!(bench.attached(), 3);
+}
+
+#[test]
+fn a_line_wakes_the_event_loop_once() {
+    let mut bench = Bench::new();
+    for byte in b"a line that is printed byte by byte\r\n" {
+        bench.output.write_all(&[*byte]).unwrap();
+    }
+    assert_eq!(bench.events.run_once(1000).unwrap(), 1);
+    assert_eq!(bench.events.run_once(20).unwrap(), 0);
+    bench.output.write_all(b"x").unwrap();
+    assert_eq!(bench.events.run_once(1000).unwrap(), 1);
 }
 
 #[test]
