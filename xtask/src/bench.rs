@@ -116,7 +116,17 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 fn place() -> Result<ExitCode> {
     std::fs::create_dir_all(folder())?;
     let path = folder().join("place.json");
-    let words = ["bench", "--quiet", "-p", "army", "--bench", PLACE, "--"];
+    let words = [
+        "bench",
+        "--quiet",
+        "--profile",
+        PROFILE,
+        "-p",
+        "army",
+        "--bench",
+        PLACE,
+        "--",
+    ];
     run_command(cargo(&words).arg(&path)).context("cannot measure placement")?;
     Ok(ExitCode::SUCCESS)
 }

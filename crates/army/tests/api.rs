@@ -3,10 +3,13 @@
 
 mod served;
 
+use std::collections::BTreeMap;
+
 use army::store::Store;
+use army::store::vms::NewVms;
 use army_api::client::{Client, ClientError};
 use army_api::keys::{Key, Role};
-use army_api::vms::{CreateVms, CreatedVms, VmPage};
+use army_api::vms::{CreateVms, CreatedVms, Egress, ForkTimes, NetworkPolicy, Vm, VmPage, VmState};
 use army_api::{Problem, ProblemKind};
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -36,6 +39,7 @@ on_each_database! {
     roles_allow_what_they_say_and_the_last_administrator_stays,
     what_cannot_be_understood_is_a_problem_that_says_why,
     a_fork_that_fails_is_told_written_down_and_leaves_its_name_free,
+    a_list_says_of_a_vm_what_is_said_of_it_alone,
     a_quota_and_a_drained_host_are_honest_refusals,
     a_tag_points_to_one_template_at_a_time_and_keeps_it,
     labels_decide_which_hosts_a_vm_may_go_to,
@@ -171,6 +175,58 @@ async fn a_fork_that_fails_is_told_written_down_and_leaves_its_name_free(server:
     let second = page("all=true&after=3").await;
     assert_eq!((second.vms.len(), second.next), (1, None));
     assert_eq!(page("").await.vms, []);
+}
+
+async fn a_list_says_of_a_vm_what_is_said_of_it_alone(server: Server) {
+    let odd = "it said \"no\" \\ and\nleft, äöü";
+    let vm = |number: u64| Vm {
+        id: format!("{number:012x}"),
+        name: format!("vm-{number}"),
+        tenant: "default".to_owned(),
+        template: "t".to_owned(),
+        host: "here".to_owned(),
+        state: VmState::Creating,
+        reason: None,
+        labels: BTreeMap::from([("said".to_owned(), odd.to_owned())]),
+        created_ms: 1_800_000_000_000 + number,
+        expires_ms: (number > 1).then_some(1_900_000_000_000),
+        network: (number > 1).then_some(NetworkPolicy {
+            egress: Egress::None,
+        }),
+        fork: None,
+        memory: None,
+    };
+    let vms: Vec<Vm> = (1..=3).map(vm).collect();
+    let new = NewVms {
+        vms: &vms,
+        environment: &BTreeMap::new(),
+        request: None,
+    };
+    let store = &server.store;
+    store.add_vms(&new).await.unwrap();
+    let times = ForkTimes {
+        warm: true,
+        total_us: 5000,
+        ..ForkTimes::default()
+    };
+    store.made_vm(&vms[1].id, &Ok(times)).await.unwrap();
+    let failed = std::slice::from_ref(&vms[2].id);
+    store.set_vms(failed, VmState::Failed, odd).await.unwrap();
+    let list = async |query: &[(&str, &str)]| -> VmPage {
+        let query: BTreeMap<_, _> = query.iter().copied().collect();
+        server.admin.get("/v1/vms", &query).await.unwrap()
+    };
+    let all = list(&[("all", "true")]).await.vms;
+    assert_eq!(all.len(), 3);
+    for listed in &all {
+        assert_eq!(*listed, store.vm(&listed.id, None).await.unwrap());
+    }
+    assert_eq!((&all[0], &all[1].fork), (&vms[0], &Some(times)));
+    assert_eq!(all[2].reason.as_deref(), Some(odd));
+    let label = format!("said={odd}");
+    assert_eq!(list(&[("label", &label)]).await.vms.len(), 2);
+    assert_eq!(list(&[("label", "said=yes")]).await.vms, []);
+    assert_eq!(list(&[("template", "u")]).await.vms, []);
 }
 
 async fn a_quota_and_a_drained_host_are_honest_refusals(server: Server) {

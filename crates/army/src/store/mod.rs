@@ -1,6 +1,7 @@
 //! What the controller remembers: one file for each kind of thing, all of the SQL in here.
 //!
-//! The SQL is what SQLite and PostgreSQL have in common. Every change that belongs together is one
+//! The SQL is what SQLite and PostgreSQL have in common, but for two functions' names in the list
+//! of VMs. Every change that belongs together is one
 //! transaction, so that a kill at any point leaves all of it or nothing.
 
 pub mod events;
@@ -42,6 +43,7 @@ const POSTGRES: [&str; 2] = ["postgres://", "postgresql://"];
 #[derive(Clone)]
 pub struct Store {
     pool: AnyPool,
+    is_postgres: bool,
     /// Holds the lock of a shared database.
     _lock: Option<Arc<Mutex<AnyConnection>>>,
     /// Writers take turns here and not in the database, where they would have to try again.
@@ -92,6 +94,7 @@ impl Store {
             })?;
         Ok(Self {
             pool,
+            is_postgres,
             _lock: lock,
             turn: Arc::default(),
             news: broadcast::channel(EVENTS_AHEAD).0,

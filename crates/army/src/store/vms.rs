@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use army_api::vms::{ForkTimes, Vm, VmFilter, VmMemory, VmPage, VmState};
 use army_api::{Problem, ProblemKind};
+use serde::Deserialize;
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
@@ -15,6 +16,37 @@ use crate::node::VmReport;
 
 /// VMs of a page, where the client does not say.
 const PAGE: u32 = 1000;
+
+/// A page of VMs as one JSON text. As rows of the driver for all databases, each of which takes
+/// some 20 us and a switch of threads, 10,000 VMs take twice the time that their list may take.
+///
+/// The arguments are what a database calls the functions that make an object and an array.
+macro_rules! page_query {
+    ($object:literal, $array:literal) => {
+        concat!(
+            "SELECT CAST(COALESCE(",
+            $array,
+            "(",
+            $object,
+            "('number', number, 'vm', ",
+            $object,
+            "('id', id, 'name', name, 'tenant', tenant, 'template', template, 'host', host, \
+             'state', state, 'reason', reason, 'labels', json(labels), 'created_ms', created_ms, \
+             'expires_ms', expires_ms, 'network', json(network), 'fork', json(fork), \
+             'memory', json(memory)))), '[]') AS TEXT) AS page \
+             FROM (SELECT * FROM vms WHERE number > $1 AND ($2 = '*' OR tenant = $2) \
+             AND ($3 = 1 OR alive = 1) AND ($4 = '' OR template = $4) \
+             AND ($5 = '' OR host = $5) ORDER BY number LIMIT $6) AS them"
+        )
+    };
+}
+
+/// A VM of a page.
+#[derive(Deserialize)]
+struct Listed {
+    number: i64,
+    vm: Vm,
+}
 
 /// VMs that are to be made.
 pub struct NewVms<'a> {
@@ -292,50 +324,38 @@ impl Store {
                 Problem::new(ProblemKind::InvalidRequest, detail)
             })?,
         };
-        // Labels are small JSON objects with sorted keys: a member of one is a part of its text.
         let label = match &filter.label {
             None => None,
-            Some(label) => {
-                let (key, value) = label.split_once('=').ok_or_else(|| {
-                    let detail = "write a label as key=value";
-                    Problem::new(ProblemKind::InvalidRequest, detail)
-                })?;
-                let member = BTreeMap::from([(key, value)]);
-                let text = to_json(&member)?;
-                Some(text[1..text.len() - 1].to_owned())
-            }
+            Some(label) => Some(label.split_once('=').ok_or_else(|| {
+                let detail = "write a label as key=value";
+                Problem::new(ProblemKind::InvalidRequest, detail)
+            })?),
         };
-        let rows = sqlx::query(
-            "SELECT * FROM vms WHERE number > $1 AND ($2 = '*' OR tenant = $2) \
-             AND ($3 = 1 OR alive = 1) AND ($4 = '' OR template = $4) AND ($5 = '' OR host = $5) \
-             ORDER BY number LIMIT $6",
-        )
-        .bind(after)
-        .bind(tenant.unwrap_or("*"))
-        .bind(i64::from(filter.all))
-        .bind(filter.template.as_deref().unwrap_or_default())
-        .bind(filter.host.as_deref().unwrap_or_default())
-        // One more tells whether there is a next page.
-        .bind(i64::from(limit) + 1)
-        .fetch_all(&self.pool)
-        .await
-        .map_err(query_failed)?;
-        let more = rows.len() > limit as usize;
-        let rows = &rows[..rows.len().min(limit as usize)];
-        let next = match rows.last().filter(|_| more) {
-            Some(row) => Some(number(row, "number")?.to_string()),
-            None => None,
+        let query = match self.is_postgres {
+            true => page_query!("json_build_object", "json_agg"),
+            false => page_query!("json_object", "json_group_array"),
         };
-        let mut vms = Vec::with_capacity(rows.len());
-        for row in rows {
-            let has_label = match &label {
-                Some(label) => text(row, "labels")?.contains(label),
-                None => true,
-            };
-            if has_label {
-                vms.push(vm(row)?);
-            }
-        }
+        let row = sqlx::query(query)
+            .bind(after)
+            .bind(tenant.unwrap_or("*"))
+            .bind(i64::from(filter.all))
+            .bind(filter.template.as_deref().unwrap_or_default())
+            .bind(filter.host.as_deref().unwrap_or_default())
+            // One more tells whether there is a next page.
+            .bind(i64::from(limit) + 1)
+            .fetch_one(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        let mut listed: Vec<Listed> = json(&row, "page")?;
+        let more = listed.len() > limit as usize;
+        listed.truncate(limit as usize);
+        let last = listed.last().filter(|_| more);
+        let next = last.map(|last| last.number.to_string());
+        let has_label = |vm: &Vm| {
+            label.is_none_or(|(key, value)| vm.labels.get(key).is_some_and(|it| it == value))
+        };
+        let vms = listed.into_iter().map(|listed| listed.vm);
+        let vms = vms.filter(has_label).collect();
         Ok(VmPage { vms, next })
     }
 
