@@ -60,6 +60,8 @@ impl FirecrackerSnapshot {
         };
         let (api, vsock) = (snapshot.path("base.api"), snapshot.path("base.vsock"));
         let config = configuration(context, machine, &vsock)?;
+        // It makes its sockets itself, and not where one was left.
+        let _ = fs::remove_file(&api);
         let mut command = snapshot.command(&api);
         command.arg("--config-file").arg(&config);
         let base = Firecracker {
