@@ -119,8 +119,10 @@ impl Controller {
 
     async fn hear(&self, node: &Node) -> Result<()> {
         let host = node.name().to_owned();
-        // Before the host is asked: what is placed meanwhile is not in its answer.
+        // Before the host is asked: what is placed meanwhile is not in its answer, nor is what was
+        // still being made then, done though it may be when the answer is here.
         let known = self.store.vms_of_host(&host).await?;
+        let mut making = self.making.vms();
         let asked = Arc::clone(node);
         let report = blocking(move || asked.report()).await?;
         // Before anything is written: that our disk is full does not make it silent.
@@ -131,7 +133,8 @@ impl Controller {
         self.heard().insert(host.clone(), heard);
         self.making.measured(&host);
         self.store.see_host(&host, &report.capacity).await?;
-        let making = self.making.vms();
+        // What came since may be in the answer, and is told of by whoever makes it.
+        making.extend(self.making.vms());
         let over = self.store.hear_of_vms(&host, &report.vms, &making).await?;
         let there: HashSet<&str> = report.vms.iter().map(|vm| vm.id.as_str()).collect();
         let mut lost = Vec::new();
@@ -144,9 +147,14 @@ impl Controller {
                 self.store
                     .set_vms(&[id], VmState::Ended, "destroyed")
                     .await?;
-            } else if !there.contains(id.as_str()) && self.is_lost(&id, state) {
+            } else if !there.contains(id.as_str()) && !making.contains(&id) && self.is_over(state) {
                 lost.push(id);
             }
+        }
+        if !lost.is_empty() {
+            // One that was destroyed meanwhile is not lost.
+            let now = self.store.vms_of_host(&host).await?;
+            lost.retain(|id| now.iter().any(|(it, _, wanted)| it == id && *wanted));
         }
         let reason = "its host knows nothing of it";
         self.store.set_vms(&lost, VmState::Failed, reason).await?;
@@ -170,17 +178,14 @@ impl Controller {
         Ok(())
     }
 
-    /// Whether a VM that its host does not know is lost, and not only on its way: its template may
-    /// have a long way to go.
-    fn is_lost(&self, id: &str, state: VmState) -> bool {
-        if state != VmState::Creating {
-            return true;
-        }
+    /// Whether a VM that its host does not know, and that we do not make, is lost, and not only on
+    /// its way for an earlier life of ours: its template may have a long way to go.
+    fn is_over(&self, state: VmState) -> bool {
         // A node of this process began its life with us.
         let grace = match self.cluster {
             Some(_) => CREATION,
             None => Duration::ZERO,
         };
-        !self.making.contains(id) && self.started.elapsed() >= grace
+        state != VmState::Creating || self.started.elapsed() >= grace
     }
 }
