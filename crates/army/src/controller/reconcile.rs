@@ -1,5 +1,8 @@
 //! Hearing of hosts, and going over the difference between what is wanted and what is.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashSet;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
