@@ -18,6 +18,7 @@ use army_api::{Problem, ProblemKind};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sqlx::any::{AnyPoolOptions, AnyRow};
+use sqlx::pool::PoolConnection;
 use sqlx::{AnyConnection, AnyPool, Connection as _, Row};
 use tokio::sync::{Mutex, MutexGuard, broadcast};
 
@@ -104,13 +105,16 @@ impl Store {
     /// Begins a change. It is undone unless it is committed.
     async fn change(&self) -> Result<Change<'_>> {
         let turn = self.turn.lock().await;
-        let transaction = self.pool.begin().await.map_err(|e| failed("begin", &e))?;
-        Ok(Change {
-            transaction,
+        let connection = self.pool.acquire().await.map_err(|e| failed("begin", &e))?;
+        let mut change = Change {
+            connection,
+            committed: false,
             events: Vec::new(),
             news: &self.news,
             _turn: turn,
-        })
+        };
+        change.run("BEGIN").await.map_err(|e| failed("begin", &e))?;
+        Ok(change)
     }
 }
 
@@ -133,8 +137,14 @@ async fn lock(url: &str) -> Result<AnyConnection> {
 }
 
 /// A change to the store, and the events that it is.
+///
+/// One that is not committed takes its connection with it. Where SQLite cannot write it may end the
+/// transaction by itself, or leave it open when it is asked to end it: the driver's own transactions
+/// lose count then, and their connection stays in the past, with reads that are old and writes that
+/// fail.
 struct Change<'a> {
-    transaction: sqlx::Transaction<'static, sqlx::Any>,
+    connection: PoolConnection<sqlx::Any>,
+    committed: bool,
     events: Vec<Event>,
     news: &'a broadcast::Sender<Event>,
     _turn: MutexGuard<'a, ()>,
@@ -142,18 +152,31 @@ struct Change<'a> {
 
 impl Change<'_> {
     fn connection(&mut self) -> &mut AnyConnection {
-        &mut self.transaction
+        &mut self.connection
+    }
+
+    async fn run(&mut self, statement: &'static str) -> sqlx::Result<()> {
+        let done = sqlx::raw_sql(statement).execute(self.connection()).await;
+        done.map(drop)
     }
 
     /// Makes the change; only then are its events told.
-    async fn commit(self) -> Result<()> {
-        let committed = self.transaction.commit().await;
-        committed.map_err(|error| failed("commit", &error))?;
-        for event in self.events {
+    async fn commit(mut self) -> Result<()> {
+        self.run("COMMIT").await.map_err(|e| failed("commit", &e))?;
+        self.committed = true;
+        for event in self.events.drain(..) {
             // Nobody may be listening.
             let _ = self.news.send(event);
         }
         Ok(())
+    }
+}
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        if !self.committed {
+            self.connection.close_on_drop();
+        }
     }
 }
 
