@@ -8,6 +8,9 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
+/// What guests are told beside the made command line. systemd gives a device 90 s to appear: on an
+/// emulated CPU that has other work, the console takes longer, and would get no login prompt.
+const APPEND: &str = "quiet systemd.default_device_timeout_sec=600";
 /// How long anything may take, in seconds: not what is tested, and where guests are emulated they
 /// have their days.
 pub const PATIENCE: u64 = 300;
@@ -128,7 +131,7 @@ impl Bench {
         }
         words.extend(more);
         if !more.contains(&"--append") {
-            words.extend(["--append", "quiet"]);
+            words.extend(["--append", APPEND]);
         }
         self.run(&words)
     }
