@@ -19,7 +19,7 @@ pub struct RegisterTemplate {
 }
 
 /// A template that VMs can be made of.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Template {
     /// Its name.
     pub name: String,

@@ -99,6 +99,28 @@ impl Record {
         self.figures.push(figure);
     }
 
+    /// Adds a figure, and the ratio of its median to what it is to stay below.
+    pub(crate) fn add_with_limit(&mut self, figure: Figure, limit: f64, goal: &str) {
+        let ratio = Ratio {
+            name: format!("{} / {limit} {}", figure.name, figure.unit),
+            value: figure.p50 / limit,
+            goal: Some(goal.to_owned()),
+        };
+        self.add(figure);
+        self.add_ratio(ratio);
+    }
+
+    /// Boots a guest of another VMM's: on an emulated CPU some hang now and then; that is told, and
+    /// the boot tried once more.
+    pub(crate) fn twice<T>(&mut self, vmm: &str, boot: impl Fn() -> Result<T>) -> Result<T> {
+        boot().or_else(|error| {
+            let told = format!("A boot of {vmm}'s was tried again: {error:#}.");
+            println!("   {told}");
+            self.how.push(told);
+            boot()
+        })
+    }
+
     /// Measures a part of a bench. Where it fails, what others found is kept, and the bench has
     /// failed all the same.
     pub(crate) fn part(&mut self, name: &str, measure: impl FnOnce(&mut Self) -> Result<()>) {

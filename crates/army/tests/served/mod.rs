@@ -169,16 +169,12 @@ pub fn template(name: &str) -> Template {
     Template {
         name: name.into(),
         id: "0".repeat(32),
-        parent: None,
         host: "here".into(),
         hosts: vec!["here".into()],
-        tags: vec![],
         memory_bytes: 256 << 20,
         data_bytes: 1 << 20,
         vcpus: 1,
         taken_ms: 1,
-        standbys: 0,
-        ready: 0,
-        vms: 0,
+        ..Template::default()
     }
 }

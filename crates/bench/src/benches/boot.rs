@@ -54,7 +54,8 @@ fn one_kind(
             }
         };
         keep(&mut ours, CloneVm::boot(context, machine)?);
-        keep(&mut qemus, boot_qemu(context, record, machine)?);
+        let booted = record.twice("QEMU", || Qemu::boot(context, machine))?;
+        keep(&mut qemus, booted);
         if let Some(program) = firecracker {
             let time = Firecracker::boot(context, program, machine)?;
             keep(&mut firecrackers, time);
@@ -68,13 +69,4 @@ fn one_kind(
         record.ratio(&named("clone"), &named("Firecracker"), Some("at most 1"))?;
     }
     Ok(())
-}
-
-/// QEMU's guests hang now and then on an emulated CPU; that is told, and the boot tried again.
-fn boot_qemu(context: &Context, record: &mut Record, machine: &Machine) -> Result<Duration> {
-    Qemu::boot(context, machine).or_else(|error| {
-        let told = format!("A boot of QEMU's was tried again: {error:#}.");
-        record.how.push(told);
-        Qemu::boot(context, machine)
-    })
 }

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use agent_proto::client::Connection;
 use agent_proto::messages::{Exec, Put};
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 
 pub(crate) use self::clone::CloneVm;
 pub(crate) use self::firecracker::{Firecracker, FirecrackerSnapshot};
@@ -99,6 +99,11 @@ pub(crate) trait Guest {
     fn pid(&self) -> u32;
 }
 
+/// What Clone's library says went wrong.
+pub(crate) fn told(error: clone_api::ApiError) -> anyhow::Error {
+    anyhow!("{}", error.message)
+}
+
 /// Connects to a socket that another VMM is about to make.
 pub(crate) fn connect_when_there(socket: &Path) -> Result<UnixStream> {
     let end = Instant::now() + SOCKET_LIMIT;
@@ -130,11 +135,16 @@ pub(crate) fn wait_for_agent(guest: &dyn Guest) -> Result<()> {
 
 /// Runs `words` in the guest and returns what it printed; another end than 0 is an error.
 pub(crate) fn exec(guest: &dyn Guest, words: &[&str]) -> Result<String> {
+    exec_on(guest.connect()?, words)
+}
+
+/// The same on a connection that is there.
+pub(crate) fn exec_on(connection: Connection, words: &[&str]) -> Result<String> {
     let exec = Exec {
         command: words.iter().map(|&word| word.to_owned()).collect(),
         ..Exec::default()
     };
-    let (exited, stdout, stderr) = guest.connect()?.exec(exec)?.collect()?;
+    let (exited, stdout, stderr) = connection.exec(exec)?.collect()?;
     if exited.code != Some(0) {
         let complaint = String::from_utf8_lossy(&stderr);
         bail!(

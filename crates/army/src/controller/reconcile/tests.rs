@@ -159,56 +159,52 @@ impl Host for Slow {
     }
 }
 
-fn template() -> Template {
-    Template {
+/// A controller of that host, on which there is a template `t`.
+async fn controller() -> (tempfile::TempDir, Arc<Controller>, Strings) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&Store::sqlite(&dir.path().join("army.db"))).await;
+    let (host, strings) = slow();
+    let controller = Arc::new(Controller::alone(store.unwrap(), host));
+    strings.report.send(()).unwrap();
+    controller.hear_all().await;
+    assert_eq!(strings.asked.recv().unwrap(), Asked::Report);
+    let template = Template {
         name: "t".into(),
-        id: "0".repeat(32),
-        parent: None,
         host: "here".into(),
         hosts: vec!["here".into()],
-        tags: vec![],
-        memory_bytes: 256 << 20,
-        data_bytes: 1 << 20,
-        vcpus: 1,
-        taken_ms: 1,
-        standbys: 0,
-        ready: 0,
-        vms: 0,
-    }
+        ..Template::default()
+    };
+    controller.store.add_template(&template).await.unwrap();
+    (dir, controller, strings)
+}
+
+/// Makes a VM of it.
+async fn create(controller: &Controller) -> Vm {
+    let asked = CreateVms {
+        template: "t".to_owned(),
+        count: 1,
+        ..CreateVms::default()
+    };
+    let created = controller.create("default", asked, None).await;
+    created.unwrap().vms.remove(0)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_finished_or_destroyed_while_its_host_is_asked_is_not_lost() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(&Store::sqlite(&dir.path().join("army.db"))).await;
-    let (host, strings) = slow();
-    let controller = Controller::alone(store.unwrap(), host);
-    let controller = Arc::new(controller);
+    let (_dir, controller, strings) = controller().await;
     let hear = || {
         let controller = Arc::clone(&controller);
         tokio::spawn(async move { controller.hear_all().await })
     };
-    let heard = hear();
-    assert_eq!(strings.asked.recv().unwrap(), Asked::Report);
-    strings.report.send(()).unwrap();
-    heard.await.unwrap();
-    controller.store.add_template(&template()).await.unwrap();
-
     let creation = {
         let controller = Arc::clone(&controller);
-        let asked = CreateVms {
-            template: "t".to_owned(),
-            count: 1,
-            ..CreateVms::default()
-        };
-        tokio::spawn(async move { controller.create("default", asked, None).await })
+        tokio::spawn(async move { create(&controller).await })
     };
     assert_eq!(strings.asked.recv().unwrap(), Asked::Create);
     let heard = hear();
     assert_eq!(strings.asked.recv().unwrap(), Asked::Report);
     strings.create.send(()).unwrap();
-    let created = creation.await.unwrap().unwrap();
-    let id = created.vms[0].id.clone();
+    let id = creation.await.unwrap().id;
     let vm = async || -> Vm { controller.store.vm(&id, None).await.unwrap() };
     strings.report.send(()).unwrap();
     heard.await.unwrap();
@@ -231,23 +227,12 @@ async fn what_is_finished_or_destroyed_while_its_host_is_asked_is_not_lost() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_its_host_does_not_know_any_more_is_lost() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(&Store::sqlite(&dir.path().join("army.db"))).await;
-    let (host, strings) = slow();
-    let controller = Controller::alone(store.unwrap(), host);
-    // Both questions are answered as soon as they are asked.
-    (0..2).for_each(|_| strings.report.send(()).unwrap());
+    let (_dir, controller, strings) = controller().await;
     strings.create.send(()).unwrap();
+    let id = create(&controller).await.id;
+    strings.report.send(()).unwrap();
     controller.hear_all().await;
-    controller.store.add_template(&template()).await.unwrap();
-    let asked = CreateVms {
-        template: "t".to_owned(),
-        count: 1,
-        ..CreateVms::default()
-    };
-    let created = controller.create("default", asked, None).await.unwrap();
-    controller.hear_all().await;
-    let vm = controller.store.vm(&created.vms[0].id, None).await.unwrap();
+    let vm = controller.store.vm(&id, None).await.unwrap();
     assert_eq!(vm.state, VmState::Failed);
     assert!(vm.reason.unwrap().contains("knows nothing"));
 }

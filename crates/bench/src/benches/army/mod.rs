@@ -8,8 +8,7 @@ mod rig;
 
 use std::time::{Duration, Instant};
 
-use agent_proto::client::{Connection, Running};
-use agent_proto::messages::Exec as AgentExec;
+use agent_proto::client::Connection;
 use anyhow::{Context as _, Result};
 use army::node::journal::Entry;
 use army_api::client::{Client, ClientError};
@@ -19,10 +18,11 @@ use clone::launch::fork::{Overrides, fork};
 use futures_util::future::join_all;
 
 use crate::context::Context;
+use crate::guests::{exec_on, told};
 use crate::record::{Figure, Ratio, Record};
 
+pub(super) use rig::Server;
 use rig::{Rig, TEMPLATE};
-pub(super) use rig::{Server, told};
 
 pub(crate) const ABOUT: &str =
     "Army's own time: exec and create beside what they are made of; bursts of creates";
@@ -60,10 +60,10 @@ fn execs(rig: &Rig<'_>, record: &mut Record, count: usize) -> Result<()> {
     let mut handler = Vec::new();
     for turn in 0..=count {
         let start = Instant::now();
-        answer(Connection::open(&socket, LIMIT)?)?;
+        exec_on(Connection::open(&socket, LIMIT)?, &["true"])?;
         let agent = start.elapsed();
         let start = Instant::now();
-        answer(rig.node.agent(&vm.id)?.0)?;
+        exec_on(rig.node.agent(&vm.id)?.0, &["true"])?;
         let node = start.elapsed();
         let start = Instant::now();
         let result = rig.wait(exec(&rig.client, &vm.id))?;
@@ -86,7 +86,7 @@ fn execs(rig: &Rig<'_>, record: &mut Record, count: usize) -> Result<()> {
 fn creates(rig: &Rig<'_>, record: &mut Record, kind: &str, count: usize) -> Result<()> {
     let warm = kind == "standby";
     let standbys = match warm {
-        true => Some(rig.standbys((count + 1) * CREATE_LAYERS.len())?),
+        true => Some(rig.forks.standbys((count + 1) * CREATE_LAYERS.len())?),
         false => None,
     };
     let mut times = [const { Vec::new() }; CREATE_LAYERS.len()];
@@ -118,11 +118,17 @@ fn create_turn(
     turn: usize,
     warm: bool,
 ) -> Result<([Duration; CREATE_LAYERS.len()], Duration)> {
-    let source = rig.source()?;
+    let source = rig.forks.source()?;
     let name = format!("{kind}-lib-{turn}");
     let start = Instant::now();
     let names = std::slice::from_ref(&name);
-    let forked = fork(&rig.runtime, &source, names, &Overrides::default(), true);
+    let forked = fork(
+        &rig.forks.runtime,
+        &source,
+        names,
+        &Overrides::default(),
+        true,
+    );
     let library = start.elapsed();
     let forked = forked
         .into_iter()
@@ -133,7 +139,7 @@ fn create_turn(
         forked.warm == warm,
         "the library's fork was of another kind"
     );
-    rig.end(&name)?;
+    rig.forks.end(&[forked])?;
 
     let id = format!("{kind}{turn}");
     let entry = Entry::new(id.clone(), 1, format!("node-{id}"));
@@ -216,12 +222,7 @@ fn burst(rig: &Rig<'_>, record: &mut Record, count: usize) -> Result<()> {
     if !refused.is_empty() {
         record.add(Figure::ms(&format!("{what}: 429 after"), &refused));
     }
-    record.ratios.push(Ratio {
-        name: format!("{what}: errors other than 429"),
-        value: 0.0,
-        goal: Some("0; the bench fails at the first".to_owned()),
-    });
-    record.ratios.push(Ratio {
+    record.add_ratio(Ratio {
         name: format!("{what}: made"),
         value: made.len() as f64 / count as f64,
         goal: Some("1 where there is room for all".to_owned()),
@@ -259,16 +260,6 @@ async fn exec(client: &Client, vm: &str) -> Result<ExecResult> {
     Ok(result)
 }
 
-fn answer(connection: Connection) -> Result<()> {
-    let exec = AgentExec {
-        command: vec!["true".to_owned()],
-        ..AgentExec::default()
-    };
-    let (exited, ..) = connection.exec(exec).and_then(Running::collect)?;
-    anyhow::ensure!(exited.code == Some(0), "`true` failed: {exited:?}");
-    Ok(())
-}
-
 fn layers(record: &mut Record, what: &str, names: &[&str], times: &[Vec<Duration>]) {
     for (name, times) in names.iter().zip(times) {
         record.add(Figure::ms(&format!("{what}: {name}"), times));
@@ -280,10 +271,5 @@ fn own(record: &mut Record, what: &str, ours: &[Duration], theirs: &[Duration], 
     let added = ours.iter().zip(theirs);
     let added = added.map(|(ours, theirs)| (ours.as_secs_f64() - theirs.as_secs_f64()) * 1e3);
     let figure = Figure::new(&format!("{what}: Army's own"), "ms", added.collect());
-    record.ratios.push(Ratio {
-        name: format!("{what}: Army's own / {goal_ms} ms"),
-        value: figure.p50 / goal_ms,
-        goal: Some("at most 1, on hardware".to_owned()),
-    });
-    record.add(figure);
+    record.add_with_limit(figure, goal_ms, "at most 1, on hardware");
 }

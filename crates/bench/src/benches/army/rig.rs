@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result};
 use army::controller::Controller;
 use army::node::Node;
 use army::store::Store;
@@ -11,20 +11,16 @@ use army_api::client::Client;
 use army_api::keys::{CreateKey, Role};
 use army_api::templates::RegisterTemplate;
 use army_api::vms::{CreateVms, CreatedVms, Vm};
-use clone::launch::fork::{self, Source};
-use clone::launch::standby::{Standbys, train};
-use clone::runtime::{Runtime, VmDir};
-use clone::template::{self, Template};
+use clone::launch::fork;
+use clone::runtime::VmDir;
+use clone::template;
 
+use super::super::fork::ForkBench;
 use crate::context::Context;
-use crate::guests::{CloneVm, Machine, wait_for_agent};
+use crate::guests::Machine;
 
 /// The template's name.
 pub(super) const TEMPLATE: &str = "base";
-
-pub(crate) fn told(error: clone_api::ApiError) -> anyhow::Error {
-    anyhow!("{}", error.message)
-}
 
 /// A server of the API, without VMs.
 pub(crate) struct Server {
@@ -70,33 +66,27 @@ impl Server {
 
 /// All of it.
 pub(super) struct Rig<'a> {
-    pub(super) runtime: Runtime,
     pub(super) node: Arc<Node>,
     pub(super) controller: Arc<Controller>,
     pub(super) client: Client,
-    store: template::Store,
     server: Server,
     tokio: tokio::runtime::Runtime,
-    _base: CloneVm<'a>,
+    /// The template, and forks of it without Army.
+    pub(super) forks: ForkBench<'a>,
 }
 
 impl<'a> Rig<'a> {
     pub(super) fn new(context: &'a Context) -> Result<Self> {
-        let base = CloneVm::start(context, "base", &Machine::standard(context, "vmlinux"))?;
-        wait_for_agent(&base)?;
-        let runtime = Runtime::at(&context.scratch("")).map_err(told)?;
-        let store = template::Store::at(context.scratch("templates"));
-        let path = store.path(TEMPLATE).map_err(told)?;
-        let vm = runtime.find(base.name()).map_err(told)?;
-        clone::snapshot::take(&runtime, &vm, &path, false).map_err(told)?;
-        train(&runtime, &Template::open(&path).map_err(told)?).map_err(told)?;
+        let machine = Machine::standard(context, "vmlinux");
+        let forks = ForkBench::new(context, TEMPLATE, &machine)?;
+        forks.train()?;
         let tokio = tokio::runtime::Runtime::new().context("cannot start a runtime")?;
         let state = context.scratch("army");
         std::fs::create_dir_all(&state)?;
         let node = Node::open(
             "here".to_owned(),
             state.join("vms"),
-            runtime.clone(),
+            forks.runtime.clone(),
             template::Store::at(context.scratch("templates")),
         )?;
         node.supervise()?;
@@ -108,14 +98,12 @@ impl<'a> Rig<'a> {
         };
         tokio.block_on(server.controller.register(&asked))?;
         Ok(Self {
-            runtime,
             node,
             controller: Arc::clone(&server.controller),
             client,
-            store,
             server,
             tokio,
-            _base: base,
+            forks,
         })
     }
 
@@ -129,26 +117,9 @@ impl<'a> Rig<'a> {
     }
 
     pub(super) fn vm_dir(&self, id: &str) -> VmDir {
-        self.runtime.dir(&format!("{}{id}", army::node::VM_PREFIX))
-    }
-
-    pub(super) fn source(&self) -> Result<Source> {
-        let template = self.store.open(TEMPLATE).map_err(told)?;
-        Source::template(template, &self.runtime).map_err(told)
-    }
-
-    /// So many standbys, which end with what is returned.
-    pub(super) fn standbys(&self, count: usize) -> Result<Standbys<'_>> {
-        let id = self
-            .store
-            .open(TEMPLATE)
-            .map_err(told)?
-            .manifest()
-            .id
-            .clone();
-        let mut standbys = Standbys::new(&self.runtime, self.source()?, id).map_err(told)?;
-        standbys.fill(count).map_err(told)?;
-        Ok(standbys)
+        self.forks
+            .runtime
+            .dir(&format!("{}{id}", army::node::VM_PREFIX))
     }
 
     /// A VM of that name, through the API.
@@ -167,21 +138,14 @@ impl<'a> Rig<'a> {
     pub(super) fn destroy(&self, vm: &Vm) -> Result<()> {
         self.wait(async { Ok(self.controller.destroy(vm).await.map(drop)?) })
     }
-
-    /// Ends a clone that is not Army's.
-    pub(super) fn end(&self, name: &str) -> Result<()> {
-        let vm = self.runtime.find(name).map_err(told)?;
-        fork::end(&self.runtime, &vm);
-        Ok(())
-    }
 }
 
 impl Drop for Rig<'_> {
     fn drop(&mut self) {
         // Of a bench that failed; its VMs outlive their server.
-        for vm in self.runtime.running().unwrap_or_default() {
+        for vm in self.forks.runtime.running().unwrap_or_default() {
             if vm.dir.name().starts_with(army::node::VM_PREFIX) {
-                fork::end(&self.runtime, &vm);
+                fork::end(&self.forks.runtime, &vm);
             }
         }
     }

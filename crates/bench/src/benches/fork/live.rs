@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use clone::launch::fork::{Overrides, Source, fork};
 
-use super::ours::{ForkBench, told};
-use crate::guests::exec;
+use super::ours::ForkBench;
+use crate::guests::{exec, told};
 use crate::record::{Figure, Record};
 
 /// What the guest changes between snapshots, in MiB for each second.

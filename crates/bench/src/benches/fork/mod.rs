@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use self::ours::{ForkBench, Way};
+pub(super) use self::ours::ForkBench;
+use self::ours::Way;
 use crate::context::Context;
 use crate::guests::Machine;
 use crate::record::Record;

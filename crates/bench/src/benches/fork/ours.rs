@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use agent_proto::client::{Connection, Running};
-use agent_proto::messages::Exec;
-use anyhow::{Context as _, Result, anyhow};
+use agent_proto::client::Connection;
+use anyhow::{Context as _, Result};
 use clone::launch::fork::{Forked, Overrides, Source, fork};
 use clone::launch::standby::{Standbys, train};
 use clone::runtime::Runtime;
@@ -18,7 +17,7 @@ use clone_memory::ProcessUsage;
 
 use super::{LIMIT, REST};
 use crate::context::Context;
-use crate::guests::{CloneVm, Machine, wait_for_agent};
+use crate::guests::{CloneVm, Machine, exec_on, told, wait_for_agent};
 use crate::record::{Figure, Ratio, Record};
 
 /// Where a fork comes from.
@@ -31,16 +30,12 @@ pub(super) enum Way {
 }
 
 /// A VM that was made a template.
-pub(super) struct ForkBench<'a> {
-    pub(super) runtime: Runtime,
+pub(crate) struct ForkBench<'a> {
+    pub(crate) runtime: Runtime,
     store: Store,
     name: &'a str,
     nominal_mib: u64,
     pub(super) base: CloneVm<'a>,
-}
-
-pub(super) fn told(error: clone_api::ApiError) -> anyhow::Error {
-    anyhow!("{}", error.message)
 }
 
 /// The same clock as stages are told by.
@@ -51,7 +46,7 @@ fn monotonic_ns() -> u64 {
 
 impl<'a> ForkBench<'a> {
     /// Boots `machine`, and makes a template `name` of it.
-    pub(super) fn new(context: &'a Context, name: &'a str, machine: &Machine) -> Result<Self> {
+    pub(crate) fn new(context: &'a Context, name: &'a str, machine: &Machine) -> Result<Self> {
         let base = CloneVm::start(context, &format!("base-{name}"), machine)?;
         wait_for_agent(&base)?;
         let bench = Self {
@@ -73,12 +68,12 @@ impl<'a> ForkBench<'a> {
         self.store.open(self.name).map_err(told)
     }
 
-    fn source(&self) -> Result<Source> {
+    pub(crate) fn source(&self) -> Result<Source> {
         Source::template(self.open()?, &self.runtime).map_err(told)
     }
 
     /// Records what first clones touch.
-    pub(super) fn train(&self) -> Result<()> {
+    pub(crate) fn train(&self) -> Result<()> {
         train(&self.runtime, &self.open()?).map_err(told)
     }
 
@@ -122,7 +117,8 @@ impl<'a> ForkBench<'a> {
         Ok(forked)
     }
 
-    fn standbys(&self, count: usize) -> Result<Standbys<'_>> {
+    /// So many standbys, which end with what is returned.
+    pub(crate) fn standbys(&self, count: usize) -> Result<Standbys<'_>> {
         let id = self.open()?.manifest().id.clone();
         let mut standbys = Standbys::new(&self.runtime, self.source()?, id).map_err(told)?;
         standbys.fill(count).map_err(told)?;
@@ -132,13 +128,9 @@ impl<'a> ForkBench<'a> {
     /// The first exec of a clone.
     fn reply(&self, name: &str) -> Result<()> {
         let connection = Connection::open(&self.runtime.dir(name).vsock_socket(), LIMIT)?;
-        let exec = Exec {
-            command: vec!["true".to_owned()],
-            ..Exec::default()
-        };
-        let (exited, ..) = connection.exec(exec).and_then(Running::collect)?;
-        anyhow::ensure!(exited.code == Some(0), "`true` failed in {name}");
-        Ok(())
+        exec_on(connection, &["true"])
+            .map(drop)
+            .with_context(|| name.to_owned())
     }
 
     fn timeline(&self, name: &str) -> Result<Vec<StageTime>> {
@@ -201,7 +193,7 @@ impl<'a> ForkBench<'a> {
     }
 
     /// Ends clones.
-    pub(super) fn end(&self, clones: &[Forked]) -> Result<()> {
+    pub(crate) fn end(&self, clones: &[Forked]) -> Result<()> {
         for clone in clones {
             let vm = self.runtime.find(&clone.name).map_err(told)?;
             vm.process

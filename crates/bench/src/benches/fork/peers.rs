@@ -23,7 +23,7 @@ pub(super) fn qemu(
     record: &mut Record,
     count: usize,
 ) -> Result<()> {
-    let snapshot = twice(|| QemuSnapshot::take(context, machine))?;
+    let snapshot = record.twice("QEMU", || QemuSnapshot::take(context, machine))?;
     series(record, "QEMU", count, |number| snapshot.fork(number))?;
     ratios(record, "QEMU", |_| None)
 }
@@ -35,18 +35,11 @@ pub(super) fn firecracker(
     record: &mut Record,
     count: usize,
 ) -> Result<()> {
-    let snapshot = twice(|| FirecrackerSnapshot::take(context, program, machine))?;
+    let snapshot = record.twice("Firecracker", || {
+        FirecrackerSnapshot::take(context, program, machine)
+    })?;
     series(record, "Firecracker", count, |number| snapshot.fork(number))?;
     ratios(record, "Firecracker", Some)
-}
-
-/// A guest that is booted on an emulated CPU may hang (docs/benchmarks.md); what is measured comes
-/// after its boot.
-fn twice<T>(boot: impl Fn() -> Result<T>) -> Result<T> {
-    boot().or_else(|error| {
-        println!("   once more: {error:#}");
-        boot()
-    })
 }
 
 /// One after the other, each with its first reply; then the memory of some that rest.
