@@ -22,6 +22,7 @@ mod init;
 mod kernel_log;
 mod limits;
 mod listener;
+mod machine_id;
 mod power;
 mod session;
 mod ssh;

@@ -129,6 +129,9 @@ fn fifty_clones_answer_with_the_data_in_memory_and_their_own_identity() {
         bench.done(&["resume", name]);
         bench.guest(name, &format!("ping -c 1 -W 20 $({gateway})"));
     }
+    // Their journal goes on, and its reader finds it below their own id.
+    let last = bench.guest("c0-2", "journalctl --quiet --lines 1 --output cat");
+    assert!(!last.is_empty());
     bench.done(&["kill", "c0-1"]);
     for name in ["c4-10", "base"] {
         bench.done(&["resume", name]);

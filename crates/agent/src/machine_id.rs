@@ -1,0 +1,95 @@
+//! The machine's id, and the journal, which its readers look for below that id.
+//!
+//! journald learns the id when it starts, and goes on writing where it was: without a link from the
+//! new id to there, `journalctl` in a clone would find no journal.
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use agent_proto::messages::ErrorCode;
+
+use crate::session::Refusal;
+
+/// machine-id(5).
+const FILE: &str = "/etc/machine-id";
+/// systemd-journald.service(8): volatile and kept journals, in a folder for each machine.
+const JOURNALS: [&str; 2] = ["/run/log/journal", "/var/log/journal"];
+
+/// Gives the machine another id, of 32 hexadecimal digits.
+pub(crate) fn set(id: &str) -> Result<(), Refusal> {
+    if !is_id(id) {
+        let message = format!("{id:?} is not a machine id of 32 hexadecimal digits");
+        return Err(Refusal::new(ErrorCode::Invalid, message));
+    }
+    let former = fs::read_to_string(FILE).unwrap_or_default();
+    fs::write(FILE, format!("{id}\n"))
+        .map_err(|error| Refusal::io(format!("cannot write {FILE}"), &error))?;
+    for folder in JOURNALS {
+        if let Err(error) = keep_journal(Path::new(folder), former.trim(), id) {
+            // The clone is itself all the same, and its journal is there for who knows where.
+            crate::say(&format!("cannot keep the journal in {folder}: {error}"));
+        }
+    }
+    Ok(())
+}
+
+fn is_id(id: &str) -> bool {
+    id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+/// Has the journal of the machine that was `former` be found as that of `id`, too.
+fn keep_journal(folder: &Path, former: &str, id: &str) -> io::Result<()> {
+    let kept = folder.join(former);
+    if !is_id(former) || former == id || !kept.exists() {
+        return Ok(());
+    }
+    // A clone's clone links to where the journal is, and not to a link.
+    let target = match fs::read_link(&kept) {
+        Ok(target) => target,
+        Err(_) => former.into(),
+    };
+    match symlink(target, folder.join(id)) {
+        // An identity that is given again.
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+        linked => linked,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clone_finds_its_journal_and_so_does_its_clone() {
+        let folder = tempfile::tempdir().unwrap();
+        let ids = ["a", "b", "c"].map(|digit| digit.repeat(32));
+        let keep = |former: &str, id: &str| keep_journal(folder.path(), former, id).unwrap();
+        keep(&ids[0], &ids[1]);
+        assert!(!folder.path().join(&ids[1]).exists());
+        let journal = folder.path().join(&ids[0]);
+        fs::create_dir(&journal).unwrap();
+        fs::write(journal.join("system.journal"), "it").unwrap();
+        keep(&ids[0], &ids[1]);
+        keep(&ids[0], &ids[1]);
+        keep(&ids[1], &ids[2]);
+        for id in &ids[1..] {
+            let found = fs::read(folder.path().join(id).join("system.journal"));
+            assert_eq!(found.unwrap(), b"it");
+            let link = fs::read_link(folder.path().join(id)).unwrap();
+            assert_eq!(link, Path::new(&ids[0]));
+        }
+        // What is no id names no folder.
+        keep("", &ids[1]);
+        keep("../x", &ids[1]);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn an_id_that_is_none_changes_nothing() {
+        for wrong in ["", "../../etc/passwd", "0123", &"g".repeat(32)] {
+            assert!(set(wrong).is_err());
+        }
+    }
+}
