@@ -37,6 +37,11 @@ const TEST_PROGRAMS: &[(&str, &str, &str)] = &[
     ("chromium", "chromium", "looks at the dashboard"),
     ("curl", "curl", "asks Army's API as the book shows it"),
     ("python3", "python3", "runs the examples"),
+    (
+        "ssh-keygen",
+        "openssh-client",
+        "makes the keys that clones get anew",
+    ),
     ("chromedriver", "chromium-driver", "clicks on it"),
 ];
 

@@ -171,7 +171,14 @@ impl Client {
         path: &str,
         query: &Q,
     ) -> Result<impl Stream<Item = Result<Vec<u8>, ClientError>> + use<Q>, ClientError> {
-        let request = self.request(Method::GET, path).query(query);
+        self.pieces(self.request(Method::GET, path).query(query))
+            .await
+    }
+
+    async fn pieces(
+        &self,
+        request: RequestBuilder,
+    ) -> Result<impl Stream<Item = Result<Vec<u8>, ClientError>> + use<>, ClientError> {
         let answer = self.answer(request).await?;
         let client = self.clone();
         let stream = answer.bytes_stream();
@@ -208,7 +215,25 @@ impl Client {
         path: &str,
         query: &Q,
     ) -> Result<impl Stream<Item = Result<T, ClientError>> + use<T, Q>, ClientError> {
-        let pieces = self.bytes(path, query).await?;
+        self.sent_events(self.request(Method::GET, path).query(query))
+            .await
+    }
+
+    /// The server-sent events that a request with `body` is answered with.
+    pub async fn post_stream<T: DeserializeOwned, B: Serialize>(
+        &self,
+        path: &str,
+        body: &B,
+    ) -> Result<impl Stream<Item = Result<T, ClientError>> + use<T, B>, ClientError> {
+        self.sent_events(self.request(Method::POST, path).json(body))
+            .await
+    }
+
+    async fn sent_events<T: DeserializeOwned>(
+        &self,
+        request: RequestBuilder,
+    ) -> Result<impl Stream<Item = Result<T, ClientError>> + use<T>, ClientError> {
+        let pieces = self.pieces(request).await?;
         let client = self.clone();
         let lines = Lines {
             pieces: Box::pin(pieces),

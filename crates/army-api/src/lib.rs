@@ -5,6 +5,7 @@
 //! How the server does what is asked for is not known here.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod builds;
 pub mod client;
 pub mod events;
 pub mod exec;

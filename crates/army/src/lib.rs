@@ -14,6 +14,7 @@
 pub mod cli;
 pub mod cluster;
 pub mod controller;
+mod guest;
 pub mod node;
 mod pipe;
 mod random;

@@ -42,6 +42,7 @@ on_each_database! {
     a_list_says_of_a_vm_what_is_said_of_it_alone,
     a_quota_and_a_drained_host_are_honest_refusals,
     a_tag_points_to_one_template_at_a_time_and_keeps_it,
+    a_build_that_cannot_begin_is_refused_before_anything_is_done,
     labels_decide_which_hosts_a_vm_may_go_to,
     a_stream_that_is_no_template_leaves_nothing,
 }
@@ -288,6 +289,56 @@ async fn a_tag_points_to_one_template_at_a_time_and_keeps_it(server: Server) {
         .unwrap();
     let refused = admin.plain(Method::DELETE, "/v1/tags/latest").await;
     assert!(refused.unwrap_err().to_string().contains("no tag"));
+}
+
+async fn a_build_that_cannot_begin_is_refused_before_anything_is_done(server: Server) {
+    server.store.add_template(&template("base")).await.unwrap();
+    server.store.tag("latest", "base").await.unwrap();
+    let build = async |name: &str, from: &str, steps: Value| {
+        let asked = json!({"template": name, "from": from, "steps": steps});
+        problem(server.admin.send(Method::POST, "/v1/builds", &asked).await)
+    };
+    let run = json!([{"kind": "run", "command": ["true"]}]);
+    let write =
+        |path: &str, mode: &str| json!([{"kind": "write", "path": path, "text": "", "mode": mode}]);
+    for (name, from, steps, expected) in [
+        ("new", "base", json!([]), ProblemKind::InvalidRequest),
+        (
+            "new",
+            "base",
+            json!([{"kind": "run", "command": []}]),
+            ProblemKind::InvalidRequest,
+        ),
+        (
+            "new",
+            "base",
+            write("here", "644"),
+            ProblemKind::InvalidRequest,
+        ),
+        (
+            "new",
+            "base",
+            write("/x", "999"),
+            ProblemKind::InvalidRequest,
+        ),
+        ("a/b", "base", run.clone(), ProblemKind::InvalidRequest),
+        ("new", "none", run.clone(), ProblemKind::NotFound),
+        ("base", "base", run.clone(), ProblemKind::Conflict),
+        ("latest", "base", run.clone(), ProblemKind::Conflict),
+    ] {
+        let refused = build(name, from, steps).await;
+        assert_eq!(refused.kind, expected, "{name}: {refused}");
+    }
+    let vms: VmPage = server.admin.get("/v1/vms?all=true", &()).await.unwrap();
+    assert_eq!(vms.vms, []);
+    // One whose VM cannot be made is answered as the VM's creation is.
+    let refused = build("new", "latest", run).await;
+    assert!(refused.detail.contains("base"), "{refused}");
+    let key = create_key(&server.store, "red", Role::User, None).await;
+    let user = Client::new(&server.url, key.secret).unwrap();
+    let asked = json!({"template": "new", "from": "base", "steps": []});
+    let refused = problem(user.send(Method::POST, "/v1/builds", &asked).await);
+    assert_eq!(refused.kind, ProblemKind::Forbidden);
 }
 
 async fn labels_decide_which_hosts_a_vm_may_go_to(server: Server) {

@@ -51,6 +51,7 @@ fn vms_are_made_used_forked_and_destroyed_through_the_api() {
     commands_go_on_without_anybody(&host);
     ports_lead_into_vms(&host);
     networks_are_held_to_what_was_said(&host);
+    templates_are_built_of_others(&host);
     // The balloon takes memory from the guest.
     host.army(&["vm", "balloon", "c-3", "64M"]);
     host.wait("the balloon", |host| {
@@ -101,7 +102,6 @@ fn vms_are_made_used_forked_and_destroyed_through_the_api() {
     assert!(!host.dir.path().join("templates/tiny").exists());
 }
 
-/// Input, files both ways, a program with a terminal.
 /// A command is started, read twice from where the first reader stopped, and ended by a signal.
 fn commands_go_on_without_anybody(host: &Host) {
     let script =
@@ -151,6 +151,7 @@ fn commands_go_on_without_anybody(host: &Host) {
     assert_eq!(host.army(&["command", "ls", "c-1"]), json!([]));
 }
 
+/// Input, files both ways, a program with a terminal.
 fn bytes_go_in_and_out(host: &Host) {
     let mut wc = host
         .command(&["exec", "-i", "c-1", "wc", "-c"])
@@ -203,6 +204,89 @@ fn ports_lead_into_vms(host: &Host) {
     let refused = host.run(&["port-forward", "none", "0:80"]);
     let said = String::from_utf8_lossy(&refused.stderr);
     assert!(said.contains("there is no VM `none`"), "{said}");
+}
+
+/// Commands and files make a template of another one; what fails leaves nothing.
+fn templates_are_built_of_others(host: &Host) {
+    let script = host.dir.path().join("script");
+    std::fs::write(&script, "echo $WORD >> /run/built\n").unwrap();
+    let script = format!("{}:/run/script", script.display());
+    let before = host.there().len();
+    let build = |name: &str, steps: &[&str]| {
+        let words = [
+            "template",
+            "build",
+            name,
+            "--from",
+            "tiny",
+            "--env",
+            "WORD=4711",
+        ];
+        host.run(&[&words, steps].concat())
+    };
+    let steps = [
+        "--run",
+        "echo first > /run/built; hostname >&2",
+        "--write",
+        &script,
+        "--run",
+        "sh /run/script; sleep 1000 >/dev/null 2>&1 & echo done",
+    ];
+    let built = build("made", &steps);
+    let said = String::from_utf8_lossy(&built.stderr);
+    assert!(built.status.success(), "{said}");
+    assert!(
+        said.contains("step 3 of 3: sh") && said.contains("done\n"),
+        "{said}"
+    );
+    host.army(&["vm", "create", "made", "-n", "m"]);
+    // What a step left running runs; what the build was told is its own.
+    let seen = host.guest(
+        "m",
+        "cat /run/built /run/nonce; pidof sleep >/dev/null && hostname; echo $WORD",
+    );
+    assert_eq!(seen, "first\n4711\n4711-nonce\nm");
+    host.army(&["vm", "rm", "m"]);
+    let listed = host.army(&["template", "ls"]);
+    let made = listed
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|it| it["name"] == "made");
+    assert!(made.unwrap()["parent"].is_string(), "{listed}");
+    host.army(&["template", "rm", "made"]);
+    // A step that fails, a name that is taken, a client that goes away.
+    let failed = build("other", &["--run", "echo why; exit 3", "--run", "true"]);
+    let said = String::from_utf8_lossy(&failed.stderr);
+    assert!(
+        said.contains("why") && said.contains("step 1 of 2: the command exited with 3"),
+        "{said}"
+    );
+    let taken = build("tiny", &["--run", "true"]);
+    assert!(
+        String::from_utf8_lossy(&taken.stderr).contains("already"),
+        "{taken:?}"
+    );
+    let words = [
+        "template",
+        "build",
+        "other",
+        "--from",
+        "tiny",
+        "--run",
+        "echo here; sleep 1000",
+    ];
+    let mut left = host.command(&words).stderr(Stdio::piped()).spawn().unwrap();
+    let mut reader = BufReader::new(left.stderr.take().unwrap());
+    let mut text = String::new();
+    while !text.ends_with("here\n") {
+        assert!(reader.read_line(&mut text).unwrap() > 0, "{text}");
+    }
+    left.kill().unwrap();
+    left.wait().unwrap();
+    host.wait("the builder's end", |host| host.there().len() == before);
+    let names = host.army(&["template", "ls"]);
+    assert_eq!(names.as_array().unwrap().len(), 1, "{names}");
 }
 
 /// Guests send to whom they may, and their forks likewise.

@@ -1,5 +1,6 @@
 //! The command line: one file for each kind of thing.
 
+mod build;
 mod context;
 mod controller;
 mod dev;
@@ -12,6 +13,7 @@ mod ports;
 mod serve;
 mod shell;
 mod socket;
+mod templates;
 mod things;
 
 use std::process::ExitCode;
@@ -47,9 +49,9 @@ enum Command {
     /// Hosts: list, label, drain, undrain, tokens to join with, remove.
     #[command(subcommand)]
     Host(things::HostCommand),
-    /// Templates: list, register, tag, copy, export, import, standbys, remove.
+    /// Templates: list, build, register, tag, copy, export, import, standbys, remove.
     #[command(subcommand)]
-    Template(things::TemplateCommand),
+    Template(templates::Command),
     /// VMs: create, list, inspect, fork, pause, resume, balloon, snapshot, destroy.
     #[command(subcommand)]
     Vm(things::VmCommand),
@@ -101,7 +103,7 @@ async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Controller(args) => controller::run(args).await,
         Command::Node(args) => node::run(args).await,
         Command::Host(command) => things::host(&context, command).await,
-        Command::Template(command) => things::template(&context, command).await,
+        Command::Template(command) => templates::run(&context, command).await,
         Command::Vm(command) => things::vm(&context, command).await,
         Command::Exec(args) => exec::run(&context, args).await,
         Command::Detached(command) => exec::command(&context, command).await,

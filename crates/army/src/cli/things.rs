@@ -1,15 +1,12 @@
-//! `army host`, `army template`, `army vm`, `army events`.
+//! `army host`, `army vm`, `army events`.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use army_api::events::Event;
 use army_api::hosts::{ChangeHost, CreateJoinToken, Host, JoinToken};
-use army_api::templates::{
-    ChangeTemplate, CopyTemplate, ImportTemplate, RegisterTemplate, SetTag, Template,
-};
+use army_api::templates::Template;
 use army_api::vms::{
     Balloon, CreateVms, CreatedVms, Egress, ForkVm, IdleAction, IdlePolicy, NetworkPolicy,
     SetBalloon, SnapshotVm, Vm, VmFilter, VmPage,
@@ -22,6 +19,7 @@ use serde::Serialize;
 
 use super::context::Context;
 use super::output::{bytes, ms, note, table};
+use super::templates::templates_table;
 
 /// Hosts.
 #[derive(clap::Subcommand)]
@@ -132,155 +130,6 @@ fn labels(labels: &BTreeMap<String, String>) -> String {
         .map(|(key, value)| format!("{key}={value}"))
         .collect();
     labels.join(",")
-}
-
-/// Templates.
-#[derive(clap::Subcommand)]
-pub(super) enum TemplateCommand {
-    /// List templates.
-    Ls,
-    /// Take up a template of the host's store, where `clone snapshot` put it.
-    Register {
-        /// Its name there.
-        name: String,
-        /// The host that has it.
-        #[arg(long)]
-        host: Option<String>,
-        /// How many clones to keep ready.
-        #[arg(long, default_value_t = 0)]
-        standbys: u32,
-    },
-    /// Take a template to another host, too.
-    Copy {
-        /// The template.
-        name: String,
-        /// The host.
-        host: String,
-    },
-    /// Let a tag point to a template; VMs can be made of a tag.
-    Tag {
-        /// The template.
-        name: String,
-        /// The tag; where it pointed before, it points no longer.
-        tag: String,
-    },
-    /// Remove a tag.
-    Untag {
-        /// The tag.
-        tag: String,
-    },
-    /// Write all of a template to a file.
-    Export {
-        /// The template.
-        name: String,
-        /// The file.
-        file: PathBuf,
-    },
-    /// Take up a template from a file that `export` wrote.
-    Import {
-        /// Its name from now on.
-        name: String,
-        /// The file.
-        file: PathBuf,
-        /// The host that gets it.
-        #[arg(long)]
-        host: Option<String>,
-    },
-    /// Change how many clones are kept ready on each of its hosts.
-    Standbys {
-        /// The template.
-        name: String,
-        /// How many.
-        count: u32,
-    },
-    /// Remove a template that nobody uses, from its hosts too.
-    Rm {
-        /// The template.
-        name: String,
-    },
-}
-
-pub(super) async fn template(context: &Context, command: TemplateCommand) -> Result<ExitCode> {
-    let client = context.client()?;
-    let template: Template = match command {
-        TemplateCommand::Ls => {
-            let templates: Vec<Template> = client.get("/v1/templates", &()).await?;
-            context.show(&templates, |templates| templates_table(templates))?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        TemplateCommand::Register {
-            name,
-            host,
-            standbys,
-        } => {
-            let asked = RegisterTemplate {
-                name,
-                host,
-                standbys,
-            };
-            client.send(Method::POST, "/v1/templates", &asked).await?
-        }
-        TemplateCommand::Copy { name, host } => {
-            let asked = CopyTemplate { host };
-            let path = format!("/v1/templates/{name}/copies");
-            client.send(Method::POST, &path, &asked).await?
-        }
-        TemplateCommand::Tag { name, tag } => {
-            let asked = SetTag { template: name };
-            let path = format!("/v1/tags/{tag}");
-            client.send(Method::PUT, &path, &asked).await?
-        }
-        TemplateCommand::Untag { tag } => {
-            let path = format!("/v1/tags/{tag}");
-            client.plain(Method::DELETE, &path).await?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        TemplateCommand::Export { name, file } => {
-            let path = format!("/v1/templates/{name}/content");
-            super::files::receive(client.bytes(&path, &()).await?, &file).await?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        TemplateCommand::Import { name, file, host } => {
-            let path = format!("/v1/templates/{name}/content");
-            let body = super::files::open(&file).await?;
-            client
-                .put_bytes(&path, &ImportTemplate { host }, body)
-                .await?;
-            client.get(&format!("/v1/templates/{name}"), &()).await?
-        }
-        TemplateCommand::Standbys { name, count } => {
-            let asked = ChangeTemplate { standbys: count };
-            let path = format!("/v1/templates/{name}");
-            client.send(Method::PATCH, &path, &asked).await?
-        }
-        TemplateCommand::Rm { name } => {
-            client
-                .plain(Method::DELETE, &format!("/v1/templates/{name}"))
-                .await?;
-            return Ok(ExitCode::SUCCESS);
-        }
-    };
-    context.show(&template, |it| templates_table(std::slice::from_ref(it)))?;
-    Ok(ExitCode::SUCCESS)
-}
-
-fn templates_table(templates: &[Template]) -> String {
-    let lines = templates.iter().map(|it| {
-        vec![
-            it.name.clone(),
-            it.id.chars().take(12).collect(),
-            it.tags.join(","),
-            it.hosts.join(","),
-            bytes(it.memory_bytes),
-            bytes(it.data_bytes),
-            it.vms.to_string(),
-            format!("{}/{}", it.ready, it.standbys),
-        ]
-    });
-    let heads = [
-        "TEMPLATE", "ID", "TAGS", "HOSTS", "MEMORY", "DATA", "VMS", "READY",
-    ];
-    table(&heads, lines.collect())
 }
 
 /// VMs.
@@ -396,7 +245,7 @@ pub(super) struct ListArgs {
     all: bool,
 }
 
-fn pair(text: &str) -> Result<(String, String), String> {
+pub(super) fn pair(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("write it as KEY=VALUE")?;
     Ok((key.to_owned(), value.to_owned()))
 }

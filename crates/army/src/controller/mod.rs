@@ -1,9 +1,11 @@
 //! What the API asks for, done: placed, told to nodes, written down.
 //!
-//! [`fleet`] has what is done to hosts, [`templates`] what is done to templates, and VMs are here.
+//! [`fleet`] has what is done to hosts, [`templates`] what is done to templates, [`builds`] how they
+//! are built of others, and VMs are here.
 //! The store holds what is wanted and what was last heard; [`reconcile`] goes over the difference.
 //! HTTP, keys and roles are not known here.
 
+pub mod builds;
 mod fleet;
 pub mod host;
 mod making;

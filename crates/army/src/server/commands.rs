@@ -5,24 +5,24 @@
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
-use agent_proto::client::{Connection, Event as AgentEvent};
-use agent_proto::messages::{Acknowledge, Exited, Stream as AgentStream};
-use army_api::exec::{Command, CommandEvent, Cursor, Ended, Exec, OutputStream, SendSignal};
+use agent_proto::client::Connection;
+use agent_proto::messages::Acknowledge;
+use army_api::exec::{Command, CommandEvent, Cursor, Exec, SendSignal};
 use army_api::keys::Role;
 use army_api::{Problem, ProblemKind};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use axum::response::sse::{Event, KeepAlive, Sse};
-use futures_util::{Stream, StreamExt, stream};
-use tokio::sync::{mpsc, oneshot};
+use axum::response::sse::{Event, Sse};
+use futures_util::Stream;
+use tokio::sync::mpsc;
 
 use super::auth::Caller;
-use super::exec::{check, request};
+use super::events::sent_events;
 use super::extract::{Body, Params, Path};
 use super::{Answer, App};
-use crate::blocking;
 use crate::node::{InUse, of_agent};
+use crate::{blocking, guest};
 
 /// Events that may wait for a slow reader; then the guest waits.
 const AHEAD: usize = 4;
@@ -55,7 +55,7 @@ pub(super) async fn start(
     Path(vm): Path<String>,
     Body(asked): Body<Exec>,
 ) -> Answer<(StatusCode, Json<Command>)> {
-    check(&asked)?;
+    guest::check_command(&asked.command)?;
     if asked.stdin.is_some() {
         let detail = "a command that nobody waits for gets no `stdin`: write a file first";
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
@@ -68,7 +68,7 @@ pub(super) async fn start(
     let started = blocking(move || {
         let _in_use = in_use;
         let limit = asked.timeout_ms.unwrap_or(0);
-        let mut exec = request(asked, environment, limit);
+        let mut exec = guest::exec(asked, environment, limit);
         exec.detached = true;
         let running = connection.exec(exec).map_err(|error| of_agent(&error))?;
         Ok(running.started())
@@ -101,7 +101,7 @@ pub(super) async fn list(
         id: it.id,
         pid: it.pid,
         command: it.command,
-        ended: it.exited.map(ended),
+        ended: it.exited.map(guest::how),
     });
     Ok(Json(commands.collect()))
 }
@@ -118,7 +118,7 @@ pub(super) async fn output(
     Params(cursor): Params<Cursor>,
 ) -> Answer<Sse<impl Stream<Item = std::result::Result<Event, Infallible>>>> {
     let (connection, in_use) = connect(&app, &caller, &vm).await?;
-    let mut running = blocking(move || {
+    let running = blocking(move || {
         let mut running = connection
             .attach(id, of_cursor(cursor))
             .map_err(|error| of_agent(&error))?;
@@ -127,50 +127,12 @@ pub(super) async fn output(
     })
     .await?;
     let (sender, receiver) = mpsc::channel(AHEAD);
-    let input = running.input();
-    let watched = sender.clone();
-    let (working, done) = oneshot::channel::<()>();
-    // A reader that goes away is noticed even while the command says nothing.
-    tokio::spawn(async move {
-        tokio::select! {
-            () = watched.closed() => input.disconnect(),
-            _ = done => {}
-        }
-    });
     tokio::task::spawn_blocking(move || {
-        let (_in_use, _working) = (in_use, working);
-        let mut text = [Text::default(), Text::default()];
-        while let Ok(event) = running.next_event() {
-            let arrived = running.arrived();
-            let event = match event {
-                AgentEvent::Output(stream, data) => CommandEvent::Output {
-                    stream: told(stream),
-                    text: text[usize::from(stream == AgentStream::Stderr)].take(&data),
-                    cursor: match stream {
-                        AgentStream::Stdout => arrived.stdout_cursor,
-                        AgentStream::Stderr => arrived.stderr_cursor,
-                    },
-                },
-                AgentEvent::Lost(stream, bytes) => CommandEvent::Lost {
-                    stream: told(stream),
-                    bytes,
-                },
-                AgentEvent::Exited(exited) => CommandEvent::Ended(ended(exited)),
-            };
-            let last = matches!(event, CommandEvent::Ended(_));
-            if sender.blocking_send(event).is_err() || last {
-                return;
-            }
-        }
+        let _in_use = in_use;
+        // A connection that is cut off ends the answer: who reads goes on with the last cursors.
+        let _ = guest::follow(running, &sender, Some);
     });
-    let events = stream::unfold(receiver, |mut receiver| async move {
-        Some((receiver.recv().await?, receiver))
-    });
-    let events = events.map(|event| {
-        let text = serde_json::to_string(&event).unwrap_or_default();
-        Ok(Event::default().data(text))
-    });
-    Ok(Sse::new(events).keep_alive(KeepAlive::default()))
+    Ok(sent_events(None, receiver))
 }
 
 /// Sends a signal to a command.
@@ -230,53 +192,5 @@ fn of_cursor(cursor: Cursor) -> Acknowledge {
     Acknowledge {
         stdout_cursor: cursor.stdout,
         stderr_cursor: cursor.stderr,
-    }
-}
-
-fn ended(exited: Exited) -> Ended {
-    Ended {
-        exit_code: exited.code,
-        signal: exited.signal,
-        timed_out: exited.timed_out,
-    }
-}
-
-fn told(stream: AgentStream) -> OutputStream {
-    match stream {
-        AgentStream::Stdout => OutputStream::Stdout,
-        AgentStream::Stderr => OutputStream::Stderr,
-    }
-}
-
-/// Bytes that become text piece by piece: a character may be cut in two.
-#[derive(Default)]
-struct Text(Vec<u8>);
-
-impl Text {
-    fn take(&mut self, data: &[u8]) -> String {
-        self.0.extend_from_slice(data);
-        let whole = match std::str::from_utf8(&self.0) {
-            // The beginning of a character, and no more than that.
-            Err(error) if error.error_len().is_none() => error.valid_up_to(),
-            _ => self.0.len(),
-        };
-        let rest = self.0.split_off(whole);
-        let text = String::from_utf8_lossy(&self.0).into_owned();
-        self.0 = rest;
-        text
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn characters_that_are_cut_in_two_come_whole() {
-        let mut text = Text::default();
-        let bytes = "aä€".as_bytes();
-        let pieces: String = bytes.iter().map(|byte| text.take(&[*byte])).collect();
-        assert_eq!(pieces, "aä€");
-        assert_eq!(text.take(b"\xFFb"), "\u{FFFD}b");
     }
 }

@@ -6,8 +6,10 @@ use army_api::events::{Event, EventFilter};
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::sse::{self, KeepAlive, Sse};
-use futures_util::Stream;
+use futures_util::{Stream, StreamExt, stream};
+use serde::Serialize;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::mpsc;
 
 use super::auth::Caller;
 use super::extract::Params;
@@ -33,11 +35,11 @@ pub(super) async fn events(
         None => store.last_event().await?,
     };
     let tenant = caller.scope().map(str::to_owned);
-    let stream =
-        futures_util::stream::unfold(Reader::new(store, tenant, after), |mut reader| async move {
-            Some((Ok(sse_event(&reader.next().await?)), reader))
-        });
-    Ok(Sse::new(stream).keep_alive(KeepAlive::default()))
+    let reader = Reader::new(store, tenant, after);
+    let events = stream::unfold(reader, |mut reader| async move {
+        Some((Ok(sse_event(&reader.next().await?)), reader))
+    });
+    Ok(Sse::new(events).keep_alive(KeepAlive::default()))
 }
 
 fn sse_event(event: &Event) -> sse::Event {
@@ -47,6 +49,21 @@ fn sse_event(event: &Event) -> sse::Event {
         .id(id)
         .event(event.kind.clone())
         .data(text)
+}
+
+/// What is received as an answer of server-sent events, behind the `first`.
+pub(super) fn sent_events<T: Serialize + Send + 'static>(
+    first: Option<T>,
+    receiver: mpsc::Receiver<T>,
+) -> Sse<impl Stream<Item = Result<sse::Event, Infallible>>> {
+    let rest = stream::unfold(receiver, |mut receiver| async move {
+        Some((receiver.recv().await?, receiver))
+    });
+    let events = stream::iter(first).chain(rest).map(|event| {
+        let text = serde_json::to_string(&event).unwrap_or_default();
+        Ok(sse::Event::default().data(text))
+    });
+    Sse::new(events).keep_alive(KeepAlive::default())
 }
 
 /// Reads the store until it has caught up, then waits for news; news that were missed are read.

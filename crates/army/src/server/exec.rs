@@ -4,18 +4,18 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use agent_proto::client::{Connection, Event};
-use agent_proto::messages::{Exec as AgentExec, Stream};
+use agent_proto::messages::Stream;
+use army_api::Problem;
 use army_api::exec::{Exec, ExecResult};
 use army_api::keys::Role;
-use army_api::{Problem, ProblemKind};
 use axum::Json;
 use axum::extract::State;
 
 use super::auth::Caller;
 use super::extract::{Body, Path};
 use super::{Answer, App};
-use crate::blocking;
 use crate::node::of_agent;
+use crate::{blocking, guest};
 
 /// The most output that an answer holds, of both streams together.
 const MAX_OUTPUT: usize = 16 << 20;
@@ -35,7 +35,7 @@ pub(super) async fn exec(
 ) -> Answer<Json<ExecResult>> {
     let start = Instant::now();
     caller.may(Role::User)?;
-    check(&asked)?;
+    guest::check_command(&asked.command)?;
     let vm = caller.vm(&app, &vm).await?;
     let node = app.controller.node_of(&vm)?;
     let environment = app.controller.store.environment(&vm.id).await?;
@@ -48,36 +48,6 @@ pub(super) async fn exec(
     Ok(Json(result))
 }
 
-/// What is wrong with a command before anybody is asked.
-pub(super) fn check(asked: &Exec) -> Result<(), Problem> {
-    if asked.command.is_empty() {
-        let detail = "`command` is empty: it takes a program and its arguments";
-        return Err(Problem::new(ProblemKind::InvalidRequest, detail));
-    }
-    Ok(())
-}
-
-/// A command as its VM's agent is told, with the VM's environment.
-pub(super) fn request(
-    asked: Exec,
-    mut environment: BTreeMap<String, String>,
-    timeout_ms: u64,
-) -> AgentExec {
-    environment.extend(asked.environment);
-    AgentExec {
-        command: asked.command,
-        environment: environment
-            .iter()
-            .map(|(key, value)| format!("{key}={value}"))
-            .collect(),
-        directory: asked.directory.unwrap_or_default(),
-        user: asked.user.unwrap_or_default(),
-        timeout_ms,
-        input: asked.stdin.is_some(),
-        ..AgentExec::default()
-    }
-}
-
 fn run(
     mut connection: Connection,
     asked: Exec,
@@ -85,7 +55,7 @@ fn run(
 ) -> Result<ExecResult, Problem> {
     let limit = asked.timeout_ms.unwrap_or(DEFAULT_LIMIT.as_millis() as u64);
     let stdin = asked.stdin.clone();
-    let request = request(asked, environment, limit.max(1));
+    let request = guest::exec(asked, environment, limit.max(1));
     // A limit beyond what the clock can tell is none.
     let patience = Duration::from_millis(limit).saturating_add(GRACE);
     if let Some(end) = Instant::now().checked_add(patience) {

@@ -2,10 +2,9 @@
 
 use std::io;
 
-use agent_proto::messages::Put;
+use army_api::ProblemKind;
 use army_api::exec::FilePath;
 use army_api::keys::Role;
-use army_api::{Problem, ProblemKind};
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::response::Response;
@@ -13,12 +12,9 @@ use axum::response::Response;
 use super::auth::Caller;
 use super::extract::{Params, Path};
 use super::{Answer, App};
-use crate::blocking;
 use crate::node::of_agent;
 use crate::pipe::{self, Sink, Source};
-
-/// Permissions of a new file, where the client does not say.
-const DEFAULT_MODE: u32 = 0o644;
+use crate::{blocking, guest};
 
 /// Reads a file of a guest.
 #[utoipa::path(get, path = "/v1/vms/{vm}/files", params(("vm" = String, Path), FilePath),
@@ -30,7 +26,7 @@ pub(super) async fn read(
     Params(file): Params<FilePath>,
 ) -> Answer<Response> {
     caller.may(Role::User)?;
-    check(&file)?;
+    let file = guest::put(file)?;
     let vm = caller.vm(&app, &vm).await?;
     let node = app.controller.node_of(&vm)?;
     let (connection, in_use) = blocking(move || node.agent(&vm.id)).await?;
@@ -57,40 +53,17 @@ pub(super) async fn write(
     request: Request,
 ) -> Answer<StatusCode> {
     caller.may(Role::User)?;
-    let mode = check(&file)?;
+    let file = guest::put(file)?;
     let vm = caller.vm(&app, &vm).await?;
     let node = app.controller.node_of(&vm)?;
     let pieces = pipe::pieces_of(request.into_body().into_data_stream());
     blocking(move || {
         let (connection, _in_use) = node.agent(&vm.id)?;
-        let put = Put {
-            path: file.path,
-            mode,
-            ..Put::default()
-        };
         let mut source = Source::new(pieces);
         connection
-            .put(put, &mut source)
+            .put(file, &mut source)
             .map_err(|error| of_agent(&error))
     })
     .await?;
     Ok(StatusCode::NO_CONTENT)
-}
-
-/// The permissions that are asked for.
-fn check(file: &FilePath) -> Result<u32, Problem> {
-    let invalid = |detail: String| Problem::new(ProblemKind::InvalidRequest, detail);
-    if !file.path.starts_with('/') || file.path.contains('\0') {
-        let path = file.path.escape_debug();
-        return Err(invalid(format!(
-            "`{path}` is no absolute path in the guest"
-        )));
-    }
-    let Some(mode) = &file.mode else {
-        return Ok(DEFAULT_MODE);
-    };
-    let parsed = u32::from_str_radix(mode, 8)
-        .ok()
-        .filter(|mode| *mode <= 0o7777);
-    parsed.ok_or_else(|| invalid(format!("`{}` are no permissions", mode.escape_debug())))
 }

@@ -4,6 +4,7 @@
 //! asked for is done by the [`Controller`].
 
 pub mod auth;
+mod builds;
 mod commands;
 mod dashboard;
 mod events;
@@ -91,6 +92,7 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(templates::copy))
         .routes(routes!(templates::export, templates::import))
         .routes(routes!(templates::tag, templates::untag))
+        .routes(routes!(builds::build))
         .routes(routes!(vms::list, vms::create))
         .routes(routes!(vms::inspect, vms::destroy))
         .routes(routes!(vms::pause))

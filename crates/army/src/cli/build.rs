@@ -1,0 +1,171 @@
+//! `army template build`.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail};
+use army_api::builds::{BuildEvent, BuildStep, BuildTemplate};
+use army_api::client::ClientError;
+use army_api::templates::Template;
+use clap::{ArgMatches, FromArgMatches};
+use futures_util::StreamExt;
+
+use super::context::Context;
+use super::output::note;
+use super::things::pair;
+
+/// What the options for steps are called, by clap.
+const RUN: &str = "run";
+const WRITE: &str = "write";
+
+/// Build a template of another one: a clone of it, after commands and files.
+#[derive(clap::Args)]
+struct Options {
+    /// The new template's name.
+    name: String,
+    /// The template that it begins with, or a tag.
+    #[arg(long)]
+    from: String,
+    /// A command for the guest's shell, which must end with 0; can be given several times.
+    #[arg(id = RUN, long, value_name = "COMMAND")]
+    run: Vec<String>,
+    /// A text file for the guest, in its turn among the commands; can be given several times.
+    #[arg(id = WRITE, long, value_name = "FILE:PATH", value_parser = file)]
+    write: Vec<(PathBuf, String)>,
+    /// A variable for the environment of the commands, KEY=VALUE; can be given several times.
+    #[arg(long = "env", short, value_parser = pair)]
+    environment: Vec<(String, String)>,
+    /// Only on hosts with this label, KEY=VALUE; can be given several times.
+    #[arg(long = "on", value_name = "KEY=VALUE", value_parser = pair)]
+    host_labels: Vec<(String, String)>,
+    /// All steps together may take so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+}
+
+/// The options, and the order in which the steps among them were given.
+pub(super) struct Args {
+    options: Options,
+    order: Vec<Step>,
+}
+
+#[derive(Clone, Copy)]
+enum Step {
+    Run(usize),
+    Write(usize),
+}
+
+impl FromArgMatches for Args {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut order: Vec<(usize, Step)> = Vec::new();
+        for (option, step) in [(RUN, Step::Run as fn(usize) -> Step), (WRITE, Step::Write)] {
+            let places = matches.indices_of(option).into_iter().flatten();
+            order.extend(places.enumerate().map(|(nth, place)| (place, step(nth))));
+        }
+        order.sort_by_key(|(place, _)| *place);
+        Ok(Self {
+            options: Options::from_arg_matches(matches)?,
+            order: order.into_iter().map(|(_, step)| step).collect(),
+        })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl clap::Args for Args {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        Options::augment_args(command)
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Options::augment_args_for_update(command)
+    }
+}
+
+fn file(text: &str) -> Result<(PathBuf, String), String> {
+    let (file, path) = text.split_once(':').ok_or("write it as FILE:PATH")?;
+    Ok((file.into(), path.to_owned()))
+}
+
+pub(super) async fn run(context: &Context, args: Args) -> Result<Template> {
+    let Args { options, order } = args;
+    let mut steps = Vec::with_capacity(order.len());
+    for step in order {
+        steps.push(match step {
+            Step::Run(nth) => BuildStep::Run {
+                command: vec!["/bin/sh".into(), "-ec".into(), options.run[nth].clone()],
+                directory: None,
+                user: None,
+            },
+            Step::Write(nth) => {
+                let (file, path) = &options.write[nth];
+                let text = std::fs::read_to_string(file)
+                    .with_context(|| format!("cannot read {} as text", file.display()))?;
+                BuildStep::Write {
+                    path: path.clone(),
+                    text,
+                    mode: None,
+                }
+            }
+        });
+    }
+    let count = steps.len();
+    let titles: Vec<String> = steps.iter().map(title).collect();
+    let asked = BuildTemplate {
+        template: options.name,
+        from: options.from,
+        steps,
+        environment: options.environment.into_iter().collect(),
+        host_labels: options.host_labels.into_iter().collect(),
+        timeout_s: options.timeout,
+    };
+    let events = context.client()?.post_stream("/v1/builds", &asked).await?;
+    let mut events = std::pin::pin!(events);
+    while let Some(event) = events.next().await {
+        match event? {
+            BuildEvent::Step { number } => {
+                let title = titles
+                    .get(number.wrapping_sub(1))
+                    .map_or("", String::as_str);
+                note(&format!("step {number} of {count}: {title}"));
+            }
+            // Our output is the template, which may be read by a program.
+            BuildEvent::Output { text, .. } => std::io::stderr().write_all(text.as_bytes())?,
+            BuildEvent::Built { template } => return Ok(template),
+            BuildEvent::Failed { problem } => return Err(ClientError::Refused(problem).into()),
+        }
+    }
+    bail!("the server went away, and the build with it")
+}
+
+fn title(step: &BuildStep) -> String {
+    let text = match step {
+        BuildStep::Run { command, .. } => command.last(),
+        BuildStep::Write { path, .. } => Some(path),
+    };
+    let line = text.and_then(|text| text.lines().next());
+    line.unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_done_in_the_order_in_which_they_are_given() {
+        let command = <Args as clap::Args>::augment_args(clap::Command::new("build"));
+        let line = [
+            "build", "new", "--run", "one", "--from", "base", "--write", "a:/b", "--run", "two",
+        ];
+        let matches = command.try_get_matches_from(line).unwrap();
+        let args = Args::from_arg_matches(&matches).unwrap();
+        let order = args.order.iter().map(|step| match *step {
+            Step::Run(nth) => args.options.run[nth].clone(),
+            Step::Write(nth) => args.options.write[nth].1.clone(),
+        });
+        assert_eq!(order.collect::<Vec<_>>(), ["one", "/b", "two"]);
+    }
+}

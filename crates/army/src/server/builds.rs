@@ -1,0 +1,48 @@
+//! Templates that are built of others.
+
+use std::convert::Infallible;
+
+use army_api::builds::{BuildEvent, BuildTemplate};
+use army_api::keys::Role;
+use army_api::{Problem, ProblemKind};
+use axum::extract::State;
+use axum::response::sse::{Event, Sse};
+use futures_util::Stream;
+use tokio::sync::mpsc;
+
+use super::auth::Caller;
+use super::events::sent_events;
+use super::extract::Body;
+use super::{Answer, App};
+
+/// Events that may wait for a slow reader; then the guest waits.
+const AHEAD: usize = 4;
+
+/// Builds a template: forks another one, does the steps in the clone, and makes a template of what
+/// it is then, with only what changed. The answer tells how it goes, as server-sent events; it is
+/// an error where there is nothing to begin with. Who goes away before the last event ends the
+/// build, and nothing is left of it.
+#[utoipa::path(post, path = "/v1/builds", request_body = BuildTemplate,
+    responses((status = 200, body = BuildEvent, content_type = "text/event-stream")))]
+pub(super) async fn build(
+    State(app): State<App>,
+    caller: Caller,
+    Body(asked): Body<BuildTemplate>,
+) -> Answer<Sse<impl Stream<Item = Result<Event, Infallible>>>> {
+    // Templates are everybody's.
+    caller.may(Role::Admin)?;
+    let (listener, mut events) = mpsc::channel(AHEAD);
+    // Not dropped half done where its client goes away: its VM has to be ended.
+    tokio::spawn(async move {
+        let tenant = &caller.key.tenant;
+        app.controller.build(tenant, asked, &listener).await;
+    });
+    match events.recv().await {
+        Some(BuildEvent::Failed { problem }) => Err(problem.into()),
+        Some(first) => Ok(sent_events(Some(first), events)),
+        None => {
+            let detail = "the build ended without a word";
+            Err(Problem::new(ProblemKind::Internal, detail).into())
+        }
+    }
+}
