@@ -5,6 +5,7 @@
 
 use std::time::{Duration, Instant};
 
+use agent_proto::client::Connection;
 use agent_proto::messages::Put;
 use army_api::builds::{BuildEvent, BuildStep, BuildTemplate};
 use army_api::exec::{CommandEvent, Ended, Exec, FilePath};
@@ -14,7 +15,7 @@ use army_api::{Problem, ProblemKind};
 use tokio::sync::mpsc;
 
 use super::{Controller, Node};
-use crate::node::of_agent;
+use crate::node::{InUse, of_agent};
 use crate::store::Result;
 use crate::{blocking, guest};
 
@@ -54,6 +55,10 @@ impl Controller {
         listener: &Listener,
     ) -> Result<Template> {
         let limit = asked.timeout_s.map_or(DEFAULT_LIMIT, Duration::from_secs);
+        if limit.is_zero() {
+            let detail = "`timeout_s` is 0: no step would be done";
+            return Err(Problem::new(ProblemKind::InvalidRequest, detail));
+        }
         let work = work(asked.steps)?;
         self.check_new(&asked.template).await?;
         let details = CreateVms {
@@ -126,16 +131,18 @@ impl Controller {
             let node = self.node_of(vm)?;
             let (id, listener, environment) =
                 (vm.id.clone(), listener.clone(), environment.clone());
-            let done = blocking(move || match work {
-                Work::Run(asked) => {
-                    let exec = guest::exec(asked, environment, left.as_millis() as u64);
-                    run(&node, &id, exec, left, &listener)
-                }
-                Work::Write(put, text) => {
-                    let (connection, _in_use) = node.agent(&id)?;
-                    connection
+            let done = blocking(move || {
+                let (connection, _in_use) = connect(&node, &id, left)?;
+                match work {
+                    Work::Run(asked) => {
+                        // Nothing would be no limit.
+                        let limit_ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1);
+                        let exec = guest::exec(asked, environment, limit_ms);
+                        run(connection, exec, &listener)
+                    }
+                    Work::Write(put, text) => connection
                         .put(put, &mut text.as_bytes())
-                        .map_err(|error| of_agent(&error))
+                        .map_err(|error| of_agent(&error)),
                 }
             });
             done.await.map_err(|mut problem| {
@@ -147,20 +154,23 @@ impl Controller {
     }
 }
 
-/// Runs a command whose output goes to the listener.
-fn run(
-    node: &Node,
-    vm: &str,
-    exec: agent_proto::messages::Exec,
-    left: Duration,
-    listener: &Listener,
-) -> Result<()> {
-    let (mut connection, _in_use) = node.agent(vm)?;
+/// A connection to a VM's agent that is given up when the build's time is over: a guest may hang.
+fn connect(node: &Node, vm: &str, left: Duration) -> Result<(Connection, InUse)> {
+    let (mut connection, in_use) = node.agent(vm)?;
     if let Some(end) = Instant::now().checked_add(left.saturating_add(PATIENCE)) {
         connection
             .give_up_at(end)
             .map_err(|error| of_agent(&error))?;
     }
+    Ok((connection, in_use))
+}
+
+/// Runs a command whose output goes to the listener.
+fn run(
+    connection: Connection,
+    exec: agent_proto::messages::Exec,
+    listener: &Listener,
+) -> Result<()> {
     let running = connection.exec(exec).map_err(|error| of_agent(&error))?;
     let ended = guest::follow(running, listener, |event| match event {
         CommandEvent::Output { stream, text, .. } => Some(BuildEvent::Output { stream, text }),
