@@ -419,9 +419,11 @@ impl Worker {
                     return self.end(Exit::Crash(reason));
                 }
                 Err(error) if error.errno() == libc::EINTR => {
-                    if self.shared.lock().wanted != Mode::Running {
+                    let control = self.shared.lock();
+                    if control.wanted != Mode::Running {
                         return;
                     }
+                    // Under the lock: whoever asks to park from now on sets it again.
                     self.fd.set_kvm_immediate_exit(0);
                 }
                 // A CPU that the guest has not woken yet is told so by EAGAIN.

@@ -139,8 +139,9 @@ pub trait VirtioDevice: Send {
     /// good: the transport marks the device as broken and stops calling it until a reset.
     fn notify_queue(&mut self, queue: u16) -> Result<(), DeviceError>;
 
-    /// One of the device's own file descriptors is ready. Errors as in
-    /// [`VirtioDevice::notify_queue`].
+    /// One of the device's own file descriptors is ready; errors as in
+    /// [`VirtioDevice::notify_queue`]. Called while paused as well, when it must leave RAM and
+    /// queues alone and keep what the event said for [`VirtioDevice::resume`].
     fn handle_event(&mut self, token: u32, ready: EventSet) -> Result<(), DeviceError>;
 
     /// Stops all work: after it returns no request is in flight, RAM and queues are at rest, and

@@ -168,12 +168,13 @@ impl Net {
     }
 
     pub(super) fn event(&mut self, event: u32, ready: EventSet) -> Result<(), DeviceError> {
+        // An event that a pause overtook: its descriptor is watched, and says it, again later.
+        let Some(active) = self.active.as_ref().filter(|active| !active.paused) else {
+            return Ok(());
+        };
         if event == token::LINK {
             return self.follow_link();
         }
-        let Some(active) = &self.active else {
-            return Ok(());
-        };
         let mut shares = Shares {
             counters: &self.shared.counters,
             rx_limiter: self.rx_limiter.as_mut(),

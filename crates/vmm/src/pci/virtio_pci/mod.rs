@@ -12,6 +12,8 @@
 mod common;
 mod interrupt;
 mod layout;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -407,8 +409,9 @@ impl PciDevice for VirtioPci {
 
 impl EventHandler for VirtioPci {
     fn handle_event(&mut self, token: u32, ready: EventSet) {
-        // A kick that comes while paused is left in its eventfd and seen after the resume: the
-        // device looks at every queue then, but level-triggered epoll must not spin meanwhile.
+        // A kick that comes while paused is forgotten, because the device looks at every queue
+        // when it goes on; its eventfd is read, so that level-triggered epoll does not spin. The
+        // device's own events are the device's to keep: an edge is told only once.
         let queue = token.checked_sub(KICK_TOKEN);
         if let Some(queue) = queue {
             let Some(kick) = self.kicks.get(queue as usize) else {
@@ -418,7 +421,7 @@ impl EventHandler for VirtioPci {
                 return;
             }
         }
-        if !self.activated || self.paused {
+        if !self.activated || queue.is_some() && self.paused {
             return;
         }
         let result = {
