@@ -1,17 +1,37 @@
 //! What is done in guests, whoever asks for it: how their agents are told, and what they tell.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
-use agent_proto::client::{Event as AgentEvent, Running};
+use agent_proto::client::{Connection, Event as AgentEvent, Running};
 use agent_proto::messages::{Exec as AgentExec, Exited, Put, Stream};
 use army_api::exec::{CommandEvent, Ended, Exec, FilePath, OutputStream};
 use army_api::{Problem, ProblemKind};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::node::of_agent;
+use crate::controller::Node;
+use crate::node::{InUse, of_agent};
 
 /// Permissions of a new file, where the client does not say.
 const DEFAULT_MODE: u32 = 0o644;
+/// How much longer an agent that should have ended a command is waited for: a guest may hang.
+const GRACE: Duration = Duration::from_secs(15);
+
+/// A connection to a VM's agent for work that it ends after `limit`, given up a little later.
+pub(crate) fn connect(
+    node: &Node,
+    vm: &str,
+    limit: Duration,
+) -> Result<(Connection, InUse), Problem> {
+    let (mut connection, in_use) = node.agent(vm)?;
+    // A limit beyond what the clock can tell is none.
+    if let Some(end) = Instant::now().checked_add(limit.saturating_add(GRACE)) {
+        connection
+            .give_up_at(end)
+            .map_err(|error| of_agent(&error))?;
+    }
+    Ok((connection, in_use))
+}
 
 /// What is wrong with a command before anybody is asked.
 pub(crate) fn check_command(command: &[String]) -> Result<(), Problem> {
@@ -22,12 +42,15 @@ pub(crate) fn check_command(command: &[String]) -> Result<(), Problem> {
     Ok(())
 }
 
-/// A command as its VM's agent is told, with the VM's environment.
+/// A command as its VM's agent is told, with the VM's environment and its limit, if any.
 pub(crate) fn exec(
     asked: Exec,
     mut environment: BTreeMap<String, String>,
-    timeout_ms: u64,
+    limit: Option<Duration>,
 ) -> AgentExec {
+    // To the agent, 0 is no limit.
+    let milliseconds =
+        |limit: Duration| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).max(1);
     environment.extend(asked.environment);
     AgentExec {
         command: asked.command,
@@ -37,7 +60,7 @@ pub(crate) fn exec(
             .collect(),
         directory: asked.directory.unwrap_or_default(),
         user: asked.user.unwrap_or_default(),
-        timeout_ms,
+        timeout_ms: limit.map_or(0, milliseconds),
         input: asked.stdin.is_some(),
         ..AgentExec::default()
     }

@@ -14,8 +14,8 @@ use army_api::vms::{CreateVms, SnapshotVm, Vm};
 use army_api::{Problem, ProblemKind};
 use tokio::sync::mpsc;
 
-use super::{Controller, Node};
-use crate::node::{InUse, of_agent};
+use super::Controller;
+use crate::node::{check_template_name, of_agent};
 use crate::store::Result;
 use crate::{blocking, guest};
 
@@ -25,8 +25,6 @@ const DEFAULT_LIMIT: Duration = Duration::from_secs(3600);
 const LABEL: &str = "build";
 /// How much longer its VM lives: for the snapshot.
 const GRACE: Duration = Duration::from_secs(600);
-/// How much longer an agent that should end a command is waited for.
-const PATIENCE: Duration = Duration::from_secs(15);
 
 /// Where a build's events go.
 pub type Listener = mpsc::Sender<BuildEvent>;
@@ -95,10 +93,7 @@ impl Controller {
 
     /// Whether a template can be called so: before an hour's work, and not after it.
     async fn check_new(&self, name: &str) -> Result<()> {
-        if !clone_api::validate::is_valid_name(name) {
-            let detail = format!("`{}` is no name of a template", name.escape_debug());
-            return Err(Problem::new(ProblemKind::InvalidRequest, detail));
-        }
+        check_template_name(name)?;
         match self.store.template_or_tag(name).await {
             Ok(_) => {
                 let detail = format!("there is a template or a tag `{name}` already");
@@ -132,12 +127,10 @@ impl Controller {
             let (id, listener, environment) =
                 (vm.id.clone(), listener.clone(), environment.clone());
             let done = blocking(move || {
-                let (connection, _in_use) = connect(&node, &id, left)?;
+                let (connection, _in_use) = guest::connect(&node, &id, left)?;
                 match work {
                     Work::Run(asked) => {
-                        // Nothing would be no limit.
-                        let limit_ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1);
-                        let exec = guest::exec(asked, environment, limit_ms);
+                        let exec = guest::exec(asked, environment, Some(left));
                         run(connection, exec, &listener)
                     }
                     Work::Write(put, text) => connection
@@ -152,17 +145,6 @@ impl Controller {
         }
         Ok(())
     }
-}
-
-/// A connection to a VM's agent that is given up when the build's time is over: a guest may hang.
-fn connect(node: &Node, vm: &str, left: Duration) -> Result<(Connection, InUse)> {
-    let (mut connection, in_use) = node.agent(vm)?;
-    if let Some(end) = Instant::now().checked_add(left.saturating_add(PATIENCE)) {
-        connection
-            .give_up_at(end)
-            .map_err(|error| of_agent(&error))?;
-    }
-    Ok((connection, in_use))
 }
 
 /// Runs a command whose output goes to the listener.

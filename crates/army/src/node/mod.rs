@@ -341,15 +341,14 @@ impl Node {
 
     /// Removes a template that nobody uses.
     pub fn remove_template(&self, name: &str) -> Result<()> {
+        check_template_name(name)?;
         self.standbys.stop(name);
         lock(&self.sources).remove(name);
         let id = self
             .open_template(name)
             .ok()
             .map(|it| it.manifest().id.clone());
-        self.store
-            .remove(&self.template_name(name)?)
-            .map_err(told)?;
+        self.store.remove(name).map_err(told)?;
         match id {
             Some(id) => clone::template::forget_verified(&self.runtime, &id).map_err(told),
             None => Ok(()),
@@ -371,16 +370,8 @@ impl Node {
     }
 
     fn template_path(&self, name: &str) -> Result<PathBuf> {
-        self.store.path(&self.template_name(name)?).map_err(told)
-    }
-
-    /// A name, and never a path: clients do not choose where on the host we look.
-    fn template_name(&self, name: &str) -> Result<String> {
-        if clone_api::validate::is_valid_name(name) {
-            return Ok(name.to_owned());
-        }
-        let detail = format!("`{}` is no name of a template", name.escape_debug());
-        Err(Problem::new(ProblemKind::InvalidRequest, detail))
+        check_template_name(name)?;
+        self.store.path(name).map_err(told)
     }
 
     fn find(&self, id: &str) -> Result<RunningVm> {
@@ -491,6 +482,15 @@ fn of_vm(error: &clone_api::ClientError) -> Problem {
         clone_api::ClientError::Refused(error) => told(error.clone()),
         other => Problem::new(ProblemKind::GuestUnavailable, other.to_string()),
     }
+}
+
+/// A name, and never a path: clients do not choose where on the host we look.
+pub(crate) fn check_template_name(name: &str) -> Result<()> {
+    if clone_api::validate::is_valid_name(name) {
+        return Ok(());
+    }
+    let detail = format!("`{}` is no name of a template", name.escape_debug());
+    Err(Problem::new(ProblemKind::InvalidRequest, detail))
 }
 
 /// What went wrong at a guest's agent.

@@ -67,7 +67,7 @@ pub(super) async fn start(
     let command = asked.command.clone();
     let started = blocking(move || {
         let _in_use = in_use;
-        let limit = asked.timeout_ms.unwrap_or(0);
+        let limit = asked.timeout_ms.map(Duration::from_millis);
         let mut exec = guest::exec(asked, environment, limit);
         exec.detached = true;
         let running = connection.exec(exec).map_err(|error| of_agent(&error))?;

@@ -21,8 +21,6 @@ use crate::{blocking, guest};
 const MAX_OUTPUT: usize = 16 << 20;
 /// How long a command may take, where the client does not say.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(60);
-/// How much longer the guest, which ends the command, is waited for: it may hang.
-const GRACE: Duration = Duration::from_secs(15);
 
 /// Runs a command in a VM and answers with its output and its exit status.
 #[utoipa::path(post, path = "/v1/vms/{vm}/exec", params(("vm" = String, Path)), request_body = Exec,
@@ -40,8 +38,11 @@ pub(super) async fn exec(
     let node = app.controller.node_of(&vm)?;
     let environment = app.controller.store.environment(&vm.id).await?;
     let mut result = blocking(move || {
-        let (connection, _in_use) = node.agent(&vm.id)?;
-        run(connection, asked, environment)
+        let limit = asked
+            .timeout_ms
+            .map_or(DEFAULT_LIMIT, Duration::from_millis);
+        let (connection, _in_use) = guest::connect(&node, &vm.id, limit)?;
+        run(connection, asked, environment, limit)
     })
     .await?;
     result.took_us = start.elapsed().as_micros() as u64;
@@ -49,20 +50,13 @@ pub(super) async fn exec(
 }
 
 fn run(
-    mut connection: Connection,
+    connection: Connection,
     asked: Exec,
     environment: BTreeMap<String, String>,
+    limit: Duration,
 ) -> Result<ExecResult, Problem> {
-    let limit = asked.timeout_ms.unwrap_or(DEFAULT_LIMIT.as_millis() as u64);
     let stdin = asked.stdin.clone();
-    let request = guest::exec(asked, environment, limit.max(1));
-    // A limit beyond what the clock can tell is none.
-    let patience = Duration::from_millis(limit).saturating_add(GRACE);
-    if let Some(end) = Instant::now().checked_add(patience) {
-        connection
-            .give_up_at(end)
-            .map_err(|error| of_agent(&error))?;
-    }
+    let request = guest::exec(asked, environment, Some(limit));
     let mut running = connection.exec(request).map_err(|error| of_agent(&error))?;
     if let Some(text) = stdin {
         let input = running.input();
@@ -80,10 +74,11 @@ fn run(
             Event::Exited(exited) => {
                 let (stdout, lossy_out) = text(output.stdout);
                 let (stderr, lossy_err) = text(output.stderr);
+                let ended = guest::how(exited);
                 return Ok(ExecResult {
-                    exit_code: exited.code,
-                    signal: exited.signal,
-                    timed_out: exited.timed_out,
+                    exit_code: ended.exit_code,
+                    signal: ended.signal,
+                    timed_out: ended.timed_out,
                     stdout,
                     stderr,
                     lossy: lossy_out || lossy_err,
