@@ -324,7 +324,7 @@ impl Show {
         self.guest(
             vm,
             "hostname > /run/ask; cat /run/answer; \
-             echo \", address $(hostname -I), random $(od -An -N4 -tx4 /dev/urandom)\"",
+             echo \", address $(hostname -I | tr -d ' '), random $(od -An -N4 -tx4 /dev/urandom)\"",
         )
     }
 

@@ -17,7 +17,7 @@ use clone_memory::ProcessUsage;
 
 use super::{LIMIT, REST};
 use crate::context::Context;
-use crate::guests::{CloneVm, Machine, exec_on, told, wait_for_agent};
+use crate::guests::{CloneVm, Machine, exec, exec_on, told, wait_for_agent};
 use crate::record::{Figure, Ratio, Record};
 
 /// Where a fork comes from.
@@ -49,6 +49,10 @@ impl<'a> ForkBench<'a> {
     pub(crate) fn new(context: &'a Context, name: &'a str, machine: &Machine) -> Result<Self> {
         let base = CloneVm::start(context, &format!("base-{name}"), machine)?;
         wait_for_agent(&base)?;
+        if machine.root {
+            // Its agent answers long before all is up, and clones would go on booting.
+            exec(&base, &["systemctl", "is-system-running", "--wait"])?;
+        }
         let bench = Self {
             runtime: Runtime::at(&context.scratch("")).map_err(told)?,
             store: Store::at(context.scratch("templates")),
