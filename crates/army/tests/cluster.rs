@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use army::cluster::authority::{Authority, Credentials};
 use army::cluster::enrol::{self, Token};
-use army::cluster::tls::{self, Listener, Peer};
+use army::cluster::membership::Membership;
+use army::cluster::tls::{self, Identity, Listener, Peer};
 use army::cluster::{Member, authority};
 use army::controller::host::{Host, Origin};
 use army::controller::remote::Remote;
@@ -36,14 +37,15 @@ async fn army() -> Army {
         .unwrap();
     let authority = Arc::new(Authority::open(dir.path()).unwrap());
     let credentials = authority.credentials(&Member::Controller).unwrap();
+    let identity = Identity::new(&credentials).unwrap();
     let cluster = Cluster {
-        tls: tls::client(&credentials).unwrap(),
+        tls: identity.client().unwrap(),
         fingerprint: fingerprint(&authority),
     };
     let controller = Arc::new(Controller::of_cluster(store, cluster).await.unwrap());
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let desk = listener.local_addr().unwrap();
-    let listener = Listener::new(listener, &credentials, true).unwrap();
+    let listener = Listener::new(listener, &identity, true).unwrap();
     let router = enrol::router(Arc::clone(&controller), Arc::clone(&authority));
     let service = router.into_make_service_with_connect_info::<Peer>();
     tokio::spawn(async move { axum::serve(listener, service).await });
@@ -67,25 +69,22 @@ impl Army {
         let address = listener.local_addr().unwrap();
         let (token, _) = self.controller.token(1).await.unwrap();
         let credentials = enrol::join(self.desk, &token, name, address).await.unwrap();
-        let task = self.serve(name, listener, &credentials).await;
+        let file = self.dir.path().join(format!("{name}.json"));
+        let member = Membership::join(file, name.to_owned(), credentials.clone()).unwrap();
+        let task = self.serve(listener, member).await;
         (address, credentials, task)
     }
 
-    async fn serve(
-        &self,
-        name: &str,
-        listener: TcpListener,
-        credentials: &Credentials,
-    ) -> JoinHandle<()> {
-        let path = self.dir.path().join(name);
-        let name = name.to_owned();
+    async fn serve(&self, listener: TcpListener, member: Membership) -> JoinHandle<()> {
+        let name = member.host().to_owned();
+        let path = self.dir.path().join(&name);
         let node = tokio::task::spawn_blocking(move || {
             let runtime = clone::runtime::Runtime::at(&path.join("run")).unwrap();
             let templates = clone::template::Store::at(path.join("templates"));
             Node::open(name, path.join("vms"), runtime, templates).unwrap()
         });
-        let router = serve::router(node.await.unwrap(), tls::client(credentials).unwrap());
-        let listener = Listener::new(listener, credentials, false).unwrap();
+        let listener = Listener::new(listener, member.identity(), false).unwrap();
+        let router = serve::router(node.await.unwrap(), Arc::new(member)).unwrap();
         let service = router.into_make_service_with_connect_info::<Peer>();
         tokio::spawn(async move { axum::serve(listener, service).await.unwrap() })
     }
@@ -111,7 +110,8 @@ async fn ask<T: Send + 'static>(
     address: SocketAddr,
     question: impl FnOnce(&Remote) -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
-    let remote = Remote::new(name, address, tls::client(credentials).unwrap()).unwrap();
+    let tls = Identity::new(credentials).unwrap().client().unwrap();
+    let remote = Remote::new(name, address, tls).unwrap();
     tokio::task::spawn_blocking(move || question(&remote))
         .await
         .unwrap()
@@ -202,6 +202,43 @@ async fn only_the_controller_commands_a_node_and_only_members_reach_it() {
     assert_eq!(refused.unwrap_err().kind, ProblemKind::HostUnavailable);
     let refused = ask(&controller, "b", address, |node| node.report()).await;
     assert_eq!(refused.unwrap_err().kind, ProblemKind::HostUnavailable);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_certificate_is_renewed_while_its_node_goes_on() {
+    let army = army().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (token, _) = army.controller.token(1).await.unwrap();
+    let joined = enrol::join(army.desk, &token, "a", address).await.unwrap();
+    // A file that does not say when it was certified is of long ago.
+    let file = army.dir.path().join("a.json");
+    let text = serde_json::json!({"version": 1, "host": "a", "credentials": joined});
+    std::fs::write(&file, text.to_string()).unwrap();
+    let member = Membership::open(file.clone()).unwrap().unwrap();
+    let _task = army.serve(listener, member).await;
+    let kept = || {
+        let text = std::fs::read_to_string(&file).unwrap();
+        let file: serde_json::Value = serde_json::from_str(&text).unwrap();
+        serde_json::from_value::<Credentials>(file["credentials"].clone()).unwrap()
+    };
+
+    // Nobody but the controller brings one.
+    let refused = ask(&joined, "a", address, |node| node.certificate_request()).await;
+    assert_eq!(refused.unwrap_err().kind, ProblemKind::Forbidden);
+    army.controller.renew_once(&army.authority).await;
+    let renewed = kept();
+    assert_ne!(renewed.certificate, joined.certificate);
+    assert_ne!(renewed.key, joined.key);
+    army.controller.renew_once(&army.authority).await;
+    assert_eq!(kept().certificate, renewed.certificate, "once is enough");
+
+    // The node shows it, and it is believed.
+    let controller = army.authority.credentials(&Member::Controller).unwrap();
+    let request = ask(&controller, "a", address, |node| node.certificate_request()).await;
+    assert_eq!(request.unwrap(), None);
+    let refused = ask(&renewed, "a", address, |node| node.report()).await;
+    assert_eq!(refused.unwrap_err().kind, ProblemKind::Forbidden);
 }
 
 #[tokio::test(flavor = "multi_thread")]

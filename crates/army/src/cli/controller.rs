@@ -11,7 +11,7 @@ use rustls::pki_types::pem::PemObject;
 
 use super::serve;
 use crate::cluster::authority::Authority;
-use crate::cluster::tls::{self, Listener, Peer};
+use crate::cluster::tls::{self, Identity, Listener, Peer};
 use crate::cluster::{Member, enrol};
 use crate::controller::{Cluster, Controller};
 
@@ -51,21 +51,27 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
     let store = serve::store(args.database.as_deref(), &args.state).await?;
     let authority = Authority::open(&args.state)?;
     let certificate = CertificateDer::from_pem_slice(authority.certificate().as_bytes())?;
-    let credentials = authority.credentials(&Member::Controller)?;
+    let identity = Identity::new(&authority.credentials(&Member::Controller)?)?;
     let cluster = Cluster {
-        tls: tls::client(&credentials)?,
+        tls: identity.client()?,
         fingerprint: tls::fingerprint(&certificate),
     };
     let controller = Controller::of_cluster(store.clone(), cluster).await?;
     // Hosts that join have nothing to show yet but their token.
-    let joining = Listener::new(joining, &credentials, true)?;
+    let joining = Listener::new(joining, &identity, true)?;
     let enrol = move |controller: &Arc<Controller>| {
-        let router = enrol::router(Arc::clone(controller), Arc::new(authority));
+        let authority = Arc::new(authority);
+        let router = enrol::router(Arc::clone(controller), Arc::clone(&authority));
         let service = router.into_make_service_with_connect_info::<Peer>();
-        Ok(tokio::spawn(async move {
+        let renewal = Arc::clone(controller).renew(authority);
+        let joining = async move {
             if let Err(error) = axum::serve(joining, service).await {
                 tracing::error!(%error, "hosts cannot join any more");
             }
+        };
+        Ok(tokio::spawn(async {
+            // The first goes on for ever.
+            tokio::join!(renewal, joining);
         }))
     };
     serve::api(controller, &store, door, enrol).await?;

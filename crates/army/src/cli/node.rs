@@ -2,16 +2,16 @@
 
 use std::future::IntoFuture;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
-use anyhow::{Context as _, Result};
-use serde::{Deserialize, Serialize};
+use anyhow::Result;
 
 use super::{output, serve};
-use crate::cluster::authority::{Credentials, write_private};
 use crate::cluster::enrol::{self, Token};
-use crate::cluster::tls::{self, Listener, Peer};
+use crate::cluster::membership::Membership;
+use crate::cluster::tls::{Listener, Peer};
 use crate::node;
 
 /// What a node remembers of having joined.
@@ -44,26 +44,19 @@ pub(super) struct Args {
     state: PathBuf,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Membership {
-    version: u32,
-    host: String,
-    credentials: Credentials,
-}
-
 pub(super) async fn run(args: Args) -> Result<ExitCode> {
     let _lock = serve::begin(&args.state)?;
     let listener = serve::listen(args.listen).await?;
     let address = listener.local_addr()?;
     let member = membership(&args, args.advertise.unwrap_or(address)).await?;
-    let node = serve::node(member.host.clone(), &args.state).await?;
-    let tls = tls::client(&member.credentials)?;
-    let listener = Listener::new(listener, &member.credentials, false)?;
+    let node = serve::node(member.host().to_owned(), &args.state).await?;
+    let listener = Listener::new(listener, member.identity(), false)?;
     output::print(&format!(
         "The node of {} listens on {address}.",
-        member.host
+        member.host()
     ));
-    let service = node::serve::router(node, tls).into_make_service_with_connect_info::<Peer>();
+    let router = node::serve::router(node, Arc::new(member))?;
+    let service = router.into_make_service_with_connect_info::<Peer>();
     serve::until_asked(axum::serve(listener, service).into_future()).await?;
     Ok(ExitCode::SUCCESS)
 }
@@ -71,11 +64,11 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
 /// What we are: remembered, or new.
 async fn membership(args: &Args, address: SocketAddr) -> Result<Membership> {
     let path = args.state.join(MEMBERSHIP);
-    if let Some(known) = remembered(&path)? {
-        if args.name.as_ref().is_some_and(|name| *name != known.host) {
+    if let Some(known) = Membership::open(path.clone())? {
+        if args.name.as_ref().is_some_and(|name| name != known.host()) {
             anyhow::bail!(
                 "this node joined as {}: remove {} to join anew",
-                known.host,
+                known.host(),
                 path.display()
             );
         }
@@ -87,24 +80,6 @@ async fn membership(args: &Args, address: SocketAddr) -> Result<Membership> {
         );
     };
     let host = args.name.clone().unwrap_or_else(serve::host_name);
-    let member = Membership {
-        version: 1,
-        credentials: enrol::join(controller, token, &host, address).await?,
-        host,
-    };
-    write_private(&path, &serde_json::to_string(&member)?)?;
-    Ok(member)
-}
-
-fn remembered(path: &Path) -> Result<Option<Membership>> {
-    let text = match std::fs::read_to_string(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        text => text.with_context(|| format!("cannot read {}", path.display()))?,
-    };
-    let member: Membership = serde_json::from_str(&text)
-        .with_context(|| format!("cannot understand {}", path.display()))?;
-    if member.version != 1 {
-        anyhow::bail!("{} is of another version", path.display());
-    }
-    Ok(Some(member))
+    let credentials = enrol::join(controller, token, &host, address).await?;
+    Ok(Membership::join(path, host, credentials)?)
 }

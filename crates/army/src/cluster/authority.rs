@@ -16,9 +16,13 @@ use serde::{Deserialize, Serialize};
 use super::{Member, internal};
 use crate::node::Result;
 
-/// How long certificates are valid; they are not renewed.
-const YEARS: u64 = 10;
-const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+/// How long a node's certificate is valid. It is renewed in time ([`super::membership`]), so this is
+/// how long a host may be away, and how long one that was given up is still believed by others.
+pub const NODE_LIFE: Duration = Duration::from_secs(90 * 24 * 3600);
+/// How long the controller's is, which has a new one at each start.
+const CONTROLLER_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+/// How long the authority's own is.
+const AUTHORITY_LIFE: Duration = Duration::from_secs(20 * 365 * 24 * 3600);
 /// Clocks may be so far apart.
 const SKEW: Duration = Duration::from_secs(24 * 3600);
 
@@ -109,7 +113,7 @@ fn make(certificate: &Path, key: &Path) -> Result<()> {
         .push(DnType::CommonName, "Army's own authority");
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-    set_time(&mut params, 2 * YEARS);
+    set_time(&mut params, AUTHORITY_LIFE);
     let pair = KeyPair::generate().map_err(failed)?;
     let text = params.self_signed(&pair).map_err(failed)?.pem();
     // The certificate last: without it, all is made anew.
@@ -132,14 +136,18 @@ fn describe(member: &Member) -> Result<CertificateParams> {
         ExtendedKeyUsagePurpose::ClientAuth,
         ExtendedKeyUsagePurpose::ServerAuth,
     ];
-    set_time(&mut params, YEARS);
+    let life = match member {
+        Member::Controller => CONTROLLER_LIFE,
+        Member::Node(_) => NODE_LIFE,
+    };
+    set_time(&mut params, life);
     Ok(params)
 }
 
-fn set_time(params: &mut CertificateParams, years: u64) {
+fn set_time(params: &mut CertificateParams, life: Duration) {
     let now = SystemTime::now();
     params.not_before = (now - SKEW).into();
-    params.not_after = (now + YEAR * years as u32).into();
+    params.not_after = (now + life).into();
 }
 
 /// Writes a file that only its owner reads; it appears whole or not at all.

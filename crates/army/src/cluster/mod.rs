@@ -2,11 +2,13 @@
 //!
 //! The controller keeps an [`authority`] of its own, and every process has a certificate of it that
 //! says what it is: the controller, or the node of one host. A host gets its certificate for a
-//! token that lives for minutes ([`enrol`]); from then on all connections are mutual TLS
-//! ([`tls`]). Addresses prove nothing, and names in certificates are not looked up anywhere.
+//! token that lives for minutes ([`enrol`]), keeps it and has it renewed ([`membership`]); from then
+//! on all connections are mutual TLS ([`tls`]). Addresses prove nothing, and names in certificates
+//! are not looked up anywhere.
 
 pub mod authority;
 pub mod enrol;
+pub mod membership;
 pub mod tls;
 
 use army_api::{Problem, ProblemKind};

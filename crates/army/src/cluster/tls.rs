@@ -1,17 +1,18 @@
 //! Connections on which both sides show a certificate of the same authority.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use axum::extract::connect_info::Connected;
 use axum::serve::IncomingStream;
-use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{ResolvesClientCert, WebPkiServerVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::server::WebPkiClientVerifier;
+use rustls::server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier};
+use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
@@ -46,8 +47,8 @@ pub struct Listener {
 impl Listener {
     /// Takes connections from `listener`. With `strangers` also from those that show no
     /// certificate; what they may do is for others to say.
-    pub fn new(listener: TcpListener, credentials: &Credentials, strangers: bool) -> Result<Self> {
-        Self::of(listener, server(credentials, strangers)?)
+    pub fn new(listener: TcpListener, identity: &Identity, strangers: bool) -> Result<Self> {
+        Self::of(listener, identity.server(strangers)?)
     }
 
     /// Takes connections from `listener` that are encrypted as `config` says.
@@ -140,22 +141,95 @@ pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-fn roots(credentials: &Credentials) -> Result<Arc<RootCertStore>> {
-    let mut roots = RootCertStore::empty();
-    roots
-        .add(certificate(&credentials.authority)?)
-        .map_err(|error| internal("take up the authority", &error))?;
-    Ok(Arc::new(roots))
-}
-
 pub(super) fn certificate(pem: &str) -> Result<CertificateDer<'static>> {
     CertificateDer::from_pem_slice(pem.as_bytes())
         .map_err(|error| internal("read a certificate", &error))
 }
 
-fn own(
-    credentials: &Credentials,
-) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
+/// Who a process is to the others of its Army. What it shows can be renewed while it is connected.
+#[derive(Clone)]
+pub struct Identity {
+    roots: Arc<RootCertStore>,
+    shown: Arc<Shown>,
+}
+
+impl Identity {
+    /// Whoever has these credentials.
+    ///
+    /// # Errors
+    /// Where they cannot be read, or do not belong together.
+    pub fn new(credentials: &Credentials) -> Result<Self> {
+        let mut roots = RootCertStore::empty();
+        roots
+            .add(certificate(&credentials.authority)?)
+            .map_err(|error| internal("take up the authority", &error))?;
+        Ok(Self {
+            roots: Arc::new(roots),
+            shown: Arc::new(Shown(RwLock::new(own(credentials)?))),
+        })
+    }
+
+    /// Shows other credentials of the same authority from the next connection on.
+    ///
+    /// # Errors
+    /// As [`Identity::new`]; the former ones stay.
+    pub fn renew(&self, credentials: &Credentials) -> Result<()> {
+        let own = own(credentials)?;
+        *self.shown.0.write().unwrap_or_else(PoisonError::into_inner) = own;
+        Ok(())
+    }
+
+    fn server(&self, strangers: bool) -> Result<ServerConfig> {
+        let failed = |error: &dyn std::fmt::Display| internal("set up TLS", error);
+        let roots = Arc::clone(&self.roots);
+        let mut verifier = WebPkiClientVerifier::builder_with_provider(roots, provider());
+        if strangers {
+            verifier = verifier.allow_unauthenticated();
+        }
+        Ok(ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(|error| failed(&error))?
+            .with_client_cert_verifier(verifier.build().map_err(|error| failed(&error))?)
+            .with_cert_resolver(Arc::clone(&self.shown) as Arc<dyn ResolvesServerCert>))
+    }
+
+    /// How it connects to others.
+    pub fn client(&self) -> Result<ClientConfig> {
+        Ok(ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(|error| internal("set up TLS", &error))?
+            .with_root_certificates(Arc::clone(&self.roots))
+            .with_client_cert_resolver(Arc::clone(&self.shown) as Arc<dyn ResolvesClientCert>))
+    }
+}
+
+/// The certificate that is shown at present, with its key.
+#[derive(Debug)]
+struct Shown(RwLock<Arc<CertifiedKey>>);
+
+impl Shown {
+    fn now(&self) -> Arc<CertifiedKey> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl ResolvesServerCert for Shown {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.now())
+    }
+}
+
+impl ResolvesClientCert for Shown {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(self.now())
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+fn own(credentials: &Credentials) -> Result<Arc<CertifiedKey>> {
     let key = PrivateKeyDer::from_pem_slice(credentials.key.as_bytes())
         .map_err(|error| internal("read a key", &error))?;
     // With the authority's behind it: a host that enrols knows only that one's hash.
@@ -163,34 +237,11 @@ fn own(
         certificate(&credentials.certificate)?,
         certificate(&credentials.authority)?,
     ];
-    Ok((chain, key))
-}
-
-fn server(credentials: &Credentials, strangers: bool) -> Result<ServerConfig> {
-    let failed = |error: &dyn std::fmt::Display| internal("set up TLS", error);
-    let mut verifier = WebPkiClientVerifier::builder_with_provider(roots(credentials)?, provider());
-    if strangers {
-        verifier = verifier.allow_unauthenticated();
-    }
-    let (chain, key) = own(credentials)?;
-    ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(|error| failed(&error))?
-        .with_client_cert_verifier(verifier.build().map_err(|error| failed(&error))?)
-        .with_single_cert(chain, key)
-        .map_err(|error| failed(&error))
-}
-
-/// How a member connects to others.
-pub fn client(credentials: &Credentials) -> Result<ClientConfig> {
-    let failed = |error: rustls::Error| internal("set up TLS", &error);
-    let (chain, key) = own(credentials)?;
-    ClientConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(failed)?
-        .with_root_certificates(roots(credentials)?)
-        .with_client_auth_cert(chain, key)
-        .map_err(failed)
+    // This compares the certificate and the key, too.
+    let own = CertifiedKey::from_der(chain, key, &provider());
+    Ok(Arc::new(own.map_err(|error| {
+        internal("use a certificate with its key", &error)
+    })?))
 }
 
 /// How a host connects that has no certificate yet, and knows only the hash of the authority's.

@@ -59,6 +59,10 @@ pub trait Host: Send + Sync {
     fn report(&self) -> Result<Report>;
     /// [`Node::forget`].
     fn forget(&self, ids: &[String]) -> Result<()>;
+    /// A request for a certificate, in PEM, where the host's is getting old.
+    fn certificate_request(&self) -> Result<Option<String>>;
+    /// Gives the host the certificate, in PEM, that it asked for.
+    fn take_certificate(&self, certificate: &str) -> Result<()>;
 }
 
 impl Host for Node {
@@ -134,5 +138,15 @@ impl Host for Node {
     fn forget(&self, ids: &[String]) -> Result<()> {
         self.forget(ids);
         Ok(())
+    }
+
+    fn certificate_request(&self) -> Result<Option<String>> {
+        // One that is in the controller's own process shows nobody anything.
+        Ok(None)
+    }
+
+    fn take_certificate(&self, _: &str) -> Result<()> {
+        let detail = "no certificate was asked for";
+        Err(Problem::new(ProblemKind::Conflict, detail))
     }
 }

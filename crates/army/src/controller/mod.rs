@@ -11,6 +11,7 @@ pub mod host;
 mod making;
 pub mod reconcile;
 pub mod remote;
+mod renewal;
 mod templates;
 
 use std::collections::{BTreeMap, HashMap, HashSet};

@@ -273,4 +273,12 @@ impl Host for Remote {
     fn forget(&self, ids: &[String]) -> Result<()> {
         self.call("forget", &ids, LIMIT)
     }
+
+    fn certificate_request(&self) -> Result<Option<String>> {
+        self.call("certificate-request", &(), REPORT_LIMIT)
+    }
+
+    fn take_certificate(&self, certificate: &str) -> Result<()> {
+        self.call("certificate", &certificate, REPORT_LIMIT)
+    }
 }

@@ -23,6 +23,7 @@ use super::journal::Entry;
 use super::{Node, Result, TemplateFacts};
 use crate::blocking;
 use crate::cluster::Member;
+use crate::cluster::membership::Membership;
 use crate::cluster::tls::Peer;
 use crate::controller::host::Origin;
 use crate::controller::remote;
@@ -56,19 +57,22 @@ impl<'a> Make<'a> {
 #[derive(Clone)]
 struct Served {
     node: Arc<Node>,
+    member: Arc<Membership>,
+    /// How this node connects to others.
     tls: ClientConfig,
     /// Fetching goes one by one.
     fetching: Arc<Mutex<()>>,
 }
 
-/// All of it. `tls` is how this node connects to others.
-pub fn router(node: Arc<Node>, tls: ClientConfig) -> Router {
+/// All of it, for the node that `member` is.
+pub fn router(node: Arc<Node>, member: Arc<Membership>) -> Result<Router> {
     let served = Served {
         node,
-        tls,
+        tls: member.identity().client()?,
+        member,
         fetching: Arc::default(),
     };
-    Router::new()
+    Ok(Router::new()
         .route(
             "/v1/create",
             operation(|node, make: Make<'static>| Ok(node.create(&make.of, &make.entries))),
@@ -119,8 +123,10 @@ pub fn router(node: Arc<Node>, tls: ClientConfig) -> Router {
             "/v1/content/{template}",
             get(content).put(take).layer(DefaultBodyLimit::disable()),
         )
+        .route("/v1/certificate-request", post(certificate_request))
+        .route("/v1/certificate", post(certificate))
         .layer(DefaultBodyLimit::max(MAX_BODY))
-        .with_state(served)
+        .with_state(served))
 }
 
 /// An operation of the controller's.
@@ -149,6 +155,26 @@ fn of_controller(peer: &Peer) -> Result<()> {
             "only the controller may ask for this",
         )),
     }
+}
+
+/// Tells the controller whether a certificate is wanted.
+async fn certificate_request(
+    State(served): State<Served>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+) -> std::result::Result<Json<Option<String>>, Failure> {
+    of_controller(&peer)?;
+    Ok(Json(served.member.request()?))
+}
+
+/// Takes the certificate that was wanted.
+async fn certificate(
+    State(served): State<Served>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Json(certificate): Json<String>,
+) -> std::result::Result<Json<()>, Failure> {
+    of_controller(&peer)?;
+    blocking(move || served.member.take(&certificate)).await?;
+    Ok(Json(()))
 }
 
 /// Connects the controller with a VM's agent.

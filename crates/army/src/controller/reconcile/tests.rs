@@ -157,6 +157,14 @@ impl Host for Slow {
     fn forget(&self, _: &[String]) -> Result<()> {
         Ok(())
     }
+
+    fn certificate_request(&self) -> Result<Option<String>> {
+        no()
+    }
+
+    fn take_certificate(&self, _: &str) -> Result<()> {
+        no()
+    }
 }
 
 /// A controller of that host, on which there is a template `t`.
