@@ -43,7 +43,10 @@ impl Browser {
             "--disable-dev-shm-usage",
             "--window-size=1200,900",
         ]);
-        let capabilities = json!({"goog:chromeOptions": {"args": arguments}});
+        // Where everything is emulated, a minute (what it waits by itself) may not be enough.
+        let patience = PATIENCE.as_millis() as u64;
+        let options = json!({"args": arguments, "browserStartupTimeout": patience});
+        let capabilities = json!({"goog:chromeOptions": options});
         let client = ClientBuilder::new(hyper_util::client::legacy::connect::HttpConnector::new())
             .capabilities(capabilities.as_object().unwrap().clone())
             .connect(&format!("http://127.0.0.1:{port}"))

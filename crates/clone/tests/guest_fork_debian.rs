@@ -12,9 +12,9 @@ use guest_bench::{Bench, PATIENCE};
 use sha2::{Digest, Sha256};
 
 const CLONES: usize = 50;
-/// Clones that run at a time: where guests are emulated, an idle Debian takes some twentieth of the
-/// processor, so that those that have answered are paused.
-const AWAKE: usize = 10;
+/// Clones that run at a time: where guests are emulated, a Debian takes seconds of the processor to
+/// become itself, and idle some twentieth of it, so that those that have answered are paused.
+const AWAKE: usize = 5;
 
 /// Holds its data and a nonce; answers each line in one FIFO with a line in the other.
 const HOLDER: &str = r#"
