@@ -184,9 +184,12 @@ fn a_guest_that_reboots_boots_again_in_its_vm_with_its_disk() {
     assert!(bench.leftovers().is_empty(), "{:?}", bench.leftovers());
 }
 
+/// Waits until there is no such VM, and nothing of it: one that is just ending answers no more, and
+/// what it leaves goes with the first command that finds its process gone.
 fn gone(bench: &Bench, name: &str) {
     let waited = Instant::now();
-    while bench.run(&["stat", name]).status.code() != Some(3) {
+    let is_gone = || bench.run(&["stat", name]).status.code() == Some(3);
+    while !is_gone() || bench.leftovers().iter().any(|left| left == name) {
         assert!(waited.elapsed().as_secs() < PATIENCE, "{name} does not end");
         std::thread::sleep(Duration::from_millis(100));
     }
