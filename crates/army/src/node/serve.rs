@@ -123,25 +123,41 @@ pub fn router(node: Arc<Node>, member: Arc<Membership>) -> Result<Router> {
             "/v1/content/{template}",
             get(content).put(take).layer(DefaultBodyLimit::disable()),
         )
-        .route("/v1/certificate-request", post(certificate_request))
-        .route("/v1/certificate", post(certificate))
+        .route(
+            "/v1/certificate-request",
+            asked(|served, ()| served.member.request()),
+        )
+        .route(
+            "/v1/certificate",
+            asked(|served, certificate: String| served.member.take(&certificate)),
+        )
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(served))
 }
 
-/// An operation of the controller's.
+/// An operation of the node's that the controller asks for.
 fn operation<A, R, W>(work: W) -> MethodRouter<Served>
 where
     A: DeserializeOwned + Send + 'static,
     R: Serialize + Send + 'static,
     W: Fn(&Node, A) -> Result<R> + Clone + Send + Sync + 'static,
 {
+    asked(move |served, arguments| work(&served.node, arguments))
+}
+
+/// Anything that the controller, and nobody else, asks for.
+fn asked<A, R, W>(work: W) -> MethodRouter<Served>
+where
+    A: DeserializeOwned + Send + 'static,
+    R: Serialize + Send + 'static,
+    W: Fn(&Served, A) -> Result<R> + Clone + Send + Sync + 'static,
+{
     post(
         move |State(served): State<Served>,
               ConnectInfo(peer): ConnectInfo<Peer>,
               Json(arguments): Json<A>| async move {
             of_controller(&peer)?;
-            let done = blocking(move || work(&served.node, arguments)).await?;
+            let done = blocking(move || work(&served, arguments)).await?;
             Ok::<_, Failure>(Json(done))
         },
     )
@@ -155,26 +171,6 @@ fn of_controller(peer: &Peer) -> Result<()> {
             "only the controller may ask for this",
         )),
     }
-}
-
-/// Tells the controller whether a certificate is wanted.
-async fn certificate_request(
-    State(served): State<Served>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
-) -> std::result::Result<Json<Option<String>>, Failure> {
-    of_controller(&peer)?;
-    Ok(Json(served.member.request()?))
-}
-
-/// Takes the certificate that was wanted.
-async fn certificate(
-    State(served): State<Served>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
-    Json(certificate): Json<String>,
-) -> std::result::Result<Json<()>, Failure> {
-    of_controller(&peer)?;
-    blocking(move || served.member.take(&certificate)).await?;
-    Ok(Json(()))
 }
 
 /// Connects the controller with a VM's agent.
