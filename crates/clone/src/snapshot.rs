@@ -47,6 +47,10 @@ pub fn take(
     if diff && parent.is_none() {
         return Err(no_parent(&config.name, known.template.as_deref()));
     }
+    if let Some(parent) = &parent {
+        // Its files become the new one's, with their hashes.
+        parent.ensure_verified(runtime)?;
+    }
     // The guest of a difference has the agent of its parent. Who asks it again wakes it, and it
     // changes more pages by that than an idle guest in a minute.
     let agent_of_parent = parent

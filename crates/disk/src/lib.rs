@@ -37,19 +37,21 @@ mod layer;
 mod open;
 mod qcow2;
 mod request;
+mod sparse;
 mod spec;
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 
 pub use buffer::{Buffer, Buffers};
-pub use disk::{Disk, FrozenLayers, copy_range};
+pub use disk::{Disk, FrozenLayers};
 pub use engine::EngineKind;
 pub use engine::ring::restricted_ring;
 pub use error::DiskError;
 pub use layer::{LayerHeader, LayerId, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
 pub use qcow2::Qcow2Header;
 pub use request::{Completion, Request};
+pub use sparse::copy_file;
 pub use spec::{DiskFiles, DiskSpec, Format, ImageSpec, WriteFile, Writes, ephemeral};
 
 /// The size of a file or block device in bytes.

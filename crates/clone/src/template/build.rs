@@ -1,5 +1,6 @@
 //! Making a template: under a hidden name, then all at once.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
@@ -44,6 +45,8 @@ pub struct NewTemplate {
     memory: Vec<String>,
     /// For each disk its base and its layers.
     disks: Vec<(String, Vec<String>)>,
+    /// Hashes of files that are a parent's own, by their name here.
+    known: BTreeMap<String, String>,
     /// The directory itself, locked: it is no dead maker's.
     _lock: File,
 }
@@ -68,6 +71,7 @@ impl NewTemplate {
             dir,
             memory: Vec::new(),
             disks: Vec::new(),
+            known: BTreeMap::new(),
             _lock: lock,
         })
     }
@@ -108,7 +112,7 @@ impl NewTemplate {
     }
 
     /// Adds a disk whose base image and first `layers` layers are those of disk `index` of
-    /// `parent`.
+    /// `parent`, whose files must be known to be as described: they are not hashed again.
     pub fn share_disk(&mut self, parent: &Template, index: usize, layers: usize) -> Result<()> {
         let number = self.disks.len();
         let Some(disk) = parent.content().disks.get(index) else {
@@ -116,11 +120,11 @@ impl NewTemplate {
             return Err(ApiError::new(ErrorCode::InvalidConfig, message));
         };
         let base = format!("disk-{number}.raw");
-        self.share(&parent.path(&disk.base.file), &base)?;
+        self.share_hashed(parent, &disk.base, &base)?;
         let mut names = Vec::new();
         for (at, layer) in disk.layers.iter().take(layers).enumerate() {
             let name = format!("disk-{number}.layer-{at}");
-            self.share(&parent.path(&layer.file), &name)?;
+            self.share_hashed(parent, layer, &name)?;
             names.push(name);
         }
         self.disks.push((base, names));
@@ -145,7 +149,7 @@ impl NewTemplate {
         let image = fs::metadata(&disk.path).map_err(failed("look at", &disk.path))?;
         match format {
             Format::Raw if image.is_file() => {
-                copy_sparse(&disk.path, &copy).map_err(failed("copy", &disk.path))?;
+                copy_image(&disk.path, &copy).map_err(failed("copy", &disk.path))?;
             }
             // A block device has neither a length nor holes that a file's calls would tell.
             Format::Raw | Format::Qcow2 => {
@@ -164,7 +168,7 @@ impl NewTemplate {
     /// Adds a copy of a layer to disk `index`.
     pub fn copy_layer(&mut self, index: usize, layer: &Path) -> Result<()> {
         let file = self.disk_layer_file(index)?;
-        copy_sparse(layer, &file).map_err(failed("copy", layer))
+        copy_image(layer, &file).map_err(failed("copy", layer))
     }
 
     /// The file of one more layer of disk `index`.
@@ -293,24 +297,35 @@ impl NewTemplate {
     fn hashed(&self, name: &str) -> Result<HashedFile> {
         let path = self.dir.join(name);
         let file = File::open(&path).map_err(failed("open", &path))?;
+        let hash = match self.known.get(name) {
+            Some(hash) => hash.clone(),
+            None => verify::hash_of(&file).map_err(failed("read", &path))?,
+        };
         Ok(HashedFile {
             file: name.to_owned(),
             bytes: file.metadata().map_err(failed("look at", &path))?.len(),
-            hash: verify::hash_of(&file).map_err(failed("read", &path))?,
+            hash,
         })
     }
 
-    /// Takes a file of another template: the same one where both are on one file system.
-    fn share(&self, from: &Path, name: &str) -> Result<()> {
-        let to = self.dir.join(name);
-        match fs::hard_link(from, &to) {
-            Ok(()) => Ok(()),
-            // Another file system, or one without links.
-            Err(_) => {
-                let file = self.create(name)?;
-                copy_sparse(from, &file).map_err(failed("copy", from))
-            }
+    fn share_hashed(&mut self, parent: &Template, file: &HashedFile, name: &str) -> Result<()> {
+        if self.share(&parent.path(&file.file), name)? {
+            self.known.insert(name.to_owned(), file.hash.clone());
         }
+        Ok(())
+    }
+
+    /// Takes a file of another template: the same one where both are on one file system, or else
+    /// a copy. Whether it is the same.
+    fn share(&self, from: &Path, name: &str) -> Result<bool> {
+        let to = self.dir.join(name);
+        if fs::hard_link(from, &to).is_ok() {
+            return Ok(true);
+        }
+        // Another file system, or one without links.
+        let file = self.create(name)?;
+        copy_image(from, &file).map_err(failed("copy", from))?;
+        Ok(false)
     }
 }
 
@@ -430,25 +445,7 @@ fn sync_dir(dir: &Path) -> Result<()> {
     synced.map_err(failed("make durable", dir))
 }
 
-/// Copies a file's data and leaves its holes, sharing blocks where the file system can.
-fn copy_sparse(from: &Path, to: &File) -> io::Result<()> {
-    let source = File::open(from)?;
-    let len = source.metadata()?.len();
-    to.set_len(len)?;
-    // A clone of the whole file, in no time.
-    if rustix::fs::ioctl_ficlone(to, &source).is_ok() {
-        return Ok(());
-    }
-    let mut at = 0;
-    while at < len {
-        let start = match rustix::fs::seek(&source, rustix::fs::SeekFrom::Data(at)) {
-            Ok(start) => start,
-            Err(Errno::NXIO) => break,
-            Err(error) => return Err(error.into()),
-        };
-        let end = rustix::fs::seek(&source, rustix::fs::SeekFrom::Hole(start))?;
-        clone_disk::copy_range(&source, start, to, start, end - start)?;
-        at = end;
-    }
-    Ok(())
+/// Copies an image or a layer with its holes.
+fn copy_image(from: &Path, to: &File) -> io::Result<()> {
+    clone_disk::copy_file(&File::open(from)?, to)
 }

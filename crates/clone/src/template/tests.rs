@@ -176,6 +176,19 @@ fn a_difference_shares_its_parents_files_and_outlives_it() {
 }
 
 #[test]
+fn what_is_damaged_does_not_become_whole_by_being_shared() {
+    let place = Place::new();
+    let parent = place.make("a", None);
+    tamper(&place.path("a").join("disk-0.raw"), |opened| {
+        opened.write_all_at(&[8], 0).unwrap();
+    });
+    // Whoever shares it has verified it; had it been hashed again, the damage would be described.
+    let child = place.make("b", Some(&parent));
+    let error = child.verify(|_| {}).unwrap_err();
+    assert!(error.message.contains("disk-0.raw"), "{error:?}");
+}
+
+#[test]
 fn a_flat_template_has_one_layer_and_the_same_memory() {
     let place = Place::new();
     let parent = place.make("a", None);

@@ -9,9 +9,7 @@ use super::Disk;
 use crate::block_map::{BlockMap, Owner};
 use crate::error::{DiskError, io_error};
 use crate::layer::{self, LayerHeader};
-
-/// Copied at a time where the host cannot copy within the kernel.
-const CHUNK: usize = 1 << 20;
+use crate::sparse::{self, CHUNK};
 
 /// Frozen layers of a disk, which goes on without minding them.
 pub struct FrozenLayers {
@@ -59,11 +57,7 @@ impl Disk {
         while offset < self.size() {
             let len = (self.size() - offset).min(CHUNK as u64) as usize;
             self.read_at(&mut buffer[..len], offset)?;
-            for (page, at) in buffer[..len].chunks(4096).zip((offset..).step_by(4096)) {
-                if page.iter().any(|byte| *byte != 0) {
-                    image.write_all_at(page, at)?;
-                }
-            }
+            sparse::write(image, &buffer[..len], offset)?;
             offset += len as u64;
         }
         Ok(())
@@ -99,7 +93,7 @@ impl FrozenLayers {
                 Owner::Layer(number) => {
                     let (from, source) = &self.layers[usize::from(number) - 1];
                     let at = |header: &LayerHeader| header.data_offset() + block * block_size;
-                    copy_range(source, at(from), file, at(&header), count * block_size)
+                    sparse::copy_range(source, at(from), file, at(&header), count * block_size)
                         .map_err(io_error("copy a layer's blocks"))?;
                     map.set(run, Owner::Layer(1));
                 }
@@ -112,36 +106,6 @@ impl FrozenLayers {
         }
         Ok(header)
     }
-}
-
-/// Copies bytes between files, sharing blocks where the file system can.
-///
-/// # Errors
-/// The host's, and `UnexpectedEof` where `from` is shorter.
-pub fn copy_range(from: &File, from_at: u64, to: &File, to_at: u64, len: u64) -> io::Result<()> {
-    let (mut from_at, mut to_at, mut left) = (from_at, to_at, len);
-    while left > 0 {
-        let part = left.min(1 << 30) as usize;
-        // It moves both offsets itself.
-        match rustix::fs::copy_file_range(from, Some(&mut from_at), to, Some(&mut to_at), part) {
-            Ok(count) if count > 0 => left -= count as u64,
-            // Across file systems, or of a kind that it does not know.
-            Ok(_) | Err(_) => return copy_through(from, from_at, to, to_at, left),
-        }
-    }
-    Ok(())
-}
-
-fn copy_through(from: &File, from_at: u64, to: &File, to_at: u64, len: u64) -> io::Result<()> {
-    let mut buffer = vec![0; CHUNK.min(len as usize)];
-    let mut done = 0;
-    while done < len {
-        let part = (len - done).min(CHUNK as u64) as usize;
-        from.read_exact_at(&mut buffer[..part], from_at + done)?;
-        to.write_all_at(&buffer[..part], to_at + done)?;
-        done += part as u64;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use std::os::fd::RawFd;
 use crate::buffer::{Buffer, Buffers, invalid_input};
 use crate::engine::{Engine, Finished, Op, OpKind};
 use crate::request::{Completion, Request};
-pub use export::{FrozenLayers, copy_range};
+pub use export::FrozenLayers;
 pub(crate) use stack::Stack;
 use task::{Task, Tasks, Work};
 
