@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -15,11 +16,8 @@ use crate::{guest, host, kvm, paths};
 /// How `clone` and the measuring program are built: optimised as a release, quicker to build.
 const PROFILE: &str = "measure";
 
-/// The bench that is a program of `army`'s.
-const PLACE: &str = "place";
-
-/// The bench of the measuring program that needs no guests, and runs here.
-const LIST: &str = "list";
+/// Benches that need no guests, and run here.
+const WITHOUT_GUESTS: [&str; 2] = ["list", "place"];
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -44,9 +42,6 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     host::install_packages()?;
-    if options.names == [PLACE] {
-        return place();
-    }
     let built = [
         "build",
         "--quiet",
@@ -61,7 +56,6 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if options.list {
         build()?;
         run_command(Command::new(binary("clone-bench")).arg("list"))?;
-        println!("{PLACE:<10} placement in a simulated fleet; needs no guests");
         return Ok(ExitCode::SUCCESS);
     }
     println!("building clone and the measuring programs (profile {PROFILE})");
@@ -77,27 +71,34 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     println!("{verdict}");
     let on_hardware = verdict.runs_stock_guests() && !options.testbed;
     let mut failed = Vec::new();
+    // One for all: starting one, and copying to its memory what is measured, takes a minute.
+    let mut testbed = None;
     for name in &names {
-        if name == PLACE {
-            place()?;
-            continue;
-        }
-        let kvm = match (name == LIST, on_hardware) {
+        let start = Instant::now();
+        let without_guests = WITHOUT_GUESTS.contains(&name.as_str());
+        let kvm = match (without_guests, on_hardware) {
             (true, _) => "none: no guests take part",
             (_, true) => "hardware KVM",
             (_, false) => "testbed: nested KVM on a CPU that QEMU emulates; compare ratios only",
         };
         let mut words = words.clone();
         words.extend(["--kvm".into(), kvm.into(), name.into()]);
-        let ended = match on_hardware || name == LIST {
+        let ended = match on_hardware || without_guests {
             true => here(&words)?,
             false => {
                 words.push("--stage".into());
-                in_testbed(&words)?
+                let testbed = match &testbed {
+                    Some(testbed) => testbed,
+                    None => testbed.insert(Testbed::find_or_start(&Size::default())?),
+                };
+                testbed::execute(testbed, &words)?
             }
         };
+        println!("== {name}: {} s", start.elapsed().as_secs());
         if ended != ExitCode::SUCCESS {
             failed.push(name.as_str());
+            // Who knows what is left in it.
+            testbed = None;
         }
     }
     let report = output(
@@ -109,25 +110,6 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if !failed.is_empty() {
         bail!("these benches failed: {}", failed.join(", "));
     }
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Measures Army's scheduler, here: it has nothing to do with guests.
-fn place() -> Result<ExitCode> {
-    std::fs::create_dir_all(folder())?;
-    let path = folder().join("place.json");
-    let words = [
-        "bench",
-        "--quiet",
-        "--profile",
-        PROFILE,
-        "-p",
-        "army",
-        "--bench",
-        PLACE,
-        "--",
-    ];
-    run_command(cargo(&words).arg(&path)).context("cannot measure placement")?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -168,17 +150,12 @@ fn here(words: &[OsString]) -> Result<ExitCode> {
     Ok(ExitCode::from(status.code().unwrap_or(1) as u8))
 }
 
-fn in_testbed(words: &[OsString]) -> Result<ExitCode> {
-    let testbed = Testbed::find_or_start(&Size::default())?;
-    testbed::execute(&testbed, words)
-}
-
 fn all_names() -> Result<Vec<String>> {
     let list = output(Command::new(binary("clone-bench")).arg("list"))?;
     let names = list
         .lines()
         .filter_map(|line| line.split_whitespace().next());
-    Ok(names.map(str::to_owned).chain([PLACE.to_owned()]).collect())
+    Ok(names.map(str::to_owned).collect())
 }
 
 fn binary(name: &str) -> PathBuf {

@@ -8,6 +8,7 @@ mod fork;
 mod list;
 mod memory;
 mod net;
+mod place;
 
 use anyhow::Result;
 
@@ -62,6 +63,11 @@ pub(crate) const ALL: &[Bench] = &[
         name: "list",
         about: list::ABOUT,
         run: list::run,
+    },
+    Bench {
+        name: "place",
+        about: place::ABOUT,
+        run: place::run,
     },
 ];
 

@@ -131,6 +131,15 @@ fn configuration(context: &Context, machine: &Machine, vsock: &Path) -> Result<P
             "vcpu_count": machine.vcpus,
             "mem_size_mib": machine.memory_mib,
         },
+        // As QEMU's, without the paravirtual end of interrupt: KVM's features, bit 6.
+        "cpu-config": {
+            "cpuid_modifiers": [{
+                "leaf": "0x40000001",
+                "subleaf": "0x0",
+                "flags": 0,
+                "modifiers": [{ "register": "eax", "bitmap": "0bxxxxxxxxxxxxxxxxxxxxxxxxx0xxxxxx" }],
+            }],
+        },
         "drives": [],
     });
     if machine.standard_devices {

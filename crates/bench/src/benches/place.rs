@@ -1,17 +1,20 @@
-//! Placement in a simulated fleet: how many a second, and how evenly. `cargo xtask bench place`
-//! starts it; it prints its record, and writes it where its argument says.
+//! Placement in a simulated fleet: how many a second, and how evenly. It needs no guests.
 //!
 //! 1,000 hosts of four sizes get 100,000 VMs of 50 templates, asked for in bursts of 1 to 64. What a
 //! VM really costs is up to half more or less than what its template's clones cost on average, and
 //! is seen when hosts are measured, after every thousand VMs. A template begins on one host, and is
 //! then on each host that was chosen for it.
-#![allow(clippy::print_stdout, clippy::unwrap_used)]
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
+use anyhow::{Result, anyhow};
 use army::scheduler::{HostView, Need, place};
-use serde_json::json;
+
+use crate::context::Context;
+use crate::record::{Figure, Ratio, Record};
+
+pub(crate) const ABOUT: &str = "placement in a simulated fleet; needs no guests";
 
 const HOSTS: usize = 1000;
 const VMS: usize = 100_000;
@@ -33,7 +36,7 @@ impl Numbers {
     }
 }
 
-fn main() {
+pub(crate) fn run(_: &Context) -> Result<Record> {
     let mut numbers = Numbers(0x9E37_79B9_7F4A_7C15);
     let mut hosts: Vec<HostView> = (0..HOSTS)
         .map(|index| HostView {
@@ -66,7 +69,7 @@ fn main() {
             anywhere: true,
         };
         let start = Instant::now();
-        let chosen = place(&mut hosts, need, count as u32).unwrap();
+        let chosen = place(&mut hosts, need, count as u32).map_err(|full| anyhow!("{full:?}"))?;
         time += start.elapsed();
         requests += 1;
         for index in chosen {
@@ -81,50 +84,38 @@ fn main() {
             }
         }
     }
-    let mut shares: Vec<f64> = hosts
+    let shares: Vec<f64> = hosts
         .iter()
         .zip(&used)
         .map(|(host, used)| 100.0 * *used as f64 / host.memory_bytes as f64)
         .collect();
-    shares.sort_by(f64::total_cmp);
-    let at = |percent: usize| shares[(shares.len() - 1) * percent / 100];
     let copies: usize = holders.iter().map(HashSet::len).sum();
     let rate = VMS as f64 / time.as_secs_f64();
-    let (median, fullest) = (at(50), at(100));
-    // As the other benches write theirs.
-    let figure = |name: &str, unit: &str, sorted: &[f64]| {
-        let at = |percent: usize| sorted[(sorted.len() - 1) * percent / 100];
-        json!({
-            "name": name, "unit": unit, "n": sorted.len(),
-            "p50": at(50), "p99": at(99), "min": at(0), "samples": sorted,
-        })
-    };
-    let record = json!({
-        "how": [
-            format!("A simulated fleet of {HOSTS} hosts of four sizes gets {VMS} VMs of {TEMPLATES} templates in {requests} requests."),
-            "What a VM really costs differs from what is expected, and is seen when hosts are measured.",
-        ],
-        "figures": [
-            figure("placements", "1/s", &[rate.round()]),
-            figure("memory used, of each host", "%", &shares),
-            figure("hosts with a template, mean", "hosts", &[copies as f64 / TEMPLATES as f64]),
-        ],
-        "ratios": [
-            {"name": "placements a second / 20,000", "value": rate / 20_000.0, "goal": "at least 1"},
-            {"name": "memory used, fullest host / median", "value": fullest / median, "goal": "within a few percent of 1"},
-        ],
+    let mut record = Record::new(&[
+        &format!(
+            "A simulated fleet of {HOSTS} hosts of four sizes gets {VMS} VMs of {TEMPLATES} templates in {requests} requests."
+        ),
+        "What a VM really costs differs from what is expected, and is seen when hosts are measured.",
+    ]);
+    record.add(Figure::new("placements", "1/s", vec![rate.round()]));
+    let used = Figure::new("memory used, of each host", "%", shares);
+    let fullest = used.samples.iter().copied().fold(0.0, f64::max);
+    record.add_ratio(Ratio {
+        name: "placements a second / 20,000".to_owned(),
+        value: rate / 20_000.0,
+        goal: Some("at least 1".to_owned()),
     });
-    let text = serde_json::to_string_pretty(&record).unwrap();
-    println!("placements: {rate:.0}/s");
-    println!(
-        "memory used, of each host: {:.1} to {fullest:.1} %, median {median:.1}",
-        at(0)
-    );
-    // Cargo adds flags of its own.
-    if let Some(path) = std::env::args()
-        .skip(1)
-        .find(|word| !word.starts_with("--"))
-    {
-        std::fs::write(path, text).unwrap();
-    }
+    record.add_ratio(Ratio {
+        name: "memory used, fullest host / median".to_owned(),
+        value: fullest / used.p50,
+        goal: Some("within a few percent of 1".to_owned()),
+    });
+    record.add(used);
+    let mean = copies as f64 / TEMPLATES as f64;
+    record.add(Figure::new(
+        "hosts with a template, mean",
+        "hosts",
+        vec![mean],
+    ));
+    Ok(record)
 }
