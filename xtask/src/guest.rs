@@ -24,6 +24,8 @@ const DEBIAN: &str = "guest-debian";
 const KERNEL_PACKAGES: &[&str] = &["linux-image-cloud-amd64", "busybox-static"];
 /// Modules that the RAM disk loads: what the guest's root and its devices need.
 const GUEST_MODULES: &[&str] = &[
+    // What Firecracker's devices are found by; PCI is built in.
+    "virtio_mmio",
     "crc32c_generic",
     "crc32c_intel",
     "virtio_blk",
