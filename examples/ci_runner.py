@@ -26,8 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 # A connection that says nothing for so long is given up; an idle stream of events says something
 # every few seconds.
 SILENCE = 60
-# How often a request is sent again, or an output that broke off is read on.
-TRIES = 20
+# How long Army may be away before a job is given up, in seconds: restarts take their time.
+PATIENCE = 300
 # Where the sources are in a VM.
 WORK = "/root/work"
 
@@ -53,7 +53,8 @@ def open_url(method, path, data=None, kind="application/json", headers=()):
 def ask(method, path, body=None, **more):
     """A request that may be sent again: Army does it once, or it does no harm twice."""
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    for attempt in range(TRIES):
+    end = time.monotonic() + PATIENCE
+    while True:
         try:
             with open_url(method, path, data, **more) as answer:
                 text = answer.read()
@@ -61,11 +62,11 @@ def ask(method, path, body=None, **more):
         except urllib.error.HTTPError as refused:
             problem = json.load(refused)
             wait = problem.get("retry_after_s")
-            if wait is None or attempt + 1 == TRIES:
+            if wait is None or time.monotonic() > end:
                 raise Failed(problem["detail"]) from refused
             time.sleep(wait)
         except OSError as lost:
-            if attempt + 1 == TRIES:
+            if time.monotonic() > end:
                 raise Failed(f"Army does not answer: {lost}") from lost
             time.sleep(1)
 
@@ -73,10 +74,12 @@ def ask(method, path, body=None, **more):
 def read_output(path, show):
     """Shows what a command writes until it ends, and returns how; reads on where it was cut off."""
     cursors = {"stdout": 0, "stderr": 0}
-    for attempt in range(TRIES):
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
         try:
             with open_url("GET", f"{path}/output?{urllib.parse.urlencode(cursors)}") as stream:
                 for line in stream:
+                    end = time.monotonic() + PATIENCE
                     if not line.startswith(b"data: "):
                         continue
                     event = json.loads(line[len(b"data: ") :])
@@ -89,7 +92,9 @@ def read_output(path, show):
                         # The guest keeps 256 KiB that nobody reads, and nobody read.
                         show(event["stream"], f"[{event['bytes']} bytes of output are lost]\n")
         except urllib.error.HTTPError as refused:
-            raise Failed(json.load(refused)["detail"]) from refused
+            # What is the server's own trouble may pass.
+            if refused.code < 500:
+                raise Failed(json.load(refused)["detail"]) from refused
         except OSError:
             pass  # read on
         time.sleep(1)
