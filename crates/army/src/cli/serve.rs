@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use army_api::keys::{CreateKey, Role};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use rustls::ServerConfig;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -27,8 +28,17 @@ pub(super) fn begin(state: &Path) -> Result<std::fs::File> {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .init();
+    raise_open_files().context("cannot raise the limit of open files")?;
     std::fs::create_dir_all(state).with_context(|| format!("cannot make {}", state.display()))?;
     only_one(state)
+}
+
+/// Each VM and each connection takes some, and what a shell grants a program at first (1,024) is
+/// for programs that call select(2). As many as are allowed.
+fn raise_open_files() -> rustix::io::Result<()> {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit)
 }
 
 /// Two servers on one state would undo each other's work.

@@ -8,9 +8,11 @@
 pub mod capacity;
 pub mod journal;
 pub mod policy;
+mod report;
 pub mod serve;
 pub mod standbys;
 pub mod supervise;
+mod watch;
 
 use std::collections::HashMap;
 use std::io::{self, BufReader, BufWriter};
@@ -20,8 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use agent_proto::client::{ClientError, Connection};
-use army_api::hosts::Capacity;
-use army_api::vms::{Balloon, VmMemory, VmState};
+use army_api::vms::Balloon;
 use army_api::{Problem, ProblemKind};
 use clone::launch::fork::{self, Overrides, Source};
 use clone::runtime::{RunningVm, Runtime};
@@ -31,6 +32,8 @@ use clone_api::{ApiError, Bytes, Client, ErrorCode};
 use crate::pipe::{Pieces, Sender, Sink, Source as PieceSource};
 
 use journal::{Entry, Journal, Stage};
+use report::Seen;
+pub use report::{Report, VmReport};
 use serde::{Deserialize, Serialize};
 use standbys::Standbys;
 
@@ -58,9 +61,9 @@ pub struct Node {
     sources: Mutex<HashMap<String, Arc<Source>>>,
     standbys: Standbys,
     receiving: Mutex<()>,
+    seen: Seen,
     /// When each VM was last used, by id.
     used: Mutex<HashMap<String, Use>>,
-    started: Instant,
 }
 
 /// How a VM is used.
@@ -81,30 +84,6 @@ pub struct Made {
     pub running_us: u64,
     /// From then until it had its own identity, in microseconds.
     pub identity_us: u64,
-}
-
-/// What the controller learns of a host in one go.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Report {
-    /// What it has.
-    pub capacity: Capacity,
-    /// Its VMs, those that ended since the journal forgot none of them included.
-    pub vms: Vec<VmReport>,
-    /// Standbys that are ready, by the template's name.
-    pub ready: HashMap<String, u32>,
-}
-
-/// What a host says of one VM.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct VmReport {
-    /// The VM.
-    pub id: String,
-    /// What it does.
-    pub state: VmState,
-    /// Why it is over.
-    pub reason: Option<String>,
-    /// Its memory, where it runs.
-    pub memory: Option<VmMemory>,
 }
 
 /// What a host knows of a template.
@@ -137,8 +116,8 @@ impl Node {
             store,
             journal,
             sources: Mutex::default(),
+            seen: Seen::default(),
             used: Mutex::default(),
-            started: Instant::now(),
         });
         node.take_up();
         Ok(node)
@@ -240,13 +219,17 @@ impl Node {
 
     /// Stops a VM's CPUs.
     pub fn pause(&self, id: &str) -> Result<()> {
-        self.client(id)?.pause().map_err(|error| of_vm(&error))
+        let paused = self.client(id)?.pause();
+        self.seen.forget(id);
+        paused.map_err(|error| of_vm(&error))
     }
 
     /// Sets them going again.
     pub fn resume(&self, id: &str) -> Result<()> {
         self.touch(id);
-        self.client(id)?.resume().map_err(|error| of_vm(&error))
+        let resumed = self.client(id)?.resume();
+        self.seen.forget(id);
+        resumed.map_err(|error| of_vm(&error))
     }
 
     /// A VM's balloon; with `bytes` after asking for that size.
@@ -256,6 +239,9 @@ impl Node {
             Some(bytes) => client.set_balloon(Bytes(bytes)),
             None => client.balloon(),
         };
+        if bytes.is_some() {
+            self.seen.forget(id);
+        }
         let status = status.map_err(|error| of_vm(&error))?;
         Ok(Balloon {
             target_bytes: status.target_bytes,
@@ -392,6 +378,7 @@ impl Node {
             Client::new(vm.dir.control_socket())
                 .resume()
                 .map_err(|error| of_vm(&error))?;
+            self.seen.forget(id);
             self.journal.set_asleep(id, false)?;
         }
         Ok(())

@@ -5,22 +5,20 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use army_api::hosts::Capacity;
-use army_api::vms::{IdleAction, VmMemory, VmState};
+use army_api::ProblemKind;
+use army_api::vms::IdleAction;
 use clone::launch::fork;
 use clone::runtime::RunningVm;
-use clone_api::control::VmState as Machine;
-use clone_api::{Client, ClientError};
 
 use super::journal::{Entry, Stage};
-use super::{Node, Report, VM_PREFIX, VmReport, capacity, lock, vm_name};
+use super::watch::Watch;
+use super::{Node, VM_PREFIX, lock, told, vm_name};
 
-/// How often it is looked.
+/// How often it is looked, if no VM ends before.
 const ROUND: Duration = Duration::from_millis(500);
-/// A VM of ours that the journal does not know is left alone for so long after the start.
-const GRACE: Duration = Duration::from_secs(30);
-/// How long a VM's process may take to answer.
-const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+/// How often VMs of ours are looked for that the journal does not know, and the first time so long
+/// after the start.
+const ORPHANS_ROUND: Duration = Duration::from_secs(30);
 
 impl Node {
     /// Looks again and again, on a thread of its own, until the node is dropped.
@@ -29,10 +27,16 @@ impl Node {
         std::thread::Builder::new()
             .name("supervise".into())
             .spawn(move || {
+                let mut watch = Watch::default();
+                let mut orphans_at = Instant::now() + ORPHANS_ROUND;
                 while let Some(node) = node.upgrade() {
-                    node.look();
+                    node.look(&mut watch);
+                    if Instant::now() >= orphans_at {
+                        node.sweep_orphans();
+                        orphans_at = Instant::now() + ORPHANS_ROUND;
+                    }
                     drop(node);
-                    std::thread::sleep(ROUND);
+                    watch.wait(ROUND);
                 }
             })
             .map(drop)
@@ -50,23 +54,40 @@ impl Node {
         }
     }
 
-    fn look(&self) {
+    fn look(&self, watch: &mut Watch) {
         for entry in self.journal.all() {
-            if entry.stage == Stage::Running {
-                self.look_at(&entry);
+            if entry.stage == Stage::Running && self.runs(&entry, watch) {
+                self.enforce(&entry);
             }
-        }
-        if self.started.elapsed() > GRACE {
-            self.sweep_orphans();
         }
     }
 
-    fn look_at(&self, entry: &Entry) {
-        if self.find(&entry.id).is_err() {
-            self.note(entry, Stage::Ended("its guest ended it".into()));
-            lock(&self.used).remove(&entry.id);
-            return;
+    /// Whether a VM runs. One that is known not to is written down as ended.
+    fn runs(&self, entry: &Entry, watch: &mut Watch) -> bool {
+        if watch.holds(&entry.id) {
+            return true;
         }
+        let open = |vm: RunningVm| vm.process.open().map_err(told);
+        match self.find(&entry.id).and_then(open) {
+            Ok(Some(process)) => {
+                watch.hold(&entry.id, process);
+                true
+            }
+            // It cannot be told now, for want of open files, for one thing.
+            Err(problem) if problem.kind != ProblemKind::NotFound => {
+                tracing::warn!(vm = entry.id, %problem, "cannot find out whether a VM runs");
+                true
+            }
+            Ok(None) | Err(_) => {
+                self.note(entry, Stage::Ended("its guest ended it".into()));
+                lock(&self.used).remove(&entry.id);
+                false
+            }
+        }
+    }
+
+    /// Enforces a VM's time to live and its idle policy.
+    fn enforce(&self, entry: &Entry) {
         if entry.is_expired(boot_ms(), now_ms()) {
             return self.end(entry, "its time to live was over", false);
         }
@@ -143,54 +164,6 @@ impl Node {
         }
     }
 
-    /// What the controller is told: the host and all that the journal knows.
-    pub fn report(&self) -> Report {
-        let templates = self.store.path("x").unwrap_or_default();
-        let mut capacity = capacity::measure(&templates);
-        let entries = self.journal.all();
-        let vms = entries
-            .iter()
-            .map(|entry| self.report_one(entry, &mut capacity))
-            .collect();
-        Report {
-            capacity,
-            vms,
-            ready: self.standbys.ready(),
-        }
-    }
-
-    fn report_one(&self, entry: &Entry, capacity: &mut Capacity) -> VmReport {
-        let mut report = VmReport {
-            id: entry.id.clone(),
-            state: VmState::Creating,
-            reason: None,
-            memory: None,
-        };
-        match &entry.stage {
-            Stage::Begun => {}
-            Stage::Ended(reason) => {
-                report.state = VmState::Ended;
-                report.reason = Some(reason.clone());
-            }
-            Stage::Failed(reason) => {
-                report.state = VmState::Failed;
-                report.reason = Some(reason.clone());
-            }
-            Stage::Running => {
-                report.state = VmState::Running;
-                if let Ok(vm) = self.find(&entry.id)
-                    && let Ok((state, memory)) = ask(&vm)
-                {
-                    report.state = state;
-                    report.memory = Some(memory);
-                    capacity.promised_bytes += memory.guest_bytes;
-                    capacity.private_bytes += memory.private_bytes;
-                }
-            }
-        }
-        report
-    }
-
     /// Forgets what is over, when the controller has written it down.
     pub fn forget(&self, ids: &[String]) {
         for id in ids {
@@ -200,25 +173,6 @@ impl Node {
             }
         }
     }
-}
-
-fn ask(vm: &RunningVm) -> Result<(VmState, VmMemory), ClientError> {
-    let client = Client::new(vm.dir.control_socket()).with_timeout(ANSWER_LIMIT);
-    let state = match client.info()?.state {
-        Machine::Paused => VmState::Paused,
-        _ => VmState::Running,
-    };
-    let memory = client.stats()?.memory;
-    let guest = memory.guest.unwrap_or_default();
-    Ok((
-        state,
-        VmMemory {
-            guest_bytes: memory.guest_bytes,
-            private_bytes: memory.private_bytes,
-            shared_bytes: guest.shared_bytes,
-            swapped_bytes: memory.swapped_bytes,
-        },
-    ))
 }
 
 /// Since the host's start, sleep included, in milliseconds: what nobody sets.
@@ -235,4 +189,35 @@ pub(super) fn boot_ms() -> u64 {
 pub fn now_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.map_or(0, |now| now.as_millis() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use clone::runtime::Runtime;
+    use clone::template::Store;
+
+    use super::*;
+
+    #[test]
+    fn a_vm_is_over_when_it_is_known_not_to_run_and_not_when_it_cannot_be_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let runtime = Runtime::at(&path("run")).unwrap();
+        let unreadable = runtime.dir(&vm_name("1"));
+        let store = Store::at(path("templates"));
+        let node = Node::open("here".into(), path("state"), runtime, store).unwrap();
+        for id in ["1", "2"] {
+            let entry = Entry::new(id.to_owned(), 1, "a".to_owned());
+            node.journal.begin(&entry).unwrap();
+            node.journal.advance(id, Stage::Running).unwrap();
+        }
+        // No file, and neither absent.
+        fs::create_dir_all(unreadable.path().join("pid")).unwrap();
+        node.look(&mut Watch::default());
+        let stage = |id: &str| node.journal.get(id).unwrap().stage;
+        assert_eq!(stage("1"), Stage::Running);
+        assert_eq!(stage("2"), Stage::Ended("its guest ended it".into()));
+    }
 }

@@ -1,5 +1,6 @@
 //! A process on this host that cannot be mistaken for a later one with the same id.
 
+use std::fmt::Display;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -30,12 +31,22 @@ impl Process {
         Some(Self { pid, start_time })
     }
 
-    /// Whether it still runs. One that has ended and is not yet waited for does not.
+    /// Whether it still runs. One that has ended and is not yet waited for does not. Where that
+    /// cannot be found out, for want of open files, for one thing, it is taken to run: what belongs
+    /// to it would be swept away otherwise.
     pub fn is_alive(self) -> bool {
-        let Ok(stat) = fs::read_to_string(format!("/proc/{}/stat", self.pid)) else {
-            return false;
-        };
-        start_time(&stat) == Some(self.start_time) && !is_zombie(&stat)
+        self.look().unwrap_or(true)
+    }
+
+    fn look(self) -> io::Result<bool> {
+        match fs::read_to_string(format!("/proc/{}/stat", self.pid)) {
+            Ok(stat) => Ok(start_time(&stat) == Some(self.start_time) && !is_zombie(&stat)),
+            Err(error) => match Errno::from_io_error(&error) {
+                // The second where it ended while it was read.
+                Some(Errno::NOENT | Errno::SRCH) => Ok(false),
+                _ => Err(error),
+            },
+        }
     }
 
     /// A handle that stays with this very process; `None` where it is gone.
@@ -45,7 +56,10 @@ impl Process {
         };
         match pidfd_open(pid, PidfdFlags::empty()) {
             // The id may have come again before the handle was made, not after.
-            Ok(handle) => Ok(self.is_alive().then_some(handle)),
+            Ok(handle) => match self.look() {
+                Ok(alive) => Ok(alive.then_some(handle)),
+                Err(error) => Err(self.failed("look at", error)),
+            },
             Err(Errno::SRCH) => Ok(None),
             Err(error) => Err(self.failed("open a handle of", error)),
         }
@@ -91,7 +105,7 @@ impl Process {
             .map_err(failed("write", path))
     }
 
-    fn failed(self, action: &str, error: Errno) -> ApiError {
+    fn failed(self, action: &str, error: impl Display) -> ApiError {
         ApiError::new(
             ErrorCode::Internal,
             format!("cannot {action} process {}: {error}", self.pid),
