@@ -164,7 +164,10 @@ impl Show {
         for line in log.lines().take(CONSOLE_LINES) {
             println!("  {line}");
         }
-        self.guest(VM, "systemctl is-system-running --wait; uname -sr")?;
+        self.guest(
+            VM,
+            "systemctl is-system-running --wait; udevadm settle --timeout=600; uname -sr",
+        )?;
         let start_holder = format!(
             "cat > /root/holder.py <<'END'\n{HOLDER}END\n\
              setsid python3 /root/holder.py </dev/null >/dev/null 2>&1 &\n\

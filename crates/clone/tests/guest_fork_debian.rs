@@ -61,7 +61,11 @@ fn debian(cpus: &str) -> Bench {
     let started = bench.boot("base", &words);
     assert!(started.status.success(), "{started:?}");
     bench.wait_for_agent("base");
-    bench.guest("base", "systemctl is-system-running --wait");
+    // All is started by then, but udev may be at work for long, and clones would all go on with it.
+    bench.guest(
+        "base",
+        "systemctl is-system-running --wait; udevadm settle --timeout=600",
+    );
     bench
 }
 

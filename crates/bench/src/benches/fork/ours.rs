@@ -52,6 +52,7 @@ impl<'a> ForkBench<'a> {
         if machine.root {
             // Its agent answers long before all is up, and clones would go on booting.
             exec(&base, &["systemctl", "is-system-running", "--wait"])?;
+            exec(&base, &["udevadm", "settle", "--timeout=600"])?;
         }
         let bench = Self {
             runtime: Runtime::at(&context.scratch("")).map_err(told)?,
