@@ -11,6 +11,7 @@ Python's standard library alone; docs/guides/ci-runners.md tells more.
 """
 
 import argparse
+import http.client
 import io
 import json
 import os
@@ -30,6 +31,8 @@ SILENCE = 60
 PATIENCE = 300
 # Where the sources are in a VM.
 WORK = "/root/work"
+# How a connection breaks: an answer that is cut short is no OSError.
+BROKEN = (OSError, http.client.HTTPException)
 
 
 class Failed(Exception):
@@ -65,7 +68,7 @@ def ask(method, path, body=None, **more):
             if wait is None or time.monotonic() > end:
                 raise Failed(problem["detail"]) from refused
             time.sleep(wait)
-        except OSError as lost:
+        except BROKEN as lost:
             if time.monotonic() > end:
                 raise Failed(f"Army does not answer: {lost}") from lost
             time.sleep(1)
@@ -95,7 +98,7 @@ def read_output(path, show):
             # What is the server's own trouble may pass.
             if refused.code < 500:
                 raise Failed(json.load(refused)["detail"]) from refused
-        except OSError:
+        except BROKEN:
             pass  # read on
         time.sleep(1)
     raise Failed("the job's output cannot be read")
@@ -167,7 +170,7 @@ def start(path, command):
             return json.load(answer)
     except urllib.error.HTTPError as refused:
         raise Failed(json.load(refused)["detail"]) from refused
-    except OSError as lost:
+    except BROKEN as lost:
         raise Failed(f"the answer to its start was lost: {lost}") from lost
 
 
