@@ -54,6 +54,9 @@ pub use request::{Completion, Request};
 pub use sparse::copy_file;
 pub use spec::{DiskFiles, DiskSpec, Format, ImageSpec, WriteFile, Writes, ephemeral};
 
+/// Zeros to write, and to compare with.
+pub(crate) static ZEROS: [u8; 4096] = [0; 4096];
+
 /// The size of a file or block device in bytes.
 pub(crate) fn size_of(file: &File) -> Result<u64, DiskError> {
     // A block device has no length in its metadata.

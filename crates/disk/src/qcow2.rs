@@ -18,6 +18,7 @@ use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
 use vm_memory::VolatileSlice;
 
+use crate::ZEROS;
 use crate::buffer::Buffers;
 use crate::engine::OpKind;
 use crate::error::{DiskError, io_error};
@@ -30,9 +31,6 @@ const MAX_SIZE: u64 = 64 << 40;
 const MAX_L1_BYTES: u64 = 4 << 20;
 /// The largest refcount table taken, in bytes, as QEMU has it.
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
-
-/// What is written where an image has no zero clusters; a page, read again and again.
-static ZEROS: [u8; 4096] = [0; 4096];
 
 type Image = FormatAccess<imago::file::File>;
 

@@ -6,11 +6,12 @@ use std::os::unix::fs::FileExt;
 
 use rustix::io::Errno;
 
+use crate::ZEROS;
+
 /// Copied at a time where the host cannot copy within the kernel.
 pub(crate) const CHUNK: usize = 1 << 20;
 /// What is a hole or is not: the block size of nearly all file systems.
-const BLOCK: usize = 4096;
-static ZEROS: [u8; BLOCK] = [0; BLOCK];
+const BLOCK: usize = ZEROS.len();
 
 /// Copies the whole of `from` into `to`, an empty file.
 ///

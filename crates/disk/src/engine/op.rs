@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use rustix::fs::FallocateFlags;
 
+use crate::ZEROS;
 use crate::buffer::{Buffer, Buffers};
 use crate::qcow2::Qcow2Image;
 
@@ -57,9 +58,7 @@ pub(crate) struct Op {
     pub(crate) kind: OpKind,
 }
 
-/// Zeros to write where a file system cannot make them itself.
-static ZEROS: [u8; 4096] = [0; 4096];
-/// How many zeros one system call writes.
+/// How many zeros one system call writes, where a file system cannot make them itself.
 const ZERO_CHUNK: u64 = 512 * ZEROS.len() as u64;
 
 /// What remains of an op after one system call.
