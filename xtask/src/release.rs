@@ -88,6 +88,9 @@ fn lay_out(programs: &Path, agent: &Path, tree: &Path) -> Result<()> {
         }
     }
     install(agent, &tree.join("lib/clone/clone-agent"), 0o755)?;
+    let vm_process = tree.join("lib/clone/clone-vm");
+    install(&programs.join("clone-vm"), &vm_process, 0o755)?;
+    run_command(Command::new("strip").arg(&vm_process))?;
     let workspace = paths::workspace();
     for text in TEXTS {
         let target = tree.join("share/doc").join(NAME).join(text);

@@ -341,7 +341,7 @@ fn guest_binaries(list: &str) -> Result<Vec<(String, PathBuf)>> {
 
 /// These test binaries, and all that they run and boot.
 fn in_guests(mut files: Vec<PathBuf>) -> Result<Vec<PathBuf>> {
-    for name in ["clone", "army"] {
+    for name in ["clone", "clone-vm", "army"] {
         files.push(paths::debug_binary(name).canonicalize()?);
     }
     let debian = paths::assets().join("guest-debian/debian.ext4");

@@ -76,6 +76,7 @@ fn a_package_installs_serves_and_leaves() {
         let version = guest.run(&format!("{program} --version"));
         assert_eq!(version, format!("{program} {}", env!("CARGO_PKG_VERSION")));
     }
+    guest.run("test -x /usr/lib/clone/clone-vm");
     // Nothing starts that nobody enabled.
     let state = guest.run("systemctl is-enabled army-dev army-controller army-node || true");
     assert_eq!(state, "disabled\ndisabled\ndisabled");

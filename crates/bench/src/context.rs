@@ -79,7 +79,17 @@ impl Options {
         }
         let clone = stage.join("clone");
         copy(&self.clone, &clone)?;
+        // The VM's process is beside it.
+        copy(
+            &self.clone.with_file_name("clone-vm"),
+            &stage.join("clone-vm"),
+        )?;
         (self.qemu, self.assets, self.clone) = (qemu, assets, clone);
+        for (name, program) in &mut self.peers {
+            let staged = stage.join(name);
+            copy(program, &staged)?;
+            *program = staged;
+        }
         Ok(())
     }
 }
@@ -96,13 +106,19 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
+/// VMMs that take part where a path to them is given.
+const PEERS: [&str; 2] = ["firecracker", "cloud-hypervisor"];
+
 /// Reads `NAME=PATH`.
 pub(crate) fn peer(text: &str) -> Result<(String, PathBuf), String> {
     match text.split_once('=') {
-        Some((name, path)) if name == "firecracker" && !path.is_empty() => {
+        Some((name, path)) if PEERS.contains(&name) && !path.is_empty() => {
             Ok((name.to_owned(), path.into()))
         }
-        _ => Err("NAME=PATH is wanted, and the name is firecracker".to_owned()),
+        _ => Err(format!(
+            "NAME=PATH is wanted, and the name is {}",
+            PEERS.join(" or ")
+        )),
     }
 }
 
@@ -223,10 +239,12 @@ mod tests {
 
     #[test]
     fn a_peer_is_a_known_name_and_a_path() {
-        assert_eq!(
-            peer("firecracker=/bin/fc").unwrap(),
-            ("firecracker".to_owned(), "/bin/fc".into())
-        );
+        for name in ["firecracker", "cloud-hypervisor"] {
+            assert_eq!(
+                peer(&format!("{name}=/bin/vmm")).unwrap(),
+                (name.to_owned(), "/bin/vmm".into())
+            );
+        }
         for wrong in ["firecracker", "firecracker=", "bochs=/bin/bochs"] {
             assert!(peer(wrong).is_err(), "{wrong}");
         }

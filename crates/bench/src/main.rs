@@ -47,12 +47,9 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    // The process of a VM: forks start it from the program that forks.
-    let mut words = std::env::args_os().skip(1);
-    if words.next().is_some_and(|word| word == "vm-process")
-        && let Some(dir) = words.next()
-    {
-        return clone::process::main(dir.into());
+    // Forks start VMs from the program that forks, where `clone-vm` is not beside it.
+    if let Some(ended) = clone::process::main() {
+        return ended;
     }
     let result = match Cli::parse().command {
         Command::Run(options) => run(options),

@@ -19,6 +19,7 @@ mod error;
 pub mod host_net;
 pub mod jail;
 pub mod launch;
+mod log;
 pub mod process;
 pub mod runtime;
 pub mod snapshot;

@@ -1,5 +1,7 @@
 //! The `clone` command.
 
-fn main() -> std::process::ExitCode {
-    clone::cli::main()
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    clone::process::main().unwrap_or_else(clone::cli::main)
 }

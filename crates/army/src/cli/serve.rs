@@ -10,6 +10,9 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use rustls::ServerConfig;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use super::output;
 use crate::cluster::tls::Listener;
@@ -22,15 +25,24 @@ use crate::store::Store;
 /// Starts the log, makes the state's directory, and makes sure that nobody else uses it while what
 /// is returned lives.
 pub(super) fn begin(state: &Path) -> Result<std::fs::File> {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("ARMY_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,sqlx=warn"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .init();
+    start_log()?;
     raise_open_files().context("cannot raise the limit of open files")?;
     std::fs::create_dir_all(state).with_context(|| format!("cannot make {}", state.display()))?;
     only_one(state)
+}
+
+/// What the server tells of itself: what `ARMY_LOG` asks for, on standard error.
+fn start_log() -> Result<()> {
+    let wanted = std::env::var("ARMY_LOG").unwrap_or_else(|_| "info,sqlx=warn".to_owned());
+    let filter: Targets = wanted
+        .parse()
+        .with_context(|| format!("ARMY_LOG={wanted}: a level is wanted, or PART=LEVEL,…"))?;
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    tracing_subscriber::registry()
+        .with(lines)
+        .with(filter)
+        .init();
+    Ok(())
 }
 
 /// Each VM and each connection takes some, and what a shell grants a program at first (1,024) is

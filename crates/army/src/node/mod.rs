@@ -25,6 +25,7 @@ use agent_proto::client::{ClientError, Connection};
 use army_api::vms::Balloon;
 use army_api::{Problem, ProblemKind};
 use clone::launch::fork::{self, Overrides, Source};
+use clone::launch::program;
 use clone::runtime::{RunningVm, Runtime};
 use clone::template::{Store, Template};
 use clone_api::{ApiError, Bytes, Client, ErrorCode};
@@ -107,6 +108,7 @@ impl Node {
     /// The node of this host, with its journal in `state`; what an earlier life of it left is
     /// taken up: VMs that run are its own again, and those that were on their way are ended.
     pub fn open(name: String, state: PathBuf, runtime: Runtime, store: Store) -> Result<Arc<Self>> {
+        program::keep();
         let journal = Journal::open(state)?;
         let node = Arc::new(Self {
             name,

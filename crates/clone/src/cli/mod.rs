@@ -32,6 +32,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::Result;
+use crate::log;
 use crate::runtime::Runtime;
 use output::Output;
 
@@ -75,12 +76,6 @@ enum Command {
     Image(image::Args),
     Completions(generate::CompletionsArgs),
     Man(generate::ManArgs),
-    /// The process of a VM; started by `run`.
-    #[command(hide = true)]
-    VmProcess {
-        /// The VM's runtime directory.
-        dir: std::path::PathBuf,
-    },
 }
 
 /// What a command needs beside its own arguments.
@@ -107,7 +102,7 @@ pub fn main() -> ExitCode {
             };
         }
     };
-    start_log();
+    log::start("warn");
     let context = Context {
         output: Output::new(cli.json),
     };
@@ -142,21 +137,7 @@ fn dispatch(context: &Context, command: Command) -> Result<ExitCode> {
         Command::Image(args) => image::run(context, args),
         Command::Completions(args) => generate::completions(&args, Cli::command()),
         Command::Man(args) => generate::man(&args, Cli::command()),
-        Command::VmProcess { dir } => Ok(crate::process::main(dir)),
     }
-}
-
-/// What libraries tell goes to standard error: warnings, or what `CLONE_LOG` asks for.
-fn start_log() {
-    use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_env("CLONE_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .without_time();
-    // Only a second call could fail, and there is none.
-    let _ = log.try_init();
 }
 
 #[cfg(test)]

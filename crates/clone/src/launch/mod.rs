@@ -7,6 +7,7 @@ pub mod fork;
 pub mod identity;
 mod network;
 mod preflight;
+pub mod program;
 pub mod standby;
 
 use std::fs::{self, File};
@@ -14,7 +15,7 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 
 use clone_api::config::{DiskConfig, DiskFormat, Overlay};
 use clone_api::{ApiError, ErrorCode, VmConfig};
@@ -142,16 +143,14 @@ fn spawn(dir: &VmDir) -> Result<Child> {
         .mode(0o600)
         .open(&log)
         .map_err(failed("make the log", &log))?;
-    let program = Path::new("/proc/self/exe");
-    Command::new(program)
-        .arg("vm-process")
-        .arg(dir.path())
+    let mut command = program::command(dir.path());
+    command
         .current_dir("/")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(log_file)
         .spawn()
-        .map_err(failed("start", program))
+        .map_err(failed("start", Path::new(command.get_program())))
 }
 
 /// Makes `child` the VM's process, tells it what to run, and hears how that went.

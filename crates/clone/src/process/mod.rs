@@ -1,7 +1,8 @@
 //! The process of a VM.
 //!
-//! Its launcher starts it with the description on standard input, and hears from it on standard
-//! output ([`report`]). In order: read the description, take a session of its own, open every
+//! Its launcher starts it, as a program of its own (`clone-vm`) or as itself with other words
+//! ([`words`]), with the description on standard input, and hears from it on standard output
+//! ([`report`]). In order: read the description, take a session of its own, open every
 //! resource ([`open`]), jail itself, assemble the machine ([`assemble`]), report, and run the
 //! event loop until the guest ends ([`vm`]).
 
@@ -21,12 +22,13 @@ pub mod start;
 mod timeline;
 mod vm;
 
+use std::ffi::OsStr;
 use std::io;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::ExitCode;
 
-use clone_api::ApiError;
 use clone_api::control::StartStage;
+use clone_api::{ApiError, ErrorCode};
 use clone_vmm::event_loop::EventLoop;
 use clone_vmm::machine::Exit;
 use rustix::process::Signal;
@@ -35,6 +37,7 @@ use timeline::Timeline;
 
 use crate::error::Result;
 use crate::jail::{self, JailSpec};
+use crate::log;
 use crate::runtime::VmDir;
 
 /// How the process ends when the guest switched itself off, or was stopped by us.
@@ -50,9 +53,43 @@ pub const EXIT_KILLED: u8 = 4;
 /// How it ends when its own event loop failed.
 pub const EXIT_INTERNAL: u8 = 5;
 
-/// Runs a VM whose runtime directory is `dir`, from its description on standard input to its end.
-pub fn main(dir: PathBuf) -> ExitCode {
-    let dir = VmDir::at(dir);
+/// The first word of a command line that asks for a VM's process. The build and the VM's runtime
+/// directory follow.
+const WORD: &str = "vm-process";
+/// Which sources this was built of: launchers speak with VM processes of the same only.
+const BUILD: &str = env!("CLONE_BUILD");
+
+/// The words that make a program with [`main`] in it the process of the VM in `dir`.
+pub fn words(dir: &Path) -> [&OsStr; 3] {
+    [WORD.as_ref(), BUILD.as_ref(), dir.as_ref()]
+}
+
+/// Runs a VM from its description on standard input to its end, where this program's command line
+/// asks for that.
+pub fn main() -> Option<ExitCode> {
+    let mut words = std::env::args_os().skip(1);
+    if words.next()? != WORD {
+        return None;
+    }
+    let (build, dir) = (words.next()?, words.next()?);
+    log::start("warn");
+    // What `ps` and the kernel's log call it; it was started by a path that says nothing.
+    let _ = rustix::thread::set_name(c"clone-vm");
+    Some(match build == BUILD {
+        true => run(VmDir::at(dir.into())),
+        false => fail(other_build()),
+    })
+}
+
+fn other_build() -> ApiError {
+    ApiError::new(
+        ErrorCode::Internal,
+        "`clone-vm` is of another build than the program that starts it",
+    )
+    .advise("install both of the same release, and restart servers that run since before")
+}
+
+fn run(dir: VmDir) -> ExitCode {
     // Until the report, the VM is its launcher's: should that end (Ctrl-C), so does this.
     let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
     let mut timeline = Timeline::default();
