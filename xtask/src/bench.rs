@@ -32,7 +32,7 @@ pub(crate) struct Options {
     /// Start so many machines of each kind, in benches that start many.
     #[arg(long, value_name = "N")]
     runs: Option<usize>,
-    /// Compare with another VMM too: firecracker=PATH of its binary.
+    /// Compare with another VMM too: firecracker=PATH or cloud-hypervisor=PATH of its binary.
     #[arg(long = "peer", value_name = "NAME=PATH")]
     peers: Vec<String>,
     /// Use the testbed even where hardware KVM would do.

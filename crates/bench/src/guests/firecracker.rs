@@ -3,53 +3,32 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use agent_proto::client::Connection;
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
-use super::{
-    CMDLINE, Ended, GREETING_LIMIT, Guest, Machine, connect_when_there, http, time_to_first_line,
-    wait_for_agent,
-};
+use super::peer::{PeerVm, Sockets};
+use super::{CMDLINE, Machine, connect_when_there, http, time_to_first_line, wait_for_agent};
 use crate::context::Context;
 
-/// A machine of Firecracker's.
-pub(crate) struct Firecracker {
-    process: Ended,
-    vsock: PathBuf,
-}
-
-impl Firecracker {
-    /// The time to its guest's first line; the machine is gone then.
-    pub(crate) fn boot(context: &Context, program: &Path, machine: &Machine) -> Result<Duration> {
-        let vsock = context.scratch("firecracker.vsock");
-        let config = configuration(context, machine, &vsock)?;
-        let mut command = Command::new(program);
-        command.args(["--no-api", "--config-file"]).arg(&config);
-        time_to_first_line(command).map(|(time, _process)| time)
-    }
-}
-
-impl Guest for Firecracker {
-    fn connect(&self) -> Result<Connection> {
-        Ok(Connection::open(&self.vsock, GREETING_LIMIT)?)
-    }
-
-    fn pid(&self) -> u32 {
-        self.process.0.id()
-    }
+/// The time to its guest's first line; the machine is gone then.
+pub(crate) fn boot(context: &Context, program: &Path, machine: &Machine) -> Result<Duration> {
+    let sockets = Sockets::fresh(&context.scratch(""), "firecracker");
+    let config = configuration(context, machine, &sockets.vsock)?;
+    let mut command = Command::new(program);
+    command.args(["--no-api", "--config-file"]).arg(&config);
+    time_to_first_line(command).map(|(time, _process)| time)
 }
 
 /// A snapshot of Firecracker's, of a guest whose agent was up.
-pub(crate) struct FirecrackerSnapshot {
+pub(crate) struct Snapshot {
     program: PathBuf,
     folder: PathBuf,
 }
 
-impl FirecrackerSnapshot {
+impl Snapshot {
     /// Boots `machine`, waits for its agent, and takes the snapshot.
     pub(crate) fn take(context: &Context, program: &Path, machine: &Machine) -> Result<Self> {
         let folder = context.scratch("fc");
@@ -58,40 +37,28 @@ impl FirecrackerSnapshot {
             program: program.to_owned(),
             folder,
         };
-        let (api, vsock) = (snapshot.path("base.api"), snapshot.path("base.vsock"));
+        let Sockets { api, vsock } = Sockets::fresh(&snapshot.folder, "base");
         let config = configuration(context, machine, &vsock)?;
-        // It makes its sockets itself, and not where one was left.
-        let _ = fs::remove_file(&api);
         let mut command = snapshot.command(&api);
         command.arg("--config-file").arg(&config);
-        let base = Firecracker {
-            process: Ended(command.spawn().context("cannot start Firecracker")?),
-            vsock,
-        };
+        let base = PeerVm::spawn(command, &vsock)?;
         wait_for_agent(&base)?;
-        http::send(&api, "PATCH", "/vm", &json!({ "state": "Paused" }))?;
+        http::send(&api, "PATCH", "/vm", Some(json!({ "state": "Paused" })))?;
         let files = json!({
             "snapshot_type": "Full",
             "snapshot_path": snapshot.path("state"),
             "mem_file_path": snapshot.path("memory"),
         });
-        http::send(&api, "PUT", "/snapshot/create", &files)?;
+        http::send(&api, "PUT", "/snapshot/create", Some(files))?;
         Ok(snapshot)
     }
 
     /// A machine that goes on from the snapshot, and the time from before its process was started
     /// until its API said that it runs.
-    pub(crate) fn fork(&self, number: usize) -> Result<(Firecracker, Duration)> {
-        let (api, vsock) = (
-            self.path(&format!("{number}.api")),
-            self.path(&format!("{number}.vsock")),
-        );
-        for stale in [&api, &vsock] {
-            let _ = fs::remove_file(stale);
-        }
+    pub(crate) fn fork(&self, number: usize) -> Result<(PeerVm, Duration)> {
+        let Sockets { api, vsock } = Sockets::fresh(&self.folder, &number.to_string());
         let start = Instant::now();
-        let process = self.command(&api).spawn();
-        let process = Ended(process.context("cannot start Firecracker")?);
+        let forked = PeerVm::spawn(self.command(&api), &vsock)?;
         drop(connect_when_there(&api)?);
         let load = json!({
             "snapshot_path": self.path("state"),
@@ -99,18 +66,13 @@ impl FirecrackerSnapshot {
             "vsock_override": { "uds_path": vsock },
             "resume_vm": true,
         });
-        http::send(&api, "PUT", "/snapshot/load", &load)?;
-        Ok((Firecracker { process, vsock }, start.elapsed()))
+        http::send(&api, "PUT", "/snapshot/load", Some(load))?;
+        Ok((forked, start.elapsed()))
     }
 
     fn command(&self, api: &Path) -> Command {
         let mut command = Command::new(&self.program);
-        command
-            .arg("--api-sock")
-            .arg(api)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
+        command.arg("--api-sock").arg(api);
         command
     }
 
@@ -143,8 +105,6 @@ fn configuration(context: &Context, machine: &Machine, vsock: &Path) -> Result<P
         "drives": [],
     });
     if machine.standard_devices {
-        // The socket must not be there from the run before.
-        let _ = fs::remove_file(vsock);
         config["vsock"] = json!({ "guest_cid": 3, "uds_path": vsock });
         config["balloon"] = json!({ "amount_mib": 0, "deflate_on_oom": true });
         config["entropy"] = json!({});

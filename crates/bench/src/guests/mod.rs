@@ -1,12 +1,14 @@
 //! The machines that are compared: the same kernel, RAM disk, command line, memory, CPUs and, as
 //! far as each VMM has them, devices.
 //!
-//! QEMU's machine is `microvm` with devices on PCI, as ours are. In both guests the same agent
-//! answers: ours behind the VM's Unix socket, QEMU's behind the host's vsock.
+//! QEMU's machine is `microvm` with devices on PCI, as ours are. In all guests the same agent
+//! answers: QEMU's behind the host's vsock, all others' behind a Unix socket of their VM.
 
 mod clone;
-mod firecracker;
+pub(crate) mod cloud_hypervisor;
+pub(crate) mod firecracker;
 mod http;
+mod peer;
 mod qemu;
 mod qmp;
 mod vsock;
@@ -25,7 +27,6 @@ use agent_proto::messages::{Exec, Put};
 use anyhow::{Context as _, Result, anyhow, bail};
 
 pub(crate) use self::clone::CloneVm;
-pub(crate) use self::firecracker::{Firecracker, FirecrackerSnapshot};
 pub(crate) use self::qemu::{Qemu, QemuSnapshot};
 use crate::context::Context;
 

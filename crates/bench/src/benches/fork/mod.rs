@@ -30,7 +30,7 @@ const COMPARED: usize = 10;
 
 pub(crate) fn run(context: &Context) -> Result<Record> {
     let mut record = Record::new(&[
-        "A tiny guest of 256 MiB with vsock, balloon and rng is booted once and made a template; each fork is asked for by a process that stays up and forks through the same code as `clone fork`. Other VMMs go on from snapshots of the same guest with counterparts of the same devices: Firecracker by its API's `/snapshot/load`, QEMU by a migration from a `mapped-ram` file.",
+        "A tiny guest of 256 MiB with vsock, balloon and rng is booted once and made a template; each fork is asked for by a process that stays up and forks through the same code as `clone fork`. Other VMMs go on from snapshots of the same guest with counterparts of the same devices: Firecracker by its API's `/snapshot/load`, Cloud Hypervisor by its API's `vm.restore` in both its modes, on demand (userfaultfd; the rest of RAM comes in the background, which is waited for before the next) and copied (the default), QEMU by a migration from a `mapped-ram` file.",
         "Entered: from the request until the clone's first CPU enters the guest, by the clock that all processes of a host share. Running: until whoever asked knows it (for others: until their API has answered). Identity: from then until the clone's agent has taken name, machine id, seed and clock. Reply: from the request until an exec of `true` on a new connection has ended; for our clones the identity is in it, others' have none.",
         "Started: a new process for each clone, jailed, as the others' are not. Standby: one that was ready, taken one by one. First: without the record of what clones touch; the others with it.",
         "Memory: after 10 s of rest. PSS is what the kernel counts for the whole process, pages that several map shared out among them. Own: anonymous and swapped pages of the process, of which the guest's are named apart.",
@@ -58,6 +58,11 @@ pub(crate) fn run(context: &Context) -> Result<Record> {
     if let Some(program) = context.peer("firecracker") {
         record.part("Firecracker", |record| {
             peers::firecracker(context, program, &tiny, record, count)
+        });
+    }
+    if let Some(program) = context.peer("cloud-hypervisor") {
+        record.part("Cloud Hypervisor", |record| {
+            peers::cloud_hypervisor(context, program, &tiny, record, count)
         });
     }
     record.part("Debian", |record| debian(context, record));

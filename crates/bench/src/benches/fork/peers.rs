@@ -8,7 +8,8 @@ use anyhow::{Context as _, Result};
 
 use super::{COMPARED, REST};
 use crate::context::Context;
-use crate::guests::{FirecrackerSnapshot, Guest, Machine, QemuSnapshot, exec};
+use crate::guests::cloud_hypervisor::Restore;
+use crate::guests::{Guest, Machine, QemuSnapshot, cloud_hypervisor, exec, firecracker};
 use crate::record::{Figure, Record};
 
 /// Goals that are set beside Firecracker only.
@@ -24,7 +25,8 @@ pub(super) fn qemu(
     count: usize,
 ) -> Result<()> {
     let snapshot = record.twice("QEMU", || QemuSnapshot::take(context, machine))?;
-    series(record, "QEMU", count, |number| snapshot.fork(number))?;
+    let fork = |number| snapshot.fork(number);
+    series(record, "QEMU", count, fork, |_| Ok(()))?;
     ratios(record, "QEMU", |_| None)
 }
 
@@ -36,18 +38,42 @@ pub(super) fn firecracker(
     count: usize,
 ) -> Result<()> {
     let snapshot = record.twice("Firecracker", || {
-        FirecrackerSnapshot::take(context, program, machine)
+        firecracker::Snapshot::take(context, program, machine)
     })?;
-    series(record, "Firecracker", count, |number| snapshot.fork(number))?;
+    let fork = |number| snapshot.fork(number);
+    series(record, "Firecracker", count, fork, |_| Ok(()))?;
     ratios(record, "Firecracker", Some)
 }
 
-/// One after the other, each with its first reply; then the memory of some that rest.
+pub(super) fn cloud_hypervisor(
+    context: &Context,
+    program: &Path,
+    machine: &Machine,
+    record: &mut Record,
+    count: usize,
+) -> Result<()> {
+    let snapshot = record.twice("Cloud Hypervisor", || {
+        cloud_hypervisor::Snapshot::take(context, program, machine)
+    })?;
+    for (vmm, restore) in [
+        ("Cloud Hypervisor on demand", Restore::OnDemand),
+        ("Cloud Hypervisor copied", Restore::Copy),
+    ] {
+        let fork = |number| snapshot.fork(number, restore);
+        series(record, vmm, count, fork, cloud_hypervisor::filled)?;
+        ratios(record, vmm, |_| None)?;
+    }
+    Ok(())
+}
+
+/// One after the other, each with its first reply, and the next when it has settled; then the
+/// memory of some that rest.
 fn series<G: Guest>(
     record: &mut Record,
     vmm: &str,
     count: usize,
     fork: impl Fn(usize) -> Result<(G, Duration)>,
+    settle: impl Fn(&G) -> Result<()>,
 ) -> Result<()> {
     let (mut running, mut replies, mut kept) = (Vec::new(), Vec::new(), Vec::new());
     for number in 0..count.max(COMPARED) {
@@ -56,6 +82,7 @@ fn series<G: Guest>(
         exec(&guest, &["true"])?;
         replies.push(start.elapsed());
         running.push(time);
+        settle(&guest)?;
         if kept.len() < COMPARED {
             kept.push(guest);
         }
