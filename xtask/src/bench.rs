@@ -11,7 +11,7 @@ use clap::Args;
 
 use crate::process::{cargo, output, run as run_command};
 use crate::testbed::{self, Size, Testbed};
-use crate::{guest, host, kvm, paths};
+use crate::{guest, host, kvm, paths, static_program};
 
 /// How `clone` and the measuring program are built: optimised as a release, quicker to build.
 const PROFILE: &str = "measure";
@@ -60,6 +60,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     println!("building clone and the measuring programs (profile {PROFILE})");
     build()?;
+    gather()?;
     guest::build()?;
     let names = match options.names.is_empty() {
         true => all_names()?,
@@ -115,12 +116,15 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
 /// The command that measures, but for the bench.
 fn words(options: &Options) -> Result<Vec<OsString>> {
-    let mut words: Vec<OsString> = vec![binary("clone-bench").into(), "run".into()];
+    let mut words: Vec<OsString> = vec![gathered("clone-bench").into(), "run".into()];
     let mut add = |flag: &str, path: &Path| {
         words.extend([flag.into(), path.into()]);
     };
-    add("--clone", &binary("clone"));
-    add("--guest-program", &guest::static_program("bench-guest")?);
+    add("--clone", &gathered("clone"));
+    add(
+        "--guest-program",
+        &static_program::for_guests("bench-guest")?,
+    );
     add("--assets", &paths::assets());
     add("--qemu", &testbed::qemu_root()?);
     add("--out", &folder());
@@ -156,6 +160,25 @@ fn all_names() -> Result<Vec<String>> {
         .lines()
         .filter_map(|line| line.split_whitespace().next());
     Ok(names.map(str::to_owned).collect())
+}
+
+/// Puts what is measured together as packages have it: with a static program for VMs' processes.
+fn gather() -> Result<()> {
+    let vm_process = static_program::vm_process(PROFILE)?;
+    let programs = [binary("clone"), binary("clone-bench"), vm_process];
+    for program in programs {
+        let copy = gathered(&program.file_name().unwrap_or_default().to_string_lossy());
+        std::fs::create_dir_all(copy.parent().unwrap_or(&copy))?;
+        // It may be running still; and a testbed that is up would see the old one's size.
+        let _ = std::fs::remove_file(&copy);
+        std::fs::copy(&program, &copy)
+            .with_context(|| format!("cannot copy {}", program.display()))?;
+    }
+    Ok(())
+}
+
+fn gathered(name: &str) -> PathBuf {
+    paths::target().join("measured").join(name)
 }
 
 fn binary(name: &str) -> PathBuf {

@@ -9,8 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Subcommand;
 
-use crate::process::{cargo, run as run_command};
-use crate::{assets, cpio, debian, guest_debian, host, modules};
+use crate::{assets, cpio, debian, guest_debian, host, modules, static_program};
 
 /// Bumped when the recipes below change in a way that their inputs do not show.
 const RECIPE: u32 = 3;
@@ -121,32 +120,7 @@ fn agent() -> Result<Option<PathBuf>> {
     if !fs::read_to_string(&source).is_ok_and(|text| text.contains("mod ")) {
         return Ok(None);
     }
-    static_program("clone-agent").map(Some)
-}
-
-/// Builds the program `package` small and static, to run in any guest, and returns where it is.
-pub(crate) fn static_program(package: &str) -> Result<PathBuf> {
-    const TARGET: &str = "x86_64-unknown-linux-gnu";
-    let mut build = cargo(&[
-        "build",
-        "--quiet",
-        "--profile",
-        "agent",
-        "-p",
-        package,
-        "--target",
-        TARGET,
-    ]);
-    // With an explicit target the flags do not hit build scripts and procedural macros. Work trees
-    // that share their assets should make the same agent of the same source.
-    let flags = format!(
-        "-C target-feature=+crt-static --remap-path-prefix={}=.",
-        crate::paths::workspace().display()
-    );
-    run_command(build.env("RUSTFLAGS", flags))
-        .with_context(|| format!("cannot build {package} for guests"))?;
-    let folder = crate::paths::target().join(TARGET).join("agent");
-    Ok(folder.join(package))
+    static_program::for_guests("clone-agent").map(Some)
 }
 
 fn initramfs(kernel: &Path, agent: Option<&Path>, agent_key: &str) -> Result<PathBuf> {

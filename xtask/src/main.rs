@@ -20,6 +20,7 @@ mod modules;
 mod paths;
 mod process;
 mod release;
+mod static_program;
 mod test;
 mod testbed;
 

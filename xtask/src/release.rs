@@ -8,7 +8,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result};
 
 use crate::process::{cargo, output, run as run_command};
-use crate::{guest, host, paths};
+use crate::{host, paths, static_program};
 
 /// What `cargo xtask release` makes.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -30,7 +30,8 @@ pub(crate) fn run() -> Result<ExitCode> {
     let mut build = vec!["build", "--quiet", "--release"];
     build.extend(PROGRAMS.iter().flat_map(|program| ["-p", program]));
     run_command(&mut cargo(&build)).context("cannot build the programs")?;
-    let made = make(&paths::target().join("release"), &folder)?;
+    let vm_process = static_program::vm_process("release")?;
+    let made = make(&paths::target().join("release"), &vm_process, &folder)?;
     for path in made {
         println!("{}", path.display());
     }
@@ -46,30 +47,31 @@ enum Compression {
     Quick,
 }
 
-/// Makes archive and package in `folder`, of the programs in `built`.
-fn make(built: &Path, folder: &Path) -> Result<[PathBuf; 2]> {
-    let tree = tree(built, folder)?;
+/// Makes archive and package in `folder`, of the programs in `built` and that of VMs' processes.
+fn make(built: &Path, vm_process: &Path, folder: &Path) -> Result<[PathBuf; 2]> {
+    let tree = tree(built, vm_process, folder)?;
     Ok([archive(&tree)?, package(&tree, folder, Compression::Full)?])
 }
 
-/// Makes a package to be tested. Whether it installs does not depend on optimisation and
-/// compression, which take minutes.
+/// Makes a package to be tested. Whether it installs does not depend on optimisation, static
+/// linking and compression, which take minutes.
 pub(crate) fn package_to_test(built: &Path, folder: &Path) -> Result<PathBuf> {
-    package(&tree(built, folder)?, folder, Compression::Quick)
+    let tree = tree(built, &built.join("clone-vm"), folder)?;
+    package(&tree, folder, Compression::Quick)
 }
 
-fn tree(built: &Path, folder: &Path) -> Result<PathBuf> {
-    let agent = guest::static_program("clone-agent")?;
+fn tree(built: &Path, vm_process: &Path, folder: &Path) -> Result<PathBuf> {
+    let agent = static_program::for_guests("clone-agent")?;
     let tree = folder.join(format!("{NAME}-{VERSION}-x86_64"));
     if tree.exists() {
         fs::remove_dir_all(&tree).context("cannot remove what was made before")?;
     }
-    lay_out(built, &agent, &tree)?;
+    lay_out(built, vm_process, &agent, &tree)?;
     Ok(tree)
 }
 
 /// The files, below `tree` as below `/usr`.
-fn lay_out(programs: &Path, agent: &Path, tree: &Path) -> Result<()> {
+fn lay_out(programs: &Path, vm_process: &Path, agent: &Path, tree: &Path) -> Result<()> {
     let pages = tree.join("share/man/man1");
     fs::create_dir_all(&pages)?;
     for program in PROGRAMS {
@@ -88,9 +90,9 @@ fn lay_out(programs: &Path, agent: &Path, tree: &Path) -> Result<()> {
         }
     }
     install(agent, &tree.join("lib/clone/clone-agent"), 0o755)?;
-    let vm_process = tree.join("lib/clone/clone-vm");
-    install(&programs.join("clone-vm"), &vm_process, 0o755)?;
-    run_command(Command::new("strip").arg(&vm_process))?;
+    let installed = tree.join("lib/clone/clone-vm");
+    install(vm_process, &installed, 0o755)?;
+    run_command(Command::new("strip").arg(&installed))?;
     let workspace = paths::workspace();
     for text in TEXTS {
         let target = tree.join("share/doc").join(NAME).join(text);

@@ -99,6 +99,8 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
     let status = Command::new("cp")
         .args(["--archive", "--dereference", "--no-target-directory"])
+        // What runs, for another bench, cannot be written to.
+        .arg("--remove-destination")
         .args([from, to])
         .status()
         .context("cannot start `cp`")?;
