@@ -26,7 +26,9 @@ pub(super) struct Args {
 #[derive(Debug, Subcommand)]
 enum Command {
     Ls(LsArgs),
+    /// Show what a template says of itself.
     Inspect(OneArgs),
+    /// Check all of a template's content.
     Verify(OneArgs),
     Flatten(FlattenArgs),
     Rm(RmArgs),
@@ -37,7 +39,6 @@ enum Command {
 #[derive(Debug, clap::Args)]
 struct LsArgs {}
 
-/// Show what a template says of itself (`inspect`), or check all of its content (`verify`).
 #[derive(Debug, clap::Args)]
 struct OneArgs {
     /// The template: a name in the store, or a path with a `/`.

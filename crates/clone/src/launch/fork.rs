@@ -40,6 +40,7 @@ pub struct Source {
     template_id: Option<String>,
     /// Whether its guest has an agent to be told who it is.
     has_agent: bool,
+    observed: bool,
     /// Kept from being removed until the clones have it.
     _held: Held,
 }
@@ -69,10 +70,19 @@ impl Source {
             prefetch: prefetch.exists().then_some(prefetch),
             template_id: Some(template.manifest().id.clone()),
             has_agent: content.agent_version.is_some(),
+            observed: false,
             _held: Held::Template {
                 _it: Box::new(template),
             },
         })
+    }
+
+    /// The same for clones that are to tell which pages they touch. None of them is a standby.
+    pub(super) fn observed(self) -> Self {
+        Self {
+            observed: true,
+            ..self
+        }
     }
 
     /// A running VM, as it is now. It goes on.
@@ -87,6 +97,7 @@ impl Source {
             prefetch: None,
             template_id: None,
             has_agent,
+            observed: false,
             _held: Held::Live { _it: layers },
         };
         Ok((source, taken))
@@ -147,6 +158,7 @@ impl Source {
             disks: self.parent.disks.clone(),
             standby,
             prefetch: self.prefetch.clone(),
+            observed: self.observed,
             // Looked for here, where a process is started: a standby has it already.
             kernel: preflight::known_kernel(&self.config.kernel),
         })
@@ -306,7 +318,7 @@ fn adopt(
     let Some(template_id) = source
         .template_id
         .as_deref()
-        .filter(|_| overrides.is_none())
+        .filter(|_| overrides.is_none() && !source.observed)
     else {
         return Ok(None);
     };

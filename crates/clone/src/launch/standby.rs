@@ -35,7 +35,7 @@ pub fn train(runtime: &Runtime, template: &Template) -> Result<()> {
     if record.exists() || template.content().agent_version.is_none() {
         return Ok(());
     }
-    let source = Source::template(Template::open(template.dir())?, runtime)?;
+    let source = Source::template(Template::open(template.dir())?, runtime)?.observed();
     let names = fork::names(None, "first", 1)?;
     let forked = fork::fork(runtime, &source, &names, &Overrides::default(), true);
     forked.into_iter().next().transpose()?;

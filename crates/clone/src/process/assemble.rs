@@ -84,7 +84,12 @@ pub(super) fn assemble(
     let attached = console.attached();
     drop(console);
 
-    let lineage = Lineage::new(Arc::clone(machine.memory()), resources.pagemap);
+    let mut lineage = Lineage::new(Arc::clone(machine.memory()), resources.pagemap);
+    if guest.observed {
+        // Memory that is tracked comes page by page.
+        let begun = lineage.begin();
+        begun.map_err(|error| ApiError::internal(&error))?;
+    }
     let disks = devices.handles.disks.iter().enumerate();
     let disks = disks.map(|(index, disk)| SnapshotDisk {
         disk: Arc::clone(disk),
@@ -124,6 +129,7 @@ struct Guest {
     boot: std::result::Result<BootFiles, String>,
     disk_layers: Vec<usize>,
     standby: bool,
+    observed: bool,
     locks: Vec<File>,
 }
 
@@ -141,6 +147,7 @@ impl Guest {
                 boot: Ok(files),
                 disk_layers: Vec::new(),
                 standby: false,
+                observed: false,
                 locks: Vec::new(),
             }),
             OpenOrigin::Fork(fork) => {
@@ -158,6 +165,7 @@ impl Guest {
                     boot: fork.boot,
                     disk_layers: fork.disk_layers,
                     standby: fork.standby,
+                    observed: fork.observed,
                     locks: fork.locks,
                 })
             }

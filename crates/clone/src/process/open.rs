@@ -49,6 +49,7 @@ pub(super) struct OpenFork {
     pub(super) memory: LayerStack,
     pub(super) state: MachineState,
     pub(super) prefetch: Option<File>,
+    pub(super) observed: bool,
     /// How many layers each disk shares with others.
     pub(super) disk_layers: Vec<usize>,
     pub(super) standby: bool,
@@ -167,6 +168,7 @@ fn open_fork(fork: &Fork, config: &VmConfig) -> Result<OpenFork> {
             Some(path) => Some(read_only("open", path)?),
             None => None,
         },
+        observed: fork.observed,
         // A clone does well without until it reboots, and its template may come from elsewhere.
         boot: open_boot(&fork.kernel, config).map_err(|error| error.message),
         disk_layers: fork.disks.iter().map(|disk| disk.layers.len()).collect(),

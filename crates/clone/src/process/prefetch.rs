@@ -17,6 +17,8 @@ const MAX_BYTES: u64 = 4 << 20;
 pub const FILE: &str = "prefetch";
 /// A record has no more runs than this: each costs a call at every fork.
 const MAX_RUNS: usize = 2048;
+/// Runs so many pages apart are brought in as one: that costs less than another call.
+const NEARBY: u64 = 4;
 
 /// Pages that will be needed, as sets within RAM.
 pub(super) struct Needed {
@@ -32,7 +34,7 @@ pub(super) fn read(file: File, memory: &GuestMemory) -> Option<Needed> {
         Ok(record) => {
             let pages = memory.layout().size() / PAGE_SIZE;
             Some(Needed {
-                read: set(&record.read, pages),
+                read: set(&record.read, pages).bridged(NEARBY),
                 written: set(&record.written, pages),
             })
         }
@@ -56,7 +58,8 @@ impl Needed {
 
     /// All of it, for KVM to map.
     pub(super) fn all(&self) -> PageSet {
-        self.read.union(&self.written).bridged_to(MAX_RUNS)
+        let all = self.read.union(&self.written);
+        all.bridged(NEARBY).bridged_to(MAX_RUNS)
     }
 }
 

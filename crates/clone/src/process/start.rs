@@ -48,6 +48,9 @@ pub struct Fork {
     pub standby: bool,
     /// Pages to bring in before the guest runs.
     pub prefetch: Option<PathBuf>,
+    /// Whether its pages come one by one, so that what it touches can be told: a kernel brings in
+    /// the neighbours of what is read, too.
+    pub observed: bool,
     /// What its guest boots when it reboots, if it is there: the described kernel, or a `vmlinux`
     /// that was extracted from it.
     pub kernel: PathBuf,
