@@ -1,9 +1,11 @@
 //! Forks, from a client that stays up: how long until a clone runs and answers, what it costs in
 //! memory, and what a live fork and a difference cost the VM.
 //!
-//! [`ours`] forks and measures; [`live`] is about the VM that is forked while it runs; [`peers`]
-//! does with other VMMs' snapshots what can be done with them.
+//! [`ours`] forks and measures; [`counts`] is about what that makes the kernel do; [`live`] is about
+//! the VM that is forked while it runs; [`peers`] does with other VMMs' snapshots what can be done
+//! with them.
 
+mod counts;
 mod live;
 mod ours;
 mod peers;
@@ -34,6 +36,7 @@ pub(crate) fn run(context: &Context) -> Result<Record> {
         "Entered: from the request until the clone's first CPU enters the guest, by the clock that all processes of a host share. Running: until whoever asked knows it (for others: until their API has answered). Identity: from then until the clone's agent has taken name, machine id, seed and clock. Reply: from the request until an exec of `true` on a new connection has ended; for our clones the identity is in it, others' have none.",
         "Started: a new process for each clone, jailed, as the others' are not. Standby: one that was ready, taken one by one. First: without the record of what clones touch; the others with it.",
         "Memory: after 10 s of rest. PSS is what the kernel counts for the whole process, pages that several map shared out among them. Own: anonymous and swapped pages of the process, of which the guest's are named apart.",
+        "Page faults and exits from the guest: of processes that were started for the fork, up to the first reply; exits where the kernel tells them (debugfs).",
         "Debian: the same with a stock Debian of 512 MiB on a disk.",
         "Live fork and difference: of a guest that writes to memory at the given rate.",
     ]);

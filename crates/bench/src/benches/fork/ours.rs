@@ -15,6 +15,7 @@ use clone_api::Client;
 use clone_api::control::{SnapshotTaken, StageTime, StartStage};
 use clone_memory::ProcessUsage;
 
+use super::counts::Counts;
 use super::{LIMIT, REST};
 use crate::context::Context;
 use crate::guests::{CloneVm, Machine, exec, exec_on, told, wait_for_agent};
@@ -103,7 +104,7 @@ impl<'a> ForkBench<'a> {
         };
         let source = self.source()?;
         let (mut forked, mut replies) = (Vec::new(), Vec::new());
-        let mut stages = Stages::default();
+        let (mut stages, mut counts) = (Stages::default(), Counts::default());
         for number in 0..count {
             let name = format!("{}-{number}", what.replace([' ', ','], ""));
             let (start, start_ns) = (Instant::now(), monotonic_ns());
@@ -111,6 +112,9 @@ impl<'a> ForkBench<'a> {
             let one = one.into_iter().next().context("no fork")?.map_err(told)?;
             self.reply(&one.name)?;
             replies.push(start.elapsed());
+            if way == Way::Start {
+                counts.add(one.pid)?;
+            }
             stages.add(start_ns, self.timeline(&one.name)?)?;
             forked.push(one);
         }
@@ -119,6 +123,7 @@ impl<'a> ForkBench<'a> {
         let from_standbys = forked.iter().all(|one| one.warm == (way == Way::Standby));
         anyhow::ensure!(from_standbys, "a fork was made in another way than asked");
         figures(record, what, &forked, &replies, stages);
+        counts.record(record, what);
         Ok(forked)
     }
 

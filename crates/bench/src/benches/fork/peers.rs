@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
+use super::counts::Counts;
 use super::{COMPARED, REST};
 use crate::context::Context;
 use crate::guests::cloud_hypervisor::Restore;
@@ -76,12 +77,14 @@ fn series<G: Guest>(
     settle: impl Fn(&G) -> Result<()>,
 ) -> Result<()> {
     let (mut running, mut replies, mut kept) = (Vec::new(), Vec::new(), Vec::new());
+    let mut counts = Counts::default();
     for number in 0..count.max(COMPARED) {
         let start = Instant::now();
         let (guest, time) = fork(number)?;
         exec(&guest, &["true"])?;
         replies.push(start.elapsed());
         running.push(time);
+        counts.add(guest.pid())?;
         settle(&guest)?;
         if kept.len() < COMPARED {
             kept.push(guest);
@@ -89,6 +92,7 @@ fn series<G: Guest>(
     }
     record.add(Figure::ms(&format!("{vmm}: running"), &running));
     record.add(Figure::ms(&format!("{vmm}: reply"), &replies));
+    counts.record(record, vmm);
     std::thread::sleep(REST);
     let pss: Result<Vec<f64>> = kept.iter().map(|guest| pss_mib(guest.pid())).collect();
     record.add(Figure::new(&format!("{vmm}, idle: PSS"), "MiB", pss?));
