@@ -76,8 +76,7 @@ fn lay_out(programs: &Path, vm_process: &Path, agent: &Path, tree: &Path) -> Res
     fs::create_dir_all(&pages)?;
     for program in PROGRAMS {
         let installed = tree.join("bin").join(program);
-        install(&programs.join(program), &installed, 0o755)?;
-        run_command(Command::new("strip").arg(&installed))?;
+        install_stripped(&programs.join(program), &installed)?;
         run_command(Command::new(&installed).arg("man").arg(&pages))
             .with_context(|| format!("{program} does not write its manual"))?;
         for (shell, place, prefix) in SHELLS {
@@ -90,9 +89,7 @@ fn lay_out(programs: &Path, vm_process: &Path, agent: &Path, tree: &Path) -> Res
         }
     }
     install(agent, &tree.join("lib/clone/clone-agent"), 0o755)?;
-    let installed = tree.join("lib/clone/clone-vm");
-    install(vm_process, &installed, 0o755)?;
-    run_command(Command::new("strip").arg(&installed))?;
+    install_stripped(vm_process, &tree.join("lib/clone/clone-vm"))?;
     let workspace = paths::workspace();
     for text in TEXTS {
         let target = tree.join("share/doc").join(NAME).join(text);
@@ -104,6 +101,12 @@ fn lay_out(programs: &Path, vm_process: &Path, agent: &Path, tree: &Path) -> Res
         install(&unit.path(), &target, 0o644)?;
     }
     Ok(())
+}
+
+/// Installs a program without what debuggers want of it.
+fn install_stripped(from: &Path, to: &Path) -> Result<()> {
+    install(from, to, 0o755)?;
+    run_command(Command::new("strip").arg(to))
 }
 
 fn install(from: &Path, to: &Path, mode: u32) -> Result<()> {

@@ -194,6 +194,8 @@ fn completions_and_manual_pages_are_made_for_every_command() {
     ] {
         assert!(Path::new(&dir).join(page).exists(), "{page}");
     }
+    // What is only for ourselves is not for users.
+    assert!(!dir.join("clone-vm-process.1").exists());
 }
 
 #[test]

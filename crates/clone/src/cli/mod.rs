@@ -102,7 +102,7 @@ pub fn main() -> ExitCode {
             };
         }
     };
-    log::start("warn");
+    log::start();
     let context = Context {
         output: Output::new(cli.json),
     };
