@@ -1,118 +1,92 @@
-//! A plot of a bench: a bar for each figure's median, with a line to its 99th percentile, as SVG
-//! and as PNG. Figures of different units get plots of their own.
+//! A plot of a bench as SVG: a bar for each figure's median, with a line to its 99th percentile.
+//! Figures of different units get plots of their own.
 
-use std::fmt::Display;
+use std::fmt::Write as _;
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Once;
 
-use anyhow::{Result, anyhow};
-use plotters::coord::Shift;
-use plotters::prelude::*;
-use plotters::style::text_anchor::{HPos, Pos, VPos};
-use plotters::style::{FontStyle, register_font};
+use anyhow::{Context as _, Result};
 
 use crate::record::{Figure, Record};
 
-const WIDTH: i32 = 900;
-/// Where bars start: left of it are names.
-const LEFT: i32 = 300;
+const WIDTH: u32 = 900;
+/// Where bars start; the names of the figures are left of it.
+const LEFT: u32 = 300;
 /// Room right of the longest line, for its number.
-const RIGHT: i32 = 170;
-const TOP: i32 = 56;
-const ROW: i32 = 34;
-const BAR: i32 = 20;
-const OURS: RGBColor = RGBColor(31, 119, 180);
-const THEIRS: RGBColor = RGBColor(170, 170, 170);
-const INK: RGBColor = RGBColor(40, 40, 40);
+const RIGHT: u32 = 170;
+const TOP: u32 = 56;
+const ROW: u32 = 34;
+const BAR: u32 = 20;
+const OURS: &str = "#1f77b4";
+const THEIRS: &str = "#aaaaaa";
+const INK: &str = "#282828";
 
-/// Draws `record` into `folder`, and returns the PNG files.
+/// Draws `record` into `folder`, and returns the files, one for each unit.
 pub(crate) fn draw_all(folder: &Path, bench: &str, record: &Record) -> Result<Vec<PathBuf>> {
-    static FONT: Once = Once::new();
-    let mut registered = true;
-    FONT.call_once(|| {
-        let font = dejavu::sans::regular();
-        registered = register_font("sans-serif", FontStyle::Normal, font).is_ok();
-    });
-    anyhow::ensure!(registered, "the typeface for plots cannot be read");
     let mut units: Vec<&str> = record.figures.iter().map(|f| f.unit.as_str()).collect();
-    units.dedup();
     units.sort_unstable();
     units.dedup();
     let mut paths = Vec::new();
     for unit in units {
         let figures = record.figures.iter().filter(|figure| figure.unit == unit);
         let figures: Vec<&Figure> = figures.collect();
-        let height = TOP + ROW * figures.len() as i32 + 16;
-        let size = (WIDTH as u32, height as u32);
-        let name = format!("{bench}-{}", unit.replace('/', "-per-"));
-        let (svg, png) = (
-            folder.join(format!("{name}.svg")),
-            folder.join(format!("{name}.png")),
-        );
         let title = format!("{bench}, {unit}: median, and a line to the 99th percentile");
-        draw(
-            SVGBackend::new(&svg, size).into_drawing_area(),
-            &title,
-            &figures,
-        )
-        .map_err(told(&svg))?;
-        draw(
-            BitMapBackend::new(&png, size).into_drawing_area(),
-            &title,
-            &figures,
-        )
-        .map_err(told(&png))?;
-        paths.push(png);
+        let path = folder.join(format!("{bench}-{}.svg", unit.replace('/', "-per-")));
+        fs::write(&path, draw(&title, &figures))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        paths.push(path);
     }
     Ok(paths)
 }
 
-/// The errors of plots do not live long enough to be a source.
-fn told<E: Display>(path: &Path) -> impl Fn(E) -> anyhow::Error {
-    move |error| anyhow!("cannot draw {}: {error}", path.display())
-}
-
-type Drawn<B> = Result<(), DrawingAreaErrorKind<<B as DrawingBackend>::ErrorType>>;
-
-fn draw<B: DrawingBackend>(
-    area: DrawingArea<B, Shift>,
-    title: &str,
-    figures: &[&Figure],
-) -> Drawn<B> {
-    area.fill(&WHITE)?;
-    let style = |size: f64, horizontal| {
-        let font = ("sans-serif", size).into_font().color(&INK);
-        font.pos(Pos::new(horizontal, VPos::Center))
-    };
-    area.draw(&Text::new(
-        title.to_owned(),
-        (20, 26),
-        style(17.0, HPos::Left),
-    ))?;
+/// The text of one plot.
+fn draw(title: &str, figures: &[&Figure]) -> String {
+    let height = TOP + ROW * figures.len() as u32 + 16;
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" \
+         font-family=\"sans-serif\" font-size=\"14\" fill=\"{INK}\" dominant-baseline=\"central\">\n\
+         <rect width=\"{WIDTH}\" height=\"{height}\" fill=\"white\"/>\n\
+         <text x=\"20\" y=\"26\" font-size=\"17\">{}</text>\n",
+        escaped(title)
+    );
     let longest = figures.iter().map(|figure| figure.p99.max(figure.p50));
     let longest = longest.fold(f64::MIN_POSITIVE, f64::max);
     let scale = f64::from(WIDTH - LEFT - RIGHT) / longest;
-    let x = |value: f64| LEFT + (value * scale).round() as i32;
-    let mut middle = TOP + ROW / 2;
-    for figure in figures {
-        let ours = figure.name.starts_with("clone");
-        let colour = if ours { OURS } else { THEIRS };
-        let corners = [(LEFT, middle - BAR / 2), (x(figure.p50), middle + BAR / 2)];
-        area.draw(&Rectangle::new(corners, colour.filled()))?;
-        let line = vec![(x(figure.p50), middle), (x(figure.p99), middle)];
-        area.draw(&PathElement::new(line, INK.stroke_width(2)))?;
-        let name = (LEFT - 10, middle);
-        area.draw(&Text::new(
-            figure.name.clone(),
-            name,
-            style(14.0, HPos::Right),
-        ))?;
-        let end = x(figure.p50.max(figure.p99)) + 8;
-        let number = format!("{:.2} (p99 {:.2})", figure.p50, figure.p99);
-        area.draw(&Text::new(number, (end, middle), style(13.0, HPos::Left)))?;
-        middle += ROW;
+    for (row, figure) in (0..).zip(figures) {
+        add_row(&mut svg, TOP + ROW * row + ROW / 2, scale, figure);
     }
-    area.present()
+    svg + "</svg>\n"
+}
+
+/// Adds a figure's name, bar, line and number around the height `middle`.
+fn add_row(svg: &mut String, middle: u32, scale: f64, figure: &Figure) {
+    let colour = match figure.name.starts_with("clone") {
+        true => OURS,
+        false => THEIRS,
+    };
+    let (median, tail) = (figure.p50 * scale, figure.p99 * scale);
+    let x = |length: f64| f64::from(LEFT) + length;
+    // Writing to a string cannot fail.
+    let _ = writeln!(
+        svg,
+        "<text x=\"{}\" y=\"{middle}\" text-anchor=\"end\">{}</text>\n\
+         <rect x=\"{LEFT}\" y=\"{}\" width=\"{median:.1}\" height=\"{BAR}\" fill=\"{colour}\"/>\n\
+         <line x1=\"{:.1}\" x2=\"{:.1}\" y1=\"{middle}\" y2=\"{middle}\" stroke=\"{INK}\" stroke-width=\"2\"/>\n\
+         <text x=\"{:.1}\" y=\"{middle}\" font-size=\"13\">{:.2} (p99 {:.2})</text>",
+        LEFT - 10,
+        escaped(&figure.name),
+        middle - BAR / 2,
+        x(median),
+        x(tail),
+        x(median.max(tail)) + 8.0,
+        figure.p50,
+        figure.p99,
+    );
+}
+
+/// Text as XML holds it.
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;")
 }
 
 #[cfg(test)]
@@ -128,13 +102,23 @@ mod tests {
         record.add(Figure::new("clone, speed", "MiB/s", vec![100.0]));
         let paths = draw_all(folder.path(), "boot", &record).unwrap();
         assert_eq!(paths.len(), 2);
-        for path in &paths {
-            assert!(std::fs::read(path).unwrap().starts_with(b"\x89PNG"));
-        }
         let svg = std::fs::read_to_string(folder.path().join("boot-ms.svg")).unwrap();
         for text in ["clone", "QEMU", "12.50", "25.00", "13.00"] {
             assert!(svg.contains(text), "no {text} in {svg}");
         }
         assert!(!svg.contains("speed"));
+    }
+
+    #[test]
+    fn a_bar_is_as_long_as_its_median_and_names_are_escaped() {
+        let ours = Figure::new("clone <a&b>", "ms", vec![1.0]);
+        let theirs = Figure::new("QEMU", "ms", vec![2.0]);
+        let svg = draw("t", &[&ours, &theirs]);
+        let whole = f64::from(WIDTH - LEFT - RIGHT);
+        for (width, colour) in [(whole / 2.0, OURS), (whole, THEIRS)] {
+            let bar = format!("width=\"{width:.1}\" height=\"{BAR}\" fill=\"{colour}\"");
+            assert!(svg.contains(&bar), "{bar} is not in {svg}");
+        }
+        assert!(svg.contains("clone &lt;a&amp;b>"), "{svg}");
     }
 }

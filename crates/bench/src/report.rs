@@ -98,7 +98,7 @@ mod tests {
         assert!(text.contains("## boot") && text.contains("## exec"));
         assert!(text.contains("| clone / QEMU | 0.500 | at most 1 |"));
         assert!(text.contains("- Not measured: bochs: it is gone."));
-        assert!(text.contains("![exec](exec-ms.png)"));
+        assert!(text.contains("![exec](exec-ms.svg)"));
         fs::write(folder.path().join("other.json"), "{}").unwrap();
         let error = format!("{:#}", write(folder.path()).unwrap_err());
         assert!(error.contains("other.json"), "{error}");
