@@ -75,7 +75,10 @@ impl Host {
     /// Starts the server, and takes its first key.
     pub fn start(&mut self) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_army"));
-        command.args(["dev", "--listen", "127.0.0.1:0", "--host-name", "here"]);
+        // Another address is where a browser outside of the testbed gets in.
+        let listen = std::env::var("CLONE_TEST_LISTEN");
+        let listen = listen.as_deref().unwrap_or("127.0.0.1:0");
+        command.args(["dev", "--listen", listen, "--host-name", "here"]);
         let mut server = self
             .environment(&mut command)
             .stdout(Stdio::piped())
