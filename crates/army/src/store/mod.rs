@@ -7,6 +7,7 @@
 pub mod events;
 pub mod hosts;
 pub mod keys;
+mod migrations;
 pub mod requests;
 pub mod templates;
 pub mod vms;
@@ -86,13 +87,10 @@ impl Store {
             .connect(url)
             .await
             .map_err(|error| failed("open the store", &error))?;
-        sqlx::migrate!("./migrations")
-            .run(&pool)
-            .await
-            .map_err(|error| {
-                let detail = format!("cannot bring the store into its latest form: {error}");
-                Problem::new(ProblemKind::Internal, detail)
-            })?;
+        migrations::all().run(&pool).await.map_err(|error| {
+            let detail = format!("cannot bring the store into its latest form: {error}");
+            Problem::new(ProblemKind::Internal, detail)
+        })?;
         Ok(Self {
             pool,
             is_postgres,
