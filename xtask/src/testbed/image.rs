@@ -56,6 +56,7 @@ const HOST_MODULES: [&[&str]; 2] = [
         "br_netfilter",
         "ext4",
         "virtio_blk",
+        "virtio_net",
         "virtio_rng",
         "loop",
     ],

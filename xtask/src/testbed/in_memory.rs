@@ -7,14 +7,15 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 
 use anyhow::Result;
 
+use super::Testbed;
 use crate::process::run;
 
 /// Unpacks an archive into a memory file system of its own, puts each file of it over the one of
-/// the same path, for this command and its children alone, and goes on as the command.
+/// the same path, and goes on as the command.
 const SCRIPT: &str = r#"
 set -e
 mount -t tmpfs -o size=60% tmpfs /mnt
@@ -28,13 +29,33 @@ shift
 exec "$@"
 "#;
 
-/// The command `words`, for [`super::execute`], with these files (absolute paths) in memory. They
-/// travel in `archive`, which is made, in a folder that the testbed sees.
+/// The command `words`, for [`super::execute`], with these files (absolute paths) in memory, for it
+/// and its children alone. They travel in `archive`, which is made, in a folder that the testbed
+/// sees.
 pub(crate) fn in_memory(
     archive: &Path,
     files: &[PathBuf],
     words: &[OsString],
 ) -> Result<Vec<OsString>> {
+    let mut wrapped: Vec<OsString> = ["unshare", "--mount"].map(OsString::from).into();
+    wrapped.extend(unpacked(archive, files, words)?);
+    Ok(wrapped)
+}
+
+/// Puts these files into a testbed's memory, for all commands that are run in it afterwards.
+pub(crate) fn load(testbed: &Testbed, archive: &Path, files: &[PathBuf]) -> Result<()> {
+    let words = unpacked(archive, files, &["true".into()])?;
+    let loaded = super::execute(testbed, &words)?;
+    let _ = std::fs::remove_file(archive);
+    anyhow::ensure!(
+        loaded == ExitCode::SUCCESS,
+        "cannot copy files into the testbed's memory"
+    );
+    Ok(())
+}
+
+/// Packs the files, and returns the command that unpacks them and goes on as `words`.
+fn unpacked(archive: &Path, files: &[PathBuf], words: &[OsString]) -> Result<Vec<OsString>> {
     let mut pack = Command::new("tar");
     // Holes stay holes: 9p does not know them.
     pack.args(["--create", "--sparse", "--file"]).arg(archive);
@@ -44,9 +65,7 @@ pub(crate) fn in_memory(
             .map(|path| path.strip_prefix("/").unwrap_or(path)),
     );
     run(&mut pack)?;
-    let mut wrapped: Vec<OsString> = ["unshare", "--mount", "sh", "-c", SCRIPT, "sh"]
-        .map(OsString::from)
-        .into();
+    let mut wrapped: Vec<OsString> = ["sh", "-c", SCRIPT, "sh"].map(OsString::from).into();
     wrapped.push(archive.into());
     wrapped.extend(files.iter().map(OsString::from));
     wrapped.push("--".into());

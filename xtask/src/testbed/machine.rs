@@ -12,7 +12,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
 use super::image::Image;
-use super::{PORTS, Size, client};
+use super::{INSIDE_ADDRESS, OUTSIDE_ADDRESS, PORTS, Size, client};
 
 /// How long a testbed may take to answer before it is given up.
 const START_LIMIT: Duration = Duration::from_secs(120);
@@ -25,8 +25,9 @@ const PID_FILE: &str = "pid";
 const DEFAULT_MIB: u32 = 8192;
 /// Several corrupt what runs in them: docs/testbed.md.
 const DEFAULT_CPUS: u32 = 1;
-/// How folders of testbeds for single commands begin; the number of their process follows.
-const SINGLE: &str = "run-";
+/// How folders of testbeds begin that end with the process that started them; its number and the
+/// testbed's name follow.
+const OWNED: &str = "run-";
 const CONSOLE: &str = "console.log";
 const QEMU_LOG: &str = "qemu.log";
 /// The emulated CPUs' registers whenever one is reset: how it was when it could not go on.
@@ -35,7 +36,7 @@ const TRIPLE_FAULT: &str = "Triple fault";
 /// Where the spare device of the VFIO flavour is put on its bus.
 const SPARE_DEVICE: &str = "0000:00:10.0";
 
-/// A running testbed. One that was started for a single command ends with this value.
+/// A running testbed. One that this process started for itself ends with this value.
 pub(crate) struct Testbed {
     folder: PathBuf,
     pid: Pid,
@@ -50,6 +51,8 @@ struct Kind {
     mib: u32,
     cpus: u32,
     vfio: bool,
+    forward: Option<(u16, u16)>,
+    reach: Option<u16>,
 }
 
 impl Kind {
@@ -58,6 +61,8 @@ impl Kind {
             mib: size.mem.unwrap_or(DEFAULT_MIB),
             cpus: size.cpus.unwrap_or(DEFAULT_CPUS),
             vfio: size.vfio,
+            forward: size.forward,
+            reach: size.reach,
         }
     }
 
@@ -66,6 +71,8 @@ impl Kind {
         size.mem.is_none_or(|mib| mib == self.mib)
             && size.cpus.is_none_or(|cpus| cpus == self.cpus)
             && (self.vfio || !size.vfio)
+            && (size.forward.is_none() || size.forward == self.forward)
+            && (size.reach.is_none() || size.reach == self.reach)
     }
 
     /// The fields after PID and start time in the PID file.
@@ -74,6 +81,9 @@ impl Kind {
             mib: fields.next()?.parse().ok()?,
             cpus: fields.next()?.parse().ok()?,
             vfio: fields.next()?.parse().ok()?,
+            // Forwarded ports are not looked for in a testbed that is up.
+            forward: None,
+            reach: None,
         })
     }
 }
@@ -145,14 +155,32 @@ impl Testbed {
         if let Some(testbed) = Self::find()?.filter(|testbed| testbed.kind.suits(size)) {
             return Ok(testbed);
         }
-        Self::start(size)
+        Self::start(size, super::SINGLE)
     }
 
-    /// A fresh one that ends with this value.
-    pub(crate) fn start(size: &Size) -> Result<Self> {
+    /// The one whose state is in `folder`, which another process started and ends.
+    pub(crate) fn at(folder: PathBuf) -> Result<Self> {
+        let text = fs::read_to_string(folder.join(PID_FILE))
+            .with_context(|| format!("no testbed is in {}", folder.display()))?;
+        let pid = text.split_whitespace().next();
+        let pid = pid
+            .and_then(|field| field.parse().ok())
+            .and_then(Pid::from_raw);
+        Ok(Self {
+            pid: pid.with_context(|| format!("no testbed is in {}", folder.display()))?,
+            folder,
+            kind: Kind::new(&Size::default()),
+            child: None,
+        })
+    }
+
+    /// A fresh one that ends with this value. `name` tells it from others of this process.
+    pub(crate) fn start(size: &Size, name: &str) -> Result<Self> {
         sweep()?;
-        let folder = crate::paths::testbed_state().join(format!("{SINGLE}{}", std::process::id()));
+        let process = std::process::id();
+        let folder = crate::paths::testbed_state().join(format!("{OWNED}{process}-{name}"));
         let mut testbed = Self::launch(folder, size, true)?;
+        fs::write(testbed.folder.join(PID_FILE), testbed.pid.to_string())?;
         testbed.wait_ready()?;
         Ok(testbed)
     }
@@ -161,7 +189,7 @@ impl Testbed {
         self.pid
     }
 
-    pub(super) fn folder(&self) -> &Path {
+    pub(crate) fn folder(&self) -> &Path {
         &self.folder
     }
 
@@ -303,7 +331,8 @@ fn sweep() -> Result<()> {
     for entry in entries {
         let entry = entry?;
         let name = entry.file_name();
-        let owner = name.to_str().and_then(|name| name.strip_prefix(SINGLE));
+        let rest = name.to_str().and_then(|name| name.strip_prefix(OWNED));
+        let owner = rest.and_then(|rest| rest.split('-').next());
         if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
             // Another process may sweep the same.
             let _ = fs::remove_dir_all(entry.path());
@@ -322,6 +351,25 @@ fn start_time(pid: Pid) -> Option<String> {
     // The second field, a name in parentheses, may hold spaces.
     let rest = stat.rsplit_once(')')?.1;
     rest.split_whitespace().nth(19).map(str::to_owned)
+}
+
+/// The network card, where ports are forwarded. Nothing else gets in or out through it.
+fn network(kind: Kind) -> String {
+    if kind.forward.is_none() && kind.reach.is_none() {
+        return "-nic none".to_owned();
+    }
+    let mut card = "-nic user,model=virtio-net-pci,restrict=on".to_owned();
+    if let Some((outside, inside)) = kind.forward {
+        card.push_str(&format!(
+            ",hostfwd=tcp:127.0.0.1:{outside}-{INSIDE_ADDRESS}:{inside}"
+        ));
+    }
+    if let Some(port) = kind.reach {
+        card.push_str(&format!(
+            ",guestfwd=tcp:{OUTSIDE_ADDRESS}:{port}-tcp:127.0.0.1:{port}"
+        ));
+    }
+    card
 }
 
 fn arguments(image: &Image, kind: Kind, supervisor: &Path) -> Result<Vec<OsString>> {
@@ -360,7 +408,8 @@ fn arguments(image: &Image, kind: Kind, supervisor: &Path) -> Result<Vec<OsStrin
         add("-M pc");
     }
     add(&format!("-d cpu_reset -D {CPU_LOG}"));
-    add("-display none -nodefaults -no-user-config -no-reboot -nic none");
+    add("-display none -nodefaults -no-user-config -no-reboot");
+    add(&network(kind));
     add(&format!(
         "-chardev file,id=console,path={CONSOLE} -serial chardev:console"
     ));

@@ -21,24 +21,45 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 
-pub(crate) use in_memory::in_memory;
+pub(crate) use in_memory::{in_memory, load};
 pub(crate) use machine::Testbed;
 
 /// Ports, and so commands that can run at the same time in one testbed.
 const PORTS: usize = 15;
+/// The testbed's own address, and that under which it reaches this machine, on the network card
+/// that it has where ports are forwarded.
+pub(crate) const INSIDE_ADDRESS: &str = "10.0.2.15";
+pub(crate) const OUTSIDE_ADDRESS: &str = "10.0.2.100";
+
+/// The name of a testbed that a command starts for itself.
+const SINGLE: &str = "single";
 
 /// What a testbed must be like; what is not said is taken as it comes.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct Size {
     /// Memory, as in 6G or 512M [default: 8G]; taken from the host only as it is used.
     #[arg(long, value_name = "SIZE", value_parser = mebibytes)]
-    mem: Option<u32>,
+    pub(crate) mem: Option<u32>,
     /// CPUs [default: 1]. With several, QEMU's emulation corrupts its guests: docs/testbed.md.
     #[arg(long, value_name = "N")]
-    cpus: Option<u32>,
+    pub(crate) cpus: Option<u32>,
     /// A machine with an IOMMU, and a spare PCI device bound to vfio-pci.
     #[arg(long)]
-    vfio: bool,
+    pub(crate) vfio: bool,
+    /// Let a port of this machine lead to one inside, on the address 10.0.2.15.
+    #[arg(long, value_name = "OUTSIDE:INSIDE", value_parser = two_ports)]
+    pub(crate) forward: Option<(u16, u16)>,
+    /// Let a port of the address 10.0.2.100 inside lead to the same port of this machine.
+    #[arg(long, value_name = "PORT")]
+    pub(crate) reach: Option<u16>,
+}
+
+/// Reads `8080:80`.
+fn two_ports(text: &str) -> Result<(u16, u16), String> {
+    let ports = text.split_once(':');
+    let ports =
+        ports.and_then(|(outside, inside)| Some((outside.parse().ok()?, inside.parse().ok()?)));
+    ports.ok_or_else(|| "two port numbers, as in 8080:80".to_owned())
 }
 
 /// Reads `6G`, `512M` or a plain number of MiB.
@@ -73,6 +94,9 @@ pub(crate) enum Command {
         /// A fresh testbed, even where one is up.
         #[arg(long)]
         fresh: bool,
+        /// The testbed whose state is in this folder, which another chore started.
+        #[arg(long, hide = true, value_name = "FOLDER")]
+        at: Option<PathBuf>,
         /// Ends the command after so many seconds, with exit status 124.
         #[arg(long)]
         timeout: Option<u64>,
@@ -121,12 +145,14 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
         Command::Run {
             size,
             fresh,
+            at,
             timeout,
             command,
         } => {
-            let testbed = match fresh {
-                true => Testbed::start(&size)?,
-                false => Testbed::find_or_start(&size)?,
+            let testbed = match (at, fresh) {
+                (Some(folder), _) => Testbed::at(folder)?,
+                (None, true) => Testbed::start(&size, SINGLE)?,
+                (None, false) => Testbed::find_or_start(&size)?,
             };
             client::run(&testbed, &command, timeout, false)
         }
