@@ -10,6 +10,7 @@ use tracing::info_span;
 use crate::ext4::{self, DiskSize};
 use crate::guest::{self, FoundInit, Init, Outfit};
 use crate::progress::Progress;
+use crate::source::cpu_level::CpuLevel;
 use crate::source::oci::{self, OciImage, Wanted};
 use crate::source::store::Store;
 use crate::source::{Debian, ImageConfig, Ownership, debian, directory};
@@ -141,6 +142,7 @@ impl RootfsSpec {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct RootfsReport {
     /// The disk image.
+    #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
     /// Its size in bytes; it is sparse and takes less.
     pub bytes: u64,
@@ -150,6 +152,19 @@ pub struct RootfsReport {
     pub init: FoundInit,
     /// How a container image's program is to be run.
     pub config: ImageConfig,
+    /// Mount points of other file systems below a source directory: they are in the image, what is mounted on them is
+    /// not.
+    #[serde(serialize_with = "all_as_text", skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<PathBuf>,
+}
+
+/// A path as text. JSON knows no other bytes: what is not UTF-8 is replaced.
+fn as_text<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path.to_string_lossy())
+}
+
+fn all_as_text<S: serde::Serializer>(paths: &[PathBuf], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(paths.iter().map(|path| path.to_string_lossy()))
 }
 
 /// Builds a root file system as a sparse raw ext4 disk.
@@ -164,7 +179,7 @@ pub fn build_rootfs(spec: &RootfsSpec, progress: &dyn Progress) -> Result<Rootfs
     let created = spec.created.unwrap_or_else(now);
     let mut tree = Tree::new(spec.limits);
     let mut spool = Spool::new(staging.dir(), spec.limits.content_bytes)?;
-    let config = fill(&mut tree, &mut spool, spec, staging.dir(), progress)?;
+    let Filled { config, left_out } = fill(&mut tree, &mut spool, spec, staging.dir(), progress)?;
     let init = guest::fit_out(
         &mut tree,
         &Outfit {
@@ -196,7 +211,24 @@ pub fn build_rootfs(spec: &RootfsSpec, progress: &dyn Progress) -> Result<Rootfs
         inodes: made.inodes,
         init,
         config,
+        left_out,
     })
+}
+
+/// What a source says beside its files.
+#[derive(Default)]
+struct Filled {
+    config: ImageConfig,
+    left_out: Vec<PathBuf>,
+}
+
+impl From<ImageConfig> for Filled {
+    fn from(config: ImageConfig) -> Self {
+        Self {
+            config,
+            ..Self::default()
+        }
+    }
 }
 
 fn fill(
@@ -205,36 +237,41 @@ fn fill(
     spec: &RootfsSpec,
     scratch: &Path,
     progress: &dyn Progress,
-) -> Result<ImageConfig> {
+) -> Result<Filled> {
     match &spec.source {
         Source::Debian(debian) => {
             debian::install(debian, tree, spool, progress)?;
-            Ok(ImageConfig::default())
+            Ok(Filled::default())
         }
         Source::Directory { path, ownership } => {
-            directory::read(tree, path, *ownership, progress)?;
-            Ok(ImageConfig::default())
+            let left_out = directory::read(tree, path, *ownership, progress)?;
+            Ok(Filled {
+                left_out,
+                ..Filled::default()
+            })
         }
         #[cfg(feature = "pull")]
         Source::Registry(image) => {
             let wanted = Wanted {
                 reference: None,
                 architecture: ARCHITECTURE,
+                level: CpuLevel::of_host(),
             };
             let digest = pull::pull(image, wanted, spec.limits.content_bytes, progress)?;
             let image = OciImage::by_digest(Store::Dir(image.blobs.clone()), &digest, wanted)?;
             image.merge(tree, spool, progress)?;
-            Ok(image.config)
+            Ok(image.config.into())
         }
         Source::Image { path, reference } => {
             let store = Store::open(path, scratch, spec.limits.content_bytes)?;
             let wanted = Wanted {
                 reference: reference.as_deref(),
                 architecture: ARCHITECTURE,
+                level: CpuLevel::of_host(),
             };
             let image = OciImage::open(store, wanted)?;
             image.merge(tree, spool, progress)?;
-            Ok(image.config)
+            Ok(image.config.into())
         }
     }
 }

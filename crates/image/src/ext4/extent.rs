@@ -50,28 +50,42 @@ fn node(out: &mut [u8], entries: &[Entry], max: usize, depth: u16) {
     }
 }
 
-/// The extent tree of a file that is made of these runs, in order and without holes.
+/// A run of blocks, and the block of the file that it begins with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mapped {
+    pub(super) first: u64,
+    pub(super) run: Run,
+}
+
+/// Runs that follow each other in a file, from this block on.
+pub(super) fn mapped(runs: Vec<Run>, first: u64) -> impl Iterator<Item = Mapped> {
+    runs.into_iter().scan(first, |next, run| {
+        let first = *next;
+        *next += run.len;
+        Some(Mapped { first, run })
+    })
+}
+
+/// The extent tree of a file that is made of these runs, in order; what lies between them are holes.
 ///
 /// `place` stores a node block that lies outside the inode and says where. Returns the inode's 60 bytes and how many
 /// blocks were placed.
 pub(super) fn build<E>(
-    runs: &[Run],
+    runs: &[Mapped],
     seed: u32,
     mut place: impl FnMut(&[u8]) -> Result<u64, E>,
 ) -> Result<([u8; 60], u64), E> {
     let mut level = Vec::new();
-    let mut first = 0;
-    for run in runs {
+    for Mapped { first, run } in runs {
         let mut done = 0;
         while done < run.len {
             let len = MAX_EXTENT.min(run.len - done);
             level.push(Entry {
-                first,
+                first: first + done,
                 start: run.start + done,
                 len: Some(len),
             });
             done += len;
-            first += len;
         }
     }
     let (mut depth, mut placed) = (0u16, 0);

@@ -122,8 +122,11 @@ impl Plan {
             blocks += match &node.kind {
                 Kind::Dir(entries) => directory::block_count(entries.keys().map(Vec::len)),
                 Kind::File(content) => {
-                    bytes += content.len();
-                    content.len().div_ceil(BLOCK)
+                    let data = content.data();
+                    bytes += data.iter().map(|(_, len)| len).sum::<u64>();
+                    let parts: u64 = data.iter().map(|(_, len)| len.div_ceil(BLOCK)).sum();
+                    // A part takes an extent, and some 340 extents a block of the tree.
+                    parts + data.len() as u64 / 256
                 }
                 Kind::Symlink(target) => u64::from(target.len() >= writer::INLINE_LINK),
                 _ => 0,

@@ -7,6 +7,7 @@ use std::path::Path;
 use super::alloc::{Allocator, Full, Run};
 use super::checksum::{crc, inode_seed};
 use super::directory::{self, Entry, EntryType};
+use super::extent::{self, Mapped};
 use super::geometry::{
     BLOCK, BLOCK_USIZE, BLOCKS_PER_GROUP, DESCRIPTOR_SIZE, FIRST_INODE, Geometry, INODE_SIZE,
     INODES_PER_BLOCK, too_small,
@@ -14,15 +15,17 @@ use super::geometry::{
 use super::inode::{Inode, Map, type_bits};
 use super::superblock::{Facts, Group, JOURNAL_INODE, journal, superblock};
 use super::xattr::{self, Xattrs};
-use super::{Options, Plan, extent};
+use super::{Options, Plan};
 use crate::progress::Progress;
-use crate::tree::{Content, Kind, Meta, NodeId, Tree};
+use crate::tree::{Content, ContentReader, Kind, Meta, NodeId, Tree};
 use crate::{ImageError, Result};
 
 /// Symbolic links shorter than this live in the inode.
 pub(super) const INLINE_LINK: usize = 60;
 /// Linux's limit on hard links; directories with more subdirectories say 1 instead.
 const MAX_LINKS: u64 = 65_000;
+/// The largest file: its blocks are numbered with 32 bits, the last number is not used.
+const MAX_FILE: u64 = (u32::MAX as u64) * BLOCK;
 /// File contents are copied in pieces of this many bytes.
 const CHUNK: usize = 1 << 20;
 
@@ -135,7 +138,7 @@ impl<'a> Writer<'a> {
             .contiguous(blocks)
             .map_err(|Full| too_small(self.total))?;
         self.put(&journal(blocks, self.options.uuid), run.start * BLOCK)?;
-        let (tree, placed) = self.extents(&[run], JOURNAL_INODE)?;
+        let (tree, placed) = self.extents(&[Mapped { first: 0, run }], JOURNAL_INODE)?;
         let meta = Meta::root(0o600, self.options.created as i64);
         let inode = Inode {
             meta: &meta,
@@ -150,7 +153,7 @@ impl<'a> Writer<'a> {
         Ok(tree)
     }
 
-    fn extents(&mut self, runs: &[Run], inode: u32) -> Result<([u8; 60], u64)> {
+    fn extents(&mut self, runs: &[Mapped], inode: u32) -> Result<([u8; 60], u64)> {
         extent::build(runs, inode_seed(self.seed, inode), |node| {
             let block = self.block()?;
             self.put(node, block * BLOCK)?;
@@ -181,6 +184,12 @@ impl<'a> Writer<'a> {
             Kind::Dir(_) => {
                 let bytes = self.directory_bytes(id, parent);
                 (bytes.len() as u64, self.write_blocks(&bytes, number)?)
+            }
+            Kind::File(content) if content.len() > MAX_FILE => {
+                return Err(ImageError::malformed(
+                    self.path_of(id),
+                    "it is larger than the 16 TiB that a file of ext4 can have",
+                ));
             }
             Kind::File(content) => (content.len(), self.write_content(content, number)?),
             Kind::Symlink(target) if target.len() < INLINE_LINK => {
@@ -287,33 +296,47 @@ impl<'a> Writer<'a> {
             self.put(part, run.start * BLOCK)?;
             rest = after;
         }
+        let runs: Vec<Mapped> = extent::mapped(runs, 0).collect();
         let (tree, placed) = self.extents(&runs, inode)?;
         Ok(Map::Extents(tree, blocks + placed))
     }
 
-    /// Copies a file's content into new blocks. Blocks of zeros are allocated to the file but left as holes of the
-    /// image: the guest sees no difference, and they cost nothing.
+    /// Copies a file's content into new blocks. Its holes stay holes of the file. Other blocks of zeros are allocated
+    /// to the file but left as holes of the image: the guest sees no difference, and they cost nothing.
     fn write_content(&mut self, content: &Content, inode: u32) -> Result<Map> {
-        let blocks = content.len().div_ceil(BLOCK);
-        let runs = self.runs(blocks)?;
         let reader = content.open()?;
-        let mut buffer = std::mem::take(&mut self.buffer);
-        let mut done = 0;
-        for run in &runs {
-            let mut at = run.start * BLOCK;
-            let end = at + (run.len * BLOCK).min(content.len() - done);
-            while at < end {
-                let part = &mut buffer[..(end - at).min(CHUNK as u64) as usize];
-                reader.read_exact_at(part, done)?;
-                self.put_sparse(part, at)?;
-                self.progress.advance(part.len() as u64);
-                at += part.len() as u64;
-                done += part.len() as u64;
+        let mut all = Vec::new();
+        let mut blocks = 0;
+        for &(offset, len) in content.data().iter() {
+            let runs = self.runs(len.div_ceil(BLOCK))?;
+            let from = all.len();
+            all.extend(extent::mapped(runs, offset / BLOCK));
+            blocks += len.div_ceil(BLOCK);
+            for part in &all[from..] {
+                self.copy_run(&reader, *part, offset + len)?;
             }
         }
-        self.buffer = buffer;
-        let (tree, placed) = self.extents(&runs, inode)?;
+        reader.finish()?;
+        let (tree, placed) = self.extents(&all, inode)?;
         Ok(Map::Extents(tree, blocks + placed))
+    }
+
+    /// Copies what a run holds of a content that ends at `end`.
+    fn copy_run(&mut self, reader: &ContentReader<'_>, part: Mapped, end: u64) -> Result<()> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let mut from = part.first * BLOCK;
+        let mut at = part.run.start * BLOCK;
+        let end = end.min(from + part.run.len * BLOCK);
+        while from < end {
+            let piece = &mut buffer[..(end - from).min(CHUNK as u64) as usize];
+            reader.read_exact_at(piece, from)?;
+            self.put_sparse(piece, at)?;
+            self.progress.advance(piece.len() as u64);
+            at += piece.len() as u64;
+            from += piece.len() as u64;
+        }
+        self.buffer = buffer;
+        Ok(())
     }
 
     /// Writes the runs of blocks that are not all zeros.

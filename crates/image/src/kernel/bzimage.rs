@@ -14,6 +14,8 @@ const VERSION: usize = 0x206;
 const KERNEL_VERSION: usize = 0x20e;
 const PAYLOAD_OFFSET: usize = 0x248;
 const PAYLOAD_LENGTH: usize = 0x24c;
+const PREF_ADDRESS: usize = 0x258;
+const INIT_SIZE: usize = 0x260;
 /// The first protocol whose header says where the payload lies.
 const PROTOCOL_WITH_PAYLOAD: u16 = 0x0208;
 const SECTOR: usize = 512;
@@ -72,6 +74,16 @@ fn payload(image: &[u8]) -> Result<&[u8], String> {
     image.get(from..to).ok_or_else(|| {
         format!("its payload lies at {from:#x} to {to:#x}, but the file has {:#x} bytes: it is truncated", image.len())
     })
+}
+
+/// The physical address behind what the kernel takes up until it has read its memory map: the decompressor works from
+/// its preferred address upwards. Needs only [`HEAD`] bytes.
+pub(super) fn load_end(head: &[u8]) -> Result<u64, String> {
+    let preferred = u64::from_le_bytes(bytes_at(head, PREF_ADDRESS)?);
+    let size = u32::from_le_bytes(bytes_at(head, INIT_SIZE)?);
+    preferred
+        .checked_add(size.into())
+        .ok_or_else(|| "its preferred address is beyond all memory".to_owned())
 }
 
 /// The ELF `vmlinux` inside a bzImage, which may have at most `limit` bytes.

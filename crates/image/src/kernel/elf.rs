@@ -105,6 +105,25 @@ impl<'a> Elf<'a> {
         Ok(Vmlinux { pvh })
     }
 
+    /// The physical address behind the last byte that the segments take up in memory, `.bss` included.
+    pub(crate) fn load_end(&self) -> Result<u64, String> {
+        let mut last = 0;
+        for (kind, header) in self.program_headers()? {
+            if kind == PT_LOAD {
+                let (start, size) = (
+                    u64_at(self.bytes, header + 24)?,
+                    u64_at(self.bytes, header + 40)?,
+                );
+                last = last.max(
+                    start
+                        .checked_add(size)
+                        .ok_or("a segment's end wraps around")?,
+                );
+            }
+        }
+        Ok(last)
+    }
+
     /// True for an executable that asks for no dynamic loader.
     pub(crate) fn is_static(&self) -> Result<bool, String> {
         Ok(self

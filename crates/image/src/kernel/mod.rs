@@ -49,15 +49,42 @@ pub struct KernelInfo {
 /// # Errors
 /// If the file cannot be read, or is neither a bzImage nor an ELF file.
 pub fn inspect(path: &Path) -> Result<KernelInfo> {
+    recognise(&read_head(path)?).map_err(|reason| ImageError::Kernel {
+        path: path.to_owned(),
+        reason,
+    })
+}
+
+fn read_head(path: &Path) -> Result<Vec<u8>> {
     let file = File::open(path).map_err(ImageError::io("open the kernel", path))?;
     let mut head = Vec::new();
     file.take(bzimage::HEAD as u64)
         .read_to_end(&mut head)
         .map_err(ImageError::io("read the kernel", path))?;
-    recognise(&head).map_err(|reason| ImageError::Kernel {
+    Ok(head)
+}
+
+/// What Linux needs beside itself and its initrd to come up at all: page tables, descriptions of pages, slabs, buffers.
+const WORKING_MEMORY: u64 = 16 << 20;
+
+/// The RAM that a guest of this kernel needs at the least, in bytes from address 0 on: the kernel where it is loaded,
+/// `initrd` bytes of an initial RAM disk and as many unpacked, and what Linux needs to come up.
+///
+/// # Errors
+/// If the file cannot be read, or is neither a bzImage nor an ELF file.
+pub fn least_memory(path: &Path, initrd: u64) -> Result<u64> {
+    let head = read_head(path)?;
+    let end = recognise(&head).and_then(|info| match info.format {
+        KernelFormat::BzImage => bzimage::load_end(&head),
+        KernelFormat::Elf => Elf::parse(&head)?.load_end(),
+    });
+    let end = end.map_err(|reason| ImageError::Kernel {
         path: path.to_owned(),
         reason,
-    })
+    })?;
+    Ok(end
+        .saturating_add(initrd.saturating_mul(2))
+        .saturating_add(WORKING_MEMORY))
 }
 
 fn recognise(head: &[u8]) -> Result<KernelInfo, String> {

@@ -303,3 +303,22 @@ proptest! {
         let _ = fuzz_vmlinux(&image[..shorter], 1 << 20);
     }
 }
+
+#[test]
+fn the_memory_that_a_kernel_needs_is_told_from_its_header() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("kernel");
+    // One segment of 5000 bytes at 16 MiB.
+    fs::write(&path, testing::vmlinux(&[7; 5000], true)).unwrap();
+    let of_elf = least_memory(&path, 3 << 20).unwrap();
+    assert_eq!(of_elf, (16 << 20) + 5000 + (6 << 20) + WORKING_MEMORY);
+    let mut image = super::bzimage::testing::bzimage(b"whatever");
+    image[0x258..0x260].copy_from_slice(&(16u64 << 20).to_le_bytes());
+    image[0x260..0x264].copy_from_slice(&(40u32 << 20).to_le_bytes());
+    fs::write(&path, &image).unwrap();
+    assert_eq!(least_memory(&path, 0).unwrap(), (56 << 20) + WORKING_MEMORY);
+    image[0x258..0x260].copy_from_slice(&u64::MAX.to_le_bytes());
+    fs::write(&path, &image).unwrap();
+    assert!(least_memory(&path, 0).is_err());
+    assert!(least_memory(&path, u64::MAX).is_err());
+}

@@ -15,7 +15,7 @@ use crate::{ImageError, Result};
 
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
-/// Names that old AUFS hosts left in layers; no files.
+/// Names that old AUFS hosts left in layers: neither they nor what lies below them are files of the image.
 const AUFS: &[u8] = b".wh..wh.";
 
 /// Merges one layer's members into a tree.
@@ -67,7 +67,7 @@ impl<'a> LayerMerge<'a> {
 
     fn member(&mut self, entry: &TarEntry, tar: &mut TarStream<impl Read>) -> Result<()> {
         let parts = components(&entry.path).map_err(|e| self.refuse(entry, e))?;
-        let Some((name, parents)) = parts.split_last() else {
+        let Some((&name, parents)) = parts.split_last() else {
             // The root directory's own entry.
             if entry.kind == EntryType::Directory {
                 self.tree.node_mut(NodeId::ROOT).meta = meta_of(entry);
@@ -75,6 +75,9 @@ impl<'a> LayerMerge<'a> {
             }
             return Err(self.refuse(entry, PathError::Empty));
         };
+        if parts.iter().any(|part| part.starts_with(AUFS)) && name != OPAQUE {
+            return Ok(());
+        }
         if name.starts_with(WHITEOUT) {
             return self.whiteout(entry, parents, name);
         }
@@ -125,34 +128,20 @@ impl<'a> LayerMerge<'a> {
     }
 
     /// The directory an entry goes into. Layers may leave parents out; they may also name a directory by a path
-    /// through a link of a lower layer (`lib/x` where `lib` is a link to `usr/lib`), which is followed.
+    /// through a link (`lib/x` where `lib` is a link to `usr/lib`), which is followed, and made to lead somewhere if it
+    /// dangles.
     fn parent(&mut self, entry: &TarEntry, parents: &[&[u8]]) -> Result<NodeId> {
-        if let Ok(dir) = self.tree.resolve(parents)
-            && self.tree.dir(dir).is_some()
-        {
-            return Ok(dir);
-        }
-        let missing = (1..=parents.len())
-            .find(|&n| self.tree.resolve(&parents[..n]) == Err(PathError::Missing));
         let made = self
             .tree
             .make_dirs(parents, entry.mtime)?
             .map_err(|e| self.refuse(entry, e))?;
-        for depth in missing.unwrap_or(parents.len())..=parents.len() {
-            let above = self
-                .tree
-                .resolve(&parents[..depth - 1])
-                .map_err(|e| self.refuse(entry, e))?;
-            self.ours.insert((above, parents[depth - 1].to_vec()));
-        }
-        Ok(made)
+        self.ours.extend(made.new);
+        Ok(made.dir)
     }
 
     fn hard_link(&mut self, entry: &TarEntry, parent: NodeId, name: &[u8]) -> Result<()> {
-        // Some writers put a slash before the target, though it is relative to the layer's root too.
-        let target = entry.link.strip_prefix(b"/").unwrap_or(&entry.link);
-        let parts =
-            components(target).map_err(|e| self.refuse(entry, format!("as a hard link, {e}")))?;
+        let parts = components(&entry.link)
+            .map_err(|e| self.refuse(entry, format!("as a hard link, {e}")))?;
         let found = parts.split_last().and_then(|(last, above)| {
             let dir = self.tree.resolve(above).ok()?;
             self.tree.child(dir, last)
@@ -171,13 +160,10 @@ impl<'a> LayerMerge<'a> {
     }
 
     fn whiteout(&mut self, entry: &TarEntry, parents: &[&[u8]], name: &[u8]) -> Result<()> {
-        if name != OPAQUE && name.starts_with(AUFS) {
-            return Ok(());
-        }
         let parent = match self.tree.resolve(parents) {
             Ok(parent) => parent,
             // Nothing is there to be hidden.
-            Err(PathError::Missing) => return Ok(()),
+            Err(PathError::Missing | PathError::NotADirectory) => return Ok(()),
             Err(e) => return Err(self.refuse(entry, e)),
         };
         let hidden = &name[WHITEOUT.len()..];

@@ -1,5 +1,6 @@
 //! Where a root file system's files come from. Each source fills the same in-memory tree.
 
+pub(crate) mod cpu_level;
 pub(crate) mod debian;
 pub(crate) mod digest;
 pub(crate) mod directory;
@@ -10,6 +11,7 @@ pub(crate) mod pull;
 #[cfg(all(test, feature = "pull"))]
 mod pull_tests;
 pub(crate) mod store;
+mod tar_number;
 pub(crate) mod tar_stream;
 #[cfg(test)]
 pub(crate) mod testing;

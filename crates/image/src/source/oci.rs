@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use tracing::info_span;
 
+use super::cpu_level::CpuLevel;
 use super::digest::{Digest, Verified};
 use super::layer::LayerMerge;
 use super::store::Store;
@@ -62,6 +63,32 @@ pub(super) struct Descriptor {
 struct Platform {
     architecture: String,
     os: String,
+    #[serde(default, deserialize_with = "nullable")]
+    variant: String,
+}
+
+impl Platform {
+    /// Whether a guest of this CPU can run it.
+    fn fits(&self, wanted: Wanted<'_>) -> bool {
+        self.os == "linux"
+            && self.architecture == wanted.architecture
+            && self.level().is_some_and(|level| level <= wanted.level)
+    }
+
+    /// The level of the instruction set that it needs; none where the variant is not a level.
+    fn level(&self) -> Option<CpuLevel> {
+        CpuLevel::of_variant(&self.variant)
+    }
+}
+
+impl std::fmt::Display for Platform {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.os, self.architecture)?;
+        match self.variant.as_str() {
+            "" => Ok(()),
+            variant => write!(f, "/{variant}"),
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -149,6 +176,8 @@ pub(crate) struct Wanted<'a> {
     pub(crate) reference: Option<&'a str>,
     /// As Go names it: `amd64`.
     pub(crate) architecture: &'a str,
+    /// The best variant of the architecture that guests can run.
+    pub(crate) level: CpuLevel,
 }
 
 impl OciImage {
@@ -471,49 +500,63 @@ fn by_reference(index: Index, reference: &str, store: &Store) -> Result<Index> {
     Ok(Index { manifests: fitting })
 }
 
-/// The one manifest for the platform. Entries that name no platform are read to find out, if they are all there is.
+/// The one manifest for the platform, of several variants the best that guests can run. An entry that names no
+/// platform may be for any, and is known by its configuration.
 pub(super) fn by_platform<'a>(
     index: &'a Index,
     wanted: Wanted<'_>,
     store: &Store,
 ) -> Result<&'a Descriptor> {
-    let fits = |d: &&Descriptor| {
-        d.platform
-            .as_ref()
-            .is_none_or(|p| p.os == "linux" && p.architecture == wanted.architecture)
+    let level = |d: &Descriptor| match &d.platform {
+        None => Some(CpuLevel::BASE),
+        Some(platform) if platform.fits(wanted) => platform.level(),
+        Some(_) => None,
     };
-    let fitting: Vec<&Descriptor> = index.manifests.iter().filter(fits).collect();
-    let Some(first) = fitting.first() else {
-        let has: Vec<String> = index
-            .manifests
-            .iter()
-            .filter_map(|d| d.platform.as_ref())
-            .map(|p| format!("{}/{}", p.os, p.architecture))
-            .collect();
-        return Err(ImageError::Unsupported {
-            what: format!(
-                "{} has no image for linux/{}",
-                store.path().display(),
-                wanted.architecture
-            ),
-            advice: format!(
-                "it has {}",
-                if has.is_empty() {
-                    "none at all".to_owned()
-                } else {
-                    has.join(", ")
-                }
-            ),
-        });
+    let fitting: Vec<(CpuLevel, &Descriptor)> = index
+        .manifests
+        .iter()
+        .filter_map(|d| Some((level(d)?, d)))
+        .collect();
+    let Some(best) = fitting.iter().map(|(level, _)| *level).max() else {
+        return Err(no_platform(index, wanted, store));
     };
-    if fitting.iter().any(|d| d.digest != first.digest) {
+    let mut best = fitting
+        .iter()
+        .filter(|(level, _)| *level == best)
+        .map(|(_, d)| *d);
+    let Some(first) = best.next() else {
+        return Err(no_platform(index, wanted, store));
+    };
+    if best.any(|d| d.digest != first.digest) {
         let names = fitting
             .iter()
-            .map(|d| names_of(d).next().unwrap_or(&d.digest).clone())
+            .map(|(_, d)| names_of(d).next().unwrap_or(&d.digest).clone())
             .collect();
         return Err(choose(store, wanted.reference, names));
     }
     Ok(first)
+}
+
+fn no_platform(index: &Index, wanted: Wanted<'_>, store: &Store) -> ImageError {
+    let mut has: Vec<String> = index
+        .manifests
+        .iter()
+        .filter_map(|d| d.platform.as_ref())
+        .map(Platform::to_string)
+        .collect();
+    has.dedup();
+    ImageError::Unsupported {
+        what: format!(
+            "{} has no image for linux/{} that this CPU (level {}) can run",
+            store.path().display(),
+            wanted.architecture,
+            wanted.level
+        ),
+        advice: match has.is_empty() {
+            true => "it has none at all".to_owned(),
+            false => format!("it has {}", has.join(", ")),
+        },
+    }
 }
 
 fn choose(store: &Store, reference: Option<&str>, mut names: Vec<String>) -> ImageError {

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
+use super::cpu_level::CpuLevel;
 use super::digest::Digest;
 use super::oci::Wanted;
 use super::pull::{Credentials, RegistryImage, pull};
@@ -146,6 +147,7 @@ fn try_pull(fault: Fault) -> (Result<Digest>, tempfile::TempDir, Registry) {
     let wanted = Wanted {
         reference: None,
         architecture: "amd64",
+        level: CpuLevel::BASE,
     };
     (
         pull(&image(&registry, "v1", &blobs), wanted, 1 << 30, &()),
@@ -253,6 +255,7 @@ fn what_the_registry_refuses_is_said_with_advice() {
     let wanted = Wanted {
         reference: None,
         architecture: "amd64",
+        level: CpuLevel::BASE,
     };
     let error = pull(&image(&registry, "v2", dir.path()), wanted, 1 << 30, &())
         .unwrap_err()
@@ -261,6 +264,7 @@ fn what_the_registry_refuses_is_said_with_advice() {
     let wanted = Wanted {
         reference: None,
         architecture: "riscv64",
+        level: CpuLevel::BASE,
     };
     let error = pull(&image(&registry, "v1", dir.path()), wanted, 1 << 30, &())
         .unwrap_err()
@@ -274,6 +278,7 @@ fn what_the_registry_refuses_is_said_with_advice() {
     let wanted = Wanted {
         reference: None,
         architecture: "amd64",
+        level: CpuLevel::BASE,
     };
     assert!(
         pull(&bad, wanted, 1 << 30, &())
@@ -290,6 +295,7 @@ fn an_image_beyond_the_limit_is_not_fetched() {
     let wanted = Wanted {
         reference: None,
         architecture: "amd64",
+        level: CpuLevel::BASE,
     };
     let result = pull(&image(&registry, "v1", dir.path()), wanted, 10, &());
     assert!(matches!(result, Err(ImageError::Limit { .. })));

@@ -1,17 +1,22 @@
 //! Reads tar streams of image layers: old, ustar, GNU and pax headers.
 //!
-//! The `tar` crate decodes the header's fields; the framing is ours, because its own reader takes an extension header
-//! of any size into memory and splits pax records at newlines, which binary attributes (`security.capability`)
-//! contain. Here extension headers are bounded, and pax records are read by their lengths. (POSIX.1-2024 pax)
+//! The `tar` crate knows where the header's fields lie; the framing is ours, because its own reader takes an extension
+//! header of any size into memory and splits pax records at newlines, which binary attributes (`security.capability`)
+//! contain. Here extension headers are bounded, and pax records are read by their lengths. Numbers are read in
+//! [`super::tar_number`], as GNU tar, Go and libarchive read them. (POSIX.1-2024 pax)
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 
 use tar::{EntryType, Header};
 
+use super::tar_number::{self, pax_number, pax_time};
+
 /// Extension headers (long names, pax records) may have this many bytes in all for one entry.
 const MAX_EXTENSION: u64 = 1 << 20;
 const BLOCK: usize = 512;
+/// Pax records whose key begins like this are extended attributes.
+const XATTR: &[u8] = b"SCHILY.xattr.";
 
 /// One member of an archive, its data not included.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,7 +74,7 @@ impl<R: Read> TarStream<R> {
             let Some(header) = self.next_header()? else {
                 return Ok(None);
             };
-            let size = header.entry_size()?;
+            let size = tar_number::unsigned(&header.as_old().size)?;
             match header.entry_type() {
                 EntryType::GNULongName => {
                     extensions.long_path = Some(c_string(self.extension(size, &mut budget)?));
@@ -129,14 +134,7 @@ impl<R: Read> TarStream<R> {
         if block.iter().all(|&byte| byte == 0) {
             return Ok(None);
         }
-        let sum: u32 = block.iter().enumerate().fold(0, |sum, (at, &byte)| {
-            sum + if (148..156).contains(&at) {
-                32
-            } else {
-                u32::from(byte)
-            }
-        });
-        if header.cksum()? != sum {
+        if !is_sum_right(&header)? {
             return Err(bad("a header's checksum is wrong"));
         }
         Ok(Some(header))
@@ -170,28 +168,32 @@ impl<R: Read> TarStream<R> {
                 "it has a file in tar's sparse format, which image layers do not use: pack it without --sparse",
             ));
         }
+        // A record without a value takes back what an earlier one set, and says nothing itself.
+        pax.retain(|key, value| !value.is_empty() || key.starts_with(XATTR));
+        let fields = header.as_old();
         let size = match pax.get(&b"size"[..]) {
-            Some(text) => number(text)?,
-            None => header.entry_size()?,
+            Some(text) => pax_number(text)?,
+            None => tar_number::unsigned(&fields.size)?,
         };
         self.begin_data(if has_data(kind) { size } else { 0 });
-        let id = |key: &[u8], field: io::Result<u64>| -> io::Result<u32> {
-            let id = pax.get(key).map_or(field, |text| number(text))?;
-            u32::try_from(id).map_err(|_| bad("an owner's id does not fit in 32 bits"))
+        let id = |key: &[u8], field: &[u8]| -> io::Result<u32> {
+            let id = match pax.get(key) {
+                Some(text) => pax_number(text),
+                None => tar_number::unsigned(field),
+            };
+            u32::try_from(id?).map_err(|_| bad("an owner's id does not fit in 32 bits"))
         };
-        let (uid, gid) = (id(b"uid", header.uid())?, id(b"gid", header.gid())?);
+        let (uid, gid) = (id(b"uid", &fields.uid)?, id(b"gid", &fields.gid)?);
         let (mtime, mtime_ns) = match pax.get(&b"mtime"[..]) {
-            Some(text) => time(text)?,
-            None => (i64::try_from(header.mtime()?).unwrap_or(i64::MAX), 0),
+            Some(text) => pax_time(text)?,
+            None => (tar_number::signed(&fields.mtime)?, 0),
         };
-        let device = |field: io::Result<Option<u32>>| field.map(Option::unwrap_or_default);
         let device = match kind {
-            EntryType::Char | EntryType::Block => (
-                device(header.device_major())?,
-                device(header.device_minor())?,
-            ),
+            EntryType::Char | EntryType::Block => device_numbers(header)?,
             _ => (0, 0),
         };
+        // Beyond 32 bits there is nothing that a mode could mean.
+        let mode = tar_number::unsigned(&fields.mode)? as u32;
         let path = pax
             .remove(&b"path"[..])
             .or(long_path)
@@ -203,14 +205,14 @@ impl<R: Read> TarStream<R> {
             .unwrap_or_default();
         let xattrs = pax
             .into_iter()
-            .filter_map(|(key, value)| Some((key.strip_prefix(b"SCHILY.xattr.")?.to_vec(), value)))
+            .filter_map(|(key, value)| Some((key.strip_prefix(XATTR)?.to_vec(), value)))
             .collect();
         Ok(TarEntry {
             kind,
             path,
             link,
             size,
-            mode: header.mode()?,
+            mode,
             uid,
             gid,
             mtime,
@@ -256,9 +258,35 @@ impl<R: Read> Read for Data<'_, R> {
     }
 }
 
+/// Whether the header has the checksum that it says: of its bytes, with spaces in place of the sum. Some old writers
+/// added bytes up as signed numbers.
+fn is_sum_right(header: &Header) -> io::Result<bool> {
+    let promised = tar_number::unsigned(&header.as_old().cksum)?;
+    let bytes = header.as_bytes().iter().enumerate();
+    let bytes = bytes.map(|(at, &byte)| if (148..156).contains(&at) { b' ' } else { byte });
+    let unsigned: u64 = bytes.clone().map(u64::from).sum();
+    let signed: i64 = bytes.map(|byte| i64::from(byte.cast_signed())).sum();
+    Ok(promised == unsigned || i64::try_from(promised) == Ok(signed))
+}
+
+/// The numbers of a device node; headers older than POSIX's have none.
+fn device_numbers(header: &Header) -> io::Result<(u32, u32)> {
+    let (major, minor) = match (header.as_ustar(), header.as_gnu()) {
+        (Some(ustar), _) => (&ustar.dev_major, &ustar.dev_minor),
+        (_, Some(gnu)) => (&gnu.dev_major, &gnu.dev_minor),
+        _ => return Ok((0, 0)),
+    };
+    let number = |field: &[u8]| {
+        u32::try_from(tar_number::unsigned(field)?)
+            .map_err(|_| bad("a device's number does not fit in 32 bits"))
+    };
+    Ok((number(major)?, number(minor)?))
+}
+
+/// The bytes before the first NUL.
 fn c_string(mut bytes: Vec<u8>) -> Vec<u8> {
-    while bytes.last() == Some(&0) {
-        bytes.pop();
+    if let Some(end) = bytes.iter().position(|&b| b == 0) {
+        bytes.truncate(end);
     }
     bytes
 }
@@ -273,7 +301,7 @@ fn pax_records(mut bytes: &[u8]) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
             .take(20)
             .position(|&b| b == b' ')
             .ok_or_else(malformed)?;
-        let length = usize::try_from(number(&bytes[..space])?).map_err(|_| malformed())?;
+        let length = usize::try_from(pax_number(&bytes[..space])?).map_err(|_| malformed())?;
         let (record, rest) = bytes.split_at_checked(length).ok_or_else(malformed)?;
         let body = record
             .get(space + 1..)
@@ -284,32 +312,4 @@ fn pax_records(mut bytes: &[u8]) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
         bytes = rest;
     }
     Ok(records)
-}
-
-fn number(text: &[u8]) -> io::Result<u64> {
-    std::str::from_utf8(text)
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .ok_or_else(|| bad("a number in a pax header is malformed"))
-}
-
-/// Seconds with a fraction: `1700000000.25`, `-1.5`.
-fn time(text: &[u8]) -> io::Result<(i64, u32)> {
-    let malformed = || bad("a time in a pax header is malformed");
-    let text = std::str::from_utf8(text).map_err(|_| malformed())?;
-    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let seconds: i64 = whole.parse().map_err(|_| malformed())?;
-    if !fraction.bytes().all(|b| b.is_ascii_digit()) {
-        return Err(malformed());
-    }
-    let digits: String = fraction
-        .chars()
-        .chain(std::iter::repeat('0'))
-        .take(9)
-        .collect();
-    let nanoseconds: u32 = digits.parse().map_err(|_| malformed())?;
-    if whole.starts_with('-') && nanoseconds > 0 {
-        return Ok((seconds.saturating_sub(1), 1_000_000_000 - nanoseconds));
-    }
-    Ok((seconds, nanoseconds))
 }

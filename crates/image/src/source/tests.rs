@@ -4,6 +4,7 @@ use std::path::Path;
 use proptest::prelude::*;
 use tar::EntryType;
 
+use super::cpu_level::CpuLevel;
 use super::layer::LayerMerge;
 use super::oci::{OciImage, Wanted};
 use super::store::Store;
@@ -172,7 +173,7 @@ fn a_link_of_a_lower_layer_leads_into_the_tree_only() {
 fn names_that_try_to_leave_are_refused() {
     assert!(error_of(Layer::new().file("../evil", b"")).contains("`..`"));
     assert!(error_of(Layer::new().file("a/../../evil", b"")).contains("`..`"));
-    assert!(error_of(Layer::new().file("/etc/passwd", b"")).contains("absolute"));
+    assert!(error_of(Layer::new().file("/../etc/passwd", b"")).contains("`..`"));
     assert!(error_of(Layer::new().hard_link("h", "../../etc/shadow")).contains("`..`"));
     assert!(error_of(Layer::new().hard_link("h", "missing")).contains("does not exist"));
     assert!(
@@ -194,6 +195,229 @@ fn names_that_try_to_leave_are_refused() {
                 .file("p", b"")
         )
         .contains("1024")
+    );
+}
+
+#[test]
+fn members_are_named_from_the_root_with_or_without_a_slash() {
+    let layer = Layer::new()
+        .dir("/")
+        .file("/etc/x", b"1")
+        .file(".//etc//y", b"2")
+        .file("//usr/../etc/z", b"3")
+        .hard_link("/etc/w", "/etc/x")
+        .file("/etc/.wh.none", b"");
+    let upper = Layer::new().file("/etc/.wh.y", b"");
+    let tree = merged(&[layer.tar(), upper.tar()]).unwrap();
+    assert_eq!(text(&tree, "/etc/x") + &text(&tree, "/etc/z"), "13");
+    assert_eq!(text(&tree, "/etc/w"), "1");
+    assert!(at(&tree, "/etc/y").is_none());
+}
+
+#[test]
+fn a_file_below_a_dangling_link_lands_where_the_link_points() {
+    // As images of ostree systems are.
+    let lower = Layer::new()
+        .dir("usr")
+        .symlink("usr/local", "../var/usrlocal")
+        .symlink("opt", "var/opt")
+        .symlink("evil", "../../../../etc");
+    let upper = || {
+        Layer::new()
+            .file("usr/local/bin/tool", b"t")
+            .file("opt/app/run", b"r")
+    };
+    let tree = merged(&[lower.tar(), upper().tar()]).unwrap();
+    assert_eq!(text(&tree, "/var/usrlocal/bin/tool"), "t");
+    assert_eq!(text(&tree, "/usr/local/bin/tool"), "t");
+    assert_eq!(text(&tree, "/var/opt/app/run"), "r");
+    // What one layer made there, a later one hides, and the layer's own whiteouts do not.
+    let hiding = Layer::new().file("usr/local/bin/.wh.tool", b"");
+    let lower = Layer::new().symlink("opt", "var/opt");
+    let both = Layer::new()
+        .file("opt/app/run", b"r")
+        .file("var/.wh.opt", b"");
+    let tree = merged(&[upper().tar(), hiding.tar()]).unwrap();
+    assert!(at(&tree, "/usr/local/bin/tool").is_none());
+    let tree = merged(&[lower.tar(), both.tar()]).unwrap();
+    assert_eq!(text(&tree, "/var/opt/app/run"), "r");
+    let error = error_of(
+        Layer::new()
+            .symlink("evil", "../../../../etc")
+            .file("evil/passwd", b""),
+    );
+    assert!(error.contains("leads out of the image"), "{error}");
+}
+
+#[test]
+fn kinds_replace_each_other_between_layers_and_links_reach_lower_ones() {
+    let lower = Layer::new()
+        .file("d/f", b"lower")
+        .file("file", b"f")
+        .symlink("link", "d");
+    let upper = Layer::new()
+        .hard_link("kept", "d/f")
+        .file("d", b"now a file")
+        .dir("file")
+        .file("file/below", b"b")
+        .dir("link")
+        .file("link/own", b"o");
+    let tree = merged(&[lower.tar(), upper.tar()]).unwrap();
+    assert_eq!(text(&tree, "/kept"), "lower");
+    assert_eq!(text(&tree, "/d"), "now a file");
+    assert_eq!(text(&tree, "/file/below"), "b");
+    assert_eq!(text(&tree, "/link/own"), "o");
+    // A whiteout below what is no directory hides nothing and harms nothing.
+    let under_file = Layer::new()
+        .file("d/.wh.x", b"")
+        .file("d/.wh..wh..opq", b"");
+    let lower = Layer::new().file("d", b"a file");
+    let tree = merged(&[lower.tar(), under_file.tar()]).unwrap();
+    assert_eq!(text(&tree, "/d"), "a file");
+}
+
+#[test]
+fn what_aufs_left_in_a_layer_is_no_file_of_the_image() {
+    let layer = Layer::new()
+        .dir(".wh..wh.plnk")
+        .file(".wh..wh.plnk/12.34", b"x")
+        .file(".wh..wh.aufs", b"")
+        .file("f", b"f");
+    let tree = merged(&[layer.tar()]).unwrap();
+    assert_eq!(tree.dir(NodeId::ROOT).unwrap().len(), 1);
+}
+
+/// A header's field, overwritten; the checksum is made right again.
+fn with_field(mut tar: Vec<u8>, at: usize, bytes: &[u8]) -> Vec<u8> {
+    tar[at..at + bytes.len()].copy_from_slice(bytes);
+    let mut header = tar::Header::from_byte_slice(&tar[..512]).clone();
+    header.set_cksum();
+    tar[..512].copy_from_slice(header.as_bytes());
+    tar
+}
+
+const MODE: usize = 100;
+const UID: usize = 108;
+const GID: usize = 116;
+const SIZE: usize = 124;
+const MTIME: usize = 136;
+
+#[test]
+fn a_blank_number_in_a_header_is_zero() {
+    for blank in [[b' '; 12], [0; 12]] {
+        let mut tar = Layer::new().file("f", b"").tar();
+        for (at, len) in [(MODE, 8), (UID, 8), (GID, 8), (SIZE, 12), (MTIME, 12)] {
+            tar = with_field(tar, at, &blank[..len]);
+        }
+        let tree = merged(&[tar]).unwrap();
+        let meta = &at(&tree, "/f").unwrap().meta;
+        assert_eq!((meta.mode, meta.uid, meta.gid, meta.mtime), (0, 0, 0, 0));
+    }
+    // Device numbers, too.
+    let tar = Layer::new()
+        .entry("c", EntryType::Char, b"", "", 0o600)
+        .tar();
+    let tree = merged(&[with_field(tar, 329, &[b' '; 16])]).unwrap();
+    let console = at(&tree, "/c").unwrap();
+    assert!(matches!(
+        console.kind,
+        Kind::CharDevice { major: 0, minor: 0 }
+    ));
+}
+
+#[test]
+fn numbers_in_headers_are_read_as_other_programs_write_them() {
+    let file = || Layer::new().file("f", b"x").tar();
+    let meta = |tar| at(&merged(&[tar]).unwrap(), "/f").unwrap().meta.clone();
+    for (field, expected) in [
+        (&b"   1750\0"[..], 1000),
+        (b"0001750 ", 1000),
+        (b"1750 \0\0\0", 1000),
+        (b"1750\0 77", 1000),
+        (b"77777777", 0o7777_7777),
+        (b"\x80\0\0\0\xee\x6b\x28\0", 4_000_000_000),
+    ] {
+        assert_eq!(
+            meta(with_field(file(), UID, field)).uid,
+            expected,
+            "{field:?}"
+        );
+    }
+    for (field, expected) in [
+        (
+            &b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xf6"[..],
+            -10,
+        ),
+        (b"\x80\0\0\0\0\0\0\x02\0\0\0\0", 1 << 33),
+        (b"77777777777\0", 0o777_7777_7777),
+    ] {
+        assert_eq!(
+            meta(with_field(file(), MTIME, field)).mtime,
+            expected,
+            "{field:?}"
+        );
+    }
+    for (at, field) in [
+        (UID, &b"12x4567\0"[..]),
+        (UID, b"-1\0\0\0\0\0\0"),
+        (UID, b"\xff\xff\xff\xff\xff\xff\xff\xff"),
+        (UID, b"\x80\0\0\x01\0\0\0\0"),
+        (SIZE, b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"),
+        (SIZE, b"\x80\x01\0\0\0\0\0\0\0\0\0\0"),
+    ] {
+        let error = merged(&[with_field(file(), at, field)]).err();
+        assert!(error.is_some(), "{field:?}");
+    }
+}
+
+#[test]
+fn a_sum_of_signed_bytes_is_a_right_checksum_too() {
+    let mut tar = Layer::new().file("f", b"").tar();
+    tar[0] = 0xe9;
+    let signed: i64 = (0..512)
+        .map(|n| {
+            if (148..156).contains(&n) {
+                32
+            } else {
+                i64::from(tar[n] as i8)
+            }
+        })
+        .sum();
+    tar[148..156].copy_from_slice(format!("{signed:06o}\0 ").as_bytes());
+    assert!(merged(&[tar.clone()]).is_ok());
+    tar[148..156].copy_from_slice(format!("{:06o}\0 ", signed + 1).as_bytes());
+    assert!(merged(&[tar]).is_err());
+}
+
+#[test]
+fn a_pax_record_without_a_value_says_nothing_and_times_may_be_negative() {
+    let layer = Layer::new()
+        .pax(&[("uid", b""), ("path", b""), ("mtime", b"-1.25")])
+        .file("f", b"x");
+    let tree = merged(&[layer.tar()]).unwrap();
+    let meta = &at(&tree, "/f").unwrap().meta;
+    assert_eq!(
+        (meta.uid, meta.mtime, meta.mtime_ns),
+        (1000, -2, 750_000_000)
+    );
+}
+
+#[test]
+fn long_names_end_at_their_first_zero_byte() {
+    let long = format!("{}\0junk\0", "n".repeat(200));
+    let layer = Layer::new()
+        .entry(
+            "././@LongLink",
+            EntryType::GNULongName,
+            long.as_bytes(),
+            "",
+            0,
+        )
+        .file("short", b"x");
+    let tree = merged(&[layer.tar()]).unwrap();
+    assert!(
+        tree.child(NodeId::ROOT, "n".repeat(200).as_bytes())
+            .is_some()
     );
 }
 
@@ -292,6 +516,7 @@ fn open(path: &Path, reference: Option<&str>) -> Result<OciImage> {
         Wanted {
             reference,
             architecture: "amd64",
+            level: CpuLevel::BASE,
         },
     )
 }
@@ -463,6 +688,65 @@ fn the_image_is_chosen_by_platform_and_by_name() {
             .to_string()
             .contains("choose one")
     );
+}
+
+#[test]
+fn of_several_variants_the_best_that_the_cpu_runs_is_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = layout(dir.path(), &two_layers());
+    let variants = [
+        None,
+        Some("v1"),
+        Some("v2"),
+        Some("v3"),
+        Some("v4"),
+        Some("v9"),
+    ];
+    let described: Vec<_> = variants
+        .iter()
+        .enumerate()
+        .map(|(n, variant)| {
+            let bytes = format!("{}{{}}", " ".repeat(n));
+            let manifest = "application/vnd.oci.image.manifest.v1+json";
+            let mut it = blob(&layout, manifest, bytes.as_bytes());
+            it["platform"] = serde_json::json!({"architecture": "amd64", "os": "linux"});
+            if let Some(variant) = variant {
+                it["platform"]["variant"] = (*variant).into();
+            }
+            it
+        })
+        .collect();
+    let chosen = |entries: &[usize], level: &str| -> Result<String> {
+        let manifests: Vec<_> = entries.iter().map(|&n| described[n].clone()).collect();
+        let index = serde_json::json!({ "manifests": manifests });
+        let index = serde_json::from_value(index).unwrap();
+        let wanted = Wanted {
+            reference: None,
+            architecture: "amd64",
+            level: CpuLevel::of_variant(level).unwrap(),
+        };
+        let store = Store::open(&layout, dir.path(), 1 << 20)?;
+        let found = super::oci::by_platform(&index, wanted, &store)?;
+        Ok(found.digest.clone())
+    };
+    for (entries, level, expected) in [
+        (&[0, 2, 3][..], "v1", 0),
+        (&[0, 2, 3], "v2", 2),
+        (&[3, 2, 0], "v4", 3),
+        (&[4, 1, 2], "v3", 2),
+        (&[0, 5], "v4", 0),
+    ] {
+        let digest = chosen(entries, level).unwrap();
+        assert_eq!(digest, described[expected]["digest"], "{entries:?} {level}");
+    }
+    let error = chosen(&[3, 4], "v2").unwrap_err().to_string();
+    assert!(
+        error.contains("v2") && error.contains("linux/amd64/v3"),
+        "{error}"
+    );
+    // One that is named twice for one level is ambiguous.
+    assert!(chosen(&[0, 1], "v4").is_err());
+    assert!(CpuLevel::of_host() >= CpuLevel::BASE);
 }
 
 #[test]

@@ -1,11 +1,13 @@
 //! Where the bytes of regular files are until they are written into an image.
 
-use std::fs::{File, OpenOptions};
+use std::borrow::Cow;
+use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::host_file::HostFile;
 use crate::{ImageError, Result};
 
 /// The content of a regular file.
@@ -19,13 +21,8 @@ pub(crate) enum Content {
         offset: u64,
         len: u64,
     },
-    /// A file of the host, which must still be the same one when it is read.
-    Host {
-        path: PathBuf,
-        dev: u64,
-        ino: u64,
-        len: u64,
-    },
+    /// A file of the host.
+    Host(HostFile),
 }
 
 impl Content {
@@ -33,96 +30,43 @@ impl Content {
     pub(crate) fn len(&self) -> u64 {
         match self {
             Self::Bytes(bytes) => bytes.len() as u64,
-            Self::Spooled { len, .. } | Self::Host { len, .. } => *len,
+            Self::Spooled { len, .. } => *len,
+            Self::Host(file) => file.len(),
+        }
+    }
+
+    /// Offsets and lengths of the parts that are not known to be zeros.
+    pub(crate) fn data(&self) -> Cow<'_, [(u64, u64)]> {
+        match self {
+            Self::Host(file) => Cow::Borrowed(file.data()),
+            _ => Cow::Owned(vec![(0, self.len())]),
         }
     }
 
     /// Opens it for reading.
     ///
     /// # Errors
-    /// If a host file cannot be opened or is not the one that was scanned.
+    /// If a host file cannot be opened or is not the one that was found.
     pub(crate) fn open(&self) -> Result<ContentReader<'_>> {
         Ok(match self {
             Self::Bytes(bytes) => ContentReader::Bytes(bytes),
-            Self::Spooled { file, offset, len } => ContentReader::File {
-                file: FileRef::Shared(file),
-                from: *offset,
-                len: *len,
-                name: None,
-            },
-            Self::Host {
-                path,
-                dev,
-                ino,
-                len,
-            } => {
-                let file = open_host(path)?;
-                let meta = file
-                    .metadata()
-                    .map_err(ImageError::io("read the status of", path))?;
-                if (meta.dev(), meta.ino()) != (*dev, *ino) {
-                    return Err(changed(path));
-                }
-                ContentReader::File {
-                    file: FileRef::Own(file),
-                    from: 0,
-                    len: *len,
-                    name: Some(path),
-                }
-            }
+            Self::Spooled { file, offset, .. } => ContentReader::Spooled(file, *offset),
+            Self::Host(found) => ContentReader::Host(found, found.open()?),
         })
     }
 
     /// A file of the host as it is now.
     pub(crate) fn host(path: &Path) -> Result<Self> {
-        let meta = std::fs::metadata(path).map_err(ImageError::io("read the status of", path))?;
-        if !meta.is_file() {
-            return Err(ImageError::Unsupported {
-                what: format!("{} is not a regular file", path.display()),
-                advice: "give the path of a file".to_owned(),
-            });
-        }
-        Ok(Self::Host {
-            path: path.to_owned(),
-            dev: meta.dev(),
-            ino: meta.ino(),
-            len: meta.len(),
-        })
+        HostFile::at(path).map(Self::Host)
     }
-}
-
-/// Opens a host file without following a link that may have been put in its place, and without hanging on a FIFO.
-fn open_host(path: &Path) -> Result<File> {
-    let path = std::fs::canonicalize(path).map_err(ImageError::io("open", path))?;
-    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
-    OpenOptions::new()
-        .read(true)
-        .custom_flags(flags.bits().cast_signed())
-        .open(&path)
-        .map_err(ImageError::io("open", &path))
-}
-
-fn changed(path: &Path) -> ImageError {
-    ImageError::Unsupported {
-        what: format!("{} changed while the image was made", path.display()),
-        advice: "build from a directory that nothing writes to".to_owned(),
-    }
-}
-
-pub(crate) enum FileRef<'a> {
-    Shared(&'a File),
-    Own(File),
 }
 
 /// Random access to a file's content.
 pub(crate) enum ContentReader<'a> {
     Bytes(&'a [u8]),
-    File {
-        file: FileRef<'a>,
-        from: u64,
-        len: u64,
-        name: Option<&'a Path>,
-    },
+    /// The spool, and where in it the content begins.
+    Spooled(&'a File, u64),
+    Host(&'a HostFile, File),
 }
 
 impl ContentReader<'_> {
@@ -137,24 +81,21 @@ impl ContentReader<'_> {
                 buf.copy_from_slice(part.unwrap_or_default());
                 Ok(())
             }
-            Self::File {
-                file,
-                from,
-                len,
-                name,
-            } => {
-                debug_assert!(offset + buf.len() as u64 <= *len);
-                let file = match file {
-                    FileRef::Shared(file) => *file,
-                    FileRef::Own(file) => file,
-                };
-                file.read_exact_at(buf, from + offset)
-                    .map_err(|e| match (e.kind(), name) {
-                        (io::ErrorKind::UnexpectedEof, Some(path)) => changed(path),
-                        (_, Some(path)) => ImageError::io("read", path)(e),
-                        (_, None) => ImageError::io("read", "the spool of file contents")(e),
-                    })
-            }
+            Self::Spooled(file, from) => file
+                .read_exact_at(buf, from + offset)
+                .map_err(ImageError::io("read", "the spool of file contents")),
+            Self::Host(found, file) => found.read_exact_at(file, buf, offset),
+        }
+    }
+
+    /// Ends the reading.
+    ///
+    /// # Errors
+    /// If a host file changed while it was read: what was read is then neither its old nor its new content.
+    pub(crate) fn finish(self) -> Result<()> {
+        match self {
+            Self::Host(found, file) => found.check(&file),
+            Self::Bytes(_) | Self::Spooled(..) => Ok(()),
         }
     }
 }

@@ -5,14 +5,16 @@
 //! needed for owners, device nodes or extended attributes.
 
 mod content;
+mod host_file;
 mod path;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
 
-pub(crate) use content::{Content, Spool};
-pub(crate) use path::{PathError, components};
+pub(crate) use content::{Content, ContentReader, Spool};
+pub(crate) use host_file::{HostDir, HostFile, changed};
+pub(crate) use path::{MAX_DEPTH, PathError, components};
 
 use crate::{ImageError, Result};
 
@@ -209,40 +211,12 @@ impl Tree {
     pub(crate) fn put_at(&mut self, path: &str, node: Node) -> Result<NodeId> {
         let mtime = node.meta.mtime;
         let refused = |e: PathError| ImageError::malformed(format!("the image's {path}"), e);
-        let parts = components(path.trim_start_matches('/').as_bytes()).map_err(refused)?;
+        let parts = components(path.as_bytes()).map_err(refused)?;
         let Some((name, parents)) = parts.split_last() else {
             return Err(refused(PathError::Empty));
         };
-        let parent = self.make_dirs(parents, mtime)?.map_err(refused)?;
+        let parent = self.make_dirs(parents, mtime)?.map_err(refused)?.dir;
         self.put(parent, name, node)
-    }
-
-    /// The directory at these components, links followed, missing ones made (owned by root, mode 0755).
-    pub(crate) fn make_dirs(
-        &mut self,
-        parts: &[&[u8]],
-        mtime: i64,
-    ) -> Result<Result<NodeId, PathError>> {
-        let mut here = NodeId::ROOT;
-        for (depth, part) in parts.iter().enumerate() {
-            here = match self.resolve(&parts[..=depth]) {
-                Ok(found) if self.dir(found).is_some() => found,
-                Ok(_) => return Ok(Err(PathError::NotADirectory)),
-                // A dangling link on the way: making its target would be a guess.
-                Err(PathError::Missing) if self.child(here, part).is_some() => {
-                    return Ok(Err(PathError::Missing));
-                }
-                Err(PathError::Missing) => {
-                    let made = Node {
-                        meta: Meta::root(0o755, mtime),
-                        kind: Kind::empty_dir(),
-                    };
-                    self.put(here, part, made)?
-                }
-                Err(other) => return Ok(Err(other)),
-            };
-        }
-        Ok(Ok(here))
     }
 
     fn charge(&mut self, bytes: usize) -> Result<()> {

@@ -1,22 +1,21 @@
 //! Paths inside a tree: parsing untrusted ones, and following symbolic links as the guest would, but never out.
 
-use super::{Kind, NodeId, Tree};
+use super::{Kind, Meta, Node, NodeId, Tree};
+use crate::Result;
 
 /// The longest name that ext4 and Linux allow.
 const MAX_NAME: usize = 255;
 /// The longest path that Linux takes in one call (`PATH_MAX`).
 const MAX_PATH: usize = 4096;
 /// How deep directories may lie: more than any system has, and few enough to walk by recursion.
-const MAX_DEPTH: usize = 1024;
+pub(crate) const MAX_DEPTH: usize = 1024;
 /// As many symbolic links as Linux follows in one path (`MAXSYMLINKS`).
 const MAX_LINKS: u32 = 40;
 
 /// Why a path is refused or leads nowhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum PathError {
-    #[error("it has an absolute path")]
-    Absolute,
-    #[error("its path contains `..`")]
+    #[error("its path leads out of the image by `..`")]
     DotDot,
     #[error("its path is empty")]
     Empty,
@@ -36,8 +35,12 @@ pub(crate) enum PathError {
     Missing,
 }
 
-/// Splits an archive's relative path into names. `.` and empty components vanish; everything that could lead
-/// elsewhere is refused. The root itself has no components.
+/// Splits an archive's path into names. Archives name their members from the root of the image, with or without a
+/// slash before it (`/etc/x`, `./etc/x`, `etc//x`); `..` takes back the name before it, as it does for other
+/// unpackers. The root itself has no components.
+///
+/// # Errors
+/// [`PathError::DotDot`] for a path that climbs above the root, which no honest image has.
 pub(crate) fn components(path: &[u8]) -> Result<Vec<&[u8]>, PathError> {
     if path.contains(&0) {
         return Err(PathError::Nul);
@@ -45,66 +48,148 @@ pub(crate) fn components(path: &[u8]) -> Result<Vec<&[u8]>, PathError> {
     if path.len() > MAX_PATH {
         return Err(PathError::NameTooLong);
     }
-    if path.first() == Some(&b'/') && path.iter().any(|&b| b != b'/') {
-        return Err(PathError::Absolute);
-    }
-    let parts: Vec<&[u8]> = path
-        .split(|&b| b == b'/')
-        .filter(|part| !part.is_empty() && *part != b".")
-        .collect();
-    for part in &parts {
-        if *part == b".." {
-            return Err(PathError::DotDot);
-        }
-        if part.len() > MAX_NAME {
-            return Err(PathError::NameTooLong);
+    let mut parts: Vec<&[u8]> = Vec::new();
+    for part in path.split(|&b| b == b'/') {
+        match part {
+            b"" | b"." => {}
+            b".." => drop(parts.pop().ok_or(PathError::DotDot)?),
+            part if part.len() > MAX_NAME => return Err(PathError::NameTooLong),
+            part => parts.push(part),
         }
     }
     Ok(parts)
 }
 
+/// A path on its way through a tree.
+struct Walk {
+    /// The names still to go, the next one last.
+    todo: Vec<Vec<u8>>,
+    /// The directories from the root down to where the walk is.
+    trail: Vec<NodeId>,
+    /// How many symbolic links were followed.
+    links: u32,
+}
+
+/// How far a [`Walk`] came.
+enum Reached {
+    /// To the path's end.
+    End(NodeId),
+    /// To a directory that has no entry of the next name.
+    Missing { dir: NodeId, name: Vec<u8> },
+}
+
+impl Walk {
+    fn new(parts: &[&[u8]]) -> Self {
+        Self {
+            todo: parts.iter().rev().map(|part| part.to_vec()).collect(),
+            trail: vec![NodeId::ROOT],
+            links: 0,
+        }
+    }
+
+    /// Goes on to the path's end or to a missing entry, following every symbolic link on the way, the last one too.
+    fn advance(&mut self, tree: &Tree) -> Result<Reached, PathError> {
+        while let Some(name) = self.todo.pop() {
+            if name == b".." {
+                self.trail.pop();
+                if self.trail.is_empty() {
+                    return Err(PathError::Escape);
+                }
+                continue;
+            }
+            let dir = *self.trail.last().ok_or(PathError::Escape)?;
+            let entries = tree.dir(dir).ok_or(PathError::NotADirectory)?;
+            let Some(&found) = entries.get(&name) else {
+                return Ok(Reached::Missing { dir, name });
+            };
+            match &tree.node(found).kind {
+                Kind::Symlink(target) => self.follow(target)?,
+                _ => self.enter(found)?,
+            }
+        }
+        self.trail
+            .last()
+            .map(|&end| Reached::End(end))
+            .ok_or(PathError::Escape)
+    }
+
+    fn enter(&mut self, node: NodeId) -> Result<(), PathError> {
+        self.trail.push(node);
+        if self.trail.len() > MAX_DEPTH {
+            return Err(PathError::TooDeep);
+        }
+        Ok(())
+    }
+
+    /// Puts the target of a link before the rest of the path; an absolute one starts again at the tree's root, as it
+    /// does in the guest.
+    fn follow(&mut self, target: &[u8]) -> Result<(), PathError> {
+        self.links += 1;
+        if self.links > MAX_LINKS {
+            return Err(PathError::LinkLoop);
+        }
+        if target.first() == Some(&b'/') {
+            self.trail.truncate(1);
+        }
+        let steps = target
+            .split(|&b| b == b'/')
+            .filter(|step| !step.is_empty() && *step != b".");
+        self.todo.extend(steps.rev().map(<[u8]>::to_vec));
+        Ok(())
+    }
+}
+
+/// A directory that a path led to, and the entries that were made on the way.
+pub(crate) struct MadeDirs {
+    pub(crate) dir: NodeId,
+    pub(crate) new: Vec<(NodeId, Vec<u8>)>,
+}
+
 impl Tree {
-    /// The node at these components from the root. Every symbolic link is followed, the last one too; an absolute one
-    /// starts again at the tree's root, as it does in the guest.
+    /// The node at these components from the root. Every symbolic link is followed, the last one too.
     ///
     /// # Errors
     /// [`PathError::Escape`] if a link climbs above the root: in a guest that would be harmless, but no honest image
     /// has one on a path it uses.
     pub(crate) fn resolve(&self, parts: &[&[u8]]) -> Result<NodeId, PathError> {
-        let mut todo: Vec<Vec<u8>> = parts.iter().rev().map(|part| part.to_vec()).collect();
-        let mut trail = vec![NodeId::ROOT];
-        let mut links = 0;
-        while let Some(part) = todo.pop() {
-            if part == b".." {
-                trail.pop();
-                if trail.is_empty() {
-                    return Err(PathError::Escape);
-                }
-                continue;
-            }
-            let here = *trail.last().ok_or(PathError::Escape)?;
-            let entries = self.dir(here).ok_or(PathError::NotADirectory)?;
-            let found = *entries.get(&part).ok_or(PathError::Missing)?;
-            let Kind::Symlink(target) = &self.node(found).kind else {
-                trail.push(found);
-                if trail.len() > MAX_DEPTH {
-                    return Err(PathError::TooDeep);
-                }
-                continue;
-            };
-            links += 1;
-            if links > MAX_LINKS {
-                return Err(PathError::LinkLoop);
-            }
-            if target.first() == Some(&b'/') {
-                trail.truncate(1);
-            }
-            let steps = target
-                .split(|&b| b == b'/')
-                .filter(|step| !step.is_empty() && *step != b".");
-            todo.extend(steps.rev().map(<[u8]>::to_vec));
+        match Walk::new(parts).advance(self)? {
+            Reached::End(node) => Ok(node),
+            Reached::Missing { .. } => Err(PathError::Missing),
         }
-        trail.last().copied().ok_or(PathError::Escape)
+    }
+
+    /// The directory at these components, links followed. Missing directories are made (owned by root, mode 0755),
+    /// those that a dangling link points to among them: images ship `usr/local -> ../var/usrlocal` without
+    /// `var/usrlocal`, and files below `usr/local`.
+    pub(crate) fn make_dirs(
+        &mut self,
+        parts: &[&[u8]],
+        mtime: i64,
+    ) -> Result<Result<MadeDirs, PathError>> {
+        let mut walk = Walk::new(parts);
+        let mut new = Vec::new();
+        loop {
+            let (dir, name) = match walk.advance(self) {
+                Ok(Reached::End(dir)) if self.dir(dir).is_some() => {
+                    return Ok(Ok(MadeDirs { dir, new }));
+                }
+                Ok(Reached::End(_)) => return Ok(Err(PathError::NotADirectory)),
+                Ok(Reached::Missing { name, .. }) if name.len() > MAX_NAME => {
+                    return Ok(Err(PathError::NameTooLong));
+                }
+                Ok(Reached::Missing { dir, name }) => (dir, name),
+                Err(e) => return Ok(Err(e)),
+            };
+            let made = Node {
+                meta: Meta::root(0o755, mtime),
+                kind: Kind::empty_dir(),
+            };
+            let made = self.put(dir, &name, made)?;
+            if let Err(e) = walk.enter(made) {
+                return Ok(Err(e));
+            }
+            new.push((dir, name));
+        }
     }
 
     /// The node at a guest path such as `/sbin/init`, links followed; `None` if it leads nowhere.
