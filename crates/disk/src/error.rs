@@ -1,7 +1,9 @@
 //! What can go wrong with a disk before or between requests.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use crate::remedy::Remedy;
 
 /// An error in opening or changing a disk. Failed requests carry an `io::Error` instead.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +41,18 @@ pub enum DiskError {
         format: &'static str,
         /// Why it was refused.
         reason: String,
+        /// What makes it usable.
+        remedy: Remedy,
+    },
+    /// A file that cannot be a disk as it is, and what makes it one.
+    #[error("{path}: {reason}; {advice}")]
+    Unusable {
+        /// The file.
+        path: PathBuf,
+        /// Why it was refused.
+        reason: String,
+        /// A command, or what to say instead.
+        advice: String,
     },
     /// The parts of a disk do not fit each other, or the operation does not fit the disk.
     #[error("disk refused: {0}")]
@@ -48,4 +62,22 @@ pub enum DiskError {
 /// Turns an I/O error into a [`DiskError::Io`] that tells what was tried.
 pub(crate) fn io_error(action: &'static str) -> impl FnOnce(io::Error) -> DiskError {
     move |source| DiskError::Io { action, source }
+}
+
+impl DiskError {
+    /// The same error about the image at `path`: one that names the command that helps.
+    pub(crate) fn about(self, path: &Path) -> Self {
+        match self {
+            Self::Image {
+                format,
+                reason,
+                remedy,
+            } => Self::Unusable {
+                path: path.to_owned(),
+                reason: format!("{format} image refused: {reason}"),
+                advice: remedy.advice(path),
+            },
+            other => other,
+        }
+    }
 }

@@ -20,8 +20,9 @@ use std::os::unix::fs::FileExt;
 
 use crate::block_map::{BlockMap, LEAF_BLOCKS, LEAF_BYTES};
 use crate::error::{DiskError, io_error};
+use crate::remedy::Remedy;
 
-const MAGIC: [u8; 8] = *b"CLONEDL\n";
+pub(crate) const MAGIC: [u8; 8] = *b"CLONEDL\n";
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 4096;
 const HASH_AT: usize = HEADER_BYTES - 32;
@@ -192,6 +193,7 @@ fn refused(reason: impl Into<String>) -> DiskError {
     DiskError::Image {
         format: "layer",
         reason: reason.into(),
+        remedy: Remedy::Unknown,
     }
 }
 

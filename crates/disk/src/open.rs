@@ -9,6 +9,7 @@ use crate::engine::{Engine, EngineKind, Target};
 use crate::error::{DiskError, io_error};
 use crate::layer::{self, LayerHeader};
 use crate::qcow2::{Backing, Qcow2Image};
+use crate::remedy::Remedy;
 use crate::spec::{DiskFiles, Format, WriteFile};
 
 /// What guests address.
@@ -90,6 +91,7 @@ fn open_base(
                 return Err(DiskError::Image {
                     format: "raw",
                     reason: "it is empty".to_owned(),
+                    remedy: Remedy::Unknown,
                 });
             }
             Ok((Target::File(Arc::new(file)), size))

@@ -22,6 +22,7 @@ use crate::ZEROS;
 use crate::buffer::Buffers;
 use crate::engine::OpKind;
 use crate::error::{DiskError, io_error};
+use crate::remedy::Remedy;
 
 /// The first bytes of every qcow2 image.
 pub(crate) const MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -41,8 +42,12 @@ pub struct Qcow2Header {
     pub virtual_size: u64,
     /// The size of a cluster in bytes.
     pub cluster_size: u64,
-    /// The backing file that the header names. Not to be trusted as a path.
+    /// The backing file that the header names, for people: not to be trusted as a path, and with what is not UTF-8
+    /// replaced.
     pub backing_file: Option<String>,
+    /// The counts of references were not written when the image was last used: it must not be written before they
+    /// are repaired.
+    pub dirty: bool,
 }
 
 impl Qcow2Header {
@@ -64,6 +69,7 @@ impl Qcow2Header {
             3 => file
                 .read_exact_at(&mut bytes, 0)
                 .map_err(|_| refused("shorter than a header"))?,
+            1 => return Err(refused("it has version 1").remedied(Remedy::Convert("qcow"))),
             version => return Err(refused(format!("version {version} is not supported"))),
         }
         let header = Self::check(&bytes, file_size)?;
@@ -86,10 +92,10 @@ impl Qcow2Header {
             return Err(refused(format!("virtual size of {virtual_size} bytes")));
         }
         if be32(bytes, 32) != 0 {
-            return Err(refused("it is encrypted"));
+            return Err(refused("it is encrypted").remedied(Remedy::Decrypt("qcow2")));
         }
         if be32(bytes, 60) != 0 {
-            return Err(refused("it has internal snapshots"));
+            return Err(refused("it has internal snapshots").remedied(Remedy::Plain));
         }
         // Entries of 8 bytes, each for a cluster of such entries for a cluster each.
         let per_l1_entry = cluster_size / 8 * cluster_size;
@@ -116,18 +122,19 @@ impl Qcow2Header {
         )?;
         // Version 2 has none of this, and the bytes are zero.
         let incompatible = be64(bytes, 72);
-        for (bit, feature) in [
-            (1, "it is marked as corrupt"),
-            (2, "it has an external data file"),
-            (3, "it has a compression type that is not supported"),
-            (4, "it has extended second-level entries"),
+        for (bit, feature, remedy) in [
+            (1, "it is marked as corrupt", Remedy::Repair),
+            (2, "it has an external data file", Remedy::Plain),
+            (3, "its compression type is not supported", Remedy::Plain),
+            (4, "it has extended second-level entries", Remedy::Plain),
         ] {
             if incompatible & (1 << bit) != 0 {
-                return Err(refused(feature));
+                return Err(refused(feature).remedied(remedy));
             }
         }
         if incompatible >> 5 != 0 {
-            return Err(refused(format!("unknown features {incompatible:#x}")));
+            let unknown = format!("unknown features {incompatible:#x}");
+            return Err(refused(unknown).remedied(Remedy::Plain));
         }
         if be32(bytes, 4) == 3 && be32(bytes, 96) > 6 {
             return Err(refused("refcounts wider than 64 bits"));
@@ -136,7 +143,29 @@ impl Qcow2Header {
             virtual_size,
             cluster_size,
             backing_file: None,
+            dirty: incompatible & 1 != 0,
         })
+    }
+
+    /// Whether the image can be used like this: with a backing file or without, for writing or not.
+    pub(crate) fn check_use(&self, writable: bool, has_backing: bool) -> Result<(), DiskError> {
+        match &self.backing_file {
+            Some(name) if !has_backing => {
+                let why = format!(
+                    "it needs the backing file {name:?}, and names in images are not followed"
+                );
+                return Err(refused(why).remedied(Remedy::GiveBacking));
+            }
+            None if has_backing => {
+                return Err(refused("a backing file was given, and it has none"));
+            }
+            _ => {}
+        }
+        if writable && self.dirty {
+            let why = "it was not closed properly, and its counts of references may be wrong";
+            return Err(refused(why).remedied(Remedy::Repair));
+        }
+        Ok(())
     }
 }
 
@@ -181,9 +210,7 @@ fn backing_name(
     let mut name = vec![0; len as usize];
     file.read_exact_at(&mut name, offset)
         .map_err(|_| refused("backing file name outside of the file"))?;
-    String::from_utf8(name)
-        .map(Some)
-        .map_err(|_| refused("backing file name is not UTF-8"))
+    Ok(Some(String::from_utf8_lossy(&name).into_owned()))
 }
 
 /// A file of a chain of backing files, opened by the caller.
@@ -308,15 +335,7 @@ fn open_raw(file: File) -> Result<Image, DiskError> {
 
 fn open_one(file: File, writable: bool, below: Option<Arc<Image>>) -> Result<Image, DiskError> {
     let header = Qcow2Header::read(&file)?;
-    match (&header.backing_file, &below) {
-        (Some(name), None) => {
-            return Err(refused(format!(
-                "it needs the backing file {name:?}, which must be given explicitly"
-            )));
-        }
-        (None, Some(_)) => return Err(refused("a backing file was given but it has none")),
-        _ => {}
-    }
+    header.check_use(writable, below.is_some())?;
     let file = imago::file::File::try_from(file).map_err(io_error("open the qcow2 image"))?;
     let image = Qcow2::<_, Arc<Image>>::builder(file)
         .write(writable)
@@ -326,10 +345,21 @@ fn open_one(file: File, writable: bool, below: Option<Arc<Image>>) -> Result<Ima
     Ok(FormatAccess::new(image))
 }
 
+/// A refusal; where nothing else is known to help, QEMU's repair may.
 fn refused(reason: impl Into<String>) -> DiskError {
     DiskError::Image {
         format: "qcow2",
         reason: reason.into(),
+        remedy: Remedy::Repair,
+    }
+}
+
+impl DiskError {
+    fn remedied(mut self, better: Remedy) -> Self {
+        if let Self::Image { remedy, .. } = &mut self {
+            *remedy = better;
+        }
+        self
     }
 }
 

@@ -12,7 +12,8 @@ use rustix::fs::{FlockOperation, MemfdFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{DiskError, io_error};
-use crate::qcow2;
+use crate::foreign;
+use crate::qcow2::{self, Qcow2Header};
 
 /// The format of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,30 +31,35 @@ impl Format {
     /// A guest can write any first bytes to a raw disk: the content alone is never trusted.
     ///
     /// # Errors
-    /// [`DiskError::Image`] where they disagree; [`DiskError::Open`] and [`DiskError::Io`].
+    /// [`DiskError::Unusable`] where they disagree or the image has another format; [`DiskError::Open`] and [`DiskError::Io`].
     pub fn detect(path: &Path) -> Result<Self, DiskError> {
+        let file = open(path, false)?;
+        foreign::refuse(&file, path)?;
         let named = path
             .extension()
-            .is_some_and(|extension| extension == "qcow2");
+            .is_some_and(|extension| extension.eq_ignore_ascii_case("qcow2"));
         let mut magic = [0; 4];
-        let filled = open(path, false)?
+        let filled = file
             .read_at(&mut magic, 0)
             .map_err(io_error("read the start of the image"))?;
         let is = filled == 4 && magic == qcow2::MAGIC;
+        let unusable = |reason: &str, advice: &str| DiskError::Unusable {
+            path: path.to_owned(),
+            reason: reason.to_owned(),
+            advice: advice.to_owned(),
+        };
         match (named, is) {
             (true, true) => Ok(Self::Qcow2),
             (false, false) => Ok(Self::Raw),
-            (true, false) => Err(DiskError::Image {
-                format: "qcow2",
-                reason: format!("{} is not one, in spite of its name", path.display()),
-            }),
-            (false, true) => Err(DiskError::Image {
-                format: "raw",
-                reason: format!(
-                    "{} begins like a qcow2 image: give its format explicitly",
-                    path.display()
-                ),
-            }),
+            (true, false) => Err(unusable(
+                "it is no qcow2 image, in spite of its name",
+                "format=raw, if its bytes are those of the disk",
+            )),
+            (false, true) => Err(unusable(
+                "it begins like a qcow2 image, and its name does not end in .qcow2",
+                "format=qcow2, if you trust where it comes from; \
+                 format=raw, if a guest may have written this to its own disk",
+            )),
         }
     }
 }
@@ -162,6 +168,26 @@ impl DiskSpec {
             _ => None,
         };
         base.chain(backing).chain(layers).chain(top).collect()
+    }
+
+    /// Finds the images that [`Disk::open`](crate::Disk::open) would refuse, while their names are known and before
+    /// anything is set up.
+    ///
+    /// # Errors
+    /// [`DiskError::Unusable`], which has the command that helps; [`DiskError::Open`] and [`DiskError::Io`].
+    pub fn check(&self) -> Result<(), DiskError> {
+        let chain: Vec<&ImageSpec> = self.base.iter().chain(&self.backing).collect();
+        for (index, image) in chain.iter().enumerate() {
+            if image.format == Format::Raw {
+                continue;
+            }
+            let file = open(&image.path, false)?;
+            let writable = index == 0 && self.writes == Writes::Base;
+            Qcow2Header::read(&file)
+                .and_then(|header| header.check_use(writable, index + 1 < chain.len()))
+                .map_err(|error| error.about(&image.path))?;
+        }
+        Ok(())
     }
 
     /// Opens all files, and locks them: those that are written against all other machines, those
