@@ -321,6 +321,24 @@ impl Client {
     }
 }
 
+/// A name as one segment of a request's path: whatever it holds, it stays one segment and its own. (RFC 3986, 2.3 and
+/// 3.3) A name such as `a?b` would else reach `a`.
+pub fn segment(name: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+    // These two are steps, even when they are encoded: encoded twice they are names that nothing has.
+    if name == "." || name == ".." {
+        return name.replace('.', "%252E");
+    }
+    let mut text = String::with_capacity(name.len());
+    for byte in name.bytes() {
+        match is_plain(byte) {
+            true => text.push(byte.into()),
+            false => text += &format!("%{byte:02X}"),
+        }
+    }
+    text
+}
+
 /// The last of the chain is what happened; the others say that something did.
 fn last_cause(mut error: &dyn std::error::Error) -> String {
     while let Some(source) = error.source() {
@@ -354,6 +372,23 @@ impl<S: Stream<Item = Result<Vec<u8>, ClientError>> + Unpin> Lines<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn any_name_is_one_segment_of_a_path_and_no_other_name() {
+        for (name, expected) in [
+            ("web-1.x_y~", "web-1.x_y~"),
+            ("a/../b", "a%2F..%2Fb"),
+            ("a?force=1#x", "a%3Fforce%3D1%23x"),
+            ("50% é\n", "50%25%20%C3%A9%0A"),
+            ("..", "%252E%252E"),
+        ] {
+            assert_eq!(segment(name), expected);
+            let url = format!("http://h/v1/vms/{}/files", segment(name));
+            let url = reqwest::Url::parse(&url).unwrap();
+            assert_eq!(url.path_segments().unwrap().count(), 4, "{name}");
+            assert!(url.query().is_none() && url.fragment().is_none(), "{name}");
+        }
+    }
 
     #[test]
     fn lines_come_whole_however_they_were_cut() {

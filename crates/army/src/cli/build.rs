@@ -85,8 +85,14 @@ impl clap::Args for Args {
     }
 }
 
+/// The path in the VM is absolute: it begins at the first `:/`, so that the file's name may hold colons.
 fn file(text: &str) -> Result<(PathBuf, String), String> {
-    let (file, path) = text.split_once(':').ok_or("write it as FILE:PATH")?;
+    let divided = text
+        .find(":/")
+        .map(|colon| (&text[..colon], &text[colon + 1..]));
+    let (file, path) = divided
+        .filter(|(file, _)| !file.is_empty())
+        .ok_or("write it as FILE:PATH, with an absolute PATH")?;
     Ok((file.into(), path.to_owned()))
 }
 
@@ -167,5 +173,14 @@ mod tests {
             Step::Write(nth) => args.options.write[nth].1.clone(),
         });
         assert_eq!(order.collect::<Vec<_>>(), ["one", "/b", "two"]);
+    }
+
+    #[test]
+    fn a_file_to_write_may_have_colons_in_its_name() {
+        let pair = |file: &str, path: &str| (PathBuf::from(file), path.to_owned());
+        assert_eq!(file("./a:b:/etc/x:/y").unwrap(), pair("./a:b", "/etc/x:/y"));
+        for wrong in ["a", "a:b", ":/b"] {
+            assert!(file(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
+use army_api::client::segment;
 use army_api::exec::{
     Command, CommandEvent, Cursor, Ended, Exec, ExecResult, OutputStream, SendSignal,
 };
@@ -67,12 +68,12 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
         timeout_ms: args.timeout.map(|seconds| seconds.saturating_mul(1000)),
     };
     if args.detach {
-        let path = format!("/v1/vms/{}/commands", args.vm);
+        let path = format!("/v1/vms/{}/commands", segment(&args.vm));
         let started: Command = context.client()?.send(Method::POST, &path, &asked).await?;
         context.show(&started, |it| it.id.to_string())?;
         return Ok(ExitCode::SUCCESS);
     }
-    let path = format!("/v1/vms/{}/exec", args.vm);
+    let path = format!("/v1/vms/{}/exec", segment(&args.vm));
     let result: ExecResult = context.client()?.send(Method::POST, &path, &asked).await?;
     let code = code_of(result.exit_code, result.signal, result.timed_out);
     if context.is_json() {
@@ -136,7 +137,7 @@ pub(super) async fn command(context: &Context, command: DetachedCommand) -> Resu
     let client = context.client()?;
     match command {
         DetachedCommand::Ls { vm } => {
-            let path = format!("/v1/vms/{vm}/commands");
+            let path = format!("/v1/vms/{}/commands", segment(&vm));
             let commands: Vec<Command> = client.get(&path, &()).await?;
             context.show(&commands, |commands| commands_table(commands))?;
         }
@@ -146,7 +147,7 @@ pub(super) async fn command(context: &Context, command: DetachedCommand) -> Resu
             stdout,
             stderr,
         } => {
-            let path = format!("/v1/vms/{vm}/commands/{id}/output");
+            let path = format!("/v1/vms/{}/commands/{}/output", segment(&vm), id);
             let events = client.stream(&path, &Cursor { stdout, stderr }).await?;
             let mut events = std::pin::pin!(events);
             while let Some(event) = events.next().await {
@@ -168,7 +169,7 @@ pub(super) async fn command(context: &Context, command: DetachedCommand) -> Resu
             bail!("the command's output was cut off: read on with --stdout and --stderr");
         }
         DetachedCommand::Signal { vm, id, signal } => {
-            let path = format!("/v1/vms/{vm}/commands/{id}/signal");
+            let path = format!("/v1/vms/{}/commands/{}/signal", segment(&vm), id);
             client.post(&path, &SendSignal { signal }).await?;
         }
     }

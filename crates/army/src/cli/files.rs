@@ -1,12 +1,13 @@
 //! `army cp`, and files that are read and written here.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
-use army_api::client::ClientError;
+use army_api::client::{ClientError, segment};
 use army_api::exec::FilePath;
 use futures_util::{Stream, StreamExt};
 
@@ -16,9 +17,9 @@ use super::context::Context;
 #[derive(clap::Args)]
 pub(super) struct CopyArgs {
     /// What is copied.
-    from: String,
+    from: OsString,
     /// Where to.
-    to: String,
+    to: OsString,
     /// Permissions of a new file in the VM, as in 755.
     #[arg(long)]
     mode: Option<String>,
@@ -33,14 +34,18 @@ pub(super) async fn copy(context: &Context, args: CopyArgs) -> Result<ExitCode> 
     match (inside(&args.from), inside(&args.to)) {
         (Some((vm, path)), None) => {
             let pieces = client
-                .bytes(&format!("/v1/vms/{vm}/files"), &file(path))
+                .bytes(&format!("/v1/vms/{}/files", segment(&vm)), &file(path))
                 .await?;
             receive(pieces, Path::new(&args.to)).await?;
         }
         (None, Some((vm, path))) => {
             let body = open(Path::new(&args.from)).await?;
             client
-                .put_bytes(&format!("/v1/vms/{vm}/files"), &file(path), body)
+                .put_bytes(
+                    &format!("/v1/vms/{}/files", segment(&vm)),
+                    &file(path),
+                    body,
+                )
                 .await?;
         }
         _ => {
@@ -81,21 +86,23 @@ pub(super) async fn open(path: &Path) -> Result<reqwest::Body> {
     Ok(file.into())
 }
 
-/// The VM and the path of `VM:/path`.
-fn inside(text: &str) -> Option<(&str, &str)> {
-    let (vm, path) = text.split_once(':')?;
+/// The VM and the path of `VM:/path`; what is not text is a file here.
+fn inside(text: &OsStr) -> Option<(&str, &str)> {
+    let (vm, path) = text.to_str()?.split_once(':')?;
     (clone_api::validate::is_valid_name(vm) && path.starts_with('/')).then_some((vm, path))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::ffi::OsStrExt;
 
     #[test]
     fn a_file_in_a_vm_is_told_from_one_that_is_not() {
-        assert_eq!(inside("a:/etc/x"), Some(("a", "/etc/x")));
-        for text in ["/a:/b", "a:b", "./a", "a"] {
-            assert_eq!(inside(text), None, "{text}");
+        assert_eq!(inside(OsStr::new("a:/etc/x")), Some(("a", "/etc/x")));
+        assert_eq!(inside(OsStr::new("a:/b:/c")), Some(("a", "/b:/c")));
+        for text in [&b"/a:/b"[..], b"a:b", b"./a", b"a", b"./a:/b", b"a:/n\xff"] {
+            assert_eq!(inside(OsStr::from_bytes(text)), None, "{text:?}");
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
+use army_api::client::segment;
 use army_api::keys::{CreateKey, Key, NewKey, Role};
 use clap::ValueEnum;
 use reqwest::Method;
@@ -76,7 +77,7 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
         }
         Command::Rm { id } => {
             client
-                .plain(Method::DELETE, &format!("/v1/keys/{id}"))
+                .plain(Method::DELETE, &format!("/v1/keys/{}", segment(&id)))
                 .await?
         }
     }

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use anyhow::{Context as _, Result};
 use army_api::Client;
+use army_api::client::segment;
 use army_api::exec::PortMessage;
 use army_api::vms::Vm;
 use futures_util::stream::{SplitSink, SplitStream};
@@ -77,7 +78,9 @@ struct Forwarded<'a> {
 pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
     let client = context.client()?;
     // A VM that is not there is told before anybody connects.
-    let vm: Vm = client.get(&format!("/v1/vms/{}", args.vm), &()).await?;
+    let vm: Vm = client
+        .get(&format!("/v1/vms/{}", segment(&args.vm)), &())
+        .await?;
     let mut listeners = Vec::new();
     for ports in &args.ports {
         let address = SocketAddr::new(args.listen, ports.local);
@@ -112,7 +115,10 @@ async fn accept(listener: TcpListener, client: Client, vm: String, port: u16) {
                 continue;
             }
         };
-        let (client, path) = (client.clone(), format!("/v1/vms/{vm}/ports/{port}"));
+        let (client, path) = (
+            client.clone(),
+            format!("/v1/vms/{}/ports/{}", segment(&vm), port),
+        );
         tokio::spawn(async move {
             let carried = async {
                 let socket = socket::open(&client, &path, &()).await?;

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::process::ExitCode;
 
 use anyhow::Result;
+use army_api::client::segment;
 use army_api::exec::{Terminal, TerminalMessage};
 use futures_util::{SinkExt, StreamExt};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
@@ -36,7 +37,7 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
         columns,
         command: (!args.command.is_empty()).then(|| args.command.join(" ")),
     };
-    let path = format!("/v1/vms/{}/terminal", args.vm);
+    let path = format!("/v1/vms/{}/terminal", segment(&args.vm));
     let socket = socket::open(&client, &path, &asked).await?;
     let (mut sender, mut receiver) = socket.split();
     let raw = Raw::enter()?;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
+use army_api::client::segment;
 use army_api::templates::{
     ChangeTemplate, CopyTemplate, ImportTemplate, RegisterTemplate, SetTag, Template,
 };
@@ -104,40 +105,42 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
         }
         Command::Copy { name, host } => {
             let asked = CopyTemplate { host };
-            let path = format!("/v1/templates/{name}/copies");
+            let path = format!("/v1/templates/{}/copies", segment(&name));
             client.send(Method::POST, &path, &asked).await?
         }
         Command::Tag { name, tag } => {
             let asked = SetTag { template: name };
-            let path = format!("/v1/tags/{tag}");
+            let path = format!("/v1/tags/{}", segment(&tag));
             client.send(Method::PUT, &path, &asked).await?
         }
         Command::Untag { tag } => {
-            let path = format!("/v1/tags/{tag}");
+            let path = format!("/v1/tags/{}", segment(&tag));
             client.plain(Method::DELETE, &path).await?;
             return Ok(ExitCode::SUCCESS);
         }
         Command::Export { name, file } => {
-            let path = format!("/v1/templates/{name}/content");
+            let path = format!("/v1/templates/{}/content", segment(&name));
             super::files::receive(client.bytes(&path, &()).await?, &file).await?;
             return Ok(ExitCode::SUCCESS);
         }
         Command::Import { name, file, host } => {
-            let path = format!("/v1/templates/{name}/content");
+            let path = format!("/v1/templates/{}/content", segment(&name));
             let body = super::files::open(&file).await?;
             client
                 .put_bytes(&path, &ImportTemplate { host }, body)
                 .await?;
-            client.get(&format!("/v1/templates/{name}"), &()).await?
+            client
+                .get(&format!("/v1/templates/{}", segment(&name)), &())
+                .await?
         }
         Command::Standbys { name, count } => {
             let asked = ChangeTemplate { standbys: count };
-            let path = format!("/v1/templates/{name}");
+            let path = format!("/v1/templates/{}", segment(&name));
             client.send(Method::PATCH, &path, &asked).await?
         }
         Command::Rm { name } => {
             client
-                .plain(Method::DELETE, &format!("/v1/templates/{name}"))
+                .plain(Method::DELETE, &format!("/v1/templates/{}", segment(&name)))
                 .await?;
             return Ok(ExitCode::SUCCESS);
         }

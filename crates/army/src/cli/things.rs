@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use anyhow::Result;
+use army_api::client::segment;
 use army_api::events::Event;
 use army_api::hosts::{ChangeHost, CreateJoinToken, Host, JoinToken};
 use army_api::templates::Template;
@@ -78,21 +79,21 @@ pub(super) async fn host(context: &Context, command: HostCommand) -> Result<Exit
                     .map(|(key, value)| (key, (!value.is_empty()).then_some(value)))
                     .collect(),
             };
-            let path = format!("/v1/hosts/{name}");
+            let path = format!("/v1/hosts/{}", segment(&name));
             let host: Host = client.send(Method::PATCH, &path, &asked).await?;
             context.show(&host, |host| hosts_table(std::slice::from_ref(host)))?;
             return Ok(ExitCode::SUCCESS);
         }
         HostCommand::Rm { name } => {
             client
-                .plain(Method::DELETE, &format!("/v1/hosts/{name}"))
+                .plain(Method::DELETE, &format!("/v1/hosts/{}", segment(&name)))
                 .await?;
             return Ok(ExitCode::SUCCESS);
         }
         HostCommand::Drain { name } => (name, "drain"),
         HostCommand::Undrain { name } => (name, "undrain"),
     };
-    let path = format!("/v1/hosts/{name}/{what}");
+    let path = format!("/v1/hosts/{}/{}", segment(&name), what);
     let host: Host = client.send(Method::POST, &path, &()).await?;
     context.show(&host, |host| hosts_table(std::slice::from_ref(host)))?;
     Ok(ExitCode::SUCCESS)
@@ -286,7 +287,7 @@ pub(super) async fn vm(context: &Context, command: VmCommand) -> Result<ExitCode
             return created_vms(context, &created);
         }
         VmCommand::Fork { vm, count, name } => {
-            let path = format!("/v1/vms/{vm}/fork");
+            let path = format!("/v1/vms/{}/fork", segment(&vm));
             let created: CreatedVms = client
                 .send(Method::POST, &path, &ForkVm { count, name })
                 .await?;
@@ -313,7 +314,7 @@ pub(super) async fn vm(context: &Context, command: VmCommand) -> Result<ExitCode
             return Ok(ExitCode::SUCCESS);
         }
         VmCommand::Balloon { vm, size } => {
-            let path = format!("/v1/vms/{vm}/balloon");
+            let path = format!("/v1/vms/{}/balloon", segment(&vm));
             let balloon: Balloon = match size {
                 Some(Bytes(bytes)) => {
                     client
@@ -332,7 +333,7 @@ pub(super) async fn vm(context: &Context, command: VmCommand) -> Result<ExitCode
             return Ok(ExitCode::SUCCESS);
         }
         VmCommand::Snapshot { vm, template, diff } => {
-            let path = format!("/v1/vms/{vm}/snapshot");
+            let path = format!("/v1/vms/{}/snapshot", segment(&vm));
             let asked = SnapshotVm { template, diff };
             let template: Template = client.send(Method::POST, &path, &asked).await?;
             context.show(&template, |it| templates_table(std::slice::from_ref(it)))?;
@@ -341,20 +342,32 @@ pub(super) async fn vm(context: &Context, command: VmCommand) -> Result<ExitCode
         VmCommand::Rm { vms } => {
             for vm in vms {
                 client
-                    .plain(Method::DELETE, &format!("/v1/vms/{vm}"))
+                    .plain(Method::DELETE, &format!("/v1/vms/{}", segment(&vm)))
                     .await?;
             }
             return Ok(ExitCode::SUCCESS);
         }
-        VmCommand::Inspect { vm } => client.get(&format!("/v1/vms/{vm}"), &()).await?,
+        VmCommand::Inspect { vm } => {
+            client
+                .get(&format!("/v1/vms/{}", segment(&vm)), &())
+                .await?
+        }
         VmCommand::Pause { vm } => {
             client
-                .send(Method::POST, &format!("/v1/vms/{vm}/pause"), &())
+                .send(
+                    Method::POST,
+                    &format!("/v1/vms/{}/pause", segment(&vm)),
+                    &(),
+                )
                 .await?
         }
         VmCommand::Resume { vm } => {
             client
-                .send(Method::POST, &format!("/v1/vms/{vm}/resume"), &())
+                .send(
+                    Method::POST,
+                    &format!("/v1/vms/{}/resume", segment(&vm)),
+                    &(),
+                )
                 .await?
         }
     };
