@@ -127,6 +127,9 @@ pub struct DiskConfig {
     /// trusted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<DiskFormat>,
+    /// The backing files of a qcow2 image, the nearest first. Those that an image itself names are never opened.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub backing: Vec<BackingConfig>,
     /// Whether the guest may only read.
     pub read_only: bool,
     /// Where the guest's writes go.
@@ -134,6 +137,18 @@ pub struct DiskConfig {
     /// How fast the guest may read and write.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limit: Option<RateLimit>,
+}
+
+/// A file that a qcow2 image lies over. It is only read.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct BackingConfig {
+    /// The image on the host.
+    pub path: PathBuf,
+    /// How it is written; where it is not given, name and content must agree on it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<DiskFormat>,
 }
 
 /// How a disk image is written.

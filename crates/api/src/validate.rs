@@ -6,7 +6,9 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use crate::config::{DiskConfig, Egress, NetConfig, NetMode, Overlay, RateLimit, Vhost, VmConfig};
+use crate::config::{
+    DiskConfig, DiskFormat, Egress, NetConfig, NetMode, Overlay, RateLimit, Vhost, VmConfig,
+};
 use crate::units::Bytes;
 
 /// The most vCPUs of a VM.
@@ -111,6 +113,16 @@ fn machine(config: &VmConfig, problems: &mut Problems) {
         "kernel",
         "not given: name a bzImage or an ELF vmlinux, as in /boot/vmlinuz",
     );
+    for (field, path) in [
+        ("kernel", Some(&config.kernel)),
+        ("initrd", config.initrd.as_ref()),
+    ] {
+        problems.check(
+            path.is_none_or(|path| path.to_str().is_some()),
+            field,
+            "the path is not UTF-8, and descriptions are text: rename the file, or name it by a link",
+        );
+    }
     problems.check(
         config.vsock.cid >= 3 && config.vsock.cid != u32::MAX,
         "vsock.cid",
@@ -157,6 +169,21 @@ fn one_disk(field: &str, disk: &DiskConfig, problems: &mut Problems) {
         format!("{field}.overlay"),
         "a disk that is only read has no writes to keep: drop read_only or the overlay",
     );
+    problems.check(
+        disk.backing.is_empty() || disk.format != Some(DiskFormat::Raw),
+        format!("{field}.backing"),
+        "only a qcow2 image has backing files: drop them, or set format to qcow2",
+    );
+    for path in paths(disk) {
+        problems.check(
+            path.to_str().is_some(),
+            field,
+            format!(
+                "the path {path:?} is not UTF-8, and descriptions are text: rename the file, or \
+                 name it by a link"
+            ),
+        );
+    }
     if let Overlay::Kept(layer) = &disk.overlay {
         problems.check(
             !layer.as_os_str().is_empty() && *layer != disk.path,
@@ -165,6 +192,18 @@ fn one_disk(field: &str, disk: &DiskConfig, problems: &mut Problems) {
         );
     }
     rate_limit(field, disk.rate_limit.as_ref(), problems);
+}
+
+/// Every path of a disk's description.
+fn paths(disk: &DiskConfig) -> impl Iterator<Item = &Path> {
+    let layer = match &disk.overlay {
+        Overlay::Kept(layer) => Some(layer.as_path()),
+        Overlay::None | Overlay::Ephemeral => None,
+    };
+    let backing = disk.backing.iter().map(|image| image.path.as_path());
+    std::iter::once(disk.path.as_path())
+        .chain(backing)
+        .chain(layer)
 }
 
 /// Two disks that write one file destroy it.

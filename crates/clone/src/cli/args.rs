@@ -1,15 +1,17 @@
 //! Flags that describe a VM, and how they lie over a configuration file.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
 use clone_api::config::{
-    DiskConfig, DiskFormat, Egress, NetConfig, NetMode, OnReboot, Overlay, Vhost,
+    BackingConfig, DiskConfig, DiskFormat, Egress, NetConfig, NetMode, OnReboot, Overlay, Vhost,
 };
 use clone_api::validate::validate;
 use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
 
+use super::options::{KeyValue, first_and_options, options};
 use crate::error::{Result, failed};
 
 /// What a VM is. Flags win over the file; lists of disks or interfaces replace the file's.
@@ -40,13 +42,14 @@ pub(super) struct VmArgs {
     #[arg(long, value_name = "TEXT")]
     append: Option<String>,
     /// A disk (can be given several times): PATH[,ro][,format=raw|qcow2]
-    /// [,overlay=ephemeral|FILE][,bandwidth=SIZE][,iops=N]
-    #[arg(long = "disk", value_name = "DISK")]
+    /// [,backing=FILE[,backing-format=raw|qcow2]…][,overlay=ephemeral|FILE][,bandwidth=SIZE][,iops=N].
+    /// A comma in a path is written twice
+    #[arg(long = "disk", value_name = "DISK", value_parser = disk_parser())]
     disks: Vec<DiskArg>,
     /// A network interface (can be given several times): nat, bridge=NAME or tap=NAME
     /// [,mac=ADDRESS][,queues=N][,vhost=auto|on|off][,neighbours][,egress=full|none|NETWORK+…]
     /// [,bandwidth=SIZE]
-    #[arg(long = "net", value_name = "NET")]
+    #[arg(long = "net", value_name = "NET", value_parser = net_parser())]
     nets: Vec<NetArg>,
     /// No socket device: no exec, shell or cp.
     #[arg(long)]
@@ -88,12 +91,6 @@ impl NetArg {
     }
 }
 
-/// The keys after the first word of a `--disk` or `--net`.
-fn options(text: &str) -> impl Iterator<Item = (&str, &str)> {
-    text.split(',')
-        .map(|option| option.split_once('=').unwrap_or((option, "")))
-}
-
 fn number<T: FromStr>(key: &str, value: &str) -> std::result::Result<T, String> {
     value
         .parse()
@@ -107,46 +104,70 @@ fn size(value: &str) -> std::result::Result<Option<Bytes>, String> {
         .map_err(|error: clone_api::units::UnitError| error.to_string())
 }
 
-impl FromStr for DiskArg {
-    type Err = String;
-
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        let (path, rest) = text.split_once(',').unwrap_or((text, ""));
+impl DiskArg {
+    fn parse(text: &OsStr) -> std::result::Result<Self, String> {
+        let (path, rest) = first_and_options(text);
         let mut disk = DiskConfig {
             path: path.into(),
             ..DiskConfig::default()
         };
-        for (key, value) in options(rest).filter(|(key, _)| !key.is_empty()) {
-            let limit = &mut disk.rate_limit;
-            match (key, value) {
-                ("ro", "") => disk.read_only = true,
-                ("format", "raw") => disk.format = Some(DiskFormat::Raw),
-                ("format", "qcow2") => disk.format = Some(DiskFormat::Qcow2),
-                ("overlay", "none") => disk.overlay = Overlay::None,
-                ("overlay", "ephemeral") => disk.overlay = Overlay::Ephemeral,
-                ("overlay", file) if !file.is_empty() => disk.overlay = Overlay::Kept(file.into()),
-                ("bandwidth", rate) => limit.get_or_insert_default().bandwidth = size(rate)?,
-                ("iops", rate) => {
-                    limit.get_or_insert_default().iops = Some(number(key, rate)?);
-                }
-                _ => {
-                    return Err(format!(
-                        "`{key}={value}` is no option of a disk: there are ro, format=raw|qcow2, overlay=ephemeral|FILE, bandwidth=SIZE, iops=N"
-                    ));
-                }
-            }
+        for option in rest {
+            disk_option(&mut disk, &option)?;
         }
         Ok(Self(disk))
     }
 }
 
-impl FromStr for NetArg {
-    type Err = String;
+fn disk_option(disk: &mut DiskConfig, option: &KeyValue) -> std::result::Result<(), String> {
+    let limit = &mut disk.rate_limit;
+    match (option.key.as_str(), &option.value) {
+        ("ro", None) => disk.read_only = true,
+        ("format", Some(_)) => disk.format = Some(disk_format(option)?),
+        ("backing", Some(_)) => disk.backing.push(BackingConfig {
+            path: option.path()?,
+            format: None,
+        }),
+        ("backing-format", Some(_)) => {
+            let nearest = disk.backing.last_mut();
+            nearest
+                .ok_or("backing-format stands after its backing=FILE")?
+                .format = Some(disk_format(option)?);
+        }
+        ("overlay", Some(word)) if word == "none" => disk.overlay = Overlay::None,
+        ("overlay", Some(word)) if word == "ephemeral" => disk.overlay = Overlay::Ephemeral,
+        ("overlay", Some(_)) => disk.overlay = Overlay::Kept(option.path()?),
+        ("bandwidth", Some(_)) => limit.get_or_insert_default().bandwidth = size(option.text()?)?,
+        ("iops", Some(_)) => {
+            limit.get_or_insert_default().iops = Some(number("iops", option.text()?)?);
+        }
+        _ => {
+            return Err(format!(
+                "`{option}` is no option of a disk: there are ro, format=raw|qcow2, backing=FILE, backing-format=raw|qcow2, overlay=ephemeral|FILE, bandwidth=SIZE, iops=N; a comma in a file's name is written twice"
+            ));
+        }
+    }
+    Ok(())
+}
 
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
+fn disk_format(option: &KeyValue) -> std::result::Result<DiskFormat, String> {
+    match option.text()? {
+        "raw" => Ok(DiskFormat::Raw),
+        "qcow2" => Ok(DiskFormat::Qcow2),
+        _ => Err(format!(
+            "`{option}`: disks are raw or qcow2; others are converted with: qemu-img convert -O qcow2 FILE NEW"
+        )),
+    }
+}
+
+impl NetArg {
+    fn parse(text: &OsStr) -> std::result::Result<Self, String> {
+        if text.is_empty() {
+            return Err(no_net_option(""));
+        }
         let mut net = NetConfig::default();
-        for (key, value) in options(text) {
-            match (key, value) {
+        for option in options(text) {
+            let value = option.text()?;
+            match (option.key.as_str(), value) {
                 ("nat", "") => net.mode = NetMode::Nat,
                 ("bridge", name) => {
                     net.mode = NetMode::Bridge;
@@ -161,7 +182,7 @@ impl FromStr for NetArg {
                     net.mac =
                         Some(mac.map_err(|error: clone_api::units::UnitError| error.to_string())?);
                 }
-                ("queues", count) => net.queues = Some(number(key, count)?),
+                ("queues", count) => net.queues = Some(number("queues", count)?),
                 ("vhost", "auto") => net.vhost = Vhost::Auto,
                 ("vhost", "on") => net.vhost = Vhost::On,
                 ("vhost", "off") => net.vhost = Vhost::Off,
@@ -170,15 +191,26 @@ impl FromStr for NetArg {
                 ("bandwidth", rate) => {
                     net.rate_limit.get_or_insert_default().bandwidth = size(rate)?;
                 }
-                _ => {
-                    return Err(format!(
-                        "`{key}={value}` is no option of an interface: there are nat, bridge=NAME, tap=NAME, mac=ADDRESS, queues=N, vhost=auto|on|off, neighbours, egress=full|none|NETWORK+NETWORK…, bandwidth=SIZE"
-                    ));
-                }
+                _ => return Err(no_net_option(&option.to_string())),
             }
         }
         Ok(Self(net))
     }
+}
+
+fn no_net_option(option: &str) -> String {
+    format!(
+        "`{option}` is no option of an interface: there are nat, bridge=NAME, tap=NAME, mac=ADDRESS, queues=N, vhost=auto|on|off, neighbours, egress=full|none|NETWORK+NETWORK…, bandwidth=SIZE"
+    )
+}
+
+/// `--disk` and `--net` are read as bytes: paths need not be text.
+fn disk_parser() -> impl TypedValueParser<Value = DiskArg> {
+    OsStringValueParser::new().try_map(|text| DiskArg::parse(&text))
+}
+
+pub(super) fn net_parser() -> impl TypedValueParser<Value = NetArg> {
+    OsStringValueParser::new().try_map(|text| NetArg::parse(&text))
 }
 
 /// Whom a guest may send to: `full`, `none`, or networks with `+` between them.
@@ -262,6 +294,7 @@ fn absolute_paths(config: &mut VmConfig, base: &Path) -> Result<()> {
     paths.extend(&mut config.initrd);
     for disk in &mut config.disks {
         paths.push(&mut disk.path);
+        paths.extend(disk.backing.iter_mut().map(|image| &mut image.path));
         if let Overlay::Kept(layer) = &mut disk.overlay {
             paths.push(layer);
         }
@@ -369,19 +402,23 @@ mod tests {
         assert!(error.message.contains("memori"), "{}", error.message);
     }
 
+    fn disk(text: &str) -> std::result::Result<DiskConfig, String> {
+        DiskArg::parse(OsStr::new(text)).map(|disk| disk.0)
+    }
+
+    fn net(text: &str) -> std::result::Result<NetConfig, String> {
+        NetArg::parse(OsStr::new(text)).map(|net| net.0)
+    }
+
     #[test]
     fn disks_and_interfaces_say_everything_in_one_word() {
-        let disk: DiskArg = "/a=b,format=qcow2,overlay=/o,bandwidth=10M,iops=7"
-            .parse()
-            .unwrap();
-        assert_eq!(disk.0.path, Path::new("/a=b"));
-        assert_eq!(disk.0.overlay, Overlay::Kept("/o".into()));
-        assert_eq!(disk.0.rate_limit.unwrap().iops, Some(7));
-        let net: NetArg = "tap=t0,mac=02:00:00:00:00:01,queues=2,vhost=off"
-            .parse()
-            .unwrap();
-        assert_eq!((net.0.mode, net.0.queues), (NetMode::Tap, Some(2)));
-        let egress = |word: &str| word.parse::<NetArg>().map(|net| net.0.egress);
+        let disk = disk("/a=b,format=qcow2,overlay=/o,bandwidth=10M,iops=7").unwrap();
+        assert_eq!(disk.path, Path::new("/a=b"));
+        assert_eq!(disk.overlay, Overlay::Kept("/o".into()));
+        assert_eq!(disk.rate_limit.unwrap().iops, Some(7));
+        let tap = net("tap=t0,mac=02:00:00:00:00:01,queues=2,vhost=off").unwrap();
+        assert_eq!((tap.mode, tap.queues), (NetMode::Tap, Some(2)));
+        let egress = |word: &str| net(word).map(|net| net.egress);
         assert_eq!(egress("nat,egress=none"), Ok(Egress::None));
         let allowed = ["10.0.0.0/8", "192.0.2.1"].map(|it| it.parse().unwrap());
         assert_eq!(
@@ -389,18 +426,55 @@ mod tests {
             Ok(Egress::Allow(allowed.into()))
         );
         assert!(egress("nat,egress=10.0.0.1/8").is_err());
+    }
+
+    #[test]
+    fn wrong_words_of_disks_and_interfaces_are_refused() {
         for wrong in [
             "a,rw",
             "a,format=vmdk",
             "a,iops=x",
             "a,bandwidth=",
             "a,overlay=",
+            "a,backing=",
+            "a,backing-format=raw",
         ] {
-            assert!(wrong.parse::<DiskArg>().is_err(), "{wrong}");
+            assert!(disk(wrong).is_err(), "{wrong}");
         }
         for wrong in ["", "nat,mac=x", "wifi", "nat,vhost=maybe"] {
-            assert!(wrong.parse::<NetArg>().is_err(), "{wrong}");
+            assert!(net(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_disk_may_have_any_path_and_backing_files() {
+        let disk = disk("/a,,b =c,backing=/base,,1,backing=/base 2,backing-format=raw,ro").unwrap();
+        assert_eq!(disk.path, Path::new("/a,b =c"));
+        let formats: Vec<_> = disk
+            .backing
+            .iter()
+            .map(|it| (it.path.clone(), it.format))
+            .collect();
+        let expected: [(PathBuf, _); 2] = [
+            ("/base,1".into(), None),
+            ("/base 2".into(), Some(DiskFormat::Raw)),
+        ];
+        assert_eq!(formats, expected);
+        assert!(disk.read_only);
+        // What was meant as one path and was not escaped is told how.
+        let error = DiskArg::parse(OsStr::new("/a,b")).unwrap_err();
+        assert!(error.contains("written twice"), "{error}");
+    }
+
+    #[test]
+    fn a_path_that_is_not_utf8_is_told_by_its_field() {
+        use std::os::unix::ffi::OsStrExt;
+        let line = ["clone", "-k", "/k", "--disk"].map(OsStr::new);
+        let line = line.into_iter().chain([OsStr::from_bytes(b"/n\xff.img")]);
+        let vm = Line::try_parse_from(line).unwrap().vm;
+        let error = vm.into_config().unwrap_err();
+        assert!(error.message.contains("disks[0]"), "{}", error.message);
+        assert!(error.message.contains("UTF-8"), "{}", error.message);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `clone cp`: files into a guest and out of it.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -24,9 +25,9 @@ use crate::error::{Result, failed};
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// What to copy: PATH, NAME:PATH or -
-    from: String,
+    from: OsString,
     /// Where to: PATH, NAME:PATH or -
-    to: String,
+    to: OsString,
     /// Who owns the file in the guest: a name or number, with :GROUP if wanted.
     #[arg(long, short, value_name = "USER")]
     user: Option<String>,
@@ -43,16 +44,17 @@ enum Side<'a> {
 }
 
 impl<'a> Side<'a> {
-    fn parse(text: &'a str) -> Self {
-        if text == "-" {
+    fn parse(side: &'a OsStr) -> Self {
+        if side == "-" {
             return Self::Stream;
         }
-        match text.split_once(':') {
+        // Names in a guest are text, as the agent's protocol has them; a file here may have any.
+        match side.to_str().and_then(|text| text.split_once(':')) {
             // A path here may hold a colon after its first slash: ./a:b
             Some((name, path)) if !name.is_empty() && !name.contains('/') => {
                 Self::Guest { name, path }
             }
-            _ => Self::Here(Path::new(text)),
+            _ => Self::Here(Path::new(side)),
         }
     }
 }
@@ -114,7 +116,14 @@ fn put(
     let path = match from {
         // As in cp: into a directory, under its own name.
         Side::Here(file) if path.ends_with('/') => {
-            let own = file.file_name().unwrap_or_default().to_string_lossy();
+            let own = file.file_name().unwrap_or_default().to_str();
+            let own = own.ok_or_else(|| {
+                let message = format!("{file:?} is not UTF-8, and names in a guest are text");
+                usage(
+                    &message,
+                    "give the name that it is to have in the guest: NAME:PATH/NEW",
+                )
+            })?;
             format!("{path}{own}")
         }
         _ => path.to_owned(),
@@ -223,16 +232,20 @@ impl<T: Write> Write for Counted<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::ffi::OsStrExt;
 
     #[test]
     fn a_side_is_in_a_guest_when_it_begins_with_a_name() {
         let guest = |name, path| Side::Guest { name, path };
-        assert_eq!(Side::parse("web:/etc/hosts"), guest("web", "/etc/hosts"));
-        assert_eq!(Side::parse("web:/a:b"), guest("web", "/a:b"));
-        for here in ["a", "./a:b", "/a:b", ":x"] {
-            assert_eq!(Side::parse(here), Side::Here(Path::new(here)));
+        let parse = |text: &'static str| Side::parse(OsStr::new(text));
+        assert_eq!(parse("web:/etc/hosts"), guest("web", "/etc/hosts"));
+        assert_eq!(parse("web:/a:b ,=\n"), guest("web", "/a:b ,=\n"));
+        for here in ["a", "./a:b", "/a:b", ":x", "./-", "a b,c=d"] {
+            assert_eq!(parse(here), Side::Here(Path::new(here)));
         }
-        assert_eq!(Side::parse("-"), Side::Stream);
+        assert_eq!(parse("-"), Side::Stream);
+        let bytes = OsStr::from_bytes(b"web:/n\xff");
+        assert_eq!(Side::parse(bytes), Side::Here(Path::new(bytes)));
     }
 
     #[test]

@@ -1,14 +1,16 @@
 //! `clone fork`: clones of a template, or of a VM that goes on running.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::str::FromStr;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clone_api::control::SnapshotTimes;
 use clone_api::{ApiError, ErrorCode};
 use serde::Serialize;
 
-use super::args::NetArg;
+use super::args::{NetArg, net_parser};
 use super::output::table;
 use super::{Context, exit};
 use crate::error::Result;
@@ -36,10 +38,10 @@ pub(super) struct Args {
     name: Option<String>,
     /// What an interface is connected to, as for `clone run`; given as often as the template has
     /// interfaces.
-    #[arg(long = "net", value_name = "NET")]
+    #[arg(long = "net", value_name = "NET", value_parser = net_parser())]
     nets: Vec<NetArg>,
     /// Keep what a clone writes to a disk in a file, by the disk's place (0 is vda): N=FILE.
-    #[arg(long = "disk", value_name = "N=FILE")]
+    #[arg(long = "disk", value_name = "N=FILE", value_parser = kept_disk_parser())]
     disks: Vec<KeptDisk>,
     /// Do not tell the clones who they are: they have the template's host name, addresses and
     /// clock until somebody does.
@@ -51,17 +53,27 @@ pub(super) struct Args {
 #[derive(Debug, Clone)]
 struct KeptDisk(usize, PathBuf);
 
-impl FromStr for KeptDisk {
-    type Err = String;
-
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        let (place, file) = text.split_once('=').ok_or("write it as N=FILE")?;
+impl KeptDisk {
+    /// The file is all that follows the first `=`, whatever it holds.
+    fn parse(text: &OsStr) -> std::result::Result<Self, String> {
+        let bytes = text.as_bytes();
+        let equals = bytes.iter().position(|&byte| byte == b'=');
+        let equals = equals.ok_or("write it as N=FILE")?;
+        let place = String::from_utf8_lossy(&bytes[..equals]);
         let place = place
             .parse()
             .map_err(|_| format!("`{place}` is no number"))?;
+        let file = OsStr::from_bytes(&bytes[equals + 1..]);
         let file = std::path::absolute(file).map_err(|error| error.to_string())?;
-        Ok(Self(place, file))
+        match file.to_str() {
+            Some(_) => Ok(Self(place, file)),
+            None => Err(format!("{file:?} is not UTF-8: choose another name")),
+        }
     }
+}
+
+fn kept_disk_parser() -> impl TypedValueParser<Value = KeptDisk> {
+    OsStringValueParser::new().try_map(|text| KeptDisk::parse(&text))
 }
 
 /// What `clone fork --json` prints.

@@ -1,6 +1,7 @@
 //! `clone image build`: a bootable disk from a directory, a container image or a Debian suite.
 
 use std::cell::RefCell;
+use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -39,7 +40,7 @@ enum Command {
 #[derive(Debug, clap::Args)]
 struct BuildArgs {
     /// What to build from.
-    source: String,
+    source: OsString,
     /// The disk image to make.
     output: PathBuf,
     /// Replace an image that exists.
@@ -85,7 +86,14 @@ pub(super) fn run(context: &Context, args: Args) -> Result<ExitCode> {
     };
     let built = build_rootfs(&spec, &bars).map_err(|error| told(&error));
     bars.bar.borrow().finish_and_clear();
-    context.output.print(&built?, |report| {
+    let built = built?;
+    for left_out in &built.left_out {
+        context.output.note(&format!(
+            "[clone: {} is left empty: another file system is mounted on it]",
+            left_out.display()
+        ));
+    }
+    context.output.print(&built, |report| {
         format!(
             "{}: {}, {} files, init {:?}",
             report.path.display(),
@@ -105,7 +113,8 @@ fn installed_agent() -> Option<PathBuf> {
 }
 
 fn source(args: &BuildArgs) -> Result<Source> {
-    if let Some(suite) = args.source.strip_prefix("debian:") {
+    let text = args.source.to_str();
+    if let Some(suite) = text.and_then(|text| text.strip_prefix("debian:")) {
         let mut debian = Debian::new(suite);
         debian.packages.extend(args.packages.iter().cloned());
         return Ok(Source::Debian(debian));
@@ -125,13 +134,14 @@ fn source(args: &BuildArgs) -> Result<Source> {
 
 /// What is no path must be the name of an image; what cannot even be one is told as a missing path.
 fn registry(args: &BuildArgs) -> Result<RegistryImage> {
-    if args.source.starts_with(['/', '.']) {
+    let reference = args.source.to_str();
+    let Some(reference) = reference.filter(|text| !text.starts_with(['/', '.'])) else {
         return Err(ApiError::new(
             ErrorCode::InvalidConfig,
-            format!("there is no {}", args.source),
+            format!("there is no {}", args.source.display()),
         )
         .advise("name a directory, an archive, debian:SUITE, or an image in a registry"));
-    }
+    };
     let blobs = cache::dir("blobs").ok_or_else(|| {
         ApiError::new(
             ErrorCode::HostUnsupported,
@@ -145,7 +155,7 @@ fn registry(args: &BuildArgs) -> Result<RegistryImage> {
         _ => Credentials::Anonymous,
     };
     Ok(RegistryImage {
-        reference: args.source.clone(),
+        reference: reference.to_owned(),
         blobs,
         credentials,
         plain_http: args.plain_http,

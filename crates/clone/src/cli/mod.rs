@@ -16,6 +16,7 @@ pub mod generate;
 mod image;
 mod logs;
 mod ls;
+mod options;
 mod output;
 mod power;
 mod progress;

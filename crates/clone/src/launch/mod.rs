@@ -17,12 +17,11 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Stdio};
 
-use clone_api::config::{DiskConfig, DiskFormat, Overlay};
 use clone_api::{ApiError, ErrorCode, VmConfig};
 
 use crate::error::{Result, failed};
 use crate::process::open::open_kvm;
-use crate::process::start::{ForkDisk, Origin, Start};
+use crate::process::start::{Origin, Start};
 use crate::process::{disks, report};
 use crate::runtime::{Parent, Process, Runtime, StartingVm, VmDir};
 use network::Attached;
@@ -47,29 +46,19 @@ pub struct Launched {
 pub fn launch(runtime: &Runtime, mut config: VmConfig) -> Result<Launched> {
     preflight::check_files(&config)?;
     for disk in &mut config.disks {
-        disk.format = Some(disks::format_of(disk)?);
+        disks::find_formats(disk)?;
+        disks::described(disk)?;
     }
+    let kernel = preflight::boot_kernel(&config.kernel)?;
+    preflight::check_memory(&config, &kernel)?;
     // Opened again by the VM's process; here it only tells early, with advice.
     drop(open_kvm()?);
     runtime.sweep()?;
-    let kernel = preflight::boot_kernel(&config.kernel)?;
     let parent = Parent {
-        disks: config.disks.iter().map(as_base).collect(),
+        disks: config.disks.iter().map(disks::as_base).collect(),
         ..Parent::default()
     };
     start_or_abandon(runtime, config, &Origin::Boot { kernel }, &parent)
-}
-
-/// What clones of a booted VM have below its disk's own writes.
-fn as_base(disk: &DiskConfig) -> ForkDisk {
-    let format = disk.format.unwrap_or(DiskFormat::Raw);
-    ForkDisk {
-        base: Some((disk.path.clone(), format)),
-        layers: match &disk.overlay {
-            Overlay::Kept(layer) => vec![layer.clone()],
-            Overlay::None | Overlay::Ephemeral => Vec::new(),
-        },
-    }
 }
 
 /// Starts a VM of which everything is checked; what is set up before a failure is removed.

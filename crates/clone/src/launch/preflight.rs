@@ -1,15 +1,15 @@
 //! What can be found out about a VM's files before anything is set up.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use clone_api::config::Overlay;
 use clone_api::{ApiError, ErrorCode, VmConfig};
 use clone_image::ImageError;
-use clone_image::kernel::KernelCache;
+use clone_image::kernel::{KernelCache, least_memory};
 
 use crate::cache;
-use crate::error::Result;
+use crate::error::{Result, failed};
 
 /// Finds everything that is wrong with the files that `config` names.
 pub(super) fn check_files(config: &VmConfig) -> Result<()> {
@@ -30,6 +30,13 @@ pub(super) fn check_files(config: &VmConfig) -> Result<()> {
     for (index, disk) in config.disks.iter().enumerate() {
         let write = !disk.read_only && disk.overlay == Overlay::None;
         check(format!("disks[{index}]"), &disk.path, write);
+        for (number, image) in disk.backing.iter().enumerate() {
+            check(
+                format!("disks[{index}].backing[{number}]"),
+                &image.path,
+                false,
+            );
+        }
     }
     if problems.is_empty() {
         return Ok(());
@@ -62,6 +69,30 @@ pub(super) fn boot_kernel(kernel: &Path) -> Result<PathBuf> {
     }
 }
 
+/// Checks that the guest's RAM holds `kernel`, the one that is booted, and its initrd.
+pub(super) fn check_memory(config: &VmConfig, kernel: &Path) -> Result<()> {
+    let initrd = match &config.initrd {
+        Some(path) => {
+            let about = fs::metadata(path).map_err(failed("look at the initrd", path))?;
+            about.len()
+        }
+        None => 0,
+    };
+    let least = least_memory(kernel, initrd).map_err(|error| no_kernel(&error))?;
+    if config.memory.0 >= least {
+        return Ok(());
+    }
+    let least = least.div_ceil(1 << 20);
+    let with = if initrd > 0 { " with its initrd" } else { "" };
+    let message = format!(
+        "memory: {} is too small: the kernel {}{with} needs at least {least} MiB",
+        config.memory,
+        config.kernel.display()
+    );
+    let advice = format!("--memory {least}M, and more for what the guest is to do");
+    Err(ApiError::new(ErrorCode::InvalidConfig, message).advise(advice))
+}
+
 /// What a clone of a VM with this kernel boots when it reboots: a `vmlinux` that is in the cache
 /// already, or the file as it is, which may be missing. Reads little: a fork does not wait for it.
 pub(super) fn known_kernel(kernel: &Path) -> PathBuf {
@@ -84,4 +115,54 @@ fn no_kernel(error: &ImageError) -> ApiError {
         ..ApiError::internal(error)
     }
     .advise("use a bzImage (as in /boot/vmlinuz-…) or an ELF vmlinux for x86-64")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clone_api::Bytes;
+
+    /// A kernel file that says it takes up 40 MiB from 16 MiB on.
+    fn kernel(dir: &Path) -> PathBuf {
+        let mut image = vec![0; 4096];
+        image[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x206..0x208].copy_from_slice(&0x020fu16.to_le_bytes());
+        image[0x258..0x260].copy_from_slice(&(16u64 << 20).to_le_bytes());
+        image[0x260..0x264].copy_from_slice(&(40u32 << 20).to_le_bytes());
+        let path = dir.join("vmlinuz");
+        fs::write(&path, image).unwrap();
+        path
+    }
+
+    #[test]
+    fn too_little_memory_is_told_with_what_the_kernel_needs() {
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = kernel(dir.path());
+        let initrd = dir.path().join("initrd");
+        fs::write(&initrd, vec![0; 3 << 20]).unwrap();
+        let mut config = VmConfig {
+            kernel: kernel.clone(),
+            memory: Bytes::mib(71),
+            ..VmConfig::default()
+        };
+        let error = check_memory(&config, &kernel).unwrap_err();
+        assert_eq!(error.code, ErrorCode::InvalidConfig);
+        assert!(
+            error.message.contains("needs at least 72 MiB"),
+            "{}",
+            error.message
+        );
+        config.memory = Bytes::mib(72);
+        check_memory(&config, &kernel).unwrap();
+        config.initrd = Some(initrd);
+        let error = check_memory(&config, &kernel).unwrap_err();
+        assert!(
+            error.message.contains("needs at least 78 MiB"),
+            "{}",
+            error.message
+        );
+        config.memory = Bytes::mib(78);
+        check_memory(&config, &kernel).unwrap();
+    }
 }

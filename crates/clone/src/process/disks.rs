@@ -1,7 +1,7 @@
 //! The disks of a VM: from the description to open files, and to devices.
 
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use clone_api::config::{DiskConfig, DiskFormat, Overlay};
@@ -16,47 +16,114 @@ use crate::error::Result;
 /// Where layers that end with their VM are kept: on a disk, since they may grow beyond memory.
 const EPHEMERAL_DIR: &str = "/var/tmp";
 
-/// The format of a disk's image, as told or as name and content agree.
-pub fn format_of(disk: &DiskConfig) -> Result<DiskFormat> {
-    if let Some(format) = disk.format {
-        return Ok(format);
+/// Fills in the formats that the description leaves to the images' names and contents.
+pub fn find_formats(disk: &mut DiskConfig) -> Result<()> {
+    disk.format = Some(format_of(disk)?);
+    for index in 0..disk.backing.len() {
+        let image = &disk.backing[index];
+        if image.format.is_none() {
+            let found = detect(disk, &image.path)?;
+            disk.backing[index].format = Some(found);
+        }
     }
-    match Format::detect(&disk.path) {
+    Ok(())
+}
+
+/// The format of a disk's image, as told or as name and content agree.
+fn format_of(disk: &DiskConfig) -> Result<DiskFormat> {
+    match disk.format {
+        Some(format) => Ok(format),
+        None => detect(disk, &disk.path),
+    }
+}
+
+fn detect(disk: &DiskConfig, path: &Path) -> Result<DiskFormat> {
+    match Format::detect(path) {
         Ok(Format::Raw) => Ok(DiskFormat::Raw),
         Ok(Format::Qcow2) => Ok(DiskFormat::Qcow2),
-        Err(error) => Err(told(disk, &error).advise("tell it: format=raw or format=qcow2")),
+        Err(error) => Err(told(disk, &error)),
+    }
+}
+
+fn image(path: &Path, format: DiskFormat) -> ImageSpec {
+    ImageSpec {
+        path: path.to_owned(),
+        format: match format {
+            DiskFormat::Raw => Format::Raw,
+            DiskFormat::Qcow2 => Format::Qcow2,
+        },
+    }
+}
+
+/// The described image with its backing files, only read, and found to be usable.
+pub fn described(disk: &DiskConfig) -> Result<DiskSpec> {
+    let mut disk = disk.clone();
+    find_formats(&mut disk)?;
+    let ForkDisk { base, backing, .. } = as_base(&disk);
+    let spec = DiskSpec {
+        base: base.map(|(path, format)| image(&path, format)),
+        backing: backing
+            .iter()
+            .map(|(path, format)| image(path, *format))
+            .collect(),
+        layers: Vec::new(),
+        writes: Writes::Refused,
+    };
+    spec.check().map_err(|error| told(&disk, &error))?;
+    Ok(spec)
+}
+
+/// What clones of a booted VM have below its disk's own writes.
+pub fn as_base(disk: &DiskConfig) -> ForkDisk {
+    let format = |format: Option<DiskFormat>| format.unwrap_or(DiskFormat::Raw);
+    let backing = disk.backing.iter();
+    ForkDisk {
+        base: Some((disk.path.clone(), format(disk.format))),
+        backing: backing
+            .map(|image| (image.path.clone(), format(image.format)))
+            .collect(),
+        layers: match &disk.overlay {
+            Overlay::Kept(layer) => vec![layer.clone()],
+            Overlay::None | Overlay::Ephemeral => Vec::new(),
+        },
     }
 }
 
 /// Opens and locks the files of a disk; with `shared` those that a clone has instead of the
 /// described image.
 pub(super) fn open(disk: &DiskConfig, shared: Option<&ForkDisk>) -> Result<DiskFiles> {
-    let image = |path: &Path, format: DiskFormat| ImageSpec {
-        path: path.to_owned(),
-        format: match format {
-            DiskFormat::Raw => Format::Raw,
-            DiskFormat::Qcow2 => Format::Qcow2,
-        },
+    let spec = spec_of(disk, shared)?;
+    spec.check()
+        .and_then(|()| spec.open())
+        .map_err(|error| told(disk, &error))
+}
+
+fn spec_of(disk: &DiskConfig, shared: Option<&ForkDisk>) -> Result<DiskSpec> {
+    let writes = match &disk.overlay {
+        Overlay::None if disk.read_only => Writes::Refused,
+        Overlay::None => Writes::Base,
+        Overlay::Kept(layer) => Writes::Layer(layer.clone()),
+        Overlay::Ephemeral => ephemeral(),
     };
-    let (base, layers) = match shared {
-        None => (Some(image(&disk.path, format_of(disk)?)), Vec::new()),
-        Some(ForkDisk { base, layers }) => {
-            let base = base.as_ref().map(|(path, format)| image(path, *format));
-            (base, layers.clone())
-        }
+    let Some(shared) = shared else {
+        return Ok(DiskSpec {
+            writes,
+            ..described(disk)?
+        });
     };
-    let spec = DiskSpec {
-        base,
-        backing: Vec::new(),
-        layers,
-        writes: match &disk.overlay {
-            Overlay::None if disk.read_only => Writes::Refused,
-            Overlay::None => Writes::Base,
-            Overlay::Kept(layer) => Writes::Layer(layer.clone()),
-            Overlay::Ephemeral => ephemeral(),
-        },
+    let images = |files: &[(PathBuf, DiskFormat)]| {
+        let files = files.iter();
+        files.map(|(path, format)| image(path, *format)).collect()
     };
-    spec.open().map_err(|error| told(disk, &error))
+    Ok(DiskSpec {
+        base: shared
+            .base
+            .as_ref()
+            .map(|(path, format)| image(path, *format)),
+        backing: images(&shared.backing),
+        layers: shared.layers.clone(),
+        writes,
+    })
 }
 
 /// A nameless file where the host has room for one, else memory.
@@ -108,9 +175,18 @@ fn told(disk: &DiskConfig, error: &DiskError) -> ApiError {
         DiskError::InUse { .. } => ApiError::new(ErrorCode::Conflict, message).advise(
             "another VM uses it: share it with `ro`, or give each VM its own layer (overlay=…)",
         ),
-        DiskError::Image { .. } | DiskError::Mismatch(_) => {
-            ApiError::new(ErrorCode::InvalidConfig, message)
+        DiskError::Unusable {
+            path,
+            reason,
+            advice,
+        } => {
+            let message = format!("disk {}: {reason}", path.display());
+            ApiError::new(ErrorCode::InvalidConfig, message).advise(advice)
         }
+        DiskError::Image { remedy, .. } => {
+            ApiError::new(ErrorCode::InvalidConfig, message).advise(remedy.advice(&disk.path))
+        }
+        DiskError::Mismatch(_) => ApiError::new(ErrorCode::InvalidConfig, message),
         _ => ApiError { message, ..told },
     }
 }
@@ -118,6 +194,7 @@ fn told(disk: &DiskConfig, error: &DiskError) -> ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clone_api::config::BackingConfig;
 
     #[test]
     fn serial_numbers_are_plain() {
@@ -141,5 +218,81 @@ mod tests {
             ..disk
         };
         assert_eq!(open(&shared, None).unwrap_err().code, ErrorCode::Conflict);
+    }
+
+    fn qemu_img(words: &[&str], dir: &Path) {
+        let made = std::process::Command::new("qemu-img")
+            .args(words)
+            .current_dir(dir)
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{words:?}");
+    }
+
+    #[test]
+    fn a_disk_of_another_format_is_refused_with_the_command_and_taken_raw_only_by_word() {
+        let dir = tempfile::tempdir().unwrap();
+        qemu_img(
+            &["create", "-q", "-f", "vmdk", "disk.vmdk", "1M"],
+            dir.path(),
+        );
+        let mut disk = DiskConfig {
+            path: dir.path().join("disk.vmdk"),
+            ..DiskConfig::default()
+        };
+        let error = find_formats(&mut disk).unwrap_err();
+        assert_eq!(error.code, ErrorCode::InvalidConfig);
+        assert!(error.message.contains("VMDK"), "{}", error.message);
+        let advice = error.advice.unwrap();
+        assert!(advice.contains("qemu-img convert -f vmdk"), "{advice}");
+        disk.format = Some(DiskFormat::Raw);
+        open(&disk, None).unwrap();
+    }
+
+    #[test]
+    fn a_backing_file_is_taken_by_word_and_is_below_the_clones_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let below = dir.path().join("below, too.raw");
+        std::fs::write(&below, vec![7; 1 << 20]).unwrap();
+        let words = [
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-F",
+            "raw",
+            "-b",
+            "below, too.raw",
+            "a.qcow2",
+        ];
+        qemu_img(&words, dir.path());
+        let mut disk = DiskConfig {
+            path: dir.path().join("a.qcow2"),
+            overlay: Overlay::Ephemeral,
+            ..DiskConfig::default()
+        };
+        let error = open(&disk, None).unwrap_err();
+        assert!(
+            error.message.contains("below, too.raw"),
+            "{}",
+            error.message
+        );
+        assert!(error.advice.unwrap().contains("backing=FILE"));
+        disk.backing.push(BackingConfig {
+            path: below.clone(),
+            format: None,
+        });
+        find_formats(&mut disk).unwrap();
+        assert_eq!(disk.backing[0].format, Some(DiskFormat::Raw));
+        let first_byte = |files: DiskFiles| {
+            let mut opened = Disk::open(files, EngineKind::Blocking).unwrap();
+            let mut byte = [0];
+            opened.read_at(&mut byte, 4096).unwrap();
+            byte[0]
+        };
+        assert_eq!(first_byte(open(&disk, None).unwrap()), 7);
+        let base = as_base(&disk);
+        assert_eq!(first_byte(open(&disk, Some(&base)).unwrap()), 7);
+        assert_eq!(first_byte(described(&disk).unwrap().open().unwrap()), 7);
     }
 }

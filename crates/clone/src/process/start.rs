@@ -61,6 +61,9 @@ pub struct Fork {
 pub struct ForkDisk {
     /// The base image and its format; none where the lowest layer holds everything.
     pub base: Option<(PathBuf, DiskFormat)>,
+    /// The backing files of a qcow2 base, the nearest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub backing: Vec<(PathBuf, DiskFormat)>,
     /// The layers over it, the lowest first.
     pub layers: Vec<PathBuf>,
 }

@@ -6,9 +6,9 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use clone_api::config::{DiskConfig, DiskFormat};
+use clone_api::config::DiskConfig;
 use clone_api::{ApiError, ErrorCode};
-use clone_disk::{Disk, DiskSpec, EngineKind, Format};
+use clone_disk::{Disk, EngineKind, Format};
 use clone_memory::Layer;
 use rustix::fs::{FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
@@ -141,28 +141,23 @@ impl NewTemplate {
 
     /// Adds a disk with a copy of a described image. What lies over it is for the caller to add.
     pub fn copy_disk(&mut self, disk: &DiskConfig) -> Result<()> {
-        let format = match disks::format_of(disk)? {
-            DiskFormat::Raw => Format::Raw,
-            DiskFormat::Qcow2 => Format::Qcow2,
-        };
+        let spec = disks::described(disk)?;
+        let is_raw = spec
+            .base
+            .as_ref()
+            .is_some_and(|base| base.format == Format::Raw);
         let copy = self.disk_file()?;
         let image = fs::metadata(&disk.path).map_err(failed("look at", &disk.path))?;
-        match format {
-            Format::Raw if image.is_file() => {
-                copy_image(&disk.path, &copy).map_err(failed("copy", &disk.path))?;
-            }
-            // A block device has neither a length nor holes that a file's calls would tell.
-            Format::Raw | Format::Qcow2 => {
-                let spec = DiskSpec::image(&disk.path, format, true);
-                let files = spec.open().map_err(|error| ApiError::internal(&error))?;
-                let opened = Disk::open(files, EngineKind::Blocking);
-                let mut opened = opened.map_err(|error| ApiError::internal(&error))?;
-                opened
-                    .write_raw(&copy)
-                    .map_err(failed("convert", &disk.path))?;
-            }
+        if is_raw && image.is_file() {
+            return copy_image(&disk.path, &copy).map_err(failed("copy", &disk.path));
         }
-        Ok(())
+        // A block device has neither a length nor holes that a file's calls would tell.
+        let files = spec.open().map_err(|error| ApiError::internal(&error))?;
+        let mut opened =
+            Disk::open(files, EngineKind::Blocking).map_err(|error| ApiError::internal(&error))?;
+        opened
+            .write_raw(&copy)
+            .map_err(failed("convert", &disk.path))
     }
 
     /// Adds a copy of a layer to disk `index`.

@@ -132,6 +132,7 @@ impl Template {
         disks
             .map(|disk| ForkDisk {
                 base: Some((self.path(&disk.base.file), DiskFormat::Raw)),
+                backing: Vec::new(),
                 layers: disk.layers.iter().map(|l| self.path(&l.file)).collect(),
             })
             .collect()
