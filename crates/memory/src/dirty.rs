@@ -27,6 +27,7 @@ use linux_raw_sys::general::{
     PAGE_IS_FILE, PAGE_IS_PFNZERO, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN,
 };
 use rustix::fs::{SeekFrom, seek};
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
 use crate::layout::{PAGE_SIZE, RamLayout};
 use crate::mapping::{Backing, GuestMemory, GuestRam, Region, host_addresses};
@@ -74,14 +75,20 @@ fn kernel() -> String {
 pub struct Pagemap(File);
 
 impl Pagemap {
-    /// Opens them.
+    /// Opens them, in a way that does not show physical frame numbers, even to root.
+    ///
+    /// At each read the kernel asks whether the one who opened the file had `CAP_SYS_ADMIN`, not
+    /// whether the reader has it: a descriptor opened by root would show where pages lie in the
+    /// host's memory for as long as it exists. The scans here need no frame numbers.
     ///
     /// # Errors
     /// [`DirtyError::Open`].
     pub fn open() -> Result<Self, DirtyError> {
-        File::open("/proc/self/pagemap")
-            .map(Self)
-            .map_err(DirtyError::Open)
+        without_capability(CapabilitySet::SYS_ADMIN, || {
+            File::open("/proc/self/pagemap")
+        })
+        .map(Self)
+        .map_err(DirtyError::Open)
     }
 
     /// Another handle of the same.
@@ -111,6 +118,22 @@ impl Pagemap {
         }
         Ok(())
     }
+}
+
+/// Does `work` while the calling thread's effective set lacks `capability`.
+fn without_capability<T>(
+    capability: CapabilitySet,
+    work: impl FnOnce() -> io::Result<T>,
+) -> io::Result<T> {
+    let before = capabilities(None)?;
+    let reduced = CapabilitySets {
+        effective: before.effective - capability,
+        ..before
+    };
+    set_capabilities(None, reduced)?;
+    let done = work();
+    set_capabilities(None, before)?;
+    done
 }
 
 fn failed(what: &'static str, source: io::Error) -> DirtyError {

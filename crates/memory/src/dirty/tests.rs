@@ -309,3 +309,28 @@ proptest! {
         prop_assert_eq!(memory.private_pages(&pagemap).unwrap(), set(ever));
     }
 }
+
+/// A page's entry in a pagemap. Source: the Linux kernel's `pagemap.rst`.
+fn entry(pagemap: &std::fs::File, address: usize) -> u64 {
+    let mut entry = [0; 8];
+    let at = address as u64 / PAGE_SIZE * 8;
+    pagemap.read_exact_at(&mut entry, at).unwrap();
+    u64::from_ne_bytes(entry)
+}
+
+#[test]
+fn page_tables_opened_by_root_show_no_physical_frames() {
+    const PRESENT: u64 = 1 << 63;
+    const FRAME: u64 = (1 << 55) - 1;
+    let page = vec![1_u8; 2 * PAGE_SIZE as usize];
+    let address = page.as_ptr() as usize;
+    let before = capabilities(None).unwrap();
+    let ours = entry(&Pagemap::open().unwrap().0, address);
+    assert_eq!((ours & PRESENT, ours & FRAME), (PRESENT, 0));
+    assert_eq!(capabilities(None).unwrap(), before);
+    // The test means something where the plain way does show them.
+    if before.effective.contains(CapabilitySet::SYS_ADMIN) {
+        let plain = std::fs::File::open("/proc/self/pagemap").unwrap();
+        assert_ne!(entry(&plain, address) & FRAME, 0);
+    }
+}
