@@ -1,13 +1,11 @@
 //! A blocking client of a VM's control socket: one request on one connection.
 
 use std::io::{self, Read, Write};
-use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -15,6 +13,8 @@ use crate::control::{
     Adoption, ApiError, BalloonStatus, BalloonTarget, ConsoleInfo, SnapshotRequest, SnapshotTaken,
     TouchedPages, VmInfo, VmStats,
 };
+use crate::descriptors;
+use crate::jail::RequiredJail;
 use crate::routes::{self, Operation};
 use crate::units::Bytes;
 
@@ -22,8 +22,6 @@ use crate::units::Bytes;
 const MAX_RESPONSE: usize = 4 << 20;
 /// How many headers an answer may have.
 const MAX_HEADERS: usize = 32;
-/// The most files that go with a request: the kernel takes no more in a message.
-pub const MAX_FILES: usize = 253;
 /// How long to wait for an answer by default.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -147,10 +145,11 @@ impl Client {
         self.decode(&answer)
     }
 
-    /// Gives a standby its name, and lets it run.
-    pub fn adopt(&self, name: &str) -> Result<(), ClientError> {
+    /// Gives a standby its name, and lets it run, if its jail has the layers that are required.
+    pub fn adopt(&self, name: &str, required_jail: &RequiredJail) -> Result<(), ClientError> {
         let body = self.encode(&Adoption {
             name: name.to_owned(),
+            required_jail: required_jail.clone(),
         })?;
         self.exchange(Operation::Adopt, &body).map(drop)
     }
@@ -233,7 +232,7 @@ impl Client {
         )
         .into_bytes();
         request.extend_from_slice(body);
-        let sent = send_with(&stream, &request, files)?;
+        let sent = descriptors::send(&stream, &request, files)?;
         stream.write_all(&request[sent..])?;
         let mut response = Vec::new();
         stream
@@ -241,28 +240,6 @@ impl Client {
             .read_to_end(&mut response)?;
         Ok(response)
     }
-}
-
-/// Sends the beginning of `bytes` with `files`; gives how much of it went.
-fn send_with(stream: &UnixStream, bytes: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<usize> {
-    if files.is_empty() {
-        return Ok(0);
-    }
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !ancillary.push(SendAncillaryMessage::ScmRights(files)) {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!("{} files with one request", files.len()),
-        ));
-    }
-    let slices = [io::IoSlice::new(bytes)];
-    Ok(sendmsg(
-        stream,
-        &slices,
-        &mut ancillary,
-        SendFlags::NOSIGNAL,
-    )?)
 }
 
 /// Splits an answer whose end is the end of the connection into status and body.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::config::VmConfig;
+use crate::jail::{JailStatus, RequiredJail};
 
 /// What a VM is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +38,9 @@ pub struct VmInfo {
     pub version: String,
     /// Its description, with everything filled in that was left to us.
     pub config: VmConfig,
+    /// How complete the jail of its process is.
+    #[serde(default)]
+    pub jail: JailStatus,
     /// When its start reached each of its stages, in order. Not all starts have all of them.
     #[serde(default)]
     pub timeline: Vec<StageTime>,
@@ -88,6 +92,9 @@ pub enum StartStage {
 pub struct Adoption {
     /// The name of the VM, whose directory has been renamed to it.
     pub name: String,
+    /// The layers that its jail must have.
+    #[serde(default)]
+    pub required_jail: RequiredJail,
 }
 
 /// The pages of RAM that a guest has touched: runs of page numbers, of 4 KiB each and counted by

@@ -5,7 +5,8 @@
 //! - [`control`]: what the control socket takes and answers; [`routes`] lists its operations, and
 //!   `openapi.json` describes them to other programs (a test generates it from the types and
 //!   compares).
-//! - [`client`]: a small blocking client of that socket.
+//! - [`client`]: a small blocking client of that socket; [`descriptors`] sends open files with bytes.
+//! - [`jail`]: the layers of a VM's jail that a host may lack.
 //!
 //! This crate opens no KVM, no disk and no network: it is what a client needs and no more.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -13,6 +14,8 @@
 pub mod client;
 pub mod config;
 pub mod control;
+pub mod descriptors;
+pub mod jail;
 pub mod routes;
 pub mod units;
 pub mod validate;

@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::config::{DiskConfig, NetConfig, Overlay, RateLimit, VmConfig};
 use crate::control::*;
+use crate::jail::{JailLayer, JailStatus, MissingLayer, RequiredJail};
 use crate::routes::{ROUTES, Route};
 use crate::units::{Bytes, MacAddr};
 
@@ -69,6 +70,12 @@ fn example(type_name: &str) -> Value {
                 stage: StartStage::Entered,
                 monotonic_ns: 86_400_000_000_000,
             }],
+            jail: JailStatus {
+                missing: vec![MissingLayer {
+                    layer: JailLayer::Cgroup,
+                    reason: "cannot find cgroup v2: No such file or directory (os error 2)".into(),
+                }],
+            },
             version: "0.1.0".into(),
             config: full_config(),
         }),
@@ -109,7 +116,10 @@ fn example(type_name: &str) -> Value {
             ApiError::new(ErrorCode::Conflict, "the VM is stopping")
                 .advise("wait for it to end, then start it again"),
         ),
-        "Adoption" => same(Adoption { name: "web".into() }),
+        "Adoption" => same(Adoption {
+            name: "web".into(),
+            required_jail: RequiredJail::complete(),
+        }),
         "TouchedPages" => same(TouchedPages {
             read: vec![(256, 300)],
             written: vec![(16, 20), (1024, 1025)],

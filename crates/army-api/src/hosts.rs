@@ -35,8 +35,20 @@ pub struct Host {
     pub seen_ms: u64,
     /// What it has.
     pub capacity: Capacity,
+    /// The layers that the jail of its VMs lacks; none where the jail is complete.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub missing_jail_layers: Vec<MissingJailLayer>,
     /// VMs that run on it.
     pub vms: u32,
+}
+
+/// A layer that the jail of VMs lacks on a host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MissingJailLayer {
+    /// The layer: `namespaces`, `user-id`, `cgroup` or `landlock`.
+    pub layer: String,
+    /// Why the host cannot provide it.
+    pub reason: String,
 }
 
 /// A change to a host.

@@ -4,6 +4,7 @@
 
 mod book;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use book::{How, beside, compare, links, pages, read, root};
@@ -105,5 +106,56 @@ fn output_is_compared_but_for_what_is_left_open() {
     ] {
         let wrong = compare(expected, got).unwrap_err();
         assert!(wrong.contains(told), "{expected:?}: {wrong}");
+    }
+}
+
+/// The names in backquotes of a table's cell.
+fn quoted(cell: &str) -> Vec<&str> {
+    cell.split('`').skip(1).step_by(2).collect()
+}
+
+/// The claims of a page's tables whose last column is "test", each with the tests that hold it.
+fn claims(page: &str) -> Vec<(&str, Vec<&str>)> {
+    let mut in_claims = false;
+    let mut claims = Vec::new();
+    for line in page.lines() {
+        let cells: Vec<&str> = line.trim_matches('|').split(" | ").map(str::trim).collect();
+        match (line.starts_with('|'), cells.as_slice()) {
+            (false, _) => in_claims = false,
+            (true, [.., "test"]) => in_claims = true,
+            (true, [rule, ..]) if rule.starts_with("---") => {}
+            (true, [claim, .., tests]) if in_claims => claims.push((*claim, quoted(tests))),
+            _ => {}
+        }
+    }
+    claims
+}
+
+/// The names of all functions in the sources below `folder`.
+fn collect_functions(folder: &Path, names: &mut BTreeSet<String>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            collect_functions(&path, names);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let functions = text.split("fn ").skip(1);
+            names.extend(functions.filter_map(|rest| Some(rest.split_once('(')?.0.to_owned())));
+        }
+    }
+}
+
+#[test]
+fn every_claim_of_the_security_page_names_tests_that_exist() {
+    let page = read(Path::new("docs/security.md"));
+    let claims = claims(&page);
+    assert!(claims.len() >= 30, "{}", claims.len());
+    let mut names = BTreeSet::new();
+    collect_functions(&root().join("crates"), &mut names);
+    for (claim, tests) in claims {
+        assert!(!tests.is_empty(), "no test holds: {claim}");
+        for test in tests {
+            assert!(names.contains(test), "there is no test `{test}`: {claim}");
+        }
     }
 }

@@ -5,7 +5,8 @@
 mod guest_bench;
 
 use std::fs;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use guest_bench::{Bench, PATIENCE};
@@ -79,12 +80,145 @@ fn a_kernel_that_cannot_start_is_one_error_and_leaves_nothing() {
     assert!(bench.leftovers().is_empty(), "{:?}", bench.leftovers());
 }
 
-/// What the process of a VM has open, and its threads.
-fn holdings(bench: &Bench, name: &str) -> (usize, usize) {
+/// The process of a VM, in `/proc`.
+fn process(bench: &Bench, name: &str) -> PathBuf {
     let vms = bench.json(&["ls", "--json"]);
     let vm = vms.as_array().unwrap().iter().find(|vm| vm["name"] == name);
-    let process = format!("/proc/{}", vm.unwrap()["pid"]);
-    let count = |of: &str| fs::read_dir(format!("{process}/{of}")).unwrap().count();
+    Path::new("/proc").join(vm.unwrap()["pid"].to_string())
+}
+
+/// What every open descriptor of a process leads to, with the interface that a tap's queue is of.
+fn open_files(process: &Path) -> Vec<(String, Option<String>)> {
+    let descriptors = fs::read_dir(process.join("fd")).unwrap();
+    let numbers = descriptors.map(|entry| entry.unwrap().file_name());
+    let look = |number| {
+        let target = fs::read_link(process.join("fd").join(&number)).unwrap();
+        let info = fs::read_to_string(process.join("fdinfo").join(&number)).unwrap();
+        let interface = info.lines().find_map(|line| line.strip_prefix("iff:"));
+        let interface = interface.map(|name| name.trim().to_owned());
+        (target.to_string_lossy().into_owned(), interface)
+    };
+    numbers.map(look).collect()
+}
+
+/// Whether a VM's process that was booted without disks may have this open.
+fn may_be_open(target: &str, bench: &Bench, name: &str) -> bool {
+    let own = bench.path(&format!("vms/{name}/"));
+    let files = ["/dev/null", "/dev/kvm", "/dev/net/tun", "/dev/vhost-net"];
+    let objects = ["anon_inode:", "socket:[", "pipe:["];
+    let of_proc = ["/pagemap", "/smaps_rollup"];
+    let booted = [
+        bench.kernel().to_str().unwrap(),
+        "initramfs.cpio",
+        "vmlinux",
+    ];
+    files.contains(&target)
+        || objects.iter().any(|kind| target.starts_with(kind))
+        || target.starts_with(&own)
+        || target.starts_with("/proc/") && of_proc.iter().any(|file| target.ends_with(file))
+        || booted.iter().any(|file| target.ends_with(file))
+}
+
+/// Whether a process is in a cgroup of its own with limits of memory and threads.
+fn is_limited(process: &Path) -> bool {
+    let cgroup = fs::read_to_string(process.join("cgroup")).unwrap();
+    let path = cgroup.trim().strip_prefix("0::/clone/").unwrap();
+    let limits = ["memory.max", "pids.max"].map(|limit| {
+        let file = Path::new("/sys/fs/cgroup/clone").join(path).join(limit);
+        fs::read_to_string(file).unwrap()
+    });
+    limits
+        .iter()
+        .all(|limit| limit.trim().parse::<u64>().is_ok())
+}
+
+#[test]
+fn vms_started_at_once_have_nothing_of_each_other_open_and_a_whole_jail() {
+    let bench = Bench::new();
+    // A file that the command itself was given, as a shell's redirection gives one.
+    let start = |name: &str| {
+        let script = format!(
+            "exec 7</etc/passwd; exec {} run --require-jail -d -n {name} -m 256M -k {} -i {} --net nat",
+            env!("CARGO_BIN_EXE_clone"),
+            bench.kernel().display(),
+            bench.initrd().display()
+        );
+        let started = bench.other("sh", &["-c", &script]).output().unwrap();
+        assert!(started.status.success(), "{started:?}");
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| start("a"));
+        start("b");
+    });
+    let mut taps = Vec::new();
+    for name in ["a", "b"] {
+        let process = process(&bench, name);
+        let open = open_files(&process);
+        let foreign = open
+            .iter()
+            .find(|(target, _)| !may_be_open(target, &bench, name));
+        assert_eq!(foreign, None);
+        let of_taps: Vec<_> = open
+            .into_iter()
+            .filter_map(|(_, interface)| interface)
+            .collect();
+        assert_eq!(of_taps.len(), 1, "{of_taps:?}");
+        taps.extend(of_taps);
+        for thread in fs::read_dir(process.join("task")).unwrap() {
+            let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+            assert!(status.contains("\nSeccomp:\t2\n"), "{status}");
+            assert!(status.contains("\nCapPrm:\t0000000000000000\n"), "{status}");
+        }
+        assert!(is_limited(&process), "{}", process.display());
+        let environment = fs::read(process.join("environ")).unwrap();
+        assert!(!String::from_utf8_lossy(&environment).contains("CLONE_RUNTIME_DIR"));
+        let info = bench.json(&["stat", name, "--json"]);
+        assert_eq!(info["info"]["jail"]["missing"], serde_json::json!([]));
+        bench.done(&["kill", name]);
+    }
+    assert_ne!(taps[0], taps[1]);
+}
+
+#[test]
+fn a_missing_layer_is_a_warning_of_run_and_a_refusal_where_it_is_required() {
+    let bench = Bench::new();
+    let start = |name: &str, option: &str| {
+        let script = format!(
+            "mount -t tmpfs none /sys/fs/cgroup && exec {} run {option} -d -n {name} -m 256M -k {} -i {}",
+            env!("CARGO_BIN_EXE_clone"),
+            bench.kernel().display(),
+            bench.initrd().display()
+        );
+        let words = ["--mount", "sh", "-c", &script];
+        bench.other("unshare", &words).output().unwrap()
+    };
+    let text = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    let started = start("a", "--require-jail=landlock,namespaces,user-id");
+    assert!(started.status.success(), "{started:?}");
+    let told = text(&started);
+    assert!(
+        told.contains("warning: the VM's jail lacks a layer: cgroup"),
+        "{told}"
+    );
+    let stat = String::from_utf8(bench.done(&["stat", "a"]).stdout).unwrap();
+    assert!(
+        stat.contains("jail lacks") && stat.contains("cgroup: cannot find"),
+        "{stat}"
+    );
+    let log = fs::read_to_string(bench.path("vms/a/vmm.log")).unwrap();
+    assert!(log.contains("the jail lacks a layer: cgroup"), "{log}");
+    bench.done(&["kill", "a"]);
+    let refused = start("b", "--require-jail");
+    assert!(!refused.status.success(), "{refused:?}");
+    let told = text(&refused);
+    assert!(told.contains("a layer that is required: cgroup"), "{told}");
+    assert!(bench.leftovers().is_empty(), "{:?}", bench.leftovers());
+}
+
+/// What the process of a VM has open, and its threads.
+fn holdings(bench: &Bench, name: &str) -> (usize, usize) {
+    let process = process(bench, name);
+    let count = |of: &str| fs::read_dir(process.join(of)).unwrap().count();
     (count("fd"), count("task"))
 }
 

@@ -35,6 +35,8 @@ pub(super) struct Args {
     /// What the host is called.
     #[arg(long)]
     host_name: Option<String>,
+    #[command(flatten)]
+    jail: serve::JailArgs,
 }
 
 pub(super) async fn run(args: Args) -> Result<ExitCode> {
@@ -43,7 +45,7 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
     let door = serve::Door::open(args.listen, args.tls).await?;
     let store = serve::store(args.database.as_deref(), &args.state).await?;
     let name = args.host_name.unwrap_or_else(serve::host_name);
-    let node = serve::node(name, &args.state).await?;
+    let node = serve::node(name, &args.state, &args.jail).await?;
     let controller = Controller::alone(store.clone(), node);
     let nothing = |_: &_| Ok(tokio::spawn(async {}));
     serve::api(controller, &store, door, nothing).await?;

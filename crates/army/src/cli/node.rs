@@ -42,6 +42,8 @@ pub(super) struct Args {
     /// Where everything is kept that is to outlive the node.
     #[arg(long, default_value = "/var/lib/army-node", env = "ARMY_STATE")]
     state: PathBuf,
+    #[command(flatten)]
+    jail: serve::JailArgs,
 }
 
 pub(super) async fn run(args: Args) -> Result<ExitCode> {
@@ -49,7 +51,7 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
     let listener = serve::listen(args.listen).await?;
     let address = listener.local_addr()?;
     let member = membership(&args, args.advertise.unwrap_or(address)).await?;
-    let node = serve::node(member.host().to_owned(), &args.state).await?;
+    let node = serve::node(member.host().to_owned(), &args.state, &args.jail).await?;
     let listener = Listener::new(listener, member.identity(), false)?;
     output::print(&format!(
         "The node of {} listens on {address}.",

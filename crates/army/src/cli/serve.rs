@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use army_api::keys::{CreateKey, Role};
+use clone_api::jail::RequiredJail;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use rustls::ServerConfig;
 use tokio::net::TcpListener;
@@ -83,13 +84,40 @@ pub(super) async fn store(database: Option<&str>, state: &Path) -> Result<Store>
     Ok(Store::open(&url).await?)
 }
 
+/// What the jail of VMs must have.
+#[derive(clap::Args)]
+pub(super) struct JailArgs {
+    /// Serve although this host cannot provide every layer of the jail around VMs. `army host ls`
+    /// shows what is missing.
+    #[arg(long, env = "ARMY_ALLOW_WEAK_JAIL")]
+    allow_weak_jail: bool,
+}
+
+impl JailArgs {
+    fn required(&self) -> RequiredJail {
+        match self.allow_weak_jail {
+            true => RequiredJail::default(),
+            false => RequiredJail::complete(),
+        }
+    }
+}
+
 /// The node of this host, supervising its VMs.
-pub(super) async fn node(name: String, state: &Path) -> Result<Arc<Node>> {
+pub(super) async fn node(name: String, state: &Path, jail: &JailArgs) -> Result<Arc<Node>> {
     let journal = state.join("vms");
-    let runtime = clone::runtime::Runtime::from_env()?;
+    let runtime = clone::runtime::Runtime::from_env()?.requiring(jail.required());
     let templates = clone::template::Store::from_env()?;
     let open = move || Node::open(name, journal, runtime, templates);
     let node = crate::blocking(open).await?;
+    let checked = Arc::clone(&node);
+    crate::blocking(move || Ok(checked.check_jail()))
+        .await?
+        .map_err(|error| {
+            anyhow::anyhow!(
+                "{}; provide it, or serve with --allow-weak-jail",
+                error.message
+            )
+        })?;
     node.supervise().context("cannot supervise VMs")?;
     Ok(node)
 }

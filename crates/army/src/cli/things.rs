@@ -122,7 +122,15 @@ fn hosts_table(hosts: &[Host]) -> String {
         "PROMISED",
         "LABELS",
     ];
-    table(&heads, lines.collect())
+    let mut text = table(&heads, lines.collect());
+    for host in hosts {
+        for missing in &host.missing_jail_layers {
+            let (name, layer, reason) = (&host.name, &missing.layer, &missing.reason);
+            text +=
+                &format!("warning: the jail of VMs on {name} lacks a layer: {layer}: {reason}\n");
+        }
+    }
+    text
 }
 
 fn labels(labels: &BTreeMap<String, String>) -> String {

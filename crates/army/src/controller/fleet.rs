@@ -1,10 +1,10 @@
 //! Hosts: who they are, what they have, and whether they take VMs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError};
 
-use army_api::hosts::{ChangeHost, Host, HostState};
+use army_api::hosts::{ChangeHost, Host, HostState, MissingJailLayer};
 use army_api::templates::Template;
 use army_api::{Problem, ProblemKind};
 
@@ -100,6 +100,7 @@ impl Controller {
     pub async fn hosts(&self) -> Result<Vec<Host>> {
         let counts = self.store.vms_by_host().await?;
         let rows = self.store.hosts().await?;
+        let mut missing = self.missing_jail_layers();
         Ok(rows
             .into_iter()
             .map(|row| {
@@ -114,6 +115,7 @@ impl Controller {
                 };
                 Host {
                     vms: counts.get(&row.name).copied().unwrap_or(0),
+                    missing_jail_layers: missing.remove(&row.name).unwrap_or_default(),
                     name: row.name,
                     state,
                     reason,
@@ -123,6 +125,15 @@ impl Controller {
                 }
             })
             .collect())
+    }
+
+    /// The layers that the jail of VMs lacks, by host, as last heard.
+    fn missing_jail_layers(&self) -> HashMap<String, Vec<MissingJailLayer>> {
+        let heard = self.heard();
+        let missing = heard.iter();
+        missing
+            .map(|(host, heard)| (host.clone(), heard.report.missing_jail_layers.clone()))
+            .collect()
     }
 
     /// Changes what a host is labelled with.

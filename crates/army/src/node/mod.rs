@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use std::io::{self, BufReader, BufWriter};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use agent_proto::client::{ClientError, Connection};
@@ -28,6 +28,7 @@ use clone::launch::fork::{self, Overrides, Source};
 use clone::launch::program;
 use clone::runtime::{RunningVm, Runtime};
 use clone::template::{Store, Template};
+use clone_api::jail::JailStatus;
 use clone_api::{ApiError, Bytes, Client, ErrorCode};
 
 use crate::pipe::{Pieces, Sender, Sink, Source as PieceSource};
@@ -65,6 +66,8 @@ pub struct Node {
     seen: Seen,
     /// When each VM was last used, by id.
     used: Mutex<HashMap<String, Use>>,
+    /// How complete the jail of VMs is on this host, once that was found out.
+    jail: OnceLock<JailStatus>,
 }
 
 /// How a VM is used.
@@ -120,9 +123,24 @@ impl Node {
             sources: Mutex::default(),
             seen: Seen::default(),
             used: Mutex::default(),
+            jail: OnceLock::new(),
         });
         node.take_up();
         Ok(node)
+    }
+
+    /// Finds out how complete the jail of VMs is on this host, for reports.
+    ///
+    /// # Errors
+    /// Where it lacks a layer that this node requires of its VMs: none could be made.
+    pub fn check_jail(&self) -> clone::Result<()> {
+        let jail = clone::launch::check_jail(&self.runtime)?;
+        for warning in jail.warnings() {
+            tracing::warn!("{warning}");
+        }
+        let checked = self.runtime.required_jail().check(&jail);
+        let _ = self.jail.set(jail);
+        checked
     }
 
     /// The host's name.

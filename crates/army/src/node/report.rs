@@ -7,10 +7,11 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use army_api::hosts::Capacity;
+use army_api::hosts::{Capacity, MissingJailLayer};
 use army_api::vms::{VmMemory, VmState};
 use clone::runtime::RunningVm;
 use clone_api::control::VmState as Machine;
+use clone_api::jail::JailStatus;
 use clone_api::{Client, ClientError};
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +28,9 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 pub struct Report {
     /// What it has.
     pub capacity: Capacity,
+    /// The layers that the jail of its VMs lacks.
+    #[serde(default)]
+    pub missing_jail_layers: Vec<MissingJailLayer>,
     /// Its VMs, those that ended since the journal forgot none of them included.
     pub vms: Vec<VmReport>,
     /// Standbys that are ready, by the template's name.
@@ -59,6 +63,7 @@ impl Node {
         self.seen.keep(&vms);
         Report {
             capacity,
+            missing_jail_layers: self.jail.get().map(missing_layers).unwrap_or_default(),
             vms,
             ready: self.standbys.ready(),
         }
@@ -94,6 +99,14 @@ impl Node {
         }
         report
     }
+}
+
+fn missing_layers(jail: &JailStatus) -> Vec<MissingJailLayer> {
+    let missing = jail.missing.iter().map(|missing| MissingJailLayer {
+        layer: missing.layer.to_string(),
+        reason: missing.reason.clone(),
+    });
+    missing.collect()
 }
 
 fn ask(vm: &RunningVm) -> Result<(VmState, VmMemory), ClientError> {

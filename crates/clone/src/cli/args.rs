@@ -8,6 +8,7 @@ use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser}
 use clone_api::config::{
     BackingConfig, DiskConfig, DiskFormat, Egress, NetConfig, NetMode, OnReboot, Overlay, Vhost,
 };
+use clone_api::jail::RequiredJail;
 use clone_api::validate::validate;
 use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
 
@@ -67,6 +68,28 @@ pub(super) struct VmArgs {
     /// that panics ends its VM in any case.)
     #[arg(long, value_name = "WHAT", value_parser = on_reboot_parser())]
     on_reboot: Option<OnReboot>,
+}
+
+/// What the jail of a VM must have.
+#[derive(Debug, Default, clap::Args)]
+pub(super) struct JailArgs {
+    /// Refuse to start where the VM's jail would lack a layer, instead of warning: any layer, or
+    /// one of those given, of namespaces, user-id, cgroup and landlock, with commas between them.
+    #[arg(
+        long,
+        value_name = "LAYERS",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "all"
+    )]
+    require_jail: Option<RequiredJail>,
+}
+
+impl JailArgs {
+    /// The layers that must be there.
+    pub(super) fn required(&self) -> RequiredJail {
+        self.require_jail.clone().unwrap_or_default()
+    }
 }
 
 fn on_reboot_parser() -> impl TypedValueParser<Value = OnReboot> {

@@ -10,7 +10,7 @@ use clone_api::control::SnapshotTimes;
 use clone_api::{ApiError, ErrorCode};
 use serde::Serialize;
 
-use super::args::{NetArg, net_parser};
+use super::args::{JailArgs, NetArg, net_parser};
 use super::output::table;
 use super::{Context, exit};
 use crate::error::Result;
@@ -47,6 +47,8 @@ pub(super) struct Args {
     /// clock until somebody does.
     #[arg(long)]
     no_identity: bool,
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
 /// `--disk`.
@@ -94,7 +96,7 @@ enum Outcome {
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
-    let runtime = context.runtime()?;
+    let runtime = context.runtime()?.requiring(args.jail.required());
     if args.count > 1 && !args.disks.is_empty() {
         let message = "--disk keeps the writes of one clone, and several were asked for";
         return Err(ApiError::new(ErrorCode::InvalidConfig, message));
@@ -137,15 +139,24 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
 fn finish(context: &Context, report: &Report) -> Result<ExitCode> {
     let mut failures = 0;
     for outcome in &report.clones {
-        if let Outcome::Failed { name, error } = outcome {
-            failures += 1;
-            // The only one is told as a command's failure is, with its exit code.
-            if report.clones.len() == 1 {
-                return Err(error.clone());
+        match outcome {
+            Outcome::Failed { name, error } => {
+                failures += 1;
+                // The only one is told as a command's failure is, with its exit code.
+                if report.clones.len() == 1 {
+                    return Err(error.clone());
+                }
+                context
+                    .output
+                    .note(&format!("clone: {name}: {}", error.message));
             }
-            context
-                .output
-                .note(&format!("clone: {name}: {}", error.message));
+            Outcome::Runs(forked) => {
+                for notice in &forked.notices {
+                    context
+                        .output
+                        .note(&format!("[clone: {}: {notice}]", forked.name));
+                }
+            }
         }
     }
     context.output.print(report, text);

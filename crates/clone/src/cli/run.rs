@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clone_api::{ApiError, ErrorCode};
 use serde::Serialize;
 
-use super::args::VmArgs;
+use super::args::{JailArgs, VmArgs};
 use super::tty_console::{self, End};
 use super::{Context, exit};
 use crate::error::Result;
@@ -22,6 +22,8 @@ use crate::runtime::Runtime;
 pub(super) struct Args {
     #[command(flatten)]
     vm: VmArgs,
+    #[command(flatten)]
+    jail: JailArgs,
     /// Return as soon as the guest runs, and print the VM's name.
     #[arg(long, short)]
     detach: bool,
@@ -35,11 +37,13 @@ struct Started {
     control_socket: String,
     vsock_socket: String,
     console_socket: String,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    notices: Vec<String>,
 }
 
 pub(super) fn run(context: &Context, args: Args) -> Result<ExitCode> {
     let config = args.vm.into_config()?;
-    let runtime = context.runtime()?;
+    let runtime = context.runtime()?.requiring(args.jail.required());
     let launched = launch(&runtime, config)?;
     for notice in &launched.notices {
         context.output.note(&format!("[clone: {notice}]"));
@@ -52,6 +56,7 @@ pub(super) fn run(context: &Context, args: Args) -> Result<ExitCode> {
             control_socket: dir.control_socket().display().to_string(),
             vsock_socket: dir.vsock_socket().display().to_string(),
             console_socket: dir.console_socket().display().to_string(),
+            notices: launched.notices,
         };
         context
             .output

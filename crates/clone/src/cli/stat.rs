@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clone_api::Client;
 use clone_api::control::{VmInfo, VmStats};
+use clone_api::jail::JailStatus;
 use serde::Serialize;
 
 use super::Context;
@@ -33,6 +34,17 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
     let stats = client.stats().map_err(&told)?;
     context.output.print(&Stat { info, stats }, text);
     Ok(ExitCode::SUCCESS)
+}
+
+/// A row for each layer that the jail lacks.
+fn jail_rows(jail: &JailStatus) -> Vec<(&'static str, String)> {
+    match jail.missing.as_slice() {
+        [] => vec![("jail", "complete".to_owned())],
+        missing => missing
+            .iter()
+            .map(|missing| ("jail lacks", missing.to_string()))
+            .collect(),
+    }
 }
 
 fn text(stat: &Stat) -> String {
@@ -71,6 +83,7 @@ fn text(stat: &Stat) -> String {
     for disk in &config.disks {
         rows.push(("disk", disk.path.display().to_string()));
     }
+    rows.extend(jail_rows(&info.jail));
     if let Some(balloon) = &stats.balloon {
         let (actual, target) = (balloon.actual_bytes, balloon.target_bytes);
         rows.push((
@@ -87,4 +100,27 @@ fn text(stat: &Stat) -> String {
         .map(|(key, value)| vec![key.to_owned(), value])
         .collect();
     table(&rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use clone_api::jail::{JailLayer, MissingLayer};
+
+    use super::*;
+
+    #[test]
+    fn every_missing_layer_of_the_jail_is_shown_with_its_reason() {
+        let mut jail = JailStatus::default();
+        assert_eq!(jail_rows(&jail), [("jail", "complete".to_owned())]);
+        for layer in [JailLayer::Cgroup, JailLayer::Landlock] {
+            let reason = "this host has none".to_owned();
+            jail.missing.push(MissingLayer { layer, reason });
+        }
+        let rows = jail_rows(&jail);
+        assert_eq!(rows.len(), 2);
+        assert_eq!(
+            rows[1],
+            ("jail lacks", "landlock: this host has none".to_owned())
+        );
+    }
 }

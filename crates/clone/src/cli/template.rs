@@ -8,6 +8,7 @@ use clap::Subcommand;
 use clone_api::ApiError;
 use serde::Serialize;
 
+use super::args::JailArgs;
 use super::output::{human_bytes, table};
 use super::signals::Signals;
 use super::{Context, progress};
@@ -74,6 +75,8 @@ struct ServeArgs {
     /// How many to keep ready.
     #[arg(long, short, default_value_t = 4)]
     standbys: u32,
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
@@ -214,7 +217,7 @@ struct Ready {
 }
 
 fn serve(context: &Context, store: &Store, args: &ServeArgs) -> Result<ExitCode> {
-    let runtime = context.runtime()?;
+    let runtime = context.runtime()?.requiring(args.jail.required());
     let signals = Signals::take(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])
         .map_err(|error| ApiError::internal(&error))?;
     let template = store.open(&args.template)?;

@@ -2,8 +2,7 @@
 //! the hierarchy. The hash is of the runtime directory, as names are unique within one only.
 //!
 //! Where there is no cgroup v2 with these controllers, or it is not ours to change (not root, or
-//! a container), a VM goes without: limits protect the host from our own faults, the jail does not
-//! stand on them.
+//! a container), this layer is missing.
 
 use std::fs::{self, File};
 use std::io;
@@ -13,7 +12,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-use super::JailSpec;
+use super::{JailSpec, Layer};
 
 /// The cgroup that holds those of VMs.
 const PARENT: &str = "/sys/fs/cgroup/clone";
@@ -25,11 +24,9 @@ const OTHER_THREADS: u32 = 256;
 /// How long the threads of a process that has ended may take to go.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Puts the calling process into the VM's cgroup, or logs why not.
-pub(super) fn join(spec: &JailSpec) {
-    if let Err((action, error)) = try_join(spec) {
-        tracing::info!(%error, "no limits of memory and threads for this VM: cannot {action}");
-    }
+/// Puts the calling process into the VM's cgroup.
+pub(super) fn join(spec: &JailSpec) -> Layer {
+    try_join(spec).map_err(|(action, error)| format!("cannot {action}: {error}"))
 }
 
 fn try_join(spec: &JailSpec) -> Result<(), (&'static str, io::Error)> {

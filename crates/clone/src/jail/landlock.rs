@@ -6,22 +6,31 @@ use landlock::{
     RulesetStatus, Scope,
 };
 
-use super::{JailError, failed};
+use super::{JailError, Layer, failed};
 
+/// What this layer must take away to count as there: paths and TCP ports (Linux 6.7).
+const NEEDED: ABI = ABI::V4;
 /// The newest rights known here; older kernels leave out those they do not know.
 const NEWEST: ABI = ABI::V6;
 
 /// Takes every right away that Landlock knows of.
-pub(super) fn forbid_everything() -> Result<(), JailError> {
+pub(super) fn forbid_everything() -> Result<Layer, JailError> {
     let status = restrict().map_err(|error| failed("take Landlock rights away")(io(error)))?;
-    match status {
-        RulesetStatus::FullyEnforced => {}
-        RulesetStatus::PartiallyEnforced => {
-            tracing::debug!("this host's Landlock is older than we know: some rights are left");
+    Ok(match status {
+        RulesetStatus::NotEnforced => {
+            Err("this kernel has no Landlock, or `lsm=` on its command line leaves it out".into())
         }
-        RulesetStatus::NotEnforced => tracing::debug!("this host has no Landlock"),
-    }
-    Ok(())
+        _ if has_needed() => Ok(()),
+        _ => Err("this kernel's Landlock is too old to forbid TCP ports".into()),
+    })
+}
+
+fn has_needed() -> bool {
+    let ruleset = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
+    let ruleset = ruleset.handle_access(AccessFs::from_all(NEEDED));
+    ruleset
+        .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(NEEDED)))
+        .is_ok()
 }
 
 fn restrict() -> Result<RulesetStatus, RulesetError> {

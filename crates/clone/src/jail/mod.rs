@@ -7,9 +7,29 @@
 //! [`confine_event_loop`] when the machine is built. Threads that the event loop starts (disks'
 //! workers) inherit its filter.
 //!
-//! Each layer stands alone: where the host lacks one, the others are still put up, and the log
-//! says what is missing. Host resources of a VM outside of its process (taps, its directory) are
-//! left to others.
+//! Each layer stands alone: where the host lacks one, the others are still put up, and the VM's
+//! status says what is missing and why ([`JailStatus`]); whoever requires it has the VM refused.
+//! Host resources of a VM outside of its process (taps, its directory) are left to others.
+//!
+//! # What stays open
+//! A descriptor goes on giving what its opener could do, whatever the process lost since. So each
+//! kind that the process keeps has a reason why it is harmless in a guest's hands:
+//!
+//! | descriptor | what can be done with it |
+//! | --- | --- |
+//! | `/dev/kvm`, the VM's and its vCPUs' | what the seccomp lists name: no new VM, no other one |
+//! | memory layers, base disks, kernel, initrd, state, locks | read: they are opened so |
+//! | the VM's own disk layers, console log, `vmm.log` | read and write; they are this VM's alone |
+//! | queues of its tap | frames of this VM; `TUNSETIFF`, for another interface, is not allowed |
+//! | `/dev/vhost-net` | one per queue pair of the tap, whose owner is this process |
+//! | its listening sockets and their clients | accept; there is no call that connects or sends elsewhere |
+//! | `/proc/self/pagemap` | this process's page tables, opened so that frame numbers read as 0 ([`clone_memory::Pagemap`]) |
+//! | `/proc/self/smaps_rollup` | sums over this process's own memory; what it reads was checked at `open` |
+//! | eventfds, timers, epoll, userfaultfd, io_uring | this process's own objects; rings take only reads, writes and syncs of registered files |
+//!
+//! No directory, no `/proc` file of another process, no netlink or packet socket and nothing of the
+//! launcher's is among them: everything that is not a standard stream is closed first of all
+//! ([`crate::process`]).
 
 mod cgroup;
 mod landlock;
@@ -22,12 +42,12 @@ mod tests;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use clone_api::jail::{JailLayer, JailStatus, MissingLayer};
+
 /// What a jail is built around.
 #[derive(Debug, Clone)]
 pub struct JailSpec {
-    /// The VM's name.
-    pub name: String,
-    /// Its runtime directory.
+    /// The VM's runtime directory.
     pub runtime_dir: PathBuf,
     /// The RAM promised to the guest, for the memory limit.
     pub guest_memory_bytes: u64,
@@ -53,18 +73,39 @@ fn failed<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> JailErr
     }
 }
 
-/// Confines the calling process, which has one thread.
+/// Whether a layer that hosts may lack was put up, or why not.
+type Layer = Result<(), String>;
+
+/// Confines the calling process, which has one thread. The layers that this host lacks are in the
+/// status, and in the log.
 ///
 /// The first things to go are those that need paths and privileges to be set up.
 ///
 /// # Errors
 /// Where a layer fails that this host has. Nothing of the VM may be run then.
-pub fn enter(spec: &JailSpec) -> Result<(), JailError> {
-    cgroup::join(spec);
-    namespaces::leave_the_host(&spec.runtime_dir)?;
+pub fn enter(spec: &JailSpec) -> Result<JailStatus, JailError> {
+    let cgroup = cgroup::join(spec);
+    let namespaces = namespaces::leave_the_host(&spec.runtime_dir)?;
     privileges::limit_resources()?;
-    privileges::drop_all()?;
-    landlock::forbid_everything()
+    let user_id = privileges::drop_all()?;
+    let landlock = landlock::forbid_everything()?;
+    let layers = [
+        (JailLayer::Cgroup, cgroup),
+        (JailLayer::Namespaces, namespaces),
+        (JailLayer::UserId, user_id),
+        (JailLayer::Landlock, landlock),
+    ];
+    let missing = layers.into_iter().filter_map(|(layer, outcome)| {
+        let reason = outcome.err()?;
+        Some(MissingLayer { layer, reason })
+    });
+    let status = JailStatus {
+        missing: missing.collect(),
+    };
+    for missing in &status.missing {
+        tracing::warn!("the jail lacks a layer: {missing}");
+    }
+    Ok(status)
 }
 
 /// Filters the calling vCPU thread before it runs the guest.

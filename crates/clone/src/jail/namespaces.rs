@@ -1,9 +1,9 @@
 //! Leaving the host's file systems, networks, IPC and names.
 //!
 //! The new root is an empty, read-only tmpfs: sockets and files are open already, and stay
-//! reachable by their descriptors only. A process enters a PID namespace by being born into it,
-//! which is its launcher's doing; without `/proc` and with system calls filtered, ids of others
-//! are of no use to it anyway.
+//! reachable by their descriptors only. The process stays in its launcher's PID namespace, as a
+//! process enters one only by being born into it. Ids of other processes are of no use to it:
+//! there is no `/proc`, its user id is its own, and no system call that takes one is allowed.
 
 use std::fs;
 use std::io;
@@ -13,14 +13,26 @@ use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::process::{Gid, Uid};
 use rustix::thread::UnshareFlags;
 
-use super::{JailError, failed};
+use super::{JailError, Layer, failed};
 
 /// Moves the process into namespaces of its own with nothing in them. `spot` is any directory to
 /// mount the new root on; nobody else sees that.
 ///
-/// Without root it needs a user namespace. Where the host forbids those, the process stays in the
-/// host's namespaces, and a warning says so.
-pub(super) fn leave_the_host(spot: &Path) -> Result<(), JailError> {
+/// Without root it needs a user namespace. Where the host forbids those, this layer is missing.
+pub(super) fn leave_the_host(spot: &Path) -> Result<Layer, JailError> {
+    match isolate(spot) {
+        Ok(()) => Ok(Ok(())),
+        Err(error) if !rustix::process::geteuid().is_root() => Ok(Err(format!(
+            "cannot {}: {}; start it as root, or allow user namespaces \
+             (kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns, \
+             user.max_user_namespaces)",
+            error.action, error.source
+        ))),
+        Err(error) => Err(error),
+    }
+}
+
+fn isolate(spot: &Path) -> Result<(), JailError> {
     let mut flags = UnshareFlags::NEWNS
         | UnshareFlags::NEWIPC
         | UnshareFlags::NEWUTS
@@ -31,19 +43,7 @@ pub(super) fn leave_the_host(spot: &Path) -> Result<(), JailError> {
         flags |= UnshareFlags::NEWUSER;
     }
     // SAFETY: no flag here splits the table of descriptors, which is what can break I/O safety.
-    match unsafe { rustix::thread::unshare_unsafe(flags) } {
-        Ok(()) => {}
-        Err(error) if !uid.is_root() => {
-            tracing::warn!(
-                %error,
-                "this host allows no user namespaces: the VM's process keeps its view of the \
-                 host's files, and only rights and system calls are taken away; start it as root, \
-                 or allow them (kernel.unprivileged_userns_clone, user.max_user_namespaces)"
-            );
-            return Ok(());
-        }
-        Err(error) => return Err(failed("make namespaces")(error)),
-    }
+    unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(failed("make namespaces"))?;
     if !uid.is_root() {
         map_only_ourselves(uid, gid).map_err(failed("map the user into its namespace"))?;
     }

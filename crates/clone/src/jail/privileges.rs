@@ -4,7 +4,7 @@ use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, Gid, Resource, Rlimit, Uid};
 use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 
-use super::{JailError, failed};
+use super::{JailError, Layer, failed};
 
 /// Open files a VM may have: vsock connections are what there may be thousands of.
 const MAX_FILES: u64 = 16 << 10;
@@ -30,15 +30,16 @@ pub(super) fn limit_resources() -> Result<(), JailError> {
     limit(Resource::Msgqueue, 0, "forbid message queues")
 }
 
-/// Takes every privilege away, for good.
-pub(super) fn drop_all() -> Result<(), JailError> {
+/// Takes every privilege away, for good. The layer is the user id: only root can change it.
+pub(super) fn drop_all() -> Result<Layer, JailError> {
     // Changing the user clears it, and until the VM is reported it must end with its launcher.
     let death = rustix::process::parent_process_death_signal()
         .map_err(failed("read the signal of its launcher's death"))?;
     rustix::thread::clear_ambient_capability_set()
         .map_err(failed("clear the ambient capabilities"))?;
     clear_bounding_set()?;
-    if rustix::process::geteuid().is_root() {
+    let user = rustix::process::geteuid();
+    if user.is_root() {
         lock_root_out()?;
         become_nobody()?;
     }
@@ -52,7 +53,13 @@ pub(super) fn drop_all() -> Result<(), JailError> {
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(failed("close its memory to others"))?;
     rustix::process::set_parent_process_death_signal(death)
-        .map_err(failed("keep the signal of its launcher's death"))
+        .map_err(failed("keep the signal of its launcher's death"))?;
+    Ok(match user.is_root() {
+        true => Ok(()),
+        false => Err(format!(
+            "it was started by user {user}, whose id it keeps; start it as root"
+        )),
+    })
 }
 
 fn clear_bounding_set() -> Result<(), JailError> {

@@ -28,7 +28,6 @@ enum Filter {
 
 fn jail(dir: &Path, filter: Filter) -> io::Result<()> {
     let spec = JailSpec {
-        name: "jailed".to_owned(),
         runtime_dir: dir.to_owned(),
         guest_memory_bytes: 64 << 20,
         vcpus: 1,

@@ -10,19 +10,22 @@ mod preflight;
 pub mod program;
 pub mod standby;
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Stdio};
 
+use clone_api::jail::JailStatus;
 use clone_api::{ApiError, ErrorCode, VmConfig};
 
 use crate::error::{Result, failed};
 use crate::process::open::open_kvm;
-use crate::process::start::{Origin, Start};
-use crate::process::{disks, report};
+use crate::process::start::{self, Origin, Start};
+use crate::process::{self, disks, report};
 use crate::runtime::{Parent, Process, Runtime, StartingVm, VmDir};
 use network::Attached;
 
@@ -69,7 +72,7 @@ fn start_or_abandon(
     parent: &Parent,
 ) -> Result<Launched> {
     let starting = runtime.create(&config)?;
-    match start(&starting, config, origin, parent) {
+    match start(runtime, &starting, config, origin, parent) {
         Ok(launched) => Ok(launched),
         Err(error) => {
             // What is left then is swept by the next command; the first error is the one to tell.
@@ -82,6 +85,7 @@ fn start_or_abandon(
 }
 
 fn start(
+    runtime: &Runtime,
     starting: &StartingVm,
     mut config: VmConfig,
     origin: &Origin,
@@ -96,7 +100,7 @@ fn start(
         taps,
         nets,
         guest,
-        notices,
+        mut notices,
     } = network::attach(&starting.dir, &mut config)?;
     starting.write_config(&config)?;
     starting.write_guest_network(&guest)?;
@@ -104,13 +108,18 @@ fn start(
         config,
         origin: origin.clone(),
         nets,
+        required_jail: runtime.required_jail().clone(),
     };
-    let mut child = spawn(&starting.dir)?;
-    // From here the taps live and die with the VM's process.
-    drop(taps);
-    let started = hand_over(starting, &document, &mut child)
-        // Last: a standby with it is one that is ready.
-        .and_then(|process| starting.dir.write_parent(parent).map(|()| process));
+    let words = process::words(starting.dir.path());
+    let (mut child, socket) = spawn(&starting.dir, words)?;
+    let started =
+        hand_over(starting, &document, taps, &mut child, socket).and_then(|(process, jail)| {
+            notices.extend(jail.warnings());
+            starting.write_notices(&notices)?;
+            // Last: a standby with it is one that is ready.
+            starting.dir.write_parent(parent)?;
+            Ok(process)
+        });
     if started.is_err() {
         // It may hang or be ending; either way nothing of it may stay.
         let _ = child.kill();
@@ -124,7 +133,25 @@ fn start(
     })
 }
 
-fn spawn(dir: &VmDir) -> Result<Child> {
+/// How complete the jail is that VMs get on this host: a process builds one around itself.
+pub fn check_jail(runtime: &Runtime) -> Result<JailStatus> {
+    let config = VmConfig {
+        name: Runtime::standby_name("jail-check")?,
+        ..VmConfig::default()
+    };
+    let starting = runtime.create(&config)?;
+    let (mut child, _socket) = spawn(&starting.dir, process::check_words(starting.dir.path()))?;
+    let reported = hear(&starting.dir, &mut child);
+    // After its report it has nothing to do but to end.
+    let _ = child.wait();
+    starting.abandon(runtime)?;
+    reported
+}
+
+/// Starts the program with these words, and gives our end of the socket that it has as its
+/// standard input.
+fn spawn(dir: &VmDir, words: [&OsStr; 3]) -> Result<(Child, UnixStream)> {
+    let (ours, theirs) = UnixStream::pair().map_err(|error| ApiError::internal(&error))?;
     let log = dir.vmm_log();
     let log_file = File::options()
         .append(true)
@@ -132,36 +159,45 @@ fn spawn(dir: &VmDir) -> Result<Child> {
         .mode(0o600)
         .open(&log)
         .map_err(failed("make the log", &log))?;
-    let mut command = program::command(dir.path());
-    command
+    let mut command = program::command(words);
+    let child = command
         .current_dir("/")
-        .stdin(Stdio::piped())
+        .stdin(OwnedFd::from(theirs))
         .stdout(Stdio::piped())
         .stderr(log_file)
         .spawn()
-        .map_err(failed("start", Path::new(command.get_program())))
+        .map_err(failed("start", Path::new(command.get_program())))?;
+    Ok((child, ours))
 }
 
-/// Makes `child` the VM's process, tells it what to run, and hears how that went.
-fn hand_over(starting: &StartingVm, document: &Start, child: &mut Child) -> Result<Process> {
+/// Makes `child` the VM's process, sends it what to run with the `taps`, and hears how that went.
+fn hand_over(
+    starting: &StartingVm,
+    document: &Start,
+    taps: Vec<OwnedFd>,
+    child: &mut Child,
+    socket: UnixStream,
+) -> Result<(Process, JailStatus)> {
     let died = |child: &mut Child| unexplained_end(&starting.dir, child);
     // The process waits for its document, so it cannot be gone before it is known by name.
     let process = Process::of(child.id()).ok_or_else(|| died(child))?;
     starting.write_process(process)?;
-    let text = serde_json::to_vec(document).map_err(|error| ApiError::internal(&error))?;
-    let (Some(mut stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
-        // Both were asked for as pipes.
+    if start::send(&socket, document, &taps).is_err() {
         return Err(died(child));
+    }
+    // From here the taps live and die with the VM's process.
+    drop((taps, socket));
+    hear(&starting.dir, child).map(|jail| (process, jail))
+}
+
+/// Hears the report of `child`.
+fn hear(dir: &VmDir, child: &mut Child) -> Result<JailStatus> {
+    let report = match child.stdout.take() {
+        Some(pipe) => report::read(pipe).map_err(|error| ApiError::internal(&error))?,
+        // It was asked for as a pipe.
+        None => None,
     };
-    if stdin.write_all(&text).is_err() {
-        return Err(died(child));
-    }
-    drop(stdin);
-    match report::read(stdout).map_err(|error| ApiError::internal(&error))? {
-        Some(Ok(())) => Ok(process),
-        Some(Err(error)) => Err(error),
-        None => Err(died(child)),
-    }
+    report.unwrap_or_else(|| Err(unexplained_end(dir, child)))
 }
 
 /// The error for a process that ended without a word: how it ended, and its log's last lines.

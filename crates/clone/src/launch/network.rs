@@ -1,23 +1,23 @@
 //! The host's side of a VM's network, set up for the process that is to be started.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use clone_api::config::{Egress, NetConfig, NetMode};
 use clone_api::{ApiError, ErrorCode, VmConfig};
 use clone_vmm::devices::net::Tap;
-use rustix::io::FdFlags;
 
 use crate::error::Result;
 use crate::host_net::{Connection, DEFAULT_DIR, HostNet, HostNetError, Request};
-use crate::process::start::InheritedNet;
+use crate::process::start::AttachedNet;
 use crate::runtime::{GuestInterface, VmDir};
 
 /// The interfaces of a VM, set up.
 pub(super) struct Attached {
-    /// The taps' queues, which a child inherits. The taps live as long as any process has them.
+    /// The taps' queues, which the VM's process is sent. A tap lives as long as any process has one
+    /// of its queues.
     pub(super) taps: Vec<OwnedFd>,
-    /// What the child must know.
-    pub(super) nets: Vec<InheritedNet>,
+    /// What the VM's process must know.
+    pub(super) nets: Vec<AttachedNet>,
     /// How the guest is to set them up.
     pub(super) guest: Vec<GuestInterface>,
     /// What the owner should know.
@@ -36,12 +36,6 @@ pub(super) fn attach(dir: &VmDir, config: &mut VmConfig) -> Result<Attached> {
             .attach(&request(dir, net))
             .map_err(|error| told(index, &error))?;
         notices.extend(attachment.notices);
-        let queues = attachment.taps.into_iter().map(Tap::into_fd);
-        let queues: Vec<OwnedFd> = queues.collect();
-        for queue in &queues {
-            rustix::io::fcntl_setfd(queue, FdFlags::empty())
-                .map_err(|error| ApiError::internal(&std::io::Error::from(error)))?;
-        }
         net.mac = Some(attachment.mac);
         guest.push(GuestInterface {
             mac: attachment.mac,
@@ -49,13 +43,13 @@ pub(super) fn attach(dir: &VmDir, config: &mut VmConfig) -> Result<Attached> {
         });
         // The kernel sets up one interface so, and the first is the one with the way out.
         let address = attachment.address.filter(|_| index == 0);
-        nets.push(InheritedNet {
-            taps: queues.iter().map(AsRawFd::as_raw_fd).collect(),
+        nets.push(AttachedNet {
+            queues: attachment.taps.len() as u16,
             mac: attachment.mac,
             mtu: attachment.mtu,
             kernel_argument: address.map(|a| a.kernel_argument(&config.name, "eth0")),
         });
-        taps.extend(queues);
+        taps.extend(attachment.taps.into_iter().map(Tap::into_fd));
     }
     Ok(Attached {
         taps,
@@ -102,5 +96,56 @@ fn told(index: usize, error: &HostNetError) -> ApiError {
         code,
         message: format!("net[{index}]: {}", told.message),
         ..told
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::thread;
+
+    use rustix::io::{FdFlags, fcntl_getfd};
+    use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+    use super::*;
+
+    /// A description with one interface, on a tap of this name.
+    fn on_tap(name: &str) -> VmConfig {
+        VmConfig {
+            net: vec![NetConfig {
+                mode: NetMode::Tap,
+                tap: Some(name.to_owned()),
+                queues: Some(2),
+                ..NetConfig::default()
+            }],
+            ..VmConfig::default()
+        }
+    }
+
+    #[test]
+    fn taps_stay_close_on_exec_until_they_are_sent() {
+        let in_its_network = || {
+            // SAFETY: the flag leaves the table of descriptors alone.
+            unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
+            let add = [
+                "tuntap",
+                "add",
+                "dev",
+                "t0",
+                "mode",
+                "tap",
+                "multi_queue",
+                "vnet_hdr",
+            ];
+            assert!(Command::new("ip").args(add).status().unwrap().success());
+            let dir = VmDir::at("/nowhere".into());
+            let attached = attach(&dir, &mut on_tap("t0")).unwrap();
+            assert_eq!((attached.taps.len(), attached.nets[0].queues), (2, 2));
+            for tap in &attached.taps {
+                assert!(fcntl_getfd(tap).unwrap().contains(FdFlags::CLOEXEC));
+            }
+        };
+        // Namespaces are a thread's.
+        thread::spawn(in_its_network).join().unwrap();
     }
 }

@@ -1,14 +1,13 @@
 //! The program that becomes a VM's process: `clone-vm`, which is that and nothing else, where it is
 //! installed; else the launching program, which has all of it in itself.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
-
-use crate::process;
 
 const NAME: &str = "clone-vm";
 
@@ -27,15 +26,26 @@ fn kept() -> Option<&'static File> {
     PROGRAM.get_or_init(open).as_ref()
 }
 
-/// A command that becomes the process of the VM whose runtime directory is `dir`.
-pub(super) fn command(dir: &Path) -> Command {
+/// The variables that the program reads. The launcher's others may hold secrets, and a process that
+/// serves a hostile guest is not given any.
+const VARIABLES: [&str; 2] = ["CLONE_LOG", "RUST_BACKTRACE"];
+
+/// A command that runs the program with `words`.
+pub(super) fn command(words: [&OsStr; 3]) -> Command {
     let program = match kept() {
         // Open until the new program is there, which is when the path is not needed any more.
         Some(file) => format!("/proc/self/fd/{}", file.as_raw_fd()),
         None => "/proc/self/exe".to_owned(),
     };
+    bare(&program, words)
+}
+
+/// A command that gives `program` none of our environment but what it reads.
+fn bare(program: &str, words: [&OsStr; 3]) -> Command {
+    let variables = VARIABLES.iter();
+    let variables = variables.filter_map(|name| Some((name, std::env::var_os(name)?)));
     let mut command = Command::new(program);
-    command.arg0(NAME).args(process::words(dir));
+    command.arg0(NAME).args(words).env_clear().envs(variables);
     command
 }
 
@@ -51,6 +61,21 @@ mod tests {
     use std::fs;
 
     use super::*;
+
+    #[test]
+    fn the_program_is_given_no_variable_that_it_does_not_read() {
+        let script = "cat /proc/$$/environ";
+        let output = bare("/bin/sh", ["-c", script, "sh"].map(OsStr::new)).output();
+        let environment = String::from_utf8(output.unwrap().stdout).unwrap();
+        let given = environment.split_terminator('\0');
+        let names: Vec<_> = given.filter_map(|it| it.split('=').next()).collect();
+        // Whoever runs tests has others: PATH, HOME and what cargo sets.
+        assert!(std::env::var_os("CARGO_MANIFEST_DIR").is_some());
+        assert!(
+            names.iter().all(|name| VARIABLES.contains(name)),
+            "{names:?}"
+        );
+    }
 
     #[test]
     fn the_small_program_is_found_beside_ours_or_where_packages_have_it() {

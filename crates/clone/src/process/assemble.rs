@@ -4,6 +4,7 @@ use std::fs::File;
 use std::sync::{Arc, Mutex};
 
 use clone_api::control::StartStage;
+use clone_api::jail::JailStatus;
 use clone_api::{ApiError, ErrorCode, VmConfig};
 use clone_memory::{GuestMemory, RamLayout};
 use clone_vmm::event_loop::EventLoop;
@@ -23,13 +24,12 @@ use super::timeline::Timeline;
 use super::vm::{Observed, Vm, VmHandle};
 use super::{devices, prefetch};
 use crate::error::Result;
-use crate::jail;
 use crate::runtime::VmDir;
 
-/// Builds the VM, paused before its guest's first instruction.
+/// Builds the VM, paused before its guest's first instruction, in this jail.
 pub(super) fn assemble(
     dir: &VmDir,
-    config: VmConfig,
+    (config, jail): (VmConfig, JailStatus),
     extra_arguments: &[String],
     resources: Resources,
     events: &mut EventLoop,
@@ -58,7 +58,7 @@ pub(super) fn assemble(
         vcpus: u8::try_from(config.vcpus).unwrap_or(u8::MAX),
         console: Box::new(output),
         devices: devices.slots,
-        confine_vcpu: Arc::new(jail::confine_vcpu),
+        confine_vcpu: Arc::new(crate::jail::confine_vcpu),
     };
     let mut kernel = guest
         .boot
@@ -111,6 +111,7 @@ pub(super) fn assemble(
             attached,
             devices: devices.handles,
             subject,
+            jail,
             standby: time.filter(|_| guest.standby),
         },
     );

@@ -1,14 +1,18 @@
 //! The process of a VM.
 //!
 //! Its launcher starts it, as a program of its own (`clone-vm`) or as itself with other words
-//! ([`words`]), with the description on standard input, and hears from it on standard output
-//! ([`report`]). In order: read the description, take a session of its own, open every
-//! resource ([`open`]), jail itself, assemble the machine ([`assemble`]), report, and run the
-//! event loop until the guest ends ([`vm`]).
+//! ([`words`]). The two are connected by a Unix socket on standard input, over which the
+//! description and the taps come ([`start`]), and by a pipe on standard output ([`report`]). In
+//! order: close every other descriptor ([`descriptors`]), receive the description, take a session
+//! of its own, open every resource ([`open`]), jail itself, assemble the machine ([`assemble`]),
+//! report, and run the event loop until the guest ends ([`vm`]).
+//!
+//! [`check_words`] make the same program only build a jail and report how complete it is.
 
 pub mod assemble;
 pub mod console;
 pub mod control;
+mod descriptors;
 mod devices;
 pub mod disks;
 mod lineage;
@@ -24,10 +28,12 @@ mod vm;
 
 use std::ffi::OsStr;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
 
 use clone_api::control::StartStage;
+use clone_api::jail::JailStatus;
 use clone_api::{ApiError, ErrorCode};
 use clone_vmm::event_loop::EventLoop;
 use clone_vmm::machine::Exit;
@@ -56,6 +62,8 @@ pub const EXIT_INTERNAL: u8 = 5;
 /// The first word of a command line that asks for a VM's process. The build and the VM's runtime
 /// directory follow.
 const WORD: &str = "vm-process";
+/// The same for a process that only builds a jail.
+const CHECK_WORD: &str = "jail-check";
 /// Which sources this was built of: launchers speak with VM processes of the same only.
 const BUILD: &str = env!("CLONE_BUILD");
 
@@ -64,21 +72,47 @@ pub fn words(dir: &Path) -> [&OsStr; 3] {
     [WORD.as_ref(), BUILD.as_ref(), dir.as_ref()]
 }
 
+/// The words that make it build a jail around itself at `dir`, report, and end.
+pub fn check_words(dir: &Path) -> [&OsStr; 3] {
+    [CHECK_WORD.as_ref(), BUILD.as_ref(), dir.as_ref()]
+}
+
 /// Runs a VM from its description on standard input to its end, where this program's command line
 /// asks for that.
 pub fn main() -> Option<ExitCode> {
     let mut words = std::env::args_os().skip(1);
-    if words.next()? != WORD {
-        return None;
-    }
+    let word = words.next()?;
+    let work = match word.to_str() {
+        Some(WORD) => run,
+        Some(CHECK_WORD) => check_jail,
+        _ => return None,
+    };
     let (build, dir) = (words.next()?, words.next()?);
+    let closed = descriptors::close_inherited();
     log::start();
+    if let Err(error) = closed {
+        return Some(fail(ApiError::internal(&error)));
+    }
     // What `ps` and the kernel's log call it; it was started by a path that says nothing.
     let _ = rustix::thread::set_name(c"clone-vm");
     Some(match build == BUILD {
-        true => run(VmDir::at(dir.into())),
+        true => work(VmDir::at(dir.into())),
         false => fail(other_build()),
     })
+}
+
+/// Builds a jail, and reports how complete it is.
+fn check_jail(dir: VmDir) -> ExitCode {
+    let jail = jail::enter(&JailSpec {
+        runtime_dir: dir.path().to_owned(),
+        guest_memory_bytes: 0,
+        vcpus: 1,
+    });
+    match jail.map(|status| report::ready(&status)) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => fail(ApiError::internal(&error)),
+        Err(error) => fail(ApiError::internal(&error)),
+    }
 }
 
 fn other_build() -> ApiError {
@@ -94,8 +128,8 @@ fn run(dir: VmDir) -> ExitCode {
     let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
     let mut timeline = Timeline::default();
     timeline.reach(StartStage::Spawned);
-    let start = match start::read(io::stdin().lock()) {
-        Ok(Some(start)) => start,
+    let (start, taps) = match start::receive(io::stdin()) {
+        Ok(Some(received)) => received,
         // The launcher is gone before it said what to run: there is nobody to tell.
         Ok(None) => return ExitCode::from(EXIT_START_FAILED),
         Err(error) => return fail(error),
@@ -105,15 +139,15 @@ fn run(dir: VmDir) -> ExitCode {
         Err(error) => return fail(ApiError::internal(&error)),
     };
     timeline.reach(StartStage::Described);
-    let mut vm = match start_vm(&dir, start, &mut events, timeline) {
-        Ok(vm) => vm,
+    let (mut vm, jail) = match start_vm(&dir, start, taps, &mut events, timeline) {
+        Ok(started) => started,
         Err(error) => return fail(error),
     };
     // A standby stays its launcher's until it is adopted.
     if !vm.is_standby() {
         let _ = rustix::process::set_parent_process_death_signal(None);
     }
-    if let Err(error) = report::ready() {
+    if let Err(error) = report::ready(&jail) {
         // The launcher is gone; the VM is not less wanted for that.
         tracing::warn!(%error, "nobody heard that the VM is ready");
     }
@@ -130,31 +164,35 @@ fn run(dir: VmDir) -> ExitCode {
 fn start_vm(
     dir: &VmDir,
     start: Start,
+    taps: Vec<OwnedFd>,
     events: &mut EventLoop,
     mut timeline: Timeline,
-) -> Result<vm::Vm> {
+) -> Result<(vm::Vm, JailStatus)> {
+    descriptors::detach_stdin().map_err(|error| ApiError::internal(&error))?;
     // Its launcher's terminal and its Ctrl-C are not ours. It fails only for a group's leader,
     // which a process that was just started is only by its launcher's will.
     let _ = rustix::process::setsid();
     let extra: Vec<String> = kernel_arguments(&start);
-    let (config, resources) = open::open(dir, start)?;
+    let required = start.required_jail.clone();
+    let (config, resources) = open::open(dir, start, taps)?;
     timeline.reach(StartStage::Opened);
-    jail::enter(&JailSpec {
-        name: config.name.clone(),
+    let jail = jail::enter(&JailSpec {
         runtime_dir: dir.path().to_owned(),
         guest_memory_bytes: config.memory.0,
         vcpus: config.vcpus,
     })
     .map_err(|error| ApiError::internal(&error))?;
+    required.check(&jail)?;
     timeline.reach(StartStage::Jailed);
-    let mut vm = assemble::assemble(dir, config, &extra, resources, events, timeline)?;
+    let described = (config, jail.clone());
+    let mut vm = assemble::assemble(dir, described, &extra, resources, events, timeline)?;
     // Everything is made: from here on no thread needs more than its daily calls.
     jail::confine_event_loop().map_err(|error| ApiError::internal(&error))?;
     vm.reach(StartStage::Ready);
     if !vm.is_standby() {
         vm.begin()?;
     }
-    Ok(vm)
+    Ok((vm, jail))
 }
 
 /// What the command line must say beside what its owner wants.

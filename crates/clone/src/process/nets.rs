@@ -1,32 +1,35 @@
-//! The network interfaces of a VM: from inherited descriptors to devices.
+//! The network interfaces of a VM: from the descriptors that its launcher sent to devices.
 
 use std::fs::File;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 
+use super::devices;
+use super::start::AttachedNet;
+use crate::error::Result;
+use crate::host_net;
 use clone_api::config::{NetConfig, Vhost};
 use clone_api::{ApiError, ErrorCode};
 use clone_vmm::devices::net::{self, Net, NetResources, NetState, Port, Tap};
 use clone_vmm::rate_limit::RateLimits;
-use rustix::io::FdFlags;
-
-use super::devices;
-use super::start::InheritedNet;
-use crate::error::Result;
-use crate::host_net;
 
 /// An interface's host side, open.
 pub(super) struct OpenNet {
     taps: Vec<Tap>,
     vhost: Vec<File>,
     limits: RateLimits,
-    inherited: InheritedNet,
+    attached: AttachedNet,
 }
 
-/// Takes the descriptors over, and opens vhost-net as `config` wants.
-pub(super) fn open(config: &NetConfig, inherited: InheritedNet) -> Result<OpenNet> {
-    let queues = inherited.taps.len() as u16;
-    let taps = inherited.taps.iter().map(|&fd| take(fd));
-    let taps = taps.collect::<Result<_>>()?;
+/// Takes the queues of its tap from `taps`, and opens vhost-net as `config` wants.
+pub(super) fn open(
+    config: &NetConfig,
+    attached: AttachedNet,
+    taps: &mut impl Iterator<Item = OwnedFd>,
+) -> Result<OpenNet> {
+    let queues = attached.queues;
+    let taps = taps.take(usize::from(queues)).map(Tap::from_fd);
+    let taps = taps.collect::<std::result::Result<_, _>>();
+    let taps = taps.map_err(|error| ApiError::internal(&error))?;
     let limits = devices::limits(config.rate_limit.as_ref());
     let vhost = match config.vhost {
         Vhost::Off => Vec::new(),
@@ -58,17 +61,8 @@ pub(super) fn open(config: &NetConfig, inherited: InheritedNet) -> Result<OpenNe
         taps,
         vhost,
         limits,
-        inherited,
+        attached,
     })
-}
-
-fn take(fd: RawFd) -> Result<Tap> {
-    // SAFETY: the launcher opened this descriptor for us and tells each number once; nothing in
-    // this process, which has just been started, uses it.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    rustix::io::fcntl_setfd(&fd, FdFlags::CLOEXEC)
-        .map_err(|error| ApiError::internal(&std::io::Error::from(error)))?;
-    Tap::from_fd(fd).map_err(|error| ApiError::internal(&error))
 }
 
 /// The device of an interface, new or as it was `saved`, with the hardware address of this VM.
@@ -77,15 +71,15 @@ pub(super) fn device(open: OpenNet, saved: Option<&[u8]>) -> Result<Net> {
         taps,
         vhost,
         limits,
-        inherited,
+        attached,
     } = open;
     let state = match saved {
         Some(bytes) => NetState::decode(bytes)
             .map_err(|error| ApiError::internal(&error))?
-            .with_mac(inherited.mac.0),
+            .with_mac(attached.mac.0),
         None => NetState::fresh(net::NetConfig {
-            mac: inherited.mac.0,
-            mtu: inherited.mtu,
+            mac: attached.mac.0,
+            mtu: attached.mtu,
             queue_pairs: taps.len() as u16,
             limits,
         }),

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -68,8 +69,9 @@ pub(super) struct DeviceResources {
     pub(super) vsock: Option<UnixListener>,
 }
 
-/// Opens what the description names, takes over what was inherited, and makes the sockets and logs in `dir`.
-pub(super) fn open(dir: &VmDir, start: Start) -> Result<(VmConfig, Resources)> {
+/// Opens what the description names, takes over the `taps` that came with it, and makes the
+/// sockets and logs in `dir`.
+pub(super) fn open(dir: &VmDir, start: Start, taps: Vec<OwnedFd>) -> Result<(VmConfig, Resources)> {
     let config = start.config;
     let kvm = open_kvm()?;
     let shared_disks: Vec<Option<ForkDisk>> = match &start.origin {
@@ -90,6 +92,7 @@ pub(super) fn open(dir: &VmDir, start: Start) -> Result<(VmConfig, Resources)> {
         false => None,
     };
     let nets = config.net.iter().zip(start.nets);
+    let mut taps = taps.into_iter();
     let devices = DeviceResources {
         disks: config
             .disks
@@ -98,7 +101,7 @@ pub(super) fn open(dir: &VmDir, start: Start) -> Result<(VmConfig, Resources)> {
             .map(|(disk, shared)| disks::open(disk, shared.as_ref()))
             .collect::<Result<_>>()?,
         nets: nets
-            .map(|(net, inherited)| nets::open(net, inherited))
+            .map(|(net, attached)| nets::open(net, attached, &mut taps))
             .collect::<Result<_>>()?,
         vsock,
     };

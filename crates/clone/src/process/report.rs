@@ -1,29 +1,39 @@
-//! What a VM's process tells its launcher, once: that it runs, or why not.
+//! What a VM's process tells its launcher, once: that it runs and in what jail, or why not.
 //!
-//! The report is JSON on the process's standard output, a pipe that ends with it: `null` where
-//! the VM runs, else the error.
+//! The report is JSON on the process's standard output, a pipe that ends with it.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 
+use clone_api::jail::JailStatus;
 use clone_api::{ApiError, ErrorCode};
+use serde::{Deserialize, Serialize};
 
 /// The largest report that is read.
 const MAX_REPORT: u64 = 64 << 10;
 
-/// Tells that the VM runs, and lets go of the launcher's pipe.
-pub fn ready() -> io::Result<()> {
-    send(b"null")
+/// A report, as it is sent.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Report<J, E> {
+    Ready(J),
+    Failed(E),
+}
+
+/// Tells that the VM runs, in this jail, and lets go of the launcher's pipe.
+pub fn ready(jail: &JailStatus) -> io::Result<()> {
+    send(&Report::<_, &ApiError>::Ready(jail))
 }
 
 /// Tells why the VM does not run.
 pub fn failed(error: &ApiError) -> io::Result<()> {
-    send(&serde_json::to_vec(error)?)
+    send(&Report::<&JailStatus, _>::Failed(error))
 }
 
-fn send(report: &[u8]) -> io::Result<()> {
+fn send(report: &Report<&JailStatus, &ApiError>) -> io::Result<()> {
+    let report = serde_json::to_vec(report)?;
     let mut pipe = io::stdout().lock();
-    let sent = pipe.write_all(report).and_then(|()| pipe.flush());
+    let sent = pipe.write_all(&report).and_then(|()| pipe.flush());
     // The launcher reads to the end of the pipe, so it must end here even when the write failed.
     let null = detached()?;
     rustix::stdio::dup2_stdout(&null)?;
@@ -40,21 +50,24 @@ fn detached() -> io::Result<File> {
     })
 }
 
-/// Reads a report to the end of `pipe`: `Ok(Ok(()))` where the VM runs. `None` where the process
+/// Reads a report to the end of `pipe`: the VM's jail where it runs. `None` where the process
 /// ended without one.
-pub fn read(pipe: impl Read) -> io::Result<Option<Result<(), ApiError>>> {
+pub fn read(pipe: impl Read) -> io::Result<Option<Result<JailStatus, ApiError>>> {
     let mut text = Vec::new();
     pipe.take(MAX_REPORT).read_to_end(&mut text)?;
     if text.is_empty() {
         return Ok(None);
     }
-    let report = serde_json::from_slice::<Option<ApiError>>(&text).unwrap_or_else(|error| {
-        Some(ApiError::new(
+    let report = serde_json::from_slice::<Report<_, _>>(&text).unwrap_or_else(|error| {
+        Report::Failed(ApiError::new(
             ErrorCode::Internal,
             format!("the VM's process sent a report that cannot be read: {error}"),
         ))
     });
-    Ok(Some(report.map_or(Ok(()), Err)))
+    Ok(Some(match report {
+        Report::Ready(jail) => Ok(jail),
+        Report::Failed(error) => Err(error),
+    }))
 }
 
 #[cfg(test)]
@@ -63,11 +76,16 @@ mod tests {
 
     #[test]
     fn a_report_says_ready_or_the_error_and_silence_is_neither() {
-        assert_eq!(read(&b"null"[..]).unwrap(), Some(Ok(())));
+        let (jail, error) = (
+            JailStatus::default(),
+            ApiError::new(ErrorCode::HostUnsupported, "no KVM").advise("get one"),
+        );
+        let text = |report: Report<&JailStatus, &ApiError>| serde_json::to_vec(&report).unwrap();
+        let ready = text(Report::Ready(&jail));
+        assert_eq!(read(&ready[..]).unwrap(), Some(Ok(jail.clone())));
         assert_eq!(read(&b""[..]).unwrap(), None);
-        let error = ApiError::new(ErrorCode::HostUnsupported, "no KVM").advise("get one");
-        let text = serde_json::to_vec(&error).unwrap();
-        assert_eq!(read(&text[..]).unwrap(), Some(Err(error)));
+        let failed = text(Report::Failed(&error));
+        assert_eq!(read(&failed[..]).unwrap(), Some(Err(error.clone())));
         assert!(read(&b"{\"cut"[..]).unwrap().unwrap().is_err());
     }
 }

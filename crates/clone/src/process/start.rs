@@ -1,14 +1,21 @@
-//! What a launcher hands to the VM's process: a document on its standard input.
+//! What a launcher hands to the VM's process: a document, and open files that go with it, over the
+//! Unix socket that the process has as its standard input.
 
-use std::io::Read;
-use std::os::fd::RawFd;
+use std::io::{self, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use clone_api::config::DiskFormat;
-use clone_api::{ApiError, ErrorCode, MacAddr, VmConfig};
+use clone_api::jail::RequiredJail;
+use clone_api::{ApiError, ErrorCode, MacAddr, VmConfig, descriptors};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
+
+/// The largest document that is read; the largest that is written has a few kilobytes.
+const MAX_DOCUMENT: usize = 4 << 20;
 
 /// The description, and what the launcher found out or opened for it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -18,7 +25,9 @@ pub struct Start {
     /// Where its guest comes from.
     pub origin: Origin,
     /// The network interfaces, in the order of the description.
-    pub nets: Vec<InheritedNet>,
+    pub nets: Vec<AttachedNet>,
+    /// The layers of the jail without which the VM must not run.
+    pub required_jail: RequiredJail,
 }
 
 /// Where a guest comes from.
@@ -68,11 +77,11 @@ pub struct ForkDisk {
     pub layers: Vec<PathBuf>,
 }
 
-/// A network interface that the launcher set up.
+/// A network interface that the launcher set up. The queues of its tap come with the document.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct InheritedNet {
-    /// The queues of its tap: descriptors that the process inherits and nothing else uses.
-    pub taps: Vec<RawFd>,
+pub struct AttachedNet {
+    /// How many queues its tap has.
+    pub queues: u16,
     /// The guest's hardware address.
     pub mac: MacAddr,
     /// What the guest is told of the MTU, where it is not the usual 1,500.
@@ -81,18 +90,98 @@ pub struct InheritedNet {
     pub kernel_argument: Option<String>,
 }
 
-/// Reads the document to the end of `pipe`; `None` where the launcher ended before it sent one.
-pub fn read(mut pipe: impl Read) -> Result<Option<Start>> {
-    let mut text = Vec::new();
-    pipe.read_to_end(&mut text)
-        .map_err(|error| ApiError::internal(&error))?;
+/// Sends `start`, with the queues of all taps in the order of its interfaces, and nothing after it.
+pub fn send(socket: &UnixStream, start: &Start, taps: &[OwnedFd]) -> io::Result<()> {
+    let text = serde_json::to_vec(start)?;
+    let taps: Vec<BorrowedFd<'_>> = taps.iter().map(AsFd::as_fd).collect();
+    let sent = descriptors::send(socket, &text, &taps)?;
+    let mut rest = socket;
+    rest.write_all(&text[sent..])?;
+    socket.shutdown(Shutdown::Write)
+}
+
+/// Receives a document, and the open files that come with it, to the end of `socket`; `None` where
+/// the launcher ended before it sent one.
+pub fn receive(socket: impl AsFd) -> Result<Option<(Start, Vec<OwnedFd>)>> {
+    let (text, files) = receive_all(socket).map_err(|error| unreadable(&error))?;
     if text.is_empty() {
         return Ok(None);
     }
-    serde_json::from_slice(&text).map(Some).map_err(|error| {
-        ApiError::new(
-            ErrorCode::Internal,
-            format!("the VM's process cannot read its description: {error}"),
-        )
-    })
+    let start: Start = serde_json::from_slice(&text).map_err(|error| unreadable(&error))?;
+    let queues: usize = start.nets.iter().map(|net| usize::from(net.queues)).sum();
+    if queues != files.len() {
+        let reason = format!("it names {queues} queues of taps, and {} came", files.len());
+        return Err(unreadable(&reason));
+    }
+    Ok(Some((start, files)))
+}
+
+fn receive_all(socket: impl AsFd) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    let (mut text, mut files) = (Vec::new(), Vec::new());
+    let mut chunk = vec![0; 64 << 10];
+    while text.len() <= MAX_DOCUMENT {
+        match descriptors::receive(&socket, &mut chunk, &mut files) {
+            Ok(0) => return Ok((text, files)),
+            Ok(count) => text.extend_from_slice(&chunk[..count]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::other("it is too long"))
+}
+
+fn unreadable(reason: &dyn std::fmt::Display) -> ApiError {
+    ApiError::new(
+        ErrorCode::Internal,
+        format!("the VM's process cannot read its description: {reason}"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn start(queues: u16) -> Start {
+        Start {
+            config: VmConfig::default(),
+            origin: Origin::Boot {
+                kernel: PathBuf::new(),
+            },
+            nets: vec![AttachedNet {
+                queues,
+                mac: MacAddr([2, 0, 0, 0, 0, 1]),
+                mtu: None,
+                kernel_argument: None,
+            }],
+            required_jail: RequiredJail::complete(),
+        }
+    }
+
+    fn sent(queues: u16, taps: &[OwnedFd]) -> Result<Option<(Start, Vec<OwnedFd>)>> {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        send(&ours, &start(queues), taps).unwrap();
+        receive(theirs)
+    }
+
+    #[test]
+    fn the_queues_of_taps_come_with_the_document() {
+        let tap = || OwnedFd::from(tempfile::tempfile().unwrap());
+        let taps = || [tap(), tap()];
+        let (start, files) = sent(2, &taps()).unwrap().unwrap();
+        assert_eq!((start.nets[0].queues, files.len()), (2, 2));
+        assert_eq!(start.required_jail, RequiredJail::complete());
+        for queues in [1, 3] {
+            let error = sent(queues, &taps()).unwrap_err();
+            assert!(error.message.contains("and 2 came"), "{}", error.message);
+        }
+    }
+
+    #[test]
+    fn a_launcher_that_ends_without_a_word_is_no_error_and_a_pipe_is_one() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(ours);
+        assert!(receive(theirs).unwrap().is_none());
+        let (read, _write) = rustix::pipe::pipe().unwrap();
+        assert!(receive(read).is_err());
+    }
 }

@@ -10,9 +10,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clone_api::control::{
-    BalloonStatus, ConsoleInfo, CpuStats, GuestPages, LayerPages, MemoryStats, SnapshotRequest,
-    StartStage, TouchedPages, VmInfo, VmState, VmStats,
+    Adoption, BalloonStatus, ConsoleInfo, CpuStats, GuestPages, LayerPages, MemoryStats,
+    SnapshotRequest, StartStage, TouchedPages, VmInfo, VmState, VmStats,
 };
+use clone_api::jail::JailStatus;
 use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
 use clone_vmm::devices::balloon::Balloon;
 use clone_vmm::event_loop::EventLoop;
@@ -167,6 +168,8 @@ pub(super) struct Observed {
     pub(super) devices: Handles,
     /// What snapshots are taken of.
     pub(super) subject: SharedSubject,
+    /// How complete the jail is that it is in.
+    pub(super) jail: JailStatus,
     /// For a standby, where its guest's time is to go on.
     pub(super) standby: Option<GuestTime>,
 }
@@ -275,6 +278,7 @@ impl VmControl for VmHandle {
             pid: std::process::id(),
             started_unix_ms: self.started_unix_ms,
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            jail: self.observed.jail.clone(),
             config: self.config.clone(),
             timeline: timeline(&self.timeline).stages(),
         }
@@ -393,7 +397,8 @@ impl VmControl for VmHandle {
         })
     }
 
-    fn adopt(&mut self, name: &str) -> Result<(), ApiError> {
+    fn adopt(&mut self, adoption: &Adoption) -> Result<(), ApiError> {
+        adoption.required_jail.check(&self.observed.jail)?;
         let Some(time) = self.observed.standby.take() else {
             return Err(ApiError::new(
                 ErrorCode::Conflict,
@@ -401,7 +406,7 @@ impl VmControl for VmHandle {
             ));
         };
         timeline(&self.timeline).reach(StartStage::Adopted);
-        self.rename(name);
+        self.rename(&adoption.name);
         // From now on it is nobody's but its own.
         let _ = rustix::process::set_parent_process_death_signal(None);
         let mut machine = locked(&self.machine);

@@ -7,7 +7,8 @@
 //! - `control.sock`, `console.sock`, `vsock.sock`;
 //! - `console.log` and `console.log.old`: the console's output;
 //! - `vmm.log`: what the VM's process itself says;
-//! - `parent.json`, `network.json`: [`Parent`], [`GuestInterface`]s.
+//! - `parent.json`, `network.json`: [`Parent`], [`GuestInterface`]s;
+//! - `notices.json`: what the VM's owner should know of its start, where there is anything.
 //!
 //! Hidden beside them: `.standby-*`, VMs that are ready and wait for their name ([`standby`]), and
 //! `.live-*`, what live forks share.
@@ -25,9 +26,10 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use clone_api::jail::RequiredJail;
 use clone_api::{ApiError, ErrorCode, MacAddr, VmConfig};
 use rustix::fs::FlockOperation;
 use serde::de::DeserializeOwned;
@@ -45,15 +47,18 @@ const BORN: &str = "born";
 const PARENT: &str = "parent.json";
 /// Holds a list of [`GuestInterface`].
 const NETWORK: &str = "network.json";
+/// What the VM's owner should know of its start.
+const NOTICES: &str = "notices.json";
 /// The longest path of a Unix socket, without its terminator.
 const MAX_SOCKET_PATH: usize = 107;
 /// The longest socket name in a VM's directory: `vsock.sock_` and a port.
 const MAX_SOCKET_NAME: usize = "/vsock.sock_4294967295".len();
 
-/// Where all runtime directories are.
+/// Where all runtime directories are, and what holds for every VM that is started in one.
 #[derive(Debug, Clone)]
 pub struct Runtime {
     vms: PathBuf,
+    required_jail: RequiredJail,
 }
 
 impl Runtime {
@@ -86,7 +91,27 @@ impl Runtime {
             .mode(0o700)
             .create(&vms)
             .map_err(failed("make the runtime directory", &vms))?;
-        Ok(Self { vms })
+        check_owner(&root)?;
+        check_owner(&vms)?;
+        Ok(Self {
+            vms,
+            required_jail: RequiredJail::default(),
+        })
+    }
+
+    /// The same, where no VM is started or taken from the standbys whose jail lacks one of these
+    /// layers.
+    #[must_use]
+    pub fn requiring(self, required_jail: RequiredJail) -> Self {
+        Self {
+            required_jail,
+            ..self
+        }
+    }
+
+    /// The layers that the jail of every VM must have.
+    pub fn required_jail(&self) -> &RequiredJail {
+        &self.required_jail
     }
 
     /// The directory that a VM of this name has or would have.
@@ -227,6 +252,22 @@ impl Runtime {
     }
 }
 
+/// Refuses a directory that another user could put sockets into, or exchange.
+fn check_owner(dir: &Path) -> Result<()> {
+    let found = fs::metadata(dir).map_err(failed("look at", dir))?;
+    let (owner, user) = (found.uid(), rustix::process::geteuid().as_raw());
+    // In a directory with the sticky bit, others can make files but not exchange ours.
+    let others_may_write = found.mode() & 0o022 != 0 && found.mode() & 0o1000 == 0;
+    if (owner == user || owner == 0) && !others_may_write {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorCode::HostUnsupported,
+        format!("other users could exchange what is in {}", dir.display()),
+    )
+    .advise("name a directory of yours in CLONE_RUNTIME_DIR that only you can write"))
+}
+
 /// What a directory says about its VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
@@ -332,6 +373,11 @@ impl VmDir {
     /// How the guest is to set up its interfaces.
     pub fn guest_network(&self) -> Result<Vec<GuestInterface>> {
         read_json(&self.path.join(NETWORK))
+    }
+
+    /// What the VM's owner should know of its start; nothing where nothing was kept.
+    pub fn notices(&self) -> Vec<String> {
+        read_json(&self.path.join(NOTICES)).unwrap_or_default()
     }
 
     fn pid_file(&self) -> PathBuf {
@@ -451,6 +497,14 @@ impl StartingVm {
     /// Keeps how the guest is to set up its interfaces.
     pub fn write_guest_network(&self, interfaces: &[GuestInterface]) -> Result<()> {
         write_json(&self.dir.path.join(NETWORK), interfaces)
+    }
+
+    /// Keeps what the VM's owner should know: of a standby, who that is turns out later.
+    pub fn write_notices(&self, notices: &[String]) -> Result<()> {
+        match notices {
+            [] => Ok(()),
+            notices => write_json(&self.dir.path.join(NOTICES), notices),
+        }
     }
 
     /// Tells who the VM is: from here on the directory lives and dies with that process.

@@ -110,3 +110,31 @@ fn a_directory_too_deep_for_sockets_is_refused_with_advice() {
     assert_eq!(error.code, ErrorCode::InvalidConfig);
     assert!(error.advice.unwrap().contains("CLONE_RUNTIME_DIR"));
 }
+
+#[test]
+fn a_runtime_directory_that_others_can_write_is_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let mode = |path: &Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    for (others, allowed) in [
+        (0o777, false),
+        (0o775, false),
+        (0o1777, true),
+        (0o755, true),
+    ] {
+        mode(root.path(), others);
+        let opened = Runtime::at(root.path());
+        assert_eq!(opened.is_ok(), allowed, "{others:o}");
+    }
+    // The directory of sockets itself, where somebody else made it first.
+    let vms = root.path().join("vms");
+    mode(&vms, 0o777);
+    let error = Runtime::at(root.path()).unwrap_err();
+    assert_eq!(error.code, ErrorCode::HostUnsupported);
+    mode(&vms, 0o700);
+    if rustix::process::geteuid().is_root() {
+        std::os::unix::fs::chown(&vms, Some(12345), None).unwrap();
+        Runtime::at(root.path()).unwrap_err();
+    }
+}

@@ -68,6 +68,10 @@ impl Bench {
         &self.kernel
     }
 
+    pub fn initrd(&self) -> &Path {
+        &self.initrd
+    }
+
     /// A disk with a stock Debian.
     pub fn debian(&self) -> &Path {
         &self.debian

@@ -149,6 +149,7 @@ impl Host for Slow {
                 available_bytes: 16 << 30,
                 ..Capacity::default()
             },
+            missing_jail_layers: Vec::new(),
             vms: Vec::new(),
             ready: HashMap::new(),
         })

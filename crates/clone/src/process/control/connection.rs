@@ -1,12 +1,11 @@
 //! One client of the control socket: bytes in, requests out, answers back.
 
-use std::io::{self, IoSliceMut, Write};
-use std::mem::MaybeUninit;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
+use clone_api::descriptors;
 use clone_vmm::event_loop::Registrar;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use vmm_sys_util::epoll::EventSet;
 
 use super::http::{self, MAX_BODY, MAX_HEAD, Parsed, Request, Response};
@@ -157,24 +156,11 @@ impl Connection {
 
     /// Receives bytes, and the files that come with them.
     fn receive(&mut self, chunk: &mut [u8]) -> io::Result<usize> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let mut slices = [IoSliceMut::new(chunk)];
-        let received = recvmsg(
-            &self.stream,
-            &mut slices,
-            &mut ancillary,
-            RecvFlags::CMSG_CLOEXEC,
-        )?;
-        for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(files) = message {
-                self.files.extend(files);
-            }
-        }
+        let count = descriptors::receive(&self.stream, chunk, &mut self.files)?;
         if self.files.len() > MAX_FILES {
             return Err(io::Error::other("more files than a request can have"));
         }
-        Ok(received.bytes)
+        Ok(count)
     }
 
     fn answer_requests(

@@ -96,7 +96,7 @@ fn run(
         Operation::Touched => json(&control.touched_pages()?),
         Operation::Adopt => {
             let adoption: Adoption = parse(body)?;
-            control.adopt(&adoption.name).and(nothing)
+            control.adopt(&adoption).and(nothing)
         }
         Operation::OpenApi => Ok(Answer::Now(Some(clone_api::OPENAPI.as_bytes().to_vec()))),
     }

@@ -17,7 +17,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use clone_api::control::{
-    BalloonStatus, ConsoleInfo, SnapshotRequest, TouchedPages, VmInfo, VmStats,
+    Adoption, BalloonStatus, ConsoleInfo, SnapshotRequest, TouchedPages, VmInfo, VmStats,
 };
 use clone_api::{ApiError, Bytes};
 use clone_vmm::event_loop::{EventHandler, Registrar};
@@ -56,8 +56,8 @@ pub trait VmControl: Send {
     fn console(&self) -> ConsoleInfo;
     /// Takes a snapshot into `files`; the answer comes by `responder`, from another thread.
     fn snapshot(&mut self, request: SnapshotRequest, files: Vec<OwnedFd>, responder: Responder);
-    /// Takes the name, and lets a standby run.
-    fn adopt(&mut self, name: &str) -> Result<(), ApiError>;
+    /// Takes the name, and lets a standby run whose jail has what is required.
+    fn adopt(&mut self, adoption: &Adoption) -> Result<(), ApiError>;
     /// Which pages its guest has touched.
     fn touched_pages(&self) -> Result<TouchedPages, ApiError>;
 }

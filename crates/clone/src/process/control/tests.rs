@@ -13,6 +13,7 @@ use clone_vmm::event_loop::EventLoop;
 use serde_json::Value;
 
 use super::*;
+use clone_api::jail::JailStatus;
 
 /// A VM without a machine, that notes what was asked.
 struct Fake {
@@ -35,6 +36,7 @@ impl VmControl for Fake {
             started_unix_ms: 0,
             version: "0".into(),
             config: VmConfig::default(),
+            jail: JailStatus::default(),
             timeline: Vec::new(),
         }
     }
@@ -89,7 +91,7 @@ impl VmControl for Fake {
         Ok(TouchedPages::default())
     }
 
-    fn adopt(&mut self, _name: &str) -> Result<(), ApiError> {
+    fn adopt(&mut self, _adoption: &Adoption) -> Result<(), ApiError> {
         self.note("adopt");
         Ok(())
     }

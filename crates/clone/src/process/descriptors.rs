@@ -1,0 +1,28 @@
+//! The descriptors of a VM's process: which it keeps when it starts.
+//!
+//! Its launcher may have left anything open: files of a user's shell, another VM's tap that a
+//! careless library made inheritable, a database. The process begins by closing everything but the
+//! standard streams. What it is given comes later, with its description, over the Unix socket that
+//! its standard input is ([`super::start`]).
+
+use std::fs::File;
+use std::io;
+
+/// Closes every descriptor but the three standard ones.
+///
+/// It is called before anything else in the process, which then owns no descriptor.
+pub(super) fn close_inherited() -> io::Result<()> {
+    const FIRST: libc::c_uint = 3;
+    // SAFETY: the process has just begun, has one thread, and has opened nothing: no owner of one
+    // of these descriptors exists that could use it afterwards.
+    match unsafe { libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Lets go of the launcher's socket on standard input.
+pub(super) fn detach_stdin() -> io::Result<()> {
+    let null = File::open("/dev/null")?;
+    Ok(rustix::stdio::dup2_stdin(null)?)
+}
