@@ -120,7 +120,8 @@ impl RequiredJail {
                 "the VM's jail would lack a layer that is required: {}",
                 missing.join("; ")
             ),
-        ))
+        )
+        .advise("provide it on this host, or do not require it"))
     }
 }
 

@@ -17,7 +17,7 @@
 //!
 //! | descriptor | what can be done with it |
 //! | --- | --- |
-//! | `/dev/kvm`, the VM's and its vCPUs' | what the seccomp lists name: no new VM, no other one |
+//! | KVM's VM and its vCPUs | what the seccomp lists name, on this VM alone; `/dev/kvm` is closed when they are made |
 //! | memory layers, base disks, kernel, initrd, state, locks | read: they are opened so |
 //! | the VM's own disk layers, console log, `vmm.log` | read and write; they are this VM's alone |
 //! | queues of its tap | frames of this VM; `TUNSETIFF`, for another interface, is not allowed |
