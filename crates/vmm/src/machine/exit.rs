@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Why a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,7 +33,7 @@ struct Inner {
 impl ExitSignal {
     /// A signal that nobody has sent yet.
     pub fn new() -> io::Result<Self> {
-        let fd = EventFd::new(EFD_NONBLOCK)?;
+        let fd = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         Ok(Self(Arc::new(Inner {
             reason: Mutex::new(None),
             fd,

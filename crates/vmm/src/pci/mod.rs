@@ -23,6 +23,14 @@ pub const MMIO32_SIZE: u64 = 0x2000_0000;
 pub const ECAM_BASE: u64 = 0xE000_0000;
 /// Its size: one bus of 32 slots and 8 functions, 4 KiB each.
 pub const ECAM_SIZE: u64 = 1 << 20;
+// The windows lie where RAM never does, and do not overlap each other: else it does not compile.
+const _: () = {
+    use clone_memory::layout::{PCI_HOLE_END, PCI_HOLE_START};
+    assert!(PCI_HOLE_START <= MMIO32_BASE && MMIO32_BASE + MMIO32_SIZE <= ECAM_BASE);
+    assert!(ECAM_BASE + ECAM_SIZE <= crate::irq::ioapic::IOAPIC_BASE);
+    assert!(crate::irq::ioapic::IOAPIC_BASE < PCI_HOLE_END);
+};
+
 /// Slots on the bus; slot 0 is the host bridge.
 pub const SLOT_COUNT: usize = 32;
 

@@ -11,7 +11,7 @@ use std::io;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::irq::{Gsi, MsiMessage, Wiring};
 
@@ -57,7 +57,7 @@ impl MsixTable {
     pub fn new(wiring: Arc<dyn Wiring>, count: u16) -> io::Result<Self> {
         let vector = |_| {
             Ok(Vector {
-                fd: EventFd::new(EFD_NONBLOCK)?,
+                fd: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
                 gsi: wiring.allocate()?,
                 message: MsiMessage::default(),
                 masked: true,

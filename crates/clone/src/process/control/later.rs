@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use clone_api::ApiError;
 use serde::Serialize;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::http::Response;
 
@@ -26,7 +26,7 @@ impl Later {
         Ok(Self {
             shared: Arc::new(Shared {
                 answers: Mutex::new(Vec::new()),
-                fd: EventFd::new(EFD_NONBLOCK)?,
+                fd: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
             }),
             next_id: 0,
         })

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Frames and bytes moved by the userspace path. vhost's do not pass here: the tap's own
 /// statistics count them.
@@ -79,7 +79,7 @@ impl Shared {
         Ok(Arc::new(Self {
             counters: Counters::default(),
             link_up: AtomicBool::new(link_up),
-            wake: EventFd::new(EFD_NONBLOCK)?,
+            wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
         }))
     }
 

@@ -18,7 +18,7 @@ use vhost::vhost_kern::vhost_binding::{VHOST_NET_SET_BACKEND, vhost_vring_file};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use super::{DEVICE, features};
@@ -55,7 +55,8 @@ impl VhostNet {
     /// Takes an open `/dev/vhost-net`. This process becomes the owner: it must be the one whose
     /// memory holds guest RAM.
     pub(super) fn new(file: File) -> Result<Self, DeviceError> {
-        let eventfd = || EventFd::new(EFD_NONBLOCK).map_err(host("make an eventfd for vhost"));
+        let eventfd =
+            || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(host("make an eventfd for vhost"));
         let vhost = Self {
             file,
             ram: Arc::new(GuestRam::new()),

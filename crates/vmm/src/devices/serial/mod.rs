@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial as Uart, Trigger};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::bus::BusDevice;
 use crate::irq::ioapic::Ioapic;
@@ -94,7 +94,7 @@ impl Serial {
         pin: usize,
         output: Output,
     ) -> io::Result<Self> {
-        let drained = Drained(EventFd::new(EFD_NONBLOCK)?);
+        let drained = Drained(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
         let output = SharedOutput(Arc::new(Mutex::new(output)));
         Ok(Self {
             uart: Mutex::new(uart(state, Pin { ioapic, pin }, drained, output)?),

@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::common::{CommonConfig, CommonState, Request};
 use self::interrupt::PciInterrupt;
@@ -98,7 +98,7 @@ impl VirtioPci {
             layout::configuration(device_type, bar_address, queues, msix.control());
         let kicks: Vec<EventFd> = sizes
             .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK))
+            .map(|_| EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK))
             .collect::<io::Result<_>>()?;
         let interrupt = Arc::new(PciInterrupt::new(msix.eventfds()?, queues));
         let mut transport = Self {
