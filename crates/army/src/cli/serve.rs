@@ -89,7 +89,11 @@ pub(super) async fn store(database: Option<&str>, state: &Path) -> Result<Store>
 pub(super) struct JailArgs {
     /// Serve although this host cannot provide every layer of the jail around VMs. `army host ls`
     /// shows what is missing.
-    #[arg(long, env = "ARMY_ALLOW_WEAK_JAIL")]
+    #[arg(
+        long,
+        env = "ARMY_ALLOW_WEAK_JAIL",
+        value_parser = clap::builder::BoolishValueParser::new()
+    )]
     allow_weak_jail: bool,
 }
 
