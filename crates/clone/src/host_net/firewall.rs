@@ -3,9 +3,10 @@
 //!
 //! All of it is in the table `inet clone`, which is ours alone. Whoever else changes the packet
 //! filter may remove it, so it is compared with what we made whenever the kernel says that anything
-//! changed, and made again where it differs ([`is_whole`], [`make`]). In between nothing passes, since the
-//! bridge sends and the host routes only what this table marked ([`super::guard::only_filtered`],
-//! [`ROUTED_MARK`]). What single guests may send is not decided here ([`super::guard`]).
+//! changed, and made again where it differs ([`is_whole`], [`make`]). In between nothing passes,
+//! since the bridge sends and the host routes only what this table marked
+//! ([`super::guard::only_filtered`], [`ROUTED_MARK`]). What single guests may send is not decided
+//! here ([`super::guard`]).
 
 mod forward;
 mod nft;
