@@ -3,6 +3,7 @@
 //! Every field has a default, so that flags can be laid over a file; what is missing or does not
 //! fit together is told by [`crate::validate`]. Unknown fields are refused.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -222,10 +223,27 @@ pub struct NetConfig {
     /// Whom the guest may send to. Forks of it are held to the same.
     #[serde(skip_serializing_if = "Egress::is_full")]
     pub egress: Egress,
+    /// The only addresses that the guest may use on a bridge of mode `bridge`; any if there are
+    /// none. With addresses given and no IPv6 one among them it has no IPv6.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpAddr>,
+    /// The most connections that the guest may have in the host's table, in mode `nat`; 4096 where
+    /// it is not given. More of them fail until others have ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connections: Option<u32>,
     /// How fast packets may go, each direction by itself. With a limit they go through the VM's
     /// process.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limit: Option<RateLimit>,
+}
+
+impl NetConfig {
+    /// The most connections of a guest that nothing else was said for.
+    pub const DEFAULT_CONNECTIONS: u32 = 4096;
+    /// The most addresses that an interface can be held to.
+    pub const MAX_ADDRESSES: usize = 16;
+    /// The most connections that can be allowed: each new one costs the host a look at all others.
+    pub const MAX_CONNECTIONS: u32 = 65_536;
 }
 
 /// Whom a guest may send to, over an interface whose tap is ours.

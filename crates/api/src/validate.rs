@@ -269,7 +269,39 @@ fn one_net(field: &str, net: &NetConfig, problems: &mut Problems) {
         format!("{field}.egress"),
         format!("allows more than {} networks", Egress::MAX_NETWORKS),
     );
+    addresses(field, net, problems);
+    problems.check(
+        net.connections.is_none() || net.mode == NetMode::Nat,
+        format!("{field}.connections"),
+        "only mode \"nat\" goes through the host's table of connections: leave it out",
+    );
+    problems.check(
+        net.connections
+            .is_none_or(|limit| (1..=NetConfig::MAX_CONNECTIONS).contains(&limit)),
+        format!("{field}.connections"),
+        format!("not between 1 and {}", NetConfig::MAX_CONNECTIONS),
+    );
     rate_limit(field, net.rate_limit.as_ref(), problems);
+}
+
+fn addresses(field: &str, net: &NetConfig, problems: &mut Problems) {
+    problems.check(
+        net.addresses.is_empty() || net.mode == NetMode::Bridge,
+        format!("{field}.addresses"),
+        "only a guest on a bridge of yours is held to addresses of yours: set mode = \"bridge\"",
+    );
+    problems.check(
+        net.addresses.len() <= NetConfig::MAX_ADDRESSES,
+        format!("{field}.addresses"),
+        format!("more than {}", NetConfig::MAX_ADDRESSES),
+    );
+    problems.check(
+        !net.addresses
+            .iter()
+            .any(|address| address.is_unspecified() || address.is_multicast()),
+        format!("{field}.addresses"),
+        "no station can have one of them",
+    );
 }
 
 fn is_interface_name(name: &str) -> bool {
@@ -326,6 +358,47 @@ mod tests {
     #[test]
     fn a_plain_config_has_no_problems() {
         assert_eq!(validate(&good()), []);
+    }
+
+    #[test]
+    fn limits_of_an_interface_belong_to_a_mode() {
+        let problems = |net: NetConfig| {
+            let config = VmConfig {
+                net: vec![net],
+                ..good()
+            };
+            fields(&config)
+        };
+        let bridge = |addresses: &[&str]| NetConfig {
+            mode: NetMode::Bridge,
+            bridge: Some("br0".into()),
+            addresses: addresses.iter().map(|it| it.parse().unwrap()).collect(),
+            ..NetConfig::default()
+        };
+        let nat = |connections| NetConfig {
+            connections: Some(connections),
+            ..NetConfig::default()
+        };
+        assert!(problems(bridge(&["192.0.2.7", "2001:db8::7"])).is_empty());
+        assert!(problems(nat(1)).is_empty());
+        let addresses = ["net[0].addresses"];
+        for wrong in ["0.0.0.0", "224.0.0.1", "::", "ff02::1"] {
+            assert_eq!(problems(bridge(&[wrong])), addresses, "{wrong}");
+        }
+        assert_eq!(problems(bridge(&["192.0.2.7"; 17])), addresses);
+        let nowhere = NetConfig {
+            addresses: vec!["192.0.2.7".parse().unwrap()],
+            ..NetConfig::default()
+        };
+        assert_eq!(problems(nowhere), addresses);
+        let connections = ["net[0].connections"];
+        assert_eq!(problems(nat(0)), connections);
+        assert_eq!(problems(nat(65_537)), connections);
+        let elsewhere = NetConfig {
+            connections: Some(1),
+            ..bridge(&[])
+        };
+        assert_eq!(problems(elsewhere), connections);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use army_api::ProblemKind;
 use army_api::vms::IdleAction;
+use clone::host_net::{self, HostNet};
 use clone::launch::fork;
 use clone::runtime::RunningVm;
 
@@ -20,6 +21,15 @@ const ROUND: Duration = Duration::from_millis(500);
 /// after the start.
 const ORPHANS_ROUND: Duration = Duration::from_secs(30);
 
+/// Has the guests' packet filter rules made again when another program removes them. Without it they
+/// are made with the next VM, and guests are cut off until then.
+fn watch_network() -> Option<host_net::Watch> {
+    HostNet::new(host_net::DEFAULT_DIR)
+        .watch()
+        .inspect_err(|error| tracing::warn!(%error, "the guests' packet filter is not watched"))
+        .ok()
+}
+
 impl Node {
     /// Looks again and again, on a thread of its own, until the node is dropped.
     pub fn supervise(self: &Arc<Self>) -> std::io::Result<()> {
@@ -27,6 +37,7 @@ impl Node {
         std::thread::Builder::new()
             .name("supervise".into())
             .spawn(move || {
+                let _network = watch_network();
                 let mut watch = Watch::default();
                 let mut orphans_at = Instant::now() + ORPHANS_ROUND;
                 while let Some(node) = node.upgrade() {

@@ -1,6 +1,7 @@
 //! Flags that describe a VM, and how they lie over a configuration file.
 
 use std::ffi::OsStr;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -49,7 +50,7 @@ pub(super) struct VmArgs {
     disks: Vec<DiskArg>,
     /// A network interface (can be given several times): nat, bridge=NAME or tap=NAME
     /// [,mac=ADDRESS][,queues=N][,vhost=auto|on|off][,neighbours][,egress=full|none|NETWORK+…]
-    /// [,bandwidth=SIZE]
+    /// [,bandwidth=SIZE][,address=ADDRESS+…][,connections=N]
     #[arg(long = "net", value_name = "NET", value_parser = net_parser())]
     nets: Vec<NetArg>,
     /// No socket device: no exec, shell or cp.
@@ -211,6 +212,8 @@ impl NetArg {
                 ("vhost", "off") => net.vhost = Vhost::Off,
                 ("neighbours", "") => net.neighbours = true,
                 ("egress", whom) => net.egress = egress(whom)?,
+                ("address", list) => net.addresses = addresses(list)?,
+                ("connections", count) => net.connections = Some(number("connections", count)?),
                 ("bandwidth", rate) => {
                     net.rate_limit.get_or_insert_default().bandwidth = size(rate)?;
                 }
@@ -223,7 +226,7 @@ impl NetArg {
 
 fn no_net_option(option: &str) -> String {
     format!(
-        "`{option}` is no option of an interface: there are nat, bridge=NAME, tap=NAME, mac=ADDRESS, queues=N, vhost=auto|on|off, neighbours, egress=full|none|NETWORK+NETWORK…, bandwidth=SIZE"
+        "`{option}` is no option of an interface: there are nat, bridge=NAME, tap=NAME, mac=ADDRESS, queues=N, vhost=auto|on|off, neighbours, egress=full|none|NETWORK+NETWORK…, bandwidth=SIZE, address=ADDRESS+ADDRESS…, connections=N"
     )
 }
 
@@ -252,6 +255,15 @@ fn egress(text: &str) -> std::result::Result<Egress, String> {
                 .collect::<std::result::Result<_, _>>()?,
         )),
     }
+}
+
+/// IP addresses with `+` between them.
+fn addresses(text: &str) -> std::result::Result<Vec<IpAddr>, String> {
+    let address = |word: &str| {
+        word.parse()
+            .map_err(|_| format!("`{word}` is not an IP address"))
+    };
+    text.split('+').map(address).collect()
 }
 
 impl VmArgs {
@@ -449,6 +461,10 @@ mod tests {
             Ok(Egress::Allow(allowed.into()))
         );
         assert!(egress("nat,egress=10.0.0.1/8").is_err());
+        let held = net("bridge=br0,address=192.0.2.7+2001:db8::7").unwrap();
+        let addresses: [IpAddr; 2] = ["192.0.2.7", "2001:db8::7"].map(|it| it.parse().unwrap());
+        assert_eq!(held.addresses, addresses);
+        assert_eq!(net("nat,connections=99").unwrap().connections, Some(99));
     }
 
     #[test]
@@ -464,7 +480,14 @@ mod tests {
         ] {
             assert!(disk(wrong).is_err(), "{wrong}");
         }
-        for wrong in ["", "nat,mac=x", "wifi", "nat,vhost=maybe"] {
+        for wrong in [
+            "",
+            "nat,mac=x",
+            "wifi",
+            "nat,vhost=maybe",
+            "bridge=b,address=x",
+            "nat,connections=-1",
+        ] {
             assert!(net(wrong).is_err(), "{wrong}");
         }
     }

@@ -13,6 +13,7 @@ use super::output::{human_bytes, table};
 use super::signals::Signals;
 use super::{Context, progress};
 use crate::error::Result;
+use crate::host_net::{self, HostNet};
 use crate::launch::fork::Source;
 use crate::launch::standby::{Standbys, train};
 use crate::template::{Store, Template, bytes_to_flatten, flatten, forget_verified};
@@ -225,6 +226,10 @@ fn serve(context: &Context, store: &Store, args: &ServeArgs) -> Result<ExitCode>
     let name = Path::new(&args.template).file_name().unwrap_or_default();
     let name = name.to_string_lossy().into_owned();
     runtime.sweep()?;
+    // Without it, rules that another program removes are made again with the next clone.
+    let _network = HostNet::new(host_net::DEFAULT_DIR)
+        .watch()
+        .inspect_err(|error| tracing::warn!(%error, "the guests' packet filter is not watched"));
     train(&runtime, &template)?;
     let source = Source::template(template, &runtime)?;
     let mut standbys = Standbys::new(&runtime, source, id)?;

@@ -4,6 +4,7 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
+use clone_api::MacAddr;
 use clone_vmm::devices::net::TapError;
 
 /// A failure to set up or clear up the host's side of a VM's network.
@@ -49,6 +50,32 @@ pub enum HostNetError {
     /// The interface that was named is no bridge.
     #[error("{0} is not a bridge")]
     NotABridge(String),
+    /// The kernel cannot run the programs that hold guests to their rules.
+    #[error(
+        "this kernel cannot judge what guests send (it needs CONFIG_NET_SCH_INGRESS and \
+         CONFIG_NET_CLS_BPF, the modules sch_ingress and cls_bpf): {0}; with tap=NAME a guest uses \
+         a tap that you made and guard yourself"
+    )]
+    NoTrafficControl(#[source] io::Error),
+    /// Guests behind NAT have leases, but what their network is is not known.
+    #[error(
+        "the record of the guests' address range is missing or damaged (the file nat in the lease \
+         directory): stop the VMs that use --net nat, and start them again"
+    )]
+    NoRange,
+    /// Another station of the bridge has the hardware address.
+    #[error(
+        "the hardware address {0} is in use on this bridge; leave out mac=, or give another one"
+    )]
+    MacInUse(MacAddr),
+    /// A setting of the kernel's network could not be changed.
+    #[error("cannot change the setting {setting}: {source}")]
+    Setting {
+        /// The setting, as sysctl names it.
+        setting: String,
+        /// The system's answer.
+        source: io::Error,
+    },
     /// A bridge takes no more ports.
     #[error("the bridge {0} is full: Linux allows 1,023 ports on one")]
     BridgeFull(String),
@@ -66,8 +93,8 @@ pub enum HostNetError {
     NoFreeAddress,
     /// `nft` is not installed.
     #[error(
-        "the program nft was not found: install the nftables package, or name a tap that was made \
-         for you"
+        "the program nft was not found: install the nftables package, or use bridge=NAME or \
+         tap=NAME, which do without it"
     )]
     NftMissing,
     /// `nft` failed.

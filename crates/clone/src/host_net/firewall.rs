@@ -1,114 +1,186 @@
-//! The packet filter: address translation for the bridge of our own, and a guard on every tap
-//! that lets a guest send only under its own addresses.
+//! The packet filter behind the bridge of our own: address translation, who may open connections,
+//! and how many.
 //!
-//! All of it is in two tables named `clone` (families `inet` and `bridge`), which are ours alone;
-//! other tables are neither read nor touched. Other tables' rules still hold beside them: a
-//! host firewall that drops forwarded packets drops the guests' too.
+//! All of it is in the table `inet clone`, which is ours alone. Whoever else changes the packet
+//! filter may remove it, so it is compared with what we made whenever the kernel says that anything
+//! changed, and made again where it differs ([`is_whole`], [`make`]). In between nothing passes,
+//! since the bridge sends and the host routes only what this table marked
+//! ([`super::guard::only_filtered`], [`ROUTED_MARK`]). What single guests may send is not decided
+//! here ([`super::guard`]).
+
+mod forward;
+mod nft;
 
 use std::fmt::Write as _;
-use std::io::{self, ErrorKind, Write as _};
-use std::process::{Command, Stdio};
 
-use clone_api::Ipv4Network;
-use clone_api::config::Egress;
+use clone_api::config::NetConfig;
 
-use super::lease::Lease;
+use super::guard::PASSED_MARK;
+use super::lease::{Lease, Leases, Ruleset};
 use super::range::Range;
+use super::ruleset::generation;
 use super::{BRIDGE, HostNetError};
 
-/// Lets one more guest send. The tables are made anew where they are not whole.
+/// The bit of a packet's mark that lets it be routed from our bridge.
+pub(super) const ROUTED_MARK: u32 = 0x1000_0000;
+
+/// The most connections that a guest has in the host's table unless its lease says otherwise.
+const CONNECTIONS: u32 = NetConfig::DEFAULT_CONNECTIONS;
+
+/// How often the table is made while something else removes it.
+const ATTEMPTS: u32 = 8;
+
+const LIST_TABLE: &str = "list table inet clone";
+
+/// Whether the table is there as we made it: then what stands in the guests' way, else `None`.
+pub(super) fn whole(leases: &Leases) -> Result<Option<Vec<String>>, HostNetError> {
+    let Some(known) = leases.ruleset()? else {
+        return Ok(None);
+    };
+    if known.generation == generation()? {
+        return Ok(Some(known.notices));
+    }
+    if is_whole(leases)? {
+        return record(leases);
+    }
+    Ok(None)
+}
+
+/// Whether the table is there as we made it, without a look at those of others.
+pub(super) fn is_whole(leases: &Leases) -> Result<bool, HostNetError> {
+    let known = leases.ruleset()?.map(|known| known.table);
+    Ok(known.is_some() && known == nft::list(LIST_TABLE)?)
+}
+
+/// Makes the table anew for `all` guests, and returns what stands in their way.
+pub(super) fn make(
+    leases: &Leases,
+    all: &[Lease],
+    range: &Range,
+) -> Result<Vec<String>, HostNetError> {
+    // A firewall that is just starting may remove the table again at once.
+    for _ in 0..ATTEMPTS {
+        nft::run(&script(all, range), "set up its table")?;
+        if let Some(notices) = record(leases)? {
+            return Ok(notices);
+        }
+    }
+    Err(HostNetError::Nft {
+        action: "keep its table",
+        stderr: "something on this host removes it as soon as it is made".to_owned(),
+    })
+}
+
+/// Lets a guest have the number of connections that its lease says, where that is not the default.
 pub(super) fn admit(
+    leases: &Leases,
     lease: &Lease,
     all: &[Lease],
-    range: Option<&Range>,
+    range: &Range,
 ) -> Result<(), HostNetError> {
-    let mut script = String::new();
-    if range.is_some() {
-        // Fails where the table is missing, changes nothing where all is well.
-        script.push_str("add chain inet clone postrouting\n");
-    }
-    push_element(&mut script, "add", lease);
-    match run(&script, "admit a guest") {
-        Err(HostNetError::Nft { .. }) => rebuild(all, range),
+    match change_limit(leases, lease, &["add"]) {
+        Err(HostNetError::Nft { .. }) => make(leases, all, range).map(drop),
         result => result,
     }
 }
 
-/// Holds guests to what their leases say, of which each comes with what it said before.
-pub(super) fn restrict(
-    changed: &[(Egress, Lease)],
-    all: &[Lease],
-    range: Option<&Range>,
-) -> Result<(), HostNetError> {
-    if changed
-        .iter()
-        .all(|(before, lease)| *before == lease.egress)
-    {
+/// Forgets the numbers of connections of guests that are gone.
+pub(super) fn dismiss(leases: &Leases, gone: &[Lease]) -> Result<(), HostNetError> {
+    for lease in gone {
+        // Adding first makes the deletion succeed for an element that is not there.
+        match change_limit(leases, lease, &["add", "delete"]) {
+            // Without the table there is nothing to forget.
+            Err(HostNetError::Nft { .. }) if nft::list(LIST_TABLE)?.is_none() => {}
+            result => result?,
+        }
+    }
+    Ok(())
+}
+
+fn change_limit(leases: &Leases, lease: &Lease, verbs: &[&str]) -> Result<(), HostNetError> {
+    let mut script = String::new();
+    for verb in verbs {
+        push_limit(&mut script, verb, lease);
+    }
+    if script.is_empty() {
         return Ok(());
     }
-    let mut script = String::new();
-    for (before, lease) in changed {
-        // Adding first makes the deletion succeed for an element that is not there.
-        push_egress(&mut script, "add", &lease.tap(), before);
-        push_egress(&mut script, "delete", &lease.tap(), before);
-        push_egress(&mut script, "add", &lease.tap(), &lease.egress);
-    }
-    match run(&script, "restrict a guest") {
-        Err(HostNetError::Nft { .. }) => rebuild(all, range),
-        result => result,
-    }
+    nft::run(&script, "change a guest's limit of connections")?;
+    record(leases).map(drop)
 }
 
-/// Stops letting a guest send. No tables, no guest: that is no error.
-pub(super) fn dismiss(leases: &[Lease]) -> Result<(), HostNetError> {
-    if leases.is_empty() {
-        return Ok(());
-    }
-    let mut script = String::new();
-    for lease in leases {
-        // Adding first makes the deletion succeed for an element that is not there.
-        push_element(&mut script, "add", lease);
-        push_element(&mut script, "delete", lease);
-    }
-    match run(&script, "dismiss a guest") {
-        Err(HostNetError::Nft { .. }) if !has_table("bridge")? => Ok(()),
-        result => result,
-    }
+/// Removes the table, if it is there.
+pub(super) fn clear(leases: &Leases) -> Result<(), HostNetError> {
+    let script = clear_script("bridge") + &clear_script("inet");
+    nft::run(&script, "remove its table")?;
+    leases.remove_ruleset()
 }
 
-/// Makes the tables from the leases, in one step.
-pub(super) fn rebuild(leases: &[Lease], range: Option<&Range>) -> Result<(), HostNetError> {
-    let mut script = clear_script();
-    if let Some(range) = range {
-        push_nat(&mut script, range);
-    }
-    push_guard(&mut script, range);
-    for lease in leases {
-        push_element(&mut script, "add", lease);
-    }
-    run(&script, "set up its tables")
+/// Writes down what the packet filter is like now, and returns what stands in the guests' way;
+/// `None` where our table is missing.
+fn record(leases: &Leases) -> Result<Option<Vec<String>>, HostNetError> {
+    // Asked first: a change that comes after it is seen as one.
+    let generation = generation()?;
+    let Some(table) = nft::list(LIST_TABLE)? else {
+        return Ok(None);
+    };
+    let notices = forward::obstacles()?;
+    leases.set_ruleset(&Ruleset {
+        generation,
+        table,
+        notices: notices.clone(),
+    })?;
+    Ok(Some(notices))
 }
 
-/// Removes the tables, if they are there.
-pub(super) fn clear() -> Result<(), HostNetError> {
-    run(&clear_script(), "remove its tables")
+/// Removes the table by which versions before this one guarded taps.
+pub(super) fn remove_older() -> Result<(), HostNetError> {
+    nft::run(
+        &clear_script("bridge"),
+        "remove the table of an older version",
+    )
 }
 
-fn clear_script() -> String {
+fn clear_script(family: &str) -> String {
     // Adding first makes the deletion succeed for a table that is not there.
-    ["inet", "bridge"]
-        .map(|family| format!("add table {family} clone\ndelete table {family} clone\n"))
-        .concat()
+    format!("add table {family} clone\ndelete table {family} clone\n")
 }
 
-fn push_nat(script: &mut String, range: &Range) {
-    // Guests reach the world and the host; the world reaches them only in answer. What stays on
-    // the bridge is the guard's affair, and passes here only where br_netfilter is loaded.
+fn script(leases: &[Lease], range: &Range) -> String {
+    let mut script = clear_script("bridge") + &clear_script("inet");
+    push_table(&mut script, range);
+    for lease in leases {
+        push_limit(&mut script, "add", lease);
+    }
+    script
+}
+
+fn push_table(script: &mut String, range: &Range) {
+    // Guests reach the world and the host; the world reaches them only in answer, the host always.
+    // What stays on the bridge passes here only where br_netfilter is loaded.
+    let unrouted = !ROUTED_MARK;
     let _ = write!(
         script,
         "table inet clone {{
+  set exempt {{ type ipv4_addr; }}
+  set own_limits {{ type ipv4_addr; ct count over {CONNECTIONS}; }}
+  set connections {{ type ipv4_addr; size 65535; flags dynamic; }}
+  chain connections {{
+    type filter hook prerouting priority mangle; policy accept;
+    iifname != {BRIDGE:?} accept
+    ct state != new accept
+    ip saddr @own_limits drop
+    ip saddr != @exempt add @connections {{ ip saddr ct count over {CONNECTIONS} }} drop
+  }}
+  chain routed {{
+    type filter hook prerouting priority 300; policy accept;
+    iifname {BRIDGE:?} meta mark set meta mark | {ROUTED_MARK:#x}
+  }}
   chain forward {{
     type filter hook forward priority filter; policy accept;
+    iifname {BRIDGE:?} meta mark set meta mark & {unrouted:#x}
+    iifname {BRIDGE:?} tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu
+    oifname {BRIDGE:?} tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu
     iifname {BRIDGE:?} accept
     oifname {BRIDGE:?} ct state established,related accept
     oifname {BRIDGE:?} drop
@@ -117,195 +189,22 @@ fn push_nat(script: &mut String, range: &Range) {
     type nat hook postrouting priority srcnat; policy accept;
     ip saddr {range} oifname != {BRIDGE:?} masquerade
   }}
-}}
-"
-    );
-}
-
-fn push_guard(script: &mut String, range: Option<&Range>) {
-    // No detour by the host to guests that cannot be reached directly.
-    let detour = range.map_or_else(String::new, |range| {
-        let (gateway, mac) = (range.gateway(), Range::mac_of(range.gateway()));
-        format!("    ether daddr {mac} ip daddr {range} ip daddr != {gateway} drop\n")
-    });
-    // `senders` have an address that we gave them and speak IPv4 and ARP under it alone;
-    // `stations`, on bridges that are not ours, are held to their hardware address. From guest to
-    // guest only what both take part in passes: a bridge port's own flag (isolated) keeps a guest
-    // from another isolated one, but not from those that are not. `held` send to `allowed` only:
-    // that comes first, so that it holds stations, too.
-    let _ = write!(
-        script,
-        "table bridge clone {{
-  set senders {{ type ifname . ether_addr . ipv4_addr; }}
-  set stations {{ type ifname . ether_addr; }}
-  set neighbours {{ type ifname; }}
-  set held {{ type ifname; }}
-  set allowed {{ type ifname . ipv4_addr; flags interval; }}
-  chain guard {{
-    type filter hook prerouting priority -300; policy accept;
-    iifname != \"clone-*\" accept
-    iifname @held meta protocol != {{ ip, arp }} drop
-    iifname @held iifname . ip daddr != @allowed drop
-    iifname . ether saddr @stations accept
-{detour}    iifname . ether saddr . ip saddr @senders accept
-    iifname . ether saddr . arp saddr ip @senders iifname . arp saddr ether . arp saddr ip @senders accept
-    drop
-  }}
-  chain apart {{
-    type filter hook forward priority filter; policy accept;
-    iifname \"clone-*\" oifname \"clone-*\" iifname != @neighbours drop
-    iifname \"clone-*\" oifname \"clone-*\" oifname != @neighbours drop
+  chain passed {{
+    type filter hook postrouting priority 300; policy accept;
+    oifname {BRIDGE:?} meta mark set {PASSED_MARK:#x}
   }}
 }}
 "
     );
 }
 
-fn push_element(script: &mut String, verb: &str, lease: &Lease) {
-    let (tap, mac) = (lease.tap(), lease.mac);
-    // First it is held, then it may send; nobody sees a state between the two.
-    push_egress(script, verb, &tap, &lease.egress);
-    let _ = match lease.address {
-        Some(address) => writeln!(
-            script,
-            "{verb} element bridge clone senders {{ {tap:?} . {mac} . {address} }}"
-        ),
-        None => writeln!(
-            script,
-            "{verb} element bridge clone stations {{ {tap:?} . {mac} }}"
-        ),
-    };
-    if lease.neighbours {
-        let _ = writeln!(
-            script,
-            "{verb} element bridge clone neighbours {{ {tap:?} }}"
-        );
-    }
-}
-
-fn push_egress(script: &mut String, verb: &str, tap: &str, egress: &Egress) {
-    if egress.is_full() {
+fn push_limit(script: &mut String, verb: &str, lease: &Lease) {
+    let (Some(address), Some(limit)) = (lease.address, lease.connections) else {
         return;
-    }
-    let _ = writeln!(script, "{verb} element bridge clone held {{ {tap:?} }}");
-    if let Egress::Allow(networks) = egress {
-        for network in disjoint(networks) {
-            let _ = writeln!(
-                script,
-                "{verb} element bridge clone allowed {{ {tap:?} . {network} }}"
-            );
-        }
-    }
-}
-
-/// The networks without those that are in another one: a set takes no element twice.
-fn disjoint(networks: &[Ipv4Network]) -> Vec<Ipv4Network> {
-    let mut kept: Vec<Ipv4Network> = Vec::new();
-    let mut sorted = networks.to_vec();
-    // Who contains others comes before them.
-    sorted.sort_unstable();
-    for network in sorted {
-        if !kept.last().is_some_and(|last| last.contains(network)) {
-            kept.push(network);
-        }
-    }
-    kept
-}
-
-fn has_table(family: &str) -> Result<bool, HostNetError> {
-    match run(
-        &format!("list table {family} clone\n"),
-        "look for its tables",
-    ) {
-        Ok(()) => Ok(true),
-        Err(HostNetError::Nft { .. }) => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-/// Runs a script, which nft does as one transaction.
-fn run(script: &str, action: &'static str) -> Result<(), HostNetError> {
-    let failed = |stderr: String| HostNetError::Nft { action, stderr };
-    let mut child = spawn().map_err(|error| match error.kind() {
-        ErrorKind::NotFound => HostNetError::NftMissing,
-        _ => failed(format!("it does not start: {error}")),
-    })?;
-    if let Some(mut stdin) = child.stdin.take()
-        && let Err(error) = stdin.write_all(script.as_bytes())
-        // It ends early where it finds a mistake, and says so itself.
-        && error.kind() != ErrorKind::BrokenPipe
-    {
-        return Err(failed(format!("it takes no script: {error}")));
-    }
-    let output = child
-        .wait_with_output()
-        .map_err(|error| failed(format!("it does not end: {error}")))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    if stderr.contains("Operation not permitted") {
-        return Err(HostNetError::NotAllowed {
-            action: "setting up the packet filter's",
-            object: "table clone".to_owned(),
-        });
-    }
-    Err(failed(stderr.trim().to_owned()))
-}
-
-fn spawn() -> io::Result<std::process::Child> {
-    let mut last = io::Error::from(ErrorKind::NotFound);
-    // The usual place is not in every user's PATH.
-    for program in ["nft", "/usr/sbin/nft", "/sbin/nft"] {
-        let spawned = Command::new(program)
-            .args(["-f", "-"])
-            .env("LC_ALL", "C")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn();
-        match spawned {
-            Err(error) if error.kind() == ErrorKind::NotFound => last = error,
-            result => return result,
-        }
-    }
-    Err(last)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn networks(words: &[&str]) -> Vec<Ipv4Network> {
-        words.iter().map(|word| word.parse().unwrap()).collect()
-    }
-
-    #[test]
-    fn a_network_within_another_is_no_element_of_its_own() {
-        let given = networks(&[
-            "10.1.2.3",
-            "192.168.0.0/24",
-            "10.0.0.0/8",
-            "10.0.0.0/9",
-            "192.168.0.0/24",
-            "192.168.1.0/24",
-        ]);
-        let kept = networks(&["10.0.0.0/8", "192.168.0.0/24", "192.168.1.0/24"]);
-        assert_eq!(disjoint(&given), kept);
-    }
-
-    #[test]
-    fn who_may_send_everywhere_has_no_element_and_who_may_nowhere_is_held() {
-        let script = |egress: &Egress| {
-            let mut script = String::new();
-            push_egress(&mut script, "add", "clone-0002", egress);
-            script
-        };
-        assert_eq!(script(&Egress::Full), "");
-        let held = "add element bridge clone held { \"clone-0002\" }\n";
-        assert_eq!(script(&Egress::None), held);
-        let allowed = script(&Egress::Allow(networks(&["10.0.0.0/8"])));
-        let element = "add element bridge clone allowed { \"clone-0002\" . 10.0.0.0/8 }\n";
-        assert_eq!(allowed, format!("{held}{element}"));
-    }
+    };
+    let _ = writeln!(
+        script,
+        "{verb} element inet clone exempt {{ {address} }}\n\
+         {verb} element inet clone own_limits {{ {address} ct count over {limit} }}"
+    );
 }

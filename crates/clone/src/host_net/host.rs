@@ -1,6 +1,7 @@
-//! What the host itself must do or tell: forward packets, and name its name servers.
+//! What the host itself must do or say: forward packets, keep silent on taps, name its name servers.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::path::Path;
 
@@ -16,6 +17,38 @@ pub(super) fn enable_forwarding() -> Result<bool, HostNetError> {
     }
     fs::write(IP_FORWARD, "1").map_err(HostNetError::Forwarding)?;
     Ok(true)
+}
+
+/// Keeps the host from speaking IPv6 on a tap and from listening to it there: without this it gives
+/// itself an address, and takes routes from whoever advertises them.
+pub(super) fn silence(tap: &str) -> Result<(), HostNetError> {
+    set(&format!("ipv6/conf/{tap}/disable_ipv6"), "1")
+}
+
+/// The same on the bridge of our own, which carries IPv4 only; and no guest is the host's router.
+pub(super) fn harden_bridge(bridge: &str) -> Result<(), HostNetError> {
+    silence(bridge)?;
+    for setting in ["accept_redirects", "send_redirects", "accept_source_route"] {
+        set(&format!("ipv4/conf/{bridge}/{setting}"), "0")?;
+    }
+    Ok(())
+}
+
+/// Changes a setting of the kernel's network. One that is not there belongs to a protocol that is
+/// not there; one that cannot be changed may be right already.
+fn set(setting: &str, value: &str) -> Result<(), HostNetError> {
+    let path = Path::new("/proc/sys/net").join(setting);
+    let Err(source) = fs::write(&path, value) else {
+        return Ok(());
+    };
+    let is_right = || fs::read_to_string(&path).is_ok_and(|now| now.trim() == value);
+    if source.kind() == ErrorKind::NotFound || is_right() {
+        return Ok(());
+    }
+    Err(HostNetError::Setting {
+        setting: format!("net/{setting}"),
+        source,
+    })
 }
 
 /// The name servers that this host asks and that guests can reach too; none where it cannot say.

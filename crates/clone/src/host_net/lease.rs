@@ -6,7 +6,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -37,6 +37,16 @@ pub(super) struct Lease {
     pub(super) mac: MacAddr,
     /// The guest's address, where we give it one.
     pub(super) address: Option<Ipv4Addr>,
+    /// The bridge of the owner's that the tap is on, where it is not on ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) bridge: Option<String>,
+    /// The only addresses that the guest may use on a bridge of the owner's; any if there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) held_to: Vec<IpAddr>,
+    /// The most connections that the guest may have in the host's table, where it is not the
+    /// default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) connections: Option<u32>,
     /// Whether the guest may reach others of which the same is true.
     pub(super) neighbours: bool,
     /// Whom the guest may send to.
@@ -50,6 +60,17 @@ impl Lease {
     /// The name of the tap of slot `slot`.
     pub(super) fn tap_name(slot: u16) -> String {
         format!("clone-{slot:04x}")
+    }
+
+    /// Whether a version made it that guarded taps in another way.
+    pub(super) fn is_of_older_version(&self) -> bool {
+        self.address.is_none() && self.bridge.is_none()
+    }
+
+    /// Whether it is on the same bridge of the owner's, and only one of the two may reach others
+    /// there. (Two that may not are kept apart by the bridge.)
+    pub(super) fn is_stranger_to(&self, other: &Self) -> bool {
+        self.bridge.is_some() && self.bridge == other.bridge && self.neighbours != other.neighbours
     }
 
     /// The name of this lease's tap.
@@ -104,6 +125,18 @@ fn start_time(pid: u32) -> Option<u64> {
 pub(super) struct Nat {
     /// The addresses behind the bridge.
     pub(super) range: Range,
+}
+
+/// The state of the host's packet filter when it was last looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Ruleset {
+    /// The kernel's number of that state.
+    pub(super) generation: u32,
+    /// Our own table, as it was listed just after it was made.
+    pub(super) table: String,
+    /// What stood in the guests' way then, for people.
+    pub(super) notices: Vec<String>,
 }
 
 /// The lease directory, locked for as long as this lives.
@@ -218,6 +251,23 @@ impl Leases {
         remove_file(&self.nat_path())
     }
 
+    /// What was last seen of the packet filter, if it was looked at.
+    pub(super) fn ruleset(&self) -> Result<Option<Ruleset>, HostNetError> {
+        self.read(&self.ruleset_path())
+    }
+
+    pub(super) fn set_ruleset(&self, ruleset: &Ruleset) -> Result<(), HostNetError> {
+        self.write(&self.ruleset_path(), ruleset)
+    }
+
+    pub(super) fn remove_ruleset(&self) -> Result<(), HostNetError> {
+        remove_file(&self.ruleset_path())
+    }
+
+    fn ruleset_path(&self) -> PathBuf {
+        self.dir.join("ruleset")
+    }
+
     fn lease_path(&self, slot: u16) -> PathBuf {
         self.dir.join(format!("{slot:04x}{LEASE_SUFFIX}"))
     }
@@ -274,6 +324,9 @@ mod tests {
             slot,
             mac: MacAddr([2, 0xc1, 0, 0, 0, slot as u8]),
             address: Some(Ipv4Addr::new(10, 213, 0, 2)),
+            bridge: None,
+            held_to: Vec::new(),
+            connections: None,
             neighbours: false,
             egress: Egress::Full,
             creator: Creator::this_process(),

@@ -6,16 +6,28 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 
 use clone_api::MacAddr;
-use futures_util::TryStreamExt;
-use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::address::AddressAttribute;
+use futures_util::{StreamExt, TryStreamExt};
+use rtnetlink::packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
-use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute};
-use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkUnspec, RouteMessageBuilder};
+use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric,
+};
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute};
+use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::{
+    Handle, LinkBridge, LinkBridgePort, LinkUnspec, RouteMessageBuilder, RuleAddRequest,
+};
 use tokio::runtime::{Builder, Runtime};
 
-use super::HostNetError;
+use super::guard::{self, Guard};
 use super::range::Range;
+use super::tc::Hook;
+use super::{HostNetError, host};
+
+/// The place of our routing rule: after that of the host's own addresses, before all others.
+const RULE_PRIORITY: u32 = 13;
 
 /// A network interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,13 +81,13 @@ impl Links {
         let message = LinkBridge::new(name)
             .address(mac.0.to_vec())
             .forward_delay(0)
-            .up()
             .build();
         self.run(self.handle.link().add(message).execute())
             .map_err(failed("create the bridge", name))?;
-        let link = self
-            .find(name)?
-            .ok_or_else(|| HostNetError::NoSuchLink(name.to_owned()))?;
+        let link = self.existing(name)?;
+        self.guard_bridge(name)?;
+        self.set(LinkUnspec::new_with_index(link.index).up().build())
+            .map_err(failed("bring up the bridge", name))?;
         let address = IpAddr::V4(range.gateway());
         let add = self
             .handle
@@ -86,35 +98,188 @@ impl Links {
         Ok(link)
     }
 
-    /// Makes the interface `port` a port of `bridge` and sets it up.
+    /// Keeps the bridge of our own from sending what did not pass the packet filter, and the host
+    /// from hearing more on it than it must.
+    pub(super) fn guard_bridge(&self, name: &str) -> Result<(), HostNetError> {
+        host::harden_bridge(name)?;
+        let index = self.existing(name)?.index;
+        self.judge(name, index, Hook::Egress, &guard::only_filtered())
+    }
+
+    /// Makes the interface `port` a port of `bridge`, guarded by `guard`, and sets it up.
+    ///
+    /// The bridge knows where the guest is and learns nothing from what it sends. The host has no
+    /// address on the port, and speaks no protocol there.
     pub(super) fn join(
         &self,
         port: &str,
         bridge: (&str, Link),
-        isolated: bool,
+        mtu: u32,
+        guard: &Guard<'_>,
     ) -> Result<(), HostNetError> {
         let (bridge_name, bridge) = bridge;
-        let link = self
-            .find(port)?
-            .ok_or_else(|| HostNetError::NoSuchLink(port.to_owned()))?;
-        let mut join = LinkUnspec::new_with_index(link.index).controller(bridge.index);
-        if let Some(mtu) = bridge.mtu {
-            join = join.mtu(mtu);
-        }
-        self.run(self.handle.link().set(join.build()).execute())
+        let link = self.existing(port)?;
+        host::silence(port)?;
+        self.guard(port, guard)?;
+        let join = LinkUnspec::new_with_index(link.index)
+            .arp(false)
+            .mtu(mtu)
+            .controller(bridge.index);
+        self.set(join.build())
             .map_err(|error| match error.raw_os_error() {
                 Some(libc::EXFULL) => HostNetError::BridgeFull(bridge_name.to_owned()),
                 _ => failed("put it on the bridge: the tap", port)(error),
             })?;
-        if isolated {
-            let flags = LinkBridgePort::new(link.index).isolated(true).build();
-            self.run(self.handle.link().set_port(flags).execute())
-                .map_err(failed("isolate from other guests the tap", port))?;
-        }
-        // Last, so that nothing passes before its flags are set.
-        let up = LinkUnspec::new_with_index(link.index).up().build();
-        self.run(self.handle.link().set(up).execute())
+        let flags = LinkBridgePort::new(link.index)
+            .isolated(!guard.neighbours)
+            .learning(false)
+            .flood(false)
+            .mcast_flood(guard.hears_groups())
+            .guard(true)
+            .root_block(true);
+        self.run(self.handle.link().set_port(flags.build()).execute())
+            .map_err(failed("set the bridge's rules for the tap", port))?;
+        self.pin(port, link, guard.mac)?;
+        // Last, so that nothing passes before all is set.
+        self.set(LinkUnspec::new_with_index(link.index).up().build())
             .map_err(failed("bring up the tap", port))
+    }
+
+    /// Holds the interface `port` to `guard` from now on.
+    pub(super) fn guard(&self, port: &str, guard: &Guard<'_>) -> Result<(), HostNetError> {
+        let index = self.existing(port)?.index;
+        self.judge(port, index, Hook::Egress, &guard.egress())?;
+        self.judge(port, index, Hook::Ingress, &guard.ingress())
+    }
+
+    /// Tells the bridge that the station `mac` is at `port`, wherever else it seems to be.
+    fn pin(&self, port: &str, link: Link, mac: MacAddr) -> Result<(), HostNetError> {
+        let entry = self
+            .handle
+            .neighbours()
+            .add_bridge(link.index, &mac.0)
+            .state(NeighbourState::Noarp)
+            .flags(NeighbourFlags::Controller | NeighbourFlags::Sticky);
+        self.run(entry.execute())
+            .map_err(|error| match error.raw_os_error() {
+                Some(libc::EEXIST) => HostNetError::MacInUse(mac),
+                _ => failed("pin the guest's address to the tap", port)(error),
+            })
+    }
+
+    /// Keeps what guests send from being routed unless it passed the packet filter, which sets
+    /// `mark`. Once is enough; again changes nothing.
+    pub(super) fn route_only_marked(&self, bridge: &str, mark: u32) -> Result<(), HostNetError> {
+        match self.run(self.marked_rule(bridge, mark).execute()) {
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+            // The kernel has no such rules. What is sent goes out then, but nothing comes back.
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => Ok(()),
+            result => result.map_err(failed("set up a routing rule for", bridge)),
+        }
+    }
+
+    /// Undoes [`Links::route_only_marked`].
+    pub(super) fn route_all(&self, bridge: &str, mark: u32) -> Result<(), HostNetError> {
+        let rule = self.marked_rule(bridge, mark).message_mut().clone();
+        match self.run(self.handle.rule().del(rule).execute()) {
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::ENOENT | libc::EAFNOSUPPORT)
+                ) =>
+            {
+                Ok(())
+            }
+            result => result.map_err(failed("remove the routing rule for", bridge)),
+        }
+    }
+
+    fn marked_rule(&self, bridge: &str, mark: u32) -> RuleAddRequest<Ipv4Addr> {
+        let mut rule = self
+            .handle
+            .rule()
+            .add()
+            .v4()
+            .input_interface(bridge)
+            .priority(RULE_PRIORITY)
+            .fw_mark(0)
+            .action(RuleAction::Blackhole);
+        let message = rule.message_mut();
+        message.header.table = RouteHeader::RT_TABLE_UNSPEC;
+        message.attributes.push(RuleAttribute::FwMask(mark));
+        rule
+    }
+
+    /// The largest packet, in bytes, on the way from this host to the world; `None` where there is
+    /// no such way.
+    pub(super) fn uplink_mtu(&self) -> Result<Option<u32>, HostNetError> {
+        // No host has this address (TEST-NET-2), so the answer is the way to everywhere.
+        let anywhere = Ipv4Addr::new(198, 51, 100, 1);
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(anywhere, 32)
+            .build();
+        let Ok(answers) = self.request(RouteNetlinkMessage::GetRoute(route), 0) else {
+            return Ok(None);
+        };
+        for answer in answers {
+            if let RouteNetlinkMessage::NewRoute(route) = answer {
+                return self.route_mtu(&route).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    fn route_mtu(&self, route: &RouteMessage) -> Result<u32, HostNetError> {
+        let mut mtu = u32::MAX;
+        for attribute in &route.attributes {
+            match attribute {
+                RouteAttribute::Oif(index) => {
+                    let query = self.handle.link().get().match_index(*index).execute();
+                    let links: Vec<_> = self
+                        .collect(query)
+                        .map_err(failed("look at the interface", "to the world"))?;
+                    let of_link = links.first().and_then(|message| link_of(message).mtu);
+                    mtu = mtu.min(of_link.unwrap_or(u32::MAX));
+                }
+                RouteAttribute::Metrics(metrics) => {
+                    for metric in metrics {
+                        if let RouteMetric::Mtu(of_route) = metric {
+                            mtu = mtu.min(*of_route);
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(mtu)
+    }
+
+    /// The addresses that this host has on the interface `link`, and those of the routers that it
+    /// reaches there.
+    pub(super) fn hosts_and_routers_on(&self, link: Link) -> Result<Vec<Ipv4Addr>, HostNetError> {
+        let mut known = Vec::new();
+        for message in self.addresses()? {
+            if message.header.index != link.index {
+                continue;
+            }
+            known.extend(message.attributes.iter().filter_map(|it| match it {
+                AddressAttribute::Local(IpAddr::V4(address)) => Some(*address),
+                _ => None,
+            }));
+        }
+        for route in self.routes()? {
+            let here = RouteAttribute::Oif(link.index);
+            if !route.attributes.contains(&here) {
+                continue;
+            }
+            known.extend(route.attributes.iter().filter_map(|it| match it {
+                RouteAttribute::Gateway(RouteAddress::Inet(address)) => Some(*address),
+                _ => None,
+            }));
+        }
+        known.sort_unstable();
+        known.dedup();
+        Ok(known)
     }
 
     /// Deletes the interface `name`, if it is there.
@@ -131,23 +296,15 @@ impl Links {
 
     /// The IPv4 networks that this host has addresses in or routes to: network and prefix length.
     pub(super) fn networks_in_use(&self) -> Result<Vec<(Ipv4Addr, u8)>, HostNetError> {
-        let addresses = self.handle.address().get().execute();
-        let addresses: Vec<_> = self
-            .collect(addresses)
-            .map_err(failed("list the addresses of", "this host"))?;
-        let routes = RouteMessageBuilder::<Ipv4Addr>::new().build();
-        let routes: Vec<_> = self
-            .collect(self.handle.route().get(routes).execute())
-            .map_err(failed("list the routes of", "this host"))?;
         let mut networks = Vec::new();
-        for message in addresses {
+        for message in self.addresses()? {
             for attribute in message.attributes {
                 if let AddressAttribute::Local(IpAddr::V4(address)) = attribute {
                     networks.push((address, message.header.prefix_len));
                 }
             }
         }
-        for message in routes {
+        for message in self.routes()? {
             let prefix = message.header.destination_prefix_length;
             if message.header.address_family != AddressFamily::Inet || prefix == 0 {
                 continue;
@@ -159,6 +316,48 @@ impl Links {
             }
         }
         Ok(networks)
+    }
+
+    fn addresses(&self) -> Result<Vec<AddressMessage>, HostNetError> {
+        self.collect(self.handle.address().get().execute())
+            .map_err(failed("list the addresses of", "this host"))
+    }
+
+    fn routes(&self) -> Result<Vec<RouteMessage>, HostNetError> {
+        let all = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        self.collect(self.handle.route().get(all).execute())
+            .map_err(failed("list the routes of", "this host"))
+    }
+
+    fn existing(&self, name: &str) -> Result<Link, HostNetError> {
+        self.find(name)?
+            .ok_or_else(|| HostNetError::NoSuchLink(name.to_owned()))
+    }
+
+    fn set(&self, message: LinkMessage) -> io::Result<()> {
+        self.run(self.handle.link().set(message).execute())
+    }
+
+    /// Sends a message that `rtnetlink` has no call for, and returns the answers.
+    pub(super) fn request(
+        &self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> io::Result<Vec<RouteNetlinkMessage>> {
+        let mut request = NetlinkMessage::from(message);
+        request.header.flags = NLM_F_REQUEST | flags;
+        let answers = self.handle.clone().request(request).map_err(os_error)?;
+        let answers: Vec<_> = self.runtime.block_on(answers.collect());
+        let mut contents = Vec::new();
+        for answer in answers {
+            match answer.payload {
+                // An acknowledgement is an error without a code.
+                NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
+                NetlinkPayload::InnerMessage(message) => contents.push(message),
+                _ => {}
+            }
+        }
+        Ok(contents)
     }
 
     fn run(&self, request: impl Future<Output = Result<(), rtnetlink::Error>>) -> io::Result<()> {
@@ -200,7 +399,7 @@ fn os_error(error: rtnetlink::Error) -> io::Error {
     }
 }
 
-fn failed(action: &'static str, object: &str) -> impl FnOnce(io::Error) -> HostNetError {
+pub(super) fn failed(action: &'static str, object: &str) -> impl FnOnce(io::Error) -> HostNetError {
     let object = object.to_owned();
     move |source| match source.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => HostNetError::NotAllowed { action, object },

@@ -3,23 +3,31 @@
 //! With [`Connection::Nat`] guests share a bridge of our own (`clone0`) with a private address
 //! range, and reach the world through the host's addresses. With [`Connection::Bridge`] a guest
 //! is a station on a bridge that the owner made, and with [`Connection::Tap`] it gets a tap that
-//! the owner made and nothing else is done. Every tap of ours is guarded: a guest sends under its
-//! own addresses or not at all.
+//! the owner made and nothing else is done. Every tap of ours is guarded ([`guard`]): a guest
+//! sends under its own addresses or not at all.
 //!
 //! A tap of ours lives as long as its descriptors, so it goes with the VM's process however that
-//! ends. The rest (filter rules, leases, and with the last guest bridge and tables) is removed by
-//! [`HostNet::detach`], or by [`HostNet::sweep`] for VMs that were killed. All calls may run at
-//! once in any number of processes.
+//! ends, and its guard with it. The rest (filter rules, leases, and with the last guest bridge and
+//! table) is removed by [`HostNet::detach`], or by [`HostNet::sweep`] for VMs that were killed. All
+//! calls may run at once in any number of processes.
+//!
+//! Rules that somebody removed are made again by the next call, and at once where a process
+//! [watches](HostNet::watch). Until then nothing passes.
 //!
 //! This runs in the launching process, never in the VM's. It leaves the guest's own configuration
 //! to the kernel's command line ([`GuestAddress::kernel_argument`]) or the agent.
 
 mod error;
 mod firewall;
+mod guard;
 mod host;
 mod lease;
 mod link;
 mod range;
+mod ruleset;
+mod site;
+mod tc;
+mod watch;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -34,9 +42,11 @@ use serde::{Deserialize, Serialize};
 
 pub use error::HostNetError;
 pub use range::Range;
+pub use watch::Watch;
 
-use lease::{Creator, Lease, Leases, Nat};
-use link::{Link, Links};
+use lease::{Lease, Leases};
+use link::Links;
+use site::Site;
 
 /// The bridge of our own.
 pub const BRIDGE: &str = "clone0";
@@ -44,8 +54,8 @@ pub const BRIDGE: &str = "clone0";
 /// Where leases are kept unless told otherwise.
 pub const DEFAULT_DIR: &str = "/run/clone/net";
 
-/// Slots on a bridge that is not ours, where no address range limits them.
-const LAST_SLOT: u16 = 0xfffe;
+/// The MTU, in bytes, that guests have unless told otherwise.
+const USUAL_MTU: u32 = 1500;
 
 /// What a network interface is connected to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,8 +81,13 @@ pub struct Request {
     pub queues: u16,
     /// Whether the guest may reach others on the same bridge that may do so too.
     pub neighbours: bool,
-    /// Whom the guest may send to; all for a tap that is not ours.
+    /// The destinations that the guest may send to; all for a tap that is not ours.
     pub egress: Egress,
+    /// The only addresses that the guest may use on a bridge of the owner's; any if there are none.
+    pub addresses: Vec<IpAddr>,
+    /// The most connections that a guest behind NAT may have in the host's table, if not the
+    /// usual number.
+    pub connections: Option<u32>,
 }
 
 /// A network interface that is ready for a VM.
@@ -160,26 +175,13 @@ impl HostNet {
         }
         match &request.connection {
             Connection::Tap(name) => attach_tap(name, request),
-            Connection::Bridge(name) => {
-                let site = Site::open(&self.dir)?;
-                let bridge = site
-                    .links
-                    .find(name)?
-                    .ok_or_else(|| HostNetError::NoSuchLink(name.clone()))?;
-                if !bridge.is_bridge {
-                    return Err(HostNetError::NotABridge(name.clone()));
-                }
-                site.attach(request, (name, bridge), None)
-            }
-            Connection::Nat => {
-                let site = Site::open(&self.dir)?;
-                site.attach_nat(request, self.range)
-            }
+            Connection::Bridge(name) => Site::open(&self.dir)?.attach_bridge(request, name),
+            Connection::Nat => Site::open(&self.dir)?.attach_nat(request, self.range),
         }
     }
 
-    /// Changes whom the VM's guest may send to, on all of its interfaces: from the return on it is
-    /// held to it. For a VM that has nothing here it does nothing.
+    /// Changes the destinations that the VM's guest may send to, on all of its interfaces: from the
+    /// return on it is held to them. For a VM that has nothing here it does nothing.
     ///
     /// # Errors
     /// [`HostNetError`]; the guest may then be held to either.
@@ -187,17 +189,26 @@ impl HostNet {
         if !Path::new(&self.dir).exists() {
             return Ok(());
         }
-        let leases = Leases::lock(&self.dir)?;
-        let mut all = leases.contents()?.leases;
-        let mut changed = Vec::new();
-        for lease in all.iter_mut().filter(|lease| lease.vm == vm) {
-            let before = std::mem::replace(&mut lease.egress, egress.clone());
-            // Whoever makes the tables anew does it from this.
-            leases.add(lease)?;
-            changed.push((before, lease.clone()));
+        Site::open(&self.dir)?.restrict(vm, egress)
+    }
+
+    /// Makes the rules again that somebody removed. Returns whether there was anything to do.
+    ///
+    /// # Errors
+    /// [`HostNetError`]; nothing passes then that the rules would not let pass.
+    pub fn repair(&self) -> Result<bool, HostNetError> {
+        if !Path::new(&self.dir).exists() {
+            return Ok(false);
         }
-        let nat = leases.nat()?;
-        firewall::restrict(&changed, &all, nat.as_ref().map(|nat| &nat.range))
+        Site::open(&self.dir)?.repair()
+    }
+
+    /// Repairs the rules as soon as somebody removes them, for as long as the result lives.
+    ///
+    /// # Errors
+    /// [`HostNetError::Netlink`] where the kernel does not announce changes.
+    pub fn watch(&self) -> Result<Watch, HostNetError> {
+        Watch::start(self.clone()).map_err(HostNetError::Netlink)
     }
 
     /// Removes what was set up for the VM, and with the last one what all shared. For a VM that
@@ -222,39 +233,7 @@ impl HostNet {
         if !Path::new(&self.dir).exists() {
             return Ok(Vec::new());
         }
-        let leases = Leases::lock(&self.dir)?;
-        let contents = leases.contents()?;
-        let (gone, kept): (Vec<_>, Vec<_>) = contents.leases.into_iter().partition(which);
-        let something = !gone.is_empty() || !contents.damaged.is_empty();
-        let last = kept.is_empty() && (something || leases.has_nat());
-        if !something && !last {
-            return Ok(Vec::new());
-        }
-        let site = Site {
-            leases,
-            links: Links::open()?,
-        };
-        let slots = gone.iter().map(|lease| lease.slot);
-        for slot in slots.clone().chain(contents.damaged.iter().copied()) {
-            site.links.delete(&Lease::tap_name(slot))?;
-        }
-        if last {
-            firewall::clear()?;
-            if site.leases.has_nat() {
-                site.links.delete(BRIDGE)?;
-                site.leases.remove_nat()?;
-            }
-        } else if contents.damaged.is_empty() {
-            firewall::dismiss(&gone)?;
-        } else {
-            // Which rules the damaged ones had is not known.
-            let nat = site.leases.nat()?;
-            firewall::rebuild(&kept, nat.as_ref().map(|nat| &nat.range))?;
-        }
-        for slot in slots.chain(contents.damaged.iter().copied()) {
-            site.leases.remove(slot)?;
-        }
-        Ok(gone.into_iter().map(|lease| lease.vm).collect())
+        Site::release(Leases::lock(&self.dir)?, which)
     }
 }
 
@@ -278,179 +257,6 @@ pub fn open_vhost_net(queues: u16) -> io::Result<Vec<File>> {
     }
 }
 
-/// The leases, locked, and the interfaces that they speak of.
-struct Site {
-    leases: Leases,
-    links: Links,
-}
-
-impl Site {
-    fn open(dir: &Path) -> Result<Self, HostNetError> {
-        Ok(Self {
-            leases: Leases::lock(dir)?,
-            links: Links::open()?,
-        })
-    }
-
-    fn attach_nat(
-        &self,
-        request: &Request,
-        wanted: Option<Range>,
-    ) -> Result<Attachment, HostNetError> {
-        let (range, bridge) = self.ensure_bridge(wanted)?;
-        let mut notices = Vec::new();
-        let attached = host::enable_forwarding().and_then(|changed| {
-            if changed {
-                notices.push(
-                    "turned on forwarding for the whole host (net.ipv4.ip_forward = 1); it stays on"
-                        .to_owned(),
-                );
-            }
-            self.attach(request, (BRIDGE, bridge), Some(range))
-        });
-        match attached {
-            Ok(attachment) => Ok(Attachment {
-                notices,
-                ..attachment
-            }),
-            Err(error) => {
-                self.undo(self.remove_if_unused());
-                Err(error)
-            }
-        }
-    }
-
-    /// Finds or makes the bridge of our own.
-    fn ensure_bridge(&self, wanted: Option<Range>) -> Result<(Range, Link), HostNetError> {
-        let found = self.links.find(BRIDGE)?;
-        let recorded = self.leases.nat()?;
-        let range = match (&recorded, found) {
-            (Some(nat), Some(bridge)) => return Ok((nat.range, bridge)),
-            // Guests that have lost their bridge keep their addresses.
-            (Some(nat), None) => nat.range,
-            (None, Some(_)) if !self.leases.has_nat() => {
-                return Err(HostNetError::Foreign(BRIDGE.to_owned()));
-            }
-            (None, Some(_)) => {
-                self.links.delete(BRIDGE)?;
-                self.free_range(wanted)?
-            }
-            (None, None) => self.free_range(wanted)?,
-        };
-        self.leases.set_nat(&Nat { range })?;
-        match self.links.create_bridge(BRIDGE, &range) {
-            Ok(bridge) => Ok((range, bridge)),
-            Err(error) => {
-                self.undo(self.remove_if_unused());
-                Err(error)
-            }
-        }
-    }
-
-    fn free_range(&self, wanted: Option<Range>) -> Result<Range, HostNetError> {
-        match wanted {
-            Some(range) => Ok(range),
-            None => Range::first_free(&self.links.networks_in_use()?),
-        }
-    }
-
-    /// Sets up a guarded tap on a bridge, with an address where there is a range.
-    fn attach(
-        &self,
-        request: &Request,
-        bridge: (&str, Link),
-        range: Option<Range>,
-    ) -> Result<Attachment, HostNetError> {
-        let last = range.map_or(LAST_SLOT, |range| range.last_slot());
-        // An interface that exists without a lease is someone else's.
-        let slot = self.leases.free_slot(last, |slot| {
-            Ok(self.links.find(&Lease::tap_name(slot))?.is_none())
-        })?;
-        let address = range.map(|range| range.at(slot));
-        let mac = match (request.mac, address) {
-            (Some(mac), _) => mac,
-            (None, Some(address)) => Range::mac_of(address),
-            (None, None) => link::random_mac().map_err(HostNetError::Netlink)?,
-        };
-        let lease = Lease {
-            vm: request.vm.clone(),
-            slot,
-            mac,
-            address,
-            neighbours: request.neighbours,
-            egress: request.egress.clone(),
-            creator: Creator::this_process(),
-        };
-        self.leases.add(&lease)?;
-        match self.open_tap(&lease, bridge, request, range.as_ref()) {
-            Ok(taps) => Ok(Attachment {
-                taps,
-                tap_name: lease.tap(),
-                mac,
-                mtu: bridge
-                    .1
-                    .mtu
-                    .and_then(|mtu| u16::try_from(mtu).ok())
-                    .filter(|&mtu| mtu != 1500),
-                address: range.map(|range| GuestAddress {
-                    address: range.at(slot),
-                    prefix: range.prefix(),
-                    gateway: range.gateway(),
-                    name_servers: host::name_servers(),
-                }),
-                notices: Vec::new(),
-            }),
-            Err(error) => {
-                // The tap goes with its descriptors, but a child that this process is just
-                // starting may hold copies for a moment.
-                self.undo(self.links.delete(&lease.tap()));
-                self.undo(firewall::dismiss(std::slice::from_ref(&lease)));
-                self.undo(self.leases.remove(slot));
-                self.undo(self.remove_if_unused());
-                Err(error)
-            }
-        }
-    }
-
-    fn open_tap(
-        &self,
-        lease: &Lease,
-        bridge: (&str, Link),
-        request: &Request,
-        range: Option<&Range>,
-    ) -> Result<Vec<Tap>, HostNetError> {
-        let all = self.leases.contents()?.leases;
-        let nat = self.leases.nat()?;
-        let range = range.or(nat.as_ref().map(|nat| &nat.range));
-        // Before the tap is there, so that no frame of it passes unguarded.
-        firewall::admit(lease, &all, range)?;
-        let taps = Tap::open(&lease.tap(), request.queues)?;
-        self.links.join(&lease.tap(), bridge, !request.neighbours)?;
-        Ok(taps)
-    }
-
-    /// Removes bridge and tables where no lease is left.
-    fn remove_if_unused(&self) -> Result<(), HostNetError> {
-        let contents = self.leases.contents()?;
-        if !contents.leases.is_empty() || !contents.damaged.is_empty() {
-            return Ok(());
-        }
-        let cleared = firewall::clear();
-        if self.leases.has_nat() {
-            self.links.delete(BRIDGE)?;
-            self.leases.remove_nat()?;
-        }
-        cleared
-    }
-
-    /// A failure while undoing hides no other: the first is what its user must know.
-    fn undo(&self, result: Result<(), HostNetError>) {
-        if let Err(error) = result {
-            tracing::warn!(%error, "left something of a network interface behind; the next command sweeps it");
-        }
-    }
-}
-
 fn attach_tap(name: &str, request: &Request) -> Result<Attachment, HostNetError> {
     // Opening a tap that is not there would make one, on no bridge and without a word.
     let links = Links::open()?;
@@ -465,11 +271,14 @@ fn attach_tap(name: &str, request: &Request) -> Result<Attachment, HostNetError>
         taps: Tap::open(name, request.queues)?,
         tap_name: name.to_owned(),
         mac,
-        mtu: link
-            .mtu
-            .and_then(|mtu| u16::try_from(mtu).ok())
-            .filter(|&mtu| mtu != 1500),
+        mtu: unusual(link.mtu),
         address: None,
         notices: Vec::new(),
     })
+}
+
+/// An MTU that guests must be told of.
+fn unusual(mtu: Option<u32>) -> Option<u16> {
+    mtu.filter(|&mtu| mtu != USUAL_MTU)
+        .and_then(|mtu| u16::try_from(mtu).ok())
 }

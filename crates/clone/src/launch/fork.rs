@@ -125,7 +125,15 @@ impl Source {
                 net.queues = queues;
             }
         } else {
-            config.net.iter_mut().for_each(|net| net.mac = None);
+            for net in &mut config.net {
+                net.mac = None;
+                // They are those of one guest.
+                net.addresses.clear();
+                // A template may ask for less than usual, not for more.
+                net.connections = net
+                    .connections
+                    .map(|limit| limit.min(NetConfig::DEFAULT_CONNECTIONS));
+            }
             if let Some(index) = config.net.iter().position(|net| net.mode == NetMode::Tap) {
                 return Err(ApiError::new(
                     ErrorCode::InvalidConfig,

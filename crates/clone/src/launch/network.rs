@@ -35,7 +35,8 @@ pub(super) fn attach(dir: &VmDir, config: &mut VmConfig) -> Result<Attached> {
         let attachment = host
             .attach(&request(dir, net))
             .map_err(|error| told(index, &error))?;
-        notices.extend(attachment.notices);
+        let of_this = attachment.notices.into_iter();
+        notices.extend(of_this.map(|notice| format!("net[{index}]: {notice}")));
         net.mac = Some(attachment.mac);
         guest.push(GuestInterface {
             mac: attachment.mac,
@@ -80,16 +81,21 @@ fn request(dir: &VmDir, net: &NetConfig) -> Request {
         queues: net.queues.unwrap_or(1),
         neighbours: net.neighbours,
         egress: net.egress.clone(),
+        addresses: net.addresses.clone(),
+        connections: net.connections,
     }
 }
 
 fn told(index: usize, error: &HostNetError) -> ApiError {
     let told = ApiError::internal(error);
     let code = match error {
-        HostNetError::NotAllowed { .. } => ErrorCode::HostUnsupported,
+        HostNetError::NotAllowed { .. } | HostNetError::NoTrafficControl(_) => {
+            ErrorCode::HostUnsupported
+        }
         HostNetError::NoSuchLink(_)
         | HostNetError::NotABridge(_)
-        | HostNetError::MulticastMac(_) => ErrorCode::InvalidConfig,
+        | HostNetError::MulticastMac(_)
+        | HostNetError::MacInUse(_) => ErrorCode::InvalidConfig,
         _ => told.code,
     };
     ApiError {

@@ -101,6 +101,22 @@ impl Guest {
         self.wire.write_all(&frame).unwrap();
     }
 
+    /// Sends a frame as it is.
+    pub(crate) fn send_raw(&mut self, frame: &[u8]) {
+        let frame = [&[0; VNET_HEADER][..], frame].concat();
+        self.wire.write_all(&frame).unwrap();
+    }
+
+    /// All frames that have come.
+    pub(crate) fn drain(&mut self) -> Vec<Vec<u8>> {
+        let mut frame = vec![0; 2048];
+        let mut frames = Vec::new();
+        while let Ok(len) = self.wire.read(&mut frame) {
+            frames.push(frame[VNET_HEADER..len].to_vec());
+        }
+        frames
+    }
+
     /// Asks who has `whom`, claiming to be `mac` at `address`.
     pub(crate) fn ask(&mut self, whom: Ipv4Addr, mac: MacAddr, address: Ipv4Addr) {
         let mut payload = vec![0, 1, 8, 0, 6, 4, 0, 1];
