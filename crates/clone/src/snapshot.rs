@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use agent_proto::client::Connection;
+use agent_proto::client::{Connection, Deadline};
 use clone_api::config::{DiskConfig, Overlay};
 use clone_api::control::{SnapshotKind, SnapshotRequest, SnapshotTaken, VmState};
 use clone_api::{ApiError, Client, ClientError, ErrorCode, VmConfig};
@@ -187,7 +187,8 @@ pub fn take_live(runtime: &Runtime, vm: &RunningVm) -> Result<(LiveLayers, Snaps
 
 /// The version of the agent in a guest, where it answers.
 pub fn agent_version(vm: &RunningVm) -> Option<String> {
-    let connection = Connection::open(&vm.dir.vsock_socket(), AGENT_LIMIT).ok()?;
+    let deadline = Deadline::after(AGENT_LIMIT);
+    let connection = Connection::open(&vm.dir.vsock_socket(), deadline).ok()?;
     Some(connection.hello().agent_version.clone())
 }
 

@@ -9,6 +9,8 @@ mod network;
 mod preflight;
 pub mod program;
 pub mod standby;
+#[cfg(test)]
+mod testing;
 
 use std::fs::{self, File};
 use std::io::Write;
