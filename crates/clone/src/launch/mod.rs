@@ -19,6 +19,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Stdio};
 
+use agent_proto::text::printable;
 use clone_api::{ApiError, ErrorCode, VmConfig};
 
 use crate::error::{Result, failed};
@@ -186,6 +187,6 @@ fn last_words(dir: &VmDir) -> String {
     lines
         .iter()
         .rev()
-        .map(|line| format!("\n  {line}"))
+        .map(|line| format!("\n  {}", printable(line)))
         .collect()
 }

@@ -72,7 +72,7 @@ pub fn main() -> Option<ExitCode> {
         return None;
     }
     let (build, dir) = (words.next()?, words.next()?);
-    log::start();
+    log::start_bounded();
     // What `ps` and the kernel's log call it; it was started by a path that says nothing.
     let _ = rustix::thread::set_name(c"clone-vm");
     Some(match build == BUILD {
