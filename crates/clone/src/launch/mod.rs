@@ -20,6 +20,7 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 
 use agent_proto::text::printable;
+use clone_api::config::{DiskConfig, Overlay};
 use clone_api::{ApiError, ErrorCode, VmConfig};
 
 use crate::error::{Result, failed};
@@ -27,6 +28,7 @@ use crate::process::open::open_kvm;
 use crate::process::start::{Origin, Start};
 use crate::process::{disks, report};
 use crate::runtime::{Parent, Process, Runtime, StartingVm, VmDir};
+use crate::scratch;
 use network::Attached;
 
 /// How many lines of a dead process's log are shown.
@@ -99,8 +101,11 @@ fn start(
         taps,
         nets,
         guest,
-        notices,
+        mut notices,
     } = network::attach(&starting.dir, &mut config)?;
+    if matches!(origin, Origin::Boot { .. }) {
+        notices.extend(layers_in_memory(&config));
+    }
     starting.write_config(&config)?;
     starting.write_guest_network(&guest)?;
     let document = Start {
@@ -125,6 +130,20 @@ fn start(
         child,
         notices,
     })
+}
+
+/// What the VM's owner must know where writes to ephemeral disks have nowhere to go but memory.
+fn layers_in_memory(config: &VmConfig) -> Option<String> {
+    let ends_with_vm = |disk: &DiskConfig| !disk.read_only && disk.overlay == Overlay::Ephemeral;
+    if !config.disks.iter().any(ends_with_vm) || scratch::dir().is_some() {
+        return None;
+    }
+    Some(format!(
+        "writes to ephemeral disks are kept in memory, and end at {} MiB of each disk: \
+         this host has no directory on a disk for them (name one with {})",
+        clone_disk::MEMORY_ROOM >> 20,
+        scratch::VARIABLE
+    ))
 }
 
 fn spawn(dir: &VmDir) -> Result<Child> {

@@ -139,10 +139,13 @@ fn start_vm(
     let extra: Vec<String> = kernel_arguments(&start);
     let (config, resources) = open::open(dir, start)?;
     timeline.reach(StartStage::Opened);
+    let disks = resources.devices.disks.iter();
+    let memory_for_layers: u64 = disks.map(clone_disk::DiskFiles::memory_room).sum();
     jail::enter(&JailSpec {
         name: config.name.clone(),
         runtime_dir: dir.path().to_owned(),
-        guest_memory_bytes: config.memory.0,
+        // What layers keep in memory counts there as well.
+        guest_memory_bytes: config.memory.0 + memory_for_layers,
         vcpus: config.vcpus,
     })
     .map_err(|error| ApiError::internal(&error))?;
