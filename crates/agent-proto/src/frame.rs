@@ -51,6 +51,11 @@ impl Decoder {
         self.buffer.extend_from_slice(bytes);
     }
 
+    /// Whether bytes are left that are no whole message yet, or one that was not taken.
+    pub fn is_partial(&self) -> bool {
+        self.taken < self.buffer.len()
+    }
+
     /// The next whole message, if it has arrived.
     ///
     /// # Errors

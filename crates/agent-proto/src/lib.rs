@@ -1,4 +1,4 @@
-//! What hosts and guest agents say to each other.
+//! The protocol between hosts and guest agents.
 //!
 //! A connection (vsock, port [`PORT`]) carries one operation. The agent speaks first
 //! ([`messages::Hello`]); the host sends one [`messages::Request`], and what follows depends on it.
@@ -6,14 +6,22 @@
 //! fields and operations are added and never changed, an agent answers what it does not know with
 //! an error, and both sides skip fields that they do not know.
 //!
+//! A guest is a stranger to its host. What it sends has a bound ([`deadline`]), and its text is
+//! made printable where it comes in ([`incoming`]).
+//!
 //! - [`messages`]: the messages, as protobuf.
-//! - [`frame`]: how they are cut out of a byte stream, without I/O.
+//! - [`frame`], [`incoming`], [`exec`]: the codec, without I/O.
 //! - [`client`]: the host's side with blocking I/O.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod client;
+pub mod deadline;
+pub mod error;
+pub mod exec;
 pub mod frame;
+pub mod incoming;
 pub mod messages;
+pub mod text;
 
 /// The vsock port that the agent listens on.
 pub const PORT: u32 = 1024;

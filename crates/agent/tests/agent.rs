@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use agent_proto::client::{ClientError, Connection, Event};
+use agent_proto::client::{ByteLimit, ClientError, Collected, Connection, Deadline, Event};
 use agent_proto::messages::{Acknowledge, ErrorCode, Exec, Put, Stream, TerminalSize};
 
 struct Agent {
@@ -41,7 +41,7 @@ impl Agent {
     }
 
     fn connect(&self) -> Connection {
-        Connection::greet(self.raw()).unwrap()
+        Connection::greet(self.raw(), soon()).unwrap()
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -77,21 +77,24 @@ fn shell(script: &str) -> Exec {
 }
 
 /// Ourselves: only root can be somebody else.
+/// The most that a test reads from a guest.
+const MOST: ByteLimit = ByteLimit::new(64 << 20);
+
+fn soon() -> Deadline {
+    Deadline::after(Duration::from_secs(120))
+}
+
 fn user() -> String {
     rustix::process::getuid().as_raw().to_string()
 }
 
 fn run(agent: &Agent, script: &str) -> (Option<i32>, String, String) {
-    let (exited, stdout, stderr) = agent
-        .connect()
-        .exec(shell(script))
-        .unwrap()
-        .collect()
-        .unwrap();
+    let running = agent.connect().exec(shell(script)).unwrap();
+    let collected = running.collect(MOST).unwrap();
     (
-        exited.code,
-        String::from_utf8(stdout).unwrap(),
-        String::from_utf8(stderr).unwrap(),
+        collected.exited.code,
+        String::from_utf8(collected.stdout).unwrap(),
+        String::from_utf8(collected.stderr).unwrap(),
     )
 }
 
@@ -179,8 +182,9 @@ fn input_that_is_never_read_does_not_keep_the_end_from_being_told() {
         // Ends with an error or not, but ends.
         let _ = input.write(&vec![0; 2 << 20]);
     });
-    let (exited, stdout, _) = running.collect().unwrap();
-    assert_eq!((exited.code, stdout.len()), (Some(4), 1_000_000));
+    let collected = running.collect(MOST).unwrap();
+    let code = collected.exited.code;
+    assert_eq!((code, collected.stdout.len()), (Some(4), 1_000_000));
     writer.join().unwrap();
 }
 
@@ -196,7 +200,8 @@ fn fifty_commands_run_side_by_side() {
         })
         .collect();
     for (i, running) in running.into_iter().enumerate() {
-        assert_eq!(running.collect().unwrap().1, format!("{i}\n").into_bytes());
+        let stdout = running.collect(MOST).unwrap().stdout;
+        assert_eq!(stdout, format!("{i}\n").into_bytes());
     }
 }
 
@@ -229,7 +234,7 @@ fn signals_reach_the_command_and_its_children() {
         .unwrap();
     assert!(matches!(running.next_event().unwrap(), Event::Output(..)));
     running.input().signal(libc::SIGKILL).unwrap();
-    let (exited, ..) = running.collect().unwrap();
+    let exited = running.collect(MOST).unwrap().exited;
     assert_eq!((exited.code, exited.signal), (None, Some(libc::SIGKILL)));
 }
 
@@ -243,7 +248,8 @@ fn a_command_over_its_time_ends_with_all_its_children() {
         timeout_ms: 200,
         ..shell(&script)
     };
-    let (exited, ..) = agent.connect().exec(exec).unwrap().collect().unwrap();
+    let running = agent.connect().exec(exec).unwrap();
+    let exited = running.collect(MOST).unwrap().exited;
     assert!(exited.timed_out);
     assert!(start.elapsed() < Duration::from_secs(4));
     thread::sleep(Duration::from_millis(4300));
@@ -273,8 +279,7 @@ fn a_terminal_has_the_size_that_it_is_given() {
         .unwrap();
     thread::sleep(Duration::from_millis(300));
     input.write(b"\n").unwrap();
-    let (_, stdout, _) = running.collect().unwrap();
-    let text = String::from_utf8(stdout).unwrap();
+    let text = String::from_utf8(running.collect(MOST).unwrap().stdout).unwrap();
     assert!(text.contains("50 132"), "{text:?}");
     assert!(text.contains("/dev/pts/"), "{text:?}");
 }
@@ -331,12 +336,8 @@ fn a_detached_command_goes_on_alone_and_keeps_its_newest_output() {
         );
         thread::sleep(Duration::from_millis(20));
     }
-    let (exited, stdout, _) = agent
-        .connect()
-        .attach(id, Acknowledge::default())
-        .unwrap()
-        .collect()
-        .unwrap();
+    let running = agent.connect().attach(id, Acknowledge::default()).unwrap();
+    let Collected { exited, stdout, .. } = running.collect(MOST).unwrap();
     assert_eq!(exited.code, Some(0));
     assert!(stdout.ends_with(b"the end\n"));
     // It is forgotten when the agent has read that all has arrived, which nobody waits for.
@@ -480,7 +481,7 @@ fn an_agent_without_free_descriptors_keeps_its_commands_and_comes_back() {
     // Longer than the agent's pause: it tries, fails, and tries again.
     thread::sleep(Duration::from_millis(300));
     limit(None);
-    assert!(Connection::greet(starved).unwrap().info().is_ok());
+    assert!(Connection::greet(starved, soon()).unwrap().info().is_ok());
     running.input().end().unwrap();
     while !matches!(running.next_event().unwrap(), Event::Exited(_)) {}
 }
@@ -508,7 +509,7 @@ fn files_go_in_and_out_with_their_modes() {
     let mut back = Vec::new();
     let info = agent
         .connect()
-        .get(path.to_str().unwrap(), &mut back)
+        .get(path.to_str().unwrap(), &mut back, MOST)
         .unwrap();
     assert_eq!(
         (info.mode, info.size, back == content),
@@ -535,7 +536,7 @@ fn a_put_that_fails_leaves_nothing_and_says_why() {
         assert_eq!(code, expected, "{}", path.display());
     }
     assert_eq!(
-        refusal(agent.connect().get("/dev/zero", &mut Vec::new())).0,
+        refusal(agent.connect().get("/dev/zero", &mut Vec::new(), MOST)).0,
         ErrorCode::Invalid
     );
     // A connection lost in the middle.

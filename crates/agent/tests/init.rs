@@ -9,7 +9,7 @@ use std::process::{Child, Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use agent_proto::client::Connection;
+use agent_proto::client::{ByteLimit, Connection, Deadline};
 use agent_proto::messages::Exec;
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -38,7 +38,7 @@ impl Machine {
         let deadline = Instant::now() + LIMIT;
         loop {
             match UnixStream::connect(self.folder.path().join("agent")) {
-                Ok(stream) => return Connection::greet(stream).unwrap(),
+                Ok(stream) => return Connection::greet(stream, Deadline::after(LIMIT)).unwrap(),
                 Err(error) => assert!(Instant::now() < deadline, "no agent: {error}"),
             }
             thread::sleep(Duration::from_millis(20));
@@ -51,8 +51,9 @@ impl Machine {
             directory: "/".to_owned(),
             ..Exec::default()
         };
-        let (_, stdout, _) = self.connect().exec(exec).unwrap().collect().unwrap();
-        String::from_utf8(stdout).unwrap()
+        let running = self.connect().exec(exec).unwrap();
+        let collected = running.collect(ByteLimit::new(1 << 20)).unwrap();
+        String::from_utf8(collected.stdout).unwrap()
     }
 
     fn end(&mut self) -> ExitStatus {

@@ -1,9 +1,9 @@
 //! What is done in guests, whoever asks for it: how their agents are told, and what they tell.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use agent_proto::client::{Connection, Event as AgentEvent, Running};
+use agent_proto::client::{Connection, Deadline, Event as AgentEvent, Running};
 use agent_proto::messages::{Exec as AgentExec, Exited, Put, Stream};
 use army_api::exec::{CommandEvent, Ended, Exec, FilePath, OutputStream};
 use army_api::{Problem, ProblemKind};
@@ -24,12 +24,7 @@ pub(crate) fn connect(
     limit: Duration,
 ) -> Result<(Connection, InUse), Problem> {
     let (mut connection, in_use) = node.agent(vm)?;
-    // A limit beyond what the clock can tell is none.
-    if let Some(end) = Instant::now().checked_add(limit.saturating_add(GRACE)) {
-        connection
-            .give_up_at(end)
-            .map_err(|error| of_agent(&error))?;
-    }
+    connection.set_deadline(Deadline::after(limit.saturating_add(GRACE)));
     Ok((connection, in_use))
 }
 

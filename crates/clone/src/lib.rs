@@ -22,6 +22,7 @@ pub mod launch;
 mod log;
 pub mod process;
 pub mod runtime;
+mod scratch;
 pub mod snapshot;
 pub mod template;
 

@@ -1,17 +1,22 @@
 //! What the programs tell of themselves, on standard error.
 
+mod bounded;
+
 use std::io::IsTerminal;
 
+use tracing::Subscriber;
+use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
-/// Starts it: what `CLONE_LOG` asks for (`debug`, `clone_vmm=trace,warn`), else warnings.
+use bounded::BoundedLog;
+
+/// Starts the log of a command: what `CLONE_LOG` asks for (`debug`, `clone_vmm=trace,warn`), else
+/// warnings.
 pub(crate) fn start() {
-    let wanted = std::env::var("CLONE_LOG").ok();
-    // Nothing could be told yet of one that is none.
-    let filter = wanted.and_then(|wanted| wanted.parse().ok());
-    let filter = filter.unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN));
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
@@ -19,6 +24,38 @@ pub(crate) fn start() {
     // Only a second call could fail, and there is none.
     let _ = tracing_subscriber::registry()
         .with(lines)
-        .with(filter)
+        .with(wanted().unwrap_or_else(warnings))
         .try_init();
+}
+
+/// Starts the log of a VM's process, which is bounded.
+pub(crate) fn start_bounded() {
+    let wanted = wanted();
+    let log = BoundedLog::new(std::io::stderr(), wanted.is_none());
+    let _ = tracing_subscriber::registry()
+        .with(lines(log))
+        .with(wanted.unwrap_or_else(warnings))
+        .try_init();
+}
+
+/// Events as lines, for a writer that takes a whole one at a time.
+fn lines<S, W>(writer: W) -> impl Layer<S>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    tracing_subscriber::fmt::layer()
+        .with_writer(writer)
+        .with_ansi(false)
+        .without_time()
+}
+
+/// What `CLONE_LOG` asks for; nothing where it asks for what there is not, which cannot be told
+/// yet.
+fn wanted() -> Option<Targets> {
+    std::env::var("CLONE_LOG").ok()?.parse().ok()
+}
+
+fn warnings() -> Targets {
+    Targets::new().with_default(LevelFilter::WARN)
 }

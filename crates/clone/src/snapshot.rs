@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use agent_proto::client::Connection;
+use agent_proto::client::{Connection, Deadline};
 use clone_api::config::{DiskConfig, Overlay};
 use clone_api::control::{SnapshotKind, SnapshotRequest, SnapshotTaken, VmState};
 use clone_api::{ApiError, Client, ClientError, ErrorCode, VmConfig};
@@ -18,16 +18,18 @@ use crate::error::{Result, failed};
 use crate::jail;
 use crate::process::start::ForkDisk;
 use crate::runtime::{LIVE_LOCK, Parent, RunningVm, Runtime};
+use crate::scratch;
 use crate::template::{NewTemplate, Parts, Template};
 
 /// How long writing a snapshot may take.
 const LIMIT: Duration = Duration::from_secs(600);
 /// How long an agent may take to say which it is.
 const AGENT_LIMIT: Duration = Duration::from_secs(5);
+/// The place of the first disk's new layer among the files of a snapshot. Its frozen layer's file
+/// and those of other disks follow.
+const FIRST_LAYER: usize = 2;
 /// Room for the disks' layers of a snapshot beside its memory, in bytes.
 const ROOM_FOR_DISKS: i64 = 1 << 30;
-/// Where layers for new writes are kept that end with their VM.
-const SCRATCH_DIR: &str = "/var/tmp";
 
 /// Takes a snapshot of `vm` and makes it the template at `target`; the VM goes on. With `diff` it
 /// holds only what changed since the template that the VM was forked from, or since its last
@@ -187,7 +189,8 @@ pub fn take_live(runtime: &Runtime, vm: &RunningVm) -> Result<(LiveLayers, Snaps
 
 /// The version of the agent in a guest, where it answers.
 pub fn agent_version(vm: &RunningVm) -> Option<String> {
-    let connection = Connection::open(&vm.dir.vsock_socket(), AGENT_LIMIT).ok()?;
+    let deadline = Deadline::after(AGENT_LIMIT);
+    let connection = Connection::open(&vm.dir.vsock_socket(), deadline).ok()?;
     Some(connection.hello().agent_version.clone())
 }
 
@@ -216,10 +219,8 @@ fn keeps_writes(disk: &DiskConfig) -> bool {
 }
 
 fn scratch() -> Result<File> {
-    let dir = Path::new(SCRATCH_DIR);
-    clone_disk::ephemeral(Some(dir))
-        .or_else(|_| clone_disk::ephemeral(None))
-        .map_err(|error| ApiError::internal(&error))
+    let dir = scratch::dir();
+    clone_disk::ephemeral(dir.as_deref()).map_err(|error| ApiError::internal(&error))
 }
 
 /// Asks the VM for a snapshot into `files`. They may be in memory, and what the VM writes there
@@ -234,7 +235,10 @@ fn ask(vm: &RunningVm, request: &SnapshotRequest, files: &[File]) -> Result<Snap
     let taken = client.snapshot(request, &descriptors);
     // What was written stays in the account; the rest of the room is taken back.
     let written: u64 = files.iter().map(allocated).sum();
-    allow(written as i64 - room)?;
+    // New layers take what the guest writes from now on, beside the frozen ones.
+    let layers = files.iter().skip(FIRST_LAYER).step_by(2);
+    let later: u64 = layers.map(clone_disk::memory_room).sum();
+    allow((written + later) as i64 - room)?;
     taken.map_err(|error| match error {
         ClientError::Refused(refusal) => refusal,
         other => ApiError::internal(&other),

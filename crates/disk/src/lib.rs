@@ -39,6 +39,7 @@ mod open;
 mod qcow2;
 mod remedy;
 mod request;
+mod room;
 mod sparse;
 mod spec;
 
@@ -54,6 +55,7 @@ pub use layer::{LayerHeader, LayerId, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
 pub use qcow2::Qcow2Header;
 pub use remedy::Remedy;
 pub use request::{Completion, Request};
+pub use room::{MEMORY_ROOM, is_in_memory, memory_room};
 pub use sparse::copy_file;
 pub use spec::{DiskFiles, DiskSpec, Format, ImageSpec, WriteFile, Writes, ephemeral};
 

@@ -10,6 +10,7 @@ use crate::error::{DiskError, io_error};
 use crate::layer::{self, LayerHeader};
 use crate::qcow2::{Backing, Qcow2Image};
 use crate::remedy::Remedy;
+use crate::room;
 use crate::spec::{DiskFiles, Format, WriteFile};
 
 /// What guests address.
@@ -53,12 +54,13 @@ impl Disk {
             (Some((target, size)), true) => (Some(target), size),
             (None, true) => (None, 0),
         };
-        let (stack, files) = open_stack(target.is_some(), size, layers, writes)?;
+        let (mut stack, files) = open_stack(target.is_some(), size, layers, writes)?;
         let size = stack.top().virtual_size.next_multiple_of(SECTOR);
-        let files: Vec<Target> = files
-            .into_iter()
-            .map(|f| Target::File(Arc::new(f)))
-            .collect();
+        let files: Vec<Arc<File>> = files.into_iter().map(Arc::new).collect();
+        if let Some(top) = files.last().filter(|_| stack.writable) {
+            stack.room = room::of_layer(top, stack.durable)?;
+        }
+        let files: Vec<Target> = files.into_iter().map(Target::File).collect();
         // Without a base nothing is read from target 0, but the layers count from 1.
         let lowest = target.unwrap_or_else(|| files[0].clone());
         let targets = std::iter::once(lowest).chain(files).collect();

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{DiskError, io_error};
 use crate::foreign;
 use crate::qcow2::{self, Qcow2Header};
+use crate::room::memory_room;
 
 /// The format of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -131,6 +132,19 @@ pub enum WriteFile {
         /// Whether flushes must make it durable.
         durable: bool,
     },
+}
+
+impl DiskFiles {
+    /// The memory that the layer for writes may take, where it is kept there.
+    pub fn memory_room(&self) -> u64 {
+        match &self.writes {
+            WriteFile::Layer {
+                file,
+                durable: false,
+            } => memory_room(file),
+            _ => 0,
+        }
+    }
 }
 
 impl DiskSpec {

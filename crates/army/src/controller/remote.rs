@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use agent_proto::client::Connection;
+use agent_proto::client::{Connection, Deadline};
 use army_api::vms::Balloon;
 use army_api::{Problem, ProblemKind};
 use futures_util::StreamExt;
@@ -212,10 +212,8 @@ impl Host for Remote {
 
     fn agent(&self, id: &str) -> Result<(Connection, InUse)> {
         let stream = self.runtime.block_on(self.open_agent(id))?;
-        stream
-            .set_read_timeout(Some(GREETING_LIMIT))
-            .map_err(|error| self.unavailable(&error.to_string()))?;
-        let connection = Connection::greet(stream).map_err(|error| of_agent(&error))?;
+        let deadline = Deadline::after(GREETING_LIMIT);
+        let connection = Connection::greet(stream, deadline).map_err(|error| of_agent(&error))?;
         // The node counts it as used while the connection lives.
         Ok((connection, InUse::elsewhere()))
     }

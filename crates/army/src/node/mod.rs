@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use agent_proto::client::{ClientError, Connection};
+use agent_proto::client::{ClientError, Connection, Deadline};
 use army_api::vms::Balloon;
 use army_api::{Problem, ProblemKind};
 use clone::launch::fork::{self, Overrides, Source};
@@ -280,7 +280,7 @@ impl Node {
     }
 
     /// A connection to a VM's agent. While it lives, the VM counts as used; one that was paused
-    /// for idleness goes on.
+    /// for idleness goes on. The connection's deadline is for one short exchange.
     pub fn agent(&self, id: &str) -> Result<(Connection, InUse)> {
         let in_use = self.use_vm(id)?;
         let vm = self.find(id)?;
@@ -288,8 +288,11 @@ impl Node {
         let end = Instant::now() + AGENT_LIMIT;
         let mut limit = FIRST_LIMIT;
         loop {
-            match Connection::open(&vm.dir.vsock_socket(), limit) {
-                Ok(connection) => return Ok((connection, in_use)),
+            match Connection::open(&vm.dir.vsock_socket(), Deadline::after(limit)) {
+                Ok(mut connection) => {
+                    connection.set_deadline(Deadline::after(AGENT_LIMIT));
+                    return Ok((connection, in_use));
+                }
                 // After a fork the guest first hears that its former connections are gone.
                 Err(ClientError::NoAgent | ClientError::Lost(_)) if Instant::now() < end => {
                     if vm.process.wait(Some(AGENT_PAUSE)).map_err(told)? {

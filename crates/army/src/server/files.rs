@@ -1,7 +1,9 @@
 //! Files in guests, streamed both ways.
 
 use std::io;
+use std::time::Duration;
 
+use agent_proto::client::{ByteLimit, Deadline};
 use army_api::ProblemKind;
 use army_api::exec::FilePath;
 use army_api::keys::Role;
@@ -16,6 +18,11 @@ use crate::node::of_agent;
 use crate::pipe::{self, Sink, Source};
 use crate::{blocking, guest};
 
+/// How long a guest may take to begin with a file, and to end it; its bytes add to that.
+const LIMIT: Duration = Duration::from_secs(60);
+/// The largest file that is read; it is never held here.
+const MAX_FILE: ByteLimit = ByteLimit::new(1 << 40);
+
 /// Reads a file of a guest.
 #[utoipa::path(get, path = "/v1/vms/{vm}/files", params(("vm" = String, Path), FilePath),
     responses((status = 200, content_type = "application/octet-stream")))]
@@ -29,11 +36,12 @@ pub(super) async fn read(
     let file = guest::put(file)?;
     let vm = caller.vm(&app, &vm).await?;
     let node = app.controller.node_of(&vm)?;
-    let (connection, in_use) = blocking(move || node.agent(&vm.id)).await?;
+    let (mut connection, in_use) = blocking(move || node.agent(&vm.id)).await?;
+    connection.set_deadline(Deadline::after(LIMIT));
     let (sender, pieces) = pipe::pipe();
     tokio::task::spawn_blocking(move || {
         let mut sink = Sink(sender.clone());
-        if let Err(error) = connection.get(&file.path, &mut sink) {
+        if let Err(error) = connection.get(&file.path, &mut sink, MAX_FILE) {
             let _ = sender.blocking_send(Err(io::Error::other(of_agent(&error))));
         }
         drop(in_use);
@@ -58,7 +66,8 @@ pub(super) async fn write(
     let node = app.controller.node_of(&vm)?;
     let pieces = pipe::pieces_of(request.into_body().into_data_stream());
     blocking(move || {
-        let (connection, _in_use) = node.agent(&vm.id)?;
+        let (mut connection, _in_use) = node.agent(&vm.id)?;
+        connection.set_deadline(Deadline::after(LIMIT));
         let mut source = Source::new(pieces);
         connection
             .put(file, &mut source)

@@ -3,6 +3,8 @@
 //! Binary messages are the terminal's bytes, both ways; text messages are [`TerminalMessage`]s. The
 //! agent's connection blocks, so each terminal has a thread that reads it and one that writes it.
 
+use std::time::Duration;
+
 use agent_proto::client::{Connection, Event, Input, Running};
 use agent_proto::messages::{Exec, TerminalSize};
 use army_api::Problem;
@@ -12,6 +14,7 @@ use axum::extract::State;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
 use axum::response::Response;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 
 use super::auth::Caller;
 use super::extract::{Params, Path, Upgrade};
@@ -23,6 +26,8 @@ use crate::node::{InUse, of_agent};
 const SUBPROTOCOL: &str = "army.terminal";
 /// Messages that may wait for a slow client, then the guest waits.
 const AHEAD: usize = 64;
+/// How long a guest may leave the input that its client has sent.
+const INPUT_LIMIT: Duration = Duration::from_secs(120);
 /// The largest message of a client.
 const MAX_MESSAGE: usize = 256 * 1024;
 
@@ -82,7 +87,8 @@ fn start(
         input: true,
         ..Exec::default()
     };
-    connection.exec(exec).map_err(|error| of_agent(&error))
+    let running = connection.exec(exec).map_err(|error| of_agent(&error))?;
+    Ok(running.streaming())
 }
 
 /// From the guest to the client.
@@ -136,7 +142,9 @@ async fn serve(mut socket: WebSocket, mut running: Running, in_use: InUse) {
             message = socket.recv() => match message {
                 Some(Ok(Message::Close(_)) | Err(_)) | None => break,
                 Some(Ok(message)) => {
-                    if typed.send(message).await.is_err() {
+                    // A guest that takes no input keeps us from noticing that its client is gone.
+                    let sent = timeout(INPUT_LIMIT, typed.send(message)).await;
+                    if !matches!(sent, Ok(Ok(()))) {
                         break;
                     }
                 }

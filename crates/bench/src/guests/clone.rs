@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use agent_proto::client::Connection;
+use agent_proto::client::{Connection, Deadline};
 use anyhow::{Context as _, Result};
 use serde::Deserialize;
 
@@ -58,7 +58,7 @@ impl<'a> CloneVm<'a> {
 impl Guest for CloneVm<'_> {
     fn connect(&self) -> Result<Connection> {
         let path = self.started.vsock_socket.as_ref();
-        Ok(Connection::open(path, GREETING_LIMIT)?)
+        Ok(Connection::open(path, Deadline::after(GREETING_LIMIT))?)
     }
 
     fn pid(&self) -> u32 {

@@ -22,7 +22,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use agent_proto::client::Connection;
+use agent_proto::client::{ByteLimit, Connection};
 use agent_proto::messages::{Exec, Put};
 use anyhow::{Context as _, Result, anyhow, bail};
 
@@ -36,6 +36,8 @@ const FIRST_LINE: &str = "guest: user space";
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 /// How long an agent may take to greet once it is there.
 const GREETING_LIMIT: Duration = Duration::from_secs(60);
+/// The most output of a benchmark's command.
+const OUTPUT_LIMIT: ByteLimit = ByteLimit::new(64 << 20);
 /// How long another VMM's socket may take to be there.
 const SOCKET_LIMIT: Duration = Duration::from_secs(20);
 /// Between two looks for that; nothing tells when it is there.
@@ -145,15 +147,17 @@ pub(crate) fn exec_on(connection: Connection, words: &[&str]) -> Result<String> 
         command: words.iter().map(|&word| word.to_owned()).collect(),
         ..Exec::default()
     };
-    let (exited, stdout, stderr) = connection.exec(exec)?.collect()?;
-    if exited.code != Some(0) {
-        let complaint = String::from_utf8_lossy(&stderr);
+    let running = connection.exec(exec)?.streaming();
+    let collected = running.collect(OUTPUT_LIMIT)?;
+    if collected.exited.code != Some(0) {
+        let complaint = String::from_utf8_lossy(&collected.stderr);
         bail!(
-            "`{}` in the guest: {exited:?}: {complaint}",
-            words.join(" ")
+            "`{}` in the guest: {:?}: {complaint}",
+            words.join(" "),
+            collected.exited
         );
     }
-    Ok(String::from_utf8_lossy(&stdout).into_owned())
+    Ok(String::from_utf8_lossy(&collected.stdout).into_owned())
 }
 
 /// Copies the measuring program into the guest.

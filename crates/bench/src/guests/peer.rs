@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use agent_proto::client::Connection;
+use agent_proto::client::{Connection, Deadline};
 use anyhow::{Context as _, Result};
 
 use super::{Ended, GREETING_LIMIT, Guest};
@@ -57,7 +57,10 @@ impl PeerVm {
 
 impl Guest for PeerVm {
     fn connect(&self) -> Result<Connection> {
-        Ok(Connection::open(&self.vsock, GREETING_LIMIT)?)
+        Ok(Connection::open(
+            &self.vsock,
+            Deadline::after(GREETING_LIMIT),
+        )?)
     }
 
     fn pid(&self) -> u32 {

@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use agent_proto::client::Connection;
+use agent_proto::client::{Connection, Deadline};
 use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use super::qmp::{self, Monitor};
 use super::{
-    CMDLINE, Ended, Guest, Machine, connect_when_there, time_to_first_line, vsock, wait_for_agent,
+    CMDLINE, Ended, GREETING_LIMIT, Guest, Machine, connect_when_there, time_to_first_line, vsock,
+    wait_for_agent,
 };
 use crate::context::Context;
 
@@ -46,7 +47,7 @@ impl Qemu {
 impl Guest for Qemu {
     fn connect(&self) -> Result<Connection> {
         let stream = vsock::connect(self.cid, agent_proto::PORT).context("QEMU's guest")?;
-        Ok(Connection::greet(stream)?)
+        Ok(Connection::greet(stream, Deadline::after(GREETING_LIMIT))?)
     }
 
     fn pid(&self) -> u32 {

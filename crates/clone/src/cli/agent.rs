@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use agent_proto::client::{ClientError, Connection, Event, Input, Running};
+use agent_proto::client::{ClientError, Connection, Deadline, Event, Input, Running};
 use agent_proto::messages::{ErrorCode as AgentCode, Exec, Exited, Stream, TerminalSize};
 use clone_api::{ApiError, ErrorCode};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -16,6 +16,9 @@ use crate::runtime::RunningVm;
 
 /// How long an agent may take to greet.
 const GREETING_LIMIT: Duration = Duration::from_secs(20);
+
+/// How much longer than its command's limit an agent may take to say that the command has ended.
+const TIMEOUT_GRACE: Duration = Duration::from_secs(15);
 
 /// The pause between two tries to reach an agent.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -38,14 +41,14 @@ pub(super) struct Wait {
     wait: u64,
 }
 
-/// Connects to the agent of `vm`.
+/// Connects to the agent of `vm`. The connection's deadline is for one short exchange.
 ///
 /// Nothing tells the host when a guest's program starts to listen, so a wait is tries with pauses;
 /// a VM that ends meanwhile ends it.
 pub(super) fn connect(vm: &RunningVm, wait: Wait) -> Result<Connection> {
     let end = Instant::now() + Duration::from_secs(wait.wait);
     loop {
-        let tried = Connection::open(&vm.dir.vsock_socket(), GREETING_LIMIT);
+        let tried = Connection::open(&vm.dir.vsock_socket(), Deadline::after(GREETING_LIMIT));
         let may_come = matches!(tried, Err(ClientError::NoAgent)) && Instant::now() < end;
         if !may_come {
             return tried.map_err(told(&vm.dir.name()));
@@ -58,9 +61,11 @@ pub(super) fn connect(vm: &RunningVm, wait: Wait) -> Result<Connection> {
     }
 }
 
-/// Connects to the agent of `vm`, if it greets within `limit`.
-pub(super) fn connect_within(vm: &RunningVm, limit: Duration) -> Result<Connection> {
-    Connection::open(&vm.dir.vsock_socket(), limit).map_err(told(&vm.dir.name()))
+/// Asks the agent of `vm` to switch its guest off, and has its answer within `limit`.
+pub(super) fn shut_down_within(vm: &RunningVm, limit: Duration) -> Result<()> {
+    Connection::open(&vm.dir.vsock_socket(), Deadline::after(limit))
+        .and_then(|agent| agent.shutdown(false))
+        .map_err(told(&vm.dir.name()))
 }
 
 /// An error of the agent's client, for the user of the VM called `name`.
@@ -84,6 +89,7 @@ pub(super) fn told(name: &str) -> impl Fn(ClientError) -> ApiError {
                 };
                 ApiError::new(code, message)
             }
+            ClientError::TooMuch(_) => ApiError::new(ErrorCode::TooLarge, message),
             _ => ApiError::new(ErrorCode::Internal, message),
         }
     }
@@ -113,7 +119,7 @@ pub(super) fn run(
     exec.input = streams.input;
     // Before the thread below starts, which inherits it.
     let signals = Signals::take(&taken).map_err(ClientError::Local)?;
-    let mut running = connection.exec(exec)?;
+    let mut running = timed(connection.exec(exec.clone())?, &exec);
     let stdin = io::stdin();
     let raw = if streams.terminal && stdin.is_terminal() {
         Some(RawTerminal::enter(&stdin).map_err(ClientError::Local)?)
@@ -129,6 +135,16 @@ pub(super) fn run(
         tracing::debug!(name, "the connection was lost while a command ran");
     }
     end
+}
+
+/// The command with the time that `exec` gives it: a stream where there is no limit.
+pub(super) fn timed(mut running: Running, exec: &Exec) -> Running {
+    if exec.timeout_ms == 0 {
+        return running.streaming();
+    }
+    let limit = Duration::from_millis(exec.timeout_ms);
+    running.set_deadline(Deadline::after(limit.saturating_add(TIMEOUT_GRACE)));
+    running
 }
 
 /// Prints what the command prints, until it ends.

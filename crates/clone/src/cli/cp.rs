@@ -6,7 +6,9 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
+use agent_proto::client::{ByteLimit, Connection, Deadline};
 use agent_proto::messages::Put;
 use clone_api::{ApiError, ErrorCode};
 use indicatif::ProgressBar;
@@ -16,6 +18,11 @@ use super::agent::Wait;
 use super::output::human_bytes;
 use super::{Context, agent, progress};
 use crate::error::{Result, failed};
+
+/// How long a guest may take to begin with a copy, and to end it; its bytes add to that.
+const LIMIT: Duration = Duration::from_secs(60);
+/// The most that is copied to standard output.
+const MAX_STREAM: ByteLimit = ByteLimit::new(1 << 40);
 
 /// Copy a file into a guest, or out of it.
 ///
@@ -128,8 +135,7 @@ fn put(
         }
         _ => path.to_owned(),
     };
-    let vm = context.runtime()?.find(name)?;
-    let connection = agent::connect(&vm, wait)?;
+    let connection = connect(context, name, wait)?;
     let bar = progress::bytes(context, size);
     let mut source = Counted::new(&mut source, bar);
     let put = Put { path, mode, user };
@@ -138,21 +144,23 @@ fn put(
 }
 
 fn get(context: &Context, (name, path): (&str, &str), to: &Side<'_>, wait: Wait) -> Result<u64> {
-    let vm = context.runtime()?.find(name)?;
-    let connection = agent::connect(&vm, wait)?;
+    let connection = connect(context, name, wait)?;
     let bar = progress::bytes(context, None);
     let Side::Here(target) = to else {
         let mut stdout = io::stdout().lock();
         let mut sink = Counted::new(&mut stdout, bar);
-        let got = connection.get(path, &mut sink).map_err(agent::told(name));
+        let got = connection.get(path, &mut sink, MAX_STREAM);
+        let got = got.map_err(agent::told(name));
         return sink.finish(got.map(drop));
     };
     let target = landing(path, target);
     // Renamed when it is whole, so that nothing else ever bears the name.
     let part = part_of(&target);
     let mut file = File::create(&part).map_err(failed("make", &part))?;
+    let room = room_for(&file).map_err(failed("look at the file system of", &part))?;
     let mut sink = Counted::new(&mut file, bar);
-    let got = connection.get(path, &mut sink).map_err(agent::told(name));
+    let got = connection.get(path, &mut sink, room);
+    let got = got.map_err(agent::told(name));
     let mode = got.as_ref().map_or(0o600, |about| about.mode & 0o777);
     let done = sink.finish(got.map(drop)).and_then(|bytes| {
         fs::set_permissions(&part, fs::Permissions::from_mode(mode))
@@ -165,6 +173,20 @@ fn get(context: &Context, (name, path): (&str, &str), to: &Side<'_>, wait: Wait)
         let _ = fs::remove_file(&part);
     }
     done
+}
+
+fn connect(context: &Context, name: &str, wait: Wait) -> Result<Connection> {
+    let vm = context.runtime()?.find(name)?;
+    let mut connection = agent::connect(&vm, wait)?;
+    connection.set_deadline(Deadline::after(LIMIT));
+    Ok(connection)
+}
+
+/// What a guest may write into `file`: its file system is not for a guest to fill.
+fn room_for(file: &File) -> io::Result<ByteLimit> {
+    let about = rustix::fs::fstatvfs(file)?;
+    let free = about.f_bavail.saturating_mul(about.f_frsize);
+    Ok(ByteLimit::new(free - free / 16))
 }
 
 /// Where a guest's file goes: into a directory under its own name, else to that very path.

@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use agent_proto::client::ClientError;
+use agent_proto::client::{ByteLimit, ClientError};
 use agent_proto::messages::{ErrorCode as AgentCode, Exec, Exited};
 use clone_api::ApiError;
 use serde::Serialize;
@@ -20,6 +20,8 @@ const CANNOT_RUN: u8 = 126;
 const NO_COMMAND: u8 = 127;
 /// The command ran longer than it may.
 const TIMED_OUT: u8 = 124;
+/// The most output that is gathered for JSON; as a stream it has no limit.
+const MAX_OUTPUT: ByteLimit = ByteLimit::new(64 << 20);
 
 /// Run a command in a guest, and end with its exit code.
 ///
@@ -166,15 +168,16 @@ fn ended(context: &Context, name: &str, wait: Wait, exec: Exec, streams: Streams
     };
     let exited = if context.output.is_json() {
         connection
-            .exec(exec)
-            .and_then(|running| running.collect())
-            .map(|(exited, stdout, stderr)| {
+            .exec(exec.clone())
+            .and_then(|running| agent::timed(running, &exec).collect(MAX_OUTPUT))
+            .map(|collected| {
+                let exited = collected.exited;
                 let outcome = Outcome {
                     exit_code: code_of(&exited),
                     signal: exited.signal,
                     timed_out: exited.timed_out,
-                    stdout: String::from_utf8_lossy(&stdout).into_owned(),
-                    stderr: String::from_utf8_lossy(&stderr).into_owned(),
+                    stdout: String::from_utf8_lossy(&collected.stdout).into_owned(),
+                    stderr: String::from_utf8_lossy(&collected.stderr).into_owned(),
                 };
                 context.output.print(&outcome, |_| String::new());
                 exited

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
+use agent_proto::text::printable;
 use clone_api::{ApiError, ErrorCode};
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -32,7 +33,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
     let printed = if args.vmm {
         let path = vm.dir.vmm_log();
         let text = std::fs::read(&path).map_err(failed("read", &path))?;
-        print(&text)
+        print_lines(&String::from_utf8_lossy(&text))
     } else if vm.dir.config()?.console.log_limit.0 == 0 {
         return Err(ApiError::new(
             ErrorCode::Unavailable,
@@ -56,6 +57,12 @@ fn print(bytes: &[u8]) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     stdout.write_all(bytes)?;
     stdout.flush()
+}
+
+/// Prints a log of our own, into which a process may have written that is its guest's by now.
+fn print_lines(text: &str) -> io::Result<()> {
+    let lines = text.lines().map(|line| printable(line) + "\n");
+    print(lines.collect::<String>().as_bytes())
 }
 
 fn print_log(dir: &VmDir) -> io::Result<()> {

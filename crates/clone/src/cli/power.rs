@@ -43,7 +43,7 @@ pub(super) struct StopArgs {
     /// Seconds to wait for the guest.
     #[arg(long, short, default_value_t = 30, value_name = "SECONDS")]
     timeout: u64,
-    /// Kill a VM whose guest has not shut down in time.
+    /// Kill a VM whose guest has not shut down in time, or cannot be asked to.
     #[arg(long, short)]
     force: bool,
 }
@@ -117,7 +117,13 @@ pub(super) fn stop(context: &Context, args: &StopArgs) -> Result<ExitCode> {
     let limit = Duration::from_secs(args.timeout);
     each(context, &args.names, |runtime, name| {
         let vm = runtime.find(name)?;
-        ask_guest(&vm)?;
+        if let Err(error) = ask_guest(&vm) {
+            // A VM whose process or guest cannot be asked is ended by force as well.
+            return match args.force {
+                true => end(runtime, &vm),
+                false => Err(error),
+            };
+        }
         if vm.process.wait(Some(limit))? {
             return runtime.sweep_one(&vm.dir).map(drop);
         }
@@ -144,9 +150,7 @@ fn ask_guest(vm: &RunningVm) -> Result<()> {
     let running = client.info().map_err(told(&name))?.state == VmState::Running;
     // A paused guest answers nobody; the power button tells so at once.
     if running && vm.dir.config()?.vsock.enabled {
-        let asked = agent::connect_within(vm, AGENT_LIMIT)
-            .and_then(|agent| agent.shutdown(false).map_err(agent::told(&name)));
-        match asked {
+        match agent::shut_down_within(vm, AGENT_LIMIT) {
             Ok(()) => return Ok(()),
             Err(error) => tracing::debug!(message = error.message, "no agent to ask"),
         }

@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
+use agent_proto::text::printable;
 use clone_api::{ApiError, ErrorCode};
 use serde::Serialize;
 
@@ -120,7 +121,7 @@ fn told_end(context: &Context, name: &str, code: Option<i32>, log: &str) -> Resu
 fn ended(mut message: String, log: &str) -> ApiError {
     if let Some(last) = log.lines().last() {
         message.push_str(": ");
-        message.push_str(last);
+        message.push_str(&printable(last));
     }
     ApiError::new(ErrorCode::Internal, message)
 }

@@ -6,17 +6,25 @@
 use std::io;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use agent_proto::client::{ClientError, Connection};
+use agent_proto::client::{ClientError, Connection, Deadline};
 use agent_proto::messages::{Identity, Interface};
 use clone_api::{ApiError, ErrorCode};
 
 use crate::error::Result;
 use crate::runtime::{GuestInterface, RunningVm};
 
-/// How long a clone's agent may take to answer. It was up when the template was made.
-const LIMIT: Duration = Duration::from_secs(30);
-/// How long it may then take to become the clone.
-const WORK_LIMIT: Duration = Duration::from_secs(120);
+/// How long a clone's agent may take.
+struct Limits {
+    /// To greet. It was up when the template was made.
+    greeting: Duration,
+    /// To become the clone then.
+    work: Duration,
+}
+
+const LIMITS: Limits = Limits {
+    greeting: Duration::from_secs(30),
+    work: Duration::from_secs(120),
+};
 /// The pause before it is tried again.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -25,6 +33,10 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// # Errors
 /// [`ErrorCode::Unavailable`] where its agent does not answer.
 pub fn give(vm: &RunningVm, name: &str) -> Result<()> {
+    give_within(&LIMITS, vm, name)
+}
+
+fn give_within(limits: &Limits, vm: &RunningVm, name: &str) -> Result<()> {
     let interfaces = vm.dir.guest_network()?;
     let failed = |error: ClientError| {
         ApiError::new(
@@ -33,11 +45,13 @@ pub fn give(vm: &RunningVm, name: &str) -> Result<()> {
         )
         .advise("make the template of a guest whose agent runs, or fork with --no-identity")
     };
-    let end = Instant::now() + LIMIT;
+    let end = Instant::now() + limits.greeting;
     loop {
         let identity = identity(name, &interfaces).map_err(|error| ApiError::internal(&error))?;
-        let given = Connection::open(&vm.dir.vsock_socket(), LIMIT).and_then(|mut connection| {
-            connection.give_up_at(Instant::now() + WORK_LIMIT)?;
+        let greeting = Deadline::after(limits.greeting);
+        let opened = Connection::open(&vm.dir.vsock_socket(), greeting);
+        let given = opened.and_then(|mut connection| {
+            connection.set_deadline(Deadline::after(limits.work));
             connection.set_identity(identity)
         });
         match given {
@@ -103,6 +117,9 @@ fn random<const N: usize>() -> io::Result<[u8; N]> {
 mod tests {
     use clone_api::MacAddr;
 
+    use std::io::Write;
+
+    use super::super::testing::{Act, FakeVm};
     use super::*;
     use crate::host_net::GuestAddress;
 
@@ -129,5 +146,26 @@ mod tests {
         assert_eq!(a.interfaces[0].address, "10.0.0.7/16");
         assert_eq!(a.interfaces[1].address, "");
         assert_eq!(a.dns, ["10.0.0.1"]);
+    }
+
+    #[test]
+    fn an_agent_that_drips_or_floods_ends_the_fork_and_nothing_else() {
+        let drip: Act = |stream| {
+            std::thread::sleep(Duration::from_millis(20));
+            stream.write_all(&[0])
+        };
+        // It ends the message, which is none.
+        let flood: Act = |stream| stream.write_all(&[0; 64 << 10]);
+        for act in [drip, flood] {
+            let vm = FakeVm::new(vec![0, 0, 8, 0], act);
+            let begun = Instant::now();
+            let limits = Limits {
+                greeting: Duration::from_secs(10),
+                work: Duration::from_millis(200),
+            };
+            let failed = give_within(&limits, &vm.running(), "b").unwrap_err();
+            assert_eq!(failed.code, ErrorCode::Unavailable);
+            assert!(begun.elapsed() < Duration::from_secs(8));
+        }
     }
 }

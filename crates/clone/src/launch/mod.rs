@@ -9,6 +9,8 @@ mod network;
 mod preflight;
 pub mod program;
 pub mod standby;
+#[cfg(test)]
+mod testing;
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -19,6 +21,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Stdio};
 
+use agent_proto::text::printable;
+use clone_api::config::{DiskConfig, Overlay};
 use clone_api::jail::JailStatus;
 use clone_api::{ApiError, ErrorCode, VmConfig};
 
@@ -27,6 +31,7 @@ use crate::process::open::open_kvm;
 use crate::process::start::{self, Origin, Start};
 use crate::process::{self, disks, report};
 use crate::runtime::{Parent, Process, Runtime, StartingVm, VmDir};
+use crate::scratch;
 use network::Attached;
 
 /// How many lines of a dead process's log are shown.
@@ -102,6 +107,9 @@ fn start(
         guest,
         mut notices,
     } = network::attach(&starting.dir, &mut config)?;
+    if matches!(origin, Origin::Boot { .. }) {
+        notices.extend(layers_in_memory(&config));
+    }
     starting.write_config(&config)?;
     starting.write_guest_network(&guest)?;
     let document = Start {
@@ -131,6 +139,20 @@ fn start(
         child,
         notices,
     })
+}
+
+/// What the VM's owner must know where writes to ephemeral disks have nowhere to go but memory.
+fn layers_in_memory(config: &VmConfig) -> Option<String> {
+    let ends_with_vm = |disk: &DiskConfig| !disk.read_only && disk.overlay == Overlay::Ephemeral;
+    if !config.disks.iter().any(ends_with_vm) || scratch::dir().is_some() {
+        return None;
+    }
+    Some(format!(
+        "writes to ephemeral disks are kept in memory, and end at {} MiB of each disk: \
+         this host has no directory on a disk for them (name one with {})",
+        clone_disk::MEMORY_ROOM >> 20,
+        scratch::VARIABLE
+    ))
 }
 
 /// How complete the jail is that VMs get on this host: a process builds one around itself.
@@ -220,6 +242,6 @@ fn last_words(dir: &VmDir) -> String {
     lines
         .iter()
         .rev()
-        .map(|line| format!("\n  {line}"))
+        .map(|line| format!("\n  {}", printable(line)))
         .collect()
 }

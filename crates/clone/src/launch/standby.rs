@@ -1,8 +1,8 @@
 //! Keeping standbys of a template ready.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use agent_proto::client::{Connection, Running};
+use agent_proto::client::{ByteLimit, Connection, Deadline};
 use agent_proto::messages::Exec;
 use clone_api::control::TouchedPages;
 use clone_api::{ApiError, Client};
@@ -16,6 +16,8 @@ use crate::template::Template;
 
 /// How long a clone may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// The most output of the command that it answers, which prints nothing.
+const ANSWER_BYTES: ByteLimit = ByteLimit::new(64 << 10);
 
 /// What a server of standbys tells as it goes.
 #[derive(Debug, Clone, Copy)]
@@ -51,16 +53,16 @@ pub fn train(runtime: &Runtime, template: &Template) -> Result<()> {
 
 /// What a clone has touched when it has answered once.
 fn first_moments(vm: &RunningVm) -> Result<TouchedPages> {
-    let answered = Connection::open(&vm.dir.vsock_socket(), ANSWER_LIMIT)
-        .and_then(|mut connection| {
-            connection.give_up_at(Instant::now() + ANSWER_LIMIT)?;
+    let deadline = Deadline::after(ANSWER_LIMIT);
+    Connection::open(&vm.dir.vsock_socket(), deadline)
+        .and_then(|connection| {
             connection.exec(Exec {
                 command: vec!["true".to_owned()],
                 ..Exec::default()
             })
         })
-        .and_then(Running::collect);
-    answered.map_err(|error| ApiError::internal(&error))?;
+        .and_then(|running| running.collect(ANSWER_BYTES))
+        .map_err(|error| ApiError::internal(&error))?;
     let touched = Client::new(vm.dir.control_socket()).touched_pages();
     touched.map_err(|error| ApiError::internal(&error))
 }
@@ -151,5 +153,40 @@ fn reap(process: Process) {
     if let Some(pid) = rustix::process::Pid::from_raw(process.pid as i32) {
         // Not a child of ours, or not ended: nothing to take.
         let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::NOHANG);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::time::Instant;
+
+    use agent_proto::frame::encode;
+    use agent_proto::messages::{FromAgent, Output, Started, from_agent};
+
+    use super::super::testing::FakeVm;
+    use super::*;
+
+    fn encoded(kind: from_agent::Kind) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        encode(&FromAgent { kind: Some(kind) }, &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn an_agent_that_floods_ends_the_training_and_nothing_else() {
+        let started = encoded(from_agent::Kind::Started(Started { id: 1, pid: 1 }));
+        let vm = FakeVm::new(started, |stream| {
+            let data = vec![0; 32 << 10];
+            let output = from_agent::Kind::Output(Output {
+                data,
+                ..Output::default()
+            });
+            stream.write_all(&encoded(output))
+        });
+        let begun = Instant::now();
+        let failed = first_moments(&vm.running()).unwrap_err();
+        assert!(failed.message.contains("65536 bytes"), "{}", failed.message);
+        assert!(begun.elapsed() < ANSWER_LIMIT);
     }
 }

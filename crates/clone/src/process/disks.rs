@@ -12,9 +12,7 @@ use clone_vmm::devices::block::{Block, BlockConfig, BlockState};
 use super::devices;
 use super::start::ForkDisk;
 use crate::error::Result;
-
-/// Where layers that end with their VM are kept: on a disk, since they may grow beyond memory.
-const EPHEMERAL_DIR: &str = "/var/tmp";
+use crate::scratch;
 
 /// Fills in the formats that the description leaves to the images' names and contents.
 pub fn find_formats(disk: &mut DiskConfig) -> Result<()> {
@@ -103,7 +101,7 @@ fn spec_of(disk: &DiskConfig, shared: Option<&ForkDisk>) -> Result<DiskSpec> {
         Overlay::None if disk.read_only => Writes::Refused,
         Overlay::None => Writes::Base,
         Overlay::Kept(layer) => Writes::Layer(layer.clone()),
-        Overlay::Ephemeral => ephemeral(),
+        Overlay::Ephemeral => Writes::Ephemeral(scratch::dir()),
     };
     let Some(shared) = shared else {
         return Ok(DiskSpec {
@@ -124,18 +122,6 @@ fn spec_of(disk: &DiskConfig, shared: Option<&ForkDisk>) -> Result<DiskSpec> {
         layers: shared.layers.clone(),
         writes,
     })
-}
-
-/// A nameless file where the host has room for one, else memory.
-fn ephemeral() -> Writes {
-    let dir = Path::new(EPHEMERAL_DIR);
-    match clone_disk::ephemeral(Some(dir)) {
-        Ok(_) => Writes::Ephemeral(Some(dir.to_owned())),
-        Err(error) => {
-            tracing::warn!(%error, "an ephemeral layer is kept in memory");
-            Writes::Ephemeral(None)
-        }
-    }
 }
 
 /// The device of a disk, new or as it was `saved`, and the disk behind it.

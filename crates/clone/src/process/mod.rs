@@ -89,7 +89,7 @@ pub fn main() -> Option<ExitCode> {
     };
     let (build, dir) = (words.next()?, words.next()?);
     let closed = descriptors::close_inherited();
-    log::start();
+    log::start_bounded();
     if let Err(error) = closed {
         return Some(fail(ApiError::internal(&error)));
     }
@@ -176,9 +176,12 @@ fn start_vm(
     let required = start.required_jail.clone();
     let (config, resources) = open::open(dir, start, taps)?;
     timeline.reach(StartStage::Opened);
+    let disks = resources.devices.disks.iter();
+    let memory_for_layers: u64 = disks.map(clone_disk::DiskFiles::memory_room).sum();
     let jail = jail::enter(&JailSpec {
         runtime_dir: dir.path().to_owned(),
-        guest_memory_bytes: config.memory.0,
+        // What layers keep in memory counts there as well.
+        guest_memory_bytes: config.memory.0 + memory_for_layers,
         vcpus: config.vcpus,
     })
     .map_err(|error| ApiError::internal(&error))?;

@@ -48,6 +48,14 @@ impl Disk {
             Request::Discard { .. } => change.zero = stack.whole_blocks(&bytes),
             Request::Read { .. } | Request::Flush => return,
         }
+        let grown = change
+            .writes
+            .iter()
+            .try_for_each(|piece| stack.take_room(&piece.bytes));
+        if let Err(error) = grown {
+            self.complete(tag, Err(error));
+            return;
+        }
         if !change.zero.is_empty() || !stack.top_holds(blocks.clone()) {
             stack.lock(blocks.clone());
             change.locked = Some(blocks);

@@ -11,6 +11,7 @@ use crate::block_map::BlockMap;
 use crate::engine::{Op, OpKind, Target};
 use crate::error::{DiskError, io_error};
 use crate::layer::{self, LayerHeader};
+use crate::room;
 
 impl Disk {
     /// The layers over the base image, lowest first; none for a plain image.
@@ -90,10 +91,12 @@ impl Disk {
         header.block_size = parent.map_or(header.block_size, |parent| parent.block_size);
         Stack::check_next(self.layers(), self.size, &header)?;
         layer::create(&new_top, &header)?;
+        let new_top = Arc::new(new_top);
+        let room = room::of_layer(&new_top, durable)?;
         self.share_top();
 
         let mut targets = self.engine.targets().to_vec();
-        targets.push(Target::File(Arc::new(new_top)));
+        targets.push(Target::File(new_top));
         self.engine.set_targets(targets);
         let stack = self
             .stack
@@ -102,6 +105,7 @@ impl Disk {
         stack.layers.push(header);
         stack.writable = true;
         stack.durable = durable;
+        stack.room = room;
         Ok(())
     }
 

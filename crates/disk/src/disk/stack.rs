@@ -1,6 +1,7 @@
 //! Layers over a base image: who holds what, what a read is made of, what a write must copy up.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::io;
 use std::ops::Range;
 
 use crate::block_map::{BlockMap, LEAF_BLOCKS, MAX_LAYERS, Owner};
@@ -9,6 +10,7 @@ use crate::engine::{Op, OpKind};
 use crate::error::DiskError;
 use crate::layer::{LayerHeader, LayerId};
 use crate::request::Request;
+use crate::room::Room;
 
 /// The state of a stack. Target 0 of the engine is the base, target *n* the layer *n*.
 pub(crate) struct Stack {
@@ -21,6 +23,8 @@ pub(crate) struct Stack {
     pub(crate) writable: bool,
     /// Whether a flush must make the top layer durable.
     pub(crate) durable: bool,
+    /// What the top layer may take of its host; `None` for one that outlives its machine.
+    pub(crate) room: Option<Room>,
     /// Leaves whose map in the top's file is out of date.
     pub(crate) dirty: BTreeSet<u64>,
     /// Blocks that a request in flight is giving to the top layer. Another change of them waits,
@@ -47,6 +51,7 @@ impl Stack {
             map,
             writable: false,
             durable: false,
+            room: None,
             dirty: BTreeSet::new(),
             locks: Vec::new(),
             waiting: VecDeque::new(),
@@ -202,6 +207,22 @@ impl Stack {
     /// Whether the top layer holds all of `blocks`.
     pub(crate) fn top_holds(&self, blocks: Range<u64>) -> bool {
         self.map.all_owned(blocks, Owner::Layer(self.top_number()))
+    }
+
+    /// Takes the room of a write into the top layer. What it holds already takes none.
+    pub(crate) fn take_room(&mut self, bytes: &Range<u64>) -> io::Result<()> {
+        let blocks = self.blocks(bytes);
+        let whole = self.bytes(&blocks);
+        match &mut self.room {
+            Some(room)
+                if !self
+                    .map
+                    .all_owned(blocks, Owner::Layer(self.layers.len() as u8)) =>
+            {
+                room.take(whole.end - whole.start)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Gives `blocks` to `owner`, and notes that the top's map is out of date.

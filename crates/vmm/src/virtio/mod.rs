@@ -6,6 +6,7 @@
 //!
 //! Source: OASIS Virtual I/O Device (VIRTIO) Version 1.3.
 
+pub mod budget;
 mod device;
 #[cfg(any(test, feature = "testing"))]
 pub mod driver;

@@ -8,7 +8,7 @@ mod rig;
 
 use std::time::{Duration, Instant};
 
-use agent_proto::client::Connection;
+use agent_proto::client::{Connection, Deadline};
 use anyhow::{Context as _, Result};
 use army::node::journal::Entry;
 use army_api::client::{Client, ClientError};
@@ -60,7 +60,10 @@ fn execs(rig: &Rig<'_>, record: &mut Record, count: usize) -> Result<()> {
     let mut handler = Vec::new();
     for turn in 0..=count {
         let start = Instant::now();
-        exec_on(Connection::open(&socket, LIMIT)?, &["true"])?;
+        exec_on(
+            Connection::open(&socket, Deadline::after(LIMIT))?,
+            &["true"],
+        )?;
         let agent = start.elapsed();
         let start = Instant::now();
         exec_on(rig.node.agent(&vm.id)?.0, &["true"])?;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use agent_proto::client::Connection;
+use agent_proto::client::{Connection, Deadline};
 use anyhow::{Context as _, Result};
 use clone::launch::fork::{Forked, Overrides, Source, fork};
 use clone::launch::standby::{Standbys, train};
@@ -137,7 +137,10 @@ impl<'a> ForkBench<'a> {
 
     /// The first exec of a clone.
     fn reply(&self, name: &str) -> Result<()> {
-        let connection = Connection::open(&self.runtime.dir(name).vsock_socket(), LIMIT)?;
+        let connection = Connection::open(
+            &self.runtime.dir(name).vsock_socket(),
+            Deadline::after(LIMIT),
+        )?;
         exec_on(connection, &["true"])
             .map(drop)
             .with_context(|| name.to_owned())

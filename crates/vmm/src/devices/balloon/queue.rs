@@ -13,13 +13,17 @@ use super::backend::{GuestRange, ReleaseRanges};
 use super::stats::{BalloonStats, MAX_PAIRS, PAIR};
 use super::{F_HINT, F_REPORTING, F_STATS, NAME, PAGE, host};
 use crate::event_loop::Registrar;
+use crate::virtio::budget::Budget;
 use crate::virtio::ring::{Chain, Ring, Segment, read_prefix};
 use crate::virtio::{Activation, DeviceError, GuestRam, Interrupt};
 
-/// Requests handled on one queue before others have their turn.
-const BUDGET: usize = 64;
-/// Page numbers in one request: a gibibyte's worth.
-const MAX_PAGES: usize = 256 << 10;
+/// Requests handled on one queue, and the memory that they are about, before others have their
+/// turn. The host's work grows with the pages: each may be a system call.
+const BUDGET: Budget = Budget::new(64, 256 << 20);
+/// Page numbers in one request. Linux sends 256, others up to a few thousand.
+pub(super) const MAX_PAGES: usize = 16 << 10;
+/// The most memory that one report is about. Linux sends up to 128 MiB.
+const MAX_REPORT: u64 = 1 << 30;
 /// The driver's word that a round of hinting is over.
 const HINT_STOP: u32 = 0;
 
@@ -139,29 +143,31 @@ impl Queues {
         self.rings.iter().map(|(_, ring)| ring.queue()).collect()
     }
 
-    /// Hands the requests of a queue to `work` and gives their buffers back. A queue that was not
-    /// agreed on has none.
+    /// Hands the requests of a queue to `work`, which returns the bytes of memory that they are
+    /// about, and gives their buffers back. A queue that was not agreed on has none.
     fn serve(
         &mut self,
         role: Role,
-        mut work: impl FnMut(&GuestRam, &Ring, &mut Chain<'_>) -> Result<(), DeviceError>,
+        mut work: impl FnMut(&GuestRam, &Ring, &mut Chain<'_>) -> Result<u64, DeviceError>,
     ) -> Result<(), DeviceError> {
         let Some((_, ring)) = self.rings.iter_mut().find(|(of, _)| *of == role) else {
             return Ok(());
         };
         ring.mute(&self.ram)?;
-        for handled in 0.. {
-            if handled == BUDGET {
+        let mut budget = BUDGET;
+        loop {
+            if budget.is_spent() {
                 ring.again()?;
                 break;
             }
             let Some(mut chain) = ring.pop(&self.ram)? else {
                 if ring.unmute(&self.ram)? {
+                    budget.spend(0);
                     continue;
                 }
                 break;
             };
-            work(&self.ram, ring, &mut chain)?;
+            budget.spend(work(&self.ram, ring, &mut chain)?);
             ring.push_used(&self.ram, chain.head, 0)?;
         }
         ring.signal(&self.ram, &*self.interrupt)
@@ -170,17 +176,21 @@ impl Queues {
     /// Pages that go into the balloon.
     pub(super) fn inflate(&mut self, release: &mut dyn ReleaseRanges) -> Result<(), DeviceError> {
         self.serve(Role::Inflate, |ram, ring, chain| {
+            let bytes = listed_bytes(chain);
             let runs = page_runs(ram, ring, chain)?;
             release
                 .release(&runs)
-                .map_err(|source| host("release pages of the balloon", source))
+                .map_err(|source| host("release pages of the balloon", source))?;
+            Ok(bytes)
         })
     }
 
     /// Pages that come out of it: they are there when touched.
     pub(super) fn deflate(&mut self) -> Result<(), DeviceError> {
         self.serve(Role::Deflate, |ram, ring, chain| {
-            page_runs(ram, ring, chain).map(drop)
+            let bytes = listed_bytes(chain);
+            page_runs(ram, ring, chain)?;
+            Ok(bytes)
         })
     }
 
@@ -189,10 +199,12 @@ impl Queues {
         &mut self,
         release: &mut dyn ReleaseRanges,
     ) -> Result<(), DeviceError> {
-        self.serve(Role::Report, |_, _, chain| {
+        self.serve(Role::Report, |_, ring, chain| {
+            let bytes = reported_bytes(ring, chain)?;
             release
                 .release(&buffer_runs(&chain.writable))
-                .map_err(|source| host("release free pages", source))
+                .map_err(|source| host("release free pages", source))?;
+            Ok(bytes)
         })
     }
 
@@ -200,8 +212,9 @@ impl Queues {
     pub(super) fn take_hints(&mut self, hints: Option<&mut Hints>) -> Result<(), DeviceError> {
         let mut hints = hints;
         self.serve(Role::Hint, |_, ring, chain| {
+            let bytes = reported_bytes(ring, chain)?;
             let Some(hints) = hints.as_deref_mut() else {
-                return Ok(());
+                return Ok(bytes);
             };
             if !chain.readable.is_empty() {
                 let mut command = [0; 4];
@@ -216,7 +229,7 @@ impl Queues {
                     .release(&buffer_runs(&chain.writable))
                     .map_err(|source| host("take free pages", source))?;
             }
-            Ok(())
+            Ok(bytes)
         })
     }
 
@@ -229,11 +242,13 @@ impl Queues {
             return Ok(None);
         };
         let mut stats = None;
-        for handled in 0.. {
-            if handled == BUDGET {
+        let mut budget = BUDGET;
+        loop {
+            if budget.is_spent() {
                 ring.again()?;
                 break;
             }
+            budget.spend(0);
             let Some(mut chain) = ring.pop(&self.ram)? else {
                 if ring.unmute(&self.ram)? {
                     continue;
@@ -263,6 +278,20 @@ impl Queues {
             ring.signal(&self.ram, &*self.interrupt)?;
         }
         Ok(())
+    }
+}
+
+/// The memory that a request's whole list of pages is about, doubles included.
+fn listed_bytes(chain: &Chain<'_>) -> u64 {
+    chain.readable_len() as u64 / 4 * PAGE
+}
+
+/// The memory that a report is about.
+fn reported_bytes(ring: &Ring, chain: &Chain<'_>) -> Result<u64, DeviceError> {
+    let bytes = chain.writable_len() as u64;
+    match bytes <= MAX_REPORT {
+        true => Ok(bytes),
+        false => Err(ring.broken(format!("a report of {bytes} bytes of free memory"))),
     }
 }
 

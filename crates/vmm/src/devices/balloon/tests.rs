@@ -1,5 +1,6 @@
 //! The device under a driver made of plain memory, and a host that writes down what is released.
 
+use super::queue::MAX_PAGES;
 use super::*;
 use crate::virtio::driver::Rig;
 use crate::virtio::testing::ram;
@@ -382,4 +383,75 @@ proptest! {
             prop_assert!(pair[0].0 + pair[0].1 < pair[1].0, "runs touch");
         }
     }
+}
+
+/// The requests of `queue` that one call gives back.
+fn given_back_in_one_call(rig: &mut Rig<Balloon>, queue: usize) -> usize {
+    rig.device(|shell| shell.device.notify_queue(queue as u16))
+        .unwrap();
+    let used = &mut rig.queues[queue];
+    std::iter::from_fn(|| used.take_used()).count()
+}
+
+#[test]
+fn long_lists_of_pages_give_others_their_turn() {
+    let (mut rig, notes) = rig();
+    // All the same page, which the guest may name as often as it likes.
+    let bytes = vec![0; MAX_PAGES * 4];
+    rig.ram.write_slice(&bytes, GuestAddress(AT)).unwrap();
+    for queue in [INFLATE, DEFLATE] {
+        for _ in 0..10 {
+            rig.queues[queue].offer(&[(AT, bytes.len() as u32, false)]);
+        }
+        assert_eq!(given_back_in_one_call(&mut rig, queue), 4);
+        rig.run();
+        let used = &mut rig.queues[queue];
+        assert_eq!(std::iter::from_fn(|| used.take_used()).count(), 6);
+    }
+    assert_eq!(notes.take().len(), 10);
+}
+
+#[test]
+fn a_list_longer_than_any_driver_makes_breaks_the_device() {
+    let (mut rig, _) = rig();
+    let bytes = (MAX_PAGES + 1) * 4;
+    rig.queues[INFLATE].offer(&[(AT, bytes as u32, false)]);
+    rig.kick(INFLATE as u16);
+    assert!(rig.error().is_some());
+}
+
+#[test]
+fn large_reports_give_others_their_turn() {
+    let (mut rig, notes) = rig();
+    for _ in 0..40 {
+        rig.queues[REPORT].offer(&[(0, RAM as u32, true)]);
+    }
+    assert_eq!(given_back_in_one_call(&mut rig, REPORT), 16);
+    rig.run();
+    assert_eq!(notes.take().len(), 40);
+}
+
+#[test]
+fn a_report_of_more_memory_than_any_driver_reports_breaks_the_device() {
+    let (mut rig, _) = rig();
+    let all = vec![(0, RAM as u32, true); 63];
+    rig.queues[REPORT].offer(&all);
+    rig.kick(REPORT as u16);
+    assert_eq!(rig.error(), None);
+    // 1,008 MiB are less than the limit; a second list in one chain is more.
+    let table: Vec<u8> = (0..80_u16)
+        .flat_map(|index| {
+            let flags: u16 = if index == 79 { 2 } else { 3 };
+            let mut entry = 0_u64.to_le_bytes().to_vec();
+            entry.extend((RAM as u32).to_le_bytes());
+            entry.extend(flags.to_le_bytes());
+            entry.extend((index + 1).to_le_bytes());
+            entry
+        })
+        .collect();
+    rig.ram.write_slice(&table, GuestAddress(AT)).unwrap();
+    rig.queues[REPORT].descriptor(0, AT, table.len() as u32, 4, 0);
+    rig.queues[REPORT].make_available(0);
+    rig.kick(REPORT as u16);
+    assert!(rig.error().is_some());
 }

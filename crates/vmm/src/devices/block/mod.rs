@@ -26,6 +26,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::rate_limit::RateLimiter;
+use crate::virtio::budget::Budget;
 use crate::virtio::{Activation, DeviceError, VirtioDevice};
 use queue::{Ask, Parsed, driver, parse};
 pub use state::{BlockConfig, BlockState, BlockStateV1, ID_BYTES, MAX_QUEUES, SeenDisk};
@@ -35,8 +36,10 @@ use state::{CONFIG_BYTES, QUEUE_SIZE};
 const DEVICE: &str = "block";
 /// What guests address.
 const SECTOR: u64 = 512;
-/// Chains taken in one call: a guest that never stops must not hold the event loop.
-const BUDGET: usize = 4 * QUEUE_SIZE as usize;
+/// Work of one call: a guest that never stops must not hold the event loop.
+const BUDGET: Budget = Budget::new(4 * QUEUE_SIZE as usize, 16 << 20);
+/// Bytes that the disk has at a time, beside those of one request: a pause waits for them.
+const MAX_IN_FLIGHT: u64 = 64 << 20;
 
 /// The token of the rate limiter's timer.
 const TOKEN_TIMER: u32 = 0;
@@ -54,6 +57,8 @@ struct Pending {
     head: u16,
     status: GuestAddress,
     written: u32,
+    /// The bytes of its data.
+    bytes: u64,
     /// Whether a flush must follow before the answer.
     flush: bool,
 }
@@ -68,6 +73,10 @@ pub struct Block {
     /// Requests that the disk has, by their tag.
     pending: Vec<Option<Pending>>,
     free: Vec<usize>,
+    /// The bytes of all pending requests.
+    in_flight: u64,
+    /// A request waits until the disk has fewer.
+    held_back: bool,
     /// Used buffers were added since the guest was last told, by queue slot.
     used: Vec<bool>,
     paused: bool,
@@ -101,6 +110,8 @@ impl Block {
             active: None,
             pending: Vec::new(),
             free: Vec::new(),
+            in_flight: 0,
+            held_back: false,
             used: Vec::new(),
             paused: false,
             completions: Vec::new(),
@@ -129,12 +140,18 @@ impl Block {
             match stopped {
                 // The timer goes on with it.
                 Stopped::Limited => break,
+                // What the disk finishes goes on with it; something may be finished already.
+                Stopped::Full if self.in_flight > 0 => {
+                    self.held_back = true;
+                    break;
+                }
+                Stopped::Full => budget.spend(0),
                 Stopped::Budget => {
                     self.kick(slot)?;
                     break;
                 }
                 Stopped::Empty if !self.set_notification(slot, true)? => break,
-                Stopped::Empty => {}
+                Stopped::Empty => budget.spend(0),
             }
         }
         self.tell_guest()
@@ -154,7 +171,7 @@ impl Block {
         result.map_err(at(lent.index))
     }
 
-    fn take_chains(&mut self, slot: usize, budget: &mut usize) -> Result<Stopped, DeviceError> {
+    fn take_chains(&mut self, slot: usize, budget: &mut Budget) -> Result<Stopped, DeviceError> {
         let Some(active) = &mut self.active else {
             return Ok(Stopped::Empty);
         };
@@ -164,7 +181,7 @@ impl Block {
         let ram = &active.ram;
         let lent = &mut active.queues[slot];
         loop {
-            if *budget == 0 {
+            if budget.is_spent() {
                 return Ok(Stopped::Budget);
             }
             let mut chains = lent.queue.iter(ram).map_err(at(lent.index))?;
@@ -172,15 +189,18 @@ impl Block {
                 return Ok(Stopped::Empty);
             };
             let parsed = parse(chain, ram)?;
+            let bytes = parsed.ask.bytes();
+            if self.in_flight > 0 && self.in_flight.saturating_add(bytes) > MAX_IN_FLIGHT {
+                lent.queue.go_to_previous_position();
+                return Ok(Stopped::Full);
+            }
             if let (Some(limiter), Some(now)) = (&mut self.limiter, now)
-                && !limiter
-                    .admit(parsed.ask.bytes(), now)
-                    .map_err(host("set a timer"))?
+                && !limiter.admit(bytes, now).map_err(host("set a timer"))?
             {
                 lent.queue.go_to_previous_position();
                 return Ok(Stopped::Limited);
             }
-            *budget -= 1;
+            budget.spend(bytes);
             let Parsed {
                 head,
                 status,
@@ -199,8 +219,10 @@ impl Block {
                         head,
                         status,
                         written,
+                        bytes,
                         flush: !writeback && request.changes_disk(),
                     };
+                    self.in_flight += bytes;
                     let tag = insert(&mut self.pending, &mut self.free, pending);
                     disk.submit(tag as u64, request);
                     continue;
@@ -268,6 +290,7 @@ impl Block {
                 continue;
             };
             self.free.push(tag as usize);
+            self.in_flight -= pending.bytes;
             let (code, written) = match &result {
                 Ok(()) => (VIRTIO_BLK_S_OK, pending.written),
                 Err(error) => (status_of(error), 1),
@@ -335,6 +358,8 @@ enum Stopped {
     Budget,
     /// The rate limit holds the next one back.
     Limited,
+    /// The disk has enough to do.
+    Full,
 }
 
 impl Ask {
@@ -403,13 +428,14 @@ impl VirtioDevice for Block {
     fn handle_event(&mut self, token: u32, _ready: EventSet) -> Result<(), DeviceError> {
         if token != TOKEN_TIMER {
             self.poll()?;
-            return self.tell_guest();
-        }
-        if let Some(limiter) = &mut self.limiter {
+            if !std::mem::take(&mut self.held_back) {
+                return self.tell_guest();
+            }
+        } else if let Some(limiter) = &mut self.limiter {
             limiter.acknowledge().map_err(host("read a timer"))?;
         }
         if self.paused {
-            return Ok(());
+            return self.tell_guest();
         }
         self.slots().try_for_each(|slot| self.serve(slot))
     }
@@ -437,6 +463,8 @@ impl VirtioDevice for Block {
         }
         self.pending.clear();
         self.free.clear();
+        self.in_flight = 0;
+        self.held_back = false;
         if let Some(active) = self.active.take() {
             for (_, fd) in self.descriptors() {
                 // It was added by `activate`; where that failed half way there is none to remove.

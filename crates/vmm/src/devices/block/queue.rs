@@ -10,7 +10,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use super::state::{MAX_ZERO_SECTORS, QUEUE_SIZE};
+use super::state::{MAX_ZERO_SECTORS, QUEUE_SIZE, SEG_MAX, SIZE_MAX};
 use super::{DEVICE, SECTOR};
 use crate::virtio::{DeviceError, GuestRam};
 
@@ -50,6 +50,11 @@ pub(super) struct Pieces(Vec<(GuestAddress, u32)>);
 impl Pieces {
     fn len(&self) -> u64 {
         self.0.iter().map(|(_, len)| u64::from(*len)).sum()
+    }
+
+    /// Whether the data of a request keeps to the limits that the configuration space names.
+    fn is_within_limits(&self) -> bool {
+        self.0.len() <= SEG_MAX as usize && self.0.iter().all(|(_, len)| *len <= SIZE_MAX)
     }
 
     /// Cuts off all after the first `len` bytes, and returns it.
@@ -200,6 +205,9 @@ fn transfer(
     request: impl FnOnce(u64, Buffers) -> Request,
 ) -> Result<Ask, DeviceError> {
     let buffers = data.buffers(ram)?;
+    if !data.is_within_limits() {
+        return Ok(Ask::Refuse(VIRTIO_BLK_S_IOERR));
+    }
     let Some(offset) = sector.checked_mul(SECTOR) else {
         return Ok(Ask::Refuse(VIRTIO_BLK_S_IOERR));
     };

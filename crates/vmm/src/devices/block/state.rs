@@ -22,7 +22,7 @@ pub const ID_BYTES: usize = 20;
 pub(super) const QUEUE_SIZE: u16 = 256;
 /// Data segments of a request: a queue's worth, without header and status.
 pub(super) const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
-/// The longest segment in bytes.
+/// The longest segment in bytes. Templates hold guests that know it: it can grow and never shrink.
 pub(super) const SIZE_MAX: u32 = 1 << 20;
 /// The longest discard or zeroing in sectors: 1 GiB, so that a pause never waits long for one.
 pub(super) const MAX_ZERO_SECTORS: u32 = 1 << 21;

@@ -44,6 +44,7 @@ pub(super) fn serve(
     while left > 0 {
         let Some(chain) = next_chain(queue, index, ram)? else {
             if queue.enable_notification(ram).map_err(at(index))? {
+                left -= 1;
                 continue;
             }
             stopped = Stopped::NoBuffers;

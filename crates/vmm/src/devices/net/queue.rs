@@ -131,6 +131,7 @@ impl Receiver {
             self.take_room(queue, index, &mut scatter, &mut taken, wanted)?;
             if taken.is_empty() {
                 if queue.enable_notification(ram).map_err(at(index))? {
+                    left -= 1;
                     continue;
                 }
                 stopped = Stopped::NoBuffers;
@@ -259,6 +260,7 @@ pub(super) fn transmit(active: &mut ActiveQueue, mut flow: Flow<'_>) -> Result<M
         }
         let Some(chain) = next_chain(queue, index, ram)? else {
             if queue.enable_notification(ram).map_err(at(index))? {
+                left -= 1;
                 continue;
             }
             stopped = Stopped::NoBuffers;

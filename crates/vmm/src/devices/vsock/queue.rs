@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use super::mux::Mux;
 use super::packet::{HEADER_LEN, Header};
+use crate::virtio::budget::Budget;
 use crate::virtio::ring::{Ring, Segment, read_prefix, write_prefix};
 use crate::virtio::{DeviceError, GuestRam, Interrupt};
 
-/// Packets handled in each direction before others have their turn.
-const BUDGET: usize = 256;
+/// Packets handled in each direction, and their data, before others have their turn.
+const BUDGET: Budget = Budget::new(256, 8 << 20);
 
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`: all connections are gone.
 const EVENT_TRANSPORT_RESET: [u8; 4] = [0; 4];
@@ -57,22 +58,22 @@ impl Queues {
         self.rx.signal(&self.ram, &*self.interrupt)
     }
 
-    fn serve_tx(&mut self, mux: &mut Mux, budget: &mut usize) -> Result<Stop, DeviceError> {
+    fn serve_tx(&mut self, mux: &mut Mux, budget: &mut Budget) -> Result<Stop, DeviceError> {
         self.tx.mute(&self.ram)?;
         loop {
             if mux.is_congested() {
                 return Ok(Stop::Blocked);
             }
-            if *budget == 0 {
+            if budget.is_spent() {
                 return Ok(Stop::Budget);
             }
             let Some(mut chain) = self.tx.pop(&self.ram)? else {
                 if self.tx.unmute(&self.ram)? {
+                    budget.spend(0);
                     continue;
                 }
                 return Ok(Stop::Idle);
             };
-            *budget -= 1;
             let mut bytes = [0; HEADER_LEN];
             let Some(payload) = read_prefix(&mut chain.readable, &mut bytes) else {
                 return Err(self.tx.broken("a packet is shorter than its header"));
@@ -84,18 +85,20 @@ impl Queues {
                     .tx
                     .broken(format!("a packet has less than its {len} bytes")));
             };
+            budget.spend(header.len.into());
             mux.receive(&header, payload);
             self.tx.push_used(&self.ram, chain.head, 0)?;
         }
     }
 
-    fn serve_rx(&mut self, mux: &mut Mux, budget: &mut usize) -> Result<Stop, DeviceError> {
+    fn serve_rx(&mut self, mux: &mut Mux, budget: &mut Budget) -> Result<Stop, DeviceError> {
         while mux.has_packets() {
-            if *budget == 0 {
+            if budget.is_spent() {
                 return Ok(Stop::Budget);
             }
             let Some(mut chain) = self.rx.pop(&self.ram)? else {
                 if self.rx.unmute(&self.ram)? {
+                    budget.spend(0);
                     continue;
                 }
                 return Ok(Stop::Blocked);
@@ -111,7 +114,7 @@ impl Queues {
                 self.rx.unpop();
                 continue;
             };
-            *budget -= 1;
+            budget.spend(packet.len.into());
             write_prefix(&mut front, &packet.encode());
             let len = HEADER_LEN as u32 + packet.len;
             self.rx.push_used(&self.ram, chain.head, len)?;
@@ -123,11 +126,14 @@ impl Queues {
     /// Tells the guest that its connections are gone. Returns the driver's position in the event
     /// queue just before it could know, or `None` where it lent no buffer yet.
     pub(super) fn announce_reset(&mut self) -> Result<Option<u16>, DeviceError> {
-        let mut chain = loop {
-            match self.event.pop(&self.ram)? {
-                Some(chain) => break chain,
-                None if self.event.unmute(&self.ram)? => continue,
-                None => return Ok(None),
+        let mut chain = match self.event.pop(&self.ram)? {
+            Some(chain) => chain,
+            None => {
+                if self.event.unmute(&self.ram)? {
+                    // One came in between: it is looked at when others had their turn.
+                    self.event.again()?;
+                }
+                return Ok(None);
             }
         };
         let position = self.event.driver_position(&self.ram)?;

@@ -95,6 +95,102 @@ fn a_chain_that_loops_or_an_index_that_jumps_breaks_the_device() {
     assert!(matches!(rig.kick(), Err(DeviceError::Queue { .. })));
 }
 
+#[test]
+fn segments_beyond_what_was_announced_fail_their_request_alone() {
+    const SIZE_MAX: u32 = super::super::state::SIZE_MAX;
+    const SEG_MAX: usize = super::super::state::SEG_MAX as usize;
+    let mut rig = Rig::plain(Writes::Base);
+    assert_eq!(rig.request(VIRTIO_BLK_T_IN, 0, SIZE_MAX), VIRTIO_BLK_S_OK);
+    for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT] {
+        assert_eq!(rig.request(kind, 0, SIZE_MAX + 512), VIRTIO_BLK_S_IOERR);
+    }
+    for (segments, expected) in [
+        (SEG_MAX, VIRTIO_BLK_S_OK),
+        // The last segment is short: header, data and status are a queue's worth.
+        (SEG_MAX + 1, VIRTIO_BLK_S_IOERR),
+    ] {
+        let mut rig = Rig::plain(Writes::Base);
+        let (header, status) = rig.header(VIRTIO_BLK_T_IN, 0);
+        let mut table = vec![(header, 16, 0)];
+        table.extend(vec![(DATA, 512, WRITE); segments]);
+        table.push((status, 1, WRITE));
+        // The status shares the last segment where a chain has no room for one more.
+        if table.len() > usize::from(QUEUE_SIZE) {
+            table.pop();
+            table[SEG_MAX + 1].1 = 513;
+        }
+        rig.indirect(&table);
+        rig.finish(1);
+        let status = match expected {
+            VIRTIO_BLK_S_OK => rig.status(status),
+            _ => rig.status(DATA + 512),
+        };
+        assert_eq!(status, expected, "{segments} segments");
+    }
+}
+
+/// The requests that one call answers, of so many that read a mebibyte each.
+fn answered_in_one_call(rig: &mut Rig, requests: usize) -> usize {
+    for _ in 0..requests {
+        rig.add(VIRTIO_BLK_T_IN, 0, DATA, 1 << 20);
+    }
+    // The first look at the queue was asked for by the activation.
+    let _ = rig._kick.read();
+    rig.kick().unwrap();
+    rig.driver.take_used().len()
+}
+
+#[test]
+fn a_flood_of_large_requests_gives_others_their_turn() {
+    let mut rig = Rig::new(
+        EngineKind::Blocking,
+        Writes::Base,
+        &BlockConfig::default(),
+        FLUSH,
+    );
+    assert_eq!(answered_in_one_call(&mut rig, 80), 16);
+    let mut answered = 16;
+    while rig._kick.read().is_ok() {
+        rig.kick().unwrap();
+        let count = rig.driver.take_used().len();
+        assert!(count <= 16, "{count} in one call");
+        answered += count;
+    }
+    assert_eq!(answered, 80, "a queue was forgotten");
+}
+
+#[test]
+fn a_flood_of_small_requests_gives_others_their_turn() {
+    let config = BlockConfig::default();
+    let mut rig = Rig::new(EngineKind::Blocking, Writes::Base, &config, FLUSH);
+    let mut budget = BUDGET;
+    for _ in 0..4 * QUEUE_SIZE {
+        assert!(!budget.is_spent());
+        budget.spend(512);
+    }
+    assert!(budget.is_spent());
+    assert_eq!(rig.request(VIRTIO_BLK_T_IN, 0, 512), VIRTIO_BLK_S_OK);
+}
+
+#[test]
+fn a_disk_is_given_no_more_than_a_pause_can_wait_for() {
+    for engine in [EngineKind::Uring, EngineKind::Worker] {
+        let mut rig = Rig::new(engine, Writes::Base, &BlockConfig::default(), FLUSH);
+        let mut answered = answered_in_one_call(&mut rig, 80);
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while answered < 80 {
+            assert!(Instant::now() < deadline, "an answer is missing");
+            if rig._kick.read().is_ok() {
+                rig.kick().unwrap();
+            }
+            assert!(rig.device.lock().unwrap().in_flight <= MAX_IN_FLIGHT);
+            rig.events.run_once(10).unwrap();
+            answered += rig.driver.take_used().len();
+        }
+        assert_eq!(rig.device.lock().unwrap().in_flight, 0);
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
     #[test]

@@ -19,6 +19,7 @@ use crate::event_loop::{EventHandler, EventLoop};
 use crate::virtio::GuestRam;
 use crate::virtio::testing::{CountingInterrupt, ram};
 
+const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 const RAM_BYTES: usize = 8 << 20;
@@ -130,6 +131,22 @@ impl Rig {
                 .add(&[(header, 16, 0), (data, len, flags), (status, 1, WRITE)]);
         }
         status
+    }
+
+    /// Adds a request as one descriptor that leads to a table of others.
+    fn indirect(&mut self, table: &[(u64, u32, u16)]) {
+        const TABLE: u64 = 0x8_0000;
+        for (index, &(address, len, flags)) in table.iter().enumerate() {
+            let last = index + 1 == table.len();
+            let next = if last { 0 } else { NEXT };
+            let at = TABLE + 16 * index as u64;
+            self.ram.write_obj(address, GuestAddress(at)).unwrap();
+            self.ram.write_obj(len, GuestAddress(at + 8)).unwrap();
+            let flags = [flags | next, index as u16 + 1];
+            self.ram.write_obj(flags, GuestAddress(at + 12)).unwrap();
+        }
+        let bytes = 16 * table.len() as u32;
+        self.driver.add(&[(TABLE, bytes, INDIRECT)]);
     }
 
     fn kick(&self) -> Result<(), DeviceError> {

@@ -121,6 +121,37 @@ fn foreign_context_ids_and_socket_types_get_nowhere() {
     assert!(host.read(&mut [0]).is_err());
 }
 
+#[test]
+fn a_flood_of_large_packets_gives_others_their_turn() {
+    let mut guest = Guest::new();
+    let payload = vec![0; 512 << 10];
+    let header = Header {
+        src_cid: GUEST_CID,
+        dst_cid: HOST_CID,
+        src_port: 5,
+        dst_port: 6,
+        len: payload.len() as u32,
+        socket_type: TYPE_STREAM,
+        // To nobody: it needs no answer.
+        op: op::RST,
+        flags: 0,
+        buf_alloc: 0,
+        fwd_cnt: 0,
+    };
+    for _ in 0..40 {
+        guest.queue_packet(header, &payload);
+    }
+    guest
+        .rig
+        .device(|shell| shell.device.notify_queue(TX as u16))
+        .unwrap();
+    let used = &mut guest.rig.queues[TX];
+    assert_eq!(std::iter::from_fn(|| used.take_used()).count(), 16);
+    guest.rig.run();
+    let used = &mut guest.rig.queues[TX];
+    assert_eq!(std::iter::from_fn(|| used.take_used()).count(), 24);
+}
+
 fn any_packet() -> impl Strategy<Value = (Header, Vec<u8>)> {
     let ops = prop_oneof![9 => 0_u16..9, 1 => any::<u16>()];
     let header = (

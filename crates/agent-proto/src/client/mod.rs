@@ -1,0 +1,332 @@
+//! The host's side with blocking I/O, over a VM's vsock socket.
+//!
+//! A connection has a deadline from the first system call on. An exchange that an agent draws out
+//! byte by byte ends with [`ClientError::Late`] like one that it does not answer at all.
+
+mod outgoing;
+mod running;
+mod socket;
+#[cfg(test)]
+mod tests;
+mod tunnel;
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+pub use self::running::{Collected, Input, Running};
+pub use self::tunnel::{TunnelIn, TunnelOut};
+pub use crate::deadline::{ByteLimit, Deadline};
+pub use crate::error::ClientError;
+pub use crate::exec::Event;
+
+use self::outgoing::{Outgoing, Timing};
+use self::socket::{connect_by, read_by, wait_by, write_by};
+use crate::incoming::Incoming;
+use crate::messages::{
+    Acknowledge, Attach, CommandInfo, Connect, Empty, Exec, FileInfo, FromAgent, Get, Hello,
+    Identity, Info, Put, Request, Shutdown, Started, from_agent, from_host, request::Operation,
+};
+use crate::{CHUNK, PORT, frame};
+
+/// The longest answer to `CONNECT`.
+const CONNECT_ANSWER_MAX: usize = 32;
+/// The slowest that a file may travel, in bytes a second: each byte moves the deadline on by the
+/// time that it takes at this rate.
+const MIN_FILE_RATE: u64 = 64 << 10;
+
+type Result<T> = std::result::Result<T, ClientError>;
+
+/// A connection to an agent, before its one request.
+pub struct Connection {
+    stream: UnixStream,
+    outgoing: Arc<Outgoing>,
+    incoming: Incoming,
+    hello: Hello,
+}
+
+impl Connection {
+    /// Connects to the agent behind the vsock socket at `path`, which takes `CONNECT port` and
+    /// answers `OK …`. The deadline is for all that follows, until [`Connection::set_deadline`].
+    ///
+    /// # Errors
+    /// [`ClientError::NoAgent`] where no agent has greeted until the deadline.
+    pub fn open(path: &Path, deadline: Deadline) -> Result<Self> {
+        Self::try_open(path, deadline).map_err(|error| match error {
+            ClientError::Late => ClientError::NoAgent,
+            other => other,
+        })
+    }
+
+    fn try_open(path: &Path, deadline: Deadline) -> Result<Self> {
+        let stream = connect_by(path, deadline)?;
+        let connect = format!("CONNECT {PORT}\n");
+        write_by(&stream, connect.as_bytes(), deadline).map_err(|_| ClientError::NoAgent)?;
+        let begun = read_connect_answer(&stream, deadline)?;
+        Self::start(stream, &begun, deadline)
+    }
+
+    /// Takes a stream that already leads to an agent.
+    pub fn greet(stream: UnixStream, deadline: Deadline) -> Result<Self> {
+        Self::start(stream, &[], deadline)
+    }
+
+    /// Takes a stream from which the beginning of the greeting was read.
+    fn start(stream: UnixStream, begun: &[u8], deadline: Deadline) -> Result<Self> {
+        let outgoing = Outgoing::new(&stream, Timing::Exchange(deadline));
+        let mut connection = Self {
+            stream,
+            outgoing: Arc::new(outgoing.map_err(ClientError::Lost)?),
+            incoming: Incoming::default(),
+            hello: Hello::default(),
+        };
+        connection.incoming.push(begun);
+        match connection.receive() {
+            Ok(from_agent::Kind::Hello(hello)) => connection.hello = hello,
+            Ok(_) => return Err(ClientError::OutOfTurn),
+            Err(ClientError::Lost(_)) => return Err(ClientError::NoAgent),
+            Err(error) => return Err(error),
+        }
+        Ok(connection)
+    }
+
+    /// The stream, and the greeting that was read from it, encoded: for a process that passes both
+    /// on to another one, which then calls [`Connection::greet`].
+    pub fn into_stream(self) -> Result<(UnixStream, Vec<u8>)> {
+        let hello = FromAgent {
+            kind: Some(from_agent::Kind::Hello(self.hello)),
+        };
+        let mut greeting = Vec::new();
+        frame::encode(&hello, &mut greeting)?;
+        self.stream
+            .set_read_timeout(None)
+            .and_then(|()| self.stream.set_write_timeout(None))
+            .map_err(ClientError::Lost)?;
+        Ok((self.stream, greeting))
+    }
+
+    /// What the agent said of itself.
+    pub fn hello(&self) -> &Hello {
+        &self.hello
+    }
+
+    /// Sets another deadline, for an operation that may take longer than its greeting.
+    pub fn set_deadline(&mut self, deadline: Deadline) {
+        self.outgoing.set_timing(Timing::Exchange(deadline));
+    }
+
+    /// Moves the deadline on.
+    fn extend_deadline(&mut self, by: Duration) {
+        if let Timing::Exchange(deadline) = self.outgoing.timing() {
+            self.set_deadline(deadline.extended(by));
+        }
+    }
+
+    fn send(&mut self, kind: from_host::Kind) -> Result<()> {
+        self.outgoing.send(kind)
+    }
+
+    fn request(&mut self, operation: Operation) -> Result<()> {
+        self.send(from_host::Kind::Request(Request {
+            operation: Some(operation),
+        }))
+    }
+
+    /// The next message that this side knows.
+    fn receive(&mut self) -> Result<from_agent::Kind> {
+        let mut chunk = [0; 16 << 10];
+        // The deadline of a stream's message of which a part has arrived.
+        let mut begun = None;
+        loop {
+            while let Some(kind) = self.incoming.next()? {
+                match kind {
+                    from_agent::Kind::InputTaken(taken) => self.outgoing.input_taken(taken),
+                    kind => return Ok(kind),
+                }
+                begun = None;
+            }
+            let timing = self.outgoing.timing();
+            let deadline = match timing {
+                Timing::Exchange(deadline) => Some(deadline),
+                Timing::Stream if self.incoming.is_partial() => {
+                    Some(*begun.get_or_insert_with(|| timing.of_message()))
+                }
+                Timing::Stream => None,
+            };
+            let len = read_by(&self.stream, &mut chunk, deadline)?;
+            if len == 0 {
+                return Err(ClientError::Lost(io::ErrorKind::UnexpectedEof.into()));
+            }
+            self.incoming.push(&chunk[..len]);
+        }
+    }
+
+    /// Waits until something has arrived (true) or can be sent.
+    fn may_receive_by(&self, deadline: Deadline) -> Result<bool> {
+        match self.incoming.is_partial() {
+            true => Ok(true),
+            false => wait_by(&self.stream, deadline),
+        }
+    }
+
+    fn expect_done(&mut self) -> Result<()> {
+        match self.receive()? {
+            from_agent::Kind::Done(_) => Ok(()),
+            _ => Err(ClientError::OutOfTurn),
+        }
+    }
+
+    fn expect_started(&mut self) -> Result<Started> {
+        match self.receive()? {
+            from_agent::Kind::Started(started) => Ok(started),
+            _ => Err(ClientError::OutOfTurn),
+        }
+    }
+
+    /// Asks about the guest.
+    pub fn info(mut self) -> Result<Info> {
+        self.request(Operation::Info(Empty {}))?;
+        match self.receive()? {
+            from_agent::Kind::Info(info) => Ok(info),
+            _ => Err(ClientError::OutOfTurn),
+        }
+    }
+
+    /// Lets the guest write dirty data to its disks.
+    pub fn sync(mut self) -> Result<()> {
+        self.request(Operation::Sync(Empty {}))?;
+        self.expect_done()
+    }
+
+    /// Gives the guest an identity.
+    pub fn set_identity(mut self, identity: Identity) -> Result<()> {
+        self.request(Operation::SetIdentity(identity))?;
+        self.expect_done()
+    }
+
+    /// Asks the guest to end, or to start anew.
+    pub fn shutdown(mut self, reboot: bool) -> Result<()> {
+        self.request(Operation::Shutdown(Shutdown { reboot }))?;
+        self.expect_done()
+    }
+
+    /// The commands that the agent knows.
+    pub fn commands(mut self) -> Result<Vec<CommandInfo>> {
+        self.request(Operation::ListCommands(Empty {}))?;
+        match self.receive()? {
+            from_agent::Kind::Commands(list) => Ok(list.commands),
+            _ => Err(ClientError::OutOfTurn),
+        }
+    }
+
+    /// Writes a file in the guest with what `source` gives. The deadline does not count the time
+    /// that `source` takes, and moves on with what the guest has taken.
+    pub fn put(mut self, put: Put, source: &mut impl Read) -> Result<()> {
+        self.request(Operation::Put(put))?;
+        let mut chunk = vec![0; CHUNK];
+        loop {
+            let before = Instant::now();
+            let len = source.read(&mut chunk).map_err(ClientError::Local)?;
+            self.extend_deadline(before.elapsed());
+            if len == 0 {
+                break;
+            }
+            let data = from_host::Kind::Data(chunk[..len].to_vec());
+            match self.send(data) {
+                Ok(()) => self.extend_deadline(file_time(len)),
+                Err(ClientError::Late) => return Err(ClientError::Late),
+                // The agent gave up; it has said why.
+                Err(_) => return self.expect_done(),
+            }
+        }
+        // As above: where this is not taken, the answer is there.
+        let _ = self.send(from_host::Kind::DataEnd(Empty {}));
+        self.expect_done()
+    }
+
+    /// Reads a file of the guest into `sink`, and returns what it is. The deadline does not count
+    /// the time that `sink` takes, and moves on with what the guest has sent.
+    ///
+    /// # Errors
+    /// [`ClientError::TooMuch`] where the guest sends more than `limit`.
+    pub fn get(mut self, path: &str, sink: &mut impl Write, limit: ByteLimit) -> Result<FileInfo> {
+        self.request(Operation::Get(Get {
+            path: path.to_owned(),
+        }))?;
+        let from_agent::Kind::File(info) = self.receive()? else {
+            return Err(ClientError::OutOfTurn);
+        };
+        let mut room = limit.bytes();
+        loop {
+            match self.receive()? {
+                from_agent::Kind::Data(data) => {
+                    room = room.checked_sub(data.len() as u64).ok_or_else(|| {
+                        ClientError::TooMuch(format!("{} bytes of a file", limit.bytes()))
+                    })?;
+                    let before = Instant::now();
+                    sink.write_all(&data).map_err(ClientError::Local)?;
+                    self.extend_deadline(before.elapsed() + file_time(data.len()));
+                }
+                from_agent::Kind::Done(_) => return Ok(info),
+                _ => return Err(ClientError::OutOfTurn),
+            }
+        }
+    }
+
+    /// Connects to a TCP port on the guest's loopback: both directions of the connection, each for
+    /// a thread of its own. The deadline is for the connecting only.
+    pub fn connect(mut self, port: u16) -> Result<(TunnelOut, TunnelIn)> {
+        self.request(Operation::Connect(Connect { port: port.into() }))?;
+        match self.receive()? {
+            from_agent::Kind::Connected(_) => Ok(TunnelOut::split(self)),
+            _ => Err(ClientError::OutOfTurn),
+        }
+    }
+
+    /// Runs a command, until the deadline or as [`Running::streaming`] has it.
+    pub fn exec(mut self, exec: Exec) -> Result<Running> {
+        self.request(Operation::Exec(exec))?;
+        let started = self.expect_started()?;
+        Ok(Running::new(self, started, Acknowledge::default()))
+    }
+
+    /// Goes on with a command, from where `arrived` says.
+    pub fn attach(mut self, id: u64, arrived: Acknowledge) -> Result<Running> {
+        let Acknowledge {
+            stdout_cursor,
+            stderr_cursor,
+        } = arrived;
+        self.request(Operation::Attach(Attach {
+            id,
+            stdout_cursor,
+            stderr_cursor,
+        }))?;
+        let started = self.expect_started()?;
+        Ok(Running::new(self, started, arrived))
+    }
+}
+
+/// The time that `len` bytes of a file may take.
+fn file_time(len: usize) -> Duration {
+    Duration::from_micros(len as u64 * 1_000_000 / MIN_FILE_RATE)
+}
+
+/// Reads the answer to `CONNECT`, and gives what came after it.
+fn read_connect_answer(stream: &UnixStream, deadline: Deadline) -> Result<Vec<u8>> {
+    let mut read = Vec::new();
+    let mut chunk = [0; CONNECT_ANSWER_MAX];
+    loop {
+        let len = match read_by(stream, &mut chunk, Some(deadline)) {
+            Ok(len) if len > 0 => len,
+            _ => return Err(ClientError::NoAgent),
+        };
+        read.extend_from_slice(&chunk[..len]);
+        match read.iter().position(|&byte| byte == b'\n') {
+            Some(end) if read.starts_with(b"OK ") => return Ok(read.split_off(end + 1)),
+            None if read.len() < CONNECT_ANSWER_MAX => {}
+            _ => return Err(ClientError::NoAgent),
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! The way to an agent, shared by all threads that send: messages must not be mixed.
+
+use std::io;
+use std::net::Shutdown as SocketEnd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Duration;
+
+use super::socket::{write_by, write_now};
+use crate::INPUT_WINDOW;
+use crate::deadline::Deadline;
+use crate::error::ClientError;
+use crate::frame;
+use crate::messages::{FromHost, from_host};
+
+/// How long a stream's message may take from its first byte to its last, in either direction.
+const STALL_LIMIT: Duration = Duration::from_secs(120);
+
+/// The rule for what a connection waits for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Timing {
+    /// The whole exchange is over by then.
+    Exchange(Deadline),
+    /// A stream that lasts as long as its command. It may be silent, because a command may be, and
+    /// ends when its reader does; a message that has begun must be whole within [`STALL_LIMIT`],
+    /// and what is sent must be taken within the same time.
+    Stream,
+}
+
+impl Timing {
+    /// The deadline of a message that begins now.
+    pub(super) fn of_message(self) -> Deadline {
+        match self {
+            Self::Exchange(deadline) => deadline,
+            Self::Stream => Deadline::after(STALL_LIMIT),
+        }
+    }
+}
+
+/// The way to the agent.
+pub(super) struct Outgoing {
+    /// Held by who sends, for the length of one message.
+    stream: Mutex<UnixStream>,
+    /// The same stream, for a thread that ends it while another waits to send.
+    end: UnixStream,
+    /// Read before every message; changed by the connection's owner only.
+    timing: Mutex<Timing>,
+    credit: Mutex<Credit>,
+    /// Notified when `credit` changed.
+    credit_changed: Condvar,
+}
+
+/// How much input may be sent.
+#[derive(Default)]
+struct Credit {
+    sent: u64,
+    taken: u64,
+    lost: bool,
+}
+
+impl Outgoing {
+    pub(super) fn new(stream: &UnixStream, timing: Timing) -> io::Result<Self> {
+        Ok(Self {
+            stream: Mutex::new(stream.try_clone()?),
+            end: stream.try_clone()?,
+            timing: Mutex::new(timing),
+            credit: Mutex::default(),
+            credit_changed: Condvar::new(),
+        })
+    }
+
+    pub(super) fn timing(&self) -> Timing {
+        *lock(&self.timing)
+    }
+
+    pub(super) fn set_timing(&self, timing: Timing) {
+        *lock(&self.timing) = timing;
+    }
+
+    pub(super) fn disconnect(&self) {
+        // A stream that is not connected any more is in the wanted state.
+        let _ = self.end.shutdown(SocketEnd::Both);
+    }
+
+    pub(super) fn send(&self, kind: from_host::Kind) -> Result<(), ClientError> {
+        self.send_by(kind, self.timing().of_message())
+    }
+
+    pub(super) fn send_by(
+        &self,
+        kind: from_host::Kind,
+        deadline: Deadline,
+    ) -> Result<(), ClientError> {
+        let bytes = encoded(kind)?;
+        self.write(&lock(&self.stream), &bytes, deadline)
+    }
+
+    /// Sends a message if it is taken at once; returns whether it was.
+    pub(super) fn try_send(&self, kind: from_host::Kind) -> Result<bool, ClientError> {
+        let bytes = encoded(kind)?;
+        let stream = match self.stream.try_lock() {
+            Ok(stream) => stream,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(false),
+        };
+        match write_now(&stream, &bytes)? {
+            0 => Ok(false),
+            sent => {
+                let deadline = self.timing().of_message();
+                self.write(&stream, &bytes[sent..], deadline).map(|()| true)
+            }
+        }
+    }
+
+    fn write(
+        &self,
+        stream: &UnixStream,
+        bytes: &[u8],
+        deadline: Deadline,
+    ) -> Result<(), ClientError> {
+        let sent = write_by(stream, bytes, deadline);
+        if matches!(sent, Err(ClientError::Late)) {
+            // Part of the message may be under way: nothing can follow it.
+            self.disconnect();
+        }
+        sent
+    }
+
+    /// Notes how much input the command has taken.
+    pub(super) fn input_taken(&self, taken: u64) {
+        self.change_credit(|credit| credit.taken = taken);
+    }
+
+    /// Ends all waiting for credit: nobody reads any more what the agent says of it.
+    pub(super) fn lose_credit(&self) {
+        self.change_credit(|credit| credit.lost = true);
+    }
+
+    fn change_credit(&self, change: impl FnOnce(&mut Credit)) {
+        change(&mut lock(&self.credit));
+        self.credit_changed.notify_all();
+    }
+
+    /// Waits until `len` more bytes of input may be sent, and counts them as sent.
+    pub(super) fn take_credit(&self, len: u64) -> Result<(), ClientError> {
+        let mut credit = lock(&self.credit);
+        while !credit.lost && credit.sent + len > credit.taken.saturating_add(INPUT_WINDOW as u64) {
+            credit = self
+                .credit_changed
+                .wait(credit)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        if credit.lost {
+            return Err(ClientError::Lost(io::ErrorKind::NotConnected.into()));
+        }
+        credit.sent += len;
+        Ok(())
+    }
+}
+
+fn encoded(kind: from_host::Kind) -> Result<Vec<u8>, ClientError> {
+    let mut bytes = Vec::new();
+    frame::encode(&FromHost { kind: Some(kind) }, &mut bytes)?;
+    Ok(bytes)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,42 @@
+//! Why an operation on a guest's agent failed.
+
+use std::io;
+
+use crate::frame::FrameError;
+
+/// Why an operation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The VM's socket cannot be reached.
+    #[error("cannot reach the VM's vsock socket {path}: {source}")]
+    Connect {
+        /// The socket.
+        path: String,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// Nobody listens in the guest.
+    #[error("no agent answers in the guest: it is still starting, or it is not in its image")]
+    NoAgent,
+    /// The connection was lost; the guest may have ended.
+    #[error("the connection to the agent was lost: {0}")]
+    Lost(#[source] io::Error),
+    /// The deadline passed before the agent had answered.
+    #[error("the guest's agent did not answer in time")]
+    Late,
+    /// The agent sent more than its caller collects.
+    #[error("the guest sent more than {0}, the most that is collected")]
+    TooMuch(String),
+    /// The agent sent something that is not the protocol.
+    #[error("the agent cannot be understood: {0}")]
+    Garbled(#[from] FrameError),
+    /// The agent sent a message that does not belong to the operation.
+    #[error("the agent's answer does not belong to what it was asked")]
+    OutOfTurn,
+    /// The agent refused. Its message is printable.
+    #[error("{}", .0.message)]
+    Refused(crate::messages::Error),
+    /// A local file or stream failed.
+    #[error("cannot read or write the data locally: {0}")]
+    Local(#[source] io::Error),
+}
