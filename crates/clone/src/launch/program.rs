@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
+use crate::scratch;
+
 const NAME: &str = "clone-vm";
 
 /// Looks for the program, and keeps it. A server does that when it starts: what is opened then is of
@@ -37,7 +39,12 @@ pub(super) fn command(words: [&OsStr; 3]) -> Command {
         Some(file) => format!("/proc/self/fd/{}", file.as_raw_fd()),
         None => "/proc/self/exe".to_owned(),
     };
-    bare(&program, words)
+    let mut command = bare(&program, words);
+    // It cannot find the directory by itself, without the variables that ours depends on.
+    if let Some(dir) = scratch::dir() {
+        command.env(scratch::VARIABLE, dir);
+    }
+    command
 }
 
 /// A command that gives `program` none of our environment but what it reads.
