@@ -10,6 +10,7 @@ mod cpuid;
 mod entry_time;
 mod pre_fault;
 mod registers;
+mod shortage;
 mod state;
 
 use std::ops::Range;
@@ -17,6 +18,7 @@ use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU8, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use std::{io, thread};
 
 use kvm_bindings::CpuId;
@@ -24,6 +26,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
 pub use self::entry_time::{EntryTime, monotonic_ns};
 pub use self::state::{StateFormat, VcpuState};
+use self::shortage::MemoryShortage;
 use crate::boot::Entry;
 use crate::bus::Bus;
 use crate::machine::{Exit, ExitSignal};
@@ -117,6 +120,16 @@ impl Shared {
         self.changed
             .wait(control)
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for as long as the CPU is wanted running, at most for `pause`; whether it still is.
+    fn stays_running_for(&self, pause: Duration) -> bool {
+        let is_wanted = |control: &mut Control| control.wanted == Mode::Running;
+        let waited = self
+            .changed
+            .wait_timeout_while(self.lock(), pause, is_wanted);
+        let (control, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        control.wanted == Mode::Running
     }
 }
 
@@ -397,8 +410,13 @@ impl Worker {
     /// Runs the guest until somebody asks to park, or it cannot go on.
     fn run(&mut self) {
         self.entry_time.note();
+        let mut shortage = MemoryShortage::default();
         loop {
-            match self.fd.run() {
+            let result = self.fd.run();
+            if result.is_ok() {
+                shortage.is_over();
+            }
+            match result {
                 Ok(VcpuExit::IoOut(port, data)) => self.buses.ports.write(u64::from(port), data),
                 Ok(VcpuExit::IoIn(port, data)) => self.buses.ports.read(u64::from(port), data),
                 Ok(VcpuExit::MmioWrite(address, data)) => self.buses.mmio.write(address, data),
@@ -428,6 +446,12 @@ impl Worker {
                 }
                 // A CPU that the guest has not woken yet is told so by EAGAIN.
                 Err(error) if error.errno() == libc::EAGAIN => {}
+                // A host where many VMs start at once may lack memory for KVM at the moment.
+                Err(error) if error.errno() == libc::ENOMEM && shortage.is_worth_waiting() => {
+                    if !self.shared.stays_running_for(shortage::PAUSE) {
+                        return;
+                    }
+                }
                 Err(error) => {
                     let reason = format!("KVM cannot run the guest: {error}");
                     return self.end(Exit::Crash(reason));
