@@ -460,6 +460,7 @@ fn told(error: ApiError) -> Problem {
         ErrorCode::TooLarge => ProblemKind::TooLarge,
         ErrorCode::Unavailable => ProblemKind::GuestUnavailable,
         ErrorCode::Timeout => ProblemKind::Timeout,
+        ErrorCode::OutOfSpace => ProblemKind::Busy,
         ErrorCode::HostUnsupported | ErrorCode::Internal => ProblemKind::Internal,
     };
     // Its advice is for people at the host's shell.

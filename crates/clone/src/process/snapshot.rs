@@ -23,7 +23,7 @@ use clone_vmm::snapshot::{self, CpuProfile};
 use super::assemble::told;
 use super::lineage::Lineage;
 use super::vm::{SharedMachine, locked};
-use crate::error::Result;
+use crate::error::{Result, storage_failed};
 
 /// While the guest runs, what it changed is copied again until there is no more of it than this.
 const SMALL_BYTES: u64 = 1 << 20;
@@ -138,8 +138,8 @@ impl Subject {
             false => self.lineage.parent_id(),
         };
         let memory = Arc::clone(self.lineage.memory());
-        let mut writer = LayerWriter::new(files.memory, "memory", *memory.layout(), parent)
-            .map_err(|error| ApiError::internal(&error))?;
+        let mut writer =
+            LayerWriter::new(files.memory, "memory", *memory.layout(), parent).map_err(no_copy)?;
         self.copy_running(&mut writer, full)?;
         watch.lap(&mut times.copy_us);
 
@@ -156,7 +156,7 @@ impl Subject {
 
         let state_bytes = snapshot::encode(&state).map_err(|error| ApiError::internal(&error))?;
         let written = files.state.write_all_at(&state_bytes, 0);
-        written.map_err(|error| ApiError::internal(&error).advise("make room on that disk"))?;
+        written.map_err(|error| storage_failed(&error).advise("make room on that disk"))?;
         let disks: Vec<DiskTaken> = frozen.into_iter().map(export).collect::<Result<_>>()?;
         let memory_bytes = writer.data_bytes();
         let layer = writer
@@ -164,7 +164,7 @@ impl Subject {
                 SnapshotKind::Fork => Checksums::Transient,
                 SnapshotKind::Full | SnapshotKind::Diff => Checksums::Yes,
             })
-            .map_err(|error| ApiError::internal(&error))?;
+            .map_err(no_copy)?;
         let id = layer.id();
         if kind != SnapshotKind::Fork {
             let kept = self.lineage.kept(layer, full);
@@ -239,7 +239,7 @@ impl Subject {
             } = &self.disks[index as usize];
             let below = if full { 0 } else { *parent_layers };
             let mut disk = disk.lock().unwrap_or_else(PoisonError::into_inner);
-            let failed = |error| ApiError::internal(&error);
+            let failed = |error| storage_failed(&error);
             if disk.layers().is_empty() {
                 let message = format!("disk {index} is written in place and cannot be frozen");
                 return Err(ApiError::new(ErrorCode::Conflict, message)
@@ -286,7 +286,7 @@ fn export(disk: FrozenDisk) -> Result<DiskTaken> {
     if let Some(layers) = disk.layers {
         layers
             .export(&disk.file)
-            .map_err(|error| ApiError::internal(&error))?;
+            .map_err(|error| storage_failed(&error))?;
     }
     Ok(DiskTaken {
         index: disk.index,
@@ -311,7 +311,7 @@ fn no_tracking(error: clone_memory::DirtyError) -> ApiError {
 }
 
 fn no_copy(error: clone_memory::LayerError) -> ApiError {
-    ApiError::internal(&error).advise("make room where the snapshot goes")
+    storage_failed(&error).advise("make room where the snapshot goes")
 }
 
 /// Measures stages one after the other.
