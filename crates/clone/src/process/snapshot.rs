@@ -11,9 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::Instant;
 
-use clone_api::control::{
-    CpuFeatures, DiskTaken, SnapshotKind, SnapshotRequest, SnapshotTaken, SnapshotTimes,
-};
+use clone_api::control::{DiskTaken, SnapshotKind, SnapshotRequest, SnapshotTaken, SnapshotTimes};
 use clone_api::{ApiError, ErrorCode};
 use clone_disk::{Disk, FrozenLayers};
 use clone_memory::{Checksums, LayerWriter};
@@ -23,6 +21,7 @@ use clone_vmm::snapshot::{self, CpuProfile};
 use super::assemble::told;
 use super::lineage::Lineage;
 use super::vm::{SharedMachine, locked};
+use crate::cpu;
 use crate::error::{Result, storage_failed};
 
 /// While the guest runs, what it changed is copied again until there is no more of it than this.
@@ -178,7 +177,7 @@ impl Subject {
             memory_bytes,
             state_bytes: state_bytes.len() as u64,
             disks,
-            cpu: cpu_features(&state),
+            cpu: cpu::features_of(CpuProfile::of_saved(&state.vcpus)),
             times,
         })
     }
@@ -293,14 +292,6 @@ fn export(disk: FrozenDisk) -> Result<DiskTaken> {
         parent_layers: disk.parent_layers as u32,
         written,
     })
-}
-
-fn cpu_features(state: &MachineState) -> CpuFeatures {
-    let profile = state.vcpus.first().map(CpuProfile::of).unwrap_or_default();
-    CpuFeatures {
-        vendor: profile.vendor,
-        features: profile.features,
-    }
 }
 
 fn no_tracking(error: clone_memory::DirtyError) -> ApiError {
