@@ -8,6 +8,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use army_api::hosts::Capacity;
+use army_api::templates::CpuFeatures;
 use army_api::vms::{VmMemory, VmState};
 use clone::runtime::RunningVm;
 use clone_api::control::VmState as Machine;
@@ -31,6 +32,9 @@ pub struct Report {
     pub vms: Vec<VmReport>,
     /// Standbys that are ready, by the template's name.
     pub ready: HashMap<String, u32>,
+    /// The CPU features that clones can have on the host; nodes of former versions do not say.
+    #[serde(default)]
+    pub cpu: Option<CpuFeatures>,
 }
 
 /// What a host says of one VM.
@@ -61,6 +65,7 @@ impl Node {
             capacity,
             vms,
             ready: self.standbys.ready(),
+            cpu: self.cpu.clone(),
         }
     }
 

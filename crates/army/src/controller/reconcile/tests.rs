@@ -151,6 +151,7 @@ impl Host for Slow {
             },
             vms: Vec::new(),
             ready: HashMap::new(),
+            cpu: None,
         })
     }
 
