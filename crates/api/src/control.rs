@@ -371,6 +371,8 @@ pub enum ErrorCode {
     HostUnsupported,
     /// Something did not happen in time.
     Timeout,
+    /// The host has no room for what was to be written.
+    OutOfSpace,
     /// Anything else that failed.
     Internal,
 }
@@ -387,6 +389,7 @@ impl ErrorCode {
             Self::Conflict => 409,
             Self::Unavailable => 503,
             Self::Timeout => 504,
+            Self::OutOfSpace => 507,
             Self::HostUnsupported | Self::Internal => 500,
         }
     }

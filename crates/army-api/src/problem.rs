@@ -27,8 +27,10 @@ pub enum ProblemKind {
     Busy,
     /// The guest does not answer.
     GuestUnavailable,
-    /// The host does not answer.
+    /// The host does not answer, or those that could do it take no VMs now.
     HostUnavailable,
+    /// No host, or not the one that it is about, has what it takes.
+    HostUnsupported,
     /// Something did not happen in time.
     Timeout,
     /// A failure of the server itself.
@@ -43,7 +45,7 @@ impl ProblemKind {
             Self::Unauthorized => 401,
             Self::Forbidden => 403,
             Self::NotFound => 404,
-            Self::Conflict => 409,
+            Self::Conflict | Self::HostUnsupported => 409,
             Self::IdempotencyMismatch => 422,
             Self::TooLarge => 413,
             Self::QuotaExceeded | Self::Busy => 429,
@@ -67,6 +69,7 @@ impl ProblemKind {
             Self::Busy => "There is no room now",
             Self::GuestUnavailable => "The guest does not answer",
             Self::HostUnavailable => "The host does not answer",
+            Self::HostUnsupported => "No host can run it",
             Self::Timeout => "It took too long",
             Self::Internal => "The server failed",
         }

@@ -1,5 +1,7 @@
 //! Templates.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
@@ -44,12 +46,25 @@ pub struct Template {
     pub vcpus: u32,
     /// When it was taken.
     pub taken_ms: u64,
+    /// The CPU features that its clones need: they are placed on hosts that have them. Absent for
+    /// templates that were taken up by a version that did not look.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuFeatures>,
     /// How many clones are kept ready on each of its hosts.
     pub standbys: u32,
     /// How many are ready now, on all hosts.
     pub ready: u32,
     /// VMs that were made of it and run.
     pub vms: u32,
+}
+
+/// The CPU features that a guest may use, or that a host offers, as far as hosts differ in them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CpuFeatures {
+    /// The CPU's maker, as in `AuthenticAMD`.
+    pub vendor: String,
+    /// Feature bits by CPUID leaf and register, as in `7.ebx`.
+    pub features: BTreeMap<String, u32>,
 }
 
 /// A request to take a template to another host. One that is chosen for VMs gets it by itself.

@@ -25,6 +25,8 @@ pub struct HostView {
     pub open: bool,
     /// Whether it has the labels that are asked for.
     pub suits: bool,
+    /// What it lacks of the CPU features that the VMs need, by name.
+    pub lacks: Vec<String>,
     /// Its processors.
     pub cpus: u32,
     /// Runnable tasks, in thousandths.
@@ -53,7 +55,9 @@ pub struct Need {
 /// Chooses a host for each of `count` VMs, charging each to its host: indices into `hosts`.
 ///
 /// # Errors
-/// [`ProblemKind::Busy`] where there is no room for all of them; then none is placed.
+/// [`ProblemKind::Busy`] where there is no room for all of them, [`ProblemKind::HostUnsupported`]
+/// where no host has the CPU features, and [`ProblemKind::HostUnavailable`] where those that have
+/// them take no VMs; then none is placed.
 pub fn place(hosts: &mut [HostView], need: Need, count: u32) -> Result<Vec<usize>, Problem> {
     let before: Vec<HostView> = hosts.to_vec();
     let mut chosen = Vec::with_capacity(count as usize);
@@ -77,6 +81,7 @@ pub fn place(hosts: &mut [HostView], need: Need, count: u32) -> Result<Vec<usize
 fn fits(host: &HostView, need: Need) -> bool {
     host.open
         && host.suits
+        && host.lacks.is_empty()
         && (host.has_template || need.anywhere)
         && host.available_bytes >= need.cost_bytes + host.memory_bytes / RESERVE
 }
@@ -103,6 +108,9 @@ fn charge(host: &mut HostView, need: Need) {
 }
 
 fn refusal(hosts: &[HostView], need: Need, count: u32, placed: usize) -> Problem {
+    if let Some(problem) = unsupported(hosts) {
+        return problem;
+    }
     let open = hosts.iter().filter(|host| host.open).count();
     let detail = if open == 0 {
         "no host takes VMs now: all are drained, or do not answer".to_owned()
@@ -116,6 +124,31 @@ fn refusal(hosts: &[HostView], need: Need, count: u32, placed: usize) -> Problem
     Problem::new(ProblemKind::Busy, detail)
         .advise("try again later, destroy VMs, or add a host")
         .retry_after(5)
+}
+
+/// The refusal where hosts lack CPU features: all of them, or those that take VMs now.
+fn unsupported(hosts: &[HostView]) -> Option<Problem> {
+    let suiting = || hosts.iter().filter(|host| host.suits);
+    let nearest = |of: &mut dyn Iterator<Item = &HostView>| {
+        let nearest = of.min_by_key(|host| host.lacks.len())?;
+        (!nearest.lacks.is_empty()).then(|| {
+            let lacks = nearest.lacks.join(", ");
+            format!("{} lacks {lacks}", nearest.name)
+        })
+    };
+    if let Some(lacks) = nearest(&mut suiting()) {
+        let detail = format!("no host can run these VMs: {lacks}");
+        return Some(Problem::new(ProblemKind::HostUnsupported, detail).advise(
+            "add a host whose CPU has them, or take the template on a CPU that all hosts match",
+        ));
+    }
+    let lacks = nearest(&mut suiting().filter(|host| host.open))?;
+    let detail = format!("the hosts that may be able to run these VMs take none now: {lacks}");
+    Some(
+        Problem::new(ProblemKind::HostUnavailable, detail)
+            .advise("try again when they answer and are not drained, or add a host")
+            .retry_after(5),
+    )
 }
 
 #[cfg(test)]
@@ -183,6 +216,46 @@ mod tests {
         let mut hosts = [host("cold"), warm, drained];
         let chosen = place(&mut hosts, need(GIB), 2).unwrap();
         assert_eq!(chosen, [1, 0]);
+    }
+
+    #[test]
+    fn hosts_that_lack_a_cpu_feature_get_nothing() {
+        let mut old = host("old");
+        old.lacks = vec!["avx512f".to_owned()];
+        old.ready = 5;
+        let mut new = host("new");
+        new.available_bytes = 20 * GIB;
+        let mut hosts = [old, new];
+        assert_eq!(place(&mut hosts, need(GIB), 2).unwrap(), [1, 1]);
+    }
+
+    #[test]
+    fn a_feature_that_no_host_has_is_named_and_no_matter_of_time() {
+        let mut hosts = [host("a"), host("b")];
+        hosts[0].lacks = vec!["avx2".to_owned(), "avx512f".to_owned()];
+        hosts[1].lacks = vec!["avx512f".to_owned()];
+        hosts[1].open = false;
+        let problem = place(&mut hosts, need(GIB), 1).unwrap_err();
+        assert_eq!(problem.kind, ProblemKind::HostUnsupported);
+        assert_eq!((problem.status, problem.retry_after_s), (409, None));
+        assert!(problem.detail.ends_with("b lacks avx512f"), "{problem}");
+    }
+
+    #[test]
+    fn a_feature_of_hosts_that_are_away_is_named_and_worth_waiting_for() {
+        let mut hosts = [host("old"), host("away"), host("elsewhere")];
+        hosts[0].lacks = vec!["avx512f".to_owned()];
+        hosts[1].open = false;
+        // It has another label, so it does not count.
+        hosts[2].suits = false;
+        let problem = place(&mut hosts, need(GIB), 1).unwrap_err();
+        assert_eq!(problem.kind, ProblemKind::HostUnavailable);
+        assert_eq!((problem.status, problem.retry_after_s), (503, Some(5)));
+        assert!(problem.detail.contains("old lacks avx512f"), "{problem}");
+        // A host that has them and no room is another matter.
+        hosts[1].open = true;
+        let problem = place(&mut hosts, need(100 * GIB), 1).unwrap_err();
+        assert_eq!(problem.kind, ProblemKind::Busy);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Failures as the command tells them: the API's own error type, which carries the advice.
 
+use std::error::Error;
 use std::io;
 use std::path::Path;
 
@@ -19,4 +20,32 @@ pub fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Ap
             _ => ApiError::new(ErrorCode::Internal, message),
         }
     }
+}
+
+/// The error of a write to a disk, or to memory that stands for one: of its own kind where that is
+/// full.
+pub(crate) fn storage_failed(error: &(dyn Error + 'static)) -> ApiError {
+    let internal = ApiError::internal(error);
+    match is_full(error) {
+        true => ApiError {
+            code: ErrorCode::OutOfSpace,
+            ..internal
+        },
+        false => internal,
+    }
+}
+
+/// Whether a full disk or quota is behind an error.
+fn is_full(error: &(dyn Error + 'static)) -> bool {
+    let causes = std::iter::successors(Some(error), |cause: &&(dyn Error + 'static)| {
+        (*cause).source()
+    });
+    causes
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|error| {
+            matches!(
+                error.kind(),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+            )
+        })
 }

@@ -15,6 +15,7 @@
 
 mod cache;
 pub mod cli;
+pub mod cpu;
 mod error;
 pub mod host_net;
 pub mod jail;

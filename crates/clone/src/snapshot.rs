@@ -17,7 +17,7 @@ use clone_api::{ApiError, Client, ClientError, ErrorCode, VmConfig};
 use crate::error::{Result, failed};
 use crate::jail;
 use crate::process::start::ForkDisk;
-use crate::runtime::{LIVE_LOCK, Parent, RunningVm, Runtime};
+use crate::runtime::{LiveDir, Parent, RunningVm, Runtime};
 use crate::scratch;
 use crate::template::{NewTemplate, Parts, Template};
 
@@ -30,6 +30,8 @@ const AGENT_LIMIT: Duration = Duration::from_secs(5);
 const FIRST_LAYER: usize = 2;
 /// Room for the disks' layers of a snapshot beside its memory, in bytes.
 const ROOM_FOR_DISKS: i64 = 1 << 30;
+/// Room for a machine's state and the like in a live fork, in bytes.
+const ROOM_FOR_STATE: u64 = 16 << 20;
 
 /// Takes a snapshot of `vm` and makes it the template at `target`; the VM goes on. With `diff` it
 /// holds only what changed since the template that the VM was forked from, or since its last
@@ -129,7 +131,7 @@ pub struct LiveLayers {
     /// The machine's state.
     pub state: PathBuf,
     /// Held until the clones hold it.
-    _lock: File,
+    _dir: LiveDir,
 }
 
 /// Takes a snapshot of `vm` for clones that are made at once; the VM goes on.
@@ -146,45 +148,60 @@ pub fn take_live(runtime: &Runtime, vm: &RunningVm) -> Result<(LiveLayers, Snaps
         .advise("run VMs to be forked with overlay=ephemeral, or take a snapshot and fork that"));
     }
     let mut parent = vm.dir.parent()?;
-    let (dir, lock) = runtime.live_dir()?;
-    let file = |name: &str| {
-        let path = dir.join(name);
-        File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path)
-            .map_err(failed("make", &path))
+    let room = room_for_live_fork(vm)?;
+    let (dir, taken) = runtime.fill_live_dir(room, |dir| fill(vm, &config, dir))?;
+    parent.memory.push(dir.path().join("memory"));
+    parent.template = None;
+    parent.locks.push(dir.lock_path());
+    for disk in taken.disks.iter().filter(|disk| disk.written) {
+        let index = disk.index as usize;
+        if let Some(ForkDisk { layers, .. }) = parent.disks.get_mut(index) {
+            layers.push(dir.path().join(disk_file(disk.index)));
+        }
+    }
+    let layers = LiveLayers {
+        parent,
+        state: dir.path().join("state"),
+        _dir: dir,
     };
-    let mut files = vec![file("memory")?, file("state")?];
+    Ok((layers, taken))
+}
+
+/// Has the VM write what its clones will share into new files.
+fn fill(vm: &RunningVm, config: &VmConfig, dir: &LiveDir) -> Result<SnapshotTaken> {
+    let mut files = vec![dir.new_file("memory")?, dir.new_file("state")?];
     let mut disks = Vec::new();
-    for (index, disk) in config.disks.iter().enumerate() {
+    for (index, disk) in (0..).zip(&config.disks) {
         if !disk.read_only {
-            disks.push(index as u32);
+            disks.push(index);
             files.push(scratch()?);
-            files.push(file(&format!("disk-{index}"))?);
+            files.push(dir.new_file(&disk_file(index))?);
         }
     }
     let request = SnapshotRequest {
         kind: SnapshotKind::Fork,
         disks,
     };
-    let taken = ask(vm, &request, &files)?;
-    parent.memory.push(dir.join("memory"));
-    parent.template = None;
-    parent.locks.push(dir.join(LIVE_LOCK));
-    for disk in taken.disks.iter().filter(|disk| disk.written) {
-        let index = disk.index as usize;
-        if let Some(ForkDisk { layers, .. }) = parent.disks.get_mut(index) {
-            layers.push(dir.join(format!("disk-{index}")));
-        }
-    }
-    let layers = LiveLayers {
-        parent,
-        state: dir.join("state"),
-        _lock: lock,
+    ask(vm, &request, &files)
+}
+
+fn disk_file(index: u32) -> String {
+    format!("disk-{index}")
+}
+
+/// About how much a live fork of `vm` writes: the memory that it does not share, and as much as
+/// its guest may change while that is copied.
+fn room_for_live_fork(vm: &RunningVm) -> Result<u64> {
+    let client = Client::new(vm.dir.control_socket()).with_timeout(LIMIT);
+    let memory = client
+        .stats()
+        .map_err(|error| ApiError::internal(&error))?
+        .memory;
+    let own = match memory.guest {
+        Some(guest) => guest.private_bytes + guest.swapped_bytes,
+        None => memory.guest_bytes,
     };
-    Ok((layers, taken))
+    Ok((own + own / 8).min(memory.guest_bytes) + ROOM_FOR_STATE)
 }
 
 /// The version of the agent in a guest, where it answers.

@@ -153,7 +153,7 @@ impl GuestMemory {
         let memory = Self::map(layout, Backing::Layers(stack.clone()))?;
         let mut pieces = stack.pieces().iter();
         pieces.try_for_each(|piece| memory.map_piece(stack, piece))?;
-        memory.keep_out_of_core_dumps();
+        memory.set_kernel_advice();
         Ok(memory)
     }
 
@@ -186,7 +186,7 @@ impl GuestMemory {
             regions,
             backing,
         };
-        memory.keep_out_of_core_dumps();
+        memory.set_kernel_advice();
         Ok(memory)
     }
 
@@ -230,7 +230,7 @@ impl GuestMemory {
                 Backing::Shared(file) => Backing::Shared(Arc::clone(file)),
             },
         };
-        memory.keep_out_of_core_dumps();
+        memory.set_kernel_advice();
         Ok(memory)
     }
 
@@ -258,10 +258,17 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// RAM does not belong in a core dump: it is large, and the guest's own. The kernel knows this
-    /// advice for as long as it knows core dumps; without it all that grows is the dump.
-    fn keep_out_of_core_dumps(&self) {
-        let _ = self.advise(0..self.pages(), Advice::LinuxDontDump);
+    /// What holds for all RAM, and again for each new mapping in it.
+    ///
+    /// RAM does not belong in a core dump: it is large, and the guest's own. And it takes no huge
+    /// pages from the host's settings: with transparent huge pages set to `always`, the first byte
+    /// that a clone writes where its template has nothing would cost it 2 MiB.
+    ///
+    /// Kernels that do not know the advice have neither core dumps nor huge pages.
+    fn set_kernel_advice(&self) {
+        for advice in [Advice::LinuxDontDump, Advice::LinuxNoHugepage] {
+            let _ = self.advise(0..self.pages(), advice);
+        }
     }
 
     fn advise(&self, pages: Range<u64>, advice: Advice) -> io::Result<()> {
@@ -274,8 +281,9 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Lets the host use huge pages where it has them: fewer faults and faster translation for a
-    /// long-lived guest, but memory is given in pieces of 2 MiB, so not for clones.
+    /// Lets the host use huge pages where it has them, which RAM does not by itself: fewer faults
+    /// and faster translation for a long-lived guest, but memory is given in pieces of 2 MiB, so
+    /// not for clones.
     ///
     /// # Errors
     /// [`MemoryError::Advise`] where the host is built without transparent huge pages.
@@ -413,6 +421,7 @@ fn rw() -> ProtFlags {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layers::{Checksums, LayerWriter};
     use vm_memory::{Bytes, GuestMemoryBackend};
 
     #[test]
@@ -465,5 +474,77 @@ mod tests {
         let errors = [first, second, third].into_iter().filter_map(Result::err);
         let message = errors.map(|error| error.to_string()).next().unwrap();
         assert!(message.contains("67108864 MiB"), "{message}");
+    }
+
+    /// The flags that the kernel shows for each mapping of RAM.
+    fn mapping_flags(memory: &GuestMemory) -> Vec<String> {
+        let ram: Vec<Range<u64>> = memory
+            .regions()
+            .iter()
+            .map(|region| region.host_address..region.host_address + region.size)
+            .collect();
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut is_ram = false;
+        let mut flags = Vec::new();
+        for line in smaps.lines() {
+            let first = line.split_whitespace().next().unwrap();
+            if let Some((start, end)) = first.split_once('-') {
+                let [start, end] = [start, end].map(|it| u64::from_str_radix(it, 16).unwrap());
+                is_ram = ram.iter().any(|it| it.start < end && start < it.end);
+            } else if let Some(shown) = line.strip_prefix("VmFlags:")
+                && is_ram
+            {
+                flags.push(shown.to_owned());
+            }
+        }
+        flags
+    }
+
+    fn has(flags: &str, flag: &str) -> bool {
+        flags.split_whitespace().any(|it| it == flag)
+    }
+
+    fn takes_no_huge_pages(memory: &GuestMemory) -> bool {
+        let flags = mapping_flags(memory);
+        assert!(!flags.is_empty());
+        flags.iter().all(|it| has(it, "nh") && !has(it, "hg"))
+    }
+
+    /// RAM over a layer that has data in two of its pages.
+    fn layered(layout: &RamLayout) -> GuestMemory {
+        let source = GuestMemory::anonymous(layout).unwrap();
+        let pages: PageSet = [1..2, 700..701].into_iter().collect();
+        for page in [1, 700] {
+            let address = GuestAddress(page * PAGE_SIZE);
+            source.ram().write_obj(page, address).unwrap();
+        }
+        let file = tempfile::tempfile().unwrap();
+        let mut writer = LayerWriter::new(file, "base", *layout, None).unwrap();
+        writer.copy(&source, &pages).unwrap();
+        let layer = writer.finish(Checksums::Transient).unwrap();
+        GuestMemory::from_layers(layout, &LayerStack::new(vec![layer]).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn ram_takes_huge_pages_from_no_setting_of_the_host() {
+        let layout = RamLayout::new(8 << 20).unwrap();
+        let booted = GuestMemory::anonymous(&layout).unwrap();
+        let clone = layered(&layout);
+        // The layer's data and the holes around it are mappings of their own.
+        assert!(mapping_flags(&clone).len() > 2);
+        for memory in [&booted, &clone, &GuestMemory::shared(&layout).unwrap()] {
+            assert!(takes_no_huge_pages(memory));
+        }
+        for memory in [booted, clone] {
+            assert!(takes_no_huge_pages(&memory.renewed().unwrap()));
+        }
+    }
+
+    #[test]
+    fn only_who_asks_for_huge_pages_gets_them() {
+        let memory = GuestMemory::anonymous(&RamLayout::new(8 << 20).unwrap()).unwrap();
+        memory.advise_huge_pages().unwrap();
+        let flags = mapping_flags(&memory);
+        assert!(flags.iter().all(|it| has(it, "hg") && !has(it, "nh")));
     }
 }

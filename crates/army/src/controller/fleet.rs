@@ -5,11 +5,11 @@ use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError};
 
 use army_api::hosts::{ChangeHost, Host, HostState, MissingJailLayer};
-use army_api::templates::Template;
+use army_api::templates::{CpuFeatures, Template};
 use army_api::{Problem, ProblemKind};
 
 use super::remote::Remote;
-use super::{Cluster, Controller, Node};
+use super::{Cluster, Controller, Heard, Node};
 use crate::cluster::enrol::Token;
 use crate::node::supervise::now_ms;
 use crate::random;
@@ -181,11 +181,26 @@ impl Controller {
                 memory_bytes: host.capacity.memory_bytes,
                 available_bytes: host.capacity.available_bytes,
                 vms: host.vms,
+                lacks: lacks(template.cpu.as_ref(), heard),
                 has_template: template.hosts.contains(&host.name),
                 ready: ready.unwrap_or(0),
                 name: host.name,
             }
         });
         Ok(views.collect())
+    }
+}
+
+/// What a host lacks of the CPU features that clones need, as far as it is known.
+fn lacks(needed: Option<&CpuFeatures>, heard: Option<&Heard>) -> Vec<String> {
+    let host = heard.and_then(|heard| heard.report.cpu.as_ref());
+    let features = |cpu: &CpuFeatures| clone_api::control::CpuFeatures {
+        vendor: cpu.vendor.clone(),
+        features: cpu.features.clone(),
+    };
+    match (needed, host) {
+        (Some(needed), Some(host)) => clone::cpu::missing(&features(needed), &features(host)),
+        // Where it turns out to lack some, the fork is refused there and tried elsewhere.
+        _ => Vec::new(),
     }
 }

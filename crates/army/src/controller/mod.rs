@@ -1,12 +1,13 @@
 //! What the API asks for, done: placed, told to nodes, written down.
 //!
 //! [`fleet`] has what is done to hosts, [`templates`] what is done to templates, [`builds`] how they
-//! are built of others, and VMs are here.
+//! are built of others, [`forks`] how VMs are placed and made, and all else of VMs is here.
 //! The store holds what is wanted and what was last heard; [`reconcile`] goes over the difference.
 //! HTTP, keys and roles are not known here.
 
 pub mod builds;
 mod fleet;
+mod forks;
 pub mod host;
 mod making;
 pub mod reconcile;
@@ -19,20 +20,19 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 
 use army_api::templates::Template;
-use army_api::vms::{
-    Balloon, CreateVms, CreatedVms, Failure, ForkTimes, ForkVm, SnapshotVm, Vm, VmState,
-};
+use army_api::vms::{Balloon, CreateVms, CreatedVms, ForkVm, SnapshotVm, Vm, VmState};
 use army_api::{Problem, ProblemKind};
 
+use crate::node::Report;
 use crate::node::journal::Entry;
 use crate::node::policy;
 use crate::node::supervise::now_ms;
-use crate::node::{Made, Report};
 use crate::scheduler::{Need, UNKNOWN_COST};
 use crate::store::vms::NewVms;
 use crate::store::{Result, Store};
 use crate::{blocking, random};
 
+use forks::Placement;
 use making::Making;
 use remote::Remote;
 
@@ -148,23 +148,20 @@ impl Controller {
             request: request.map(str::to_owned),
             details,
         };
-        let mut making = self.making.request()?;
         let need = Need {
             cost_bytes: self.cost(&template.name).await?,
             // It travels to where there is room.
             anywhere: true,
         };
-        let mut views = self.views(&template, &order.details.host_labels).await?;
-        let chosen = making.place(&mut views, need, order.count)?;
-        let hosts = chosen.iter().map(|index| views[*index].name.clone());
+        let making = self.making.request()?;
+        let mut placement = Placement::new(self, &order, template.clone(), need, making);
+        let hosts = placement.place(order.count).await?;
         let vms = self
-            .write_down(&order, hosts.collect(), &mut making)
+            .write_down(&order, hosts, &mut placement.making)
             .await?;
-        let made = template.clone();
-        self.make(&order, Some(&template), vms, start, move |node, entries| {
-            node.create(&made.name, entries)
-        })
-        .await
+        let make =
+            move |node: &dyn host::Host, entries: &[Entry]| node.create(&template.name, entries);
+        self.make(&order, Some(placement), vms, start, make).await
     }
 
     /// Forks a running VM, which goes on, on its own host.
@@ -200,10 +197,8 @@ impl Controller {
         let mut making = self.making.request()?;
         let vms = self.write_down(&order, hosts, &mut making).await?;
         let id = parent.id.clone();
-        self.make(&order, None, vms, start, move |node, entries| {
-            node.fork_live(&id, entries)
-        })
-        .await
+        let make = move |node: &dyn host::Host, entries: &[Entry]| node.fork_live(&id, entries);
+        self.make(&order, None, vms, start, make).await
     }
 
     async fn write_down(
@@ -244,88 +239,6 @@ impl Controller {
         making.name(vms.iter().map(|vm| vm.id.clone()));
         self.store.add_vms(&new).await?;
         Ok(vms)
-    }
-
-    /// Tells each host to make its share, side by side, and writes down how it went. A host
-    /// without the template gets it first.
-    async fn make(
-        &self,
-        order: &Order,
-        template: Option<&Template>,
-        vms: Vec<Vm>,
-        start: Instant,
-        make: impl Fn(&dyn host::Host, &[Entry]) -> Vec<Result<Made>> + Clone + Send + 'static,
-    ) -> Result<CreatedVms> {
-        let mut shares: BTreeMap<String, Vec<Vm>> = BTreeMap::new();
-        let ids: Vec<String> = vms.iter().map(|vm| vm.id.clone()).collect();
-        for vm in vms {
-            shares.entry(vm.host.clone()).or_default().push(vm);
-        }
-        let placement_us = micros(start);
-        let mut work = Vec::new();
-        for (host, share) in shares {
-            let node = self.node(&host);
-            let heard = self.heard().get(&host).map(|it| it.report.capacity.cpus);
-            let cpus = heard.unwrap_or(1);
-            let make = make.clone();
-            let idle = order.details.idle;
-            let ttl_ms = order.details.ttl_s.map(|ttl| ttl.saturating_mul(1000));
-            work.push(async move {
-                let entry = |vm| entry(vm, idle, ttl_ms);
-                let entries: Vec<Entry> = share.iter().map(entry).collect();
-                let results = async {
-                    let node = node?;
-                    if let Some(template) = template {
-                        self.bring(&node, template).await?;
-                    }
-                    let _turn = self.making.turn(&host, cpus).await;
-                    blocking(move || Ok(make(node.as_ref(), &entries))).await
-                };
-                let results = results.await;
-                let results = results
-                    .unwrap_or_else(|problem| share.iter().map(|_| Err(problem.clone())).collect());
-                share.into_iter().zip(results).collect::<Vec<_>>()
-            });
-        }
-        let mut made = HashMap::new();
-        for (vm, result) in futures_util::future::join_all(work)
-            .await
-            .into_iter()
-            .flatten()
-        {
-            let times = result.map(|made| ForkTimes {
-                warm: made.warm,
-                placement_us,
-                running_us: made.running_us,
-                identity_us: made.identity_us,
-                total_us: micros(start),
-            });
-            self.store.made_vm(&vm.id, &times).await?;
-            made.insert(vm.id.clone(), (vm, times));
-        }
-        let mut created = CreatedVms {
-            vms: Vec::new(),
-            failures: Vec::new(),
-        };
-        for id in ids {
-            match made.remove(&id) {
-                Some((mut vm, Ok(times))) => {
-                    vm.state = VmState::Running;
-                    vm.fork = Some(times);
-                    created.vms.push(vm);
-                }
-                Some((vm, Err(problem))) => created.failures.push(Failure {
-                    name: vm.name,
-                    problem,
-                }),
-                None => {}
-            }
-        }
-        // The only one that was asked for fails as the request does.
-        if created.vms.is_empty() && created.failures.len() == 1 {
-            return Err(created.failures.remove(0).problem);
-        }
-        Ok(created)
     }
 
     /// Ends a VM. What is over already is answered as it is.
@@ -405,19 +318,6 @@ impl Controller {
     fn heard(&self) -> std::sync::MutexGuard<'_, HashMap<String, Heard>> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn micros(start: Instant) -> u64 {
-    start.elapsed().as_micros() as u64
-}
-
-fn entry(vm: &Vm, idle: Option<army_api::vms::IdlePolicy>, ttl_ms: Option<u64>) -> Entry {
-    let mut entry = Entry::new(vm.id.clone(), 1, vm.name.clone());
-    entry.expires_ms = vm.expires_ms;
-    entry.ttl_ms = ttl_ms;
-    entry.idle = idle;
-    entry.network.clone_from(&vm.network);
-    entry
 }
 
 fn check(details: &CreateVms) -> Result<()> {

@@ -85,6 +85,7 @@ impl Controller {
             data_bytes: facts.data_bytes,
             vcpus: facts.vcpus,
             taken_ms: facts.taken_ms,
+            cpu: facts.cpu,
             standbys,
             ready: 0,
             vms: 0,

@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use agent_proto::client::{ClientError, Connection, Deadline};
+use army_api::templates::CpuFeatures;
 use army_api::vms::Balloon;
 use army_api::{Problem, ProblemKind};
 use clone::launch::fork::{self, Overrides, Source};
@@ -64,6 +65,8 @@ pub struct Node {
     standbys: Standbys,
     receiving: Mutex<()>,
     seen: Seen,
+    /// The CPU features that clones can have here.
+    cpu: Option<CpuFeatures>,
     /// When each VM was last used, by id.
     used: Mutex<HashMap<String, Use>>,
     /// How complete the jail of VMs is on this host, once that was found out.
@@ -105,6 +108,9 @@ pub struct TemplateFacts {
     pub vcpus: u32,
     /// When it was taken.
     pub taken_ms: u64,
+    /// The CPU features that its clones need; nodes of former versions do not say.
+    #[serde(default)]
+    pub cpu: Option<CpuFeatures>,
 }
 
 impl Node {
@@ -122,6 +128,7 @@ impl Node {
             journal,
             sources: Mutex::default(),
             seen: Seen::default(),
+            cpu: host_cpu(),
             used: Mutex::default(),
             jail: OnceLock::new(),
         });
@@ -459,6 +466,30 @@ fn facts(template: &Template) -> TemplateFacts {
         data_bytes: content.memory.layers.iter().map(|it| it.data_bytes).sum(),
         vcpus: content.config.vcpus,
         taken_ms: content.created_unix_ms,
+        cpu: Some(cpu_features(content.cpu.clone())),
+    }
+}
+
+/// Clone's account of CPU features, as Army's API gives it.
+fn cpu_features(cpu: clone_api::control::CpuFeatures) -> CpuFeatures {
+    CpuFeatures {
+        vendor: cpu.vendor,
+        features: cpu.features,
+    }
+}
+
+/// The CPU features of this host; none where they cannot be found out.
+fn host_cpu() -> Option<CpuFeatures> {
+    match clone::cpu::of_host() {
+        Ok(cpu) => Some(cpu_features(cpu)),
+        Err(error) => {
+            // The first fork fails by it, and tells the client.
+            tracing::warn!(
+                message = error.message,
+                "this host's CPU features are unknown"
+            );
+            None
+        }
     }
 }
 
@@ -481,7 +512,9 @@ fn told(error: ApiError) -> Problem {
         ErrorCode::TooLarge => ProblemKind::TooLarge,
         ErrorCode::Unavailable => ProblemKind::GuestUnavailable,
         ErrorCode::Timeout => ProblemKind::Timeout,
-        ErrorCode::HostUnsupported | ErrorCode::Internal => ProblemKind::Internal,
+        ErrorCode::HostUnsupported => ProblemKind::HostUnsupported,
+        ErrorCode::OutOfSpace => ProblemKind::Busy,
+        ErrorCode::Internal => ProblemKind::Internal,
     };
     // Its advice is for people at the host's shell.
     Problem::new(kind, error.message)

@@ -8,6 +8,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use army_api::hosts::{Capacity, MissingJailLayer};
+use army_api::templates::CpuFeatures;
 use army_api::vms::{VmMemory, VmState};
 use clone::runtime::RunningVm;
 use clone_api::control::VmState as Machine;
@@ -35,6 +36,9 @@ pub struct Report {
     pub vms: Vec<VmReport>,
     /// Standbys that are ready, by the template's name.
     pub ready: HashMap<String, u32>,
+    /// The CPU features that clones can have on the host; nodes of former versions do not say.
+    #[serde(default)]
+    pub cpu: Option<CpuFeatures>,
 }
 
 /// What a host says of one VM.
@@ -66,6 +70,7 @@ impl Node {
             missing_jail_layers: self.jail.get().map(missing_layers).unwrap_or_default(),
             vms,
             ready: self.standbys.ready(),
+            cpu: self.cpu.clone(),
         }
     }
 

@@ -154,6 +154,27 @@ impl Store {
         change.commit().await
     }
 
+    /// Writes down that a VM is made by another host, since its own refused it. Whether that is
+    /// so: one that was destroyed in the meantime is not moved.
+    pub async fn move_vm(&self, id: &str, host: &str, reason: &str) -> Result<bool> {
+        let mut change = self.change().await?;
+        let moved = sqlx::query(
+            "UPDATE vms SET host = $1 WHERE id = $2 AND alive = 1 AND wanted = 1 RETURNING tenant",
+        )
+        .bind(host)
+        .bind(id)
+        .fetch_optional(change.connection())
+        .await
+        .map_err(query_failed)?;
+        if let Some(row) = &moved {
+            let tenant = text(row, "tenant")?;
+            let detail = format!("to {host}: {reason}");
+            change.event("vm.moved", id, &tenant, &detail).await?;
+        }
+        change.commit().await?;
+        Ok(moved.is_some())
+    }
+
     /// Takes in what a host says of its VMs; returns the ids of those that are over by our book,
     /// which the host may end and forget. A VM that is not in our book at all is left alone: the
     /// book may be the wrong one. Those in `making` are told of by whoever makes them.

@@ -25,7 +25,7 @@ Exit codes:
   2    wrong usage or configuration
   3    there is no such VM
   4    not in this state, or the name is taken
-  5    this host cannot do it
+  5    this host cannot do it, or has no room for it
   6    the VM lacks the device, or its guest the agent
   124  not in time
   exec and shell end with the code of the guest's command; 125 where clone itself
@@ -37,7 +37,7 @@ pub fn code_of(error: &ApiError) -> u8 {
         ErrorCode::BadRequest | ErrorCode::InvalidConfig => USAGE,
         ErrorCode::NotFound => NOT_FOUND,
         ErrorCode::Conflict => CONFLICT,
-        ErrorCode::HostUnsupported => HOST,
+        ErrorCode::HostUnsupported | ErrorCode::OutOfSpace => HOST,
         ErrorCode::Unavailable => UNAVAILABLE,
         ErrorCode::Timeout => TIMEOUT,
         ErrorCode::MethodNotAllowed | ErrorCode::TooLarge | ErrorCode::Internal => FAILURE,

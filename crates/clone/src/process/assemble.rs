@@ -9,9 +9,7 @@ use clone_api::{ApiError, ErrorCode, VmConfig};
 use clone_memory::{GuestMemory, RamLayout};
 use clone_vmm::event_loop::EventLoop;
 use clone_vmm::machine::{Kernel, Machine, MachineError, MachineState, Parts};
-use clone_vmm::snapshot::CpuProfile;
-use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
-use kvm_ioctls::Kvm;
+use clone_vmm::vcpu::{Refusal, VcpuError};
 
 use super::console::ConsoleHub;
 use super::control::ControlServer;
@@ -46,7 +44,7 @@ pub(super) fn assemble(
     let hub = Arc::new(Mutex::new(hub));
     events.attach(&console_slot, hub.clone());
 
-    let guest = Guest::of(resources.origin, &resources.kvm, &config)?;
+    let guest = Guest::of(resources.origin, &config)?;
     timeline.reach(StartStage::Mapped);
     let saved = guest.state().map(|state| state.devices.as_slice());
     let ram = guest.memory.ram().clone();
@@ -140,7 +138,7 @@ enum Source {
 }
 
 impl Guest {
-    fn of(origin: OpenOrigin, kvm: &Kvm, config: &VmConfig) -> Result<Self> {
+    fn of(origin: OpenOrigin, config: &VmConfig) -> Result<Self> {
         match origin {
             OpenOrigin::Boot(files) => Ok(Self {
                 memory: guest_memory(config)?,
@@ -152,7 +150,6 @@ impl Guest {
                 locks: Vec::new(),
             }),
             OpenOrigin::Fork(fork) => {
-                check_cpu(kvm, &fork.state)?;
                 let layout = *fork.memory.layout();
                 let memory = GuestMemory::from_layers(&layout, &fork.memory);
                 let memory = memory.map_err(|error| ApiError::internal(&error))?;
@@ -179,22 +176,6 @@ impl Guest {
             Source::State(state, _) => Some(state),
         }
     }
-}
-
-/// Whether this host's CPU has all that the guest may use.
-fn check_cpu(kvm: &Kvm, state: &MachineState) -> Result<()> {
-    let supported = kvm
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(|error| ApiError::internal(&error))?;
-    let host = CpuProfile::of_host(&supported);
-    let saved = state.vcpus.first().map(CpuProfile::of).unwrap_or_default();
-    host.can_run(&saved).map_err(|mismatch| {
-        ApiError::new(
-            ErrorCode::HostUnsupported,
-            format!("the snapshot cannot go on here: {mismatch}"),
-        )
-        .advise("use a host with the same CPU or a newer one of its kind")
-    })
 }
 
 fn boot(
@@ -250,13 +231,19 @@ fn guest_memory(config: &VmConfig) -> Result<GuestMemory> {
 
 /// A machine's error for the user.
 pub(super) fn told(error: MachineError) -> ApiError {
-    let told = ApiError::internal(&error);
-    match error {
-        MachineError::Missing(_) => ApiError {
-            code: ErrorCode::HostUnsupported,
-            ..told
-        }
-        .advise("use a newer kernel; 6.7 or newer has everything"),
-        _ => told,
+    let told = |code| ApiError {
+        code,
+        ..ApiError::internal(&error)
+    };
+    match &error {
+        MachineError::Missing(_) => told(ErrorCode::HostUnsupported)
+            .advise("use a newer kernel; 6.7 or newer has everything"),
+        MachineError::Vcpu(VcpuError::Refused { refusal, .. }) => match refusal {
+            Refusal::Vendor { .. } | Refusal::Exceeds(_) => told(ErrorCode::HostUnsupported)
+                .advise("use a host with the same CPU or a newer one of its kind"),
+            Refusal::Invalid(_) => told(ErrorCode::InvalidConfig)
+                .advise("take the snapshot again: this one was damaged or made by hand"),
+        },
+        _ => told(ErrorCode::Internal),
     }
 }

@@ -11,9 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::Instant;
 
-use clone_api::control::{
-    CpuFeatures, DiskTaken, SnapshotKind, SnapshotRequest, SnapshotTaken, SnapshotTimes,
-};
+use clone_api::control::{DiskTaken, SnapshotKind, SnapshotRequest, SnapshotTaken, SnapshotTimes};
 use clone_api::{ApiError, ErrorCode};
 use clone_disk::{Disk, FrozenLayers};
 use clone_memory::{Checksums, LayerWriter};
@@ -23,7 +21,8 @@ use clone_vmm::snapshot::{self, CpuProfile};
 use super::assemble::told;
 use super::lineage::Lineage;
 use super::vm::{SharedMachine, locked};
-use crate::error::Result;
+use crate::cpu;
+use crate::error::{Result, storage_failed};
 
 /// While the guest runs, what it changed is copied again until there is no more of it than this.
 const SMALL_BYTES: u64 = 1 << 20;
@@ -138,8 +137,8 @@ impl Subject {
             false => self.lineage.parent_id(),
         };
         let memory = Arc::clone(self.lineage.memory());
-        let mut writer = LayerWriter::new(files.memory, "memory", *memory.layout(), parent)
-            .map_err(|error| ApiError::internal(&error))?;
+        let mut writer =
+            LayerWriter::new(files.memory, "memory", *memory.layout(), parent).map_err(no_copy)?;
         self.copy_running(&mut writer, full)?;
         watch.lap(&mut times.copy_us);
 
@@ -156,7 +155,7 @@ impl Subject {
 
         let state_bytes = snapshot::encode(&state).map_err(|error| ApiError::internal(&error))?;
         let written = files.state.write_all_at(&state_bytes, 0);
-        written.map_err(|error| ApiError::internal(&error).advise("make room on that disk"))?;
+        written.map_err(|error| storage_failed(&error).advise("make room on that disk"))?;
         let disks: Vec<DiskTaken> = frozen.into_iter().map(export).collect::<Result<_>>()?;
         let memory_bytes = writer.data_bytes();
         let layer = writer
@@ -164,7 +163,7 @@ impl Subject {
                 SnapshotKind::Fork => Checksums::Transient,
                 SnapshotKind::Full | SnapshotKind::Diff => Checksums::Yes,
             })
-            .map_err(|error| ApiError::internal(&error))?;
+            .map_err(no_copy)?;
         let id = layer.id();
         if kind != SnapshotKind::Fork {
             let kept = self.lineage.kept(layer, full);
@@ -178,7 +177,7 @@ impl Subject {
             memory_bytes,
             state_bytes: state_bytes.len() as u64,
             disks,
-            cpu: cpu_features(&state),
+            cpu: cpu::features_of(CpuProfile::of_saved(&state.vcpus)),
             times,
         })
     }
@@ -239,7 +238,7 @@ impl Subject {
             } = &self.disks[index as usize];
             let below = if full { 0 } else { *parent_layers };
             let mut disk = disk.lock().unwrap_or_else(PoisonError::into_inner);
-            let failed = |error| ApiError::internal(&error);
+            let failed = |error| storage_failed(&error);
             if disk.layers().is_empty() {
                 let message = format!("disk {index} is written in place and cannot be frozen");
                 return Err(ApiError::new(ErrorCode::Conflict, message)
@@ -286,21 +285,13 @@ fn export(disk: FrozenDisk) -> Result<DiskTaken> {
     if let Some(layers) = disk.layers {
         layers
             .export(&disk.file)
-            .map_err(|error| ApiError::internal(&error))?;
+            .map_err(|error| storage_failed(&error))?;
     }
     Ok(DiskTaken {
         index: disk.index,
         parent_layers: disk.parent_layers as u32,
         written,
     })
-}
-
-fn cpu_features(state: &MachineState) -> CpuFeatures {
-    let profile = state.vcpus.first().map(CpuProfile::of).unwrap_or_default();
-    CpuFeatures {
-        vendor: profile.vendor,
-        features: profile.features,
-    }
 }
 
 fn no_tracking(error: clone_memory::DirtyError) -> ApiError {
@@ -311,7 +302,7 @@ fn no_tracking(error: clone_memory::DirtyError) -> ApiError {
 }
 
 fn no_copy(error: clone_memory::LayerError) -> ApiError {
-    ApiError::internal(&error).advise("make room where the snapshot goes")
+    storage_failed(&error).advise("make room where the snapshot goes")
 }
 
 /// Measures stages one after the other.

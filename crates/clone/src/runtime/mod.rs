@@ -11,11 +11,12 @@
 //! - `notices.json`: what the VM's owner should know of its start, where there is anything.
 //!
 //! Hidden beside them: `.standby-*`, VMs that are ready and wait for their name ([`standby`]), and
-//! `.live-*`, what live forks share.
+//! `.live-*`, what live forks share ([`live`]; on disk where it is too large).
 //!
 //! A directory is *stale* when nobody starts its VM and its process is gone: the next command
 //! sweeps it away ([`Runtime::sweep`]).
 
+mod live;
 mod process;
 mod standby;
 mod sweep;
@@ -38,8 +39,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Result, failed};
 use crate::host_net::GuestAddress;
 use crate::process::start::ForkDisk;
+pub use live::LiveDir;
 pub use process::Process;
-pub use sweep::{LIVE_LOCK, LIVE_PREFIX};
 
 /// Holds the path where a standby's directory was made.
 const BORN: &str = "born";
@@ -59,6 +60,8 @@ const MAX_SOCKET_NAME: usize = "/vsock.sock_4294967295".len();
 pub struct Runtime {
     vms: PathBuf,
     required_jail: RequiredJail,
+    /// Where live forks go that are too large for the runtime directory.
+    spill: Option<PathBuf>,
 }
 
 impl Runtime {
@@ -95,6 +98,7 @@ impl Runtime {
         check_owner(&vms)?;
         Ok(Self {
             vms,
+            spill: live::default_spill_dir(),
             required_jail: RequiredJail::default(),
         })
     }
@@ -124,23 +128,6 @@ impl Runtime {
     /// Where the directories of VMs are.
     pub fn vms_dir(&self) -> &Path {
         &self.vms
-    }
-
-    /// A new hidden directory for what a live fork shares, locked by its maker.
-    pub fn live_dir(&self) -> Result<(PathBuf, File)> {
-        // Under the root's lock no sweeper sees the directory before it is locked itself.
-        let _root = self.lock()?;
-        let name = Self::standby_name("live")?;
-        let dir = self.vms.join(name.replace(standby::PREFIX, LIVE_PREFIX));
-        fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&dir)
-            .map_err(failed("make", &dir))?;
-        let path = dir.join(LIVE_LOCK);
-        let lock = File::create(&path).map_err(failed("make", &path))?;
-        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared)
-            .map_err(|error| failed("lock", &path)(error.into()))?;
-        Ok((dir, lock))
     }
 
     /// Where it is kept that the template of this id was verified.
@@ -239,16 +226,7 @@ impl Runtime {
 
     /// Takes the lock under which directories are made and removed.
     fn lock(&self) -> Result<File> {
-        let path = self.vms.join(".lock");
-        let file = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(failed("open", &path))?;
-        rustix::fs::flock(&file, FlockOperation::LockExclusive)
-            .map_err(|error| failed("lock", &path)(error.into()))?;
-        Ok(file)
+        lock_in(&self.vms)
     }
 }
 
@@ -266,6 +244,20 @@ fn check_owner(dir: &Path) -> Result<()> {
         format!("other users could exchange what is in {}", dir.display()),
     )
     .advise("name a directory of yours in CLONE_RUNTIME_DIR that only you can write"))
+}
+
+/// Takes the lock under which directories in `place` are made and removed.
+fn lock_in(place: &Path) -> Result<File> {
+    let path = place.join(".lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(failed("open", &path))?;
+    rustix::fs::flock(&file, FlockOperation::LockExclusive)
+        .map_err(|error| failed("lock", &path)(error.into()))?;
+    Ok(file)
 }
 
 /// What a directory says about its VM.

@@ -1,11 +1,8 @@
 //! Removing what a VM left on the host when its process is gone.
 
-use std::fs::{self, File};
-use std::io;
-use std::path::Path;
+use std::fs;
 
 use clone_api::ApiError;
-use rustix::fs::{FlockOperation, flock};
 
 use super::{Runtime, Status, VmDir, standby};
 use crate::error::{Result, failed};
@@ -33,11 +30,7 @@ impl Runtime {
                 remove(&dir)?;
             }
         }
-        let _root = self.lock()?;
-        for dir in self.hidden_dirs(LIVE_PREFIX)? {
-            remove_unused(dir.path())?;
-        }
-        Ok(())
+        self.sweep_live()
     }
 
     /// Removes `dir` and what belongs to it, if it is stale; whether it was.
@@ -51,26 +44,6 @@ impl Runtime {
         drop(root);
         self.sweep_hidden()?;
         Ok(true)
-    }
-}
-
-/// What the directories begin with that hold what live forks share.
-pub const LIVE_PREFIX: &str = ".live-";
-/// The file in them that its users hold a shared lock on.
-pub const LIVE_LOCK: &str = "lock";
-
-/// Removes what no live fork shares any more.
-fn remove_unused(dir: &Path) -> Result<()> {
-    let path = dir.join(LIVE_LOCK);
-    match File::open(&path) {
-        Ok(lock) if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() => Ok(()),
-        // Unlocked, or its maker died before there was a lock.
-        _ => match fs::remove_dir_all(dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(failed("remove", dir)(error))
-            }
-            _ => Ok(()),
-        },
     }
 }
 

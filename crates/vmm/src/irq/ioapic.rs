@@ -32,6 +32,10 @@ const VERSION: u32 = 0x11 | (PIN_COUNT as u32 - 1) << 16;
 const ENTRY_MASKED: u64 = 1 << 16;
 /// Delivery status and remote IRR: read-only, and always 0 for edges delivered at once.
 const ENTRY_READ_ONLY: u64 = 1 << 12 | 1 << 14;
+/// Vector, delivery, polarity, trigger, mask; and the destination. The rest is reserved.
+const ENTRY_DEFINED: u64 = 0x1_FFFF | 0xFF << 56;
+/// The bits of its id.
+const ID_BITS: u32 = 0x0F00_0000;
 
 /// What is saved of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +57,15 @@ impl IoapicState {
             pending: 0,
         }
     }
+
+    /// The same with only the bits that the registers have, which a saved state may not keep to.
+    fn within_registers(mut self) -> Self {
+        self.id &= ID_BITS;
+        self.pending &= (1 << PIN_COUNT) - 1;
+        let entries = self.entries.iter_mut();
+        entries.for_each(|entry| *entry &= ENTRY_DEFINED & !ENTRY_READ_ONLY);
+        self
+    }
 }
 
 /// The I/O APIC of a machine; shared by the guest's CPUs and the devices on its pins.
@@ -65,7 +78,7 @@ impl Ioapic {
     /// An I/O APIC in the given state, sending its messages by `wiring`.
     pub fn new(wiring: Arc<dyn Wiring>, state: IoapicState) -> Self {
         Self {
-            state: Mutex::new(state),
+            state: Mutex::new(state.within_registers()),
             wiring,
         }
     }
@@ -80,7 +93,7 @@ impl Ioapic {
 
     /// Puts it back into `state`.
     pub fn restore(&self, state: IoapicState) {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state.within_registers();
     }
 
     /// A rising edge on `pin`.
@@ -115,18 +128,19 @@ impl Ioapic {
 
     fn write_register(&self, state: &mut IoapicState, value: u32) {
         if state.select == REG_ID {
-            state.id = value & 0x0F00_0000;
+            state.id = value & ID_BITS;
             return;
         }
         let Some((pin, high)) = entry_index(state.select) else {
             return;
         };
         let old = state.entries[pin];
-        state.entries[pin] = if high {
+        let new = if high {
             old & 0xFFFF_FFFF | u64::from(value) << 32
         } else {
-            old & 0xFFFF_FFFF_0000_0000 | u64::from(value) & !ENTRY_READ_ONLY
+            old & 0xFFFF_FFFF_0000_0000 | u64::from(value)
         };
+        state.entries[pin] = new & ENTRY_DEFINED & !ENTRY_READ_ONLY;
         self.deliver(state, pin);
     }
 }
@@ -222,6 +236,23 @@ mod tests {
         ioapic.pulse(7);
         let copy = Ioapic::new(wiring, ioapic.save());
         assert_eq!(copy.save(), ioapic.save());
+    }
+
+    #[test]
+    fn a_saved_state_has_no_bits_that_the_registers_lack() {
+        let (_, wiring) = ioapic();
+        let hostile = IoapicState {
+            id: u32::MAX,
+            select: 0xFF,
+            entries: [u64::MAX; PIN_COUNT],
+            pending: u32::MAX,
+        };
+        let ioapic = Ioapic::new(wiring, hostile.clone());
+        let built = ioapic.save();
+        ioapic.restore(hostile);
+        assert_eq!(ioapic.save(), built);
+        assert_eq!((built.id, built.pending), (0x0F00_0000, 0x00FF_FFFF));
+        assert_eq!(built.entries, [0xFF00_0000_0001_AFFF; PIN_COUNT]);
     }
 
     #[test]

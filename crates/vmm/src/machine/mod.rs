@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clone_memory::layout::PAGE_SIZE;
 use clone_memory::{GuestMemory, MemoryError, PageSet};
-use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap};
+use kvm_bindings::{CpuId, KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -34,7 +34,9 @@ use crate::pci::virtio_pci::{SharedVirtioDevice, VirtioPci};
 use crate::pci::{
     ECAM_BASE, ECAM_SIZE, EcamWindow, MMIO32_BASE, MMIO32_SIZE, MmioWindow, PciBus, SLOT_COUNT,
 };
-use crate::vcpu::{Buses, EntryTime, StateFormat, Vcpu, VcpuContext, VcpuError};
+use crate::vcpu::{
+    Buses, CpuCeiling, EntryTime, StateFormat, Vcpu, VcpuContext, VcpuError, cpuid_of,
+};
 use crate::virtio::DeviceError;
 
 /// The most CPUs that a machine may have.
@@ -182,15 +184,12 @@ impl Machine {
         let pci = PciBus::new();
         let transports = plug(parts.devices, &pci, &wiring, &parts.memory, events)?;
         let buses = Arc::new(buses(&serial, &power, &ioapic, &pci));
-        let format = StateFormat::new(&kvm, StateFormat::xsave_capability(&vm))?;
-        let cpuid = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(MachineError::kvm("ask for the supported CPUID"))?;
+        let ceiling = CpuCeiling::new(&kvm, parts.vcpus)?;
+        let format = StateFormat::new(&ceiling, StateFormat::xsave_capability(&vm));
         let entry_time = EntryTime::default();
         let context = VcpuContext {
             vm: &vm,
-            cpuid: &cpuid,
-            count: parts.vcpus,
+            ceiling: Arc::new(ceiling),
             buses,
             exit: exit.clone(),
             entry_time: entry_time.clone(),
@@ -384,6 +383,16 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, MachineError> {
     vm.enable_cap(&split)
         .map_err(MachineError::kvm("split the irqchip"))?;
     Ok(vm)
+}
+
+/// The CPUID of a machine's only CPU at a boot on this host.
+pub(crate) fn boot_cpuid(kvm: &Kvm) -> Result<CpuId, MachineError> {
+    let vm = create_vm(kvm)?;
+    let vcpu = vm
+        .create_vcpu(0)
+        .map_err(MachineError::kvm("create a vCPU"))?;
+    CpuCeiling::new(kvm, 1)?.set_cpuid(&vcpu, 0)?;
+    Ok(cpuid_of(&vcpu)?)
 }
 
 /// Gives each device a slot and a BAR, in order.

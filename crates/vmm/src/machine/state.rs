@@ -11,6 +11,9 @@ use crate::irq::ioapic::IoapicState;
 use crate::pci::virtio_pci::VirtioPciState;
 use crate::vcpu::VcpuState;
 
+/// The longest that a VM can have run: beyond it the host's own arithmetic would overflow.
+const MAX_CLOCK_NS: u64 = i64::MAX as u64;
+
 /// The state of a paused machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MachineState {
@@ -127,6 +130,10 @@ impl Machine {
         };
         fits("vCPUs", state.vcpus.len(), usize::from(parts.vcpus))?;
         fits("devices", state.devices.len(), parts.devices.len())?;
+        if state.clock.nanoseconds > MAX_CLOCK_NS {
+            let reason = format!("its clock stands at {} ns", state.clock.nanoseconds);
+            return Err(MachineError::State(reason));
+        }
         let mut machine = Self::assemble(parts, state.board, events)?;
         machine.set_clock(state.clock)?;
         // CPUs before devices: a device that finds work may interrupt at once, and a local APIC

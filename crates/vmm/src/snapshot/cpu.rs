@@ -1,91 +1,21 @@
-//! Whether this host's CPU can go on where another stopped.
+//! The CPU features that a snapshot needs, in a form that people and schedulers can read.
 //!
-//! A guest has looked at CPUID once and for all; it uses what it found. So a host must offer all
-//! features of the saved CPU. Others on top do no harm: the guest is told what it was told.
-//!
-//! Source: Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E.
+//! A guest has looked at CPUID once and for all and uses what it found, so a host must offer all
+//! features of the saved CPUs. More do no harm: the guest goes on seeing its own CPUID. Schedulers
+//! compare profiles to choose a host; the CPU states themselves are judged by
+//! [`CpuCeiling`](crate::vcpu::CpuCeiling) when a machine is restored, whatever a profile claims.
 
 use std::collections::BTreeMap;
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::kvm_cpuid_entry2;
+use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
-use crate::vcpu::VcpuState;
+use crate::machine::{self, MachineError};
+use crate::vcpu::features::{self, WORDS};
+use crate::vcpu::{VcpuState, vendor};
 
-/// A register of a CPUID leaf, of which each bit is a feature.
-struct Word {
-    name: &'static str,
-    leaf: u32,
-    index: u32,
-    register: fn(&kvm_cpuid_entry2) -> u32,
-    /// Bits that are no features of the host's CPU: KVM or the guest's own settings make them.
-    not_the_hosts: u32,
-}
-
-/// The words of features that programs look at.
-const WORDS: [Word; 8] = [
-    // TSC deadline, x2APIC, OSXSAVE, hypervisor.
-    Word {
-        name: "1.ecx",
-        leaf: 1,
-        index: 0,
-        register: |e| e.ecx,
-        not_the_hosts: 1 << 21 | 1 << 24 | 1 << 27 | 1 << 31,
-    },
-    // Hyper-threading, which is the number of CPUs.
-    Word {
-        name: "1.edx",
-        leaf: 1,
-        index: 0,
-        register: |e| e.edx,
-        not_the_hosts: 1 << 28,
-    },
-    Word {
-        name: "7.ebx",
-        leaf: 7,
-        index: 0,
-        register: |e| e.ebx,
-        not_the_hosts: 0,
-    },
-    // OSPKE.
-    Word {
-        name: "7.ecx",
-        leaf: 7,
-        index: 0,
-        register: |e| e.ecx,
-        not_the_hosts: 1 << 4,
-    },
-    Word {
-        name: "7.edx",
-        leaf: 7,
-        index: 0,
-        register: |e| e.edx,
-        not_the_hosts: 0,
-    },
-    Word {
-        name: "d.1.eax",
-        leaf: 0xD,
-        index: 1,
-        register: |e| e.eax,
-        not_the_hosts: 0,
-    },
-    Word {
-        name: "80000001.ecx",
-        leaf: 0x8000_0001,
-        index: 0,
-        register: |e| e.ecx,
-        not_the_hosts: 0,
-    },
-    Word {
-        name: "80000001.edx",
-        leaf: 0x8000_0001,
-        index: 0,
-        register: |e| e.edx,
-        not_the_hosts: 0,
-    },
-];
-
-/// What a guest was told of its CPU, as far as hosts differ in it.
+/// The CPU features that a guest may use, or that a host offers, as far as hosts differ in them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CpuProfile {
@@ -98,31 +28,35 @@ pub struct CpuProfile {
 /// What a host lacks for a guest.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Mismatch {
-    /// Another maker's CPU behaves differently in ways that no bit tells.
+    /// The CPU of another maker behaves differently in ways that no bit shows.
     #[error("it was made on a CPU of {saved}, and this host's is of {here}")]
     Vendor {
-        /// The guest's.
+        /// The maker of the saved CPU.
         saved: String,
-        /// The host's.
+        /// The maker of the host's CPU.
         here: String,
     },
     /// Features are missing.
     #[error("this host's CPU lacks features that its guest may use: {}", .0.join(", "))]
     Features(
-        /// As in `7.ebx bit 5`.
+        /// As in `avx2 (7.ebx bit 5)`.
         Vec<String>,
     ),
 }
 
 impl CpuProfile {
-    /// What the guest of `state` was told.
-    pub fn of(state: &VcpuState) -> Self {
-        Self::from_entries(state.cpuid())
+    /// The features of saved CPUs: those that any of them has.
+    pub fn of_saved(vcpus: &[VcpuState]) -> Self {
+        let profiles = vcpus.iter().map(|vcpu| Self::from_entries(vcpu.cpuid()));
+        profiles.reduce(Self::union).unwrap_or_default()
     }
 
-    /// What this host can offer (`KVM_GET_SUPPORTED_CPUID`).
-    pub fn of_host(supported: &CpuId) -> Self {
-        Self::from_entries(supported.as_slice())
+    /// The features that a boot on this host gives a guest: those of a CPU that is made for it.
+    ///
+    /// # Errors
+    /// Those of KVM.
+    pub fn of_host(kvm: &Kvm) -> Result<Self, MachineError> {
+        Ok(Self::from_entries(machine::boot_cpuid(kvm)?.as_slice()))
     }
 
     fn from_entries(entries: &[kvm_cpuid_entry2]) -> Self {
@@ -131,21 +65,26 @@ impl CpuProfile {
                 .iter()
                 .find(|entry| entry.function == leaf && entry.index == index)
         };
-        let vendor = find(0, 0).map_or_else(String::new, |entry| {
-            let bytes = [entry.ebx, entry.edx, entry.ecx].map(u32::to_le_bytes);
-            String::from_utf8_lossy(&bytes.concat()).into_owned()
-        });
         let words = WORDS.iter().filter_map(|word| {
-            let bits = (word.register)(find(word.leaf, word.index)?) & !word.not_the_hosts;
+            let entry = find(word.leaf, word.index)?;
+            let bits = word.register.of(entry) & !word.not_the_hosts;
             Some((word.name.to_owned(), bits))
         });
         Self {
-            vendor,
+            vendor: vendor(entries),
             features: words.collect(),
         }
     }
 
-    /// Whether a host of this profile can run a guest of `saved`'s.
+    fn union(mut self, other: Self) -> Self {
+        for (word, bits) in other.features {
+            *self.features.entry(word).or_default() |= bits;
+        }
+        self
+    }
+
+    /// Whether a host of this profile can run a guest that was saved with the profile `saved`.
+    /// Words that only one side has count as 0: manifests of former versions have fewer.
     ///
     /// # Errors
     /// [`Mismatch`], with all that is missing.
@@ -159,8 +98,8 @@ impl CpuProfile {
         let mut missing = Vec::new();
         for (word, &bits) in &saved.features {
             let lacking = bits & !self.features.get(word).copied().unwrap_or(0);
-            let lacking = (0..32).filter(|bit| lacking >> bit & 1 == 1);
-            missing.extend(lacking.map(|bit| format!("{word} bit {bit}")));
+            let lacking = features::set_bits(lacking);
+            missing.extend(lacking.map(|bit| features::name_in(word, bit)));
         }
         match missing.is_empty() {
             true => Ok(()),
@@ -208,7 +147,7 @@ mod tests {
         );
         assert_eq!(old.vendor, "AuthenticAMD");
         assert_eq!(new.can_run(&old), Ok(()));
-        let missing = Mismatch::Features(vec!["7.ebx bit 1".to_owned()]);
+        let missing = Mismatch::Features(vec!["tsc_adjust (7.ebx bit 1)".to_owned()]);
         assert_eq!(old.can_run(&new), Err(missing));
     }
 

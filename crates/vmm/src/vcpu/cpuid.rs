@@ -21,63 +21,75 @@ const AMD_TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
 /// without it none did. It saves exits only on hosts without a virtual APIC.
 const KVM_PV_EOI: u32 = 1 << 6;
 const AMD_CORE_PERFORMANCE: u32 = 1 << 23 | 1 << 24;
+/// The extended topology, which is made here and not the host's.
+pub(super) const TOPOLOGY_LEAVES: [u32; 2] = [0xB, 0x1F];
+/// Leaves that are all zero for guests: performance counters of Intel and AMD (a clone may run on
+/// another host's), and AMD's nested virtualisation.
+const HIDDEN_LEAVES: [u32; 3] = [0xA, 0x8000_000A, 0x8000_0022];
+/// Hidden leaves that guests could read until they were hidden, and that states of that time hold.
+/// They mean nothing without the features of other leaves that no guest was ever given.
+pub(super) const ONCE_SHOWN_LEAVES: [u32; 2] = [0x8000_000A, 0x8000_0022];
 
-/// Fits `supported` (from `KVM_GET_SUPPORTED_CPUID`) to CPU `id` of `count`.
+/// What a boot on a host that supports `supported` (`KVM_GET_SUPPORTED_CPUID`) gives CPU `id` of
+/// `count`: also the ceiling of what a saved CPU may have here.
 ///
 /// The topology is one package of single-threaded cores: the host decides where they really run.
-pub(super) fn for_vcpu(
-    supported: &CpuId,
-    id: u8,
-    count: u8,
-) -> Result<CpuId, vmm_sys_util::fam::Error> {
+pub(super) fn for_vcpu(supported: &CpuId, id: u8, count: u8) -> Vec<kvm_cpuid_entry2> {
     let mut entries: Vec<kvm_cpuid_entry2> = supported
         .as_slice()
         .iter()
-        .filter(|entry| !matches!(entry.function, 0xB | 0x1F))
+        .filter(|entry| !TOPOLOGY_LEAVES.contains(&entry.function))
         .copied()
         .collect();
     for entry in &mut entries {
-        match entry.function {
-            1 => {
-                let count = if count > 1 { u32::from(count) } else { 1 };
-                entry.ebx = entry.ebx & 0x0000_FFFF | count << 16 | u32::from(id) << 24;
-                entry.ecx = entry.ecx & !VMX | TSC_DEADLINE | HYPERVISOR;
-                entry.edx = if count > 1 {
-                    entry.edx | HTT
-                } else {
-                    entry.edx & !HTT
-                };
-            }
-            // Cores per package (bits 26 to 31) and CPUs per cache (14 to 25), less one each.
-            4 if entry.eax & 0x1F != 0 => {
-                let shared = if entry.eax >> 5 & 7 >= 3 {
-                    u32::from(count) - 1
-                } else {
-                    0
-                };
-                entry.eax =
-                    entry.eax & 0x3FFF | shared << 14 | (u32::from(count) - 1).min(63) << 26;
-            }
-            0x4000_0001 => entry.eax &= !KVM_PV_EOI,
-            // No performance counters: a clone may run on another host's.
-            0xA => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-            0x8000_0001 => {
-                entry.ecx &= !(SVM | AMD_TOPOLOGY_EXTENSIONS | AMD_CORE_PERFORMANCE);
-            }
-            // Cores, less one, and the width of the APIC id.
-            0x8000_0008 => {
-                let cores = u32::from(count) - 1;
-                entry.ecx = entry.ecx & !0xF0FF | cores | apic_id_bits(count) << 12;
-            }
-            _ => {}
-        }
+        mask(entry);
+        set_topology(entry, id, count);
     }
     entries.extend(
-        [0xB, 0x1F]
+        TOPOLOGY_LEAVES
             .into_iter()
             .flat_map(|function| topology(function, id, count)),
     );
-    CpuId::from_entries(&entries)
+    entries
+}
+
+/// Hides what no guest gets, and announces what KVM has without the host's CPU.
+fn mask(entry: &mut kvm_cpuid_entry2) {
+    match entry.function {
+        1 => entry.ecx = entry.ecx & !VMX | TSC_DEADLINE | HYPERVISOR,
+        0x4000_0001 => entry.eax &= !KVM_PV_EOI,
+        0x8000_0001 => {
+            entry.ecx &= !(SVM | AMD_TOPOLOGY_EXTENSIONS | AMD_CORE_PERFORMANCE);
+        }
+        function if HIDDEN_LEAVES.contains(&function) => {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+        }
+        _ => {}
+    }
+}
+
+/// Sets what a leaf says of CPU `id` among the `count` of its machine.
+pub(super) fn set_topology(entry: &mut kvm_cpuid_entry2, id: u8, count: u8) {
+    let cpus = u32::from(count);
+    match entry.function {
+        1 => {
+            entry.ebx = entry.ebx & 0x0000_FFFF | cpus << 16 | u32::from(id) << 24;
+            entry.edx = match count > 1 {
+                true => entry.edx | HTT,
+                false => entry.edx & !HTT,
+            };
+        }
+        // Cores per package (bits 26 to 31) and CPUs per cache (14 to 25), less one each.
+        4 if entry.eax & 0x1F != 0 => {
+            let shared = if entry.eax >> 5 & 7 >= 3 { cpus - 1 } else { 0 };
+            entry.eax = entry.eax & 0x3FFF | shared << 14 | (cpus - 1).min(63) << 26;
+        }
+        // Cores, less one, and the width of the APIC id.
+        0x8000_0008 => {
+            entry.ecx = entry.ecx & !0xF0FF | (cpus - 1) | apic_id_bits(count) << 12;
+        }
+        _ => {}
+    }
 }
 
 fn apic_id_bits(count: u8) -> u32 {
@@ -107,9 +119,9 @@ fn topology(function: u32, id: u8, count: u8) -> [kvm_cpuid_entry2; 3] {
 mod tests {
     use super::*;
 
-    fn leaf(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
+    fn leaf(cpuid: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
         let found = |entry: &&kvm_cpuid_entry2| entry.function == function && entry.index == index;
-        *cpuid.as_slice().iter().find(found).unwrap()
+        *cpuid.iter().find(found).unwrap()
     }
 
     fn supported() -> CpuId {
@@ -129,7 +141,7 @@ mod tests {
 
     #[test]
     fn every_cpu_has_its_own_id_in_every_leaf() {
-        let cpuid = for_vcpu(&supported(), 5, 6).unwrap();
+        let cpuid = for_vcpu(&supported(), 5, 6);
         assert_eq!(leaf(&cpuid, 1, 0).ebx >> 24, 5);
         for function in [0xB, 0x1F] {
             assert_eq!(leaf(&cpuid, function, 0).edx, 5);
@@ -148,16 +160,21 @@ mod tests {
             ecx,
             ..Default::default()
         };
-        let host =
-            CpuId::from_entries(&[entry(1, u32::MAX), entry(0x8000_0001, u32::MAX)]).unwrap();
-        let cpuid = for_vcpu(&host, 0, 1).unwrap();
+        let host = CpuId::from_entries(&[
+            entry(1, u32::MAX),
+            entry(0x8000_0001, u32::MAX),
+            entry(0x8000_000A, u32::MAX),
+        ])
+        .unwrap();
+        let cpuid = for_vcpu(&host, 0, 1);
         assert_eq!(leaf(&cpuid, 1, 0).ecx & VMX, 0);
         assert_eq!(leaf(&cpuid, 0x8000_0001, 0).ecx & SVM, 0);
+        assert_eq!(leaf(&cpuid, 0x8000_000A, 0).ecx, 0);
     }
 
     #[test]
     fn the_deadline_timer_is_announced_and_performance_counters_are_not() {
-        let cpuid = for_vcpu(&supported(), 0, 1).unwrap();
+        let cpuid = for_vcpu(&supported(), 0, 1);
         assert_ne!(leaf(&cpuid, 1, 0).ecx & TSC_DEADLINE, 0);
         assert_eq!(leaf(&cpuid, 0xA, 0).eax, 0);
     }

@@ -6,10 +6,13 @@
 //! when KVM says it was interrupted, which also lets KVM finish an access that was under way, so
 //! that the state of a parked CPU is complete.
 
+mod ceiling;
 mod cpuid;
 mod entry_time;
+pub(crate) mod features;
 mod pre_fault;
 mod registers;
+mod shortage;
 mod state;
 
 use std::ops::Range;
@@ -17,12 +20,16 @@ use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU8, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use std::{io, thread};
 
-use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
+pub(crate) use self::ceiling::vendor;
+pub use self::ceiling::{CpuCeiling, Refusal};
 pub use self::entry_time::{EntryTime, monotonic_ns};
+use self::shortage::MemoryShortage;
+pub(crate) use self::state::cpuid_of;
 pub use self::state::{StateFormat, VcpuState};
 use crate::boot::Entry;
 use crate::bus::Bus;
@@ -52,6 +59,14 @@ pub enum VcpuError {
         index: u32,
         /// Its saved value.
         data: u64,
+    },
+    /// The saved state is none that a CPU of this machine could have on this host.
+    #[error("the saved state of CPU {vcpu} is refused: {refusal}")]
+    Refused {
+        /// The CPU.
+        vcpu: u8,
+        /// Why.
+        refusal: Refusal,
     },
     /// No thread could be made.
     #[error("cannot start a vCPU thread: {0}")]
@@ -106,6 +121,7 @@ struct Shared {
     changed: Condvar,
     exit: ExitSignal,
     format: Arc<StateFormat>,
+    ceiling: Arc<CpuCeiling>,
 }
 
 impl Shared {
@@ -117,6 +133,16 @@ impl Shared {
         self.changed
             .wait(control)
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for as long as the CPU is wanted running, at most for `pause`; whether it still is.
+    fn stays_running_for(&self, pause: Duration) -> bool {
+        let is_wanted = |control: &mut Control| control.wanted == Mode::Running;
+        let waited = self
+            .changed
+            .wait_timeout_while(self.lock(), pause, is_wanted);
+        let (control, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        control.wanted == Mode::Running
     }
 }
 
@@ -138,10 +164,8 @@ pub struct Vcpu {
 pub struct VcpuContext<'a> {
     /// The VM.
     pub vm: &'a VmFd,
-    /// Supported CPUID of the host.
-    pub cpuid: &'a CpuId,
-    /// How many CPUs there will be.
-    pub count: u8,
+    /// What the CPUs are given, and what saved ones may have.
+    pub ceiling: Arc<CpuCeiling>,
     /// Where accesses go.
     pub buses: Arc<Buses>,
     /// Where the end of the machine is told.
@@ -163,9 +187,7 @@ impl Vcpu {
             .vm
             .create_vcpu(u64::from(id))
             .map_err(kvm("create a vCPU"))?;
-        let cpuid = cpuid::for_vcpu(context.cpuid, id, context.count)
-            .map_err(|_| VcpuError::Corrupt("too many CPUID entries"))?;
-        fd.set_cpuid2(&cpuid).map_err(kvm("set CPUID"))?;
+        context.ceiling.set_cpuid(&fd, id)?;
         registers::set_firmware_msrs(&fd).map_err(kvm("set the firmware's MSRs"))?;
         let power_on = state::save(&fd, &context.format)?.into_power_on();
         let run = fd.get_kvm_run();
@@ -180,6 +202,7 @@ impl Vcpu {
             changed: Condvar::new(),
             exit: context.exit.clone(),
             format: Arc::clone(&context.format),
+            ceiling: Arc::clone(&context.ceiling),
         });
         install_signal_handler();
         let worker = Worker {
@@ -376,7 +399,10 @@ impl Worker {
                 let _ = reply.send(state::save(&self.fd, &self.shared.format));
             }
             Job::Restore(state, reply) => {
-                let _ = reply.send(state::restore(&self.fd, &state, &self.shared.format));
+                let shared = &self.shared;
+                let restored =
+                    state::restore(&self.fd, shared.id, &state, &shared.format, &shared.ceiling);
+                let _ = reply.send(restored);
             }
             Job::SetTsc(tsc, reply) => {
                 let _ = reply.send(state::set_tsc(&self.fd, tsc));
@@ -397,8 +423,13 @@ impl Worker {
     /// Runs the guest until somebody asks to park, or it cannot go on.
     fn run(&mut self) {
         self.entry_time.note();
+        let mut shortage = MemoryShortage::default();
         loop {
-            match self.fd.run() {
+            let result = self.fd.run();
+            if result.is_ok() {
+                shortage.is_over();
+            }
+            match result {
                 Ok(VcpuExit::IoOut(port, data)) => self.buses.ports.write(u64::from(port), data),
                 Ok(VcpuExit::IoIn(port, data)) => self.buses.ports.read(u64::from(port), data),
                 Ok(VcpuExit::MmioWrite(address, data)) => self.buses.mmio.write(address, data),
@@ -428,6 +459,12 @@ impl Worker {
                 }
                 // A CPU that the guest has not woken yet is told so by EAGAIN.
                 Err(error) if error.errno() == libc::EAGAIN => {}
+                // A host where many VMs start at once may lack memory for KVM at the moment.
+                Err(error) if error.errno() == libc::ENOMEM && shortage.is_worth_waiting() => {
+                    if !self.shared.stays_running_for(shortage::PAUSE) {
+                        return;
+                    }
+                }
                 Err(error) => {
                     let reason = format!("KVM cannot run the guest: {error}");
                     return self.end(Exit::Crash(reason));

@@ -10,10 +10,11 @@ use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
     kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
-use kvm_ioctls::{Cap, Kvm, VcpuFd};
+use kvm_ioctls::{Cap, VcpuFd};
 use serde::{Deserialize, Serialize};
 
 use super::VcpuError;
+use super::ceiling::{CpuCeiling, is_saved_msr};
 
 /// `IA32_TSC_DEADLINE`.
 const MSR_TSC_DEADLINE: u32 = 0x6E0;
@@ -25,18 +26,18 @@ const MSR_BATCH: usize = 128;
 /// The saved state of one CPU. Byte images are KVM's own structures.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VcpuState {
-    cpuid: Vec<kvm_cpuid_entry2>,
+    pub(super) cpuid: Vec<kvm_cpuid_entry2>,
     regs: kvm_regs,
-    sregs: kvm_sregs,
-    xcrs: kvm_xcrs,
+    pub(super) sregs: kvm_sregs,
+    pub(super) xcrs: kvm_xcrs,
     /// `KVM_GET_XSAVE2`, in words, as long as the host's CPU makes it.
-    xsave: Vec<u32>,
-    lapic: kvm_lapic_state,
-    /// Index and value of every MSR that KVM lists and could read.
-    msrs: Vec<(u32, u64)>,
-    events: kvm_vcpu_events,
+    pub(super) xsave: Vec<u32>,
+    pub(super) lapic: kvm_lapic_state,
+    /// Index and value of every MSR that KVM lists, could read, and a boot does not hide.
+    pub(super) msrs: Vec<(u32, u64)>,
+    pub(super) events: kvm_vcpu_events,
     debug_registers: kvm_debugregs,
-    mp_state: kvm_mp_state,
+    pub(super) mp_state: kvm_mp_state,
     /// The TSC's frequency.
     tsc_khz: u32,
 }
@@ -66,31 +67,51 @@ impl VcpuState {
         }
     }
 
-    /// What the CPU told the guest that it is.
+    /// The CPUID that the guest sees.
     pub(crate) fn cpuid(&self) -> &[kvm_cpuid_entry2] {
         &self.cpuid
     }
 }
 
-/// What saving needs to know of the host, asked once for a machine.
+/// What tests change to see it refused.
+#[cfg(any(test, feature = "testing"))]
+impl VcpuState {
+    /// The CPUID that the guest sees.
+    pub fn cpuid_entries(&self) -> &[kvm_cpuid_entry2] {
+        &self.cpuid
+    }
+
+    /// The same, to be changed.
+    pub fn cpuid_entries_mut(&mut self) -> &mut Vec<kvm_cpuid_entry2> {
+        &mut self.cpuid
+    }
+
+    /// The control and segment registers.
+    pub fn system_registers_mut(&mut self) -> &mut kvm_sregs {
+        &mut self.sregs
+    }
+
+    /// Index and value of each MSR.
+    pub fn msr_values_mut(&mut self) -> &mut Vec<(u32, u64)> {
+        &mut self.msrs
+    }
+}
+
+/// How a CPU's state is saved on this host; the same for all CPUs of a machine.
 pub struct StateFormat {
     msr_indices: Vec<u32>,
     xsave_bytes: usize,
 }
 
 impl StateFormat {
-    /// Asks KVM.
-    pub fn new(kvm: &Kvm, xsave_bytes: i32) -> Result<Self, VcpuError> {
-        let list = kvm
-            .get_msr_index_list()
-            .map_err(VcpuError::kvm("list the MSRs"))?;
-        let msr_indices = list.as_slice().to_vec();
+    /// The format for CPUs below this ceiling, with the size of their extended state.
+    pub fn new(ceiling: &CpuCeiling, xsave_bytes: i32) -> Self {
         // Hosts older than XSAVE2 have the fixed size of `kvm_xsave`.
         let xsave_bytes = usize::try_from(xsave_bytes).unwrap_or(0).max(4096);
-        Ok(Self {
-            msr_indices,
+        Self {
+            msr_indices: ceiling.saved_msrs(),
             xsave_bytes,
-        })
+        }
     }
 
     /// The size of the extended state in bytes, from a VM's capability.
@@ -113,9 +134,7 @@ pub(super) fn save(vcpu: &VcpuFd, format: &StateFormat) -> Result<VcpuState, Vcp
     // SAFETY: `xsave` was made with the size that KVM names for this VM (KVM_CAP_XSAVE2), so KVM
     // writes within it.
     unsafe { vcpu.get_xsave2(&mut xsave) }.map_err(kvm("read the extended state"))?;
-    let cpuid = vcpu
-        .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
-        .map_err(kvm("read CPUID"))?;
+    let cpuid = cpuid_of(vcpu)?;
     let lapic = vcpu.get_lapic().map_err(kvm("read the local APIC"))?;
     let mut msrs = read_msrs(vcpu, &format.msr_indices)?;
     repair_deadline(&mut msrs, &lapic);
@@ -138,14 +157,27 @@ pub(super) fn save(vcpu: &VcpuFd, format: &StateFormat) -> Result<VcpuState, Vcp
     })
 }
 
-/// Puts a saved state into a CPU that has not run yet. CPUID comes first: it decides what the
-/// others may hold.
+/// The CPUID that a CPU has now.
+pub(crate) fn cpuid_of(vcpu: &VcpuFd) -> Result<CpuId, VcpuError> {
+    vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+        .map_err(VcpuError::kvm("read CPUID"))
+}
+
+/// Puts a saved state into CPU `id`, which is as a boot made it, after checking that it does not
+/// exceed that. CPUID comes first: it decides what the others may hold (since Linux 6.13, MSRs,
+/// too).
 pub(super) fn restore(
     vcpu: &VcpuFd,
+    id: u8,
     state: &VcpuState,
     format: &StateFormat,
+    ceiling: &CpuCeiling,
 ) -> Result<(), VcpuError> {
     let kvm = VcpuError::kvm;
+    let boot_cpuid = cpuid_of(vcpu)?;
+    ceiling.check(id, state, boot_cpuid.as_slice(), |indices| {
+        read_msrs(vcpu, indices)
+    })?;
     let cpuid = CpuId::from_entries(&state.cpuid)
         .map_err(|_| VcpuError::Corrupt("too many CPUID entries"))?;
     vcpu.set_cpuid2(&cpuid).map_err(kvm("set CPUID"))?;
@@ -260,7 +292,9 @@ fn write_msrs(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), VcpuError> {
         MSR_TSC_DEADLINE => 2,
         _ => 1,
     };
-    let mut values = values.to_vec();
+    // States of former versions have those that a boot hides, too.
+    let values = values.iter().filter(|(index, _)| is_saved_msr(*index));
+    let mut values: Vec<_> = values.copied().collect();
     values.sort_by_key(order);
     let mut rest = values.as_slice();
     while !rest.is_empty() {
@@ -297,10 +331,7 @@ fn write_msrs(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), VcpuError> {
 
 /// MSRs that report what the host's CPU is: readable, and writable only with the same value.
 fn is_host_owned(index: u32) -> bool {
-    matches!(
-        index,
-        0x3A | 0x8B | 0xCE | 0x10A | 0x345 | 0x480..=0x491 | 0xC001_1029
-    )
+    matches!(index, 0x3A | 0x8B | 0xCE | 0x10A | 0x345 | 0xC001_1029)
 }
 
 /// A deadline that passed while KVM saved it reads as 0, and the timer would never fire again:

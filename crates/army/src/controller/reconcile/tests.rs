@@ -152,6 +152,7 @@ impl Host for Slow {
             missing_jail_layers: Vec::new(),
             vms: Vec::new(),
             ready: HashMap::new(),
+            cpu: None,
         })
     }
 
