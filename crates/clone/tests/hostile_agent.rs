@@ -15,6 +15,7 @@ use agent_proto::messages::{
 use clone::runtime::{Parent, Process, Runtime, VmDir};
 use clone_api::VmConfig;
 use clone_api::control::{VmInfo, VmState};
+use clone_api::jail::JailStatus;
 
 /// What a command may take on a machine under load, where no wait in it is longer than 5 seconds.
 const SOON: Duration = Duration::from_secs(20);
@@ -110,6 +111,7 @@ fn serve_control(dir: &VmDir, config: VmConfig) {
         version: "0".into(),
         config,
         timeline: Vec::new(),
+        jail: JailStatus::default(),
     };
     let info = serde_json::to_string(&info).unwrap();
     thread::spawn(move || {

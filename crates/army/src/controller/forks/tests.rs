@@ -119,6 +119,7 @@ impl Host for Fake {
                 ..Capacity::default()
             },
             vms: Vec::new(),
+            missing_jail_layers: Vec::new(),
             ready: HashMap::new(),
             cpu: self.cpu.clone(),
         })
