@@ -7,16 +7,23 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::frame::{self, Decoder, FrameError};
+use prost::Message;
+
+use crate::frame::{self, Decoder, FIRST_MAX_MESSAGE, FrameError, Framed};
 use crate::messages::{
     Acknowledge, Attach, CommandInfo, Connect, Empty, Exec, Exited, FileInfo, FromAgent, FromHost,
-    Get, Hello, Identity, Info, Put, Request, Shutdown, Started, Stream, TerminalSize, from_agent,
-    from_host, request::Operation,
+    Get, Hello, Identity, Info, Put, Request, Shutdown, SignalCommand, Started, Stream,
+    TerminalSize, from_agent, from_host, request::Operation,
 };
 use crate::{CHUNK, INPUT_WINDOW, OUTPUT_WINDOW, PORT};
 
 /// Output is acknowledged at least this often (bytes), well before the agent's window is full.
 const ACKNOWLEDGE_EVERY: u64 = OUTPUT_WINDOW as u64 / 4;
+/// More than what surrounds a request in its message (bytes).
+const MESSAGE_OVERHEAD: usize = 16;
+/// Notices that are kept of an agent, and the characters of each: a guest chooses them.
+const NOTICES_MAX: usize = 32;
+const NOTICE_CHARS_MAX: usize = 400;
 /// The longest answer to `CONNECT`.
 const CONNECT_ANSWER_MAX: usize = 32;
 
@@ -46,6 +53,16 @@ pub enum ClientError {
     /// The agent said something out of turn.
     #[error("the agent answered with something else than asked for")]
     OutOfTurn,
+    /// The request is longer than the agent takes.
+    #[error(
+        "the command's arguments and environment are too long: {len} bytes, and the guest's agent takes {max}"
+    )]
+    TooLong {
+        /// How long it is.
+        len: usize,
+        /// How long it may be.
+        max: usize,
+    },
     /// The agent refused.
     #[error("{}", .0.message)]
     Refused(crate::messages::Error),
@@ -233,9 +250,19 @@ impl Connection {
     }
 
     fn request(&mut self, operation: Operation) -> Result<()> {
-        self.send(from_host::Kind::Request(Request {
+        let request = Request {
             operation: Some(operation),
-        }))
+        };
+        let max = self
+            .hello
+            .max_message
+            .map_or(FIRST_MAX_MESSAGE, |max| max as usize);
+        // Beside the request, a frame holds its tag and its length.
+        let len = request.encoded_len() + MESSAGE_OVERHEAD;
+        if len > max.min(FromHost::MAX) {
+            return Err(ClientError::TooLong { len, max });
+        }
+        self.send(from_host::Kind::Request(request))
     }
 
     /// The next message that this side knows.
@@ -301,9 +328,25 @@ impl Connection {
         self.expect_done()
     }
 
-    /// Gives the guest an identity.
-    pub fn set_identity(mut self, identity: Identity) -> Result<()> {
+    /// Gives the guest an identity. Returns what the guest could not do of it, in words for people.
+    pub fn set_identity(mut self, identity: Identity) -> Result<Vec<String>> {
         self.request(Operation::SetIdentity(identity))?;
+        let mut notices = Vec::new();
+        loop {
+            match self.receive()? {
+                from_agent::Kind::Notice(text) if notices.len() < NOTICES_MAX => {
+                    notices.push(printable(&text));
+                }
+                from_agent::Kind::Notice(_) => {}
+                from_agent::Kind::Done(_) => return Ok(notices),
+                _ => return Err(ClientError::OutOfTurn),
+            }
+        }
+    }
+
+    /// Sends a signal to a command, whoever is attached to it.
+    pub fn signal_command(mut self, id: u64, signal: i32) -> Result<()> {
+        self.request(Operation::SignalCommand(SignalCommand { id, signal }))?;
         self.expect_done()
     }
 
@@ -418,6 +461,12 @@ impl Connection {
             acknowledged: 0,
         })
     }
+}
+
+/// A guest's words, of bounded length and without what a terminal would act on.
+fn printable(text: &str) -> String {
+    let plain = |char: char| if char.is_control() { '\u{FFFD}' } else { char };
+    text.chars().take(NOTICE_CHARS_MAX).map(plain).collect()
 }
 
 /// Reads the answer to `CONNECT`, up to `at_once` bytes a time, and gives what came after it.
@@ -678,6 +727,62 @@ mod tests {
             let refused = opened(&format!("no-greeting-{number}"), pieces);
             assert!(matches!(refused, Err(ClientError::NoAgent)));
         }
+    }
+
+    /// A connection to an agent that greets with `hello`, and the agent's end.
+    fn greeted(hello: Hello) -> (Connection, UnixStream) {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut bytes = Vec::new();
+        let kind = Some(from_agent::Kind::Hello(hello));
+        frame::encode(&FromAgent { kind }, &mut bytes).unwrap();
+        theirs.write_all(&bytes).unwrap();
+        (Connection::greet(ours).unwrap(), theirs)
+    }
+
+    #[test]
+    fn a_request_is_as_long_as_the_agent_takes_and_longer_ones_are_not_sent() {
+        let exec = |len| Exec {
+            command: vec!["x".repeat(len)],
+            ..Exec::default()
+        };
+        let newer = Hello {
+            max_message: Some(FromHost::MAX as u32),
+            ..Hello::default()
+        };
+        for (hello, len) in [(Hello::default(), 1 << 20), (newer, 8 << 20)] {
+            let (connection, mut agent) = greeted(hello);
+            let Err(ClientError::TooLong { max, .. }) = connection.exec(exec(len)) else {
+                panic!("a request of {len} bytes was sent");
+            };
+            assert_eq!(max, len);
+            // The connection ended without a word.
+            let mut sent = Vec::new();
+            agent.read_to_end(&mut sent).unwrap();
+            assert_eq!(sent, b"");
+        }
+    }
+
+    #[test]
+    fn notices_of_a_guest_are_bounded_and_harmless_to_a_terminal() {
+        let (connection, mut agent) = greeted(Hello::default());
+        let mut bytes = Vec::new();
+        let notice = format!("\x1b]0;owned\x07{}", "x".repeat(5000));
+        for _ in 0..1000 {
+            let kind = Some(from_agent::Kind::Notice(notice.clone()));
+            frame::encode(&FromAgent { kind }, &mut bytes).unwrap();
+        }
+        let kind = Some(from_agent::Kind::Done(Empty {}));
+        frame::encode(&FromAgent { kind }, &mut bytes).unwrap();
+        let guest = std::thread::spawn(move || agent.write_all(&bytes).map(|()| agent));
+        let notices = connection.set_identity(Identity::default()).unwrap();
+        assert_eq!(notices.len(), NOTICES_MAX);
+        assert!(
+            notices
+                .iter()
+                .all(|it| it.chars().count() == NOTICE_CHARS_MAX)
+        );
+        assert!(!notices.concat().contains(char::is_control));
+        guest.join().unwrap().unwrap();
     }
 
     #[test]
