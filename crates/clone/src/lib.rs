@@ -16,6 +16,7 @@
 mod cache;
 pub mod cli;
 mod error;
+pub mod file_sink;
 pub mod host_net;
 pub mod jail;
 pub mod launch;

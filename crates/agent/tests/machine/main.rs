@@ -54,7 +54,14 @@ impl Machine {
     fn boot_with(script: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let unshare = Command::new("unshare")
-            .args(["--pid", "--mount", "--net", "--uts", "--ipc", "--fork"])
+            .args([
+                "--pid",
+                "--mount",
+                "--net",
+                "--uts",
+                "--ipc",
+                "--kill-child",
+            ])
             .args(["/bin/sh", "-c", BOOT, "boot"])
             .arg(folder.path())
             .arg(env!("CARGO_BIN_EXE_clone-agent"))

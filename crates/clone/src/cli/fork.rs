@@ -137,15 +137,24 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
 fn finish(context: &Context, report: &Report) -> Result<ExitCode> {
     let mut failures = 0;
     for outcome in &report.clones {
-        if let Outcome::Failed { name, error } = outcome {
-            failures += 1;
-            // The only one is told as a command's failure is, with its exit code.
-            if report.clones.len() == 1 {
-                return Err(error.clone());
+        match outcome {
+            Outcome::Failed { name, error } => {
+                failures += 1;
+                // The only one is told as a command's failure is, with its exit code.
+                if report.clones.len() == 1 {
+                    return Err(error.clone());
+                }
+                context
+                    .output
+                    .note(&format!("clone: {name}: {}", error.message));
             }
-            context
-                .output
-                .note(&format!("clone: {name}: {}", error.message));
+            Outcome::Runs(forked) => {
+                for notice in &forked.notices {
+                    context
+                        .output
+                        .note(&format!("[clone: {}: {notice}]", forked.name));
+                }
+            }
         }
     }
     context.output.print(report, text);
@@ -176,4 +185,31 @@ fn text(report: &Report) -> String {
         text += &format!("the VM was paused for {}\n", ms(times.pause_us));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notices_are_part_of_a_fork_s_result() {
+        let forked = |notices| {
+            Outcome::Runs(Forked {
+                name: "c".into(),
+                pid: 7,
+                warm: true,
+                running_us: 1,
+                identity_us: None,
+                notices,
+            })
+        };
+        let report = |notices| Report {
+            clones: vec![forked(notices)],
+            snapshot: None,
+        };
+        let json = serde_json::to_value(report(vec!["no disk".into()])).unwrap();
+        assert_eq!(json["clones"][0]["notices"][0], "no disk");
+        let json = serde_json::to_value(report(Vec::new())).unwrap();
+        assert!(json["clones"][0].get("notices").is_none());
+    }
 }

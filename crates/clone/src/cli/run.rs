@@ -35,6 +35,8 @@ struct Started {
     control_socket: String,
     vsock_socket: String,
     console_socket: String,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    notices: Vec<String>,
 }
 
 pub(super) fn run(context: &Context, args: Args) -> Result<ExitCode> {
@@ -52,6 +54,7 @@ pub(super) fn run(context: &Context, args: Args) -> Result<ExitCode> {
             control_socket: dir.control_socket().display().to_string(),
             vsock_socket: dir.vsock_socket().display().to_string(),
             console_socket: dir.console_socket().display().to_string(),
+            notices: launched.notices,
         };
         context
             .output

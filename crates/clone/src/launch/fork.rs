@@ -206,6 +206,9 @@ pub struct Forked {
     /// From then until it had its own identity, in microseconds; absent where it was given none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub identity_us: Option<u64>,
+    /// What its owner should know: what its host or its guest could not do.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notices: Vec<String>,
 }
 
 /// Makes one clone of `source` for each of `names`, side by side; results in the same order.
@@ -271,14 +274,18 @@ fn fork_one(
         warm,
         running_us: running.as_micros() as u64,
         identity_us: None,
+        notices: vm.dir.notices(),
     };
     if let Some(host_name) = identify_as.filter(|_| source.has_agent) {
-        if let Err(error) = identity::give(&vm, host_name) {
-            // Before its directory goes, and with it what it said.
-            let error = died(&vm, name).unwrap_or(error);
-            // Without its identity it would be its template's double.
-            end(runtime, &vm);
-            return Err(error);
+        match identity::give(&vm, host_name) {
+            Ok(notices) => forked.notices.extend(notices),
+            Err(error) => {
+                // Before its directory goes, and with it what it said.
+                let error = died(&vm, name).unwrap_or(error);
+                // Without its identity it would be its template's double.
+                end(runtime, &vm);
+                return Err(error);
+            }
         }
         forked.identity_us = Some((start.elapsed() - running).as_micros() as u64);
     }

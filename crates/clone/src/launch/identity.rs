@@ -20,11 +20,13 @@ const WORK_LIMIT: Duration = Duration::from_secs(120);
 /// The pause before it is tried again.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Gives a clone its own identity; `name` is its host name.
+/// Gives a clone its own identity; `name` is its host name. Returns what its guest could not do of
+/// it, in words for people.
 ///
 /// # Errors
-/// [`ErrorCode::Unavailable`] where its agent does not answer.
-pub fn give(vm: &RunningVm, name: &str) -> Result<()> {
+/// [`ErrorCode::Unavailable`] where its agent does not answer, or where the clone would share a
+/// secret or an address with another.
+pub fn give(vm: &RunningVm, name: &str) -> Result<Vec<String>> {
     let interfaces = vm.dir.guest_network()?;
     let failed = |error: ClientError| {
         ApiError::new(

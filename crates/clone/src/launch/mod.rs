@@ -100,6 +100,7 @@ fn start(
     } = network::attach(&starting.dir, &mut config)?;
     starting.write_config(&config)?;
     starting.write_guest_network(&guest)?;
+    starting.write_notices(&notices)?;
     let document = Start {
         config,
         origin: origin.clone(),

@@ -45,6 +45,8 @@ const BORN: &str = "born";
 const PARENT: &str = "parent.json";
 /// Holds a list of [`GuestInterface`].
 const NETWORK: &str = "network.json";
+/// What the VM's owner should know of its start.
+const NOTICES: &str = "notices.json";
 /// The longest path of a Unix socket, without its terminator.
 const MAX_SOCKET_PATH: usize = 107;
 /// The longest socket name in a VM's directory: `vsock.sock_` and a port.
@@ -334,6 +336,11 @@ impl VmDir {
         read_json(&self.path.join(NETWORK))
     }
 
+    /// What the VM's owner should know of its start; nothing where nothing was kept.
+    pub fn notices(&self) -> Vec<String> {
+        read_json(&self.path.join(NOTICES)).unwrap_or_default()
+    }
+
     fn pid_file(&self) -> PathBuf {
         self.path.join("pid")
     }
@@ -451,6 +458,14 @@ impl StartingVm {
     /// Keeps how the guest is to set up its interfaces.
     pub fn write_guest_network(&self, interfaces: &[GuestInterface]) -> Result<()> {
         write_json(&self.dir.path.join(NETWORK), interfaces)
+    }
+
+    /// Keeps what the VM's owner should know: of a standby, who that is turns out later.
+    pub fn write_notices(&self, notices: &[String]) -> Result<()> {
+        match notices {
+            [] => Ok(()),
+            notices => write_json(&self.dir.path.join(NOTICES), notices),
+        }
     }
 
     /// Tells who the VM is: from here on the directory lives and dies with that process.
