@@ -232,6 +232,7 @@ impl Controller {
                     .map(|ttl| created_ms.saturating_add(ttl.saturating_mul(1000))),
                 network: order.details.network.clone(),
                 fork: None,
+                notices: Vec::new(),
                 memory: None,
             });
         }
@@ -293,15 +294,18 @@ impl Controller {
             .into_iter()
             .flatten()
         {
-            let times = result.map(|made| ForkTimes {
-                warm: made.warm,
-                placement_us,
-                running_us: made.running_us,
-                identity_us: made.identity_us,
-                total_us: micros(start),
+            let forked = result.map(|made| {
+                let times = ForkTimes {
+                    warm: made.warm,
+                    placement_us,
+                    running_us: made.running_us,
+                    identity_us: made.identity_us,
+                    total_us: micros(start),
+                };
+                (times, made.notices)
             });
-            self.store.made_vm(&vm.id, &times).await?;
-            made.insert(vm.id.clone(), (vm, times));
+            self.store.made_vm(&vm.id, &forked).await?;
+            made.insert(vm.id.clone(), (vm, forked));
         }
         let mut created = CreatedVms {
             vms: Vec::new(),
@@ -309,9 +313,10 @@ impl Controller {
         };
         for id in ids {
             match made.remove(&id) {
-                Some((mut vm, Ok(times))) => {
+                Some((mut vm, Ok((times, notices)))) => {
                     vm.state = VmState::Running;
                     vm.fork = Some(times);
+                    vm.notices = notices;
                     created.vms.push(vm);
                 }
                 Some((vm, Err(problem))) => created.failures.push(Failure {

@@ -150,39 +150,10 @@ pub(super) async fn signal(
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     let (connection, in_use) = connect(&app, &caller, &vm).await?;
-    let (lister, _) = connect(&app, &caller, &vm).await?;
     blocking(move || {
         let _in_use = in_use;
-        let known = lister.commands().map_err(|error| of_agent(&error))?;
-        let pid = known.iter().find(|it| it.id == id && it.exited.is_none());
-        let Some(pid) = pid.map(|it| it.pid) else {
-            let detail = format!("the VM runs no command {id}");
-            return Err(Problem::new(ProblemKind::NotFound, detail));
-        };
-        // Attaching would take the command from who reads it.
-        let kill = agent_proto::messages::Exec {
-            command: vec![
-                "/bin/sh".into(),
-                "-c".into(),
-                format!("kill -{} -{pid}", asked.signal),
-            ],
-            timeout_ms: LIMIT.as_millis() as u64,
-            ..Default::default()
-        };
-        let (exited, _, stderr) = connection
-            .exec(kill)
-            .and_then(agent_proto::client::Running::collect)
-            .map_err(|error| of_agent(&error))?;
-        match exited.code {
-            Some(0) => Ok(()),
-            _ => Err(Problem::new(
-                ProblemKind::Conflict,
-                format!(
-                    "the guest refused: {}",
-                    String::from_utf8_lossy(&stderr).trim()
-                ),
-            )),
-        }
+        let signalled = connection.signal_command(id, asked.signal);
+        signalled.map_err(|error| of_agent(&error))
     })
     .await?;
     Ok(StatusCode::NO_CONTENT)
