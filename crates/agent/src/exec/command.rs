@@ -211,7 +211,7 @@ impl Command {
 
     /// Takes the terminal away: the session is told, and its input and output end.
     fn hang_up(&self) {
-        let main = self.terminal.as_ref().and_then(|it| take(it));
+        let main = self.terminal.as_ref().and_then(take);
         if let Some(foreground) = main.and_then(|main| tcgetpgrp(main).ok()) {
             hang_up_group(foreground);
         }

@@ -42,7 +42,7 @@ struct Machine {
     unshare: Child,
     init: i32,
     // The root is mounted here in the machine's own namespace.
-    folder: tempfile::TempDir,
+    _folder: tempfile::TempDir,
 }
 
 impl Machine {
@@ -71,7 +71,7 @@ impl Machine {
         let mut machine = Self {
             unshare,
             init: 0,
-            folder,
+            _folder: folder,
         };
         let children = format!("/proc/{0}/task/{0}/children", machine.unshare.id());
         machine.wait_for("process 1", |machine| {

@@ -41,7 +41,7 @@ pub(super) async fn copy(context: &Context, args: CopyArgs) -> Result<ExitCode> 
                 ..FilePath::default()
             };
             let pieces = client
-                .bytes(&format!("/v1/vms/{}/files", segment(&vm)), &file)
+                .bytes(&format!("/v1/vms/{}/files", segment(vm)), &file)
                 .await?;
             receive(pieces, &landing(path, Path::new(&args.to))).await?;
         }
@@ -60,7 +60,7 @@ pub(super) async fn copy(context: &Context, args: CopyArgs) -> Result<ExitCode> 
                 name: own.map(str::to_owned),
             };
             client
-                .put_bytes(&format!("/v1/vms/{}/files", segment(&vm)), &file, body)
+                .put_bytes(&format!("/v1/vms/{}/files", segment(vm)), &file, body)
                 .await?;
         }
         _ => {

@@ -269,6 +269,8 @@ mod tests {
             .unwrap();
         let commands = Arc::new(AtomicU32::new(1));
         serve_agent(starting.dir.vsock_socket(), Arc::clone(&commands));
+        // Its lock says that it is still being started.
+        drop(starting);
         let mut entry = Entry::new("1".to_owned(), 1, "a".to_owned());
         entry.idle = Some(IdlePolicy {
             after_s: 1,
