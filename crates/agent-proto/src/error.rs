@@ -33,6 +33,16 @@ pub enum ClientError {
     /// The agent sent a message that does not belong to the operation.
     #[error("the agent's answer does not belong to what it was asked")]
     OutOfTurn,
+    /// The request is longer than the agent takes.
+    #[error(
+        "the command's arguments and environment are too long: {len} bytes, and the guest's agent takes {max}"
+    )]
+    TooLong {
+        /// How long it is.
+        len: usize,
+        /// How long it may be.
+        max: usize,
+    },
     /// The agent refused. Its message is printable.
     #[error("{}", .0.message)]
     Refused(crate::messages::Error),

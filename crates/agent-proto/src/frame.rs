@@ -2,16 +2,40 @@
 
 use prost::Message;
 
-/// The largest message. Data goes in chunks far below it; a command's environment may be large.
-pub const MAX_MESSAGE: usize = 1 << 20;
+use crate::messages::{FromAgent, FromHost};
+
+/// The longest message that an agent of the first release takes (bytes), and that any agent sends.
+pub const FIRST_MAX_MESSAGE: usize = 1 << 20;
+
+/// What travels in a frame.
+pub trait Framed: Message {
+    /// The longest one (bytes).
+    const MAX: usize;
+}
+
+impl Framed for FromHost {
+    /// More than Linux gives a program: its arguments and environment have 6 MiB at most.
+    const MAX: usize = 8 << 20;
+}
+
+impl Framed for FromAgent {
+    /// Data comes in chunks far below it, and a guest must not cost its host more.
+    const MAX: usize = FIRST_MAX_MESSAGE;
+}
+
 const LENGTH_BYTES: usize = 4;
 
 /// Why a stream cannot be understood. There is no way back: the connection must end.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
-    /// Longer than [`MAX_MESSAGE`]: not our protocol, or a hostile peer.
-    #[error("a message of {0} bytes; at most {MAX_MESSAGE} are allowed")]
-    TooLong(usize),
+    /// Longer than it may be: not our protocol, or a hostile peer.
+    #[error("a message of {len} bytes; at most {max} are allowed")]
+    TooLong {
+        /// How long it is.
+        len: usize,
+        /// How long it may be.
+        max: usize,
+    },
     /// Not a message.
     #[error("a message that cannot be decoded: {0}")]
     Malformed(String),
@@ -21,16 +45,21 @@ pub enum FrameError {
 ///
 /// # Errors
 /// Where the message is too long; `out` is unchanged then.
-pub fn encode(message: &impl Message, out: &mut Vec<u8>) -> Result<(), FrameError> {
+pub fn encode<M: Framed>(message: &M, out: &mut Vec<u8>) -> Result<(), FrameError> {
     let len = message.encoded_len();
-    if len > MAX_MESSAGE {
-        return Err(FrameError::TooLong(len));
-    }
+    check::<M>(len)?;
     out.reserve(LENGTH_BYTES + len);
     out.extend_from_slice(&(len as u32).to_le_bytes());
     // A vector grows as needed, so there is always room.
     message.encode_raw(out);
     Ok(())
+}
+
+fn check<M: Framed>(len: usize) -> Result<(), FrameError> {
+    match len > M::MAX {
+        true => Err(FrameError::TooLong { len, max: M::MAX }),
+        false => Ok(()),
+    }
 }
 
 /// Cuts messages out of bytes as they arrive, in pieces of any size.
@@ -64,15 +93,13 @@ impl Decoder {
         clippy::should_implement_trait,
         reason = "it is no iterator: the type is the caller's choice at each call"
     )]
-    pub fn next<M: Message + Default>(&mut self) -> Result<Option<M>, FrameError> {
+    pub fn next<M: Framed + Default>(&mut self) -> Result<Option<M>, FrameError> {
         let rest = &self.buffer[self.taken..];
         let Some((length, rest)) = rest.split_first_chunk::<LENGTH_BYTES>() else {
             return Ok(None);
         };
         let len = u32::from_le_bytes(*length) as usize;
-        if len > MAX_MESSAGE {
-            return Err(FrameError::TooLong(len));
-        }
+        check::<M>(len)?;
         let Some(body) = rest.get(..len) else {
             return Ok(None);
         };
@@ -92,7 +119,7 @@ mod tests {
         let hello = Hello {
             protocol: 1,
             agent_version: version.to_owned(),
-            operations: vec![],
+            ..Hello::default()
         };
         FromAgent {
             kind: Some(Kind::Hello(hello)),
@@ -135,7 +162,10 @@ mod tests {
         decoder.push(&u32::MAX.to_le_bytes());
         assert_eq!(
             decoder.next::<FromAgent>(),
-            Err(FrameError::TooLong(u32::MAX as usize))
+            Err(FrameError::TooLong {
+                len: u32::MAX as usize,
+                max: 1 << 20
+            })
         );
     }
 }

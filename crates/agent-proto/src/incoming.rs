@@ -77,6 +77,7 @@ fn admit(kind: from_agent::Kind) -> Result<from_agent::Kind, ClientError> {
         Kind::Commands(list) => Kind::Commands(Commands {
             commands: list.commands.into_iter().map(admit_command).collect(),
         }),
+        Kind::Notice(text) => Kind::Notice(printable(&text)),
         other => other,
     })
 }

@@ -53,7 +53,7 @@ pub struct FromAgent {
     /// What it is; absent where a newer agent sent something this side does not know.
     #[prost(
         oneof = "from_agent::Kind",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13"
     )]
     pub kind: Option<from_agent::Kind>,
 }
@@ -102,6 +102,10 @@ pub mod from_agent {
         /// A connection within the guest is there.
         #[prost(message, tag = "12")]
         Connected(Empty),
+        /// A part of the request that could not be carried out, for people. The rest goes on, and
+        /// `Done` follows. Hosts that do not know it skip it.
+        #[prost(string, tag = "13")]
+        Notice(String),
     }
 }
 
@@ -109,7 +113,10 @@ pub mod from_agent {
 #[derive(Clone, PartialEq, Message)]
 pub struct Request {
     /// The operation; absent where a newer host asks for one that this agent does not know.
-    #[prost(oneof = "request::Operation", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(
+        oneof = "request::Operation",
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11"
+    )]
     pub operation: Option<request::Operation>,
 }
 
@@ -138,7 +145,8 @@ pub mod request {
         /// Write dirty data to the disks: `Done`.
         #[prost(message, tag = "6")]
         Sync(Empty),
-        /// Become somebody of one's own: `Done`.
+        /// Take on an identity of one's own: `Notice` for each step that could not be done, then
+        /// `Done`; an error where two guests would share a secret or an address.
         #[prost(message, tag = "7")]
         SetIdentity(Identity),
         /// Switch off or start anew: `Done`, then the guest ends.
@@ -151,6 +159,9 @@ pub mod request {
         /// each until its end, which the host calls `DataEnd` and the agent `Done`.
         #[prost(message, tag = "10")]
         Connect(Connect),
+        /// Send a signal to a command, whoever is attached to it: `Done`.
+        #[prost(message, tag = "11")]
+        SignalCommand(SignalCommand),
     }
 }
 
@@ -170,6 +181,10 @@ pub struct Hello {
     /// The tags of the operations that it knows.
     #[prost(uint32, repeated, tag = "3")]
     pub operations: Vec<u32>,
+    /// The longest message that it takes, in bytes. Absent from agents of the first release, which
+    /// take [`crate::frame::FIRST_MAX_MESSAGE`].
+    #[prost(uint32, optional, tag = "4")]
+    pub max_message: Option<u32>,
 }
 
 /// A command to run.
@@ -200,6 +215,10 @@ pub struct Exec {
     /// Whether input will follow; else the command's input is empty.
     #[prost(bool, tag = "8")]
     pub input: bool,
+    /// Run the user's login shell, or one that the guest has where the user has none to log in
+    /// with. `command` is then what agents run that do not know this field.
+    #[prost(bool, tag = "9")]
+    pub login_shell: bool,
 }
 
 /// A terminal's size in characters.
@@ -361,6 +380,9 @@ pub struct Put {
     /// Owner, as in [`Exec::user`].
     #[prost(string, tag = "3")]
     pub user: String,
+    /// The file's name where `path` is a directory. Without one, a directory is refused.
+    #[prost(string, tag = "4")]
+    pub name: String,
 }
 
 /// A file to read.
@@ -441,6 +463,17 @@ pub struct Shutdown {
     pub reboot: bool,
 }
 
+/// A signal for a command.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct SignalCommand {
+    /// As in [`Started`].
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// The signal's number. Its process group gets it.
+    #[prost(int32, tag = "2")]
+    pub signal: i32,
+}
+
 /// The commands that an agent knows.
 #[derive(Clone, PartialEq, Message)]
 pub struct Commands {
@@ -458,7 +491,7 @@ pub struct CommandInfo {
     /// Its process id in the guest.
     #[prost(uint32, tag = "2")]
     pub pid: u32,
-    /// Program and arguments.
+    /// Program and arguments; the beginning of long ones.
     #[prost(string, repeated, tag = "3")]
     pub command: Vec<String>,
     /// How it ended, once it has.
@@ -491,6 +524,7 @@ mod tests {
             timeout_ms: 1500,
             detached: true,
             input: true,
+            login_shell: false,
         };
         let request = Request {
             operation: Some(request::Operation::Exec(exec)),
@@ -518,6 +552,54 @@ mod tests {
             kind: Some(from_agent::Kind::Connected(Empty {})),
         };
         assert_eq!(hex(&answer.encode_to_vec()), "6200");
+    }
+
+    #[test]
+    fn a_signal_for_a_command_is_encoded_as_in_its_first_release() {
+        let signal = SignalCommand { id: 7, signal: 15 };
+        let request = Request {
+            operation: Some(request::Operation::SignalCommand(signal)),
+        };
+        let message = FromHost {
+            kind: Some(from_host::Kind::Request(request)),
+        };
+        assert_eq!(hex(&message.encode_to_vec()), "0a065a040807100f");
+    }
+
+    #[test]
+    fn fields_of_the_second_release_are_absent_from_what_does_not_use_them() {
+        assert_eq!(hex(&request().encode_to_vec()), GOLDEN_EXEC);
+        let put = Put {
+            path: "/f".to_owned(),
+            ..Put::default()
+        };
+        assert_eq!(hex(&put.encode_to_vec()), "0a022f66");
+        let put = Put {
+            name: "n".to_owned(),
+            ..put
+        };
+        assert_eq!(hex(&put.encode_to_vec()), "0a022f6622016e");
+        let shell = Exec {
+            login_shell: true,
+            ..Exec::default()
+        };
+        assert_eq!(hex(&shell.encode_to_vec()), "4801");
+        let hello = Hello {
+            max_message: Some(8),
+            ..Hello::default()
+        };
+        assert_eq!(hex(&hello.encode_to_vec()), "2008");
+    }
+
+    #[test]
+    fn a_notice_is_nothing_to_a_host_that_does_not_know_it() {
+        let notice = FromAgent {
+            kind: Some(from_agent::Kind::Notice("x".to_owned())),
+        };
+        let bytes = notice.encode_to_vec();
+        assert_eq!(hex(&bytes), "6a0178");
+        // A message without known fields, which is what it is to a host of the first release.
+        assert_eq!(Empty::decode(&bytes[..]).unwrap(), Empty {});
     }
 
     #[test]

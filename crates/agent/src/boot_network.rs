@@ -11,7 +11,7 @@ use std::net::Ipv4Addr;
 use std::thread;
 use std::time::Duration;
 
-use agent_proto::messages::{ErrorCode, Identity, Interface};
+use agent_proto::messages::{Identity, Interface};
 
 use crate::identity;
 use crate::session::STACK_BYTES;
@@ -28,13 +28,13 @@ pub(crate) fn set_up() {
     let Some(identity) = parse(&cmdline) else {
         return;
     };
-    if try_once(&identity) {
+    if identity::boot_network(&identity) {
         return;
     }
     let wait = move || {
         for _ in 0..TRIES {
             thread::sleep(PAUSE);
-            if try_once(&identity) {
+            if identity::boot_network(&identity) {
                 return;
             }
         }
@@ -43,18 +43,6 @@ pub(crate) fn set_up() {
     let spawned = thread::Builder::new().stack_size(STACK_BYTES).spawn(wait);
     if let Err(error) = spawned {
         crate::say(&format!("no thread to wait for the network: {error}"));
-    }
-}
-
-/// False where an interface is missing yet.
-fn try_once(identity: &Identity) -> bool {
-    match identity::set_network(identity) {
-        Err(refusal) if refusal.code == ErrorCode::NotFound => false,
-        Err(refusal) => {
-            crate::say(&format!("network: {}", refusal.message));
-            true
-        }
-        Ok(()) => true,
     }
 }
 

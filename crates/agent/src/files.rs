@@ -1,13 +1,14 @@
 //! Files in and out.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, chown};
+use std::os::unix::fs::{PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use agent_proto::CHUNK;
 use agent_proto::messages::{ErrorCode, FileInfo, Get, Put, from_agent, from_host};
 
+use crate::replace::{FreshFile, end_of_links};
 use crate::session::{End, Inbox, Outbox, Refusal};
 use crate::users;
 
@@ -15,13 +16,15 @@ use crate::users;
 const MODE_MASK: u32 = 0o7777;
 
 /// Writes a file beside its final place, then renames it: readers see the old one or the new one,
-/// whole, and a lost connection leaves nothing.
+/// whole, and a lost connection leaves nothing. In a directory it has its own name; links are
+/// followed, as `cp` does.
 pub(crate) fn put(request: &Put, mut inbox: Inbox, outbox: &Outbox) -> Result<(), End> {
-    let path = absolute(&request.path)?;
     let owner = users::find(&request.user)?;
+    let path = landing(request)?;
     let failed = |error: &io::Error| Refusal::io(format!("cannot write {}", path.display()), error);
-    refuse_special(path)?;
-    let mut fresh = FreshFile::create(path).map_err(|error| failed(&error))?;
+    let target = end_of_links(&path).map_err(|error| failed(&error))?;
+    refuse_special(&target)?;
+    let mut fresh = FreshFile::beside(&target).map_err(|error| failed(&error))?;
     loop {
         match inbox.receive()? {
             Some(from_host::Kind::Data(data)) => {
@@ -35,11 +38,23 @@ pub(crate) fn put(request: &Put, mut inbox: Inbox, outbox: &Outbox) -> Result<()
         }
     }
     let mode = fs::Permissions::from_mode(request.mode & MODE_MASK);
-    chown(&fresh.beside, Some(owner.uid), Some(owner.gid))
+    fchown(&fresh.file, Some(owner.uid.get()), Some(owner.gid.get()))
         .and_then(|()| fresh.file.set_permissions(mode))
-        .and_then(|()| fresh.keep(path))
+        // Else a crash could leave the name with nothing behind it.
+        .and_then(|()| fresh.file.sync_all())
+        .and_then(|()| fresh.rename_to(&target))
         .map_err(|error| failed(&error))?;
     outbox.done()
+}
+
+/// Where a file goes: into a directory under its own name, else to the very path.
+fn landing(request: &Put) -> Result<PathBuf, Refusal> {
+    let path = absolute(&request.path)?;
+    let name = Path::new(&request.name);
+    match name.file_name() {
+        Some(own) if own == name && path.is_dir() => Ok(path.join(own)),
+        _ => Ok(path.to_owned()),
+    }
 }
 
 /// A rename would put a plain file in the place of a device or a socket that others use.
@@ -57,53 +72,6 @@ fn refuse_special(path: &Path) -> Result<(), Refusal> {
     };
     let message = format!("cannot write {}: it is {what}", path.display());
     Err(Refusal::new(ErrorCode::Invalid, message))
-}
-
-/// A file under a temporary name, which goes away unless it is kept.
-struct FreshFile {
-    file: File,
-    beside: PathBuf,
-    kept: bool,
-}
-
-impl FreshFile {
-    fn create(path: &Path) -> io::Result<Self> {
-        let name = path
-            .file_name()
-            .ok_or(io::ErrorKind::InvalidInput)?
-            .to_string_lossy();
-        let mut random = [0; 8];
-        File::open("/dev/urandom")?.read_exact(&mut random)?;
-        // Names may be as long as the file system allows already.
-        let short: String = name.chars().take(40).collect();
-        let beside = path.with_file_name(format!(".{short}.{:016x}", u64::from_ne_bytes(random)));
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&beside)?;
-        Ok(Self {
-            file,
-            beside,
-            kept: false,
-        })
-    }
-
-    fn keep(&mut self, path: &Path) -> io::Result<()> {
-        // Else a crash could leave the name with nothing behind it.
-        self.file.sync_all()?;
-        fs::rename(&self.beside, path)?;
-        self.kept = true;
-        Ok(())
-    }
-}
-
-impl Drop for FreshFile {
-    fn drop(&mut self) {
-        if !self.kept {
-            let _ = fs::remove_file(&self.beside);
-        }
-    }
 }
 
 /// Sends a regular file.

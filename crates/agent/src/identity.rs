@@ -1,76 +1,155 @@
-//! Becoming somebody of one's own: host name, machine id, randomness, clock, network.
+//! Taking on an identity of one's own: host name, machine id, randomness, clock, network, keys.
 //!
 //! What the kernel does by itself (new randomness after a fork, by VMGENID) is not repeated here;
 //! this is what only user space can do.
+//!
+//! Each step stands alone. What cannot be done is reported as a notice, and the next step follows;
+//! only a failure that would leave two guests with one secret or one address ends the whole.
 
-use std::ffi::CString;
 use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
-use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::path::Path;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
 
-use agent_proto::messages::{ErrorCode, Identity, Interface};
+use agent_proto::messages::Identity;
 use rustix::time::{ClockId, Timespec, clock_settime};
 
+use crate::replace::{Replaced, replace};
 use crate::session::Refusal;
-use crate::{machine_id, ssh};
+use crate::{hosts, interfaces, machine_id, process, ssh};
 
 /// Where an SSH server keeps its keys.
 const SSH_FOLDER: &str = "/etc/ssh";
 /// Programs that are run, in order of name, after an identity was set.
 const HOOKS: &str = "/etc/clone/identity.d";
+/// How long all of them may take: whoever forks waits for them.
+const HOOKS_LIMIT: Duration = Duration::from_secs(60);
+/// What systemd, Debian's and Buildroot's inits give the kernel at the next boot.
+const SEED_FILES: [&str; 3] = [
+    "/var/lib/systemd/random-seed",
+    "/var/lib/urandom/random-seed",
+    "/var/lib/misc/random-seed",
+];
+const SEED_BYTES: usize = 512;
 
-/// Applies what is set in `identity`, in an order in which a failure leaves the rest usable.
-pub(crate) fn apply(identity: &Identity) -> Result<(), Refusal> {
+/// What could not be done, in words for people.
+#[derive(Default)]
+pub(crate) struct Report {
+    notices: Vec<String>,
+    /// Files that another stands in for, and why the first of them could not be written.
+    covered: Vec<String>,
+    reason: Option<io::Error>,
+}
+
+impl Report {
+    pub(crate) fn add(&mut self, notice: impl Into<String>) {
+        self.notices.push(notice.into());
+    }
+
+    /// Takes the result of a step without which the rest goes on.
+    pub(crate) fn take(&mut self, step: Result<(), Refusal>) {
+        if let Err(refusal) = step {
+            self.add(refusal.message);
+        }
+    }
+
+    /// Takes the result of replacing a file.
+    pub(crate) fn replaced(&mut self, path: &Path, how: Replaced) {
+        if let Replaced::Covered(reason) = how {
+            self.covered.push(path.display().to_string());
+            self.reason.get_or_insert(reason);
+        }
+    }
+
+    /// Replaces a file without which the rest goes on.
+    fn replace(&mut self, path: &str, bytes: &[u8]) {
+        match replace(Path::new(path), bytes, 0o644) {
+            Ok(how) => self.replaced(Path::new(path), how),
+            Err(error) => self.add(format!("cannot write {path}: {error}")),
+        }
+    }
+
+    pub(crate) fn into_notices(mut self) -> Vec<String> {
+        if let Some(reason) = self.reason {
+            let files = self.covered.join(", ");
+            self.notices.push(format!(
+                "cannot write {files}: {reason}; files in memory stand in for them until the next boot"
+            ));
+        }
+        self.notices
+    }
+}
+
+/// Applies what is set in `identity`. Returns notices of what could not be done.
+///
+/// # Errors
+/// Where the guest would share a secret or an address with another.
+pub(crate) fn apply(identity: &Identity) -> Result<Vec<String>, Refusal> {
+    let mut report = Report::default();
     if identity.clock_ns > 0 {
-        set_clock(identity.clock_ns)?;
+        report.take(set_clock(identity.clock_ns));
     }
     if !identity.seed.is_empty() {
-        add_randomness(&identity.seed)
-            .map_err(|error| Refusal::io("cannot add to the kernel's randomness", &error))?;
+        add_randomness(&identity.seed).map_err(|error| {
+            let what = "two guests would draw the same random numbers: \
+                        cannot add to the kernel's randomness";
+            Refusal::io(what, &error)
+        })?;
+        renew_seed_files(&mut report);
     }
     if !identity.machine_id.is_empty() {
-        machine_id::set(&identity.machine_id)?;
+        machine_id::set(&identity.machine_id, &mut report)?;
     }
     if !identity.hostname.is_empty() {
-        set_hostname(&identity.hostname)?;
+        set_hostname(&identity.hostname, &mut report);
     }
-    set_network(identity)?;
+    set_network(identity, &mut report)?;
     if identity.new_ssh_host_keys {
-        ssh::renew_host_keys(Path::new(SSH_FOLDER))?;
+        ssh::renew_host_keys(Path::new(SSH_FOLDER), &mut report)?;
     }
-    run_hooks()
+    run_hooks(Path::new(HOOKS), HOOKS_LIMIT, &mut report);
+    Ok(report.into_notices())
 }
 
 /// Applies only the part of `identity` that is about the network.
-pub(crate) fn set_network(identity: &Identity) -> Result<(), Refusal> {
+fn set_network(identity: &Identity, report: &mut Report) -> Result<(), Refusal> {
     for (index, interface) in identity.interfaces.iter().enumerate() {
-        set_interface(index, interface)?;
+        let Some(name) = interfaces::name_of(index, interface) else {
+            // It has no address that another guest could have, too.
+            report.add(format!("the guest has no Ethernet interface {index}"));
+            continue;
+        };
+        interfaces::set_addresses(&name, interface)?;
+        report.take(interfaces::bring_up(&name, interface));
     }
-    if !identity.dns.is_empty() {
-        let lines: String = identity
-            .dns
-            .iter()
-            .map(|server| format!("nameserver {server}\n"))
-            .collect();
-        write("/etc/resolv.conf", lines.as_bytes())?;
-    }
+    set_name_servers(&identity.dns, report);
     Ok(())
 }
 
-fn invalid(message: String) -> Refusal {
-    Refusal::new(ErrorCode::Invalid, message)
+/// Sets up the network that a guest is given at its boot. False where an interface is missing yet.
+pub(crate) fn boot_network(identity: &Identity) -> bool {
+    let mut interfaces = identity.interfaces.iter().enumerate();
+    if interfaces.any(|(index, it)| interfaces::name_of(index, it).is_none()) {
+        return false;
+    }
+    let mut report = Report::default();
+    let set = set_network(identity, &mut report);
+    report.take(set);
+    for notice in report.into_notices() {
+        crate::say(&format!("network: {notice}"));
+    }
+    true
 }
 
-fn write(path: &str, bytes: &[u8]) -> Result<(), Refusal> {
-    let open = OpenOptions::new()
-        .write(true)
-        .create(!path.starts_with("/dev/"))
-        .truncate(true)
-        .open(path);
-    open.and_then(|mut file| file.write_all(bytes))
-        .map_err(|error| Refusal::io(format!("cannot write {path}"), &error))
+fn set_name_servers(servers: &[String], report: &mut Report) {
+    if servers.is_empty() {
+        return;
+    }
+    let line = |server: &String| format!("nameserver {server}\n");
+    let lines: String = servers.iter().map(line).collect();
+    report.replace("/etc/resolv.conf", lines.as_bytes());
 }
 
 /// Credits the seed and has the generator take it up at once: what is merely written to
@@ -111,263 +190,127 @@ fn set_clock(clock_ns: u64) -> Result<(), Refusal> {
         .map_err(|error| Refusal::io("cannot set the clock", &error.into()))
 }
 
-fn set_hostname(name: &str) -> Result<(), Refusal> {
-    let valid = name.len() <= 64
-        && name
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.'));
-    if !valid {
-        return Err(invalid(format!("{name:?} is not a host name")));
+/// Other seeds for the next boot of this guest than for that of its siblings.
+fn renew_seed_files(report: &mut Report) {
+    for path in SEED_FILES
+        .map(Path::new)
+        .into_iter()
+        .filter(|it| it.is_file())
+    {
+        let mut seed = [0; SEED_BYTES];
+        let renewed = getrandom(&mut seed).and_then(|()| replace(path, &seed, 0o600));
+        match renewed {
+            Ok(how) => report.replaced(path, how),
+            Err(error) => report.add(format!("cannot write {}: {error}", path.display())),
+        }
     }
-    rustix::system::sethostname(name.as_bytes())
-        .map_err(|error| Refusal::io("cannot set the host name", &error.into()))?;
-    write("/etc/hostname", format!("{name}\n").as_bytes())
 }
 
-fn run_hooks() -> Result<(), Refusal> {
-    let Ok(entries) = fs::read_dir(HOOKS) else {
-        return Ok(());
+fn getrandom(bytes: &mut [u8]) -> io::Result<()> {
+    let mut filled = 0;
+    while filled < bytes.len() {
+        let flags = rustix::rand::GetRandomFlags::empty();
+        filled += rustix::rand::getrandom(&mut bytes[filled..], flags)?;
+    }
+    Ok(())
+}
+
+/// Whether the kernel and all programs take `name` for a host name.
+pub(crate) fn is_hostname(name: &str) -> bool {
+    (1..=64).contains(&name.len())
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.'))
+}
+
+fn set_hostname(name: &str, report: &mut Report) {
+    if !is_hostname(name) {
+        return report.add(format!("{name:?} is not a host name"));
+    }
+    let former = rustix::system::uname();
+    let former = former.nodename().to_string_lossy().into_owned();
+    if let Err(error) = rustix::system::sethostname(name.as_bytes()) {
+        return report.add(format!("cannot set the host name: {error}"));
+    }
+    report.replace("/etc/hostname", format!("{name}\n").as_bytes());
+    resolve_own_name(&former, name, report);
+}
+
+/// Has `/etc/hosts` know the guest's own name.
+pub(crate) fn resolve_own_name(former: &str, name: &str, report: &mut Report) {
+    let known = match fs::read(hosts::FILE) {
+        Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => hosts::LOOPBACK.to_owned(),
+        Err(error) => return report.add(format!("cannot read {}: {error}", hosts::FILE)),
     };
-    let mut hooks: Vec<_> = entries
+    if let Some(text) = hosts::renamed(&known, former, name) {
+        report.replace(hosts::FILE, text.as_bytes());
+    }
+}
+
+fn run_hooks(folder: &Path, limit: Duration, report: &mut Report) {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return;
+    };
+    let mut hooks: Vec<PathBuf> = entries
         .filter_map(|entry| Some(entry.ok()?.path()))
         .collect();
     hooks.sort();
-    for hook in hooks {
-        let status = std::process::Command::new(&hook).status();
-        let status = status
-            .map_err(|error| Refusal::io(format!("cannot run {}", hook.display()), &error))?;
-        if !status.success() {
-            let message = format!("{} failed: {status}", hook.display());
-            return Err(Refusal::new(ErrorCode::Other, message));
+    let deadline = Instant::now() + limit;
+    for (index, hook) in hooks.iter().enumerate() {
+        // One that hangs leaves their share to those after it.
+        let left = deadline.saturating_duration_since(Instant::now());
+        let share = left / (hooks.len() - index) as u32;
+        let ended = process::run_within(&mut Command::new(hook), share);
+        match ended {
+            Ok(Some(status)) if status.success() => {}
+            Ok(Some(status)) => report.add(format!("{} failed: {status}", hook.display())),
+            Ok(None) => report.add(format!("{} took too long and was ended", hook.display())),
+            Err(error) => report.add(format!("cannot run {}: {error}", hook.display())),
         }
     }
-    Ok(())
-}
-
-/// The loopback interface of a machine whose init we are.
-pub(crate) fn bring_loopback_up() {
-    let up = Control::open().and_then(|control| control.set_up("lo", true));
-    if let Err(error) = up {
-        crate::say(&format!("cannot bring the loopback up: {error}"));
-    }
-}
-
-fn set_interface(index: usize, interface: &Interface) -> Result<(), Refusal> {
-    let name = if interface.name.is_empty() {
-        let names = ethernet_names();
-        names.get(index).cloned().ok_or_else(|| {
-            Refusal::new(
-                ErrorCode::NotFound,
-                format!("the guest has no Ethernet interface {index}"),
-            )
-        })?
-    } else {
-        interface.name.clone()
-    };
-    let failed =
-        |what: &str, error: &io::Error| Refusal::io(format!("{name}: cannot {what}"), error);
-    let control = Control::open().map_err(|error| failed("configure it", &error))?;
-    if !interface.mac.is_empty() {
-        let mac = parse_mac(&interface.mac)
-            .ok_or_else(|| invalid(format!("{:?} is not a hardware address", interface.mac)))?;
-        // A hardware address changes only while the interface is down.
-        control
-            .set_up(&name, false)
-            .and_then(|()| control.set_mac(&name, mac))
-            .map_err(|error| failed("set its hardware address", &error))?;
-    }
-    if !interface.address.is_empty() {
-        let (address, mask) = parse_address(&interface.address).ok_or_else(|| {
-            invalid(format!(
-                "{:?} is not an IPv4 address/prefix",
-                interface.address
-            ))
-        })?;
-        control
-            .set_address(&name, address, mask)
-            .map_err(|error| failed("set its address", &error))?;
-    }
-    control
-        .set_up(&name, true)
-        .map_err(|error| failed("bring it up", &error))?;
-    if !interface.gateway.is_empty() {
-        let gateway = interface
-            .gateway
-            .parse()
-            .map_err(|_| invalid(format!("{:?} is not an IPv4 address", interface.gateway)))?;
-        control
-            .set_gateway(gateway)
-            .map_err(|error| failed("set the gateway", &error))?;
-    }
-    Ok(())
-}
-
-/// Ethernet interfaces with a device behind them, in the order of their device.
-fn ethernet_names() -> Vec<String> {
-    let Ok(entries) = fs::read_dir("/sys/class/net") else {
-        return Vec::new();
-    };
-    let mut found: Vec<_> = entries
-        .filter_map(|entry| {
-            let path = entry.ok()?.path();
-            let device = fs::canonicalize(path.join("device")).ok()?;
-            let name = path.file_name()?.to_str()?.to_owned();
-            Some((device, name))
-        })
-        .collect();
-    found.sort();
-    found.into_iter().map(|(_, name)| name).collect()
-}
-
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mut mac = [0; 6];
-    let mut parts = text.split(':');
-    for byte in &mut mac {
-        *byte = u8::from_str_radix(parts.next().filter(|part| part.len() == 2)?, 16).ok()?;
-    }
-    parts.next().is_none().then_some(mac)
-}
-
-fn parse_address(text: &str) -> Option<(Ipv4Addr, Ipv4Addr)> {
-    let (address, prefix) = text.split_once('/')?;
-    let prefix: u32 = prefix.parse().ok().filter(|prefix| *prefix <= 32)?;
-    let mask = u32::MAX.checked_shl(32 - prefix).unwrap_or(0);
-    Some((address.parse().ok()?, Ipv4Addr::from_bits(mask)))
-}
-
-/// A socket for the kernel's interface requests (netdevice(7)).
-struct Control(OwnedFd);
-
-impl Control {
-    fn open() -> io::Result<Self> {
-        // SAFETY: plain system call with constant arguments.
-        let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: socket has just given us this descriptor, and nobody else knows it.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
-    }
-
-    fn request(&self, code: libc::Ioctl, request: &mut libc::ifreq) -> io::Result<()> {
-        // SAFETY: all the codes used here take an ifreq, and it is a live one.
-        if unsafe { libc::ioctl(self.0.as_raw_fd(), code, request) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
-    }
-
-    fn set_up(&self, name: &str, up: bool) -> io::Result<()> {
-        let mut request = named(name)?;
-        self.request(libc::SIOCGIFFLAGS, &mut request)?;
-        // SAFETY: the kernel has just filled this member.
-        let flags = unsafe { request.ifr_ifru.ifru_flags };
-        let bit = libc::IFF_UP as i16;
-        request.ifr_ifru.ifru_flags = if up { flags | bit } else { flags & !bit };
-        self.request(libc::SIOCSIFFLAGS, &mut request)
-    }
-
-    fn set_mac(&self, name: &str, mac: [u8; 6]) -> io::Result<()> {
-        let mut request = named(name)?;
-        // SAFETY: all-zero is a valid address of this type.
-        let mut address: libc::sockaddr = unsafe { std::mem::zeroed() };
-        address.sa_family = libc::ARPHRD_ETHER;
-        for (slot, byte) in address.sa_data.iter_mut().zip(mac) {
-            *slot = byte as libc::c_char;
-        }
-        request.ifr_ifru.ifru_hwaddr = address;
-        self.request(libc::SIOCSIFHWADDR, &mut request)
-    }
-
-    fn set_address(&self, name: &str, address: Ipv4Addr, mask: Ipv4Addr) -> io::Result<()> {
-        let mut request = named(name)?;
-        request.ifr_ifru.ifru_addr = socket_address(address);
-        self.request(libc::SIOCSIFADDR, &mut request)?;
-        request.ifr_ifru.ifru_netmask = socket_address(mask);
-        self.request(libc::SIOCSIFNETMASK, &mut request)
-    }
-
-    /// Replaces the default route.
-    fn set_gateway(&self, gateway: Ipv4Addr) -> io::Result<()> {
-        // SAFETY: all-zero is a valid route request.
-        let mut route: libc::rtentry = unsafe { std::mem::zeroed() };
-        route.rt_dst = socket_address(Ipv4Addr::UNSPECIFIED);
-        route.rt_genmask = socket_address(Ipv4Addr::UNSPECIFIED);
-        route.rt_flags = libc::RTF_UP;
-        // Old default routes, however many; none is no error.
-        // SAFETY: the code takes an rtentry, and it is a live one.
-        while unsafe { libc::ioctl(self.0.as_raw_fd(), libc::SIOCDELRT, &raw mut route) } == 0 {}
-        route.rt_gateway = socket_address(gateway);
-        route.rt_flags = libc::RTF_UP | libc::RTF_GATEWAY;
-        // SAFETY: as above.
-        if unsafe { libc::ioctl(self.0.as_raw_fd(), libc::SIOCADDRT, &raw mut route) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
-    }
-}
-
-fn named(name: &str) -> io::Result<libc::ifreq> {
-    // SAFETY: all-zero is a valid request.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    let bytes = CString::new(name)?.into_bytes_with_nul();
-    if bytes.len() > request.ifr_name.len() {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "the name is too long",
-        ));
-    }
-    for (slot, byte) in request.ifr_name.iter_mut().zip(bytes) {
-        *slot = byte as libc::c_char;
-    }
-    Ok(request)
-}
-
-fn socket_address(address: Ipv4Addr) -> libc::sockaddr {
-    let mut result = libc::sockaddr {
-        sa_family: libc::AF_INET as u16,
-        sa_data: [0; 14],
-    };
-    // Port (2 bytes), then the address in network order.
-    for (slot, byte) in result.sa_data[2..6].iter_mut().zip(address.octets()) {
-        *slot = byte as libc::c_char;
-    }
-    result
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
-    fn addresses_are_parsed_or_refused() {
-        assert_eq!(parse_mac("02:00:00:00:00:fe"), Some([2, 0, 0, 0, 0, 0xFE]));
-        for wrong in [
-            "",
-            "02:00:00:00:00",
-            "02:00:00:00:00:00:00",
-            "2:0:0:0:0:0",
-            "0g:00:00:00:00:00",
-        ] {
-            assert_eq!(parse_mac(wrong), None, "{wrong}");
+    fn a_name_that_is_none_changes_nothing_and_is_reported() {
+        for name in ["a b", "x;reboot", &"n".repeat(65)] {
+            let mut report = Report::default();
+            set_hostname(name, &mut report);
+            assert_eq!(report.into_notices().len(), 1, "{name}");
         }
-        let (address, mask) = parse_address("10.1.2.3/20").unwrap();
-        assert_eq!(
-            (address.to_string(), mask.to_string()),
-            ("10.1.2.3".into(), "255.255.240.0".into())
-        );
-        assert_eq!(
-            parse_address("10.0.0.1/0").unwrap().1,
-            Ipv4Addr::UNSPECIFIED
-        );
-        assert_eq!(parse_address("10.0.0.1/33"), None);
-        assert_eq!(parse_address("10.0.0.1"), None);
     }
 
     #[test]
-    fn a_name_that_is_none_changes_nothing() {
-        for name in ["a b", "x;reboot", &"n".repeat(65)] {
-            assert!(set_hostname(name).is_err());
+    fn hooks_run_in_order_and_each_whatever_the_others_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        let hooks = folder.path().join("hooks");
+        fs::create_dir(&hooks).unwrap();
+        for (name, script) in [
+            ("1-fails", "exit 3"),
+            ("2-hangs", "sleep 100"),
+            ("3-works", "echo done >> \"$(dirname \"$0\")/../out\""),
+        ] {
+            let hook = hooks.join(name);
+            fs::write(&hook, format!("#!/bin/sh\n{script}\n")).unwrap();
+            fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).unwrap();
         }
+        fs::write(hooks.join("0-no-program"), "").unwrap();
+        let mut report = Report::default();
+        run_hooks(&hooks, Duration::from_millis(500), &mut report);
+        let notices = report.into_notices();
+        assert_eq!(notices.len(), 3, "{notices:?}");
+        assert!(
+            notices[1].contains("1-fails failed: exit status: 3"),
+            "{notices:?}"
+        );
+        assert!(notices[2].contains("2-hangs took too long"), "{notices:?}");
+        assert_eq!(fs::read_to_string(out).unwrap(), "done\n");
     }
 }

@@ -1,4 +1,4 @@
-//! Process 1 of a minimal image: mounts what every program expects, starts the agent proper as a
+//! Process 1 of a minimal image: furnishes the machine ([`furnish`]), starts the agent proper as a
 //! child, reaps orphans, and ends the machine: SIGTERM and SIGUSR2 power it off, SIGINT starts it
 //! again, after all processes were asked to end.
 //!
@@ -12,22 +12,11 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
+use crate::furnish;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::mount::{MountFlags, mount};
 use rustix::process::{Pid, WaitOptions, setsid, wait};
 use rustix::system::{RebootCommand, reboot};
 
-/// What is mounted where, by the kinds and options that a distribution's init would use.
-const MOUNTS: &[(&str, &str, &str)] = &[
-    ("proc", "/proc", ""),
-    ("sysfs", "/sys", ""),
-    ("devtmpfs", "/dev", "mode=0755"),
-    ("devpts", "/dev/pts", "gid=5,mode=620,ptmxmode=666"),
-    ("tmpfs", "/dev/shm", "mode=1777"),
-    ("tmpfs", "/run", "mode=0755"),
-    ("tmpfs", "/tmp", "mode=1777"),
-    ("cgroup2", "/sys/fs/cgroup", ""),
-];
 /// A program of the image that is run once before the agent.
 const START_SCRIPT: &str = "/etc/clone/rc";
 /// An agent that dies sooner than this is started again only after a pause.
@@ -48,14 +37,14 @@ pub(crate) fn is_ours() -> bool {
 
 /// Is init for the rest of the machine's life.
 pub(crate) fn main(agent: impl Fn() -> ExitCode) -> ExitCode {
-    mount_all();
+    furnish::furnish();
     if std::env::var_os("PATH").is_none() {
         // SAFETY: there is one thread yet.
         unsafe { std::env::set_var("PATH", crate::exec::DEFAULT_PATH) };
     }
     // Not leading a session already is all that could stand against it.
     let _ = setsid();
-    crate::identity::bring_loopback_up();
+    crate::interfaces::bring_loopback_up();
     if fs::metadata(START_SCRIPT).is_ok()
         && let Err(error) = std::process::Command::new(START_SCRIPT).status()
     {
@@ -192,17 +181,4 @@ fn wait_signal(mut queue: &File, deadline: Option<Instant>) -> Option<i32> {
     queue.read_exact(&mut info).ok()?;
     // The signal's number is the first member.
     info.first_chunk().map(|number| i32::from_ne_bytes(*number))
-}
-
-fn mount_all() {
-    for (kind, path, options) in MOUNTS {
-        let _ = fs::create_dir_all(path);
-        let flags = MountFlags::NOSUID;
-        let options = std::ffi::CString::new(*options).unwrap_or_default();
-        match mount(*kind, *path, *kind, flags, options.as_c_str()) {
-            // The kernel or an earlier stage has mounted it.
-            Ok(()) | Err(rustix::io::Errno::BUSY) => {}
-            Err(error) => crate::say(&format!("cannot mount {path}: {error}")),
-        }
-    }
 }

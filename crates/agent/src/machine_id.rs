@@ -10,26 +10,49 @@ use std::path::Path;
 
 use agent_proto::messages::ErrorCode;
 
+use crate::identity::Report;
+use crate::replace::replace;
 use crate::session::Refusal;
 
-/// machine-id(5).
-const FILE: &str = "/etc/machine-id";
+/// machine-id(5), and where D-Bus keeps its copy, unless that is a link to the first.
+const FILES: [&str; 2] = ["/etc/machine-id", "/var/lib/dbus/machine-id"];
 /// systemd-journald.service(8): volatile and kept journals, in a folder for each machine.
 const JOURNALS: [&str; 2] = ["/run/log/journal", "/var/log/journal"];
 
 /// Gives the machine another id, of 32 hexadecimal digits.
-pub(crate) fn set(id: &str) -> Result<(), Refusal> {
+///
+/// # Errors
+/// Where it keeps the one that its siblings have, too.
+pub(crate) fn set(id: &str, report: &mut Report) -> Result<(), Refusal> {
     if !is_id(id) {
         let message = format!("{id:?} is not a machine id of 32 hexadecimal digits");
         return Err(Refusal::new(ErrorCode::Invalid, message));
     }
-    let former = fs::read_to_string(FILE).unwrap_or_default();
-    fs::write(FILE, format!("{id}\n"))
-        .map_err(|error| Refusal::io(format!("cannot write {FILE}"), &error))?;
+    let [first, copy] = FILES.map(Path::new);
+    let former = fs::read_to_string(first).unwrap_or_default();
+    write(first, id, report)?;
+    if fs::symlink_metadata(copy).is_ok_and(|it| it.is_file()) {
+        write(copy, id, report)?;
+    }
     for folder in JOURNALS {
         if let Err(error) = keep_journal(Path::new(folder), former.trim(), id) {
             // The clone is itself all the same, and its journal is there for who knows where.
-            crate::say(&format!("cannot keep the journal in {folder}: {error}"));
+            report.add(format!("cannot keep the journal in {folder}: {error}"));
+        }
+    }
+    Ok(())
+}
+
+fn write(path: &Path, id: &str, report: &mut Report) -> Result<(), Refusal> {
+    match replace(path, format!("{id}\n").as_bytes(), 0o444) {
+        Ok(how) => report.replaced(path, how),
+        Err(error) => {
+            let file = path.display();
+            if fs::read_to_string(path).is_ok_and(|text| is_id(text.trim())) {
+                let what = format!("two guests would have one machine id: cannot write {file}");
+                return Err(Refusal::io(what, &error));
+            }
+            report.add(format!("cannot write {file}: {error}"));
         }
     }
     Ok(())
@@ -89,7 +112,7 @@ mod tests {
     #[test]
     fn an_id_that_is_none_changes_nothing() {
         for wrong in ["", "../../etc/passwd", "0123", &"g".repeat(32)] {
-            assert!(set(wrong).is_err());
+            assert!(set(wrong, &mut Report::default()).is_err());
         }
     }
 }

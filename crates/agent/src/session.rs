@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-use agent_proto::frame::{self, Decoder};
+use agent_proto::frame::{self, Decoder, Framed};
 use agent_proto::messages::{
     Empty, Error, ErrorCode, FromAgent, FromHost, Hello, Request, from_agent, from_host,
     request::Operation,
@@ -18,7 +18,7 @@ use crate::{connect, exec, files, heap, identity, info, power};
 /// Stacks of session threads: buffers are on the heap.
 pub(crate) const STACK_BYTES: usize = 64 << 10;
 /// The tags of `Request.operation` that are served here.
-const OPERATIONS: [u32; 10] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10];
+const OPERATIONS: [u32; 11] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];
 
 /// What all sessions share.
 pub(crate) struct Agent {
@@ -175,6 +175,7 @@ fn converse(agent: &Arc<Agent>, mut inbox: Inbox, outbox: &Outbox) -> Result<(),
         protocol: agent_proto::PROTOCOL,
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         operations: OPERATIONS.to_vec(),
+        max_message: Some(FromHost::MAX as u32),
     }))?;
     let Some(from_host::Kind::Request(Request { operation })) = inbox.receive()? else {
         return Err(Refusal::new(ErrorCode::Invalid, "a connection starts with a request").into());
@@ -200,7 +201,13 @@ fn converse(agent: &Arc<Agent>, mut inbox: Inbox, outbox: &Outbox) -> Result<(),
             outbox.done()
         }
         Operation::SetIdentity(request) => {
-            identity::apply(&request)?;
+            for notice in identity::apply(&request)? {
+                outbox.send(from_agent::Kind::Notice(notice))?;
+            }
+            outbox.done()
+        }
+        Operation::SignalCommand(request) => {
+            agent.commands.signal(&request)?;
             outbox.done()
         }
         Operation::Shutdown(request) => power::shutdown(request.reboot, outbox),

@@ -2,22 +2,30 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use agent_proto::messages::ErrorCode;
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::identity::Report;
+use crate::replace::replace;
 use crate::session::Refusal;
 
 /// Where a running server leaves its number.
 const PID_FILE: &str = "/run/sshd.pid";
+/// Where keys are made: in memory, so that a full disk is no hindrance.
+const WORKSHOP: &str = "/run/clone/keys";
 
 /// Makes new keys of the kinds that `folder` has (`ssh_host_KIND_key`), and tells the server. A key
-/// is replaced only when its successor is there.
-pub(crate) fn renew_host_keys(folder: &Path) -> Result<(), Refusal> {
-    let kinds = match kinds(folder) {
-        Ok(kinds) => kinds,
+/// of which no new one can be made is taken away, and reported.
+///
+/// # Errors
+/// Where an old key stays, which the guest's siblings have, too.
+pub(crate) fn renew_host_keys(folder: &Path, report: &mut Report) -> Result<(), Refusal> {
+    let keys = match host_keys(folder) {
+        Ok(keys) => keys,
         // No SSH server.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => {
@@ -25,52 +33,130 @@ pub(crate) fn renew_host_keys(folder: &Path) -> Result<(), Refusal> {
             return Err(Refusal::io(what, &error));
         }
     };
-    for kind in &kinds {
-        renew(folder, kind)?;
+    for key in &keys {
+        renew(key, report)?;
     }
-    if !kinds.is_empty() {
-        tell_server();
+    if !keys.is_empty() {
+        tell_server(report);
     }
     Ok(())
 }
 
-fn kinds(folder: &Path) -> io::Result<Vec<String>> {
-    let mut kinds = Vec::new();
+fn host_keys(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut keys = Vec::new();
     for entry in fs::read_dir(folder)? {
-        let name = entry?.file_name();
-        let kind = name
-            .to_str()
-            .and_then(|name| name.strip_prefix("ssh_host_")?.strip_suffix("_key"));
-        kinds.extend(kind.map(str::to_owned));
+        let path = entry?.path();
+        keys.extend(kind_by_name(&path).is_some().then_some(path));
     }
-    kinds.sort();
-    Ok(kinds)
+    keys.sort();
+    Ok(keys)
 }
 
-fn renew(folder: &Path, kind: &str) -> Result<(), Refusal> {
-    let key = folder.join(format!("ssh_host_{kind}_key"));
-    let fresh = folder.join(format!(".ssh_host_{kind}_key.new"));
-    let failed = |error: &io::Error| Refusal::io(format!("cannot renew {}", key.display()), error);
-    for leftover in [&fresh, &public(&fresh)] {
-        match fs::remove_file(leftover) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(&error)),
-            _ => {}
+fn kind_by_name(key: &Path) -> Option<&str> {
+    let name = key.file_name()?.to_str()?;
+    name.strip_prefix("ssh_host_")?.strip_suffix("_key")
+}
+
+/// What `ssh-keygen` calls a key's kind: by its public part, else by its name.
+fn kind_of(key: &Path) -> String {
+    let public = fs::read_to_string(public(key)).unwrap_or_default();
+    let known = match public.split_whitespace().next().unwrap_or_default() {
+        "ssh-rsa" => Some("rsa"),
+        "ssh-ed25519" => Some("ed25519"),
+        algorithm if algorithm.starts_with("ecdsa-sha2-") => Some("ecdsa"),
+        _ => kind_by_name(key),
+    };
+    known.unwrap_or_default().to_owned()
+}
+
+/// Replaces a key, or takes it away.
+fn renew(key: &Path, report: &mut Report) -> Result<(), Refusal> {
+    let name = key.display();
+    let why = match make(key) {
+        Ok(fresh) => match put_in_place(key, &fresh, report) {
+            Ok(()) => return Ok(()),
+            Err(error) => error.to_string(),
+        },
+        Err(refusal) => refusal.message,
+    };
+    take_away(key).map_err(|error| {
+        let what = format!("two guests would have one SSH host key: {name}: {why}; and");
+        Refusal::io(what, &error)
+    })?;
+    report.add(format!(
+        "{name} was taken away, because no new one could be made: {why}"
+    ));
+    Ok(())
+}
+
+/// A key, and its public part.
+struct Pair {
+    private: Vec<u8>,
+    public: Vec<u8>,
+}
+
+fn put_in_place(key: &Path, fresh: &Pair, report: &mut Report) -> io::Result<()> {
+    for (path, bytes, mode) in [
+        (public(key), &fresh.public, 0o644),
+        (key.to_owned(), &fresh.private, 0o600),
+    ] {
+        let how = replace(&path, bytes, mode)?;
+        report.replaced(&path, how);
+    }
+    Ok(())
+}
+
+/// Leaves nothing of a key; where it cannot be removed, nothing that can be read.
+fn take_away(key: &Path) -> io::Result<()> {
+    // A read-only disk refuses to remove even what is not there.
+    let there = |path: &PathBuf| fs::symlink_metadata(path).is_ok();
+    for path in [key.to_owned(), public(key)].into_iter().filter(there) {
+        if fs::remove_file(&path).is_err() {
+            replace(&path, b"", 0o600)?;
         }
     }
+    Ok(())
+}
+
+/// Makes a key of the kind that `key` is.
+fn make(key: &Path) -> Result<Pair, Refusal> {
+    let made = Path::new(WORKSHOP).join("key");
+    let pair = workshop()
+        .map_err(|error| Refusal::io(format!("cannot make {WORKSHOP}"), &error))
+        .and_then(|()| keygen(&kind_of(key), &made))
+        .and_then(|()| {
+            let read = |path| fs::read(path).map_err(|error| Refusal::io("cannot read it", &error));
+            Ok(Pair {
+                private: read(made.clone())?,
+                public: read(public(&made))?,
+            })
+        });
+    // It may not be there, and is in memory.
+    let _ = fs::remove_dir_all(WORKSHOP);
+    pair
+}
+
+/// An empty folder of root's.
+fn workshop() -> io::Result<()> {
+    let _ = fs::remove_dir_all(WORKSHOP);
+    let parent = Path::new(WORKSHOP).parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(parent)?;
+    fs::DirBuilder::new().mode(0o700).create(WORKSHOP)
+}
+
+fn keygen(kind: &str, path: &Path) -> Result<(), Refusal> {
     let output = Command::new("ssh-keygen")
         .args(["-q", "-t", kind, "-N", "", "-f"])
-        .arg(&fresh)
+        .arg(path)
         .stdin(Stdio::null())
         .output()
         .map_err(|error| Refusal::io("cannot run ssh-keygen", &error))?;
-    if !output.status.success() {
-        let complaint = String::from_utf8_lossy(&output.stderr);
-        let message = format!("cannot renew {}: {}", key.display(), complaint.trim());
-        return Err(Refusal::new(ErrorCode::Other, message));
+    if output.status.success() {
+        return Ok(());
     }
-    fs::rename(public(&fresh), public(&key))
-        .and_then(|()| fs::rename(&fresh, &key))
-        .map_err(|error| failed(&error))
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    let complaint: Vec<_> = complaint.split_whitespace().collect();
+    Err(Refusal::new(ErrorCode::Other, complaint.join(" ")))
 }
 
 fn public(key: &Path) -> PathBuf {
@@ -78,7 +164,7 @@ fn public(key: &Path) -> PathBuf {
 }
 
 /// A server reads its keys when it starts, and at SIGHUP.
-fn tell_server() {
+fn tell_server(report: &mut Report) {
     let pid = fs::read_to_string(PID_FILE).ok();
     let pid = pid.and_then(|text| Pid::from_raw(text.trim().parse().ok()?));
     if let Some(pid) = pid
@@ -86,8 +172,8 @@ fn tell_server() {
         && fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "sshd")
         && let Err(error) = kill_process(pid, Signal::HUP)
     {
-        crate::say(&format!(
-            "cannot tell the SSH server of its new keys: {error}"
+        report.add(format!(
+            "the SSH server has its old keys until it is restarted: {error}"
         ));
     }
 }
@@ -96,47 +182,32 @@ fn tell_server() {
 mod tests {
     use super::*;
 
+    fn keys(folder: &Path) -> Vec<String> {
+        let keys = host_keys(folder).unwrap();
+        keys.iter().map(|key| kind_of(key)).collect()
+    }
+
     #[test]
-    fn only_host_keys_are_found() {
+    fn only_host_keys_are_found_and_their_kind_is_that_of_their_public_part() {
         let folder = tempfile::tempdir().unwrap();
-        for name in [
-            "ssh_host_rsa_key",
-            "ssh_host_rsa_key.pub",
-            "ssh_host_ed25519_key",
-            "ssh_config",
-            "ssh_host_key",
+        for (name, text) in [
+            ("ssh_host_rsa_key", ""),
+            ("ssh_host_rsa_key.pub", "ssh-rsa AAAA"),
+            ("ssh_host_ed25519_key", ""),
+            ("ssh_host_p384_key", ""),
+            ("ssh_host_p384_key.pub", "ecdsa-sha2-nistp384 AAAA root@x"),
+            ("ssh_config", ""),
+            ("ssh_host_key", ""),
         ] {
-            fs::write(folder.path().join(name), "old").unwrap();
+            fs::write(folder.path().join(name), text).unwrap();
         }
-        assert_eq!(kinds(folder.path()).unwrap(), ["ed25519", "rsa"]);
+        assert_eq!(keys(folder.path()), ["ed25519", "ecdsa", "rsa"]);
     }
 
     #[test]
     fn a_guest_without_a_server_needs_no_keys() {
-        assert!(renew_host_keys(Path::new("/no/such/folder")).is_ok());
-        assert!(renew_host_keys(tempfile::tempdir().unwrap().path()).is_ok());
-    }
-
-    #[test]
-    fn keys_are_replaced_by_others_of_their_kind() {
-        let folder = tempfile::tempdir().unwrap();
-        let key = folder.path().join("ssh_host_ed25519_key");
-        fs::write(&key, "old").unwrap();
-        renew_host_keys(folder.path()).unwrap();
-        let first = fs::read_to_string(public(&key)).unwrap();
-        assert!(first.starts_with("ssh-ed25519 "), "{first}");
-        renew_host_keys(folder.path()).unwrap();
-        assert_ne!(fs::read_to_string(public(&key)).unwrap(), first);
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
-    }
-
-    #[test]
-    fn a_kind_that_cannot_be_made_leaves_its_old_key() {
-        let folder = tempfile::tempdir().unwrap();
-        let key = folder.path().join("ssh_host_nonsense_key");
-        fs::write(&key, "old").unwrap();
-        let refusal = renew_host_keys(folder.path()).unwrap_err();
-        assert!(!refusal.message.is_empty());
-        assert_eq!(fs::read_to_string(key).unwrap(), "old");
+        let renew = |folder: &Path| renew_host_keys(folder, &mut Report::default());
+        assert!(renew(Path::new("/no/such/folder")).is_ok());
+        assert!(renew(tempfile::tempdir().unwrap().path()).is_ok());
     }
 }

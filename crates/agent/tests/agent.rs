@@ -407,6 +407,7 @@ fn put(path: &Path, mode: u32) -> Put {
         path: path.display().to_string(),
         mode,
         user: user(),
+        ..Put::default()
     }
 }
 

@@ -187,7 +187,11 @@ pub enum PortMessage {
 pub struct FilePath {
     /// Its absolute path in the guest.
     pub path: String,
-    /// Its permissions for a new one, as in `644`.
+    /// Its permissions when it is written, as in `644`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<String>,
+    /// The file's name where the path is a directory and the file is written. Without one, a
+    /// directory is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
 }

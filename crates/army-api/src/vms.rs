@@ -146,6 +146,10 @@ pub struct Vm {
     /// How its creation went.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fork: Option<ForkTimes>,
+    /// What its host or its guest could not do when it was made, in words for people. It runs all
+    /// the same.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notices: Vec<String>,
     /// Its memory, as last measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<VmMemory>,

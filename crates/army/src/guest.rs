@@ -83,6 +83,7 @@ pub(crate) fn put(file: FilePath) -> Result<Put, Problem> {
     Ok(Put {
         path: file.path,
         mode,
+        name: file.name.unwrap_or_default(),
         ..Put::default()
     })
 }

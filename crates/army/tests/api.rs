@@ -195,6 +195,7 @@ async fn a_list_says_of_a_vm_what_is_said_of_it_alone(server: Server) {
             egress: Egress::None,
         }),
         fork: None,
+        notices: Vec::new(),
         memory: None,
     };
     let vms: Vec<Vm> = (1..=3).map(vm).collect();
@@ -210,7 +211,9 @@ async fn a_list_says_of_a_vm_what_is_said_of_it_alone(server: Server) {
         total_us: 5000,
         ..ForkTimes::default()
     };
-    store.made_vm(&vms[1].id, &Ok(times)).await.unwrap();
+    let notices = vec![odd.to_owned(), "no disk".to_owned()];
+    let made = Ok((times, notices.clone()));
+    store.made_vm(&vms[1].id, &made).await.unwrap();
     let failed = std::slice::from_ref(&vms[2].id);
     store.set_vms(failed, VmState::Failed, odd).await.unwrap();
     let list = async |query: &[(&str, &str)]| -> VmPage {
@@ -223,6 +226,7 @@ async fn a_list_says_of_a_vm_what_is_said_of_it_alone(server: Server) {
         assert_eq!(*listed, store.vm(&listed.id, None).await.unwrap());
     }
     assert_eq!((&all[0], &all[1].fork), (&vms[0], &Some(times)));
+    assert_eq!(all[1].notices, notices);
     assert_eq!(all[2].reason.as_deref(), Some(odd));
     let label = format!("said={odd}");
     assert_eq!(list(&[("label", &label)]).await.vms.len(), 2);

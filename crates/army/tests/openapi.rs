@@ -84,6 +84,7 @@ async fn furnish(server: &Server) -> Vec<String> {
             egress: army_api::vms::Egress::Allow(vec!["10.0.0.0/8".into()]),
         }),
         fork: None,
+        notices: vec!["no disk".into()],
         memory: None,
     };
     let new = army::store::vms::NewVms {

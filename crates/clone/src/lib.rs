@@ -17,6 +17,7 @@ mod cache;
 pub mod cli;
 pub mod cpu;
 mod error;
+pub mod file_sink;
 pub mod host_net;
 pub mod jail;
 pub mod launch;

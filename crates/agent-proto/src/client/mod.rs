@@ -16,6 +16,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use prost::Message;
+
 pub use self::running::{Collected, Input, Running};
 pub use self::tunnel::{TunnelIn, TunnelOut};
 pub use crate::deadline::{ByteLimit, Deadline};
@@ -24,13 +26,19 @@ pub use crate::exec::Event;
 
 use self::outgoing::{Outgoing, Timing};
 use self::socket::{connect_by, read_by, wait_by, write_by};
+use crate::frame::{self, FIRST_MAX_MESSAGE, Framed};
 use crate::incoming::Incoming;
 use crate::messages::{
-    Acknowledge, Attach, CommandInfo, Connect, Empty, Exec, FileInfo, FromAgent, Get, Hello,
-    Identity, Info, Put, Request, Shutdown, Started, from_agent, from_host, request::Operation,
+    Acknowledge, Attach, CommandInfo, Connect, Empty, Exec, FileInfo, FromAgent, FromHost, Get,
+    Hello, Identity, Info, Put, Request, Shutdown, SignalCommand, Started, from_agent, from_host,
+    request::Operation,
 };
-use crate::{CHUNK, PORT, frame};
+use crate::{CHUNK, PORT};
 
+/// More than what surrounds a request in its message (bytes).
+const MESSAGE_OVERHEAD: usize = 16;
+/// Notices that are kept of an agent; a guest chooses how many it sends.
+const MAX_NOTICES: usize = 32;
 /// The longest answer to `CONNECT`.
 const CONNECT_ANSWER_MAX: usize = 32;
 /// The slowest that a file may travel, in bytes a second: each byte moves the deadline on by the
@@ -129,9 +137,17 @@ impl Connection {
     }
 
     fn request(&mut self, operation: Operation) -> Result<()> {
-        self.send(from_host::Kind::Request(Request {
+        let request = Request {
             operation: Some(operation),
-        }))
+        };
+        let max = self.hello.max_message;
+        let max = max.map_or(FIRST_MAX_MESSAGE, |max| max as usize);
+        // Beside the request, a frame holds its tag and its length.
+        let len = request.encoded_len() + MESSAGE_OVERHEAD;
+        if len > max.min(FromHost::MAX) {
+            return Err(ClientError::TooLong { len, max });
+        }
+        self.send(from_host::Kind::Request(request))
     }
 
     /// The next message that this side knows.
@@ -200,9 +216,23 @@ impl Connection {
         self.expect_done()
     }
 
-    /// Gives the guest an identity.
-    pub fn set_identity(mut self, identity: Identity) -> Result<()> {
+    /// Gives the guest an identity. Returns what the guest could not do of it, in words for people.
+    pub fn set_identity(mut self, identity: Identity) -> Result<Vec<String>> {
         self.request(Operation::SetIdentity(identity))?;
+        let mut notices = Vec::new();
+        loop {
+            match self.receive()? {
+                from_agent::Kind::Notice(text) if notices.len() < MAX_NOTICES => notices.push(text),
+                from_agent::Kind::Notice(_) => {}
+                from_agent::Kind::Done(_) => return Ok(notices),
+                _ => return Err(ClientError::OutOfTurn),
+            }
+        }
+    }
+
+    /// Sends a signal to a command, whoever is attached to it.
+    pub fn signal_command(mut self, id: u64, signal: i32) -> Result<()> {
+        self.request(Operation::SignalCommand(SignalCommand { id, signal }))?;
         self.expect_done()
     }
 

@@ -345,3 +345,50 @@ fn what_an_agent_says_comes_in_printable() {
     let listed = greeted(&[commands], sulk).commands().unwrap();
     assert!(!listed[0].command[0].contains('\u{1b}'));
 }
+
+/// A connection to an agent that greets with `hello`, and the agent's end.
+fn greeted_with(hello: Hello) -> (Connection, UnixStream) {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    theirs
+        .write_all(&encoded(from_agent::Kind::Hello(hello)))
+        .unwrap();
+    let connection = Connection::greet(ours, Deadline::after(LONG)).unwrap();
+    (connection, theirs)
+}
+
+#[test]
+fn a_request_is_as_long_as_the_agent_takes_and_longer_ones_are_not_sent() {
+    let exec = |len| Exec {
+        command: vec!["x".repeat(len)],
+        ..Exec::default()
+    };
+    let newer = Hello {
+        max_message: Some(FromHost::MAX as u32),
+        ..Hello::default()
+    };
+    for (hello, len) in [(Hello::default(), 1 << 20), (newer, 8 << 20)] {
+        let (connection, mut agent) = greeted_with(hello);
+        let Err(ClientError::TooLong { max, .. }) = connection.exec(exec(len)) else {
+            panic!("a request of {len} bytes was sent");
+        };
+        assert_eq!(max, len);
+        // The connection ended without a word.
+        let mut sent = Vec::new();
+        agent.read_to_end(&mut sent).unwrap();
+        assert_eq!(sent, b"");
+    }
+}
+
+#[test]
+fn notices_of_a_guest_are_bounded_and_harmless_to_a_terminal() {
+    let (connection, mut agent) = greeted_with(Hello::default());
+    let notice = format!("\x1b]0;owned\x07{}", "x".repeat(5000));
+    let mut bytes = encoded(from_agent::Kind::Notice(notice)).repeat(1000);
+    bytes.extend(encoded(from_agent::Kind::Done(Empty {})));
+    let guest = thread::spawn(move || agent.write_all(&bytes).map(|()| agent));
+    let notices = connection.set_identity(Identity::default()).unwrap();
+    assert_eq!(notices.len(), MAX_NOTICES);
+    assert!(notices.iter().all(|it| it.chars().count() <= MAX_TEXT));
+    assert!(!notices.concat().contains(char::is_control));
+    guest.join().unwrap().unwrap();
+}

@@ -11,13 +11,14 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::Child;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent_proto::messages::{Acknowledge, ErrorCode, Exec, Exited, Started, Stream, TerminalSize};
 use agent_proto::{CHUNK, OUTPUT_WINDOW};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::ioctl_fionread;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
-use rustix::termios::tcsetwinsize;
+use rustix::termios::{tcgetpgrp, tcsetwinsize};
 
 use super::STREAMS;
 use super::input::{Input, Overrun};
@@ -25,8 +26,12 @@ use super::spawn::{self, Spawned, winsize};
 use super::spool::Spool;
 use crate::session::{Outbox, Refusal, STACK_BYTES};
 
-/// How long what a command left in the background may hold its outputs open after its end.
+/// How long after a command's end the output counts of what it left in the background.
 const LINGER: Duration = Duration::from_millis(500);
+/// How long a command waits for a host that may come back to it.
+const ABANDONED_AFTER: Duration = Duration::from_secs(60);
+/// The bytes of a command's words that are kept for lists of commands.
+const WORDS_KEPT: usize = 4 << 10;
 
 /// What a session should pass on next.
 pub(super) enum Piece {
@@ -48,7 +53,10 @@ pub(crate) struct Command {
     pub(super) words: Vec<String>,
     detached: bool,
     input: Option<Input>,
-    terminal: Option<OwnedFd>,
+    /// The host's side of its terminal, until that is hung up. Held for a moment only.
+    terminal: Option<Mutex<Option<OwnedFd>>>,
+    /// Readable once the command has ended, or its terminal was hung up: for who waits for output.
+    news: OwnedFd,
     shared: Mutex<Shared>,
     changed: Condvar,
 }
@@ -59,8 +67,12 @@ struct Shared {
     /// Which session is attached; 0 is none. Each gets a number of its own.
     seat: u64,
     last_seat: u64,
-    /// Whether its process and the reading of its outputs are over.
+    /// Whether its process is over: its number may be somebody else's.
     reaped: bool,
+    /// Whether its terminal was hung up.
+    hung_up: bool,
+    /// Whether nobody came back to it for so long that it no longer waits for anybody.
+    abandoned: bool,
 }
 
 impl Command {
@@ -72,20 +84,25 @@ impl Command {
             terminal,
         } = spawn::spawn(request)?;
         let no_thread = |error| Refusal::io("cannot start a thread", &error);
+        let news = eventfd(0, EventfdFlags::CLOEXEC)
+            .map_err(|error| Refusal::io("cannot watch the command", &error.into()))?;
         let input = input.map(Input::start).transpose().map_err(no_thread)?;
         let command = Arc::new(Self {
             id,
             pid: child.id(),
-            words: request.command.clone(),
+            words: beginning_of(&request.command),
             detached: request.detached,
             input,
-            terminal,
+            terminal: terminal.map(|main| Mutex::new(Some(main))),
+            news,
             shared: Mutex::new(Shared {
                 spools: outputs.iter().map(|_| Spool::new(OUTPUT_WINDOW)).collect(),
                 exited: None,
                 seat: 0,
                 last_seat: 0,
                 reaped: false,
+                hung_up: false,
+                abandoned: false,
             }),
             changed: Condvar::new(),
         });
@@ -167,10 +184,51 @@ impl Command {
         self.changed.notify_all();
     }
 
-    /// The connection ended while the command runs. It goes on: somebody may come back for it.
-    /// Only its terminal hangs up its input, as a modem line would not.
+    /// The connection ended, and maybe the command goes on. Its terminal is hung up, as when a modem
+    /// line drops. A command without one is waited for a while: its host may come back. Then its
+    /// input ends, and like a detached one it keeps its newest output and runs on.
     pub(super) fn connection_lost(&self) {
+        let shared = self.lock();
+        if self.detached || shared.seat != 0 || shared.exited.is_some() {
+            return;
+        }
+        if self.terminal.is_some() {
+            drop(shared);
+            return self.hang_up();
+        }
+        let waiting = |shared: &mut Shared| shared.seat == 0 && shared.exited.is_none();
+        let waited = self
+            .changed
+            .wait_timeout_while(shared, ABANDONED_AFTER, waiting);
+        let (mut shared, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            shared.abandoned = true;
+            drop(shared);
+            self.end_input();
+            self.changed.notify_all();
+        }
+    }
+
+    /// Takes the terminal away: the session is told, and its input and output end.
+    fn hang_up(&self) {
+        let main = self.terminal.as_ref().and_then(take);
+        if let Some(foreground) = main.and_then(|main| tcgetpgrp(main).ok()) {
+            hang_up_group(foreground);
+        }
+        let mut shared = self.lock();
+        if let (false, Some(leader)) = (shared.reaped, Pid::from_raw(self.pid as i32)) {
+            hang_up_group(leader);
+        }
+        shared.hung_up = true;
+        drop(shared);
+        self.end_input();
+        self.tell_readers();
         self.changed.notify_all();
+    }
+
+    fn tell_readers(&self) {
+        // It can fail only where the counter is full, and then it is readable.
+        let _ = rustix::io::write(&self.news, &1_u64.to_ne_bytes());
     }
 
     /// Waits for something to pass on.
@@ -225,63 +283,101 @@ impl Command {
     }
 
     pub(super) fn resize(&self, size: TerminalSize) {
-        if let Some(terminal) = &self.terminal {
+        let terminal = self.terminal.as_ref();
+        let terminal = terminal.map(|it| it.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Some(main) = terminal.as_ref().and_then(|it| it.as_ref()) {
             // A terminal whose command is gone does not mind.
-            let _ = tcsetwinsize(terminal, winsize(size));
+            let _ = tcsetwinsize(main, winsize(size));
         }
     }
 
-    /// Signals the process group, as long as its leader was not reaped: later its number may be
-    /// somebody else's.
-    pub(super) fn signal(&self, signal: i32) {
-        let Some(signal) = Signal::from_named_raw(signal) else {
-            return;
-        };
+    /// Signals the process group, as long as its leader was not reaped; false where it was.
+    pub(super) fn signal(&self, signal: i32) -> bool {
         let shared = self.lock();
         if !shared.reaped {
             self.signal_group(signal);
         }
+        !shared.reaped
     }
 
-    fn signal_group(&self, signal: Signal) {
-        if let Some(group) = Pid::from_raw(self.pid as i32) {
-            let _ = kill_process_group(group, signal);
-        }
+    fn signal_group(&self, signal: i32) {
+        // SAFETY: plain system call. The group is the command's own: its leader was not reaped.
+        unsafe { libc::kill(-(self.pid as i32), signal) };
     }
 
-    /// Reads an output to its end, no faster than it is taken.
+    /// Takes an output until it ends, no faster than the host takes it. It ends, too, soon after
+    /// the command, whatever holds it open; what the command itself wrote is taken in any case.
     fn read_output(&self, index: usize, mut output: File) {
         let mut chunk = vec![0; CHUNK.min(32 << 10)];
-        loop {
+        let mut end: Option<OutputEnd> = None;
+        let mut open = true;
+        while open && !end.as_ref().is_some_and(OutputEnd::is_reached) {
+            if !self.wait_output(&output, end.as_ref()) {
+                match &mut end {
+                    None if self.lock().hung_up => break,
+                    None => end = Some(OutputEnd::of(&output)),
+                    // Somebody else may have read it.
+                    Some(end) => end.owed = 0,
+                }
+                continue;
+            }
             // A terminal whose command is gone answers with an error: its end.
             let len = output.read(&mut chunk).unwrap_or(0);
-            let mut shared = self.lock();
-            if len == 0 {
-                shared.spools[index].close();
-                break;
+            open = len > 0;
+            if let Some(end) = &mut end {
+                end.owed = end.owed.saturating_sub(len as u64);
             }
-            let mut rest = &chunk[..len];
-            while !rest.is_empty() {
-                if self.detached && shared.seat == 0 {
-                    shared.spools[index].drop_oldest_for(rest.len());
-                }
-                let fits = shared.spools[index].room().min(rest.len());
-                shared.spools[index].push(&rest[..fits]);
-                rest = &rest[fits..];
-                self.changed.notify_all();
-                if !rest.is_empty() {
-                    shared = self.wait(shared);
-                }
+            self.pass_on(index, &chunk[..len]);
+        }
+        self.lock().spools[index].close();
+        self.changed.notify_all();
+        // A terminal goes away with its session. A pipe stays, so that what runs on in the
+        // background does not end for writing into it.
+        if self.terminal.is_none() {
+            while open {
+                open = output.read(&mut chunk).is_ok_and(|len| len > 0);
             }
         }
-        self.changed.notify_all();
+    }
+
+    /// Waits for output; false where there is none, and either the command has ended or its time
+    /// for output is over.
+    fn wait_output(&self, output: &File, end: Option<&OutputEnd>) -> bool {
+        let left = end.map(OutputEnd::left);
+        let mut ready = vec![PollFd::new(output, PollFlags::IN)];
+        if end.is_none() {
+            ready.push(PollFd::new(&self.news, PollFlags::IN));
+        }
+        if poll(&mut ready, left.as_ref()).is_err() {
+            // An interruption or a lack of memory: the read waits in its place.
+            return true;
+        }
+        // News come first: output may come without end.
+        let has_news = ready.get(1).is_some_and(|news| !news.revents().is_empty());
+        !has_news && !ready[0].revents().is_empty()
+    }
+
+    fn pass_on(&self, index: usize, mut rest: &[u8]) {
+        let mut shared = self.lock();
+        while !rest.is_empty() && !shared.hung_up {
+            if shared.seat == 0 && (self.detached || shared.abandoned) {
+                shared.spools[index].drop_oldest_for(rest.len());
+            }
+            let fits = shared.spools[index].room().min(rest.len());
+            shared.spools[index].push(&rest[..fits]);
+            rest = &rest[fits..];
+            self.changed.notify_all();
+            if !rest.is_empty() {
+                shared = self.wait(shared);
+            }
+        }
     }
 
     /// Waits for the process, ending it when its time is up.
     fn wait_end(&self, mut child: Child, timeout: Option<Duration>) {
         let timed_out = timeout.is_some_and(|timeout| !self.ends_within(timeout));
         if timed_out {
-            self.signal_group(Signal::KILL);
+            self.signal_group(libc::SIGKILL);
         }
         let status = child.wait();
         let mut shared = self.lock();
@@ -293,8 +389,8 @@ impl Command {
             timed_out,
         });
         drop(shared);
+        self.tell_readers();
         self.changed.notify_all();
-        self.close_abandoned_outputs();
     }
 
     fn ends_within(&self, timeout: Duration) -> bool {
@@ -302,38 +398,80 @@ impl Command {
         let Some(Ok(pidfd)) = pid.map(|pid| pidfd_open(pid, PidfdFlags::empty())) else {
             return true;
         };
-        let limit = Timespec {
-            tv_sec: timeout.as_secs() as i64,
-            tv_nsec: i64::from(timeout.subsec_nanos()),
-        };
+        let limit = timespec(timeout);
         let mut ready = [PollFd::new(&pidfd, PollFlags::IN)];
         // An error here would be of no memory: then the command is left alone.
         !matches!(poll(&mut ready, Some(&limit)), Ok(0))
     }
+}
 
-    /// What a command left in the background may hold its outputs open for ever, but its caller
-    /// waits for the end: after a moment without anything new the outputs count as ended.
-    fn close_abandoned_outputs(&self) {
-        let mut shared = self.lock();
-        loop {
-            if shared.spools.iter().all(Spool::is_finished) {
-                return;
-            }
-            let wait = self.changed.wait_timeout(shared, LINGER);
-            let (woken, timeout) = wait.unwrap_or_else(PoisonError::into_inner);
-            shared = woken;
-            // Nobody attached: whoever comes may still want what is there.
-            if timeout.timed_out()
-                && shared.seat != 0
-                && shared.spools.iter().all(Spool::is_drained)
-            {
-                shared.spools.iter_mut().for_each(Spool::close);
-                self.changed.notify_all();
-                return;
-            }
-            if timeout.timed_out() && shared.seat == 0 {
-                shared = self.wait(shared);
-            }
+/// When the output of a command that has ended is over.
+struct OutputEnd {
+    at: Instant,
+    /// Bytes that were on their way when it ended: its own are among them.
+    owed: u64,
+}
+
+impl OutputEnd {
+    fn of(output: &File) -> Self {
+        Self {
+            at: Instant::now() + LINGER,
+            owed: ioctl_fionread(output).unwrap_or(0),
         }
+    }
+
+    fn is_reached(&self) -> bool {
+        self.owed == 0 && Instant::now() >= self.at
+    }
+
+    fn left(&self) -> Timespec {
+        timespec(self.at.saturating_duration_since(Instant::now()))
+    }
+}
+
+fn timespec(duration: Duration) -> Timespec {
+    Timespec {
+        tv_sec: duration.as_secs() as i64,
+        tv_nsec: i64::from(duration.subsec_nanos()),
+    }
+}
+
+fn take<T>(slot: &Mutex<Option<T>>) -> Option<T> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
+/// What a group's terminal does when its line drops. One that is stopped runs again, to see it.
+fn hang_up_group(group: Pid) {
+    // A group that is gone needs nothing.
+    let _ = kill_process_group(group, Signal::HUP);
+    let _ = kill_process_group(group, Signal::CONT);
+}
+
+/// The first bytes of `words`, whole characters of them.
+fn beginning_of(words: &[String]) -> Vec<String> {
+    let mut left = WORDS_KEPT;
+    let mut kept = Vec::new();
+    for word in words {
+        let word = &word[..word.floor_char_boundary(left)];
+        left -= word.len();
+        kept.push(word.to_owned());
+        if left == 0 {
+            break;
+        }
+    }
+    kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_long_commands_the_beginning_is_kept() {
+        let words = ["echo".to_owned(), "ä".repeat(WORDS_KEPT), "x".to_owned()];
+        let kept = beginning_of(&words);
+        assert_eq!(kept[0], "echo");
+        assert_eq!(kept[1], "ä".repeat(WORDS_KEPT / 2 - 2));
+        assert_eq!(beginning_of(&words[..1]), words[..1]);
     }
 }

@@ -14,16 +14,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use agent_proto::messages::{
-    Acknowledge, Attach, CommandInfo, ErrorCode, Exec, Output, Stream, from_agent, from_host,
+    Acknowledge, Attach, CommandInfo, ErrorCode, Exec, Output, SignalCommand, Stream, from_agent,
+    from_host,
 };
 
 use self::command::{Command, Piece};
 use crate::image::Image;
 use crate::session::{Agent, End, Inbox, Outbox, Refusal, STACK_BYTES};
+use crate::users;
 
 /// The PATH of commands that bring none.
 pub(crate) const DEFAULT_PATH: &str =
     "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// The numbers of signals (signal(7)).
+const SIGNALS: std::ops::RangeInclusive<i32> = 1..=64;
 /// Ended commands whose end nobody has seen are kept up to this many.
 const ENDED_KEPT: usize = 64;
 
@@ -88,6 +92,20 @@ impl Commands {
         Ok(command)
     }
 
+    /// Signals a command that runs, whoever is attached to it.
+    pub(crate) fn signal(&self, request: &SignalCommand) -> Result<(), Refusal> {
+        let SignalCommand { id, signal } = *request;
+        if !SIGNALS.contains(&signal) {
+            let message = format!("{signal} is not a signal: they are numbered from 1 to 64");
+            return Err(Refusal::new(ErrorCode::Invalid, message));
+        }
+        let signalled = self.find(id).is_some_and(|command| command.signal(signal));
+        signalled.then_some(()).ok_or_else(|| {
+            let message = format!("no command {id} runs in the guest");
+            Refusal::new(ErrorCode::NotFound, message)
+        })
+    }
+
     fn forget(&self, id: u64) {
         self.lock().commands.remove(&id);
     }
@@ -101,8 +119,17 @@ pub(crate) fn start(
     outbox: &Outbox,
 ) -> Result<(), End> {
     Image::of_this_guest()?.fill(&mut request);
+    if request.login_shell {
+        request.command = vec![login_shell(&request.user)?];
+    }
     let command = agent.commands.start(&request)?;
     attend(agent, &command, Acknowledge::default(), inbox, outbox)
+}
+
+fn login_shell(user: &str) -> Result<String, Refusal> {
+    users::find(user)?
+        .shell()
+        .ok_or_else(|| Refusal::new(ErrorCode::NotFound, "the guest has no shell"))
 }
 
 /// Goes on with a command.
@@ -187,7 +214,10 @@ fn listen(command: &Arc<Command>, seat: u64, mut inbox: Inbox, outbox: &Outbox) 
                 }
             }
             Some(from_host::Kind::StdinEnd(_)) => command.end_input(),
-            Some(from_host::Kind::Signal(signal)) => command.signal(signal),
+            Some(from_host::Kind::Signal(signal)) if SIGNALS.contains(&signal) => {
+                // One that has ended does not mind.
+                command.signal(signal);
+            }
             Some(from_host::Kind::Resize(size)) => command.resize(size),
             Some(from_host::Kind::Acknowledge(arrived)) => command.acknowledge(arrived),
             _ => {}

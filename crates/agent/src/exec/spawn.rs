@@ -4,9 +4,12 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use agent_proto::messages::{ErrorCode, Exec, TerminalSize};
+use rustix::fs::fchown;
+use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Gid, Uid};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
@@ -40,6 +43,11 @@ pub(super) fn spawn(request: &Exec) -> Result<Spawned, Refusal> {
     let user = users::find(&request.user)?;
     let mut command = Command::new(program);
     command.args(arguments);
+    if request.login_shell {
+        // What its name begins with tells a shell that somebody logs in.
+        let name = Path::new(program).file_name().unwrap_or_default();
+        command.arg0(format!("-{}", name.to_string_lossy()));
+    }
     set_environment(&mut command, request, &user)?;
     set_user(&mut command, &user);
     let directory = if request.directory.is_empty() {
@@ -47,24 +55,30 @@ pub(super) fn spawn(request: &Exec) -> Result<Spawned, Refusal> {
     } else {
         &request.directory
     };
-    let directory = if request.directory.is_empty() && !std::path::Path::new(directory).is_dir() {
+    let directory = if request.directory.is_empty() && !Path::new(directory).is_dir() {
         "/"
     } else {
         directory
     };
     command.current_dir(directory);
     let spawned = match request.terminal {
-        Some(size) => with_terminal(&mut command, size),
-        None => with_pipes(&mut command, request.input),
+        Some(size) => with_terminal(&mut command, size, &user),
+        None => with_pipes(&mut command, request.input, &user),
     };
     spawned.map_err(|error| explain(program, directory, &error))
 }
 
 /// `exec` fails with the same error for a program and for a folder that do not exist.
 fn explain(program: &str, directory: &str, error: &io::Error) -> Refusal {
-    if !std::path::Path::new(directory).is_dir() {
+    if !Path::new(directory).is_dir() {
         let message = format!("cannot run {program} in {directory}: no such folder in the guest");
         return Refusal::new(ErrorCode::NotFound, message);
+    }
+    if error.kind() == io::ErrorKind::ArgumentListTooLong {
+        let message = format!(
+            "cannot run {program}: its arguments and environment are too long for the guest's kernel"
+        );
+        return Refusal::new(ErrorCode::Invalid, message);
     }
     Refusal::io(format!("cannot run {program} in the guest"), error)
 }
@@ -75,7 +89,7 @@ fn set_environment(command: &mut Command, request: &Exec, user: &User) -> Result
     command
         .env("USER", &user.name)
         .env("LOGNAME", &user.name)
-        .env("SHELL", &user.shell);
+        .envs(user.shell().map(|shell| ("SHELL", shell)));
     if request.terminal.is_some() {
         command.env("TERM", "xterm-256color");
     }
@@ -90,8 +104,12 @@ fn set_environment(command: &mut Command, request: &Exec, user: &User) -> Result
 }
 
 fn set_user(command: &mut Command, user: &User) {
-    let groups: Vec<_> = user.groups.iter().copied().map(Gid::from_raw).collect();
-    let (uid, gid) = (user.uid, Gid::from_raw(user.gid));
+    let groups: Vec<_> = user
+        .groups
+        .iter()
+        .map(|id| Gid::from_raw(id.get()))
+        .collect();
+    let (uid, gid) = (user.uid.get(), Gid::from_raw(user.gid.get()));
     let user_id = Uid::from_raw(uid);
     let switch = move || {
         rustix::process::setsid()?;
@@ -111,36 +129,45 @@ fn set_user(command: &mut Command, user: &User) {
     unsafe { command.pre_exec(switch) };
 }
 
-fn with_pipes(command: &mut Command, wants_input: bool) -> io::Result<Spawned> {
-    command.stdin(if wants_input {
-        Stdio::piped()
-    } else {
-        Stdio::null()
-    });
-    command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn()?;
-    let input = child
-        .stdin
-        .take()
-        .map(|pipe| File::from(OwnedFd::from(pipe)));
-    let stdout = child
-        .stdout
-        .take()
-        .map(|pipe| File::from(OwnedFd::from(pipe)));
-    let stderr = child
-        .stderr
-        .take()
-        .map(|pipe| File::from(OwnedFd::from(pipe)));
-    let outputs = stdout.into_iter().chain(stderr).collect();
+fn with_pipes(command: &mut Command, wants_input: bool, user: &User) -> io::Result<Spawned> {
+    let (stdout, out_end) = pipe_of(user)?;
+    let (stderr, error_end) = pipe_of(user)?;
+    let input = match wants_input {
+        false => {
+            command.stdin(Stdio::null());
+            None
+        }
+        true => {
+            let (in_end, input) = pipe_of(user)?;
+            command.stdin(in_end);
+            Some(input)
+        }
+    };
+    let child = command.stdout(out_end).stderr(error_end).spawn()?;
     Ok(Spawned {
         child,
-        input,
-        outputs,
+        input: input.map(File::from),
+        outputs: vec![stdout.into(), stderr.into()],
         terminal: None,
     })
 }
 
-fn with_terminal(command: &mut Command, size: TerminalSize) -> io::Result<Spawned> {
+/// A pipe that is the user's: `/dev/stderr` and its like are opened anew, and by who may.
+fn pipe_of(user: &User) -> io::Result<(OwnedFd, OwnedFd)> {
+    let (out, into) = pipe_with(PipeFlags::CLOEXEC)?;
+    give(&into, user, Some(Gid::from_raw(user.gid.get())))?;
+    Ok((out, into))
+}
+
+/// Makes a stream the user's own. Without root's rights there is nobody but oneself to give it to.
+fn give(stream: impl AsFd, user: &User, group: Option<Gid>) -> io::Result<()> {
+    if rustix::process::geteuid().is_root() {
+        fchown(stream, Some(Uid::from_raw(user.uid.get())), group)?;
+    }
+    Ok(())
+}
+
+fn with_terminal(command: &mut Command, size: TerminalSize, user: &User) -> io::Result<Spawned> {
     let main = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
     grantpt(&main)?;
     unlockpt(&main)?;
@@ -157,6 +184,8 @@ fn with_terminal(command: &mut Command, size: TerminalSize) -> io::Result<Spawne
             .open(path)?
     };
     tcsetwinsize(&terminal, winsize(size))?;
+    // Its group is that of all terminals.
+    give(&terminal, user, None)?;
     command
         .stdin(terminal.try_clone()?)
         .stdout(terminal.try_clone()?)

@@ -58,11 +58,6 @@ impl Spool {
         self.closed && self.sent == self.end()
     }
 
-    /// Whether all that was printed so far was sent.
-    pub(super) fn is_drained(&self) -> bool {
-        self.sent == self.end()
-    }
-
     /// Everything up to `cursor` has arrived. A host that claims more than was sent is ignored.
     pub(super) fn acknowledge(&mut self, cursor: u64) {
         if cursor > self.sent {

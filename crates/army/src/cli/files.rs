@@ -1,51 +1,66 @@
 //! `army cp`, and files that are read and written here.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
 use std::io::Write;
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 use army_api::client::{ClientError, segment};
 use army_api::exec::FilePath;
+use clone::file_sink::FileSink;
 use futures_util::{Stream, StreamExt};
 
 use super::context::Context;
 
+/// Permissions of files that come from elsewhere.
+const NEW_FILE_MODE: u32 = 0o644;
+
 /// Copy a file into or out of a VM: one side is VM:PATH.
+///
+/// In a directory the file has its own name. Devices and pipes of this host are written into; in a VM
+/// they are refused.
 #[derive(clap::Args)]
 pub(super) struct CopyArgs {
     /// What is copied.
     from: OsString,
     /// Where to.
     to: OsString,
-    /// Permissions of a new file in the VM, as in 755.
+    /// Permissions of the file in the VM, as in 755; those that it has here where nothing is given.
     #[arg(long)]
     mode: Option<String>,
 }
 
 pub(super) async fn copy(context: &Context, args: CopyArgs) -> Result<ExitCode> {
     let client = context.client()?;
-    let file = |path: &str| FilePath {
-        path: path.to_owned(),
-        mode: args.mode.clone(),
-    };
     match (inside(&args.from), inside(&args.to)) {
         (Some((vm, path)), None) => {
+            let file = FilePath {
+                path: path.to_owned(),
+                ..FilePath::default()
+            };
             let pieces = client
-                .bytes(&format!("/v1/vms/{}/files", segment(&vm)), &file(path))
+                .bytes(&format!("/v1/vms/{}/files", segment(vm)), &file)
                 .await?;
-            receive(pieces, Path::new(&args.to)).await?;
+            receive(pieces, &landing(path, Path::new(&args.to))).await?;
         }
         (None, Some((vm, path))) => {
-            let body = open(Path::new(&args.from)).await?;
+            let from = Path::new(&args.from);
+            let body = open(from).await?;
+            // Names in a guest are text.
+            let own = from.file_name().and_then(OsStr::to_str);
+            let file = FilePath {
+                // As in cp: into a directory, under its own name.
+                path: match own {
+                    Some(own) if path.ends_with('/') => format!("{path}{own}"),
+                    _ => path.to_owned(),
+                },
+                mode: args.mode.or_else(|| mode_of(from)),
+                name: own.map(str::to_owned),
+            };
             client
-                .put_bytes(
-                    &format!("/v1/vms/{}/files", segment(&vm)),
-                    &file(path),
-                    body,
-                )
+                .put_bytes(&format!("/v1/vms/{}/files", segment(vm)), &file, body)
                 .await?;
         }
         _ => {
@@ -55,28 +70,33 @@ pub(super) async fn copy(context: &Context, args: CopyArgs) -> Result<ExitCode> 
     Ok(ExitCode::SUCCESS)
 }
 
-/// Writes what comes to `target`, which appears whole or not at all.
+/// A file's permissions, as the API takes them.
+fn mode_of(path: &Path) -> Option<String> {
+    let about = std::fs::metadata(path).ok().filter(|it| it.is_file())?;
+    Some(format!("{:o}", about.permissions().mode() & 0o7777))
+}
+
+/// Where a VM's file goes: into a directory under its own name, else to that very path.
+fn landing(path: &str, target: &Path) -> PathBuf {
+    match Path::new(path).file_name() {
+        Some(own) if target.is_dir() => target.join(own),
+        _ => target.to_owned(),
+    }
+}
+
+/// Writes what comes to `target`, which appears whole or not at all. A device or a pipe is written
+/// into.
 pub(super) async fn receive(
     pieces: impl Stream<Item = Result<Vec<u8>, ClientError>>,
     target: &Path,
 ) -> Result<()> {
-    let mut name = target.as_os_str().to_owned();
-    name.push(".part");
-    let part = Path::new(&name);
     let failed = || format!("cannot write {}", target.display());
     let mut pieces = std::pin::pin!(pieces);
-    let mut out = File::create(part).with_context(failed)?;
-    let mut write = async || -> Result<()> {
-        while let Some(piece) = pieces.next().await {
-            out.write_all(&piece?).with_context(failed)?;
-        }
-        std::fs::rename(part, target).with_context(failed)
-    };
-    let written = write().await;
-    if written.is_err() {
-        let _ = std::fs::remove_file(part);
+    let mut sink = FileSink::open(target).with_context(failed)?;
+    while let Some(piece) = pieces.next().await {
+        sink.write_all(&piece?).with_context(failed)?;
     }
-    written
+    sink.keep(NEW_FILE_MODE).with_context(failed)
 }
 
 /// The file at `path` as a request's body, read as it is sent.
@@ -96,6 +116,30 @@ fn inside(text: &OsStr) -> Option<(&str, &str)> {
 mod tests {
     use super::*;
     use std::os::unix::ffi::OsStrExt;
+
+    #[tokio::test]
+    async fn a_file_lands_in_a_directory_and_a_pipe_stays_one() {
+        use std::os::unix::fs::FileTypeExt;
+        let folder = tempfile::tempdir().unwrap();
+        let pieces = || futures_util::stream::iter([Ok(b"new".to_vec())]);
+        let target = landing("/etc/hosts", folder.path());
+        receive(pieces(), &target).await.unwrap();
+        assert_eq!(std::fs::read(folder.path().join("hosts")).unwrap(), b"new");
+        assert_eq!(mode_of(&target).unwrap(), "644");
+        receive(pieces(), Path::new("/dev/null")).await.unwrap();
+        let null = std::fs::metadata("/dev/null").unwrap();
+        assert!(null.file_type().is_char_device());
+        let cut = futures_util::stream::iter([
+            Ok(b"half".to_vec()),
+            Err(ClientError::Unreachable {
+                url: "here".into(),
+                cause: "cut off".into(),
+            }),
+        ]);
+        receive(cut, &target).await.unwrap_err();
+        assert_eq!(std::fs::read(&target).unwrap(), b"new");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
 
     #[test]
     fn a_file_in_a_vm_is_told_from_one_that_is_not() {

@@ -401,6 +401,11 @@ fn created_vms(context: &Context, created: &CreatedVms) -> Result<ExitCode> {
         let heads = ["VM", "ID", "HOST", "FROM", "RUNNING", "IDENTITY", "ALL"];
         table(&heads, lines.collect())
     })?;
+    for vm in &created.vms {
+        for notice in &vm.notices {
+            note(&format!("{}: {notice}", vm.name));
+        }
+    }
     for failure in &created.failures {
         note(&format!("{}: {}", failure.name, failure.problem.detail));
     }

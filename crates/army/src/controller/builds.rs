@@ -203,9 +203,14 @@ fn work(steps: Vec<BuildStep>) -> Result<Vec<Work>> {
                 ..Exec::default()
             }))
         }
-        BuildStep::Write { path, text, mode } => {
-            Ok(Work::Write(guest::put(FilePath { path, mode })?, text))
-        }
+        BuildStep::Write { path, text, mode } => Ok(Work::Write(
+            guest::put(FilePath {
+                path,
+                mode,
+                name: None,
+            })?,
+            text,
+        )),
     };
     steps.into_iter().map(told).collect()
 }

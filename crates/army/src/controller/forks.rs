@@ -139,9 +139,9 @@ impl Controller {
                 rest.extend(failed);
             }
             for (vm, result) in rest {
-                let times = result.map(|made| fork_times(made, placement_us, start));
-                self.store.made_vm(&vm.id, &times).await?;
-                made.insert(vm.id.clone(), (vm, times));
+                let forked = result.map(|made| fork_result(made, placement_us, start));
+                self.store.made_vm(&vm.id, &forked).await?;
+                made.insert(vm.id.clone(), (vm, forked));
             }
         }
         answer(ids, made)
@@ -210,7 +210,7 @@ fn split(results: Results, may_move: bool) -> (Vec<(Vm, Problem)>, Results) {
 /// What the client is answered, in the order of the request.
 fn answer(
     ids: Vec<String>,
-    mut made: HashMap<String, (Vm, Result<ForkTimes>)>,
+    mut made: HashMap<String, (Vm, Result<(ForkTimes, Vec<String>)>)>,
 ) -> Result<CreatedVms> {
     let mut created = CreatedVms {
         vms: Vec::new(),
@@ -218,9 +218,10 @@ fn answer(
     };
     for id in ids {
         match made.remove(&id) {
-            Some((mut vm, Ok(times))) => {
+            Some((mut vm, Ok((times, notices)))) => {
                 vm.state = VmState::Running;
                 vm.fork = Some(times);
+                vm.notices = notices;
                 created.vms.push(vm);
             }
             Some((vm, Err(problem))) => created.failures.push(Failure {
@@ -237,14 +238,16 @@ fn answer(
     Ok(created)
 }
 
-fn fork_times(made: Made, placement_us: u64, start: Instant) -> ForkTimes {
-    ForkTimes {
+/// The times of a fork, and its notices.
+fn fork_result(made: Made, placement_us: u64, start: Instant) -> (ForkTimes, Vec<String>) {
+    let times = ForkTimes {
         warm: made.warm,
         placement_us,
         running_us: made.running_us,
         identity_us: made.identity_us,
         total_us: micros(start),
-    }
+    };
+    (times, made.notices)
 }
 
 fn micros(start: Instant) -> u64 {

@@ -227,6 +227,7 @@ impl Controller {
                     .map(|ttl| created_ms.saturating_add(ttl.saturating_mul(1000))),
                 network: order.details.network.clone(),
                 fork: None,
+                notices: Vec::new(),
                 memory: None,
             });
         }

@@ -83,7 +83,7 @@ struct Use {
 }
 
 /// A VM that was made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Made {
     /// Whether it was a standby.
     pub warm: bool,
@@ -91,6 +91,9 @@ pub struct Made {
     pub running_us: u64,
     /// From then until it had its own identity, in microseconds.
     pub identity_us: u64,
+    /// What its host or its guest could not do. Nodes of older releases say nothing of it.
+    #[serde(default)]
+    pub notices: Vec<String>,
 }
 
 /// What a host knows of a template.
@@ -211,6 +214,7 @@ impl Node {
                     warm: forked.warm,
                     running_us: forked.running_us,
                     identity_us: forked.identity_us.unwrap_or(0),
+                    notices: forked.notices,
                 })
             })
             .collect::<Vec<_>>()
@@ -547,6 +551,7 @@ pub fn of_agent(error: &ClientError) -> Problem {
             Agent::Exhausted => ProblemKind::Busy,
             Agent::Other => ProblemKind::GuestUnavailable,
         },
+        ClientError::TooLong { .. } => ProblemKind::InvalidRequest,
         _ => ProblemKind::GuestUnavailable,
     };
     Problem::new(kind, error.to_string())

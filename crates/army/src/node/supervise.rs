@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use agent_proto::client::Connection;
 use army_api::ProblemKind;
 use army_api::vms::IdleAction;
 use clone::host_net::{self, HostNet};
@@ -15,6 +16,8 @@ use super::journal::{Entry, Stage};
 use super::watch::Watch;
 use super::{Node, VM_PREFIX, lock, told, vm_name};
 
+/// How long a guest may take to say whether commands run in it. One that is silent is idle.
+const WORK_LIMIT: Duration = Duration::from_secs(2);
 /// How often it is looked, if no VM ends before.
 const ROUND: Duration = Duration::from_millis(500);
 /// How often VMs of ours are looked for that the journal does not know, and the first time so long
@@ -112,6 +115,9 @@ impl Node {
         if idle.is_none_or(|idle| idle < Duration::from_secs(policy.after_s)) {
             return;
         }
+        if !entry.asleep && self.is_at_work(entry) {
+            return self.touch(&entry.id);
+        }
         match policy.action {
             IdleAction::Destroy => self.end(entry, "nobody used it", false),
             IdleAction::Pause if !entry.asleep => {
@@ -130,6 +136,18 @@ impl Node {
             }
             IdleAction::Pause => {}
         }
+    }
+
+    /// Whether commands run in a VM that nobody is connected to: detached ones, for one.
+    fn is_at_work(&self, entry: &Entry) -> bool {
+        let Ok(vm) = self.find(&entry.id) else {
+            return false;
+        };
+        let info = Connection::open(&vm.dir.vsock_socket(), WORK_LIMIT).and_then(|mut agent| {
+            agent.give_up_at(Instant::now() + WORK_LIMIT)?;
+            agent.info()
+        });
+        info.is_ok_and(|info| info.commands > 0)
     }
 
     fn end(&self, entry: &Entry, reason: &str, failed: bool) {
@@ -205,11 +223,86 @@ pub fn now_ms() -> u64 {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixListener;
+    use std::sync::atomic::AtomicU32;
 
-    use clone::runtime::Runtime;
+    use agent_proto::frame;
+    use agent_proto::messages::{FromAgent, Hello, Info, from_agent::Kind};
+    use army_api::vms::IdlePolicy;
+    use clone::runtime::{Process, Runtime};
     use clone::template::Store;
+    use clone_api::VmConfig;
 
     use super::*;
+
+    /// Answers each connection to a VM's agent with how many commands run.
+    fn serve_agent(socket: std::path::PathBuf, commands: Arc<AtomicU32>) {
+        let listener = UnixListener::bind(socket).unwrap();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut bytes = b"OK 1\n".to_vec();
+                let info = Info {
+                    commands: commands.load(Ordering::Relaxed),
+                    ..Info::default()
+                };
+                for kind in [Kind::Hello(Hello::default()), Kind::Info(info)] {
+                    frame::encode(&FromAgent { kind: Some(kind) }, &mut bytes).unwrap();
+                }
+                stream.write_all(&bytes).unwrap();
+                // Until the other side has read it.
+                let _ = stream.read_to_end(&mut Vec::new());
+            }
+        });
+    }
+
+    #[test]
+    fn a_vm_with_a_detached_command_at_work_is_not_idle() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let runtime = Runtime::at(&path("run")).unwrap();
+        let store = Store::at(path("templates"));
+        let node = Node::open("here".into(), path("state"), runtime, store).unwrap();
+        let config = VmConfig {
+            name: vm_name("1"),
+            kernel: "k".into(),
+            ..VmConfig::default()
+        };
+        let starting = node.runtime.create(&config).unwrap();
+        starting.write_config(&config).unwrap();
+        let mut process = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .unwrap();
+        starting
+            .write_process(Process::of(process.id()).unwrap())
+            .unwrap();
+        let commands = Arc::new(AtomicU32::new(1));
+        serve_agent(starting.dir.vsock_socket(), Arc::clone(&commands));
+        // Its lock says that it is still being started.
+        drop(starting);
+        let mut entry = Entry::new("1".to_owned(), 1, "a".to_owned());
+        entry.idle = Some(IdlePolicy {
+            after_s: 1,
+            action: IdleAction::Destroy,
+        });
+        node.journal.begin(&entry).unwrap();
+        node.journal.advance("1", Stage::Running).unwrap();
+        let look_when_unused = || {
+            node.touch("1");
+            let long_ago = Instant::now().checked_sub(Duration::from_secs(5)).unwrap();
+            lock(&node.used).get_mut("1").unwrap().last = long_ago;
+            node.look(&mut Watch::default());
+            node.journal.get("1").unwrap().stage
+        };
+        assert_eq!(look_when_unused(), Stage::Running);
+        // It counts as used until its command ended.
+        assert!(lock(&node.used)["1"].last.elapsed() < Duration::from_secs(4));
+        commands.store(0, Ordering::Relaxed);
+        assert_eq!(look_when_unused(), Stage::Ended("nobody used it".into()));
+        process.wait().unwrap();
+    }
 
     #[test]
     fn a_vm_is_over_when_it_is_known_not_to_run_and_not_when_it_cannot_be_told() {

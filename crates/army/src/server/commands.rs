@@ -148,138 +148,18 @@ pub(super) async fn signal(
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     let (connection, in_use) = connect(&app, &caller, &vm).await?;
-    let (lister, _) = connect(&app, &caller, &vm).await?;
     blocking(move || {
         let _in_use = in_use;
-        send_signal(lister, connection, id, asked.signal)
+        let signalled = connection.signal_command(id, asked.signal);
+        signalled.map_err(|error| of_agent(&error))
     })
     .await?;
     Ok(StatusCode::NO_CONTENT)
-}
-
-/// Sends a signal to the command `id`, over two connections to its agent.
-fn send_signal(
-    lister: Connection,
-    connection: Connection,
-    id: u64,
-    signal: i32,
-) -> std::result::Result<(), Problem> {
-    let known = lister.commands().map_err(|error| of_agent(&error))?;
-    let pid = known.iter().find(|it| it.id == id && it.exited.is_none());
-    let Some(pid) = pid.map(|it| it.pid) else {
-        let detail = format!("the VM runs no command {id}");
-        return Err(Problem::new(ProblemKind::NotFound, detail));
-    };
-    // Attaching would take the command from who reads it.
-    let kill = agent_proto::messages::Exec {
-        command: vec![
-            "/bin/sh".into(),
-            "-c".into(),
-            format!("kill -{signal} -{pid}"),
-        ],
-        timeout_ms: LIMIT.as_millis() as u64,
-        ..Default::default()
-    };
-    let collected = connection
-        .exec(kill)
-        .and_then(|running| running.collect(SIGNAL_OUTPUT))
-        .map_err(|error| of_agent(&error))?;
-    match collected.exited.code {
-        Some(0) => Ok(()),
-        _ => Err(Problem::new(
-            ProblemKind::Conflict,
-            format!(
-                "the guest refused: {}",
-                printable(String::from_utf8_lossy(&collected.stderr).trim())
-            ),
-        )),
-    }
 }
 
 fn of_cursor(cursor: Cursor) -> Acknowledge {
     Acknowledge {
         stdout_cursor: cursor.stdout,
         stderr_cursor: cursor.stderr,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::io::Write;
-    use std::os::unix::net::UnixStream;
-
-    use agent_proto::frame::encode;
-    use agent_proto::messages::{
-        CommandInfo, Commands, Exited, FromAgent, Hello, Output, Started, from_agent::Kind,
-    };
-
-    use super::*;
-
-    fn encoded(kind: Kind) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        encode(&FromAgent { kind: Some(kind) }, &mut bytes).unwrap();
-        bytes
-    }
-
-    /// A connection to an agent that says `first`, and `then` as often as it is taken.
-    fn agent(first: &[Kind], then: Vec<u8>) -> Connection {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let first: Vec<u8> = first.iter().cloned().flat_map(encoded).collect();
-        let hello = encoded(Kind::Hello(Hello::default()));
-        theirs.write_all(&[hello, first].concat()).unwrap();
-        std::thread::spawn(move || {
-            while theirs.write_all(&then).is_ok() {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        });
-        Connection::greet(ours, Deadline::after(Duration::from_secs(2))).unwrap()
-    }
-
-    fn lister() -> Connection {
-        let commands = vec![CommandInfo {
-            id: 7,
-            pid: 1,
-            ..CommandInfo::default()
-        }];
-        agent(&[Kind::Commands(Commands { commands })], Vec::new())
-    }
-
-    #[test]
-    fn an_agent_that_floods_or_drips_costs_a_signal_and_no_more() {
-        let started = Kind::Started(Started { id: 8, pid: 2 });
-        let output = |len| {
-            encoded(Kind::Output(Output {
-                data: vec![0; len],
-                ..Output::default()
-            }))
-        };
-        let flooding = agent(std::slice::from_ref(&started), output(32 << 10));
-        let problem = send_signal(lister(), flooding, 7, 15).unwrap_err();
-        assert!(problem.detail.contains("65536 bytes"), "{}", problem.detail);
-        let dripping = agent(&[started], output(0));
-        let problem = send_signal(lister(), dripping, 7, 15).unwrap_err();
-        assert!(problem.detail.contains("in time"), "{}", problem.detail);
-    }
-
-    #[test]
-    fn what_the_guest_says_of_a_signal_is_printable() {
-        let said = [
-            Kind::Started(Started { id: 8, pid: 2 }),
-            Kind::Output(Output {
-                stream: 1,
-                data: b"\x1b[2Jno".to_vec(),
-                ..Output::default()
-            }),
-            Kind::Exited(Exited {
-                code: Some(1),
-                ..Exited::default()
-            }),
-        ];
-        let problem = send_signal(lister(), agent(&said, Vec::new()), 7, 15).unwrap_err();
-        assert!(
-            problem.detail.ends_with("\\u{1b}[2Jno"),
-            "{}",
-            problem.detail
-        );
     }
 }

@@ -3,13 +3,14 @@
 //! Binary messages are the terminal's bytes, both ways; text messages are [`TerminalMessage`]s. The
 //! agent's connection blocks, so each terminal has a thread that reads it and one that writes it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent_proto::client::{Connection, Event, Input, Running};
 use agent_proto::messages::{Exec, TerminalSize};
 use army_api::Problem;
 use army_api::exec::{Terminal, TerminalMessage};
 use army_api::keys::Role;
+use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
 use axum::response::Response;
@@ -26,6 +27,10 @@ use crate::node::{InUse, of_agent};
 const SUBPROTOCOL: &str = "army.terminal";
 /// Messages that may wait for a slow client, then the guest waits.
 const AHEAD: usize = 64;
+/// How often a client is asked whether it is still there. Browsers answer by themselves.
+const PING_EVERY: Duration = Duration::from_secs(20);
+/// A client that says nothing for so long, or takes nothing, is gone without having said so.
+const SILENCE: Duration = Duration::from_secs(60);
 /// How long a guest may leave the input that its client has sent.
 const INPUT_LIMIT: Duration = Duration::from_secs(120);
 /// The largest message of a client.
@@ -67,6 +72,7 @@ fn start(
         .map(|(k, v)| format!("{k}={v}"))
         .collect();
     variables.push("TERM=xterm-256color".into());
+    // For agents that do not know login shells.
     let shell = || {
         vec![
             "/bin/sh".into(),
@@ -75,6 +81,7 @@ fn start(
         ]
     };
     let exec = Exec {
+        login_shell: asked.command.is_none(),
         command: match asked.command {
             Some(command) => vec!["/bin/sh".into(), "-c".into(), command],
             None => shell(),
@@ -122,19 +129,26 @@ async fn serve(mut socket: WebSocket, mut running: Running, in_use: InUse) {
             }
         }
     });
+    let mut ping = tokio::time::interval(PING_EVERY);
+    let mut heard = Instant::now();
     loop {
         tokio::select! {
+            _ = ping.tick() => {
+                if heard.elapsed() > SILENCE || !send(&mut socket, Message::Ping(Bytes::new())).await {
+                    break;
+                }
+            }
             message = output.recv() => match message {
                 Some(Outgoing::Bytes(bytes)) => {
-                    if socket.send(Message::Binary(bytes.into())).await.is_err() {
+                    if !send(&mut socket, Message::Binary(bytes.into())).await {
                         break;
                     }
                 }
                 Some(Outgoing::Exited(exit_code)) => {
                     let text = serde_json::to_string(&TerminalMessage::Exited { exit_code });
-                    let _ = socket.send(Message::Text(text.unwrap_or_default().into())).await;
+                    send(&mut socket, Message::Text(text.unwrap_or_default().into())).await;
                     let frame = CloseFrame { code: close_code::NORMAL, reason: "exited".into() };
-                    let _ = socket.send(Message::Close(Some(frame))).await;
+                    send(&mut socket, Message::Close(Some(frame))).await;
                     break;
                 }
                 None => break,
@@ -142,6 +156,7 @@ async fn serve(mut socket: WebSocket, mut running: Running, in_use: InUse) {
             message = socket.recv() => match message {
                 Some(Ok(Message::Close(_)) | Err(_)) | None => break,
                 Some(Ok(message)) => {
+                    heard = Instant::now();
                     // A guest that takes no input keeps us from noticing that its client is gone.
                     let sent = timeout(INPUT_LIMIT, typed.send(message)).await;
                     if !matches!(sent, Ok(Ok(()))) {
@@ -151,9 +166,15 @@ async fn serve(mut socket: WebSocket, mut running: Running, in_use: InUse) {
             },
         }
     }
-    // The shell hears that its terminal is gone.
+    // The guest's agent hangs the terminal up.
     input.disconnect();
     drop(in_use);
+}
+
+/// False where the client is gone.
+async fn send(socket: &mut WebSocket, message: Message) -> bool {
+    let sent = tokio::time::timeout(SILENCE, socket.send(message)).await;
+    matches!(sent, Ok(Ok(())))
 }
 
 fn type_in(input: &Input, message: Message) -> Result<(), agent_proto::client::ClientError> {

@@ -10,7 +10,7 @@ use sqlx::SqlStr;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 
 /// Each step's name and its SQL. The version of a step is its place, counted from one.
-const STEPS: [(&str, &str); 4] = [
+const STEPS: [(&str, &str); 5] = [
     ("start", include_str!("../../migrations/0001_start.sql")),
     (
         "several hosts",
@@ -18,6 +18,7 @@ const STEPS: [(&str, &str); 4] = [
     ),
     ("tags", include_str!("../../migrations/0003_tags.sql")),
     ("network", include_str!("../../migrations/0004_network.sql")),
+    ("notices", include_str!("../../migrations/0005_notices.sql")),
 ];
 
 /// All steps.

@@ -33,7 +33,8 @@ macro_rules! page_query {
             "('id', id, 'name', name, 'tenant', tenant, 'template', template, 'host', host, \
              'state', state, 'reason', reason, 'labels', json(labels), 'created_ms', created_ms, \
              'expires_ms', expires_ms, 'network', json(network), 'fork', json(fork), \
-             'memory', json(memory)))), '[]') AS TEXT) AS page \
+             'notices', json(COALESCE(notices, '[]')), 'memory', json(memory)))), '[]') \
+             AS TEXT) AS page \
              FROM (SELECT * FROM vms WHERE number > $1 AND ($2 = '*' OR tenant = $2) \
              AND ($3 = 1 OR alive = 1) AND ($4 = '' OR template = $4) \
              AND ($5 = '' OR host = $5) ORDER BY number LIMIT $6) AS them"
@@ -125,22 +126,28 @@ impl Store {
         change.commit().await
     }
 
-    /// Writes down how making a VM went.
-    pub async fn made_vm(&self, id: &str, made: &Result<ForkTimes>) -> Result<()> {
+    /// Writes down how making a VM went: how long it took, and the notices of what could not be done.
+    pub async fn made_vm(&self, id: &str, made: &Result<(ForkTimes, Vec<String>)>) -> Result<()> {
         let mut change = self.change().await?;
-        let (state, reason, fork) = match made {
-            Ok(times) => (VmState::Running, None, Some(to_json(times)?)),
-            Err(problem) => (VmState::Failed, Some(problem.detail.clone()), None),
+        let (state, reason, fork, notices) = match made {
+            Ok((times, notices)) => {
+                let notices = (!notices.is_empty())
+                    .then(|| to_json(notices))
+                    .transpose()?;
+                (VmState::Running, None, Some(to_json(times)?), notices)
+            }
+            Err(problem) => (VmState::Failed, Some(problem.detail.clone()), None, None),
         };
         // What was destroyed in the meantime stays so.
         let changed = sqlx::query(
-            "UPDATE vms SET state = $1, alive = $2, reason = $3, fork = $4 \
-             WHERE id = $5 AND alive = 1 RETURNING tenant",
+            "UPDATE vms SET state = $1, alive = $2, reason = $3, fork = $4, notices = $5 \
+             WHERE id = $6 AND alive = 1 RETURNING tenant",
         )
         .bind(word(&state)?)
         .bind(i64::from(state.is_alive()))
         .bind(reason.as_deref())
         .bind(fork)
+        .bind(notices)
         .bind(id)
         .fetch_optional(change.connection())
         .await
@@ -423,6 +430,11 @@ fn vm(row: &AnyRow) -> Result<Vm> {
         expires_ms: expires.map(|time| time.max(0) as u64),
         network: optional("network")?.as_deref().map(parse).transpose()?,
         fork,
+        notices: optional("notices")?
+            .as_deref()
+            .map(parse)
+            .transpose()?
+            .unwrap_or_default(),
         memory,
     })
 }

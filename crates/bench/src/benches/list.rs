@@ -58,7 +58,10 @@ async fn fill(server: &Server) -> Result<()> {
                 identity_us: 2100,
                 total_us: 5000,
             };
-            server.store.made_vm(&vm.id, &Ok(times)).await?;
+            server
+                .store
+                .made_vm(&vm.id, &Ok((times, Vec::new())))
+                .await?;
         }
         let reports: Vec<VmReport> = vms.iter().map(report).collect();
         let making = HashSet::new();
@@ -81,6 +84,7 @@ fn vm(number: usize) -> Vm {
         expires_ms: Some(1_900_000_000_000),
         network: None,
         fork: None,
+        notices: Vec::new(),
         memory: None,
     }
 }

@@ -2,12 +2,13 @@
 
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
 use agent_proto::client::{ClientError, Connection, Deadline, Event, Input, Running};
 use agent_proto::messages::{ErrorCode as AgentCode, Exec, Exited, Stream, TerminalSize};
 use clone_api::{ApiError, ErrorCode};
-use rustix::event::{PollFd, PollFlags, poll};
 
 use super::signals::Signals;
 use super::terminal::{self, RawTerminal};
@@ -32,6 +33,9 @@ const FORWARDED: [i32; 6] = [
     libc::SIGUSR1,
     libc::SIGUSR2,
 ];
+
+/// So many SIGINT or SIGTERM end the wait for a command, as with Docker.
+const WISHES_TO_GIVE_UP: u32 = 3;
 
 /// How long a guest is given for its agent to start.
 #[derive(Debug, Default, Clone, Copy, clap::Args)]
@@ -80,6 +84,8 @@ pub(super) fn told(name: &str) -> impl Fn(ClientError) -> ApiError {
             ),
             ClientError::Late => ApiError::new(ErrorCode::Unavailable, message)
                 .advise(format!("see what the guest does: clone attach {name}")),
+            ClientError::TooLong { .. } => ApiError::new(ErrorCode::InvalidConfig, message)
+                .advise("send long input over standard input (clone exec -i) or as a file (clone cp)"),
             ClientError::Refused(refusal) => {
                 let code = match refusal.code() {
                     AgentCode::NotFound => ErrorCode::NotFound,
@@ -104,7 +110,7 @@ pub(super) struct Streams {
     pub(super) terminal: bool,
 }
 
-/// Runs `exec` with our streams until it ends.
+/// Runs `exec` with our streams until it ends, or our user does not want to wait any longer.
 pub(super) fn run(
     name: &str,
     connection: Connection,
@@ -117,24 +123,39 @@ pub(super) fn run(
         exec.terminal = Some(terminal_size());
     }
     exec.input = streams.input;
-    // Before the thread below starts, which inherits it.
-    let signals = Signals::take(&taken).map_err(ClientError::Local)?;
+    // Until the command runs, signals end this process, as they do by default.
     let mut running = timed(connection.exec(exec.clone())?, &exec);
+    // Before the threads below start, which inherit it.
+    let signals = Signals::take(&taken).map_err(ClientError::Local)?;
     let stdin = io::stdin();
     let raw = if streams.terminal && stdin.is_terminal() {
         Some(RawTerminal::enter(&stdin).map_err(ClientError::Local)?)
     } else {
         None
     };
+    // The threads end with this process: they may wait for what never comes.
     let input = running.input();
-    // Ends with this process: it may wait for a key that never comes.
-    std::thread::spawn(move || feed(&input, signals, streams));
+    let given_up = Arc::new(AtomicI32::new(0));
+    let flag = Arc::clone(&given_up);
+    std::thread::spawn(move || forward(&input, signals, &flag));
+    if streams.input {
+        let input = running.input();
+        std::thread::spawn(move || feed(&input));
+    }
     let end = print(&mut running);
     drop(raw);
-    if let Err(ClientError::Lost(_)) = &end {
-        tracing::debug!(name, "the connection was lost while a command ran");
+    match (end, given_up.load(Ordering::Acquire)) {
+        // As if the signal had ended the command, which may run on.
+        (Err(_), signal @ 1..) => Ok(Exited {
+            signal: Some(signal),
+            ..Exited::default()
+        }),
+        (Err(ClientError::Lost(error)), _) => {
+            tracing::debug!(name, "the connection was lost while a command ran");
+            Err(ClientError::Lost(error))
+        }
+        (end, _) => end,
     }
-    end
 }
 
 /// The command with the time that `exec` gives it: a stream where there is no limit.
@@ -180,42 +201,38 @@ fn terminal_size() -> TerminalSize {
     }
 }
 
-/// Sends our input, our signals and our terminal's size, until the command's connection ends.
-fn feed(input: &Input, mut signals: Signals, streams: Streams) {
+/// Sends our signals and our terminal's size to the command. A guest that hangs must not keep its
+/// user: a third wish to end it ends the connection.
+fn forward(input: &Input, mut signals: Signals, given_up: &AtomicI32) {
+    let mut wishes = 0;
+    while let Ok(signal) = signals.next() {
+        wishes += u32::from(matches!(signal, libc::SIGINT | libc::SIGTERM));
+        if wishes == WISHES_TO_GIVE_UP {
+            given_up.store(signal, Ordering::Release);
+            return input.disconnect();
+        }
+        // On a thread of its own: a guest that takes nothing lets it wait.
+        let input = input.clone();
+        std::thread::spawn(move || match signal {
+            libc::SIGWINCH => input.resize(terminal_size()),
+            signal => input.signal(signal),
+        });
+    }
+}
+
+/// Sends our input, until it ends or the command is gone.
+fn feed(input: &Input) {
     let stdin = io::stdin();
-    let mut open = streams.input;
     let mut buffer = vec![0; 32 << 10];
     loop {
-        let (signalled, typed) = {
-            let mut fds = vec![PollFd::new(&signals, PollFlags::IN)];
-            if open {
-                fds.push(PollFd::new(&stdin, PollFlags::IN));
-            }
-            if let Err(error) = poll(&mut fds, None)
-                && error != rustix::io::Errno::INTR
-            {
+        let sent = match rustix::io::read(stdin.as_fd(), &mut buffer) {
+            Ok(count) if count > 0 => input.write(&buffer[..count]),
+            Err(rustix::io::Errno::INTR) => continue,
+            Ok(_) | Err(_) => {
+                // Where the command is gone, the other thread tells how it ended.
+                let _ = input.end();
                 return;
             }
-            let ready = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
-            (ready(0), ready(1))
-        };
-        // A command that is gone takes no more: the other thread tells how it ended.
-        let sent = if signalled {
-            match signals.next() {
-                Ok(libc::SIGWINCH) => input.resize(terminal_size()),
-                Ok(signal) => input.signal(signal),
-                Err(_) => return,
-            }
-        } else if typed {
-            match rustix::io::read(stdin.as_fd(), &mut buffer) {
-                Ok(0) | Err(_) => {
-                    open = false;
-                    input.end()
-                }
-                Ok(count) => input.write(&buffer[..count]),
-            }
-        } else {
-            Ok(())
         };
         if sent.is_err() {
             return;

@@ -1,7 +1,7 @@
 //! `clone cp`: files into a guest and out of it.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -18,6 +18,7 @@ use super::agent::Wait;
 use super::output::human_bytes;
 use super::{Context, agent, progress};
 use crate::error::{Result, failed};
+use crate::file_sink::FileSink;
 
 /// How long a guest may take to begin with a copy, and to end it; its bytes add to that.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -27,8 +28,9 @@ const MAX_STREAM: ByteLimit = ByteLimit::new(1 << 40);
 /// Copy a file into a guest, or out of it.
 ///
 /// One side is NAME:PATH, a path in the guest, which is absolute; the other is a path here, or `-`
-/// for our standard input or output. A file appears all at once, with its permissions. For whole
-/// directories: tar c DIR | clone exec -i NAME tar x -C PATH
+/// for our standard input or output. A file appears all at once, with its permissions; in a
+/// directory, it has its own name. Devices and pipes here are written into; in a guest they are
+/// refused. For whole directories: tar c DIR | clone exec -i NAME tar x -C PATH
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// What to copy: PATH, NAME:PATH or -
@@ -120,25 +122,31 @@ fn put(
         }
         _ => (Box::new(io::stdin().lock()), 0o644, None),
     };
-    let path = match from {
+    let own = match from {
+        Side::Here(file) => file.file_name().unwrap_or_default(),
+        _ => OsStr::new(""),
+    };
+    let path = match (path.ends_with('/'), own.to_str()) {
         // As in cp: into a directory, under its own name.
-        Side::Here(file) if path.ends_with('/') => {
-            let own = file.file_name().unwrap_or_default().to_str();
-            let own = own.ok_or_else(|| {
-                let message = format!("{file:?} is not UTF-8, and names in a guest are text");
-                usage(
-                    &message,
-                    "give the name that it is to have in the guest: NAME:PATH/NEW",
-                )
-            })?;
-            format!("{path}{own}")
+        (true, Some(own)) => format!("{path}{own}"),
+        (true, None) => {
+            let message = format!("{own:?} is not UTF-8, and names in a guest are text");
+            return Err(usage(
+                &message,
+                "give the name that it is to have in the guest: NAME:PATH/NEW",
+            ));
         }
-        _ => path.to_owned(),
+        (false, _) => path.to_owned(),
     };
     let connection = connect(context, name, wait)?;
     let bar = progress::bytes(context, size);
     let mut source = Counted::new(&mut source, bar);
-    let put = Put { path, mode, user };
+    let put = Put {
+        path,
+        mode,
+        user,
+        name: own.to_str().unwrap_or_default().to_owned(),
+    };
     let sent = connection.put(put, &mut source).map_err(agent::told(name));
     source.finish(sent)
 }
@@ -154,25 +162,17 @@ fn get(context: &Context, (name, path): (&str, &str), to: &Side<'_>, wait: Wait)
         return sink.finish(got.map(drop));
     };
     let target = landing(path, target);
-    // Renamed when it is whole, so that nothing else ever bears the name.
-    let part = part_of(&target);
-    let mut file = File::create(&part).map_err(failed("make", &part))?;
-    let room = room_for(&file).map_err(failed("look at the file system of", &part))?;
-    let mut sink = Counted::new(&mut file, bar);
-    let got = connection.get(path, &mut sink, room);
-    let got = got.map_err(agent::told(name));
+    let failed_to = |what| failed(what, &target);
+    let mut sink = FileSink::open(&target).map_err(failed_to("write"))?;
+    let room = room_for(sink.file()).map_err(failed_to("look at the file system of"))?;
+    let mut counted = Counted::new(&mut sink, bar);
+    let got = connection
+        .get(path, &mut counted, room)
+        .map_err(agent::told(name));
     let mode = got.as_ref().map_or(0o600, |about| about.mode & 0o777);
-    let done = sink.finish(got.map(drop)).and_then(|bytes| {
-        fs::set_permissions(&part, fs::Permissions::from_mode(mode))
-            .and_then(|()| fs::rename(&part, &target))
-            .map_err(failed("put in place", &target))?;
-        Ok(bytes)
-    });
-    if done.is_err() {
-        // The first error is the one to tell.
-        let _ = fs::remove_file(&part);
-    }
-    done
+    let bytes = counted.finish(got.map(drop))?;
+    sink.keep(mode).map_err(failed_to("put in place"))?;
+    Ok(bytes)
 }
 
 fn connect(context: &Context, name: &str, wait: Wait) -> Result<Connection> {
@@ -195,12 +195,6 @@ fn landing(path: &str, target: &Path) -> PathBuf {
         Some(own) if target.is_dir() => target.join(own),
         _ => target.to_owned(),
     }
-}
-
-fn part_of(target: &Path) -> PathBuf {
-    let mut name = target.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".part{}", std::process::id()));
-    target.with_file_name(name)
 }
 
 /// A stream that counts what goes through.
@@ -276,6 +270,5 @@ mod tests {
         assert_eq!(landing("/etc/hosts", dir.path()), dir.path().join("hosts"));
         let file = dir.path().join("x");
         assert_eq!(landing("/etc/hosts", &file), file);
-        assert!(part_of(&file).starts_with(dir.path()));
     }
 }

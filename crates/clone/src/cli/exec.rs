@@ -30,6 +30,10 @@ const MAX_OUTPUT: ByteLimit = ByteLimit::new(64 << 20);
 ///
 /// A command that a signal ended gives 128 and the signal's number, one that ran too long 124;
 /// 125 means that clone failed, 126 that the command cannot be run, 127 that there is none.
+///
+/// It ends with the command, whatever the command leaves in the background. Signals are passed on to
+/// the command; a third SIGINT or SIGTERM ends the wait for it. A command whose `clone exec` is
+/// killed runs on in the guest; a terminal is hung up.
 #[derive(Debug, clap::Args)]
 pub(super) struct ExecArgs {
     /// Send our standard input to the command; without it, its input is empty.
@@ -93,10 +97,8 @@ impl How {
             environment,
             directory: self.workdir.clone().unwrap_or_default(),
             user: self.user.clone().unwrap_or_default(),
-            terminal: None,
             timeout_ms: self.timeout.map_or(0, |s| s.saturating_mul(1000)),
-            detached: false,
-            input: false,
+            ..Exec::default()
         }
     }
 }
@@ -125,8 +127,9 @@ pub(super) fn exec(context: &Context, args: ExecArgs) -> Result<ExitCode> {
 }
 
 pub(super) fn shell(context: &Context, args: ShellArgs) -> Result<ExitCode> {
-    let command = match args.command.is_empty() {
-        // The best shell that the guest has, as a login shell.
+    let login_shell = args.command.is_empty();
+    let command = match login_shell {
+        // What an agent runs that does not know login shells: the best that the guest has.
         true => [
             "/bin/sh",
             "-c",
@@ -137,6 +140,7 @@ pub(super) fn shell(context: &Context, args: ShellArgs) -> Result<ExitCode> {
         false => args.command,
     };
     let mut exec = args.how.exec(command);
+    exec.login_shell = login_shell;
     exec.environment.push(term());
     let streams = Streams {
         input: true,

@@ -188,3 +188,30 @@ fn text(report: &Report) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notices_are_part_of_a_fork_s_result() {
+        let forked = |notices| {
+            Outcome::Runs(Forked {
+                name: "c".into(),
+                pid: 7,
+                warm: true,
+                running_us: 1,
+                identity_us: None,
+                notices,
+            })
+        };
+        let report = |notices| Report {
+            clones: vec![forked(notices)],
+            snapshot: None,
+        };
+        let json = serde_json::to_value(report(vec!["no disk".into()])).unwrap();
+        assert_eq!(json["clones"][0]["notices"][0], "no disk");
+        let json = serde_json::to_value(report(Vec::new())).unwrap();
+        assert!(json["clones"][0].get("notices").is_none());
+    }
+}

@@ -285,12 +285,15 @@ fn fork_one(
         notices: vm.dir.notices(),
     };
     if let Some(host_name) = identify_as.filter(|_| source.has_agent) {
-        if let Err(error) = identity::give(&vm, host_name) {
-            // Before its directory goes, and with it what it said.
-            let error = died(&vm, name).unwrap_or(error);
-            // Without its identity it would be its template's double.
-            end(runtime, &vm);
-            return Err(error);
+        match identity::give(&vm, host_name) {
+            Ok(notices) => forked.notices.extend(notices),
+            Err(error) => {
+                // Before its directory goes, and with it what it said.
+                let error = died(&vm, name).unwrap_or(error);
+                // Without its identity it would be its template's double.
+                end(runtime, &vm);
+                return Err(error);
+            }
         }
         forked.identity_us = Some((start.elapsed() - running).as_micros() as u64);
     }

@@ -28,15 +28,17 @@ const LIMITS: Limits = Limits {
 /// The pause before it is tried again.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Gives a clone its own identity; `name` is its host name.
+/// Gives a clone its own identity; `name` is its host name. Returns what its guest could not do of
+/// it, in words for people.
 ///
 /// # Errors
-/// [`ErrorCode::Unavailable`] where its agent does not answer.
-pub fn give(vm: &RunningVm, name: &str) -> Result<()> {
+/// [`ErrorCode::Unavailable`] where its agent does not answer, or where the clone would share a
+/// secret or an address with another.
+pub fn give(vm: &RunningVm, name: &str) -> Result<Vec<String>> {
     give_within(&LIMITS, vm, name)
 }
 
-fn give_within(limits: &Limits, vm: &RunningVm, name: &str) -> Result<()> {
+fn give_within(limits: &Limits, vm: &RunningVm, name: &str) -> Result<Vec<String>> {
     let interfaces = vm.dir.guest_network()?;
     let failed = |error: ClientError| {
         ApiError::new(

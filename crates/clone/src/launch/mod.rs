@@ -112,6 +112,7 @@ fn start(
     }
     starting.write_config(&config)?;
     starting.write_guest_network(&guest)?;
+    starting.write_notices(&notices)?;
     let document = Start {
         config,
         origin: origin.clone(),

@@ -82,8 +82,9 @@ impl Host for Slow {
             warm: true,
             running_us: 1,
             identity_us: 1,
+            notices: Vec::new(),
         };
-        entries.iter().map(|_| Ok(made)).collect()
+        entries.iter().map(|_| Ok(made.clone())).collect()
     }
 
     fn fork_live(&self, _: &str, _: &[Entry]) -> Vec<Result<Made>> {
