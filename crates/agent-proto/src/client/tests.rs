@@ -156,10 +156,13 @@ fn a_vm_that_accepts_nobody_is_given_up() {
 #[test]
 fn no_exchange_with_an_agent_that_drips_outlives_its_deadline() {
     type Door = fn(Connection) -> Result<()>;
-    let doors: [(&str, Door); 10] = [
+    let doors: [(&str, Door); 11] = [
         ("info", |it| it.info().map(drop)),
         ("sync", |it| it.sync()),
-        ("set_identity", |it| it.set_identity(Identity::default())),
+        ("set_identity", |it| {
+            it.set_identity(Identity::default()).map(drop)
+        }),
+        ("signal_command", |it| it.signal_command(1, 15)),
         ("shutdown", |it| it.shutdown(false)),
         ("commands", |it| it.commands().map(drop)),
         ("put", |it| it.put(Put::default(), &mut &b"content"[..])),

@@ -4,10 +4,10 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use agent_proto::client::{ClientError, Event};
+use agent_proto::client::{ClientError, Collected, Event};
 use agent_proto::messages::{Acknowledge, ErrorCode, Exec, Put, TerminalSize};
 
-use crate::{Machine, refusal, shell, words};
+use crate::{MOST, Machine, refusal, shell, words};
 
 fn terminal(script: &str) -> Exec {
     Exec {

@@ -1,8 +1,9 @@
 //! What a guest has whose image is a container's.
 
+use agent_proto::client::Collected;
 use agent_proto::messages::Exec;
 
-use crate::{Machine, shell};
+use crate::{MOST, Machine, shell};
 
 #[test]
 fn a_guest_has_the_name_of_its_image_and_finds_itself_by_it() {
@@ -52,7 +53,12 @@ fn an_unprivileged_command_opens_its_own_streams() {
         let input = running.input();
         input.write(b"in\n").unwrap();
         input.end().unwrap();
-        let Collected { exited, stdout, stderr, .. } = running.collect(MOST).unwrap();
+        let Collected {
+            exited,
+            stdout,
+            stderr,
+            ..
+        } = running.collect(MOST).unwrap();
         let stderr = String::from_utf8_lossy(&stderr).into_owned();
         assert_eq!(
             (exited.code, stdout),

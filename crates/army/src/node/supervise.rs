@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use agent_proto::client::Connection;
+use agent_proto::client::{Connection, Deadline};
 use army_api::ProblemKind;
 use army_api::vms::IdleAction;
 use clone::host_net::{self, HostNet};
@@ -143,10 +143,9 @@ impl Node {
         let Ok(vm) = self.find(&entry.id) else {
             return false;
         };
-        let info = Connection::open(&vm.dir.vsock_socket(), WORK_LIMIT).and_then(|mut agent| {
-            agent.give_up_at(Instant::now() + WORK_LIMIT)?;
-            agent.info()
-        });
+        let deadline = Deadline::after(WORK_LIMIT);
+        let agent = Connection::open(&vm.dir.vsock_socket(), deadline);
+        let info = agent.and_then(Connection::info);
         info.is_ok_and(|info| info.commands > 0)
     }
 

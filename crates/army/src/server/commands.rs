@@ -5,9 +5,8 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
-use agent_proto::client::{ByteLimit, Connection, Deadline};
+use agent_proto::client::{Connection, Deadline};
 use agent_proto::messages::Acknowledge;
-use agent_proto::text::printable;
 use army_api::exec::{Command, CommandEvent, Cursor, Exec, SendSignal};
 use army_api::keys::Role;
 use army_api::{Problem, ProblemKind};
@@ -29,8 +28,6 @@ use crate::{blocking, guest};
 const AHEAD: usize = 4;
 /// How long an agent may take to answer what needs no waiting.
 const LIMIT: Duration = Duration::from_secs(20);
-/// The most output of the command that sends a signal.
-const SIGNAL_OUTPUT: ByteLimit = ByteLimit::new(64 << 10);
 
 /// A connection to the agent of the VM that is asked for.
 async fn connect(app: &App, caller: &Caller, vm: &str) -> Answer<(Connection, InUse)> {

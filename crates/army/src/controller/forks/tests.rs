@@ -31,6 +31,7 @@ const MADE: Made = Made {
     warm: false,
     running_us: 1,
     identity_us: 1,
+    notices: Vec::new(),
 };
 
 fn host(name: &'static str, leaf_7: Option<u32>, answer: Result<Made>) -> Arc<Fake> {
