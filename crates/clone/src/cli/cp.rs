@@ -182,8 +182,12 @@ fn connect(context: &Context, name: &str, wait: Wait) -> Result<Connection> {
     Ok(connection)
 }
 
-/// What a guest may write into `file`: its file system is not for a guest to fill.
+/// What a guest may write into `file`: its file system is not for a guest to fill. A device or a
+/// pipe has none.
 fn room_for(file: &File) -> io::Result<ByteLimit> {
+    if !file.metadata()?.is_file() {
+        return Ok(MAX_STREAM);
+    }
     let about = rustix::fs::fstatvfs(file)?;
     let free = about.f_bavail.saturating_mul(about.f_frsize);
     Ok(ByteLimit::new(free - free / 16))
