@@ -52,7 +52,12 @@ fn an_unprivileged_command_opens_its_own_streams() {
         let input = running.input();
         input.write(b"in\n").unwrap();
         input.end().unwrap();
-        let Collected { exited, stdout, stderr, .. } = running.collect(MOST).unwrap();
+        let Collected {
+            exited,
+            stdout,
+            stderr,
+            ..
+        } = running.collect(MOST).unwrap();
         let stderr = String::from_utf8_lossy(&stderr).into_owned();
         assert_eq!(
             (exited.code, stdout),

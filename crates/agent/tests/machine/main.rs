@@ -116,7 +116,12 @@ impl Machine {
     /// Runs a command to its end.
     fn exec(&self, exec: Exec) -> (Exited, String, String) {
         let running = self.connect().exec(exec).unwrap();
-        let Collected { exited, stdout, stderr, .. } = running.collect(MOST).unwrap();
+        let Collected {
+            exited,
+            stdout,
+            stderr,
+            ..
+        } = running.collect(MOST).unwrap();
         let text = |bytes| String::from_utf8(bytes).unwrap();
         (exited, text(stdout), text(stderr))
     }
