@@ -264,6 +264,10 @@ pub struct SnapshotRequest {
     /// The disks whose writes so far are frozen, in the order of the description. What is written
     /// to other disks goes where it went.
     pub disks: Vec<u32>,
+    /// Whether the kernel and the initial RAM disk that the VM boots are written as well. Their
+    /// files come after those of the memory and the state.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub kernel: bool,
 }
 
 /// What a snapshot holds, and what becomes of it.
@@ -297,6 +301,12 @@ pub struct SnapshotTaken {
     pub state_bytes: u64,
     /// What was frozen of each disk of the request.
     pub disks: Vec<DiskTaken>,
+    /// Whether a kernel was written; a clone of an older template has none.
+    #[serde(default)]
+    pub kernel: bool,
+    /// Whether an initial RAM disk was written.
+    #[serde(default)]
+    pub initrd: bool,
     /// What the guest was told of its CPU.
     pub cpu: CpuFeatures,
     /// How long each stage took.

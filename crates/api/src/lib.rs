@@ -2,6 +2,7 @@
 //!
 //! - [`config`]: the description of a VM, the same type from flags, from a TOML file and over the
 //!   control socket; [`validate`] finds everything that is wrong with one.
+//! - [`shape`]: what of a machine a template carries to other hosts.
 //! - [`control`]: what the control socket takes and answers; [`routes`] lists its operations, and
 //!   `openapi.json` describes them to other programs (a test generates it from the types and
 //!   compares).
@@ -17,6 +18,7 @@ pub mod control;
 pub mod descriptors;
 pub mod jail;
 pub mod routes;
+pub mod shape;
 pub mod units;
 pub mod validate;
 
@@ -27,6 +29,7 @@ pub use client::{Client, ClientError};
 pub use config::VmConfig;
 pub use control::{ApiError, ErrorCode};
 pub use routes::{Method, Operation, Route};
+pub use shape::Shape;
 pub use units::{Bytes, Ipv4Network, MacAddr};
 
 /// The OpenAPI 3.1 document of the control socket, as served at `/openapi.json`.

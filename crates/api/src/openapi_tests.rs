@@ -127,6 +127,7 @@ fn example(type_name: &str) -> Value {
         "SnapshotRequest" => same(SnapshotRequest {
             kind: SnapshotKind::Diff,
             disks: vec![0],
+            kernel: true,
         }),
         "SnapshotTaken" => same(SnapshotTaken {
             memory_layer: "6f1c".into(),
@@ -138,6 +139,8 @@ fn example(type_name: &str) -> Value {
                 parent_layers: 1,
                 written: true,
             }],
+            kernel: true,
+            initrd: false,
             cpu: CpuFeatures {
                 vendor: "AuthenticAMD".into(),
                 features: [("7.ebx".to_owned(), 0x219c_07a9)].into(),

@@ -1,4 +1,8 @@
-//! Everything that is wrong with a VM's description, at once.
+//! Everything that is wrong with a VM's description or with a machine's shape, at once.
+//!
+//! Each rule is written once. Every border applies them: the command line to what a user describes,
+//! the template store to shapes that it writes, reads or receives, a fork to the description that
+//! it makes of a shape, and the VM's process to what its launcher hands over.
 //!
 //! Only what the description itself tells: whether files exist and the host can do what is asked
 //! is for the one who starts the VM.
@@ -9,6 +13,7 @@ use std::path::Path;
 use crate::config::{
     DiskConfig, DiskFormat, Egress, NetConfig, NetMode, Overlay, RateLimit, Vhost, VmConfig,
 };
+use crate::shape::{Ceilings, DISK_QUEUES, Shape};
 use crate::units::Bytes;
 
 /// The most vCPUs of a VM.
@@ -19,6 +24,12 @@ pub const MAX_NAME: usize = 48;
 pub const MAX_CMDLINE: usize = 2047;
 /// The least RAM that a Linux guest can unpack itself in.
 pub const MIN_MEMORY: Bytes = Bytes::mib(16);
+/// The most RAM: what the smallest physical address space of a 64-bit host can hold.
+pub const MAX_MEMORY: Bytes = Bytes::gib(32 << 10);
+/// The largest disk, in bytes.
+pub const MAX_DISK: Bytes = Bytes::gib(64 << 10);
+/// The most pairs of queues of an interface.
+pub const MAX_QUEUE_PAIRS: u16 = 8;
 /// The most disks and interfaces together: the slots of the PCI bus that are not ours.
 pub const MAX_DEVICES: usize = 24;
 /// The longest name of a network interface on Linux.
@@ -69,24 +80,70 @@ pub fn is_valid_name(name: &str) -> bool {
 /// All that is wrong with `config`; empty where nothing is.
 pub fn validate(config: &VmConfig) -> Vec<Problem> {
     let mut problems = Problems::default();
-    machine(config, &mut problems);
-    cmdline(config, &mut problems);
-    for (index, disk) in config.disks.iter().enumerate() {
-        one_disk(&format!("disks[{index}]"), disk, &mut problems);
-    }
-    shared_disks(config, &mut problems);
-    for (index, net) in config.net.iter().enumerate() {
-        one_net(&format!("net[{index}]"), net, &mut problems);
-    }
-    problems.check(
-        config.disks.len() + config.net.len() <= MAX_DEVICES,
-        "disks",
-        format!("too many: at most {MAX_DEVICES} disks and interfaces together"),
-    );
+    name(config, &mut problems);
+    description(config, &mut problems);
     problems.0
 }
 
-fn machine(config: &VmConfig, problems: &mut Problems) {
+/// All that is wrong with a description whose VM has its name from elsewhere, as a standby has.
+pub fn validate_unnamed(config: &VmConfig) -> Vec<Problem> {
+    let mut problems = Problems::default();
+    description(config, &mut problems);
+    problems.0
+}
+
+/// All that is wrong with a shape and the ceilings that come with it; empty where nothing is.
+pub fn validate_shape(shape: &Shape, ceilings: &Ceilings) -> Vec<Problem> {
+    let mut problems = Problems::default();
+    machine(shape.vcpus, shape.memory, &mut problems);
+    if let Some(vsock) = &shape.vsock {
+        vsock_cid(vsock.cid, &mut problems);
+    }
+    cmdline(&shape.cmdline, &mut problems);
+    devices(shape.disks.len(), shape.nets.len(), &mut problems);
+    for (index, disk) in shape.disks.iter().enumerate() {
+        problems.check(
+            disk.bytes <= MAX_DISK,
+            format!("disks[{index}].bytes"),
+            format!("{} is more than {MAX_DISK}", disk.bytes),
+        );
+        problems.check(
+            disk.queues == DISK_QUEUES,
+            format!("disks[{index}].queues"),
+            format!("{} is not {DISK_QUEUES}", disk.queues),
+        );
+    }
+    for (index, net) in shape.nets.iter().enumerate() {
+        queue_pairs(&format!("nets[{index}]"), net.queues, &mut problems);
+    }
+    ceilings_of(shape, ceilings, &mut problems);
+    problems.0
+}
+
+fn ceilings_of(shape: &Shape, ceilings: &Ceilings, problems: &mut Problems) {
+    for (field, ceilings, devices) in [
+        ("ceilings.disks", ceilings.disks.len(), shape.disks.len()),
+        ("ceilings.nets", ceilings.nets.len(), shape.nets.len()),
+    ] {
+        problems.check(
+            ceilings == 0 || ceilings == devices,
+            field,
+            format!("{ceilings} of them for {devices} devices"),
+        );
+    }
+    for (index, disk) in ceilings.disks.iter().enumerate() {
+        let field = format!("ceilings.disks[{index}]");
+        rate_limit(&field, disk.rate_limit.as_ref(), problems);
+    }
+    for (index, net) in ceilings.nets.iter().enumerate() {
+        let field = format!("ceilings.nets[{index}]");
+        egress(&field, &net.egress, problems);
+        connections(&field, net.connections, problems);
+        rate_limit(&field, net.rate_limit.as_ref(), problems);
+    }
+}
+
+fn name(config: &VmConfig, problems: &mut Problems) {
     problems.check(
         is_valid_name(&config.name),
         "name",
@@ -95,19 +152,10 @@ fn machine(config: &VmConfig, problems: &mut Problems) {
             config.name.escape_debug()
         ),
     );
-    problems.check(
-        (1..=MAX_VCPUS).contains(&config.vcpus),
-        "vcpus",
-        format!("{} is not between 1 and {MAX_VCPUS}", config.vcpus),
-    );
-    problems.check(
-        config.memory >= MIN_MEMORY && config.memory.0.is_multiple_of(Bytes::mib(1).0),
-        "memory",
-        format!(
-            "{} is not a whole number of MiB of at least {MIN_MEMORY}",
-            config.memory
-        ),
-    );
+}
+
+fn description(config: &VmConfig, problems: &mut Problems) {
+    machine(config.vcpus, config.memory, problems);
     problems.check(
         !config.kernel.as_os_str().is_empty(),
         "kernel",
@@ -123,11 +171,7 @@ fn machine(config: &VmConfig, problems: &mut Problems) {
             "the path is not UTF-8, and descriptions are text: rename the file, or name it by a link",
         );
     }
-    problems.check(
-        config.vsock.cid >= 3 && config.vsock.cid != u32::MAX,
-        "vsock.cid",
-        format!("{} is reserved: use 3 or more", config.vsock.cid),
-    );
+    vsock_cid(config.vsock.cid, problems);
     problems.check(
         config.balloon.size.0.is_multiple_of(4096) && config.balloon.size < config.memory,
         "balloon.size",
@@ -142,10 +186,47 @@ fn machine(config: &VmConfig, problems: &mut Problems) {
         "console.log_limit",
         format!("{limit} is neither 0 nor between 4K and 1G"),
     );
+    cmdline(&config.kernel_cmdline(), problems);
+    for (index, disk) in config.disks.iter().enumerate() {
+        one_disk(&format!("disks[{index}]"), disk, problems);
+    }
+    shared_disks(config, problems);
+    for (index, net) in config.net.iter().enumerate() {
+        one_net(&format!("net[{index}]"), net, problems);
+    }
+    devices(config.disks.len(), config.net.len(), problems);
 }
 
-fn cmdline(config: &VmConfig, problems: &mut Problems) {
-    let line = config.kernel_cmdline();
+fn machine(vcpus: u32, memory: Bytes, problems: &mut Problems) {
+    problems.check(
+        (1..=MAX_VCPUS).contains(&vcpus),
+        "vcpus",
+        format!("{vcpus} is not between 1 and {MAX_VCPUS}"),
+    );
+    problems.check(
+        (MIN_MEMORY..=MAX_MEMORY).contains(&memory) && memory.0.is_multiple_of(Bytes::mib(1).0),
+        "memory",
+        format!("{memory} is not a whole number of MiB from {MIN_MEMORY} to {MAX_MEMORY}"),
+    );
+}
+
+fn vsock_cid(cid: u32, problems: &mut Problems) {
+    problems.check(
+        cid >= 3 && cid != u32::MAX,
+        "vsock.cid",
+        format!("{cid} is reserved: use 3 or more"),
+    );
+}
+
+fn devices(disks: usize, nets: usize, problems: &mut Problems) {
+    problems.check(
+        disks + nets <= MAX_DEVICES,
+        "disks",
+        format!("too many: at most {MAX_DEVICES} disks and interfaces together"),
+    );
+}
+
+fn cmdline(line: &str, problems: &mut Problems) {
     problems.check(
         line.len() <= MAX_CMDLINE,
         "cmdline",
@@ -249,11 +330,7 @@ fn one_net(field: &str, net: &NetConfig, problems: &mut Problems) {
         format!("{field}.mac"),
         "names a group or nothing; the first byte must be even, as in 02:…",
     );
-    problems.check(
-        net.queues.is_none_or(|queues| (1..=8).contains(&queues)),
-        format!("{field}.queues"),
-        "not between 1 and 8",
-    );
+    queue_pairs(field, net.queues.unwrap_or(1), problems);
     problems.check(
         net.rate_limit.is_none() || net.vhost != Vhost::On,
         format!("{field}.vhost"),
@@ -264,24 +341,39 @@ fn one_net(field: &str, net: &NetConfig, problems: &mut Problems) {
         format!("{field}.egress"),
         "a tap of yours is yours to guard: leave out egress, or use another mode",
     );
-    problems.check(
-        !matches!(&net.egress, Egress::Allow(networks) if networks.len() > Egress::MAX_NETWORKS),
-        format!("{field}.egress"),
-        format!("allows more than {} networks", Egress::MAX_NETWORKS),
-    );
+    egress(field, &net.egress, problems);
     addresses(field, net, problems);
     problems.check(
         net.connections.is_none() || net.mode == NetMode::Nat,
         format!("{field}.connections"),
         "only mode \"nat\" goes through the host's table of connections: leave it out",
     );
+    connections(field, net.connections, problems);
+    rate_limit(field, net.rate_limit.as_ref(), problems);
+}
+
+fn queue_pairs(field: &str, pairs: u16, problems: &mut Problems) {
     problems.check(
-        net.connections
-            .is_none_or(|limit| (1..=NetConfig::MAX_CONNECTIONS).contains(&limit)),
+        (1..=MAX_QUEUE_PAIRS).contains(&pairs),
+        format!("{field}.queues"),
+        format!("not between 1 and {MAX_QUEUE_PAIRS}"),
+    );
+}
+
+fn egress(field: &str, egress: &Egress, problems: &mut Problems) {
+    problems.check(
+        !matches!(egress, Egress::Allow(networks) if networks.len() > Egress::MAX_NETWORKS),
+        format!("{field}.egress"),
+        format!("allows more than {} networks", Egress::MAX_NETWORKS),
+    );
+}
+
+fn connections(field: &str, limit: Option<u32>, problems: &mut Problems) {
+    problems.check(
+        limit.is_none_or(|limit| (1..=NetConfig::MAX_CONNECTIONS).contains(&limit)),
         format!("{field}.connections"),
         format!("not between 1 and {}", NetConfig::MAX_CONNECTIONS),
     );
-    rate_limit(field, net.rate_limit.as_ref(), problems);
 }
 
 fn addresses(field: &str, net: &NetConfig, problems: &mut Problems) {
@@ -464,6 +556,30 @@ mod tests {
         assert!(fields(&config).is_empty());
         config.disks.push(disk(false));
         assert_eq!(fields(&config), ["disks[3]"]);
+    }
+
+    #[test]
+    fn a_shape_keeps_the_rules_of_a_description() {
+        let config = VmConfig {
+            net: vec![NetConfig::default()],
+            ..good()
+        };
+        let shape = Shape::of(&config, &[]);
+        let none = Ceilings::default();
+        assert_eq!(validate_shape(&shape, &none), []);
+        let wrong = |change: &dyn Fn(&mut Shape, &mut Ceilings)| {
+            let (mut shape, mut ceilings) = (shape.clone(), none.clone());
+            change(&mut shape, &mut ceilings);
+            let problems = validate_shape(&shape, &ceilings).into_iter();
+            problems.map(|it| it.field).collect::<Vec<_>>()
+        };
+        assert_eq!(wrong(&|it, _| it.vcpus = 33), ["vcpus"]);
+        assert_eq!(wrong(&|it, _| it.memory = Bytes(u64::MAX)), ["memory"]);
+        assert_eq!(wrong(&|it, _| it.cmdline = "a\nb".into()), ["cmdline"]);
+        assert_eq!(wrong(&|it, _| it.nets[0].queues = 9), ["nets[0].queues"]);
+        assert_eq!(wrong(&|it, _| it.nets = vec![it.nets[0]; 25]), ["disks"]);
+        let none = |_: &mut Shape, it: &mut Ceilings| it.nets = vec![Default::default(); 2];
+        assert_eq!(wrong(&none), ["ceilings.nets"]);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! - [`process`]: what runs as a VM: opens resources, jails itself, assembles the machine, serves
 //!   the control socket and the console.
 //! - [`runtime`]: the directory of a VM while it runs, which is all that both sides share.
+//! - [`shared_file`]: files that VMs share, named by path and known by identity.
 //! - [`template`]: what clones are forked from, on disk.
 //! - [`host_net`]: taps, bridges and addresses on the host.
 //! - [`jail`]: what a VM's process may still do.
@@ -25,7 +26,12 @@ mod log;
 pub mod process;
 pub mod runtime;
 mod scratch;
+pub mod shared_file;
 pub mod snapshot;
 pub mod template;
+#[cfg(any(test, feature = "testing"))]
+#[doc(hidden)]
+pub mod testing;
+mod trust;
 
 pub use error::{Result, failed};

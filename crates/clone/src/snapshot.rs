@@ -6,19 +6,21 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_proto::client::{Connection, Deadline};
 use clone_api::config::{DiskConfig, Overlay};
 use clone_api::control::{SnapshotKind, SnapshotRequest, SnapshotTaken, VmState};
-use clone_api::{ApiError, Client, ClientError, ErrorCode, VmConfig};
+use clone_api::shape::Ceilings;
+use clone_api::{ApiError, Client, ClientError, ErrorCode, Shape};
 
 use crate::error::{Result, failed};
 use crate::jail;
 use crate::process::start::ForkDisk;
 use crate::runtime::{LiveDir, Parent, RunningVm, Runtime};
 use crate::scratch;
+use crate::shared_file::SharedFile;
 use crate::template::{NewTemplate, Parts, Template};
 
 /// How long writing a snapshot may take.
@@ -44,10 +46,8 @@ pub fn take(
 ) -> Result<(Template, SnapshotTaken)> {
     let config = vm.dir.config()?;
     let known = vm.dir.parent()?;
-    let parent = match &known.template {
-        Some(path) => Template::open(path).ok(),
-        None => None,
-    };
+    let parent = known.template.as_deref().map(Template::open);
+    let parent = parent.and_then(Result::ok);
     if diff && parent.is_none() {
         return Err(no_parent(&config.name, known.template.as_deref()));
     }
@@ -67,6 +67,10 @@ pub fn take(
         new.share_memory(parent)?;
     }
     let mut files = vec![new.memory_file()?, new.state_file()?];
+    match &parent {
+        Some(parent) => new.share_kernel(parent)?,
+        None => files.extend([new.kernel_file()?, new.initrd_file()?]),
+    }
     let client = Client::new(vm.dir.control_socket()).with_timeout(LIMIT);
     // Only disks whose writes end with the VM are frozen. Those that keep them are copied while
     // the guest is paused, since what they are written to is not for us to replace.
@@ -77,7 +81,7 @@ pub fn take(
     };
     let mut frozen = Vec::new();
     for (index, disk) in config.disks.iter().enumerate() {
-        add_disk(&mut new, parent.as_ref(), diff, index, disk)?;
+        add_disk(&mut new, parent.as_ref(), diff, index, disk, &known)?;
         if disk.overlay == Overlay::Ephemeral && !disk.read_only {
             frozen.push(index as u32);
             files.push(scratch()?);
@@ -90,6 +94,7 @@ pub fn take(
             false => SnapshotKind::Full,
         },
         disks: frozen,
+        kernel: parent.is_none(),
     };
     let taken = ask(vm, &request, &files)?;
     for (index, disk) in config.disks.iter().enumerate() {
@@ -104,22 +109,21 @@ pub fn take(
     for disk in taken.disks.iter().filter(|disk| !disk.written) {
         new.drop_disk_layer(disk.index as usize)?;
     }
+    if parent.is_none() {
+        drop_unwritten(&mut new, &taken)?;
+    }
     let parts = Parts {
         parent: parent
             .filter(|_| diff)
             .map(|parent| parent.manifest().id.clone()),
         agent_version,
-        config: without_addresses(config),
+        shape: Shape::of(&config, &vec![0; config.disks.len()]),
+        ceilings: Ceilings::of(&config),
         cpu: taken.cpu.clone(),
         created_unix_ms: now_unix_ms(),
     };
     let template = new.commit(parts, Some(runtime))?;
-    vm.dir.write_parent(&Parent {
-        template: Some(template.dir().to_owned()),
-        memory: template.memory_paths(),
-        disks: template.disks(),
-        locks: vec![template.lock_path()],
-    })?;
+    vm.dir.write_parent(&template.parent()?)?;
     Ok((template, taken))
 }
 
@@ -129,9 +133,9 @@ pub struct LiveLayers {
     /// What they lie on.
     pub parent: Parent,
     /// The machine's state.
-    pub state: PathBuf,
+    pub state: SharedFile,
     /// Held until the clones hold it.
-    _dir: LiveDir,
+    pub dir: LiveDir,
 }
 
 /// Takes a snapshot of `vm` for clones that are made at once; the VM goes on.
@@ -150,19 +154,25 @@ pub fn take_live(runtime: &Runtime, vm: &RunningVm) -> Result<(LiveLayers, Snaps
     let mut parent = vm.dir.parent()?;
     let room = room_for_live_fork(vm)?;
     let (dir, taken) = runtime.fill_live_dir(room, |dir| fill(vm, &config, dir))?;
-    parent.memory.push(dir.path().join("memory"));
+    // The directory is the caller's alone.
+    let written = |name: &str| {
+        let path = dir.path().join(name);
+        let file = File::open(&path).map_err(failed("open", &path))?;
+        SharedFile::of(path, &file)
+    };
+    parent.memory.push(written("memory")?);
     parent.template = None;
-    parent.locks.push(dir.lock_path());
+    parent.locks.push(SharedFile::named(dir.lock_path()));
     for disk in taken.disks.iter().filter(|disk| disk.written) {
         let index = disk.index as usize;
         if let Some(ForkDisk { layers, .. }) = parent.disks.get_mut(index) {
-            layers.push(dir.path().join(disk_file(disk.index)));
+            layers.push(written(&disk_file(disk.index))?);
         }
     }
     let layers = LiveLayers {
         parent,
-        state: dir.path().join("state"),
-        _dir: dir,
+        state: written("state")?,
+        dir,
     };
     Ok((layers, taken))
 }
@@ -181,6 +191,7 @@ fn fill(vm: &RunningVm, config: &VmConfig, dir: &LiveDir) -> Result<SnapshotTake
     let request = SnapshotRequest {
         kind: SnapshotKind::Fork,
         disks,
+        kernel: false,
     };
     ask(vm, &request, &files)
 }
@@ -218,9 +229,16 @@ fn add_disk(
     diff: bool,
     index: usize,
     disk: &DiskConfig,
+    known: &Parent,
 ) -> Result<()> {
     let Some(parent) = parent else {
-        return new.copy_disk(disk);
+        return match known.disks.get(index) {
+            Some(disk) => new.copy_disk(disk),
+            None => Err(ApiError::new(
+                ErrorCode::Internal,
+                format!("it is not known what disk {index} lies on"),
+            )),
+        };
     };
     // A full snapshot has all writes over the base in one layer.
     let layers = match diff || disk.read_only || keeps_writes(disk) {
@@ -278,10 +296,15 @@ fn no_parent(name: &str, template: Option<&Path>) -> ApiError {
     ApiError::new(ErrorCode::Conflict, message).advise("take a full snapshot, without --diff")
 }
 
-/// Addresses are each VM's own.
-fn without_addresses(mut config: VmConfig) -> VmConfig {
-    config.net.iter_mut().for_each(|net| net.mac = None);
-    config
+/// What the VM did not write of what it was asked for is no part of the template.
+fn drop_unwritten(new: &mut NewTemplate, taken: &SnapshotTaken) -> Result<()> {
+    if !taken.kernel {
+        new.drop_kernel()?;
+    }
+    if !taken.initrd {
+        new.drop_initrd()?;
+    }
+    Ok(())
 }
 
 fn now_unix_ms() -> u64 {

@@ -162,7 +162,14 @@ impl Node {
     /// known already is answered with what became of it, and not made twice.
     pub fn create(&self, template: &str, entries: &[Entry]) -> Vec<Result<Made>> {
         match self.source(template) {
-            Ok(source) => self.fork(&source, entries),
+            Ok(source) => {
+                let made = self.fork(&source, entries);
+                if made.iter().any(Result::is_err) {
+                    // Its files may have been replaced: the next request looks at them again.
+                    lock(&self.sources).remove(template);
+                }
+                made
+            }
             Err(problem) => entries.iter().map(|_| Err(problem.clone())).collect(),
         }
     }
@@ -379,7 +386,7 @@ impl Node {
         if let Some(source) = lock(&self.sources).get(name) {
             return Ok(Arc::clone(source));
         }
-        let source = Source::template(self.open_template(name)?, &self.runtime).map_err(told)?;
+        let source = Source::template(&self.open_template(name)?, &self.runtime).map_err(told)?;
         let source = Arc::new(source);
         lock(&self.sources).insert(name.to_owned(), Arc::clone(&source));
         Ok(source)
@@ -468,7 +475,7 @@ fn facts(template: &Template) -> TemplateFacts {
         parent: content.parent.clone(),
         memory_bytes: content.memory.bytes,
         data_bytes: content.memory.layers.iter().map(|it| it.data_bytes).sum(),
-        vcpus: content.config.vcpus,
+        vcpus: content.shape.vcpus,
         taken_ms: content.created_unix_ms,
         cpu: Some(cpu_features(content.cpu.clone())),
     }

@@ -155,7 +155,7 @@ impl Work {
         standby::train(&self.runtime, &self.template)?;
         let template = Template::open(self.template.dir())?;
         let id = template.manifest().id.clone();
-        let source = Source::template(template, &self.runtime)?;
+        let source = Source::template(&template, &self.runtime)?;
         let mut standbys = standby::Standbys::new(&self.runtime, source, id)?;
         loop {
             let wanted = self.wanted.load(Ordering::Relaxed);

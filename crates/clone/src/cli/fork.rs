@@ -37,7 +37,8 @@ pub(super) struct Args {
     #[arg(long, short)]
     name: Option<String>,
     /// What an interface is connected to, as for `clone run`; given as often as the template has
-    /// interfaces.
+    /// interfaces. Without it they are all `nat`, and those of a live fork as the VM's. The
+    /// template's own limits hold in any case.
     #[arg(long = "net", value_name = "NET", value_parser = net_parser())]
     nets: Vec<NetArg>,
     /// Keep what a clone writes to a disk in a file, by the disk's place (0 is vda): N=FILE.
@@ -119,7 +120,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
             let template = Store::from_env()?.open(name)?;
             let of = template.dir().file_name().unwrap_or_default();
             let of = of.to_string_lossy().into_owned();
-            (Source::template(template, &runtime)?, of, None)
+            (Source::template(&template, &runtime)?, of, None)
         }
     };
     let names = fork::names(args.name.as_deref(), &of, args.count as usize)?;

@@ -1,6 +1,6 @@
 //! `clone template`: the templates in the store, and standbys of them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::host_net::{self, HostNet};
 use crate::launch::fork::Source;
 use crate::launch::standby::{Standbys, train};
-use crate::template::{Store, Template, bytes_to_flatten, flatten, forget_verified};
+use crate::template::{Store, Template, bytes_to_flatten, flatten, forget_verified, upgrade};
 
 /// Templates that clones are forked from.
 #[derive(Debug, clap::Args)]
@@ -33,6 +33,7 @@ enum Command {
     /// Check all of a template's content.
     Verify(OneArgs),
     Flatten(FlattenArgs),
+    Upgrade(UpgradeArgs),
     Rm(RmArgs),
     Serve(ServeArgs),
 }
@@ -52,6 +53,26 @@ struct OneArgs {
 struct FlattenArgs {
     /// The template.
     template: String,
+    /// The one to make.
+    #[arg(long, short)]
+    output: String,
+}
+
+/// Make a template of the present format out of one that an older version made.
+///
+/// Older templates named the kernel of the host that they were made on, and have none of their
+/// own: their clones run, but end where they should reboot. All else is shared with the old
+/// template, which can be removed afterwards.
+#[derive(Debug, clap::Args)]
+struct UpgradeArgs {
+    /// The template.
+    template: String,
+    /// The kernel that its clones reboot into: the one that it was booted with, or another.
+    #[arg(long, short, value_name = "FILE")]
+    kernel: PathBuf,
+    /// The initial RAM disk that goes with the kernel.
+    #[arg(long, short, value_name = "FILE")]
+    initrd: Option<PathBuf>,
     /// The one to make.
     #[arg(long, short)]
     output: String,
@@ -108,6 +129,16 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
                 .print(&flat.manifest().id, |_| flat.dir().display().to_string());
             Ok(ExitCode::SUCCESS)
         }
+        Command::Upgrade(args) => {
+            let template = store.open(&args.template)?;
+            let target = store.path(&args.output)?;
+            let (kernel, initrd) = (&args.kernel, args.initrd.as_deref());
+            let new = upgrade(&context.runtime()?, &template, &target, kernel, initrd)?;
+            context
+                .output
+                .print(&new.manifest().id, |_| new.dir().display().to_string());
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Rm(args) => {
             let runtime = context.runtime()?;
             for name in &args.templates {
@@ -159,7 +190,7 @@ fn ls(context: &Context, store: &Store) -> Result<ExitCode> {
                     memory_bytes: content.memory.bytes,
                     data_bytes: data.sum(),
                     layers: content.memory.layers.len(),
-                    vcpus: content.config.vcpus,
+                    vcpus: content.shape.vcpus,
                     created_unix_ms: content.created_unix_ms,
                 }
             }
@@ -231,7 +262,7 @@ fn serve(context: &Context, store: &Store, args: &ServeArgs) -> Result<ExitCode>
         .watch()
         .inspect_err(|error| tracing::warn!(%error, "the guests' packet filter is not watched"));
     train(&runtime, &template)?;
-    let source = Source::template(template, &runtime)?;
+    let source = Source::template(&template, &runtime)?;
     let mut standbys = Standbys::new(&runtime, source, id)?;
     let mut told = None;
     loop {

@@ -1,8 +1,17 @@
 //! Forking: clones of a template, or of a VM that goes on running.
 //!
+//! What a clone is connected to, where its writes go and what it may do is said here, by the side
+//! that forks. A template adds nothing: its clones have interfaces on this host's translated
+//! network, writes that end with them, and logs of the usual size, unless [`Overrides`] say
+//! otherwise. What a template may do is narrow: its ceilings (the egress and the rate limits that its
+//! VM was held to) are intersected with whatever is allowed here, overrides included. The forks of
+//! a running VM start from that VM's own description, which this host made, and are narrowed to
+//! its limits in the same way.
+//!
 //! A clone is taken from the standbys where there are any, and else started; the way is told with
 //! each result. Each child succeeds or fails by itself.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -10,15 +19,20 @@ use std::time::{Duration, Instant};
 
 use clone_api::config::{Egress, NetConfig, NetMode, Overlay};
 use clone_api::control::SnapshotTaken;
-use clone_api::{ApiError, Client, ErrorCode, VmConfig};
+use clone_api::jail::RequiredJail;
+use clone_api::shape::Ceilings;
+use clone_api::validate::validate_unnamed;
+use clone_api::{ApiError, Client, ErrorCode, MacAddr, VmConfig};
 use rustix::process::{Pid, WaitOptions, waitpid};
 use serde::Serialize;
 
-use super::{identity, last_words, network, preflight, start_or_abandon};
+use super::{identity, last_words, network, start_or_abandon};
 use crate::error::Result;
-use crate::process::start::{Fork, Origin};
-use crate::runtime::{Parent, Process, RunningVm, Runtime, VmDir};
-use crate::snapshot::{self, LiveLayers};
+use crate::process::open;
+use crate::process::start::{AttachedNet, Fork, Origin, Start};
+use crate::runtime::{LiveDir, Parent, Process, RunningVm, Runtime, VmDir};
+use crate::shared_file::SharedFile;
+use crate::snapshot;
 use crate::template::Template;
 
 /// Forks that are started at once. More would only wait for each other's processors.
@@ -31,11 +45,13 @@ const END_LIMIT: Duration = Duration::from_secs(1);
 /// What clones are made of.
 #[derive(Debug)]
 pub struct Source {
-    /// The VM that was snapshotted.
+    /// What a clone is where nothing else is asked for.
     config: VmConfig,
+    /// What every clone is narrowed to.
+    ceilings: Ceilings,
     parent: Parent,
-    state: PathBuf,
-    prefetch: Option<PathBuf>,
+    state: SharedFile,
+    prefetch: Option<SharedFile>,
     /// The template's id; none for a live fork, which has no standbys.
     template_id: Option<String>,
     /// Whether its guest has an agent to be told who it is.
@@ -45,36 +61,41 @@ pub struct Source {
     _held: Held,
 }
 
+/// What keeps the files of a source in place.
 #[derive(Debug)]
 enum Held {
-    // Boxed: a manifest is large.
-    Template { _it: Box<Template> },
-    Live { _it: LiveLayers },
+    /// The lock of a template.
+    Template { _lock: File },
+    /// The directory of a live fork.
+    Live { _dir: LiveDir },
 }
 
 impl Source {
     /// A template. It is verified unless it was, on this host.
-    pub fn template(template: Template, runtime: &Runtime) -> Result<Self> {
+    pub fn template(template: &Template, runtime: &Runtime) -> Result<Self> {
         template.ensure_verified(runtime)?;
         let content = template.content();
-        let prefetch = template.prefetch_path();
+        let parent = template.parent()?;
         Ok(Self {
-            config: content.config.clone(),
-            parent: Parent {
-                template: Some(template.dir().to_owned()),
-                memory: template.memory_paths(),
-                disks: template.disks(),
-                locks: vec![template.lock_path()],
-            },
-            state: template.state_path(),
-            prefetch: prefetch.exists().then_some(prefetch),
+            config: template_config(template, &parent),
+            ceilings: content.ceilings.clone(),
+            state: template.shared_state()?,
+            prefetch: template.prefetch()?,
             template_id: Some(template.manifest().id.clone()),
             has_agent: content.agent_version.is_some(),
             observed: false,
+            parent,
             _held: Held::Template {
-                _it: Box::new(template),
+                _lock: template.hold()?,
             },
         })
+    }
+
+    /// Whether what its clones reboot into is there, and the file that was checked.
+    #[cfg(test)]
+    pub(crate) fn boots(&self) -> Result<()> {
+        let boot = self.parent.boot.as_ref();
+        boot.map_or(Ok(()), |boot| boot.kernel.open().map(drop))
     }
 
     /// The same for clones that are to tell which pages they touch. None of them is a standby.
@@ -91,75 +112,54 @@ impl Source {
         let (layers, taken) = snapshot::take_live(runtime, vm)?;
         let config = vm.dir.config()?;
         let source = Self {
+            ceilings: Ceilings::of(&config),
             config,
-            parent: layers.parent.clone(),
-            state: layers.state.clone(),
+            parent: layers.parent,
+            state: layers.state,
             prefetch: None,
             template_id: None,
             has_agent,
             observed: false,
-            _held: Held::Live { _it: layers },
+            _held: Held::Live { _dir: layers.dir },
         };
         Ok((source, taken))
     }
 
-    /// The description of a clone.
+    /// The description of a clone, checked.
     fn clone_config(&self, name: &str, overrides: &Overrides) -> Result<VmConfig> {
         let mut config = self.config.clone();
         name.clone_into(&mut config.name);
-        if let Some(nets) = &overrides.net {
-            if nets.len() != config.net.len() {
-                return Err(ApiError::new(
+        connect(&mut config, overrides)?;
+        keep_writes(&mut config, overrides)?;
+        self.ceilings
+            .narrow(&mut config)
+            .map_err(|(index, error)| {
+                ApiError::new(
                     ErrorCode::InvalidConfig,
-                    format!(
-                        "the template has {} network interfaces, and {} were asked for",
-                        config.net.len(),
-                        nets.len()
-                    ),
+                    format!("net[{index}]: the template limits egress, too: {error}"),
                 )
-                .advise("a clone has its template's devices; what they are connected to is free"));
-            }
-            for (net, wanted) in config.net.iter_mut().zip(nets) {
-                let queues = net.queues;
-                *net = wanted.clone();
-                net.queues = queues;
-            }
-        } else {
-            for net in &mut config.net {
-                net.mac = None;
-                // They are those of one guest.
-                net.addresses.clear();
-                // A template may ask for less than usual, not for more.
-                net.connections = net
-                    .connections
-                    .map(|limit| limit.min(NetConfig::DEFAULT_CONNECTIONS));
-            }
-            if let Some(index) = config.net.iter().position(|net| net.mode == NetMode::Tap) {
-                return Err(ApiError::new(
-                    ErrorCode::InvalidConfig,
-                    format!("interface {index} of the template is on a tap of its owner's"),
-                )
-                .advise("give each clone its own: --net tap=NAME"));
-            }
+                .advise("allow fewer networks")
+            })?;
+        let problems = validate_unnamed(&config);
+        if problems.is_empty() {
+            return Ok(config);
         }
-        if let Some(egress) = &overrides.egress {
-            restrict(&mut config, egress);
-        }
-        for disk in config.disks.iter_mut().filter(|disk| !disk.read_only) {
-            disk.overlay = Overlay::Ephemeral;
-        }
-        for (index, overlay) in &overrides.overlays {
-            let Some(disk) = config.disks.get_mut(*index).filter(|disk| !disk.read_only) else {
-                let message = format!("the template has no writable disk {index}");
-                return Err(ApiError::new(ErrorCode::InvalidConfig, message));
-            };
-            disk.overlay = Overlay::Kept(overlay.clone());
-        }
-        Ok(config)
+        let problems: Vec<String> = problems.iter().map(|it| format!("  {it}")).collect();
+        let message = format!("a clone cannot be made like this:\n{}", problems.join("\n"));
+        Err(ApiError::new(ErrorCode::InvalidConfig, message)
+            .advise("it is narrowed to the limits of its template: `clone template inspect`"))
+    }
+
+    /// All that is decided of a clone before anything is made for it.
+    fn plan(&self, name: &str, overrides: &Overrides, standby: bool) -> Result<Plan> {
+        Ok(Plan {
+            config: self.clone_config(name, overrides)?,
+            origin: self.origin(standby),
+        })
     }
 
     fn origin(&self, standby: bool) -> Origin {
-        Origin::Fork(Fork {
+        Origin::Fork(Box::new(Fork {
             memory: self.parent.memory.clone(),
             state: self.state.clone(),
             locks: self.parent.locks.clone(),
@@ -167,20 +167,99 @@ impl Source {
             standby,
             prefetch: self.prefetch.clone(),
             observed: self.observed,
-            // Looked for here, where a process is started: a standby has it already.
-            kernel: preflight::known_kernel(&self.config.kernel),
-        })
+            boot: self.parent.boot.clone(),
+        }))
     }
+}
+
+/// A clone that is to be started.
+struct Plan {
+    config: VmConfig,
+    origin: Origin,
+}
+
+/// What a clone of `template` is by default. The paths are those of its own files, for people who
+/// look at a clone: its process opens what [`Parent`] names.
+fn template_config(template: &Template, parent: &Parent) -> VmConfig {
+    let mut config = template.content().shape.config();
+    let boot = parent.boot.as_ref();
+    config.kernel = match boot {
+        Some(boot) => boot.kernel.path.clone(),
+        None => template.dir().to_owned(),
+    };
+    config.initrd = boot.and_then(|boot| Some(boot.initrd.as_ref()?.path.clone()));
+    for (disk, shared) in config.disks.iter_mut().zip(&parent.disks) {
+        if let Some((base, format)) = &shared.base {
+            disk.path.clone_from(&base.path);
+            disk.format = Some(*format);
+        }
+    }
+    config
+}
+
+/// Connects the interfaces as it is asked for, each with an address of its own.
+fn connect(config: &mut VmConfig, overrides: &Overrides) -> Result<()> {
+    if let Some(nets) = &overrides.net {
+        if nets.len() != config.net.len() {
+            return Err(ApiError::new(
+                ErrorCode::InvalidConfig,
+                format!(
+                    "the template has {} network interfaces, and {} were asked for",
+                    config.net.len(),
+                    nets.len()
+                ),
+            )
+            .advise("a clone has its template's devices; what they are connected to is free"));
+        }
+        for (net, wanted) in config.net.iter_mut().zip(nets) {
+            let queues = net.queues;
+            *net = wanted.clone();
+            net.queues = queues;
+        }
+    } else {
+        for net in &mut config.net {
+            net.mac = None;
+            // They are those of one guest.
+            net.addresses.clear();
+        }
+        if let Some(index) = config.net.iter().position(|net| net.mode == NetMode::Tap) {
+            return Err(ApiError::new(
+                ErrorCode::InvalidConfig,
+                format!("interface {index} of the VM is on a tap of its owner's"),
+            )
+            .advise("give each clone its own: --net tap=NAME"));
+        }
+    }
+    if let Some(egress) = &overrides.egress {
+        restrict(config, egress);
+    }
+    Ok(())
+}
+
+/// Has what clones write end with them, but for the disks that are to keep it.
+fn keep_writes(config: &mut VmConfig, overrides: &Overrides) -> Result<()> {
+    for disk in config.disks.iter_mut().filter(|disk| !disk.read_only) {
+        disk.overlay = Overlay::Ephemeral;
+    }
+    for (index, overlay) in &overrides.overlays {
+        let Some(disk) = config.disks.get_mut(*index).filter(|disk| !disk.read_only) else {
+            let message = format!("the template has no writable disk {index}");
+            return Err(ApiError::new(ErrorCode::InvalidConfig, message));
+        };
+        disk.overlay = Overlay::Kept(overlay.clone());
+    }
+    Ok(())
 }
 
 /// What is different in the clones.
 #[derive(Debug, Clone, Default)]
 pub struct Overrides {
-    /// What the interfaces are connected to, each; as in the template where it is not given.
+    /// What the interfaces are connected to, each. Where it is not given, a template's clones are
+    /// on this host's translated network, and a VM's forks are connected as that is.
     pub net: Option<Vec<NetConfig>>,
     /// Files that keep the writes of a disk, by its place; without one they end with the clone.
     pub overlays: Vec<(usize, PathBuf)>,
-    /// Whom the guests may send to; as in the template where it is not given.
+    /// The destinations that the guests may send to; narrowed to the template's ceiling.
     pub egress: Option<Egress>,
     /// What the guests call themselves, one for each clone; their names where there are none.
     pub host_names: Vec<String>,
@@ -337,14 +416,17 @@ fn adopt(
     else {
         return Ok(None);
     };
+    let Some(policy) = policy_of_standby(source, name, overrides)? else {
+        return Ok(None);
+    };
     let Some(vm) = runtime.claim(template_id, name)? else {
         return Ok(None);
     };
     let client = Client::new(vm.dir.control_socket()).with_timeout(ADOPTION_LIMIT);
     // Before it runs.
-    let held = overrides.egress.as_ref().map_or(Ok(()), |egress| {
-        network::restrict(&vm.dir, egress)?;
-        vm.dir.change_config(|config| restrict(config, egress))
+    let held = policy.map_or(Ok(()), |egress| {
+        network::restrict(&vm.dir, &egress)?;
+        vm.dir.change_config(|config| restrict(config, &egress))
     });
     let adopted = held.and_then(|()| {
         client
@@ -362,18 +444,60 @@ fn adopt(
     }
 }
 
+/// What a standby, which was made with the defaults, is to be held to: nothing new, or one policy
+/// for all of its interfaces. None where they differ, which takes a VM of its own.
+fn policy_of_standby(
+    source: &Source,
+    name: &str,
+    overrides: &Overrides,
+) -> Result<Option<Option<Egress>>> {
+    if overrides.egress.is_none() {
+        return Ok(Some(None));
+    }
+    let nets = source.clone_config(name, overrides)?.net;
+    let policy = nets.first().map(|net| net.egress.clone());
+    let alike = nets.iter().all(|net| Some(&net.egress) == policy.as_ref());
+    Ok(alike.then_some(policy))
+}
+
 fn start_cold(
     runtime: &Runtime,
     source: &Source,
     name: &str,
     overrides: &Overrides,
 ) -> Result<RunningVm> {
-    let config = source.clone_config(name, overrides)?;
-    let launched = start_or_abandon(runtime, config, &source.origin(false), &source.parent)?;
+    let Plan { config, origin } = source.plan(name, overrides, false)?;
+    let launched = start_or_abandon(runtime, config, &origin, &source.parent)?;
     Ok(RunningVm {
         dir: launched.dir,
         process: launched.process,
     })
+}
+
+/// Does all that a fork does up to KVM and the host's network, in `dir`, and gives the clone's
+/// description: for tests of what a template can make a fork do.
+#[doc(hidden)]
+pub fn rehearse(
+    source: &Source,
+    dir: &VmDir,
+    name: &str,
+    overrides: &Overrides,
+) -> Result<VmConfig> {
+    let Plan { config, origin } = source.plan(name, overrides, false)?;
+    let net = AttachedNet {
+        queues: 0,
+        mac: MacAddr([2, 0, 0, 0, 0, 1]),
+        mtu: None,
+        kernel_argument: None,
+    };
+    let start = Start {
+        nets: vec![net; config.net.len()],
+        config: config.clone(),
+        origin,
+        required_jail: RequiredJail::default(),
+    };
+    open::rehearse(dir, start)?;
+    Ok(config)
 }
 
 /// Starts a standby of `source`, a child of this process that ends with it.
@@ -383,8 +507,8 @@ pub(super) fn start_standby(runtime: &Runtime, source: &Source) -> Result<(VmDir
         return Err(ApiError::new(ErrorCode::Internal, message));
     };
     let name = Runtime::standby_name(template_id)?;
-    let config = source.clone_config(&name, &Overrides::default())?;
-    let launched = start_or_abandon(runtime, config, &source.origin(true), &source.parent)?;
+    let Plan { config, origin } = source.plan(&name, &Overrides::default(), true)?;
+    let launched = start_or_abandon(runtime, config, &origin, &source.parent)?;
     Ok((launched.dir, launched.process))
 }
 

@@ -6,7 +6,7 @@
 pub mod fork;
 pub mod identity;
 mod network;
-mod preflight;
+pub(crate) mod preflight;
 pub mod program;
 pub mod standby;
 #[cfg(test)]
@@ -28,10 +28,11 @@ use clone_api::{ApiError, ErrorCode, VmConfig};
 
 use crate::error::{Result, failed};
 use crate::process::open::open_kvm;
-use crate::process::start::{self, Origin, Start};
+use crate::process::start::{self, BootSource, Origin, Start};
 use crate::process::{self, disks, report};
 use crate::runtime::{Parent, Process, Runtime, StartingVm, VmDir};
 use crate::scratch;
+use crate::shared_file::SharedFile;
 use network::Attached;
 
 /// How many lines of a dead process's log are shown.
@@ -62,11 +63,17 @@ pub fn launch(runtime: &Runtime, mut config: VmConfig) -> Result<Launched> {
     // Opened again by the VM's process; here it only tells early, with advice.
     drop(open_kvm()?);
     runtime.sweep()?;
+    // By the caller's word: forks of the VM reboot into the same.
+    let source = BootSource {
+        kernel: SharedFile::named(kernel),
+        initrd: config.initrd.clone().map(SharedFile::named),
+    };
     let parent = Parent {
         disks: config.disks.iter().map(disks::as_base).collect(),
+        boot: Some(source.clone()),
         ..Parent::default()
     };
-    start_or_abandon(runtime, config, &Origin::Boot { kernel }, &parent)
+    start_or_abandon(runtime, config, &Origin::Boot(source), &parent)
 }
 
 /// Starts a VM of which everything is checked; what is set up before a failure is removed.

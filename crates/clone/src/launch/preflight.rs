@@ -52,7 +52,7 @@ pub(super) fn check_files(config: &VmConfig) -> Result<()> {
 /// unpacks itself slowly; otherwise the file as it is.
 ///
 /// A damaged kernel is refused in any case: started as it is, it would only hang.
-pub(super) fn boot_kernel(kernel: &Path) -> Result<PathBuf> {
+pub(crate) fn boot_kernel(kernel: &Path) -> Result<PathBuf> {
     let cached = match cache::dir("kernels") {
         Some(dir) => KernelCache::open(dir).and_then(|cache| cache.vmlinux(kernel)),
         None => return whole(kernel),
@@ -62,7 +62,7 @@ pub(super) fn boot_kernel(kernel: &Path) -> Result<PathBuf> {
         Ok(_) => Ok(kernel.to_owned()),
         // It may be the kernel or the cache that cannot be read or written.
         Err(error @ ImageError::Io { .. }) => {
-            tracing::debug!(%error, "the kernel is booted as it is");
+            tracing::warn!(%error, "the kernel is booted as it is");
             whole(kernel)
         }
         Err(error) => Err(no_kernel(&error)),
@@ -91,15 +91,6 @@ pub(super) fn check_memory(config: &VmConfig, kernel: &Path) -> Result<()> {
     );
     let advice = format!("--memory {least}M, and more for what the guest is to do");
     Err(ApiError::new(ErrorCode::InvalidConfig, message).advise(advice))
-}
-
-/// What a clone of a VM with this kernel boots when it reboots: a `vmlinux` that is in the cache
-/// already, or the file as it is, which may be missing. Reads little: a fork does not wait for it.
-pub(super) fn known_kernel(kernel: &Path) -> PathBuf {
-    let cache = cache::dir("kernels").map(KernelCache::open);
-    let known = cache.and_then(|cache| cache.ok()?.unchanged(kernel));
-    let bootable = known.filter(|known| known.pvh);
-    bootable.map_or_else(|| kernel.to_owned(), |known| known.vmlinux)
 }
 
 /// The kernel itself, if it is one and nothing of it is missing.

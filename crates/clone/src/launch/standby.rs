@@ -33,11 +33,10 @@ pub struct Level {
 /// # Errors
 /// Where that clone fails: all would.
 pub fn train(runtime: &Runtime, template: &Template) -> Result<()> {
-    let record = template.prefetch_path();
-    if record.exists() || template.content().agent_version.is_none() {
+    if template.prefetch()?.is_some() || template.content().agent_version.is_none() {
         return Ok(());
     }
-    let source = Source::template(Template::open(template.dir())?, runtime)?.observed();
+    let source = Source::template(template, runtime)?.observed();
     let names = fork::names(None, "first", 1)?;
     let forked = fork::fork(runtime, &source, &names, &Overrides::default(), true);
     forked.into_iter().next().transpose()?;
@@ -45,10 +44,7 @@ pub fn train(runtime: &Runtime, template: &Template) -> Result<()> {
     let touched = first_moments(&vm);
     fork::end(runtime, &vm);
     let text = serde_json::to_vec(&touched?).map_err(|error| ApiError::internal(&error))?;
-    let new = record.with_extension("new");
-    std::fs::write(&new, text)
-        .and_then(|()| std::fs::rename(&new, &record))
-        .map_err(failed("write", &record))
+    template.write_prefetch(&text)
 }
 
 /// What a clone has touched when it has answered once.

@@ -29,6 +29,7 @@ pub(super) fn assemble(
     dir: &VmDir,
     (config, jail): (VmConfig, JailStatus),
     extra_arguments: &[String],
+    kvm: Kvm,
     resources: Resources,
     events: &mut EventLoop,
     mut timeline: Timeline,
@@ -51,13 +52,15 @@ pub(super) fn assemble(
     let devices = devices::build(&config, resources.devices, &ram, saved, events)?;
     let time = guest.state().map(MachineState::time);
     let parts = Parts {
-        kvm: resources.kvm,
+        kvm,
         memory: guest.memory,
         vcpus: u8::try_from(config.vcpus).unwrap_or(u8::MAX),
         console: Box::new(output),
         devices: devices.slots,
         confine_vcpu: Arc::new(crate::jail::confine_vcpu),
     };
+    let boot_files = guest.boot.as_ref().ok().map(BootFiles::try_clone);
+    let boot_files = boot_files.transpose().map_err(internal)?;
     let mut kernel = guest
         .boot
         .map(|files| files.kernel(&config, extra_arguments));
@@ -98,7 +101,7 @@ pub(super) fn assemble(
     let timeline = Arc::new(Mutex::new(timeline));
     let vm = Vm::new(machine, hub, timeline, guest.standby, guest.locks, events);
     let mut vm = vm.map_err(internal)?;
-    let subject = vm.subject(lineage, disks);
+    let subject = vm.subject(lineage, disks, boot_files);
     vm.on_reboot(Reboot::new(config.on_reboot, kernel, Arc::clone(&subject)));
     let handle = VmHandle::new(
         &vm,

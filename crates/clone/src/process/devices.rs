@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use clone_api::config::{BalloonConfig, RateLimit};
 use clone_api::control::{BalloonStatus, GuestMemoryStats};
-use clone_api::{ApiError, ErrorCode, VmConfig};
+use clone_api::{ApiError, ErrorCode, Shape, VmConfig};
 use clone_disk::Disk;
 use clone_memory::GuestRam;
 use clone_vmm::devices::balloon::{Balloon, BalloonOffer, BalloonState, DiscardRam};
@@ -14,7 +14,7 @@ use clone_vmm::devices::net::NetHandle;
 use clone_vmm::devices::rng::{Rng, RngState};
 use clone_vmm::devices::vsock::{Vsock, VsockResources, VsockState};
 use clone_vmm::event_loop::EventLoop;
-use clone_vmm::machine::DeviceSlot;
+use clone_vmm::machine::{DeviceSlot, MachineState};
 use clone_vmm::pci::virtio_pci::{SharedVirtioDevice, VirtioPciState};
 use clone_vmm::rate_limit::{Rate, RateLimits};
 use clone_vmm::virtio::{DeviceError, VirtioDevice};
@@ -22,6 +22,13 @@ use clone_vmm::virtio::{DeviceError, VirtioDevice};
 use super::open::DeviceResources;
 use super::{disks, nets};
 use crate::error::Result;
+
+// Virtio device ids (VIRTIO 5).
+const VIRTIO_ID_NET: u32 = 1;
+const VIRTIO_ID_BLOCK: u32 = 2;
+const VIRTIO_ID_RNG: u32 = 4;
+const VIRTIO_ID_BALLOON: u32 = 5;
+const VIRTIO_ID_VSOCK: u32 = 19;
 
 /// The devices, and what reaches them from outside their transports.
 pub(super) struct Devices {
@@ -37,6 +44,34 @@ pub(super) struct Handles {
     pub(super) disks: Vec<Arc<Mutex<Disk>>>,
     /// Locked by its transport and the control socket, one call at a time.
     pub(super) balloon: Option<Arc<Mutex<Balloon>>>,
+}
+
+/// The kinds of the devices of a machine of this shape, in slot order.
+pub(crate) fn kinds(shape: &Shape) -> Vec<u32> {
+    let mut kinds = vec![VIRTIO_ID_BLOCK; shape.disks.len()];
+    kinds.extend(shape.nets.iter().map(|_| VIRTIO_ID_NET));
+    kinds.extend(shape.vsock.map(|_| VIRTIO_ID_VSOCK));
+    kinds.extend(shape.balloon.map(|_| VIRTIO_ID_BALLOON));
+    kinds.extend(shape.rng.then_some(VIRTIO_ID_RNG));
+    kinds
+}
+
+/// Whether `state` is that of a machine of this shape, as far as its parts go; else why not. Each
+/// device looks at its own part when it is built.
+pub(crate) fn check_fits(state: &MachineState, shape: &Shape) -> std::result::Result<(), String> {
+    let (saved, described) = (state.vcpus.len(), shape.vcpus as usize);
+    if saved != described {
+        return Err(format!("it has {saved} CPUs for a machine of {described}"));
+    }
+    let saved: Vec<u32> = state
+        .devices
+        .iter()
+        .map(VirtioPciState::device_type)
+        .collect();
+    match saved == kinds(shape) {
+        true => Ok(()),
+        false => Err("its devices are not those of its machine".to_owned()),
+    }
 }
 
 /// Builds the devices on what was opened for them, new ones or (where there are any) from their

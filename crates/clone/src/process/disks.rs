@@ -1,10 +1,11 @@
 //! The disks of a VM: from the description to open files, and to devices.
 
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use clone_api::config::{DiskConfig, DiskFormat, Overlay};
+use clone_api::shape::DISK_QUEUES;
 use clone_api::{ApiError, ErrorCode};
 use clone_disk::{Disk, DiskError, DiskFiles, DiskSpec, EngineKind, Format, ImageSpec, Writes};
 use clone_vmm::devices::block::{Block, BlockConfig, BlockState};
@@ -13,6 +14,7 @@ use super::devices;
 use super::start::ForkDisk;
 use crate::error::Result;
 use crate::scratch;
+use crate::shared_file::SharedFile;
 
 /// Fills in the formats that the description leaves to the images' names and contents.
 pub fn find_formats(disk: &mut DiskConfig) -> Result<()> {
@@ -57,43 +59,48 @@ fn image(path: &Path, format: DiskFormat) -> ImageSpec {
 pub fn described(disk: &DiskConfig) -> Result<DiskSpec> {
     let mut disk = disk.clone();
     find_formats(&mut disk)?;
-    let ForkDisk { base, backing, .. } = as_base(&disk);
-    let spec = DiskSpec {
-        base: base.map(|(path, format)| image(&path, format)),
-        backing: backing
-            .iter()
-            .map(|(path, format)| image(path, *format))
-            .collect(),
-        layers: Vec::new(),
-        writes: Writes::Refused,
-    };
+    let spec = image_of(&as_base(&disk));
     spec.check().map_err(|error| told(&disk, &error))?;
     Ok(spec)
 }
 
-/// What clones of a booted VM have below its disk's own writes.
+/// What clones of a booted VM have below its disk's own writes, by the caller's word.
 pub fn as_base(disk: &DiskConfig) -> ForkDisk {
-    let format = |format: Option<DiskFormat>| format.unwrap_or(DiskFormat::Raw);
+    let image = |path: &Path, format: Option<DiskFormat>| {
+        let file = SharedFile::named(path.to_owned());
+        (file, format.unwrap_or(DiskFormat::Raw))
+    };
     let backing = disk.backing.iter();
     ForkDisk {
-        base: Some((disk.path.clone(), format(disk.format))),
-        backing: backing
-            .map(|image| (image.path.clone(), format(image.format)))
-            .collect(),
+        base: Some(image(&disk.path, disk.format)),
+        backing: backing.map(|it| image(&it.path, it.format)).collect(),
         layers: match &disk.overlay {
-            Overlay::Kept(layer) => vec![layer.clone()],
+            Overlay::Kept(layer) => vec![SharedFile::named(layer.clone())],
             Overlay::None | Overlay::Ephemeral => Vec::new(),
         },
     }
+}
+
+/// Opens the image of a disk that VMs share, without what lies over it, for reading.
+pub fn open_image(shared: &ForkDisk) -> Result<DiskFiles> {
+    let files = image_of(shared).open();
+    let files = files.map_err(|error| ApiError::internal(&error))?;
+    check_shared(shared, &files)?;
+    Ok(files)
 }
 
 /// Opens and locks the files of a disk; with `shared` those that a clone has instead of the
 /// described image.
 pub(super) fn open(disk: &DiskConfig, shared: Option<&ForkDisk>) -> Result<DiskFiles> {
     let spec = spec_of(disk, shared)?;
-    spec.check()
+    let files = spec
+        .check()
         .and_then(|()| spec.open())
-        .map_err(|error| told(disk, &error))
+        .map_err(|error| told(disk, &error))?;
+    if let Some(shared) = shared {
+        check_shared(shared, &files)?;
+    }
+    Ok(files)
 }
 
 fn spec_of(disk: &DiskConfig, shared: Option<&ForkDisk>) -> Result<DiskSpec> {
@@ -109,19 +116,36 @@ fn spec_of(disk: &DiskConfig, shared: Option<&ForkDisk>) -> Result<DiskSpec> {
             ..described(disk)?
         });
     };
-    let images = |files: &[(PathBuf, DiskFormat)]| {
-        let files = files.iter();
-        files.map(|(path, format)| image(path, *format)).collect()
-    };
+    let layers = shared.layers.iter().map(|layer| layer.path.clone());
     Ok(DiskSpec {
-        base: shared
-            .base
-            .as_ref()
-            .map(|(path, format)| image(path, *format)),
-        backing: images(&shared.backing),
-        layers: shared.layers.clone(),
+        layers: layers.collect(),
         writes,
+        ..image_of(shared)
     })
+}
+
+/// The image and its backing files, only read.
+fn image_of(shared: &ForkDisk) -> DiskSpec {
+    let of = |(file, format): &(SharedFile, DiskFormat)| image(&file.path, *format);
+    DiskSpec {
+        base: shared.base.as_ref().map(of),
+        backing: shared.backing.iter().map(of).collect(),
+        layers: Vec::new(),
+        writes: Writes::Refused,
+    }
+}
+
+/// What was opened is what was meant.
+fn check_shared(shared: &ForkDisk, files: &DiskFiles) -> Result<()> {
+    let images = shared.base.iter().chain(&shared.backing);
+    let opened = files.base.iter().chain(&files.backing);
+    for ((shared, _), (file, _)) in images.zip(opened) {
+        shared.check(file)?;
+    }
+    for (shared, file) in shared.layers.iter().zip(&files.layers) {
+        shared.check(file)?;
+    }
+    Ok(())
 }
 
 /// The device of a disk, new or as it was `saved`, and the disk behind it.
@@ -132,12 +156,15 @@ pub(super) fn device(
 ) -> Result<(Block, Arc<Mutex<Disk>>)> {
     let opened = Disk::open(files, EngineKind::Uring).map_err(|error| told(disk, &error))?;
     let opened = Arc::new(Mutex::new(opened));
+    let limits = devices::limits(disk.rate_limit.as_ref());
     let state = match saved {
-        Some(bytes) => BlockState::decode(bytes).map_err(|error| ApiError::internal(&error))?,
+        Some(bytes) => BlockState::decode(bytes)
+            .map_err(|error| ApiError::internal(&error))?
+            .with_limits(limits),
         None => BlockState::fresh(&BlockConfig {
             id: serial_number(&disk.path),
-            queues: 1,
-            limits: devices::limits(disk.rate_limit.as_ref()),
+            queues: DISK_QUEUES,
+            limits,
         }),
     };
     let device = Block::new(Arc::clone(&opened) as _, state);

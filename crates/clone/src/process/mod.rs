@@ -13,7 +13,7 @@ pub mod assemble;
 pub mod console;
 pub mod control;
 mod descriptors;
-mod devices;
+pub(crate) mod devices;
 pub mod disks;
 mod lineage;
 mod nets;
@@ -174,6 +174,7 @@ fn start_vm(
     let _ = rustix::process::setsid();
     let extra: Vec<String> = kernel_arguments(&start);
     let required = start.required_jail.clone();
+    let kvm = open::open_kvm()?;
     let (config, resources) = open::open(dir, start, taps)?;
     timeline.reach(StartStage::Opened);
     let disks = resources.devices.disks.iter();
@@ -188,7 +189,7 @@ fn start_vm(
     required.check(&jail)?;
     timeline.reach(StartStage::Jailed);
     let described = (config, jail.clone());
-    let mut vm = assemble::assemble(dir, described, &extra, resources, events, timeline)?;
+    let mut vm = assemble::assemble(dir, described, &extra, kvm, resources, events, timeline)?;
     // Everything is made: from here on no thread needs more than its daily calls.
     jail::confine_event_loop().map_err(|error| ApiError::internal(&error))?;
     vm.reach(StartStage::Ready);

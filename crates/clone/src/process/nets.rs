@@ -76,7 +76,8 @@ pub(super) fn device(open: OpenNet, saved: Option<&[u8]>) -> Result<Net> {
     let state = match saved {
         Some(bytes) => NetState::decode(bytes)
             .map_err(|error| ApiError::internal(&error))?
-            .with_mac(attached.mac.0),
+            .with_mac(attached.mac.0)
+            .with_limits(limits),
         None => NetState::fresh(net::NetConfig {
             mac: attached.mac.0,
             mtu: attached.mtu,

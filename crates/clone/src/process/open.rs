@@ -8,7 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use clone_api::{ApiError, ErrorCode, VmConfig};
+use clone_api::{ApiError, ErrorCode, Shape, VmConfig};
 use clone_disk::DiskFiles;
 use clone_memory::{Layer, LayerError, LayerStack, Pagemap};
 use clone_vmm::machine::MachineState;
@@ -18,15 +18,19 @@ use rustix::fs::FlockOperation;
 
 use super::nets::OpenNet;
 use super::reboot::BootFiles;
-use super::start::{Fork, ForkDisk, Origin, Start};
-use super::{disks, nets};
+use super::start::{BootSource, Fork, ForkDisk, Origin, Start};
+use super::{devices, disks, nets};
 use crate::error::{Result, failed};
 use crate::process::console::ConsoleLog;
 use crate::runtime::VmDir;
+use crate::shared_file::SharedFile;
+
+/// Why a clone of a template of an older format cannot reboot.
+const NO_KERNEL: &str =
+    "its template has no kernel of its own: `clone template upgrade` makes one that has";
 
 /// What a VM is made from, open.
 pub(super) struct Resources {
-    pub(super) kvm: Kvm,
     pub(super) origin: OpenOrigin,
     pub(super) control: UnixListener,
     pub(super) console: UnixListener,
@@ -72,10 +76,10 @@ pub(super) struct DeviceResources {
 /// Opens what the description names, takes over the `taps` that came with it, and makes the
 /// sockets and logs in `dir`.
 pub(super) fn open(dir: &VmDir, start: Start, taps: Vec<OwnedFd>) -> Result<(VmConfig, Resources)> {
+    start.check()?;
     let config = start.config;
-    let kvm = open_kvm()?;
     let shared_disks: Vec<Option<ForkDisk>> = match &start.origin {
-        Origin::Boot { .. } => config.disks.iter().map(|_| None).collect(),
+        Origin::Boot(_) => config.disks.iter().map(|_| None).collect(),
         Origin::Fork(fork) => fork.disks.iter().cloned().map(Some).collect(),
     };
     let origin = open_origin(start.origin, &config)?;
@@ -106,7 +110,6 @@ pub(super) fn open(dir: &VmDir, start: Start, taps: Vec<OwnedFd>) -> Result<(VmC
         vsock,
     };
     let resources = Resources {
-        kvm,
         origin,
         control: listen(&dir.control_socket())?,
         console: listen(&dir.console_socket())?,
@@ -118,66 +121,93 @@ pub(super) fn open(dir: &VmDir, start: Start, taps: Vec<OwnedFd>) -> Result<(VmC
     Ok((config, resources))
 }
 
+/// Opens all that [`start`](super::start) names and lets go of it again: a start up to where KVM
+/// comes in, for tests of what a fork touches.
+#[doc(hidden)]
+pub fn rehearse(dir: &VmDir, start: Start) -> Result<()> {
+    open(dir, start, Vec::new()).map(drop)
+}
+
 fn open_origin(origin: Origin, config: &VmConfig) -> Result<OpenOrigin> {
     match origin {
-        Origin::Boot { kernel } => open_boot(&kernel, config).map(OpenOrigin::Boot),
+        Origin::Boot(source) => open_boot(&source).map(OpenOrigin::Boot),
         Origin::Fork(fork) => open_fork(&fork, config).map(|fork| OpenOrigin::Fork(Box::new(fork))),
     }
 }
 
-fn open_boot(kernel: &Path, config: &VmConfig) -> Result<BootFiles> {
+fn open_boot(source: &BootSource) -> Result<BootFiles> {
     Ok(BootFiles {
-        kernel: read_only("open the kernel", kernel)?,
-        initrd: match &config.initrd {
-            Some(path) => Some(read_only("open the initrd", path)?),
-            None => None,
-        },
+        kernel: source.kernel.open()?,
+        initrd: source.initrd.as_ref().map(SharedFile::open).transpose()?,
     })
 }
 
 fn open_fork(fork: &Fork, config: &VmConfig) -> Result<OpenFork> {
-    let locks = fork.locks.iter().map(|path| {
-        let file = read_only("open", path)?;
-        rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared)
-            .map_err(|error| failed("share the template of", path)(error.into()))?;
-        Ok(file)
-    });
+    let locks = fork.locks.iter().map(open_lock);
     let locks = locks.collect::<Result<_>>()?;
     let damaged = |error: LayerError| {
         ApiError::new(ErrorCode::InvalidConfig, error.to_string())
             .advise("`clone template verify` tells all that is wrong")
     };
     let mut layers = Vec::with_capacity(fork.memory.len());
-    for path in &fork.memory {
-        let file = read_only("open the memory layer", path)?;
-        layers.push(Layer::open(file, path.display().to_string()).map_err(damaged)?);
+    for shared in &fork.memory {
+        let name = shared.path.display().to_string();
+        layers.push(Layer::open(shared.open()?, name).map_err(damaged)?);
     }
-    let state = read_only("open the machine's state", &fork.state)?;
-    let mut bytes = Vec::new();
-    state
-        .take(snapshot::MAX_BYTES)
-        .read_to_end(&mut bytes)
-        .map_err(failed("read the machine's state", &fork.state))?;
-    let state = snapshot::decode(&bytes).map_err(|error| {
-        ApiError::new(
-            ErrorCode::InvalidConfig,
-            format!("{}: {error}", fork.state.display()),
-        )
-    })?;
-    Ok(OpenFork {
+    let opened = OpenFork {
         memory: LayerStack::new(layers).map_err(damaged)?,
-        state,
-        prefetch: match &fork.prefetch {
-            Some(path) => Some(read_only("open", path)?),
-            None => None,
-        },
+        state: read_state(&fork.state)?,
+        prefetch: fork.prefetch.as_ref().map(SharedFile::open).transpose()?,
         observed: fork.observed,
-        // A clone does well without until it reboots, and its template may come from elsewhere.
-        boot: open_boot(&fork.kernel, config).map_err(|error| error.message),
+        // A clone does well without until it reboots.
+        boot: match &fork.boot {
+            Some(source) => open_boot(source).map_err(|error| error.message),
+            None => Err(NO_KERNEL.to_owned()),
+        },
         disk_layers: fork.disks.iter().map(|disk| disk.layers.len()).collect(),
         standby: fork.standby,
         locks,
+    };
+    opened.check_fits(config)?;
+    Ok(opened)
+}
+
+fn open_lock(shared: &SharedFile) -> Result<File> {
+    let file = shared.open()?;
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared)
+        .map_err(|error| failed("share the template of", &shared.path)(error.into()))?;
+    Ok(file)
+}
+
+fn read_state(shared: &SharedFile) -> Result<MachineState> {
+    let mut bytes = Vec::new();
+    shared
+        .open()?
+        .take(snapshot::MAX_BYTES)
+        .read_to_end(&mut bytes)
+        .map_err(failed("read the machine's state", &shared.path))?;
+    snapshot::decode(&bytes).map_err(|error| {
+        let message = format!("{}: {error}", shared.path.display());
+        ApiError::new(ErrorCode::InvalidConfig, message)
     })
+}
+
+impl OpenFork {
+    /// Refuses what is not a snapshot of the machine that `config` describes.
+    fn check_fits(&self, config: &VmConfig) -> Result<()> {
+        let shape = Shape::of(config, &vec![0; config.disks.len()]);
+        let (held, described) = (self.memory.layout().size(), shape.memory.0);
+        let fits = match held == described {
+            true => devices::check_fits(&self.state, &shape),
+            false => Err(format!(
+                "it has {held} bytes of RAM for a VM of {described}"
+            )),
+        };
+        fits.map_err(|reason| {
+            let message = format!("the snapshot is not of the machine described: {reason}");
+            ApiError::new(ErrorCode::InvalidConfig, message)
+        })
+    }
 }
 
 /// Opens `/dev/kvm`, with advice for each way in which that fails.

@@ -5,6 +5,7 @@
 //! whose kernel panicked is not booted again: it would most likely panic for ever.
 
 use std::fs::File;
+use std::io;
 use std::sync::{Arc, TryLockError};
 
 use clone_api::VmConfig;
@@ -21,6 +22,15 @@ pub(super) struct BootFiles {
 }
 
 impl BootFiles {
+    /// The same files for another owner.
+    pub(super) fn try_clone(&self) -> io::Result<Self> {
+        let initrd = self.initrd.as_ref().map(File::try_clone);
+        Ok(Self {
+            kernel: self.kernel.try_clone()?,
+            initrd: initrd.transpose()?,
+        })
+    }
+
     /// What `config` boots, with the words that its devices need on the command line.
     pub(super) fn kernel(self, config: &VmConfig, extra_arguments: &[String]) -> Kernel {
         let mut cmdline = config.kernel_cmdline();

@@ -20,6 +20,7 @@ use clone_vmm::snapshot::{self, CpuProfile};
 
 use super::assemble::told;
 use super::lineage::Lineage;
+use super::reboot::BootFiles;
 use super::vm::{SharedMachine, locked};
 use crate::cpu;
 use crate::error::{Result, storage_failed};
@@ -28,6 +29,8 @@ use crate::error::{Result, storage_failed};
 const SMALL_BYTES: u64 = 1 << 20;
 /// How often at most: a guest that writes faster than it is copied is paused in the end.
 const ROUNDS: usize = 4;
+/// How much of a kernel is copied at a time.
+const COPY_BYTES: usize = 1 << 20;
 
 /// A writable disk of the VM.
 #[derive(Clone)]
@@ -44,6 +47,8 @@ pub(super) struct Subject {
     pub(super) lineage: Lineage,
     /// In the order of the description.
     pub(super) disks: Vec<SnapshotDisk>,
+    /// What it boots when it reboots; none for a clone whose template has none.
+    pub(super) boot: Option<BootFiles>,
 }
 
 /// The subject, locked by the thread that takes a snapshot: one at a time.
@@ -53,13 +58,16 @@ pub(super) type SharedSubject = Arc<Mutex<Subject>>;
 struct Files {
     memory: File,
     state: File,
+    /// For the kernel and the initial RAM disk, where they are wanted.
+    kernel: Option<(File, File)>,
     /// For each disk: the layer for new writes, and where the frozen ones go.
     disks: Vec<(u32, File, File)>,
 }
 
 impl Files {
     fn sort(request: &SnapshotRequest, files: Vec<OwnedFd>) -> Result<Self> {
-        let wanted = 2 + 2 * request.disks.len();
+        let kernel = if request.kernel { 2 } else { 0 };
+        let wanted = 2 + kernel + 2 * request.disks.len();
         if files.len() != wanted {
             let message = format!("{} files came with the request, not {wanted}", files.len());
             return Err(ApiError::new(ErrorCode::BadRequest, message));
@@ -71,11 +79,16 @@ impl Files {
                 .ok_or_else(|| ApiError::new(ErrorCode::BadRequest, "a file is missing"))
         };
         let (memory, state) = (next()?, next()?);
+        let kernel = match request.kernel {
+            true => Some((next()?, next()?)),
+            false => None,
+        };
         let disks = request.disks.iter();
         let disks = disks.map(|&index| Ok((index, next()?, next()?)));
         Ok(Self {
             memory,
             state,
+            kernel,
             disks: disks.collect::<Result<_>>()?,
         })
     }
@@ -156,6 +169,7 @@ impl Subject {
         let state_bytes = snapshot::encode(&state).map_err(|error| ApiError::internal(&error))?;
         let written = files.state.write_all_at(&state_bytes, 0);
         written.map_err(|error| storage_failed(&error).advise("make room on that disk"))?;
+        let (kernel, initrd) = self.write_kernel(files.kernel)?;
         let disks: Vec<DiskTaken> = frozen.into_iter().map(export).collect::<Result<_>>()?;
         let memory_bytes = writer.data_bytes();
         let layer = writer
@@ -177,9 +191,23 @@ impl Subject {
             memory_bytes,
             state_bytes: state_bytes.len() as u64,
             disks,
+            kernel,
+            initrd,
             cpu: cpu::features_of(CpuProfile::of_saved(&state.vcpus)),
             times,
         })
+    }
+
+    /// Writes what the VM boots; whether there is a kernel and an initial RAM disk.
+    fn write_kernel(&self, files: Option<(File, File)>) -> Result<(bool, bool)> {
+        let (Some((kernel, initrd)), Some(boot)) = (files, &self.boot) else {
+            return Ok((false, false));
+        };
+        copy_file(&boot.kernel, &kernel)?;
+        if let Some(ours) = &boot.initrd {
+            copy_file(ours, &initrd)?;
+        }
+        Ok((true, boot.initrd.is_some()))
     }
 
     /// Copies while the guest runs, until little is left.
@@ -276,6 +304,23 @@ impl Subject {
             let layers = disk.disk.lock().unwrap_or_else(PoisonError::into_inner);
             disk.parent_layers = layers.layers().len() - 1;
         }
+    }
+}
+
+/// Copies a file, by calls that the jail allows. Where it is read for a reboot, too, positions do
+/// not matter.
+fn copy_file(from: &File, to: &File) -> Result<()> {
+    let mut buffer = vec![0; COPY_BYTES];
+    let mut at = 0;
+    loop {
+        let count = from.read_at(&mut buffer, at);
+        let count = count.map_err(|error| ApiError::internal(&error))?;
+        if count == 0 {
+            return Ok(());
+        }
+        let written = to.write_all_at(&buffer[..count], at);
+        written.map_err(|error| ApiError::internal(&error).advise("make room on that disk"))?;
+        at += count as u64;
     }
 }
 

@@ -5,14 +5,15 @@ use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 
 use clone_api::config::DiskFormat;
 use clone_api::jail::RequiredJail;
+use clone_api::validate::{validate, validate_unnamed};
 use clone_api::{ApiError, ErrorCode, MacAddr, VmConfig, descriptors};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
+use crate::shared_file::SharedFile;
 
 /// The largest document that is read; the largest that is written has a few kilobytes.
 const MAX_DOCUMENT: usize = 4 << 20;
@@ -34,47 +35,52 @@ pub struct Start {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Origin {
     /// A kernel boots.
-    Boot {
-        /// The described kernel, or a `vmlinux` that was extracted from it.
-        kernel: PathBuf,
-    },
-    /// A snapshot goes on.
-    Fork(Fork),
+    Boot(BootSource),
+    /// A snapshot goes on. Boxed, as it is large.
+    Fork(Box<Fork>),
 }
 
 /// A snapshot to go on from.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Fork {
     /// The memory layers, the base first.
-    pub memory: Vec<PathBuf>,
+    pub memory: Vec<SharedFile>,
     /// The machine's state.
-    pub state: PathBuf,
+    pub state: SharedFile,
     /// Held with shared locks for as long as the VM lives, so that nobody removes what it uses.
-    pub locks: Vec<PathBuf>,
+    pub locks: Vec<SharedFile>,
     /// The disks, in the order of the description.
     pub disks: Vec<ForkDisk>,
     /// Whether it only gets ready, and runs when it is given its name.
     pub standby: bool,
     /// Pages to bring in before the guest runs.
-    pub prefetch: Option<PathBuf>,
+    pub prefetch: Option<SharedFile>,
     /// Whether its pages come one by one, so that what it touches can be told: a kernel brings in
     /// the neighbours of what is read, too.
     pub observed: bool,
-    /// What its guest boots when it reboots, if it is there: the described kernel, or a `vmlinux`
-    /// that was extracted from it.
-    pub kernel: PathBuf,
+    /// What its guest boots when it reboots; absent where a template of an older format has none.
+    pub boot: Option<BootSource>,
+}
+
+/// A kernel to boot, and what goes with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootSource {
+    /// The kernel, or a `vmlinux` that was extracted from it.
+    pub kernel: SharedFile,
+    /// The initial RAM disk.
+    pub initrd: Option<SharedFile>,
 }
 
 /// A disk of a clone: what it shares with others, under what the description says of it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ForkDisk {
     /// The base image and its format; none where the lowest layer holds everything.
-    pub base: Option<(PathBuf, DiskFormat)>,
+    pub base: Option<(SharedFile, DiskFormat)>,
     /// The backing files of a qcow2 base, the nearest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub backing: Vec<(PathBuf, DiskFormat)>,
+    pub backing: Vec<(SharedFile, DiskFormat)>,
     /// The layers over it, the lowest first.
-    pub layers: Vec<PathBuf>,
+    pub layers: Vec<SharedFile>,
 }
 
 /// A network interface that the launcher set up. The queues of its tap come with the document.
@@ -88,6 +94,42 @@ pub struct AttachedNet {
     pub mtu: Option<u16>,
     /// What the kernel's command line must say of the guest's address.
     pub kernel_argument: Option<String>,
+}
+
+impl Start {
+    /// Refuses a document that describes no machine that can be: the launcher is trusted, but what
+    /// it was asked to start may come from anybody.
+    pub fn check(&self) -> Result<()> {
+        let (problems, disks) = match &self.origin {
+            // A standby is given its name later.
+            Origin::Fork(fork) if fork.standby => {
+                (validate_unnamed(&self.config), Some(fork.disks.len()))
+            }
+            Origin::Fork(fork) => (validate(&self.config), Some(fork.disks.len())),
+            Origin::Boot(_) => (validate(&self.config), None),
+        };
+        let refuse = |message: String| ApiError::new(ErrorCode::InvalidConfig, message);
+        if !problems.is_empty() {
+            let problems: Vec<String> = problems.iter().map(|it| format!("  {it}")).collect();
+            let message = format!("the VM cannot be made like this:\n{}", problems.join("\n"));
+            return Err(refuse(message));
+        }
+        for (what, given, described) in [
+            ("interfaces", self.nets.len(), self.config.net.len()),
+            (
+                "disks",
+                disks.unwrap_or(self.config.disks.len()),
+                self.config.disks.len(),
+            ),
+        ] {
+            if given != described {
+                return Err(refuse(format!(
+                    "{given} {what} came for a VM with {described}"
+                )));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Sends `start`, with the queues of all taps in the order of its interfaces, and nothing after it.
@@ -139,14 +181,17 @@ fn unreadable(reason: &dyn std::fmt::Display) -> ApiError {
 
 #[cfg(test)]
 mod tests {
+    use clone_api::config::{DiskConfig, NetConfig, Overlay};
+
     use super::*;
 
     fn start(queues: u16) -> Start {
         Start {
             config: VmConfig::default(),
-            origin: Origin::Boot {
-                kernel: PathBuf::new(),
-            },
+            origin: Origin::Boot(BootSource {
+                kernel: SharedFile::named("/k".into()),
+                initrd: None,
+            }),
             nets: vec![AttachedNet {
                 queues,
                 mac: MacAddr([2, 0, 0, 0, 0, 1]),
@@ -183,5 +228,56 @@ mod tests {
         assert!(receive(theirs).unwrap().is_none());
         let (read, _write) = rustix::pipe::pipe().unwrap();
         assert!(receive(read).is_err());
+    }
+
+    fn forked() -> Start {
+        Start {
+            config: VmConfig {
+                name: "a".into(),
+                kernel: "/k".into(),
+                ..VmConfig::default()
+            },
+            origin: Origin::Fork(Box::new(Fork {
+                memory: Vec::new(),
+                state: SharedFile::named("/s".into()),
+                locks: Vec::new(),
+                disks: Vec::new(),
+                standby: false,
+                prefetch: None,
+                observed: false,
+                boot: None,
+            })),
+            nets: Vec::new(),
+            required_jail: RequiredJail::default(),
+        }
+    }
+
+    #[test]
+    fn a_description_is_checked_at_the_start_of_the_process_too() {
+        forked().check().unwrap();
+        let refused = |change: &dyn Fn(&mut VmConfig)| {
+            let mut start = forked();
+            change(&mut start.config);
+            start.check().unwrap_err().message
+        };
+        let kept = |config: &mut VmConfig| {
+            config.disks = vec![DiskConfig {
+                path: "x".into(),
+                read_only: true,
+                overlay: Overlay::Kept("/etc/ANYTHING".into()),
+                ..DiskConfig::default()
+            }];
+        };
+        assert!(refused(&kept).contains("disks[0].overlay"));
+        assert!(refused(&|it| it.name = ".standby-x".into()).contains("name"));
+        assert!(refused(&|it| it.vcpus = 0).contains("vcpus"));
+        assert!(refused(&|it| it.net = vec![NetConfig::default()]).contains("interfaces"));
+        let plain = |config: &mut VmConfig| {
+            config.disks = vec![DiskConfig {
+                path: "x".into(),
+                ..DiskConfig::default()
+            }];
+        };
+        assert!(refused(&plain).contains("disks"));
     }
 }

@@ -27,7 +27,7 @@ use super::control::{Responder, VmControl};
 use super::devices::{Handles, balloon_status};
 use super::lineage::Lineage;
 use super::prefetch;
-use super::reboot::Reboot;
+use super::reboot::{BootFiles, Reboot};
 use super::snapshot::{self, SharedSubject, SnapshotDisk, Subject};
 use super::timeline::Timeline;
 use crate::runtime::VmDir;
@@ -80,11 +80,17 @@ impl Vm {
     }
 
     /// What snapshots are taken of.
-    pub(super) fn subject(&self, lineage: Lineage, disks: Vec<SnapshotDisk>) -> SharedSubject {
+    pub(super) fn subject(
+        &self,
+        lineage: Lineage,
+        disks: Vec<SnapshotDisk>,
+        boot: Option<BootFiles>,
+    ) -> SharedSubject {
         Arc::new(Mutex::new(Subject {
             machine: Arc::clone(&self.machine),
             lineage,
             disks,
+            boot,
         }))
     }
 

@@ -38,7 +38,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, failed};
 use crate::host_net::GuestAddress;
-use crate::process::start::ForkDisk;
+use crate::process::start::{BootSource, ForkDisk};
+use crate::shared_file::SharedFile;
 pub use live::LiveDir;
 pub use process::Process;
 
@@ -456,11 +457,14 @@ pub struct Parent {
     /// The template that it was forked from, or the last kept snapshot of it.
     pub template: Option<PathBuf>,
     /// Memory layers, the base first; none for a VM that was booted.
-    pub memory: Vec<PathBuf>,
+    pub memory: Vec<SharedFile>,
     /// What each disk has below its own writes.
     pub disks: Vec<ForkDisk>,
     /// What must be locked by those who use them.
-    pub locks: Vec<PathBuf>,
+    pub locks: Vec<SharedFile>,
+    /// What its forks boot when they reboot; absent where a template of an older format has none.
+    #[serde(default)]
+    pub boot: Option<BootSource>,
 }
 
 /// A VM whose process lived when we looked.

@@ -2,25 +2,32 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions};
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use clone_api::config::DiskConfig;
-use clone_api::{ApiError, ErrorCode};
-use clone_disk::{Disk, EngineKind, Format};
+use clone_api::config::DiskFormat;
+use clone_api::shape::Ceilings;
+use clone_api::{ApiError, Bytes, ErrorCode, Shape};
+use clone_disk::{Disk, EngineKind};
 use clone_memory::Layer;
 use rustix::fs::{FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::manifest::{self, Content, HashedFile, Manifest, Memory, MemoryLayer};
-use super::{Template, faults, verify};
+use super::folder::Folder;
+use super::manifest::{self, Content, HashedFile, Manifest, Memory, MemoryLayer, refused};
+use super::{Template, faults, kernel, verify};
 use crate::error::{Result, failed};
+use crate::process::start::ForkDisk;
 use crate::process::{disks, prefetch};
 use crate::runtime::Runtime;
 
 /// What a template under construction is called: hidden, and its name in front.
 const MARK: &str = ".tmp-";
+const STATE: &str = "state";
+const KERNEL: &str = "kernel";
+const INITRD: &str = "initrd";
+
 /// What the manifest says beside what the files tell.
 #[derive(Debug, Clone)]
 pub struct Parts {
@@ -28,8 +35,10 @@ pub struct Parts {
     pub parent: Option<String>,
     /// The guest's agent's version.
     pub agent_version: Option<String>,
-    /// The VM's description.
-    pub config: clone_api::VmConfig,
+    /// The machine, whose disks have their sizes from their files.
+    pub shape: Shape,
+    /// What its forks are narrowed to.
+    pub ceilings: Ceilings,
     /// What the guest was told of its CPU.
     pub cpu: clone_api::control::CpuFeatures,
     /// When it was taken.
@@ -39,16 +48,19 @@ pub struct Parts {
 /// A template that is being made. Dropped without [`NewTemplate::commit`], it is removed.
 #[derive(Debug)]
 pub struct NewTemplate {
+    /// Where it will have its name.
+    parent: Folder,
     target: PathBuf,
-    dir: PathBuf,
+    /// The directory itself, locked: it is no dead maker's.
+    folder: Folder,
     /// Memory layers' files, the base first.
     memory: Vec<String>,
     /// For each disk its base and its layers.
     disks: Vec<(String, Vec<String>)>,
+    has_kernel: bool,
+    has_initrd: bool,
     /// Hashes of files that are a parent's own, by their name here.
     known: BTreeMap<String, String>,
-    /// The directory itself, locked: it is no dead maker's.
-    _lock: File,
 }
 
 impl NewTemplate {
@@ -64,28 +76,34 @@ impl NewTemplate {
             .mode(0o700)
             .create(parent)
             .map_err(failed("make the directory", parent))?;
-        sweep(parent)?;
-        let (dir, lock) = make_locked(&target)?;
+        let parent = Folder::open(parent)?;
+        sweep(parent.path())?;
+        let folder = make_locked(&target)?;
         Ok(Self {
+            parent,
             target,
-            dir,
+            folder,
             memory: Vec::new(),
             disks: Vec::new(),
+            has_kernel: false,
+            has_initrd: false,
             known: BTreeMap::new(),
-            _lock: lock,
         })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
     }
 
     pub(super) fn create(&self, name: &str) -> Result<File> {
         faults::step("before a file")?;
-        let path = self.dir.join(name);
-        File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(failed("make", &path))
+        let created = self.folder.create(name);
+        created.map_err(failed("make", &self.path(name)))
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        let removed = self.folder.remove(name);
+        removed.map_err(failed("remove", &self.path(name)))
     }
 
     /// The file of the next memory layer, over those there are.
@@ -98,14 +116,56 @@ impl NewTemplate {
 
     /// The file of the machine's state.
     pub fn state_file(&self) -> Result<File> {
-        self.create("state")
+        self.create(STATE)
+    }
+
+    /// The file of the kernel that the guest reboots into.
+    pub fn kernel_file(&mut self) -> Result<File> {
+        self.has_kernel = true;
+        self.create(KERNEL)
+    }
+
+    /// The file of the initial RAM disk that goes with the kernel.
+    pub fn initrd_file(&mut self) -> Result<File> {
+        self.has_initrd = true;
+        self.create(INITRD)
+    }
+
+    /// Nothing was written to the kernel's file: there is none.
+    pub fn drop_kernel(&mut self) -> Result<()> {
+        self.has_kernel = false;
+        self.remove(KERNEL)
+    }
+
+    /// Nothing was written to the initial RAM disk's file: there is none.
+    pub fn drop_initrd(&mut self) -> Result<()> {
+        self.has_initrd = false;
+        self.remove(INITRD)
+    }
+
+    /// Takes over the kernel of `parent`, whose files must be known to be as described.
+    pub fn share_kernel(&mut self, parent: &Template) -> Result<()> {
+        if let Some(kernel) = &parent.content().kernel {
+            self.share_hashed(parent, kernel, KERNEL)?;
+            self.has_kernel = true;
+        }
+        if let Some(initrd) = &parent.content().initrd {
+            self.share_hashed(parent, initrd, INITRD)?;
+            self.has_initrd = true;
+        }
+        Ok(())
+    }
+
+    /// Takes over the machine's state of `parent`.
+    pub(super) fn share_state(&mut self, parent: &Template) -> Result<()> {
+        self.share_hashed(parent, &parent.content().state, STATE)
     }
 
     /// Takes over the memory layers of `parent`, which a new one is to lie on.
     pub fn share_memory(&mut self, parent: &Template) -> Result<()> {
         for layer in &parent.content().memory.layers {
             let name = format!("memory-{}.layer", self.memory.len());
-            self.share(&parent.path(&layer.file), &name)?;
+            self.share(parent, &layer.file, &name)?;
             self.memory.push(name);
         }
         Ok(())
@@ -139,25 +199,25 @@ impl NewTemplate {
         Ok(file)
     }
 
-    /// Adds a disk with a copy of a described image. What lies over it is for the caller to add.
-    pub fn copy_disk(&mut self, disk: &DiskConfig) -> Result<()> {
-        let spec = disks::described(disk)?;
-        let is_raw = spec
-            .base
-            .as_ref()
-            .is_some_and(|base| base.format == Format::Raw);
+    /// Adds a disk with a copy of the image that `disk` has at the bottom. What lies over it is for
+    /// the caller to add.
+    pub fn copy_disk(&mut self, disk: &ForkDisk) -> Result<()> {
+        let Some((image, format)) = &disk.base else {
+            let message = "a disk without an image cannot be copied";
+            return Err(ApiError::new(ErrorCode::Internal, message));
+        };
         let copy = self.disk_file()?;
-        let image = fs::metadata(&disk.path).map_err(failed("look at", &disk.path))?;
-        if is_raw && image.is_file() {
-            return copy_image(&disk.path, &copy).map_err(failed("copy", &disk.path));
+        let path = &image.path;
+        let file = image.open()?;
+        let is_file = file.metadata().map_err(failed("look at", path))?.is_file();
+        if *format == DiskFormat::Raw && is_file {
+            return clone_disk::copy_file(&file, &copy).map_err(failed("copy", path));
         }
         // A block device has neither a length nor holes that a file's calls would tell.
-        let files = spec.open().map_err(|error| ApiError::internal(&error))?;
-        let mut opened =
-            Disk::open(files, EngineKind::Blocking).map_err(|error| ApiError::internal(&error))?;
-        opened
-            .write_raw(&copy)
-            .map_err(failed("convert", &disk.path))
+        let files = disks::open_image(disk)?;
+        let opened = Disk::open(files, EngineKind::Blocking);
+        let mut opened = opened.map_err(|error| ApiError::internal(&error))?;
+        opened.write_raw(&copy).map_err(failed("convert", path))
     }
 
     /// Adds a copy of a layer to disk `index`.
@@ -176,16 +236,19 @@ impl NewTemplate {
 
     /// Nothing was written to the last layer of disk `index`: it is not needed.
     pub fn drop_disk_layer(&mut self, index: usize) -> Result<()> {
-        if let Some(name) = self.disks[index].1.pop() {
-            let path = self.dir.join(name);
-            fs::remove_file(&path).map_err(failed("remove", &path))?;
+        match self.disks[index].1.pop() {
+            Some(name) => self.remove(&name),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Finishes it: describes what is there, makes it durable, and gives it its name.
     pub fn commit(self, parts: Parts, runtime: Option<&Runtime>) -> Result<Template> {
         let content = self.describe(parts)?;
+        content
+            .check()
+            .map_err(|reason| refused(&self.target, &reason))?;
+        self.share_kernels(&content)?;
         let manifest = Manifest {
             format: manifest::FORMAT,
             id: content.id()?,
@@ -210,33 +273,47 @@ impl NewTemplate {
         runtime: &Runtime,
     ) -> Result<Template> {
         self.write_manifest(text)?;
-        Template::open(&self.dir)?.verify(|_| {})?;
+        let folder = self.folder.at(self.folder.path())?;
+        Template::open_folder(folder)?.verify(|_| {})?;
+        self.share_kernels(&manifest.content)?;
         let template = self.publish(manifest)?;
         template.note_verified(runtime, &template.stamp()?)?;
         Ok(template)
     }
 
+    /// Replaces kernel and initial RAM disk by those of a template beside this one, where one has
+    /// the same.
+    fn share_kernels(&self, content: &Content) -> Result<()> {
+        for file in content.kernel.iter().chain(&content.initrd) {
+            if !self.known.contains_key(&file.file) {
+                kernel::share(&self.parent, &self.folder, file)?;
+            }
+        }
+        Ok(())
+    }
+
     fn write_manifest(&self, text: &[u8]) -> Result<()> {
         faults::step("before the manifest")?;
-        let path = self.dir.join(manifest::FILE);
-        fs::write(&path, text).map_err(failed("write", &path))?;
+        let mut file = self.create(manifest::FILE)?;
+        file.write_all(text)
+            .map_err(failed("write", &self.path(manifest::FILE)))?;
         faults::step("after the manifest")
     }
 
     /// Makes all files durable, and gives the template its name.
     fn publish(self, manifest: &Manifest) -> Result<Template> {
         for name in manifest.content.files().chain([manifest::FILE]) {
-            let path = self.dir.join(name);
-            seal(&path).map_err(failed("make durable", &path))?;
+            let sealed = self.folder.open_file(name).and_then(|file| seal(&file));
+            sealed.map_err(failed("make durable", &self.path(name)))?;
             faults::step("after a file was made durable")?;
         }
-        sync_dir(&self.dir)?;
+        sync(&self.folder)?;
         faults::step("before the rename")?;
         rustix::fs::renameat_with(
-            rustix::fs::CWD,
-            &self.dir,
-            rustix::fs::CWD,
-            &self.target,
+            &self.parent,
+            self.folder.path().file_name().unwrap_or_default(),
+            &self.parent,
+            self.target.file_name().unwrap_or_default(),
             RenameFlags::NOREPLACE,
         )
         .map_err(|error| match error {
@@ -244,28 +321,16 @@ impl NewTemplate {
             error => failed("make", &self.target)(error.into()),
         })?;
         faults::step("after the rename")?;
-        let target = self.target.clone();
-        sync_dir(target.parent().unwrap_or(Path::new("/")))?;
+        sync(&self.parent)?;
+        // The same directory, whatever is at its path now.
+        let folder = self.folder.at(&self.target)?;
         // It has its name: dropping this removes nothing.
         drop(self);
-        Template::open(&target)
+        Template::open_folder(folder)
     }
 
     fn describe(&self, parts: Parts) -> Result<Content> {
-        let mut layers = Vec::new();
-        let mut bytes = 0;
-        for name in &self.memory {
-            let path = self.dir.join(name);
-            let file = File::open(&path).map_err(failed("open", &path))?;
-            let layer =
-                Layer::open(file, name.clone()).map_err(|error| ApiError::internal(&error))?;
-            bytes = layer.layout().size();
-            layers.push(MemoryLayer {
-                file: name.clone(),
-                id: layer.id().to_string(),
-                data_bytes: layer.data().bytes(),
-            });
-        }
+        let memory = self.describe_memory()?;
         let mut disks = Vec::new();
         for (base, layers) in &self.disks {
             disks.push(manifest::Disk {
@@ -276,22 +341,57 @@ impl NewTemplate {
                     .collect::<Result<_>>()?,
             });
         }
+        let mut shape = parts.shape;
+        for (shape, disk) in shape.disks.iter_mut().zip(&disks) {
+            shape.bytes = Bytes(disk.base.bytes);
+        }
+        let boots = |has: bool, name| has.then(|| self.hashed(name)).transpose();
         Ok(Content {
             parent: parts.parent,
             created_unix_ms: parts.created_unix_ms,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             agent_version: parts.agent_version,
-            config: parts.config,
-            memory: Memory { bytes, layers },
-            state: self.hashed("state")?,
+            shape,
+            ceilings: parts.ceilings,
+            memory,
+            state: self.hashed(STATE)?,
             disks,
+            kernel: boots(self.has_kernel, KERNEL)?,
+            initrd: boots(self.has_initrd, INITRD)?,
             cpu: parts.cpu,
         })
     }
 
+    fn describe_memory(&self) -> Result<Memory> {
+        let mut layers = Vec::new();
+        let mut bytes = 0;
+        for name in &self.memory {
+            let file = self.open(name)?;
+            let len = file
+                .metadata()
+                .map_err(failed("look at", &self.path(name)))?
+                .len();
+            let layer =
+                Layer::open(file, name.clone()).map_err(|error| ApiError::internal(&error))?;
+            bytes = layer.layout().size();
+            layers.push(MemoryLayer {
+                file: name.clone(),
+                bytes: Some(len),
+                id: layer.id().to_string(),
+                data_bytes: layer.data().bytes(),
+            });
+        }
+        Ok(Memory { bytes, layers })
+    }
+
+    fn open(&self, name: &str) -> Result<File> {
+        let opened = self.folder.open_file(name);
+        opened.map_err(failed("open", &self.path(name)))
+    }
+
     fn hashed(&self, name: &str) -> Result<HashedFile> {
-        let path = self.dir.join(name);
-        let file = File::open(&path).map_err(failed("open", &path))?;
+        let file = self.open(name)?;
+        let path = self.path(name);
         let hash = match self.known.get(name) {
             Some(hash) => hash.clone(),
             None => verify::hash_of(&file).map_err(failed("read", &path))?,
@@ -304,7 +404,7 @@ impl NewTemplate {
     }
 
     fn share_hashed(&mut self, parent: &Template, file: &HashedFile, name: &str) -> Result<()> {
-        if self.share(&parent.path(&file.file), name)? {
+        if self.share(parent, &file.file, name)? {
             self.known.insert(name.to_owned(), file.hash.clone());
         }
         Ok(())
@@ -312,14 +412,14 @@ impl NewTemplate {
 
     /// Takes a file of another template: the same one where both are on one file system, or else
     /// a copy. Whether it is the same.
-    fn share(&self, from: &Path, name: &str) -> Result<bool> {
-        let to = self.dir.join(name);
-        if fs::hard_link(from, &to).is_ok() {
+    fn share(&self, parent: &Template, from: &str, to: &str) -> Result<bool> {
+        let file = parent.file(from)?;
+        let linked = self.folder.link(&parent.folder, from, file, to);
+        if linked.map_err(failed("link", &self.path(to)))? {
             return Ok(true);
         }
-        // Another file system, or one without links.
-        let file = self.create(name)?;
-        copy_image(from, &file).map_err(failed("copy", from))?;
+        let copy = self.create(to)?;
+        clone_disk::copy_file(file, &copy).map_err(failed("copy", &parent.path(from)))?;
         Ok(false)
     }
 }
@@ -327,7 +427,7 @@ impl NewTemplate {
 impl Drop for NewTemplate {
     fn drop(&mut self) {
         // After a commit there is nothing under this name.
-        if let Err(error) = remove_all(&self.dir) {
+        if let Err(error) = remove_all(self.folder.path()) {
             tracing::warn!(message = error.message, "half a template is left");
         }
     }
@@ -345,7 +445,14 @@ fn taken(target: &Path) -> ApiError {
 pub(super) fn is_file_of_a_template(name: &str) -> bool {
     let memory = name.starts_with("memory-") && name.ends_with(".layer");
     let disk = name.starts_with("disk-") && (name.ends_with(".raw") || name.contains(".layer-"));
-    let others = [manifest::FILE, "state", prefetch::FILE, "prefetch.new"];
+    let others = [
+        manifest::FILE,
+        STATE,
+        KERNEL,
+        INITRD,
+        prefetch::FILE,
+        "prefetch.new",
+    ];
     memory || disk || others.contains(&name)
 }
 
@@ -361,7 +468,7 @@ pub(super) fn hidden_name(target: &Path) -> Result<PathBuf> {
 
 /// Makes a hidden directory for the template at `target`, and locks it. Another maker's sweep may
 /// come between the two: then another is made.
-fn make_locked(target: &Path) -> Result<(PathBuf, File)> {
+fn make_locked(target: &Path) -> Result<Folder> {
     loop {
         let dir = hidden_name(target)?;
         fs::DirBuilder::new()
@@ -369,7 +476,7 @@ fn make_locked(target: &Path) -> Result<(PathBuf, File)> {
             .create(&dir)
             .map_err(failed("make", &dir))?;
         match lock(&dir) {
-            Ok(Some(lock)) => return Ok((dir, lock)),
+            Ok(Some(folder)) => return Ok(folder),
             Ok(None) => {}
             Err(error) => {
                 remove_all(&dir)?;
@@ -379,16 +486,20 @@ fn make_locked(target: &Path) -> Result<(PathBuf, File)> {
     }
 }
 
-/// Locks a directory that was just made; `None` where a sweep was faster.
-fn lock(dir: &Path) -> Result<Option<File>> {
+/// Opens and locks a directory that was just made; `None` where a sweep was faster.
+fn lock(dir: &Path) -> Result<Option<Folder>> {
     faults::step("before the lock")?;
-    let locked = open_dir(dir).and_then(|opened| {
-        rustix::fs::flock(&opened, FlockOperation::NonBlockingLockExclusive)?;
+    let folder = match Folder::open(dir) {
+        Err(_) if matches!(rustix::fs::lstat(dir), Err(Errno::NOENT)) => return Ok(None),
+        folder => folder?,
+    };
+    // Where others may write to its parent, they may have put their own there.
+    folder.check_trusted()?;
+    match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive)
         // It may have been removed between the two.
-        rustix::fs::lstat(dir).map(|_| opened)
-    });
-    match locked {
-        Ok(lock) => Ok(Some(lock)),
+        .and_then(|()| rustix::fs::lstat(dir))
+    {
+        Ok(_) => Ok(Some(folder)),
         Err(Errno::NOENT | Errno::WOULDBLOCK) => Ok(None),
         Err(error) => Err(failed("lock", dir)(error.into())),
     }
@@ -429,15 +540,14 @@ pub(super) fn remove_all(dir: &Path) -> Result<()> {
 }
 
 /// Makes a file durable, and forbids to change it.
-fn seal(path: &Path) -> io::Result<()> {
-    let file = File::open(path)?;
+fn seal(file: &File) -> io::Result<()> {
     file.set_permissions(Permissions::from_mode(0o400))?;
     file.sync_all()
 }
 
-fn sync_dir(dir: &Path) -> Result<()> {
-    let synced = File::open(dir).and_then(|opened| opened.sync_all());
-    synced.map_err(failed("make durable", dir))
+fn sync(folder: &Folder) -> Result<()> {
+    let synced = folder.file().sync_all();
+    synced.map_err(failed("make durable", folder.path()))
 }
 
 /// Copies an image or a layer with its holes.

@@ -9,8 +9,9 @@ use std::process::Command;
 use proptest::prelude::*;
 
 use super::faults::{Fault, inject};
-use super::tests::{Place, names, tamper};
+use super::tests::{names, tamper};
 use super::*;
+use crate::testing::Place;
 
 /// More steps than making a template has.
 const MANY: u32 = 100;
@@ -148,7 +149,7 @@ proptest! {
         let parent = place.make("a", None);
         let child = place.make("b", Some(&parent));
         let mut files = names(child.dir());
-        prop_assert_eq!(files.len(), 6);
+        prop_assert_eq!(files.len(), 7);
         let file = files.swap_remove(which.index(files.len()));
         let path = child.dir().join(&file);
         drop((child, parent));
@@ -170,7 +171,13 @@ proptest! {
 
 #[test]
 fn a_pipe_in_place_of_a_file_is_refused_and_not_waited_for() {
-    for file in ["memory-0.layer", "state", "disk-0.raw", manifest::FILE] {
+    for file in [
+        "memory-0.layer",
+        "state",
+        "disk-0.raw",
+        "kernel",
+        manifest::FILE,
+    ] {
         let place = Place::new();
         drop(place.make("a", None));
         let path = place.path("a").join(file);
@@ -183,7 +190,7 @@ fn a_pipe_in_place_of_a_file_is_refused_and_not_waited_for() {
 }
 
 /// Writes a manifest with another content and the id that goes with it.
-fn rewrite(dir: &Path, change: impl FnOnce(&mut Content)) {
+pub(super) fn rewrite(dir: &Path, change: impl FnOnce(&mut Content)) {
     let path = dir.join(manifest::FILE);
     let mut manifest = Manifest::parse(&fs::read(&path).unwrap(), dir).unwrap();
     change(&mut manifest.content);
@@ -207,24 +214,30 @@ fn parts_that_do_not_belong_together_are_refused_though_their_hashes_are_right()
         error.unwrap_err().message
     };
     rewrite(&dir, |content| {
-        let twice = content.disks[0].layers[0].clone();
-        content.disks[0].layers.push(twice);
+        let disk = &mut content.disks[0];
+        let (base, layer) = (disk.base.clone(), disk.layers[0].clone());
+        disk.base.hash = layer.hash;
+        disk.layers[0].hash = base.hash;
     });
-    assert!(refusal().contains("disk 0"), "{}", refusal());
+    assert!(refusal().contains("disk-0.raw"), "{}", refusal());
     rewrite(&dir, |content| {
-        content.disks[0].layers.pop();
+        let disk = &mut content.disks[0];
+        let (base, layer) = (disk.base.clone(), disk.layers[0].clone());
+        disk.base.hash = layer.hash;
+        disk.layers[0].hash = base.hash;
         content.memory.layers.remove(0);
     });
     assert!(refusal().contains("memory-1.layer"), "{}", refusal());
+    rewrite(&dir, |content| {
+        content.memory.layers[0].id = "ab".to_owned()
+    });
+    assert!(refusal().contains("another layer"), "{}", refusal());
     let dir = place.path("a");
     rewrite(&dir, |content| {
         content.memory.bytes *= 2;
-        content.config.memory.0 *= 2;
+        content.shape.memory.0 *= 2;
     });
     let error = place.store().open("a").unwrap().memory().unwrap_err();
-    assert!(error.message.contains("bytes of RAM"), "{error}");
-    rewrite(&dir, |content| content.config.memory.0 *= 2);
-    let error = place.store().open("a").unwrap_err();
     assert!(error.message.contains("bytes of RAM"), "{error}");
 }
 

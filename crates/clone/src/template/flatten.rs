@@ -1,12 +1,11 @@
 //! Making one layer of many: for a template at the end of a long chain.
 
-use std::fs;
 use std::path::Path;
 
 use clone_api::ApiError;
 
 use super::{NewTemplate, Parts, Template};
-use crate::error::{Result, failed};
+use crate::error::Result;
 use crate::runtime::Runtime;
 
 /// Makes a template at `target` that is `template` with one memory layer and plain disks. `done`
@@ -26,9 +25,8 @@ pub fn flatten(
         .flatten(0, file, "memory")
         .map_err(internal)?;
     done(memory_bytes(template));
-    let state = template.state_path();
-    let bytes = fs::read(&state).map_err(failed("read", &state))?;
-    std::io::Write::write_all(&mut new.state_file()?, &bytes).map_err(failed("copy", &state))?;
+    new.share_state(template)?;
+    new.share_kernel(template)?;
     for (index, disk) in template.content().disks.iter().enumerate() {
         let mut opened = template.open_disk(index)?;
         let image = new.disk_file()?;
@@ -44,7 +42,8 @@ pub fn flatten(
         Parts {
             parent: None,
             agent_version: content.agent_version.clone(),
-            config: content.config.clone(),
+            shape: content.shape.clone(),
+            ceilings: content.ceilings.clone(),
             cpu: content.cpu.clone(),
             created_unix_ms: content.created_unix_ms,
         },

@@ -1,10 +1,15 @@
 //! Templates on disk: what clones are forked from.
 //!
 //! A template is a directory that holds all it needs: `manifest.json`, the machine's `state`,
-//! memory layers, and for each disk a raw base image and layers. What it shares with its parent
-//! are hard links, so either may be removed. It is made under a hidden name and renamed when it
-//! is whole and durable ([`NewTemplate`]): a crash leaves nothing or all of it. Every clone holds a
-//! shared lock on the manifest, so a template in use is not removed.
+//! memory layers, for each disk a raw base image and layers, and the kernel that its guest reboots
+//! into. What it shares with others are hard links, so any of them may be removed. It is made under
+//! a hidden name and renamed when it is whole and durable ([`NewTemplate`]): a crash leaves nothing
+//! or all of it. Every clone holds a shared lock on the manifest, so a template in use is not
+//! removed.
+//!
+//! A template may come from a stranger. It says what its machine looks like and nothing of this
+//! host ([`manifest`]); it is opened once, through its directory's descriptor ([`folder`]), and what
+//! was verified through that descriptor is what clones use ([`SharedFile`]).
 //!
 //! Hashing all of it at each fork would take longer than the fork. It is verified once on each
 //! host, and again when a file's times or size say that something touched it ([`verify`]).
@@ -12,20 +17,27 @@
 mod build;
 mod faults;
 mod flatten;
+mod folder;
+mod kernel;
 pub mod manifest;
+mod migrate;
 mod store;
 mod transfer;
+mod upgrade;
 mod verify;
 
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use clone_api::config::DiskFormat;
 use clone_api::{ApiError, ErrorCode};
-use clone_disk::{Disk, DiskSpec, EngineKind, Format};
+use clone_disk::{Disk, DiskFiles, EngineKind, Format, WriteFile};
 use clone_memory::{Layer, LayerStack};
+use clone_vmm::machine::MachineState;
+use clone_vmm::snapshot;
 use rustix::fs::FlockOperation;
 
 pub use build::{NewTemplate, Parts};
@@ -33,65 +45,72 @@ pub use flatten::{bytes_to_flatten, flatten};
 pub use manifest::{Content, Manifest};
 pub use store::Store;
 pub use transfer::{receive, send};
+pub use upgrade::upgrade;
 pub use verify::{forget_verified, hash_of};
 
 use crate::error::{Result, failed};
 use crate::process::prefetch;
-use crate::process::start::ForkDisk;
-use manifest::refused;
+use crate::process::start::{BootSource, ForkDisk};
+use crate::runtime::Parent;
+use crate::shared_file::SharedFile;
+use crate::trust::caller;
+use folder::Folder;
+use manifest::{HashedFile, refused};
 
-/// A template that is not removed while this lives.
+/// A template that is not removed while this lives. Its files are open, and read through these
+/// descriptors alone.
 #[derive(Debug)]
 pub struct Template {
-    dir: PathBuf,
+    folder: Folder,
     manifest: Manifest,
-    /// Locked, shared.
-    _lock: File,
+    /// By their names.
+    files: BTreeMap<String, File>,
+    /// The manifest's file, locked shared.
+    lock: File,
 }
 
 impl Template {
-    /// Opens the template in `dir`: reads its manifest and checks that its files are there.
+    /// Opens the template in `dir`: reads its manifest and opens its files.
     ///
     /// # Errors
-    /// With the file and what is wrong with it. Content is left to [`Template::verify`].
+    /// With the file and what is wrong with it; where another user could change it. Content is left
+    /// to [`Template::verify`].
     pub fn open(dir: &Path) -> Result<Self> {
         let dir = std::path::absolute(dir).map_err(failed("find", dir))?;
-        let path = dir.join(manifest::FILE);
-        let file = open_plain(&path).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => ApiError::new(
-                ErrorCode::NotFound,
-                format!("there is no template at {}", dir.display()),
-            )
-            .advise("`clone template ls` lists those in the store; a path needs a `/`"),
-            _ => failed("open", &path)(error),
-        })?;
-        rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared)
-            .map_err(|_| refused(&dir, "it is being removed"))?;
-        let mut text = Vec::new();
-        (&file)
-            .take(manifest::MAX_BYTES + 1)
-            .read_to_end(&mut text)
-            .map_err(failed("read", &path))?;
-        if text.len() as u64 > manifest::MAX_BYTES {
-            let most = manifest::MAX_BYTES;
-            let reason = format!("{} is larger than {most} bytes", manifest::FILE);
-            return Err(refused(&dir, &reason));
+        if let Err(error) = dir.symlink_metadata()
+            && error.kind() == io::ErrorKind::NotFound
+        {
+            return Err(no_template(&dir));
         }
-        let template = Self {
-            manifest: Manifest::parse(&text, &dir)?,
-            dir,
-            _lock: file,
-        };
-        template.check_files()?;
-        Ok(template)
+        Self::open_folder(Folder::open(&dir)?)
+    }
+
+    /// Opens the template in a directory that is open.
+    fn open_folder(folder: Folder) -> Result<Self> {
+        folder.check_trusted()?;
+        let dir = folder.path().to_owned();
+        let lock = open_manifest(&folder)?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared)
+            .map_err(|_| refused(&dir, "it is being removed"))?;
+        let manifest = Manifest::parse(&read_manifest(&lock, &dir)?, &dir)?;
+        let mut files = BTreeMap::new();
+        for (name, bytes) in manifest.content.sizes() {
+            files.insert(name.to_owned(), open_sized(&folder, name, bytes)?);
+        }
+        Ok(Self {
+            folder,
+            manifest,
+            files,
+            lock,
+        })
     }
 
     /// Where it is.
     pub fn dir(&self) -> &Path {
-        &self.dir
+        self.folder.path()
     }
 
-    /// What it says of itself.
+    /// Its description.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
@@ -101,54 +120,111 @@ impl Template {
         &self.manifest.content
     }
 
-    /// What clones hold a shared lock on.
-    pub fn lock_path(&self) -> PathBuf {
-        self.dir.join(manifest::FILE)
-    }
-
     fn path(&self, name: &str) -> PathBuf {
-        self.dir.join(name)
+        self.dir().join(name)
     }
 
-    /// The memory layers' files, the base first.
-    pub fn memory_paths(&self) -> Vec<PathBuf> {
+    /// The open file of this name, which its manifest names.
+    fn file(&self, name: &str) -> Result<&File> {
+        let file = self.files.get(name);
+        file.ok_or_else(|| self.refused(&format!("{name} is no file of it")))
+    }
+
+    fn refused(&self, reason: &str) -> ApiError {
+        refused(self.dir(), reason)
+    }
+
+    fn shared(&self, name: &str) -> Result<SharedFile> {
+        SharedFile::of(self.path(name), self.file(name)?)
+    }
+
+    /// What its clones lie on.
+    pub fn parent(&self) -> Result<Parent> {
         let layers = self.content().memory.layers.iter();
-        layers.map(|layer| self.path(&layer.file)).collect()
+        let disks = self.content().disks.iter();
+        Ok(Parent {
+            template: Some(self.dir().to_owned()),
+            memory: layers
+                .map(|it| self.shared(&it.file))
+                .collect::<Result<_>>()?,
+            disks: disks
+                .map(|disk| self.fork_disk(disk))
+                .collect::<Result<_>>()?,
+            locks: vec![SharedFile::of(self.path(manifest::FILE), &self.lock)?],
+            boot: self.boot_source()?,
+        })
+    }
+
+    fn fork_disk(&self, disk: &manifest::Disk) -> Result<ForkDisk> {
+        let layers = disk.layers.iter();
+        Ok(ForkDisk {
+            base: Some((self.shared(&disk.base.file)?, DiskFormat::Raw)),
+            backing: Vec::new(),
+            layers: layers
+                .map(|it| self.shared(&it.file))
+                .collect::<Result<_>>()?,
+        })
+    }
+
+    fn boot_source(&self) -> Result<Option<BootSource>> {
+        let Some(kernel) = &self.content().kernel else {
+            return Ok(None);
+        };
+        let initrd = self.content().initrd.as_ref();
+        Ok(Some(BootSource {
+            kernel: self.shared(&kernel.file)?,
+            initrd: initrd.map(|it| self.shared(&it.file)).transpose()?,
+        }))
     }
 
     /// The machine's state.
-    pub fn state_path(&self) -> PathBuf {
-        self.path(&self.content().state.file)
+    pub fn shared_state(&self) -> Result<SharedFile> {
+        self.shared(&self.content().state.file)
     }
 
-    /// The record of what clones touch first, where there is one.
-    pub fn prefetch_path(&self) -> PathBuf {
-        self.dir.join(prefetch::FILE)
+    /// The lock that keeps it from being removed, for another owner.
+    pub fn hold(&self) -> Result<File> {
+        let held = self.lock.try_clone();
+        held.map_err(failed("hold", self.dir()))
     }
 
-    /// The disks, as clones open them.
-    pub fn disks(&self) -> Vec<ForkDisk> {
-        let disks = self.content().disks.iter();
-        disks
-            .map(|disk| ForkDisk {
-                base: Some((self.path(&disk.base.file), DiskFormat::Raw)),
-                backing: Vec::new(),
-                layers: disk.layers.iter().map(|l| self.path(&l.file)).collect(),
-            })
-            .collect()
+    /// The record of what clones touch first, where there is one. It is this host's, and no part of
+    /// the template.
+    pub fn prefetch(&self) -> Result<Option<SharedFile>> {
+        match self.folder.open_file(prefetch::FILE) {
+            Ok(file) => SharedFile::of(self.path(prefetch::FILE), &file).map(Some),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => {
+                tracing::warn!(%error, "the record of touched pages is not used");
+                Ok(None)
+            }
+        }
     }
 
-    /// The memory layers, opened and put together; their indexes are checked, their pages are not.
+    /// Keeps a record of what clones touch first.
+    pub fn write_prefetch(&self, record: &[u8]) -> Result<()> {
+        let new = "prefetch.new";
+        let written = match self.folder.remove(new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => self.folder.create(new),
+        };
+        written
+            .and_then(|mut file| file.write_all(record))
+            .and_then(|()| self.folder.rename(new, prefetch::FILE))
+            .map_err(failed("write", &self.path(prefetch::FILE)))
+    }
+
+    /// The memory layers, put together; their indexes are checked, their pages are not.
     pub fn memory(&self) -> Result<LayerStack> {
-        let wrong = |error: clone_memory::LayerError| refused(&self.dir, &error.to_string());
+        let wrong = |error: clone_memory::LayerError| self.refused(&error.to_string());
         let mut layers = Vec::new();
         for described in &self.content().memory.layers {
-            let path = self.path(&described.file);
-            let file = open_plain(&path).map_err(failed("open", &path))?;
+            let file = self.file(&described.file)?.try_clone();
+            let file = file.map_err(failed("open", &self.path(&described.file)))?;
             let layer = Layer::open(file, described.file.clone()).map_err(wrong)?;
             if layer.id().to_string() != described.id {
                 let reason = format!("{} is another layer than described", described.file);
-                return Err(refused(&self.dir, &reason));
+                return Err(self.refused(&reason));
             }
             layers.push(layer);
         }
@@ -156,69 +232,107 @@ impl Template {
         let (held, described) = (stack.layout().size(), self.content().memory.bytes);
         if held != described {
             let reason = format!("its layers hold {held} bytes of RAM, not {described}");
-            return Err(refused(&self.dir, &reason));
+            return Err(self.refused(&reason));
         }
         Ok(stack)
+    }
+
+    /// The machine's state, decoded.
+    fn state(&self) -> Result<MachineState> {
+        let HashedFile {
+            file: name, bytes, ..
+        } = &self.content().state;
+        // The manifest's bound on it was checked, and so was its size.
+        let mut state = vec![0; *bytes as usize];
+        let read = self.file(name)?.read_exact_at(&mut state, 0);
+        read.map_err(failed("read", &self.path(name)))?;
+        snapshot::decode(&state)
+            .map_err(|error| self.refused(&format!("{name} is damaged: {error}")))
     }
 
     /// Disk `index`, for reading.
     fn open_disk(&self, index: usize) -> Result<Disk> {
         let described = &self.content().disks[index];
-        let layers = described.layers.iter();
-        let spec = DiskSpec {
-            layers: layers.map(|layer| self.path(&layer.file)).collect(),
-            ..DiskSpec::image(self.path(&described.base.file), Format::Raw, true)
+        let open = |file: &HashedFile| {
+            let opened = self.file(&file.file)?.try_clone();
+            opened.map_err(failed("open", &self.path(&file.file)))
         };
-        let opened = spec
-            .open()
-            .and_then(|files| Disk::open(files, EngineKind::Blocking));
-        opened.map_err(|error| {
+        let layers = described.layers.iter().map(open);
+        let files = DiskFiles {
+            base: Some((open(&described.base)?, Format::Raw)),
+            backing: Vec::new(),
+            layers: layers.collect::<Result<_>>()?,
+            writes: WriteFile::Refused,
+        };
+        Disk::open(files, EngineKind::Blocking).map_err(|error| {
             let error = ApiError::internal(&error).message;
-            refused(&self.dir, &format!("disk {index}: {error}"))
+            self.refused(&format!("disk {index}: {error}"))
         })
-    }
-
-    fn check_files(&self) -> Result<()> {
-        for hashed in self.content().hashed() {
-            let path = self.path(&hashed.file);
-            let file = open_plain(&path).map_err(|error| self.missing(&hashed.file, &error))?;
-            let len = file.metadata().map_err(failed("look at", &path))?.len();
-            if len != hashed.bytes {
-                let reason = format!(
-                    "{} has {len} bytes, not {}: it was cut or changed",
-                    hashed.file, hashed.bytes
-                );
-                return Err(refused(&self.dir, &reason));
-            }
-        }
-        for layer in &self.content().memory.layers {
-            let opened = open_plain(&self.path(&layer.file));
-            opened.map_err(|error| self.missing(&layer.file, &error))?;
-        }
-        Ok(())
-    }
-
-    fn missing(&self, file: &str, error: &std::io::Error) -> ApiError {
-        refused(&self.dir, &format!("{file} cannot be opened: {error}"))
     }
 }
 
-/// Opens a file for reading that is no link to another place, no pipe to wait for, no device.
-fn open_plain(path: &Path) -> std::io::Result<File> {
-    let file = File::options()
-        .read(true)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(path)?;
-    match file.metadata()?.is_file() {
-        true => Ok(file),
-        false => Err(std::io::Error::new(
-            std::io::ErrorKind::InvalidInput,
-            "it is no plain file",
-        )),
+fn no_template(dir: &Path) -> ApiError {
+    let message = format!("there is no template at {}", dir.display());
+    ApiError::new(ErrorCode::NotFound, message)
+        .advise("`clone template ls` lists those in the store; a path needs a `/`")
+}
+
+fn open_manifest(folder: &Folder) -> Result<File> {
+    let opened = folder.open_file(manifest::FILE);
+    opened.map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => no_template(folder.path()),
+        _ => unusable(folder.path(), manifest::FILE, &error),
+    })
+}
+
+fn read_manifest(file: &File, dir: &Path) -> Result<Vec<u8>> {
+    let mut text = Vec::new();
+    file.take(manifest::MAX_BYTES + 1)
+        .read_to_end(&mut text)
+        .map_err(failed("read", &dir.join(manifest::FILE)))?;
+    if text.len() as u64 > manifest::MAX_BYTES {
+        let most = manifest::MAX_BYTES;
+        let reason = format!("{} is larger than {most} bytes", manifest::FILE);
+        return Err(refused(dir, &reason));
+    }
+    Ok(text)
+}
+
+fn open_sized(folder: &Folder, name: &str, bytes: Option<u64>) -> Result<File> {
+    let dir = folder.path();
+    let opened = folder.open_file(name);
+    let file = opened.map_err(|error| unusable(dir, name, &error))?;
+    let len = file
+        .metadata()
+        .map_err(failed("look at", &dir.join(name)))?
+        .len();
+    match bytes.filter(|bytes| *bytes != len) {
+        None => Ok(file),
+        Some(bytes) => {
+            let reason = format!("{name} has {len} bytes, not {bytes}: it was cut or changed");
+            Err(refused(dir, &reason))
+        }
+    }
+}
+
+fn unusable(dir: &Path, name: &str, error: &io::Error) -> ApiError {
+    let refused = refused(dir, &format!("{name} cannot be opened: {error}"));
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            let us = caller();
+            let path = dir.join(name);
+            let path = path.display();
+            refused.advise(format!(
+                "where you trust its content: chown {us} {path} && chmod go-w {path}"
+            ))
+        }
+        _ => refused,
     }
 }
 
 #[cfg(test)]
 mod fault_tests;
 #[cfg(test)]
-mod tests;
+mod hostile_tests;
+#[cfg(test)]
+pub(crate) mod tests;

@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use clone_api::{ApiError, ErrorCode};
 use rustix::fs::FlockOperation;
 
-use super::{Template, build, manifest, open_plain};
+use super::{Template, build, folder, manifest, no_template};
 use crate::error::{Result, failed};
 
 /// Where templates are that are called by a name.
@@ -36,11 +37,12 @@ impl Store {
             )
             .advise("set CLONE_TEMPLATE_DIR to a directory of yours"));
         };
-        let root = std::path::absolute(&root).map_err(failed("find", &root))?;
+        // The caller's own word: links in it are followed here, and nowhere below.
+        let root = folder::resolved(&root).map_err(failed("find", &root))?;
         Ok(Self { root })
     }
 
-    /// A store at `root`.
+    /// A store at `root`, which has no links in it.
     pub fn at(root: PathBuf) -> Self {
         Self { root }
     }
@@ -91,10 +93,7 @@ impl Store {
         let dir = self.path(name)?;
         let path = dir.join(manifest::FILE);
         let file = open_plain(&path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => ApiError::new(
-                ErrorCode::NotFound,
-                format!("there is no template at {}", dir.display()),
-            ),
+            io::ErrorKind::NotFound => no_template(&dir),
             _ => failed("open", &path)(error),
         })?;
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
@@ -119,6 +118,14 @@ impl Store {
         fs::rename(&dir, &hidden).map_err(failed("remove", &dir))?;
         build::remove_all(&hidden)
     }
+}
+
+/// Opens the manifest of a template that is to be removed, which may be damaged and anybody's.
+fn open_plain(path: &Path) -> io::Result<fs::File> {
+    fs::File::options()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)
 }
 
 /// Something in a directory that no template has: then it may be another program's, which has a

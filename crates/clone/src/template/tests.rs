@@ -1,124 +1,10 @@
 //! Templates are whole or not there, shared or removed, and refused by name when touched.
 
 use std::fs;
-use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 
-use clone_api::VmConfig;
-use clone_api::config::{DiskConfig, Overlay};
-use clone_api::control::CpuFeatures;
-use clone_memory::{Checksums, GuestMemory, LayerWriter, PageSet, RamLayout};
-use clone_vmm::machine::{BoardState, MachineState, VmClock};
-use clone_vmm::snapshot;
-use vm_memory::{Bytes, GuestAddress};
-
 use super::*;
-use crate::runtime::Runtime;
-
-const RAM: u64 = 4 << 20;
-
-pub(super) struct Place {
-    pub(super) dir: tempfile::TempDir,
-    pub(super) runtime: Runtime,
-}
-
-impl Place {
-    pub(super) fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let runtime = Runtime::at(&dir.path().join("run")).unwrap();
-        Self { dir, runtime }
-    }
-
-    pub(super) fn store(&self) -> Store {
-        Store::at(self.dir.path().join("store"))
-    }
-
-    pub(super) fn path(&self, name: &str) -> PathBuf {
-        self.store().path(name).unwrap()
-    }
-
-    fn image(&self) -> PathBuf {
-        let path = self.dir.path().join("disk.img");
-        fs::write(&path, [7; 8192]).unwrap();
-        path
-    }
-
-    /// A template of a VM that never was; over `parent` where there is one.
-    pub(super) fn make(&self, name: &str, parent: Option<&Template>) -> Template {
-        let mut new = NewTemplate::begin(&self.path(name)).unwrap();
-        self.fill(&mut new, parent).unwrap();
-        new.commit(self.parts(parent), Some(&self.runtime)).unwrap()
-    }
-
-    pub(super) fn fill(&self, new: &mut NewTemplate, parent: Option<&Template>) -> Result<()> {
-        let layout = RamLayout::new(RAM).unwrap();
-        let mut below = None;
-        if let Some(parent) = parent {
-            new.share_memory(parent)?;
-            below = Some(parent.memory()?.top().id());
-        }
-        let memory = GuestMemory::anonymous(&layout).unwrap();
-        let mark = if parent.is_some() { 2u64 } else { 1 };
-        memory.ram().write_obj(mark, GuestAddress(8192)).unwrap();
-        let file = new.memory_file()?;
-        let mut writer = LayerWriter::new(file, "memory", layout, below).unwrap();
-        let pages: PageSet = std::iter::once(2..4).collect();
-        writer.copy(&memory, &pages).unwrap();
-        writer.finish(Checksums::Yes).unwrap();
-        let state = MachineState {
-            vcpus: Vec::new(),
-            board: BoardState::fresh(),
-            clock: VmClock { nanoseconds: 1 },
-            devices: Vec::new(),
-        };
-        let mut file = new.state_file()?;
-        file.write_all(&snapshot::encode(&state).unwrap()).unwrap();
-        match parent {
-            Some(parent) => {
-                new.share_disk(parent, 0, usize::MAX)?;
-                let file = new.disk_layer_file(0)?;
-                let frozen = written_disk(parent).frozen(0).unwrap();
-                frozen.export(&file).unwrap();
-                Ok(())
-            }
-            None => new.copy_disk(&self.disk()),
-        }
-    }
-
-    fn disk(&self) -> DiskConfig {
-        DiskConfig {
-            path: self.image(),
-            overlay: Overlay::Ephemeral,
-            ..DiskConfig::default()
-        }
-    }
-
-    pub(super) fn parts(&self, parent: Option<&Template>) -> Parts {
-        Parts {
-            parent: parent.map(|parent| parent.manifest().id.clone()),
-            agent_version: None,
-            config: VmConfig {
-                disks: vec![self.disk()],
-                memory: clone_api::Bytes(RAM),
-                ..VmConfig::default()
-            },
-            cpu: CpuFeatures::default(),
-            created_unix_ms: 5,
-        }
-    }
-}
-
-/// The disk of a template, whose second page a VM has written since.
-fn written_disk(template: &Template) -> Disk {
-    let spec = DiskSpec {
-        writes: clone_disk::Writes::Ephemeral(None),
-        ..DiskSpec::image(template.path("disk-0.raw"), Format::Raw, true)
-    };
-    let mut disk = Disk::open(spec.open().unwrap(), EngineKind::Blocking).unwrap();
-    disk.write_at(&[9; 4096], 4096).unwrap();
-    disk.freeze(tempfile::tempfile().unwrap(), false).unwrap();
-    disk
-}
+use crate::testing::{Place, RAM};
 
 pub(super) fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).unwrap();
@@ -140,7 +26,12 @@ fn a_template_is_read_back_verified_listed_and_removed() {
     assert_eq!(listed.len(), 1);
     let again = listed[0].1.as_ref().unwrap();
     assert_eq!(again.manifest(), made.manifest());
-    assert_eq!(again.disks()[0].base.as_ref().unwrap().1, DiskFormat::Raw);
+    let lies_on = again.parent().unwrap();
+    assert_eq!(lies_on.disks[0].base.as_ref().unwrap().1, DiskFormat::Raw);
+    assert_eq!(
+        lies_on.boot.unwrap().kernel.path,
+        place.path("a").join("kernel")
+    );
     drop((made, listed));
     store.remove("a").unwrap();
     assert_eq!(names(&place.dir.path().join("store")), [""; 0]);
@@ -199,12 +90,12 @@ fn a_flat_template_has_one_layer_and_the_same_memory() {
     });
     let flat = flat.unwrap();
     assert_eq!(done, bytes_to_flatten(&child));
-    assert_eq!(flat.memory_paths().len(), 1);
+    assert_eq!(flat.content().memory.layers.len(), 1);
     let mut pages = [vec![0; RAM as usize], vec![1; RAM as usize]];
     child.memory().unwrap().read(0, &mut pages[0]).unwrap();
     flat.memory().unwrap().read(0, &mut pages[1]).unwrap();
     assert!(pages[0] == pages[1]);
-    let disk = fs::read(flat.disks()[0].base.as_ref().unwrap().0.clone()).unwrap();
+    let disk = fs::read(flat.path("disk-0.raw")).unwrap();
     assert_eq!(disk, [[7; 4096], [9; 4096]].concat());
 }
 
@@ -258,6 +149,7 @@ fn a_flipped_bit_in_any_file_is_found_and_the_file_named() {
         ("memory-0.layer", 8192),
         ("state", 40),
         ("disk-0.raw", 4097),
+        ("kernel", 3),
     ] {
         let place = Place::new();
         place
@@ -277,7 +169,7 @@ fn a_flipped_bit_in_any_file_is_found_and_the_file_named() {
 
 #[test]
 fn a_cut_missing_or_swapped_file_is_refused_by_its_name() {
-    for file in ["memory-0.layer", "state", "disk-0.raw"] {
+    for file in ["memory-0.layer", "state", "disk-0.raw", "kernel"] {
         let place = Place::new();
         drop(place.make("a", None));
         let path = place.path("a").join(file);
@@ -302,9 +194,8 @@ fn a_cut_missing_or_swapped_file_is_refused_by_its_name() {
     fs::rename(dir.join("memory-0.layer"), dir.join("x")).unwrap();
     fs::rename(dir.join("memory-1.layer"), dir.join("memory-0.layer")).unwrap();
     fs::rename(dir.join("x"), dir.join("memory-1.layer")).unwrap();
-    let swapped = place.store().open("b").unwrap();
-    let error = swapped.memory().unwrap_err();
-    assert!(error.message.contains("another layer"), "{error}");
+    let error = place.store().open("b").unwrap_err();
+    assert!(error.message.contains("memory-0.layer has"), "{error}");
 }
 
 #[test]

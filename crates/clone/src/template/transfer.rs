@@ -2,11 +2,13 @@
 //!
 //! The stream is [`MAGIC`], the version, then pieces: the length of a file's name (one byte), the
 //! name, where in the file the piece lies and how long it is (each eight bytes, little-endian), its
-//! bytes. A piece without bytes says how long the file is. An empty name ends the stream. The
-//! manifest comes first, so that nothing is taken that it does not name. Holes are not sent.
+//! bytes. A piece without bytes ends its file, and says how long that is. An empty name ends the
+//! stream. The manifest comes first and without holes, then each file that it names, once and in its
+//! order, in pieces that only go forward. Holes of files are not sent.
 //!
 //! Whoever receives asks for an id, which is a hash over all content, and verifies it: the sender
-//! need not be trusted.
+//! need not be trusted. The manifest bounds what is taken: no piece goes beyond the size that it
+//! gives for the file, and no byte is taken twice.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -18,7 +20,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::manifest::{self, Manifest, refused};
-use super::{NewTemplate, Template, open_plain};
+use super::{NewTemplate, Template};
 use crate::error::{Result, failed};
 use crate::runtime::Runtime;
 
@@ -28,11 +30,13 @@ const MAGIC: &[u8; 8] = b"CLONETPL";
 const VERSION: u8 = 1;
 /// Bytes of a file in one piece, at most.
 const PIECE: u64 = 1 << 20;
-/// Where a file may end: more is nobody's disk.
-const MAX_FILE: u64 = 1 << 44;
-
 /// Writes all of `template` to `sink`.
+///
+/// # Errors
+/// Where it is of an older format, which does not bound its files, or cannot be read or written.
 pub fn send(template: &Template, sink: &mut impl Write) -> Result<()> {
+    let manifest = template.manifest();
+    manifest.check_current(template.dir(), "be sent to another host")?;
     let gone = |error: io::Error| {
         let message = format!("cannot send the template: {error}");
         ApiError::new(ErrorCode::Unavailable, message)
@@ -44,11 +48,14 @@ pub fn send(template: &Template, sink: &mut impl Write) -> Result<()> {
         .chain(template.content().files())
     {
         let path = template.path(name);
-        let file = open_plain(&path).map_err(failed("open", &path))?;
+        let file = match name {
+            manifest::FILE => &template.lock,
+            _ => template.file(name)?,
+        };
         let len = file.metadata().map_err(failed("look at", &path))?.len();
         let mut data = Vec::new();
         let mut at = 0;
-        while let Some((start, end)) = next_data(&file, at).map_err(failed("read", &path))? {
+        while let Some((start, end)) = next_data(file, at).map_err(failed("read", &path))? {
             at = start;
             while at < end {
                 data.resize((end - at).min(PIECE) as usize, 0);
@@ -97,67 +104,128 @@ pub fn receive(
     source: &mut impl Read,
     runtime: &Runtime,
 ) -> Result<Template> {
-    let broken = |error: io::Error| {
+    let mut stream = Stream { target, source };
+    stream.begin()?;
+    let text = stream.manifest()?;
+    let manifest = Manifest::parse(&text, target)?;
+    manifest.check_current(target, "be received")?;
+    if let Some(id) = id.filter(|id| manifest.id != *id) {
+        let reason = format!("it is the template {}, and not {id}", manifest.id);
+        return Err(refused(target, &reason));
+    }
+    let new = NewTemplate::begin(target)?;
+    for (name, bytes) in manifest.content.sizes() {
+        let file = new.create(name)?;
+        stream.file(name, bytes.unwrap_or(0), &file)?;
+    }
+    stream.end()?;
+    new.take_in(&text, &manifest, runtime)
+}
+
+/// A stream that a template is read from. It is refused as soon as it is not as described, and
+/// nothing that it says makes it take more memory than a piece and a manifest, or more disk than
+/// the manifest's sizes.
+struct Stream<'a, S> {
+    target: &'a Path,
+    source: &'a mut S,
+}
+
+/// A part of a file; without bytes its end.
+struct Piece {
+    at: u64,
+    data: Vec<u8>,
+}
+
+impl<S: Read> Stream<'_, S> {
+    fn begin(&mut self) -> Result<()> {
+        let mut head = [0; MAGIC.len() + 1];
+        let read = self.source.read_exact(&mut head);
+        read.map_err(|error| self.broken(&error))?;
+        match &head[..MAGIC.len()] == MAGIC && head[MAGIC.len()] == VERSION {
+            true => Ok(()),
+            false => Err(self.refused("what came is no template, or of another version")),
+        }
+    }
+
+    /// The text of the manifest, whose pieces follow each other without gaps.
+    fn manifest(&mut self) -> Result<Vec<u8>> {
+        let mut text = Vec::new();
+        loop {
+            let Piece { at, data } = self.piece(manifest::FILE)?;
+            if at != text.len() as u64 {
+                return Err(self.refused("the pieces of its manifest do not follow each other"));
+            }
+            if data.is_empty() {
+                return Ok(text);
+            }
+            if at + data.len() as u64 > manifest::MAX_BYTES {
+                return Err(self.refused("its manifest is too large"));
+            }
+            text.extend_from_slice(&data);
+        }
+    }
+
+    /// Takes the file `name` of `bytes` bytes.
+    fn file(&mut self, name: &str, bytes: u64, file: &File) -> Result<()> {
+        let mut end = 0;
+        loop {
+            let Piece { at, data } = self.piece(name)?;
+            if data.is_empty() {
+                return match at == bytes {
+                    true => file.set_len(at).map_err(failed("write", Path::new(name))),
+                    false => Err(self.refused(&format!("{name} ends at {at}, not at {bytes}"))),
+                };
+            }
+            let next = at.saturating_add(data.len() as u64);
+            if at < end || next > bytes {
+                let reason = format!("a piece of {name} lies outside of what is left of it");
+                return Err(self.refused(&reason));
+            }
+            let written = file.write_all_at(&data, at);
+            written.map_err(failed("write", Path::new(name)))?;
+            end = next;
+        }
+    }
+
+    /// The next piece, which must be one of the file `name`.
+    fn piece(&mut self, name: &str) -> Result<Piece> {
+        let head = read_head(self.source).map_err(|error| self.broken(&error))?;
+        let Some((found, at, len)) = head else {
+            return Err(self.refused(&format!("it ends without {name}")));
+        };
+        if found != name {
+            let reason = format!("{found:?} came, where its manifest names {name} next");
+            return Err(self.refused(&reason));
+        }
+        if len > PIECE {
+            return Err(self.refused("a piece is too large"));
+        }
+        let mut data = vec![0; len as usize];
+        let read = self.source.read_exact(&mut data);
+        read.map_err(|error| self.broken(&error))?;
+        Ok(Piece { at, data })
+    }
+
+    fn end(&mut self) -> Result<()> {
+        match read_head(self.source).map_err(|error| self.broken(&error))? {
+            None => Ok(()),
+            Some((name, ..)) => {
+                let reason = format!("{name:?} came, which its manifest does not name");
+                Err(self.refused(&reason))
+            }
+        }
+    }
+
+    fn refused(&self, reason: &str) -> ApiError {
+        refused(self.target, reason)
+    }
+
+    fn broken(&self, error: &io::Error) -> ApiError {
         if error.kind() == io::ErrorKind::UnexpectedEof {
-            return refused(target, "it ends early");
+            return self.refused("it ends early");
         }
         let message = format!("the template did not come whole: {error}");
         ApiError::new(ErrorCode::Unavailable, message)
-    };
-    let wrong = |reason: &str| refused(target, reason);
-    let mut head = [0; MAGIC.len() + 1];
-    source.read_exact(&mut head).map_err(broken)?;
-    if &head[..MAGIC.len()] != MAGIC || head[MAGIC.len()] != VERSION {
-        return Err(wrong("what came is no template, or of another version"));
-    }
-    let new = NewTemplate::begin(target)?;
-    let mut text = Vec::new();
-    let mut expected: Option<Manifest> = None;
-    let mut current: Option<(String, File)> = None;
-    let mut data = Vec::new();
-    while let Some((name, at, len)) = read_head(source).map_err(broken)? {
-        if len > PIECE || at > MAX_FILE {
-            return Err(wrong("a piece is too large"));
-        }
-        data.resize(len as usize, 0);
-        source.read_exact(&mut data).map_err(broken)?;
-        if name == manifest::FILE {
-            if expected.is_some() || at + len > manifest::MAX_BYTES {
-                return Err(wrong("its manifest is too large, or comes twice"));
-            }
-            if len > 0 {
-                text.extend_from_slice(&data);
-                continue;
-            }
-            let manifest = Manifest::parse(&text, target)?;
-            if let Some(id) = id.filter(|id| manifest.id != *id) {
-                let reason = format!("it is the template {}, and not {id}", manifest.id);
-                return Err(wrong(&reason));
-            }
-            expected = Some(manifest);
-            continue;
-        }
-        if current.as_ref().is_none_or(|(open, _)| *open != name) {
-            let named = expected
-                .as_ref()
-                .is_some_and(|it| it.content.files().any(|file| file == name));
-            if !named || !super::build::is_file_of_a_template(&name) {
-                return Err(wrong("a file came that its manifest does not name"));
-            }
-            let file = new.create(&name)?;
-            current = Some((name.clone(), file));
-        }
-        if let Some((name, file)) = &current {
-            let put = match len {
-                0 => file.set_len(at),
-                _ => file.write_all_at(&data, at),
-            };
-            put.map_err(failed("write", Path::new(name)))?;
-        }
-    }
-    match expected {
-        Some(manifest) => new.take_in(&text, &manifest, runtime),
-        None => Err(wrong("it came without a manifest")),
     }
 }
 
@@ -181,8 +249,8 @@ fn read_head(source: &mut impl Read) -> io::Result<Option<(String, u64, u64)>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::Place;
     use super::*;
+    use crate::testing::{Place, RAM};
 
     fn sent(template: &Template) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -201,8 +269,9 @@ mod tests {
             let arrived =
                 receive(&target, Some(id), &mut bytes.as_slice(), &there.runtime).unwrap();
             assert_eq!(arrived.manifest().id, *id);
-            for (ours, theirs) in template.memory_paths().iter().zip(arrived.memory_paths()) {
-                assert_eq!(std::fs::read(ours).unwrap(), std::fs::read(theirs).unwrap());
+            for name in template.content().files() {
+                let content = |it: &Template| std::fs::read(it.path(name)).unwrap();
+                assert_eq!(content(&template), content(&arrived));
             }
             arrived.ensure_verified(&there.runtime).unwrap();
         }
@@ -250,5 +319,75 @@ mod tests {
             );
             assert!(refused.unwrap_err().message.contains("does not name"));
         }
+    }
+
+    /// A stream of the same pieces without end, which counts how much is taken of it.
+    struct Endless {
+        head: Vec<u8>,
+        turn: Vec<u8>,
+        taken: usize,
+    }
+
+    impl Read for Endless {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let at = self.taken;
+            let rest = match at.checked_sub(self.head.len()) {
+                None => &self.head[at..],
+                Some(at) => &self.turn[at % self.turn.len()..],
+            };
+            let count = rest.len().min(buffer.len());
+            buffer[..count].copy_from_slice(&rest[..count]);
+            self.taken += count;
+            Ok(count)
+        }
+    }
+
+    /// How much is taken of a stream that goes on with `turn` for ever after `head`.
+    fn taken_of(head: &[u8], turn: &[u8]) -> usize {
+        let there = Place::new();
+        let mut source = Endless {
+            head: [&MAGIC[..], &[VERSION], head].concat(),
+            turn: turn.to_vec(),
+            taken: 0,
+        };
+        receive(&there.path("a"), None, &mut source, &there.runtime).unwrap_err();
+        source.taken
+    }
+
+    fn one_piece(name: &str, at: u64, data: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        piece(&mut bytes, name, at, data).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn pieces_that_do_not_go_forward_end_the_stream() {
+        let megabyte = vec![b' '; PIECE as usize];
+        let manifest = |at, data: &[u8]| one_piece(manifest::FILE, at, data);
+        let few = 4 * PIECE as usize;
+        assert!(taken_of(&[], &manifest(0, &megabyte)) < few);
+        assert!(taken_of(&[], &manifest(0, b" ")) < few);
+        assert!(taken_of(&[], &manifest(u64::MAX, &megabyte)) < few);
+        // And those of a file, after a manifest that is good.
+        let here = Place::new();
+        let template = here.make("a", None);
+        let text = std::fs::read(template.path(manifest::FILE)).unwrap();
+        let end = manifest(text.len() as u64, &[]);
+        let head = [manifest(0, &text), end].concat();
+        let layer = |at, data: &[u8]| one_piece("memory-0.layer", at, data);
+        for turn in [
+            layer(0, &megabyte),
+            layer(u64::MAX, b"x"),
+            layer(1 << 40, b"x"),
+            layer(0, &[]),
+            one_piece("state", 0, b"x"),
+        ] {
+            assert!(taken_of(&head, &turn) < head.len() + few);
+        }
+        // Growing for ever is no way either.
+        let growing: Vec<u8> = (0..64)
+            .flat_map(|at| layer(at * PIECE, &megabyte))
+            .collect();
+        assert!(taken_of(&head, &growing) < head.len() + RAM as usize + few);
     }
 }

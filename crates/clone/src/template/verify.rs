@@ -1,16 +1,12 @@
 //! Checking a template's content, once for each host and each change of its files.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
 
-use clone_api::ErrorCode;
-use clone_vmm::snapshot;
-
-use super::manifest::refused;
-use super::{Template, open_plain};
+use super::Template;
 use crate::error::{Result, failed};
+use crate::process::devices;
 use crate::runtime::Runtime;
 
 /// What is hashed at a time; pieces that are all zero are left out, so that holes cost nothing.
@@ -52,33 +48,34 @@ impl Template {
     /// # Errors
     /// With the first file that is not as described.
     pub fn verify(&self, mut done: impl FnMut(u64)) -> Result<()> {
-        let wrong = |file: &str, reason: &str| refused(&self.dir, &format!("{file} {reason}"));
         for hashed in self.content().hashed() {
-            let path = self.path(&hashed.file);
-            let file = open_plain(&path).map_err(failed("open", &path))?;
-            let hash = hash_of(&file).map_err(failed("read", &path))?;
+            let file = self.file(&hashed.file)?;
+            let hash = hash_of(file).map_err(failed("read", &self.path(&hashed.file)))?;
             if hash != hashed.hash {
-                return Err(wrong(
-                    &hashed.file,
-                    "is damaged: its hash is not the described one",
-                ));
+                let name = &hashed.file;
+                let reason = format!("{name} is damaged: its hash is not the described one");
+                return Err(self.refused(&reason));
             }
             done(hashed.bytes);
         }
-        let state = fs::read(self.state_path()).map_err(failed("read", &self.state_path()))?;
-        snapshot::decode(&state)
-            .map_err(|error| wrong(&self.content().state.file, &format!("is damaged: {error}")))?;
+        self.check_state()?;
         for index in 0..self.content().disks.len() {
             self.open_disk(index)?;
         }
         let stack = self.memory()?;
         for layer in stack.layers() {
-            layer
-                .verify(THREADS)
-                .map_err(|error| wrong(layer.name(), &format!("is damaged: {error}")))?;
+            let verified = layer.verify(THREADS);
+            verified
+                .map_err(|error| self.refused(&format!("{} is damaged: {error}", layer.name())))?;
             done(layer.data().bytes());
         }
         Ok(())
+    }
+
+    /// The state is that of a machine of the described shape.
+    fn check_state(&self) -> Result<()> {
+        let fits = devices::check_fits(&self.state()?, &self.content().shape);
+        fits.map_err(|reason| self.refused(&format!("{}: {reason}", self.content().state.file)))
     }
 
     /// How many bytes [`Template::verify`] has to look at.
@@ -134,15 +131,8 @@ impl Template {
     pub(super) fn stamp(&self) -> Result<String> {
         let mut stamp = String::new();
         for name in self.content().files() {
-            let path = self.path(name);
-            stamp += &stamp_of(&path).map_err(failed("look at", &path))?;
-        }
-        if stamp.is_empty() {
-            let error = refused(&self.dir, "it has no files");
-            return Err(clone_api::ApiError {
-                code: ErrorCode::InvalidConfig,
-                ..error
-            });
+            let meta = self.file(name)?.metadata();
+            stamp += &stamp_of(&meta.map_err(failed("look at", &self.path(name)))?);
         }
         Ok(stamp)
     }
@@ -162,9 +152,8 @@ pub fn forget_verified(runtime: &Runtime, id: &str) -> Result<()> {
 /// Between what tells a file's content and what a link to it changes as well.
 const LINKS: &str = " links ";
 
-fn stamp_of(path: &Path) -> io::Result<String> {
-    let meta = fs::symlink_metadata(path)?;
-    Ok(format!(
+fn stamp_of(meta: &Metadata) -> String {
+    format!(
         "{} {} {} {}.{}{LINKS}{} {}.{}\n",
         meta.dev(),
         meta.ino(),
@@ -174,7 +163,7 @@ fn stamp_of(path: &Path) -> io::Result<String> {
         meta.nlink(),
         meta.ctime(),
         meta.ctime_nsec()
-    ))
+    )
 }
 
 /// Whether files got or lost names since, and nothing else tells of a change. Another template

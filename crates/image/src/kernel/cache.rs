@@ -9,7 +9,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -47,6 +47,8 @@ struct Entry {
 }
 
 const ENTRY_FORMAT: u32 = 1;
+/// Write permission for the group or for others.
+const WRITABLE_BY_OTHERS: u32 = 0o022;
 
 /// What tells that a file is still the one seen before: nobody changes content without changing the inode's ctime.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,11 +95,22 @@ impl KernelCache {
     /// Opens a cache directory and makes it if it is missing.
     ///
     /// # Errors
-    /// If the directory cannot be made.
+    /// If the directory cannot be made, or another user could put a kernel into it.
     pub fn open(dir: impl Into<PathBuf>) -> Result<Self> {
         let dir = dir.into();
-        fs::create_dir_all(&dir).map_err(ImageError::io("create the kernel cache", &dir))?;
-        Ok(Self { dir })
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .map_err(ImageError::io("create the kernel cache", &dir))?;
+        let meta = fs::metadata(&dir).map_err(ImageError::io("look at the kernel cache", &dir))?;
+        let ours = [0, rustix::process::geteuid().as_raw()].contains(&meta.uid());
+        if ours && meta.mode() & WRITABLE_BY_OTHERS == 0 {
+            return Ok(Self { dir });
+        }
+        let reason = "other users can write to it (chmod go-w helps where it is yours)";
+        let error = std::io::Error::new(std::io::ErrorKind::PermissionDenied, reason);
+        Err(ImageError::io("rely on the kernel cache", &dir)(error))
     }
 
     /// The `vmlinux` of this kernel: the file itself if it is one, else the cached or newly extracted one.
@@ -170,7 +183,7 @@ impl KernelCache {
     }
 
     /// A hit by stamps alone: neither the kernel nor its extracted file changed since both were last hashed.
-    pub fn unchanged(&self, kernel: &Path) -> Option<CachedKernel> {
+    fn unchanged(&self, kernel: &Path) -> Option<CachedKernel> {
         let seen: Seen = read_json(&self.seen_path(kernel))?;
         // The key becomes part of a path: it must be a hash and nothing else.
         blake3::Hash::from_hex(&seen.key).ok()?;

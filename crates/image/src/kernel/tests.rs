@@ -196,6 +196,17 @@ fn files_that_did_not_change_are_not_hashed_again() {
 }
 
 #[test]
+fn a_cache_that_others_may_write_to_is_not_relied_on() {
+    use std::os::unix::fs::PermissionsExt;
+    let place = Dir::new();
+    let dir = place.dir.path().join("cache");
+    place.cache();
+    fs::set_permissions(&dir, fs::Permissions::from_mode(0o777)).unwrap();
+    let error = KernelCache::open(&dir).unwrap_err();
+    assert!(matches!(error, ImageError::Io { .. }), "{error}");
+}
+
+#[test]
 fn a_damaged_cache_entry_is_extracted_again() {
     let dir = Dir::new();
     let path = dir.file("bzImage", &bzimage(&gzip(&sample())));

@@ -45,6 +45,11 @@ pub enum Mismatch {
 }
 
 impl CpuProfile {
+    /// Whether profiles of this version have a word of this name, as in `7.ebx`.
+    pub fn is_word(name: &str) -> bool {
+        WORDS.iter().any(|word| word.name == name)
+    }
+
     /// The features of saved CPUs: those that any of them has.
     pub fn of_saved(vcpus: &[VcpuState]) -> Self {
         let profiles = vcpus.iter().map(|vcpu| Self::from_entries(vcpu.cpuid()));

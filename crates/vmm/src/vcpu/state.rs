@@ -50,8 +50,8 @@ impl VcpuState {
     }
 
     /// A state with nothing in it, for tests of what holds states.
-    #[cfg(test)]
-    pub(crate) fn blank() -> Self {
+    #[cfg(any(test, feature = "testing"))]
+    pub fn blank() -> Self {
         Self {
             cpuid: Vec::new(),
             regs: kvm_regs::default(),

@@ -75,7 +75,7 @@ impl<'a> ForkBench<'a> {
     }
 
     pub(crate) fn source(&self) -> Result<Source> {
-        Source::template(self.open()?, &self.runtime).map_err(told)
+        Source::template(&self.open()?, &self.runtime).map_err(told)
     }
 
     /// Records what first clones touch.

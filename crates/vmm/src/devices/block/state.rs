@@ -84,6 +84,13 @@ impl BlockState {
         })
     }
 
+    /// The same state with other limits: they are the running host's to choose.
+    #[must_use]
+    pub fn with_limits(self, limits: RateLimits) -> Self {
+        let Self::V1(v1) = self;
+        Self::V1(BlockStateV1 { limits, ..v1 })
+    }
+
     /// Decodes a saved state.
     ///
     /// # Errors

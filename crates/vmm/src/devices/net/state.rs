@@ -100,6 +100,13 @@ impl NetState {
         Self::V1(NetStateV1 { mac, ..v1 })
     }
 
+    /// The same state with other limits: they are the running host's to choose.
+    #[must_use]
+    pub fn with_limits(self, limits: RateLimits) -> Self {
+        let Self::V1(v1) = self;
+        Self::V1(NetStateV1 { limits, ..v1 })
+    }
+
     /// The hardware address in the configuration space.
     pub fn mac(&self) -> [u8; 6] {
         let Self::V1(v1) = self;

@@ -51,6 +51,13 @@ pub struct VirtioPciState {
     pub device: Vec<u8>,
 }
 
+impl VirtioPciState {
+    /// The kind of device (VIRTIO 5) that was saved.
+    pub fn device_type(&self) -> u32 {
+        self.device_type
+    }
+}
+
 /// A virtio device on the PCI bus.
 pub struct VirtioPci {
     name: &'static str,

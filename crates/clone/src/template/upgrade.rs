@@ -1,0 +1,52 @@
+//! Making a template of the present format out of an old one.
+
+use std::fs::File;
+use std::path::Path;
+
+use super::{NewTemplate, Parts, Template};
+use crate::error::{Result, failed};
+use crate::launch::preflight;
+use crate::runtime::Runtime;
+
+/// Makes a template at `target` that is `template` with the kernel and the initial RAM disk that
+/// the caller names, for its guest to reboot into. All else is shared with `template`.
+///
+/// # Errors
+/// Where the kernel is none.
+pub fn upgrade(
+    runtime: &Runtime,
+    template: &Template,
+    target: &Path,
+    kernel: &Path,
+    initrd: Option<&Path>,
+) -> Result<Template> {
+    template.ensure_verified(runtime)?;
+    let mut new = NewTemplate::begin(target)?;
+    new.share_memory(template)?;
+    new.share_state(template)?;
+    for index in 0..template.content().disks.len() {
+        new.share_disk(template, index, usize::MAX)?;
+    }
+    // What the host boots of it, which is refused where it is no kernel.
+    copy(&preflight::boot_kernel(kernel)?, &new.kernel_file()?)?;
+    if let Some(initrd) = initrd {
+        copy(initrd, &new.initrd_file()?)?;
+    }
+    let content = template.content();
+    new.commit(
+        Parts {
+            parent: None,
+            agent_version: content.agent_version.clone(),
+            shape: content.shape.clone(),
+            ceilings: content.ceilings.clone(),
+            cpu: content.cpu.clone(),
+            created_unix_ms: content.created_unix_ms,
+        },
+        Some(runtime),
+    )
+}
+
+fn copy(from: &Path, to: &File) -> Result<()> {
+    let file = File::open(from).map_err(failed("open", from))?;
+    clone_disk::copy_file(&file, to).map_err(failed("copy", from))
+}

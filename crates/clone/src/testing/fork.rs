@@ -1,0 +1,101 @@
+//! Forks of templates that may be hostile, under a recorder.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::path::Path;
+
+use clone_api::VmConfig;
+use clone_api::config::{NetConfig, NetMode, Overlay};
+use clone_api::validate::validate;
+
+use super::{Bounds, Place, record};
+use crate::error::Result;
+use crate::launch::fork::{Overrides, Source, rehearse};
+use crate::runtime::VmDir;
+use crate::template::{Template, receive, send};
+
+/// Opens, verifies and forks the template `name`, up to where KVM and the host's network come in.
+///
+/// # Panics
+/// Where anything is touched outside of the template and of the caller's own directories, or the
+/// clone is described as something that only the caller may ask for.
+pub fn fork(place: &Place, name: &str, overrides: &Overrides) -> Result<VmConfig> {
+    let vm = place.dir.path().join("vm");
+    fs::create_dir_all(&vm).unwrap();
+    let dir = place.path(name);
+    let forked = || {
+        let template = Template::open(&dir)?;
+        let source = Source::template(&template, &place.runtime)?;
+        rehearse(&source, &VmDir::at(vm.clone()), "clone", overrides)
+    };
+    let (forked, touched) = record(forked).unwrap();
+    let bounds = Bounds {
+        read: vec![dir.clone()],
+        write: vec![vm.clone(), place.dir.path().join("run")],
+    };
+    let broken = bounds.broken_by(&touched);
+    assert!(broken.is_empty(), "a fork touched {broken:?}");
+    assert!(!touched.is_empty());
+    fs::remove_dir_all(&vm).unwrap();
+    if let Ok(config) = &forked {
+        check(config, &dir, overrides);
+    }
+    forked
+}
+
+/// Nothing in the description of a clone comes from its template but the machine's shape.
+fn check(config: &VmConfig, template: &Path, overrides: &Overrides) {
+    assert_eq!(validate(config), []);
+    assert_eq!(config.name, "clone");
+    assert_eq!(config.console, VmConfig::default().console);
+    let disks = config.disks.iter().map(|disk| &disk.path);
+    for path in disks.chain([&config.kernel]).chain(&config.initrd) {
+        assert!(path.starts_with(template), "{}", path.display());
+    }
+    for disk in &config.disks {
+        assert!(!matches!(disk.overlay, Overlay::Kept(_)) || !overrides.overlays.is_empty());
+    }
+    for net in config.net.iter().filter(|_| overrides.net.is_none()) {
+        let own = NetConfig {
+            mode: NetMode::Nat,
+            queues: net.queues,
+            egress: net.egress.clone(),
+            rate_limit: net.rate_limit,
+            connections: net.connections,
+            ..NetConfig::default()
+        };
+        assert_eq!(*net, own);
+    }
+}
+
+/// Sends the template `name` to another place, and takes what arrives there.
+///
+/// # Panics
+/// As [`fork`] does; and where a template that can be used does not arrive.
+pub fn travel(place: &Place, name: &str) {
+    let Ok(template) = Template::open(&place.path(name)) else {
+        return;
+    };
+    let mut stream = Vec::new();
+    if send(&template, &mut stream).is_err() {
+        return;
+    }
+    let there = Place::new();
+    let arrive = || {
+        receive(
+            &there.path(name),
+            None,
+            &mut stream.as_slice(),
+            &there.runtime,
+        )
+    };
+    let (arrived, touched) = record(arrive).unwrap();
+    let bounds = Bounds {
+        read: Vec::new(),
+        write: vec![there.dir.path().to_owned()],
+    };
+    let broken = bounds.broken_by(&touched);
+    assert!(broken.is_empty(), "a template that came touched {broken:?}");
+    assert_eq!(arrived.is_ok(), template.verify(|_| {}).is_ok());
+}
