@@ -13,7 +13,7 @@ use agent_proto::client::{Connection, Deadline};
 use clone_api::config::{DiskConfig, Overlay};
 use clone_api::control::{SnapshotKind, SnapshotRequest, SnapshotTaken, VmState};
 use clone_api::shape::Ceilings;
-use clone_api::{ApiError, Client, ClientError, ErrorCode, Shape};
+use clone_api::{ApiError, Client, ClientError, ErrorCode, Shape, VmConfig};
 
 use crate::error::{Result, failed};
 use crate::jail;

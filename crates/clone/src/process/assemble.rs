@@ -10,6 +10,7 @@ use clone_memory::{GuestMemory, RamLayout};
 use clone_vmm::event_loop::EventLoop;
 use clone_vmm::machine::{Kernel, Machine, MachineError, MachineState, Parts};
 use clone_vmm::vcpu::{Refusal, VcpuError};
+use kvm_ioctls::Kvm;
 
 use super::console::ConsoleHub;
 use super::control::ControlServer;
