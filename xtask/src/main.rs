@@ -28,7 +28,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Run the development tasks of Clone and Army.
+/// Runs the development tasks of Clone and Army.
 ///
 /// Newcomers need two of them, `demo` and `test`. Both install their prerequisites first.
 #[derive(Parser)]
