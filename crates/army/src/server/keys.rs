@@ -10,14 +10,16 @@ use super::auth::Caller;
 use super::extract::{Body, Path};
 use super::{Answer, App};
 
-/// All keys, without their secrets.
+/// Lists all keys, without their secrets.
 #[utoipa::path(get, path = "/v1/keys", responses((status = 200, body = Vec<Key>)))]
 pub(super) async fn list(State(app): State<App>, caller: Caller) -> Answer<Json<Vec<Key>>> {
     caller.may(Role::Admin)?;
     Ok(Json(app.controller.store.keys().await?))
 }
 
-/// Makes a key. Its secret is in this answer and nowhere else.
+/// Creates a key.
+///
+/// The secret of the key is returned only in this response.
 #[utoipa::path(post, path = "/v1/keys", request_body = CreateKey,
     responses((status = 201, body = NewKey)))]
 pub(super) async fn create(
@@ -34,7 +36,7 @@ pub(super) async fn create(
     Ok((StatusCode::CREATED, Json(key)))
 }
 
-/// Makes a key useless.
+/// Revokes a key.
 #[utoipa::path(delete, path = "/v1/keys/{id}", params(("id" = String, Path)),
     responses((status = 204)))]
 pub(super) async fn remove(

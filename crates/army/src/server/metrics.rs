@@ -11,7 +11,7 @@ use axum::response::{IntoResponse, Response};
 use super::auth::Caller;
 use super::{Answer, App};
 
-/// Hosts, templates and VMs in figures, in Prometheus' text format.
+/// Returns metrics of hosts, templates and VMs in the text format of Prometheus.
 #[utoipa::path(get, path = "/metrics", responses((status = 200, content_type = "text/plain")))]
 pub(super) async fn metrics(State(app): State<App>, caller: Caller) -> Answer<Response> {
     caller.may(Role::Admin)?;
