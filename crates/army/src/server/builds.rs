@@ -43,7 +43,7 @@ pub(super) async fn build(
         Some(BuildEvent::Failed { problem }) => Err(problem.into()),
         Some(first) => Ok(sent_events(Some(first), events)),
         None => {
-            let detail = "the build ended without a word";
+            let detail = "the build ended without a result";
             Err(Problem::new(ProblemKind::Internal, detail).into())
         }
     }

@@ -56,7 +56,7 @@ pub(super) async fn start(
 ) -> Answer<(StatusCode, Json<Command>)> {
     guest::check_command(&asked.command)?;
     if asked.stdin.is_some() {
-        let detail = "a command that nobody waits for gets no `stdin`: write a file first";
+        let detail = "`stdin` is not supported for background commands: write a file first";
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     caller.may(Role::User)?;
@@ -147,7 +147,7 @@ pub(super) async fn signal(
     Body(asked): Body<SendSignal>,
 ) -> Answer<StatusCode> {
     if !(1..=64).contains(&asked.signal) {
-        let detail = format!("{} is no signal: 1 to 64 are", asked.signal);
+        let detail = format!("invalid signal {}: it must be 1 to 64", asked.signal);
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     let (connection, in_use) = connect(&app, &caller, &vm).await?;

@@ -85,7 +85,7 @@ pub(super) async fn token(
     caller.may(Role::Admin)?;
     let minutes = asked.minutes.unwrap_or(TOKEN_MINUTES);
     if !(1..=MAX_TOKEN_MINUTES).contains(&minutes) {
-        let detail = format!("`minutes` is 1 to {MAX_TOKEN_MINUTES}");
+        let detail = format!("`minutes` must be 1 to {MAX_TOKEN_MINUTES}");
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     let (token, expires_ms) = app.controller.token(minutes).await?;

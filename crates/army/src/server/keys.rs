@@ -29,7 +29,7 @@ pub(super) async fn create(
 ) -> Answer<(StatusCode, Json<NewKey>)> {
     caller.may(Role::Admin)?;
     if !clone_api::validate::is_valid_name(&asked.tenant) {
-        let detail = format!("`{}` is no name of a tenant", asked.tenant.escape_debug());
+        let detail = format!("invalid tenant name `{}`", asked.tenant.escape_debug());
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     let key = app.controller.store.create_key(&asked).await?;

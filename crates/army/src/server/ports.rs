@@ -43,7 +43,7 @@ pub(super) async fn connect(
 ) -> Answer<Response> {
     caller.may(Role::User)?;
     if port == 0 {
-        let detail = "0 is no TCP port";
+        let detail = "0 is not a valid TCP port";
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     let vm = caller.vm(&app, &vm).await?;
