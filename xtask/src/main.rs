@@ -28,9 +28,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Every chore of Clone and Army.
+/// Run the development tasks of Clone and Army.
 ///
-/// The two that a newcomer needs are `demo` and `test`; both set up what they need first.
+/// Newcomers need two of them, `demo` and `test`. Both install their prerequisites first.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
 struct Cli {
@@ -40,9 +40,9 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Runs the main job, from nothing: what the product does today, with its times.
+    /// Demonstrates the main features from scratch, and prints how long each step takes.
     Demo {
-        /// The part that runs where guests run.
+        /// The part of the demo that runs where guests run.
         #[arg(long, hide = true)]
         inside: bool,
     },
@@ -50,25 +50,26 @@ enum Command {
     Test(test::Options),
     /// Measures Clone beside QEMU's microvm (and other VMMs whose binary is given), in one run.
     ///
-    /// Writes target/bench/NAME.json (all samples), report.md and plots. docs/benchmarks.md tells
-    /// what each bench measures.
+    /// Writes target/bench/NAME.json (all samples), report.md and plots. docs/benchmarks.md
+    /// describes what each bench measures.
     Bench(bench::Options),
-    /// Fuzzes every door that a guest, a file or a client can knock at.
+    /// Fuzzes every interface that accepts input from a guest, a file or a client.
     ///
-    /// Needs a C++ compiler and no nightly Rust. `cargo fuzz run TARGET` works too, where it is
-    /// installed. Inputs that were found are in target/fuzz/artifacts/TARGET.
+    /// Needs a C++ compiler, but no nightly Rust. `cargo fuzz run TARGET` works, too, where it is
+    /// installed. Inputs that cause failures are in target/fuzz/artifacts/TARGET.
     Fuzz(fuzz::Options),
-    /// A nested KVM host under QEMU, for machines without hardware KVM.
+    /// Manages a nested KVM host under QEMU, for machines without hardware KVM.
     #[command(subcommand)]
     Testbed(testbed::Command),
-    /// Kernels and file systems for test guests, from Debian's packages.
+    /// Builds kernels and file systems for test guests, from Debian's packages.
     #[command(subcommand)]
     Guest(guest::Command),
-    /// Makes what users install: an archive and a Debian package, in target/release-files.
+    /// Builds the release files that users install: an archive and a Debian package, in
+    /// target/release-files.
     Release,
     /// Installs the system packages and cargo tools that the chores need (with apt).
     Setup,
-    /// Says whether this machine's /dev/kvm runs stock guests.
+    /// Prints whether this machine's /dev/kvm runs stock guests.
     Kvm,
 }
 

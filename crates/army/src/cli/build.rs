@@ -18,27 +18,27 @@ use super::things::pair;
 const RUN: &str = "run";
 const WRITE: &str = "write";
 
-/// Build a template of another one: a clone of it, after commands and files.
+/// Build a template from another one, by running commands and writing files in a clone of it.
 #[derive(clap::Args)]
 struct Options {
     /// The new template's name.
     name: String,
-    /// The template that it begins with, or a tag.
+    /// The template to start from, or a tag.
     #[arg(long)]
     from: String,
-    /// A command for the guest's shell, which must end with 0; can be given several times.
+    /// A command for the guest's shell, which must exit with 0; can be given several times.
     #[arg(id = RUN, long, value_name = "COMMAND")]
     run: Vec<String>,
-    /// A text file for the guest, in its turn among the commands; can be given several times.
+    /// A text file to write in the guest, in order with the commands; can be given several times.
     #[arg(id = WRITE, long, value_name = "FILE:PATH", value_parser = file)]
     write: Vec<(PathBuf, String)>,
-    /// A variable for the environment of the commands, KEY=VALUE; can be given several times.
+    /// An environment variable for the commands, KEY=VALUE; can be given several times.
     #[arg(long = "env", short, value_parser = pair)]
     environment: Vec<(String, String)>,
-    /// Only on hosts with this label, KEY=VALUE; can be given several times.
+    /// Use only hosts with this label, KEY=VALUE; can be given several times.
     #[arg(long = "on", value_name = "KEY=VALUE", value_parser = pair)]
     host_labels: Vec<(String, String)>,
-    /// All steps together may take so many seconds.
+    /// The time limit for all steps together, in seconds.
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
 }

@@ -14,16 +14,16 @@ pub(super) const DEFAULT_URL: &str = "http://127.0.0.1:7777";
 
 #[derive(Args)]
 pub(super) struct Options {
-    /// The server.
+    /// The URL of the server.
     #[arg(long, global = true, env = "ARMY_URL", default_value = DEFAULT_URL)]
     url: String,
-    /// The key.
+    /// The key to authenticate with.
     #[arg(long, global = true, env = "ARMY_KEY", hide_env_values = true)]
     key: Option<String>,
-    /// Believe a server whose certificate leads to one in this PEM file, and no other.
+    /// Trust only servers whose certificate is signed by one of the authorities in this PEM file.
     #[arg(long, global = true, value_name = "FILE", env = "ARMY_CA")]
     ca: Option<PathBuf>,
-    /// Answers in JSON.
+    /// Print answers in JSON.
     #[arg(long, global = true)]
     json: bool,
 }

@@ -17,24 +17,24 @@ use crate::controller::{Cluster, Controller};
 
 /// Serve the API and the dashboard of several hosts, each of which runs `army node`.
 ///
-/// The first start prints an administrator's key, once, and makes the authority that certifies
-/// hosts; `army host token` makes what a host joins with. VMs go on when this server ends.
+/// The first start prints an administrator's key, once, and creates the certificate authority for
+/// hosts; `army host token` makes the token that a host joins with. VMs keep running when this
+/// server ends.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Where to listen for clients. With another address than this host's own, encrypt:
-    /// --tls-cert, or a proxy.
+    /// The address to listen on for clients. If it is not a loopback address, encrypt the
+    /// connections, with --tls-cert or a proxy.
     #[arg(long, default_value = "127.0.0.1:7777", env = "ARMY_LISTEN")]
     listen: SocketAddr,
     #[command(flatten)]
     tls: serve::TlsArgs,
-    /// Where to listen for hosts that join. Always TLS.
+    /// The address to listen on for hosts that join, always with TLS.
     #[arg(long, default_value = "0.0.0.0:7778", env = "ARMY_CLUSTER_LISTEN")]
     cluster_listen: SocketAddr,
-    /// Where everything is kept that is to outlive the server, the authority's key among it.
+    /// The directory for persistent data, including the authority's key.
     #[arg(long, default_value = "/var/lib/army", env = "ARMY_STATE")]
     state: PathBuf,
-    /// Where requests, keys and VMs are written down: postgres://…; an SQLite file in --state where
-    /// none is given.
+    /// The database for requests, keys and VMs: postgres://…; an SQLite file in --state by default.
     #[arg(
         long,
         value_name = "URL",

@@ -11,20 +11,20 @@ use crate::controller::Controller;
 
 /// Serve everything on this host: API, dashboard, store and VMs.
 ///
-/// The first start prints an administrator's key, once. VMs go on when the server ends, and are its
-/// own again when it comes back.
+/// The first start prints an administrator's key, once. VMs keep running when the server ends, and
+/// the server manages them again when it is back.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Where to listen. With another address than this host's own, encrypt: --tls-cert, or a proxy.
+    /// The address to listen on. If it is not a loopback address, encrypt the connections, with
+    /// --tls-cert or a proxy.
     #[arg(long, default_value = "127.0.0.1:7777", env = "ARMY_LISTEN")]
     listen: SocketAddr,
     #[command(flatten)]
     tls: serve::TlsArgs,
-    /// Where everything is kept that is to outlive the server.
+    /// The directory for persistent data.
     #[arg(long, default_value = "/var/lib/army", env = "ARMY_STATE")]
     state: PathBuf,
-    /// Where requests, keys and VMs are written down: postgres://…; an SQLite file in --state where
-    /// none is given.
+    /// The database for requests, keys and VMs: postgres://…; an SQLite file in --state by default.
     #[arg(
         long,
         value_name = "URL",
@@ -32,7 +32,7 @@ pub(super) struct Args {
         hide_env_values = true
     )]
     database: Option<String>,
-    /// What the host is called.
+    /// The name of the host.
     #[arg(long)]
     host_name: Option<String>,
     #[command(flatten)]

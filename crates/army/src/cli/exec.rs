@@ -19,7 +19,7 @@ const SIGNAL_BASE: i32 = 128;
 /// As of timeout(1).
 const TIMED_OUT: u8 = 124;
 
-/// Run a command in a VM; its output and exit status are this command's.
+/// Run a command in a VM, print its output, and exit with its exit status.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// The VM: its id or name.
@@ -27,22 +27,22 @@ pub(super) struct Args {
     /// The program and its arguments.
     #[arg(required = true, trailing_var_arg = true)]
     command: Vec<String>,
-    /// A variable for its environment, KEY=VALUE; can be given several times.
+    /// An environment variable for the command, KEY=VALUE; can be given several times.
     #[arg(long = "env", short)]
     environment: Vec<String>,
-    /// Where it runs.
+    /// The working directory of the command.
     #[arg(long, short)]
     directory: Option<String>,
-    /// As whom.
+    /// The user to run the command as.
     #[arg(long, short)]
     user: Option<String>,
-    /// Kill it after so many seconds.
+    /// Kill the command after this number of seconds.
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
-    /// Give it this command's input.
+    /// Send standard input to the command.
     #[arg(long, short)]
     input: bool,
-    /// Do not wait for it: print its number, for `army command`.
+    /// Do not wait for the command; print its number, for `army command`.
     #[arg(long, conflicts_with = "input")]
     detach: bool,
 }
@@ -100,28 +100,28 @@ fn code_of(exit_code: Option<i32>, signal: Option<i32>, timed_out: bool) -> u8 {
     }
 }
 
-/// Commands that were started with `army exec --detach`.
+/// Manage commands that were started with `army exec --detach`.
 #[derive(clap::Subcommand)]
 pub(super) enum DetachedCommand {
-    /// List those that run, and those whose end nobody has read.
+    /// List the running commands, and the ended ones whose exit status has not been read.
     Ls {
         /// The VM.
         vm: String,
     },
-    /// Print what one writes until it ends; its exit status is this command's.
+    /// Print a command's output until it ends, and exit with its exit status.
     Output {
         /// The VM.
         vm: String,
         /// The command's number.
         id: u64,
-        /// Leave out so many bytes of its standard output.
+        /// Skip this number of bytes of its standard output.
         #[arg(long, default_value_t = 0)]
         stdout: u64,
-        /// Leave out so many bytes of its standard error output.
+        /// Skip this number of bytes of its standard error output.
         #[arg(long, default_value_t = 0)]
         stderr: u64,
     },
-    /// Send a signal to one and what it started.
+    /// Send a signal to a command and the processes that it started.
     Signal {
         /// The VM.
         vm: String,

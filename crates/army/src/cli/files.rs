@@ -19,15 +19,15 @@ const NEW_FILE_MODE: u32 = 0o644;
 
 /// Copy a file into or out of a VM: one side is VM:PATH.
 ///
-/// In a directory the file has its own name. Devices and pipes of this host are written into; in a VM
-/// they are refused.
+/// In a directory the file keeps its name. Data can be copied into devices and pipes of this host;
+/// in a VM they are refused.
 #[derive(clap::Args)]
 pub(super) struct CopyArgs {
-    /// What is copied.
+    /// The source.
     from: OsString,
-    /// Where to.
+    /// The destination.
     to: OsString,
-    /// Permissions of the file in the VM, as in 755; those that it has here where nothing is given.
+    /// Permissions of the file in the VM, as in 755; by default, those of the local file.
     #[arg(long)]
     mode: Option<String>,
 }

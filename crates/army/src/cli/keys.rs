@@ -11,36 +11,36 @@ use reqwest::Method;
 use super::context::Context;
 use super::output::table;
 
-/// Keys.
+/// Manage keys.
 #[derive(clap::Subcommand)]
 pub(super) enum Command {
     /// List keys.
     Ls,
     /// Make a key. Its secret is shown once.
     Create {
-        /// Whose it is.
+        /// The tenant that the key belongs to.
         tenant: String,
-        /// What it allows.
+        /// The role of the key.
         #[arg(long, value_enum, default_value_t = RoleArg::User)]
         role: RoleArg,
-        /// The most VMs that the tenant may have at a time.
+        /// The maximum number of VMs that the tenant may have at a time.
         #[arg(long)]
         max_vms: Option<u32>,
     },
-    /// Make a key useless.
+    /// Revoke a key.
     Rm {
-        /// Its id.
+        /// The key's id.
         id: String,
     },
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 pub(super) enum RoleArg {
-    /// To look.
+    /// May only read.
     Viewer,
-    /// To make VMs and use them.
+    /// May create and use VMs.
     User,
-    /// Everything, of all tenants.
+    /// May do everything, for all tenants.
     Admin,
 }
 

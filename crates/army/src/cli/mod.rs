@@ -24,11 +24,11 @@ use clone::cli::generate;
 
 use context::Context;
 
-/// Runs clones for people: an API, a scheduler, a store and a node in one program.
+/// Run clones for people: an API, a scheduler, a store and a node in one program.
 ///
-/// `army dev` is all of it on this host; `army controller` and `army node` are for several. The
-/// other commands are clients: they ask the server that
-/// ARMY_URL names, with the key in ARMY_KEY.
+/// `army dev` serves everything on this host; `army controller` and `army node` are for several
+/// hosts. The other commands are clients: they send requests to the server at ARMY_URL, with the
+/// key in ARMY_KEY.
 #[derive(Parser)]
 #[command(name = "army", version, max_term_width = 100)]
 struct Cli {
@@ -46,29 +46,29 @@ enum Command {
     Controller(controller::Args),
     /// Run this host's VMs for a controller.
     Node(node::Args),
-    /// Hosts: list, label, drain, undrain, tokens to join with, remove.
+    /// Manage hosts: list, label, drain, undrain, make join tokens, remove.
     #[command(subcommand)]
     Host(things::HostCommand),
-    /// Templates: list, build, register, tag, copy, export, import, standbys, remove.
+    /// Manage templates: list, build, register, tag, copy, export, import, standbys, remove.
     #[command(subcommand)]
     Template(templates::Command),
-    /// VMs: create, list, inspect, fork, pause, resume, balloon, snapshot, destroy.
+    /// Manage VMs: create, list, inspect, fork, pause, resume, balloon, snapshot, destroy.
     #[command(subcommand)]
     Vm(things::VmCommand),
-    /// Run a command in a VM; its output and exit status are this command's.
+    /// Run a command in a VM, print its output, and exit with its exit status.
     Exec(exec::Args),
-    /// Commands that were started with `exec --detach`: list, output, signal.
+    /// Manage commands that were started with `exec --detach`: list, output, signal.
     #[command(subcommand, name = "command")]
     Detached(exec::DetachedCommand),
-    /// A shell in a VM.
+    /// Open a shell in a VM.
     Shell(shell::Args),
-    /// Reach ports of a VM under ports of this host.
+    /// Forward ports of this host to ports of a VM.
     PortForward(ports::Args),
     /// Copy a file into or out of a VM: one side is VM:PATH.
     Cp(files::CopyArgs),
-    /// Events, as they happen.
+    /// Print events as they happen.
     Events(things::EventsArgs),
-    /// Keys: list, create, remove.
+    /// Manage keys: list, create, remove.
     #[command(subcommand)]
     Key(keys::Command),
     /// Print the API's description in OpenAPI.

@@ -19,27 +19,28 @@ const MEMBERSHIP: &str = "membership.json";
 
 /// Run this host's VMs for a controller.
 ///
-/// The first start joins, with a token of `army host token`; later ones need neither token nor
-/// controller. VMs go on when the node ends, and are its own again when it comes back.
+/// The first start joins the cluster, with a token from `army host token`; later starts need
+/// neither --token nor --controller. VMs keep running when the node ends, and the node manages them
+/// again when it is back.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Where the controller listens for hosts: its --cluster-listen.
+    /// The address where the controller listens for hosts (its --cluster-listen).
     #[arg(long, value_name = "ADDRESS:PORT", env = "ARMY_CONTROLLER")]
     controller: Option<SocketAddr>,
-    /// What to join with. It works once.
+    /// The token to join with. It works once.
     #[arg(long, env = "ARMY_TOKEN", hide_env_values = true)]
     token: Option<Token>,
-    /// What the host is called: small letters, digits and `-`.
+    /// The name of the host: lower-case letters, digits and `-`.
     #[arg(long)]
     name: Option<String>,
-    /// Where to listen for the controller and other nodes. Always mutual TLS.
+    /// The address to listen on for the controller and other nodes, always with mutual TLS.
     #[arg(long, default_value = "0.0.0.0:7779", env = "ARMY_NODE_LISTEN")]
     listen: SocketAddr,
-    /// Where they reach this node, told once, when it joins; by default the address that the
-    /// controller sees, and the port of --listen.
+    /// The address where they reach this node, registered when it joins; by default the address
+    /// that the controller sees, and the port of --listen.
     #[arg(long)]
     advertise: Option<SocketAddr>,
-    /// Where everything is kept that is to outlive the node.
+    /// The directory for persistent data.
     #[arg(long, default_value = "/var/lib/army-node", env = "ARMY_STATE")]
     state: PathBuf,
     #[command(flatten)]

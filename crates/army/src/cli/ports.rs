@@ -25,18 +25,18 @@ use super::socket::{self, Socket};
 /// Bytes that are taken at once.
 const PIECE: usize = 64 << 10;
 
-/// Reach ports of a VM under ports of this host, until interrupted.
+/// Forward ports of this host to ports of a VM, until interrupted.
 ///
-/// Connections go through Army and the VM's agent: the VM needs no network for it, and its programs
-/// see a client on their own loopback.
+/// Connections go through Army and the VM's agent: the VM needs no network, and its programs see a
+/// client on their own loopback interface.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// The VM: its id or name.
     vm: String,
-    /// The VM's port, and before it the one of this host where that is another; 0 takes a free one.
+    /// The VM's port, preceded by the port of this host if that differs; 0 chooses a free one.
     #[arg(required = true, value_name = "[LOCAL:]PORT")]
     ports: Vec<Ports>,
-    /// Where to listen. Whoever reaches it reaches the VM's port, without a key.
+    /// The address to listen on. Every client that reaches it can use the VM's port, without a key.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
     listen: IpAddr,
 }

@@ -87,8 +87,8 @@ pub(super) async fn store(database: Option<&str>, state: &Path) -> Result<Store>
 /// What the jail of VMs must have.
 #[derive(clap::Args)]
 pub(super) struct JailArgs {
-    /// Serve although this host cannot provide every layer of the jail around VMs. `army host ls`
-    /// shows what is missing.
+    /// Serve even if this host cannot provide every layer of the jail around VMs. `army host ls`
+    /// shows the missing layers.
     #[arg(
         long,
         env = "ARMY_ALLOW_WEAK_JAIL",
@@ -129,11 +129,11 @@ pub(super) async fn node(name: String, state: &Path, jail: &JailArgs) -> Result<
 /// Whether and how connections of clients are encrypted.
 #[derive(clap::Args)]
 pub(super) struct TlsArgs {
-    /// Serve clients over TLS, with the certificate in this PEM file, and what leads from it to an
-    /// authority. It is read again when it changes.
+    /// Serve clients over TLS, with the certificate chain in this PEM file. It is reloaded when it
+    /// changes.
     #[arg(long, value_name = "FILE", env = "ARMY_TLS_CERT", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
-    /// The certificate's key, a PEM file.
+    /// The certificate's private key, a PEM file.
     #[arg(long, value_name = "FILE", env = "ARMY_TLS_KEY", requires = "tls_cert")]
     tls_key: Option<PathBuf>,
 }

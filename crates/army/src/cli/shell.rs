@@ -19,12 +19,12 @@ use super::socket;
 /// Ctrl-D.
 const END_OF_INPUT: u8 = 4;
 
-/// A shell in a VM.
+/// Open a shell in a VM.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// The VM: its id or name.
     vm: String,
-    /// A command instead of the user's shell.
+    /// A command to run instead of the user's shell.
     #[arg(trailing_var_arg = true)]
     command: Vec<String>,
 }

@@ -14,36 +14,36 @@ use super::build;
 use super::context::Context;
 use super::output::{bytes, table};
 
-/// Templates.
+/// Manage templates.
 #[derive(clap::Subcommand)]
 pub(super) enum Command {
     /// List templates.
     Ls,
-    /// Build a template of another one: a clone of it, after commands and files.
+    /// Build a template from another one, by running commands and writing files in a clone of it.
     Build(build::Args),
-    /// Take up a template of the host's store, where `clone snapshot` put it.
+    /// Register a template from a host's store, where `clone snapshot` put it.
     Register {
-        /// Its name there.
+        /// The template's name in the store.
         name: String,
         /// The host that has it.
         #[arg(long)]
         host: Option<String>,
-        /// How many clones to keep ready.
+        /// The number of standbys to keep ready.
         #[arg(long, default_value_t = 0)]
         standbys: u32,
     },
-    /// Take a template to another host, too.
+    /// Copy a template to another host.
     Copy {
         /// The template.
         name: String,
         /// The host.
         host: String,
     },
-    /// Let a tag point to a template; VMs can be made of a tag.
+    /// Point a tag to a template; VMs can be created from a tag.
     Tag {
         /// The template.
         name: String,
-        /// The tag; where it pointed before, it points no longer.
+        /// The tag. If it exists, it is moved.
         tag: String,
     },
     /// Remove a tag.
@@ -51,31 +51,31 @@ pub(super) enum Command {
         /// The tag.
         tag: String,
     },
-    /// Write all of a template to a file.
+    /// Export a complete template to a file.
     Export {
         /// The template.
         name: String,
         /// The file.
         file: PathBuf,
     },
-    /// Take up a template from a file that `export` wrote.
+    /// Import a template from a file that `export` wrote.
     Import {
-        /// Its name from now on.
+        /// The template's new name.
         name: String,
         /// The file.
         file: PathBuf,
-        /// The host that gets it.
+        /// The host to import it to.
         #[arg(long)]
         host: Option<String>,
     },
-    /// Change how many clones are kept ready on each of its hosts.
+    /// Set how many standbys are kept ready on each of the template's hosts.
     Standbys {
         /// The template.
         name: String,
-        /// How many.
+        /// The number of standbys.
         count: u32,
     },
-    /// Remove a template that nobody uses, from its hosts too.
+    /// Remove a template that is not in use, from its hosts as well.
     Rm {
         /// The template.
         name: String,

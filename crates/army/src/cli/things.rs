@@ -22,22 +22,22 @@ use super::context::Context;
 use super::output::{bytes, ms, note, table};
 use super::templates::templates_table;
 
-/// Hosts.
+/// Manage hosts.
 #[derive(clap::Subcommand)]
 pub(super) enum HostCommand {
     /// List hosts.
     Ls,
-    /// Take a host out of placement; its VMs go on.
+    /// Place no new VMs on a host; its VMs keep running.
     Drain {
         /// The host.
         name: String,
     },
-    /// Put it back.
+    /// Place VMs on a drained host again.
     Undrain {
         /// The host.
         name: String,
     },
-    /// Label a host, KEY=VALUE; KEY= takes a label away. VMs can be sent to labelled hosts.
+    /// Label a host with KEY=VALUE; KEY= removes a label. VMs can be restricted to labelled hosts.
     Label {
         /// The host.
         name: String,
@@ -45,13 +45,13 @@ pub(super) enum HostCommand {
         #[arg(required = true, value_parser = pair)]
         labels: Vec<(String, String)>,
     },
-    /// Make a token that a host joins with, once: army node --token.
+    /// Make a token with which one host can join (army node --token).
     Token {
-        /// How many minutes it can be used.
+        /// The number of minutes for which the token is valid.
         #[arg(long)]
         minutes: Option<u32>,
     },
-    /// Give a host up: one without VMs, or one that does not answer.
+    /// Remove a host that has no VMs, or that does not answer.
     Rm {
         /// The host.
         name: String,
@@ -141,10 +141,10 @@ fn labels(labels: &BTreeMap<String, String>) -> String {
     labels.join(",")
 }
 
-/// VMs.
+/// Manage VMs.
 #[derive(clap::Subcommand)]
 pub(super) enum VmCommand {
-    /// Make VMs of a template.
+    /// Create VMs from a template.
     Create(CreateArgs),
     /// List VMs.
     Ls(ListArgs),
@@ -153,11 +153,11 @@ pub(super) enum VmCommand {
         /// The VM: its id or name.
         vm: String,
     },
-    /// Fork a running VM, which goes on.
+    /// Fork a running VM, which continues to run.
     Fork {
         /// The VM.
         vm: String,
-        /// How many forks.
+        /// The number of forks.
         #[arg(long, short, default_value_t = 1)]
         count: u32,
         /// The fork's name; several are called NAME-1, NAME-2 and so on.
@@ -169,29 +169,29 @@ pub(super) enum VmCommand {
         /// The VM.
         vm: String,
     },
-    /// Set them going again.
+    /// Resume a paused VM.
     Resume {
         /// The VM.
         vm: String,
     },
-    /// Show a VM's balloon, or ask for another size.
+    /// Show a VM's balloon, or set its target size.
     Balloon {
         /// The VM.
         vm: String,
-        /// How much of the guest's memory it should hold, as in 128M.
+        /// How much of the guest's memory the balloon should hold, as in 128M.
         size: Option<Bytes>,
     },
-    /// Make a template of a VM, which goes on.
+    /// Make a template of a VM, which continues to run.
     Snapshot {
         /// The VM.
         vm: String,
         /// The template's name.
         template: String,
-        /// Keep only what changed since the VM's template.
+        /// Store only the changes since the VM's template.
         #[arg(long)]
         diff: bool,
     },
-    /// End VMs.
+    /// Destroy VMs.
     Rm {
         /// The VMs.
         #[arg(required = true)]
@@ -204,35 +204,35 @@ pub(super) enum VmCommand {
 pub(super) struct CreateArgs {
     /// The template, or a tag.
     template: String,
-    /// How many.
+    /// The number of VMs.
     #[arg(long, short, default_value_t = 1)]
     count: u32,
     /// The VM's name; several are called NAME-1, NAME-2 and so on.
     #[arg(long, short)]
     name: Option<String>,
-    /// Only on hosts with this label, KEY=VALUE; can be given several times.
+    /// Use only hosts with this label, KEY=VALUE; can be given several times.
     #[arg(long = "on", value_name = "KEY=VALUE", value_parser = pair)]
     host_labels: Vec<(String, String)>,
     /// A label, KEY=VALUE; can be given several times.
     #[arg(long = "label", short, value_parser = pair)]
     labels: Vec<(String, String)>,
-    /// A variable for the environment of commands, KEY=VALUE; can be given several times.
+    /// An environment variable for commands, KEY=VALUE; can be given several times.
     #[arg(long = "env", short, value_parser = pair)]
     environment: Vec<(String, String)>,
-    /// Destroy them after so many seconds.
+    /// Destroy the VMs after this number of seconds.
     #[arg(long, value_name = "SECONDS")]
     ttl: Option<u64>,
-    /// Pause them when nobody used them for so many seconds; the next command wakes them.
+    /// Pause a VM that was not used for this number of seconds; the next command resumes it.
     #[arg(long, value_name = "SECONDS", conflicts_with = "destroy_idle")]
     pause_idle: Option<u64>,
-    /// Destroy them when nobody used them for so many seconds.
+    /// Destroy a VM that was not used for this number of seconds.
     #[arg(long, value_name = "SECONDS")]
     destroy_idle: Option<u64>,
-    /// Whom they may send to over their network: full, none, or IPv4 networks with commas between
-    /// them, as in 10.0.0.0/8,192.0.2.7. As the template says where it is not given.
+    /// The destinations that the VMs may send to: full, none, or IPv4 networks separated by commas,
+    /// as in 10.0.0.0/8,192.0.2.7. The template's setting by default.
     #[arg(long, value_name = "WHOM")]
     egress: Option<String>,
-    /// Sent again with the same key, the request is not done again.
+    /// A request that is sent again with the same key is not executed again.
     #[arg(long, value_name = "KEY")]
     idempotency_key: Option<String>,
 }
@@ -240,16 +240,16 @@ pub(super) struct CreateArgs {
 /// `army vm ls`.
 #[derive(Args)]
 pub(super) struct ListArgs {
-    /// Those of this template.
+    /// List only the VMs of this template.
     #[arg(long)]
     template: Option<String>,
-    /// Those on this host.
+    /// List only the VMs on this host.
     #[arg(long)]
     host: Option<String>,
-    /// Those with this label, KEY=VALUE.
+    /// List only the VMs with this label, KEY=VALUE.
     #[arg(long, short)]
     label: Option<String>,
-    /// Those that are over, too.
+    /// List ended VMs, too.
     #[arg(long, short)]
     all: bool,
 }
@@ -444,7 +444,7 @@ fn word(state: &impl Serialize) -> String {
 /// `army events`.
 #[derive(Args)]
 pub(super) struct EventsArgs {
-    /// Begin after this one; 0 is the oldest that is kept.
+    /// Begin after the event with this id; 0 begins with the oldest one that is kept.
     #[arg(long)]
     after: Option<i64>,
 }

@@ -40,7 +40,7 @@ const WISHES_TO_GIVE_UP: u32 = 3;
 /// How long a guest is given for its agent to start.
 #[derive(Debug, Default, Clone, Copy, clap::Args)]
 pub(super) struct Wait {
-    /// Wait up to so many seconds for a guest that is still starting.
+    /// Wait up to this number of seconds for a guest that is still starting.
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     wait: u64,
 }

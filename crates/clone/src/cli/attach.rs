@@ -8,8 +8,8 @@ use crate::error::Result;
 
 /// Attach to a VM's serial console.
 ///
-/// On a terminal, Ctrl-] leaves it. The latest output is shown first. Several may be attached at
-/// once; all see the same.
+/// On a terminal, Ctrl-] detaches. The latest output is shown first. Several clients may be
+/// attached at once; all see the same output.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The VM.

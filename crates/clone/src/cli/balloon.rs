@@ -13,12 +13,12 @@ use crate::error::Result;
 /// How long a guest usually takes to answer.
 const GUEST_TIME: Duration = Duration::from_millis(50);
 
-/// Show how much of a VM's memory its balloon holds, or set how much it should.
+/// Show how much of a VM's memory its balloon holds, or set its target size.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The VM.
     name: String,
-    /// How much the balloon should take from the guest, as in 128M; 0 gives all back.
+    /// How much memory the balloon should take from the guest, as in 128M; 0 returns all of it.
     size: Option<Bytes>,
 }
 

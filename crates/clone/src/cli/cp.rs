@@ -27,17 +27,17 @@ const MAX_STREAM: ByteLimit = ByteLimit::new(1 << 40);
 
 /// Copy a file into a guest, or out of it.
 ///
-/// One side is NAME:PATH, a path in the guest, which is absolute; the other is a path here, or `-`
-/// for our standard input or output. A file appears all at once, with its permissions; in a
-/// directory, it has its own name. Devices and pipes here are written into; in a guest they are
-/// refused. For whole directories: tar c DIR | clone exec -i NAME tar x -C PATH
+/// One side is NAME:PATH, an absolute path in the guest; the other is a path on this host, or `-`
+/// for standard input or output. A file is written atomically, with its permissions; in a
+/// directory, it keeps its name. Data can be copied into devices and pipes of this host; in a guest
+/// they are refused. To copy whole directories: tar c DIR | clone exec -i NAME tar x -C PATH
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// What to copy: PATH, NAME:PATH or -
+    /// The source: PATH, NAME:PATH or -
     from: OsString,
-    /// Where to: PATH, NAME:PATH or -
+    /// The destination: PATH, NAME:PATH or -
     to: OsString,
-    /// Who owns the file in the guest: a name or number, with :GROUP if wanted.
+    /// The owner of the file in the guest: a name or number, optionally with :GROUP.
     #[arg(long, short, value_name = "USER")]
     user: Option<String>,
     #[command(flatten)]

@@ -23,42 +23,43 @@ const TIMED_OUT: u8 = 124;
 /// The most output that is gathered for JSON; as a stream it has no limit.
 const MAX_OUTPUT: ByteLimit = ByteLimit::new(64 << 20);
 
-/// Run a command in a guest, and end with its exit code.
+/// Run a command in a guest, and exit with its exit code.
 ///
-/// Where the guest's image is a container's, its command, environment, user and working directory
-/// are what is not given here.
+/// In the guest of a container image, the image's command, environment, user and working directory
+/// are the defaults.
 ///
-/// A command that a signal ended gives 128 and the signal's number, one that ran too long 124;
-/// 125 means that clone failed, 126 that the command cannot be run, 127 that there is none.
+/// The exit code is 128 plus the signal's number for a command that was ended by a signal, and 124
+/// for one that ran too long; 125 means that clone itself failed, 126 that the command cannot be
+/// run, and 127 that there is no such command.
 ///
-/// It ends with the command, whatever the command leaves in the background. Signals are passed on to
-/// the command; a third SIGINT or SIGTERM ends the wait for it. A command whose `clone exec` is
-/// killed runs on in the guest; a terminal is hung up.
+/// `clone exec` ends when the command ends, even if the command left processes in the background.
+/// Signals are passed on to the command; a third SIGINT or SIGTERM ends the wait for it. A command
+/// whose `clone exec` is killed keeps running in the guest; a terminal is hung up.
 #[derive(Debug, clap::Args)]
 pub(super) struct ExecArgs {
-    /// Send our standard input to the command; without it, its input is empty.
+    /// Send standard input to the command; without this option its input is empty.
     #[arg(long, short)]
     interactive: bool,
-    /// Give the command a terminal; its two outputs are one then.
+    /// Give the command a terminal, which merges its standard output and standard error.
     #[arg(long, short)]
     tty: bool,
     #[command(flatten)]
     how: How,
     /// The VM.
     name: String,
-    /// The command and its arguments; without one, the image's own.
+    /// The command and its arguments; the image's own command by default.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<String>,
 }
 
-/// Open a shell in a guest, on a terminal of its own.
+/// Open a shell in a guest, on a new terminal.
 #[derive(Debug, clap::Args)]
 pub(super) struct ShellArgs {
     #[command(flatten)]
     how: How,
     /// The VM.
     name: String,
-    /// A command to run in place of the user's shell.
+    /// A command to run instead of the user's shell.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<String>,
 }
@@ -72,10 +73,10 @@ struct How {
     /// Start in this directory of the guest.
     #[arg(long, short, value_name = "DIR")]
     workdir: Option<String>,
-    /// Run as this user: a name or number, with :GROUP if wanted.
+    /// Run as this user: a name or number, optionally with :GROUP.
     #[arg(long, short, value_name = "USER")]
     user: Option<String>,
-    /// End the command after so many seconds.
+    /// End the command after this number of seconds.
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
     #[command(flatten)]

@@ -19,33 +19,33 @@ use crate::template::Store;
 
 /// Make clones of a template, or of a running VM.
 ///
-/// Each clone goes on where the template was taken, with a name, addresses, machine id, keys and
-/// random numbers of its own. What it writes to disks ends with it unless --disk says otherwise.
-/// Clones are taken from the standbys that `clone template serve` keeps, where there are any.
+/// Each clone resumes where the template was taken, with its own name, addresses, machine id, keys
+/// and random numbers. Its disk writes are removed with it unless --disk keeps them in a file.
+/// Clones are taken from the standbys of `clone template serve`, where there are any.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The template: a name in the store, or a path with a `/`.
     #[arg(required_unless_present = "from", conflicts_with = "from")]
     template: Option<String>,
-    /// Fork this running VM; both go on, each with its own memory and disks from this instant.
+    /// Fork this running VM; both continue, each with its own memory and disks from this instant.
     #[arg(long, value_name = "VM")]
     from: Option<String>,
-    /// How many clones.
+    /// The number of clones.
     #[arg(long, short, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     count: u32,
     /// The clone's name; several are called NAME-1, NAME-2 and so on.
     #[arg(long, short)]
     name: Option<String>,
-    /// What an interface is connected to, as for `clone run`; given as often as the template has
-    /// interfaces. Without it they are all `nat`, and those of a live fork as the VM's. The
-    /// template's own limits hold in any case.
+    /// The network of an interface, as for `clone run`; give it once for each interface of the
+    /// template. By default all are `nat`, and those of a live fork are connected as the VM's are.
+    /// The template's own limits apply in any case.
     #[arg(long = "net", value_name = "NET", value_parser = net_parser())]
     nets: Vec<NetArg>,
-    /// Keep what a clone writes to a disk in a file, by the disk's place (0 is vda): N=FILE.
+    /// Keep a clone's writes to a disk in a file: N=FILE, where N is the disk's index (0 is vda).
     #[arg(long = "disk", value_name = "N=FILE", value_parser = kept_disk_parser())]
     disks: Vec<KeptDisk>,
-    /// Do not tell the clones who they are: they have the template's host name, addresses and
-    /// clock until somebody does.
+    /// Do not give the clones an identity: they keep the template's host name, addresses and clock
+    /// until these are changed in the guest.
     #[arg(long)]
     no_identity: bool,
     #[command(flatten)]

@@ -18,7 +18,7 @@ pub struct CompletionsArgs {
 /// Print the manual page, or write one page per command into a directory.
 #[derive(Debug, clap::Args)]
 pub struct ManArgs {
-    /// Where to write them.
+    /// The directory to write the pages to.
     dir: Option<PathBuf>,
 }
 

@@ -35,22 +35,22 @@ enum Command {
 ///
 /// SOURCE is a directory, an OCI layout, a `docker save` archive, debian:SUITE for a fresh Debian
 /// (as in debian:trixie), or else an image in a registry (as in alpine or
-/// registry.example/debian:12). For a registry that wants to know who asks, set
+/// registry.example/debian:12). For a registry that requires a login, set
 /// CLONE_REGISTRY_USER and CLONE_REGISTRY_PASSWORD.
 #[derive(Debug, clap::Args)]
 struct BuildArgs {
-    /// What to build from.
+    /// The source to build from.
     source: OsString,
     /// The disk image to make.
     output: PathBuf,
-    /// Replace an image that exists.
+    /// Replace an existing image.
     #[arg(long, short)]
     force: bool,
-    /// The disk's size; where it is not given, the content and one GiB free.
+    /// The disk's size; by default, that of the content plus one GiB of free space.
     #[arg(long, short)]
     size: Option<Bytes>,
-    /// A static clone-agent to put in, for exec, shell and cp; by default the one that is installed
-    /// with this program, where there is one.
+    /// A static clone-agent to install in the image, for exec, shell and cp; by default the one
+    /// that is installed with this program, if there is one.
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
     /// The guest's host name.
@@ -59,13 +59,13 @@ struct BuildArgs {
     /// A name server for the guest (can be given several times).
     #[arg(long = "dns", value_name = "ADDRESS")]
     name_servers: Vec<IpAddr>,
-    /// Which image of a layout or archive that holds several.
+    /// The image to use from a layout or archive that contains several.
     #[arg(long, value_name = "TAG")]
     image: Option<String>,
     /// A package to add to a Debian suite (can be given several times).
     #[arg(long = "package", short, value_name = "NAME")]
     packages: Vec<String>,
-    /// Speak plain HTTP to the registry.
+    /// Use plain HTTP for the registry.
     #[arg(long)]
     plain_http: bool,
 }

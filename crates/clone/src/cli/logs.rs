@@ -20,10 +20,10 @@ use crate::runtime::{RunningVm, VmDir};
 pub(super) struct Args {
     /// The VM.
     name: String,
-    /// Go on with new output until the VM ends.
+    /// Follow new output until the VM ends.
     #[arg(long, short)]
     follow: bool,
-    /// Print what the VM's own process says, in place of the console.
+    /// Print the log of the VM's own process instead of the console.
     #[arg(long, conflicts_with = "follow")]
     vmm: bool,
 }

@@ -20,13 +20,13 @@ const PATIENCE: Duration = Duration::from_millis(500);
 /// How many VMs are asked at once.
 const ASKERS: usize = 16;
 
-/// List the VMs that run.
+/// List the running VMs.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Print names only.
     #[arg(long, short)]
     quiet: bool,
-    /// Ask each VM for its state too.
+    /// Query the state of each VM, too.
     #[arg(long, short)]
     state: bool,
 }

@@ -26,7 +26,7 @@ pub(super) struct PauseArgs {
     names: Vec<String>,
 }
 
-/// Let a paused VM go on.
+/// Resume a paused VM.
 #[derive(Debug, clap::Args)]
 pub(super) struct ResumeArgs {
     /// The VMs.
@@ -34,7 +34,7 @@ pub(super) struct ResumeArgs {
     names: Vec<String>,
 }
 
-/// Ask a VM's guest to shut down, and wait until it has.
+/// Ask a VM's guest to shut down, and wait until it has shut down.
 #[derive(Debug, clap::Args)]
 pub(super) struct StopArgs {
     /// The VMs.
@@ -43,7 +43,7 @@ pub(super) struct StopArgs {
     /// Seconds to wait for the guest.
     #[arg(long, short, default_value_t = 30, value_name = "SECONDS")]
     timeout: u64,
-    /// Kill a VM whose guest has not shut down in time, or cannot be asked to.
+    /// Kill a VM whose guest does not shut down in time, or cannot be reached.
     #[arg(long, short)]
     force: bool,
 }
@@ -56,16 +56,16 @@ pub(super) struct KillArgs {
     names: Vec<String>,
 }
 
-/// Remove what a VM left on this host.
+/// Remove the files that a VM left on this host.
 ///
-/// A VM that has ended leaves nothing that the next command does not remove by itself; with
-/// --force, one that runs is killed first.
+/// The files of a VM that has ended are removed automatically by the next command. With --force, a
+/// running VM is killed first.
 #[derive(Debug, clap::Args)]
 pub(super) struct RmArgs {
     /// The VMs.
     #[arg(required = true)]
     names: Vec<String>,
-    /// Kill a VM that runs.
+    /// Kill the VM first if it is running.
     #[arg(long, short)]
     force: bool,
 }

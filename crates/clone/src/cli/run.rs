@@ -17,8 +17,8 @@ use crate::runtime::Runtime;
 
 /// Start a VM, and stay attached to its console.
 ///
-/// On a terminal, Ctrl-] leaves the console and lets the VM run on. Without a terminal the
-/// console's output is printed until the VM ends.
+/// On a terminal, Ctrl-] detaches from the console, and the VM keeps running. Without a terminal,
+/// the console's output is printed until the VM ends.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]

@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::snapshot;
 use crate::template::Store;
 
-/// Make a template of a running VM, which goes on.
+/// Make a template of a running VM, which continues to run.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The VM.
@@ -19,8 +19,8 @@ pub(super) struct Args {
     /// The template to make: a name in the store, or a path with a `/`.
     #[arg(long, short)]
     output: String,
-    /// Keep only what changed since the template that the VM was forked from, or since its last
-    /// snapshot; the rest is shared with that.
+    /// Store only the changes since the template that the VM was forked from, or since its last
+    /// snapshot; the other data is shared with that template or snapshot.
     #[arg(long)]
     diff: bool,
 }

@@ -11,7 +11,7 @@ use super::Context;
 use super::output::{human_bytes, table, told};
 use crate::error::Result;
 
-/// Show what a VM is and what it uses.
+/// Show a VM's configuration, state and resource usage.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The VM.

@@ -18,7 +18,7 @@ use crate::launch::fork::Source;
 use crate::launch::standby::{Standbys, train};
 use crate::template::{Store, Template, bytes_to_flatten, flatten, forget_verified, upgrade};
 
-/// Templates that clones are forked from.
+/// Manage the templates that clones are forked from.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -28,9 +28,9 @@ pub(super) struct Args {
 #[derive(Debug, Subcommand)]
 enum Command {
     Ls(LsArgs),
-    /// Show what a template says of itself.
+    /// Show a template's manifest.
     Inspect(OneArgs),
-    /// Check all of a template's content.
+    /// Verify the checksums of a template's content.
     Verify(OneArgs),
     Flatten(FlattenArgs),
     Upgrade(UpgradeArgs),
@@ -48,32 +48,32 @@ struct OneArgs {
     template: String,
 }
 
-/// Make a template of one memory layer and no disk layers, of one that has many.
+/// Merge a template's layers into a new template with one memory layer and no disk layers.
 #[derive(Debug, clap::Args)]
 struct FlattenArgs {
     /// The template.
     template: String,
-    /// The one to make.
+    /// The template to make.
     #[arg(long, short)]
     output: String,
 }
 
-/// Make a template of the present format out of one that an older version made.
+/// Make a template of the current format from one that an older version made.
 ///
-/// Older templates named the kernel of the host that they were made on, and have none of their
-/// own: their clones run, but end where they should reboot. All else is shared with the old
-/// template, which can be removed afterwards.
+/// Older templates refer to the kernel of the host that they were made on, and contain none
+/// themselves: their clones run, but end instead of rebooting. All other data is shared with the
+/// old template, which can be removed afterwards.
 #[derive(Debug, clap::Args)]
 struct UpgradeArgs {
     /// The template.
     template: String,
-    /// The kernel that its clones reboot into: the one that it was booted with, or another.
+    /// The kernel that clones reboot into: the one that the machine was booted with, or another.
     #[arg(long, short, value_name = "FILE")]
     kernel: PathBuf,
     /// The initial RAM disk that goes with the kernel.
     #[arg(long, short, value_name = "FILE")]
     initrd: Option<PathBuf>,
-    /// The one to make.
+    /// The template to make.
     #[arg(long, short)]
     output: String,
 }
@@ -86,15 +86,15 @@ struct RmArgs {
     templates: Vec<String>,
 }
 
-/// Keep clones of a template ready, until it is interrupted.
+/// Keep clones of a template ready, until interrupted.
 ///
-/// A fork takes one of them in a fraction of the time that a new one needs. Standbys cost memory
-/// and processes while they wait, and end with this command.
+/// A fork adopts one of these standbys in a fraction of the time that a new clone takes. Standbys
+/// cost memory and processes while they wait, and end with this command.
 #[derive(Debug, clap::Args)]
 struct ServeArgs {
     /// The template.
     template: String,
-    /// How many to keep ready.
+    /// The number of standbys to keep ready.
     #[arg(long, short, default_value_t = 4)]
     standbys: u32,
     #[command(flatten)]
