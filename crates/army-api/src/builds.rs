@@ -1,4 +1,4 @@
-//! Templates that are built of others.
+//! Builds: requests to build a template from another one, and their progress.
 
 use std::collections::BTreeMap;
 
@@ -9,81 +9,85 @@ use crate::Problem;
 use crate::exec::OutputStream;
 use crate::templates::Template;
 
-/// A request for a template: a clone of another one, after what is done in it.
+/// A request to build a template: Army forks an existing template, runs the steps in the clone, and
+/// snapshots the result.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BuildTemplate {
-    /// The new template's name.
+    /// The name of the new template.
     pub template: String,
-    /// The template that it begins with, or a tag that points to it.
+    /// The base template of the build, or a tag that points to it.
     pub from: String,
-    /// What is done, one after the other.
+    /// The steps of the build, at least one. They run one after the other.
     #[schema(min_items = 1)]
     pub steps: Vec<BuildStep>,
-    /// Added to the environment of the commands. The template does not keep it.
+    /// Environment variables that are added to those of each command. They are not kept in the
+    /// template.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub environment: BTreeMap<String, String>,
-    /// It is built on a host that has these labels.
+    /// Labels that the build host must have. Without any, every host qualifies.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub host_labels: BTreeMap<String, String>,
-    /// The steps may take so many seconds, all together; 3,600 where nothing is given.
+    /// The time limit of all steps together, in seconds, at least 1. The default is 3,600.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub timeout_s: Option<u64>,
 }
 
-/// Something that is done in a build.
+/// One step of a build.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "kind", deny_unknown_fields)]
 pub enum BuildStep {
-    /// A command, which must end with 0. What it leaves running runs in every clone.
+    /// Runs a command, which must exit with status 0. Processes that it leaves running also run in
+    /// every clone of the template.
     Run {
-        /// The program and its arguments. No shell stands between.
+        /// The program and its arguments, at least one element. The program is executed directly,
+        /// without a shell.
         #[schema(min_items = 1)]
         command: Vec<String>,
-        /// Where it runs; the user's home where none is given.
+        /// The working directory of the command. The default is the user's home directory.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         directory: Option<String>,
-        /// As whom; root where nobody is given.
+        /// The user that runs the command, as a name or a number. The default is root.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         user: Option<String>,
     },
-    /// A file.
+    /// Writes a text file.
     Write {
-        /// Its absolute path in the guest.
+        /// The absolute path of the file in the guest.
         path: String,
-        /// What is in it.
+        /// The content of the file.
         text: String,
-        /// Its permissions, as in `644`, which they are where none are given.
+        /// The permissions of the file, in octal. The default is `644`.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         mode: Option<String>,
     },
 }
 
-/// What happens in a build: the `data` of a server-sent event.
+/// The progress of a build: the `data` of a server-sent event.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum BuildEvent {
-    /// A step begins.
+    /// A step has started.
     Step {
-        /// Which, from 1 on.
+        /// The number of the step. The first step is 1.
         number: usize,
     },
-    /// Its command wrote something.
+    /// The command of the current step has written output.
     Output {
-        /// Where.
+        /// The output stream that the text was written to.
         stream: OutputStream,
-        /// What. Bytes that are no UTF-8 are replaced.
+        /// The text that was written. Bytes that are not valid UTF-8 are replaced.
         text: String,
     },
-    /// The template is there. This is the last event.
+    /// The build has succeeded. This is the last event.
     Built {
-        /// The template.
+        /// The new template.
         template: Template,
     },
-    /// There is no template. This is the last event.
+    /// The build has failed, and no template was created. This is the last event.
     Failed {
-        /// Why.
+        /// The reason that the build failed.
         problem: Problem,
     },
 }

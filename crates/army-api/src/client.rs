@@ -1,4 +1,4 @@
-//! A client of the API.
+//! A client of Army's REST API.
 
 use futures_util::{Stream, StreamExt};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
@@ -8,47 +8,47 @@ use serde::de::DeserializeOwned;
 use crate::Problem;
 use crate::events::Event;
 
-/// Why a request failed.
+/// The reason that a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// The server refused.
+    /// The server responded with a problem document.
     #[error("{0}")]
     Refused(Problem),
-    /// The server cannot be reached, or went away.
+    /// The server cannot be reached, or the connection to it was lost.
     #[error("cannot reach Army at {url}: {cause}")]
     Unreachable {
-        /// Where it should be.
+        /// The URL of the server.
         url: String,
-        /// What happened.
+        /// The cause of the failure.
         cause: String,
     },
-    /// Something answered that is not Army, or another version of it.
+    /// The response is not one of Army, or of a different version of it.
     #[error("{url} does not answer as Army does: {cause}")]
     Garbled {
-        /// Where.
+        /// The URL of the server.
         url: String,
-        /// What is wrong with the answer.
+        /// What is wrong with the response.
         cause: String,
     },
-    /// Certificates cannot be checked here.
+    /// This system has no certificates with which the server's certificate could be verified.
     #[error(
         "cannot check the certificate of {url}: {cause}\n  try: install the system's certificates (the package ca-certificates)"
     )]
     Untrusting {
-        /// Where the server should be.
+        /// The URL of the server.
         url: String,
-        /// What is missing.
+        /// What is missing on this system.
         cause: String,
     },
-    /// What servers were to be checked with is no certificate.
+    /// The CA certificates that the caller passed contain no valid certificate.
     #[error("there is no certificate to check the server with: {cause}")]
     NoCertificate {
-        /// Why.
+        /// What is wrong with the certificates.
         cause: String,
     },
 }
 
-/// A server, and the key that it is asked with.
+/// A client: the URL of a server, and the key that is sent with each request.
 #[derive(Debug, Clone)]
 pub struct Client {
     http: reqwest::Client,
@@ -57,7 +57,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// The server at `url`, as in `http://127.0.0.1:7777`.
+    /// Creates a client of the server at `url`, such as `http://127.0.0.1:7777`.
     ///
     /// # Errors
     ///
@@ -67,11 +67,12 @@ impl Client {
         Self::checking(url.into(), key.into(), None)
     }
 
-    /// The same, which believes only servers whose certificate leads to one in `pem`.
+    /// Creates a client that trusts only servers whose certificate chain ends at a CA certificate
+    /// in `pem`.
     ///
     /// # Errors
     ///
-    /// [`ClientError::NoCertificate`] where there is none in it.
+    /// [`ClientError::NoCertificate`], if `pem` contains no valid certificate.
     pub fn believing(
         url: impl Into<String>,
         key: impl Into<String>,
@@ -91,14 +92,14 @@ impl Client {
         key: String,
         certificates: Option<Vec<reqwest::Certificate>>,
     ) -> Result<Self, ClientError> {
-        // Whoever installed one before has our thanks.
+        // An error means that a provider is already installed, which serves as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let url = url.trim_end_matches('/').to_owned();
         let mut http = reqwest::Client::builder();
         if let Some(certificates) = certificates {
             http = http.tls_certs_only(certificates);
         } else if !url.starts_with("https:") {
-            // A small system has none, and needs none.
+            // Plain HTTP needs no certificates, and a minimal system has none.
             http = http.tls_certs_only([]);
         }
         let http = http.build().map_err(|error| ClientError::Untrusting {
@@ -108,17 +109,17 @@ impl Client {
         Ok(Self { http, url, key })
     }
 
-    /// Where the server is.
+    /// The URL of the server.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// The key.
+    /// The secret of the key that is sent with each request.
     pub fn key(&self) -> &str {
         &self.key
     }
 
-    /// Asks for what is at `path`, with `query` behind it.
+    /// Sends `GET` to `path` with `query`, and parses the response.
     pub async fn get<T: DeserializeOwned>(
         &self,
         path: &str,
@@ -128,7 +129,7 @@ impl Client {
             .await
     }
 
-    /// Sends `body` with `method`, and reads the answer.
+    /// Sends `body` as JSON to `path` with `method`, and parses the response.
     pub async fn send<T: DeserializeOwned>(
         &self,
         method: Method,
@@ -138,8 +139,8 @@ impl Client {
         self.json(self.request(method, path).json(body)).await
     }
 
-    /// Sends a request for something new. With the same `idempotency_key` it is done once, however
-    /// often it is sent.
+    /// Sends `body` with `POST` to create something. Repeating the request with the same
+    /// `idempotency_key` does not carry it out again.
     pub async fn create<T: DeserializeOwned>(
         &self,
         path: &str,
@@ -153,19 +154,19 @@ impl Client {
         self.json(request).await
     }
 
-    /// Sends a request that has no body, and whose answer has none that matters.
+    /// Sends a request without a body, and ignores the body of the response.
     pub async fn plain(&self, method: Method, path: &str) -> Result<(), ClientError> {
         self.answer(self.request(method, path)).await.map(drop)
     }
 
-    /// Sends a request whose answer has no body that matters.
+    /// Sends `body` with `POST` to `path`, and ignores the body of the response.
     pub async fn post(&self, path: &str, body: &impl Serialize) -> Result<(), ClientError> {
         self.answer(self.request(Method::POST, path).json(body))
             .await
             .map(drop)
     }
 
-    /// The bytes at `path`.
+    /// Downloads the content at `path` as a stream of bytes.
     pub async fn bytes<Q: Serialize>(
         &self,
         path: &str,
@@ -189,7 +190,7 @@ impl Client {
         }))
     }
 
-    /// Puts bytes to `path`.
+    /// Uploads bytes to `path` with `PUT`.
     pub async fn put_bytes(
         &self,
         path: &str,
@@ -200,7 +201,7 @@ impl Client {
         self.answer(request).await.map(drop)
     }
 
-    /// Events after `after`, and on as they happen.
+    /// Streams the events after the id `after`, and continues as they happen.
     pub async fn events(
         &self,
         after: Option<i64>,
@@ -209,7 +210,7 @@ impl Client {
         self.stream("/v1/events", &filter).await
     }
 
-    /// The server-sent events at `path`, with `query` behind it.
+    /// Streams the server-sent events at `path` with `query`.
     pub async fn stream<T: DeserializeOwned, Q: Serialize>(
         &self,
         path: &str,
@@ -219,7 +220,7 @@ impl Client {
             .await
     }
 
-    /// The server-sent events that a request with `body` is answered with.
+    /// Sends `body` with `POST` to `path`, and streams the server-sent events of the response.
     pub async fn post_stream<T: DeserializeOwned, B: Serialize>(
         &self,
         path: &str,
@@ -257,11 +258,12 @@ impl Client {
         ))
     }
 
-    /// Asks for a WebSocket with a key that the caller drew: the answer is the one that switches,
-    /// and what it upgrades to speaks the protocol.
+    /// Opens a WebSocket at `path`. The caller chooses the `Sec-WebSocket-Key`; the response is the
+    /// `101 Switching Protocols` one, which the caller upgrades.
     ///
     /// # Errors
-    /// As of any request; [`ClientError::Garbled`] where the server does not switch.
+    ///
+    /// Those of any request, and [`ClientError::Garbled`], if the server does not switch protocols.
     pub async fn web_socket(
         &self,
         path: &str,
@@ -321,11 +323,12 @@ impl Client {
     }
 }
 
-/// A name as one segment of a request's path: whatever it holds, it stays one segment and its own. (RFC 3986, 2.3 and
-/// 3.3) A name such as `a?b` would else reach `a`.
+/// Encodes a name as one segment of a path, so that no character of it has a special meaning
+/// (RFC 3986, sections 2.3 and 3.3). Without this, a request for the name `a?b` would reach `a`.
 pub fn segment(name: &str) -> String {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
-    // These two are steps, even when they are encoded: encoded twice they are names that nothing has.
+    // Clients and servers resolve `.` and `..` even when they are percent-encoded. Encoded twice,
+    // they are names that nothing has.
     if name == "." || name == ".." {
         return name.replace('.', "%252E");
     }
@@ -339,7 +342,7 @@ pub fn segment(name: &str) -> String {
     text
 }
 
-/// The last of the chain is what happened; the others say that something did.
+/// The last error in the chain of sources, which names the actual cause.
 fn last_cause(mut error: &dyn std::error::Error) -> String {
     while let Some(source) = error.source() {
         error = source;
@@ -347,7 +350,7 @@ fn last_cause(mut error: &dyn std::error::Error) -> String {
     error.to_string()
 }
 
-/// Lines out of pieces.
+/// Splits a stream of byte chunks into lines.
 struct Lines<S> {
     pieces: S,
     rest: Vec<u8>,

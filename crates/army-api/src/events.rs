@@ -1,31 +1,33 @@
-//! What happened, to what, and why.
+//! Events: the recorded changes of state of VMs, hosts, templates and keys.
 
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-/// Something that happened.
+/// A change of state that Army has recorded.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Event {
-    /// Grows with each event.
+    /// The id of the event. A later event has a higher id.
     pub id: i64,
-    /// When it happened.
+    /// The time of the event, in milliseconds since 1970.
     pub time_ms: u64,
-    /// What happened, as in `vm.running` or `host.unreachable`.
+    /// The kind of the event, such as `vm.running` or `host.unreachable`.
     pub kind: String,
-    /// To what: the id of a VM, or the name of a host or a template.
+    /// The object that the event is about: the id of a VM or a key, or the name of a host or a
+    /// template.
     pub subject: String,
-    /// Whose it is; empty for what belongs to all.
+    /// The tenant that owns the object. It is empty for objects that all tenants share.
     pub tenant: String,
-    /// In words.
+    /// A description of the event for people.
     pub detail: String,
 }
 
-/// Which events are sent.
+/// A filter that chooses which events are sent.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub struct EventFilter {
-    /// Those after this one; only new ones where nothing is given. `Last-Event-ID` does the same.
+    /// Only events with a higher id are sent. The default is the id in the `Last-Event-ID` header;
+    /// without that header, only new events are sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<i64>,
 }

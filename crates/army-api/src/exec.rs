@@ -1,125 +1,137 @@
-//! Commands in guests, and files.
+//! Commands, terminals, port connections and files in guests.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-/// A command to run.
+/// A command to run in a VM.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Exec {
-    /// The program and its arguments. No shell stands between.
+    /// The program and its arguments, at least one element. The program is executed directly,
+    /// without a shell.
     #[schema(min_items = 1)]
     pub command: Vec<String>,
-    /// Added to the environment.
+    /// Environment variables that are added to those of the VM.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub environment: BTreeMap<String, String>,
-    /// Where it runs; the user's home where none is given.
+    /// The working directory of the command. The default is the user's home directory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub directory: Option<String>,
-    /// As whom: a name or a number, the agent's own (root) where none is given.
+    /// The user that runs the command, as a name or a number. The default is the agent's user,
+    /// root.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// Its input, all of it.
+    /// The complete standard input of the command. Commands that are started without waiting for
+    /// them accept none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stdin: Option<String>,
-    /// It is killed after so many milliseconds; 60,000 where nothing is given.
+    /// The time limit, in milliseconds, at least 1, after which the command is killed. The default
+    /// is 60,000; commands that are started without waiting for them have no limit by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub timeout_ms: Option<u64>,
 }
 
-/// What a command did.
+/// The outcome of a command.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ExecResult {
-    /// Its exit status; absent where a signal ended it.
+    /// The exit status of the command. It is absent if a signal ended the command.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i32>,
-    /// The signal that ended it.
+    /// The number of the signal that ended the command, if one did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signal: Option<i32>,
-    /// Whether its time ran out.
+    /// Whether the command was killed because its time limit was exceeded.
     pub timed_out: bool,
-    /// What it wrote to its standard output. Bytes that are no UTF-8 are replaced; `lossy` says so.
+    /// The standard output of the command. Bytes that are not valid UTF-8 are replaced, and `lossy`
+    /// is then true.
     pub stdout: String,
-    /// What it wrote to its standard error output, likewise.
+    /// The standard error output of the command. Bytes that are not valid UTF-8 are replaced, and
+    /// `lossy` is then true.
     pub stderr: String,
-    /// Whether some of the output was no UTF-8: fetch it as a file or over the terminal, whole.
+    /// Whether some of the output was not valid UTF-8 and was replaced. Fetch such output as a file
+    /// or over a terminal.
     #[serde(default)]
     pub lossy: bool,
-    /// Bytes of output beyond what a reply holds, 16 MiB, that are not in here.
+    /// The number of bytes of output that were omitted because a response holds at most 16 MiB of
+    /// output.
     #[serde(default)]
     pub omitted_bytes: u64,
-    /// From the request's arrival to the command's end, in microseconds.
+    /// The time from the arrival of the request to the end of the command, in microseconds.
     pub took_us: u64,
 }
 
-/// A command that runs, or ran, without anybody waiting for it.
+/// A command that was started in a VM without waiting for its end.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Command {
-    /// What it is called in its VM.
+    /// The id of the command, unique within its VM.
     pub id: u64,
-    /// Its process id in the guest.
+    /// The process id of the command in the guest.
     pub pid: u32,
     /// The program and its arguments.
     pub command: Vec<String>,
-    /// How it ended, once it has.
+    /// The way in which the command ended. It is absent while the command runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<Ended>,
 }
 
-/// How a command ended.
+/// The way in which a command ended.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Ended {
-    /// Its exit status; absent where a signal ended it.
+    /// The exit status of the command. It is absent if a signal ended the command.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i32>,
-    /// The signal that ended it.
+    /// The number of the signal that ended the command, if one did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signal: Option<i32>,
-    /// Whether its time ran out.
+    /// Whether the command was killed because its time limit was exceeded.
     pub timed_out: bool,
 }
 
-/// From where a command's output is read: so many bytes of each stream are there already.
+/// The position from which the output of a command is read: the number of bytes of each stream that
+/// the client already has.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub struct Cursor {
-    /// Of the standard output.
+    /// The number of bytes of the standard output that the client already has. The default is 0.
     #[serde(default)]
     pub stdout: u64,
-    /// Of the standard error output.
+    /// The number of bytes of the standard error output that the client already has. The default is
+    /// 0.
     #[serde(default)]
     pub stderr: u64,
 }
 
-/// What happens to a command: the `data` of a server-sent event.
+/// The progress of a command: the `data` of a server-sent event.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum CommandEvent {
-    /// It wrote something.
+    /// The command has written output.
     Output {
-        /// Where.
+        /// The output stream that the text was written to.
         stream: OutputStream,
-        /// What. Bytes that are no UTF-8 are replaced.
+        /// The text that was written. Bytes that are not valid UTF-8 are replaced.
         text: String,
-        /// How much of this stream is there with it: [`Cursor`] for who reads on later.
+        /// The position in the stream after this text, in bytes. A client that reconnects passes it
+        /// as the cursor of the stream.
         cursor: u64,
     },
-    /// Output is gone: it was read before, or nobody read it until there was too much.
+    /// Output is no longer available: it was read before, or it was dropped because too much of it
+    /// was unread.
     Lost {
-        /// Of which stream.
+        /// The output stream that the lost output was written to.
         stream: OutputStream,
-        /// How much.
+        /// The number of bytes that were lost.
         bytes: u64,
     },
-    /// It ended, and is forgotten now.
+    /// The command has ended, and the agent has removed it from its list of commands.
     Ended(Ended),
 }
 
-/// One of a command's outputs.
+/// An output stream of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OutputStream {
@@ -129,69 +141,70 @@ pub enum OutputStream {
     Stderr,
 }
 
-/// A signal for a command and what it started in its process group.
+/// A request to send a signal to the process group of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SendSignal {
-    /// Its number: 15 asks the command to end, 9 ends it.
+    /// The number of the signal, 1 to 64: 15 asks the command to terminate, 9 kills it.
     #[schema(minimum = 1, maximum = 64)]
     pub signal: i32,
 }
 
-/// A terminal to be opened.
+/// A request to open a terminal in a VM.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub struct Terminal {
-    /// Lines.
+    /// The height of the terminal window, in rows of text.
     pub rows: u16,
-    /// Columns.
+    /// The width of the terminal window, in columns of text.
     pub columns: u16,
-    /// The program; the user's shell where none is given.
+    /// The command line to run, which is passed to `/bin/sh -c`. The default is the user's login
+    /// shell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command: Option<String>,
 }
 
-/// What a client sends over a terminal's WebSocket as text; bytes for the program come as binary
-/// messages.
+/// A text message on the WebSocket of a terminal. The input and the output of the program are sent
+/// as binary messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum TerminalMessage {
-    /// The window has another size.
+    /// The client tells the server that its window has a new size.
     Resize {
-        /// Lines.
+        /// The height of the terminal window, in rows of text.
         rows: u16,
-        /// Columns.
+        /// The width of the terminal window, in columns of text.
         columns: u16,
     },
-    /// From the server, before it closes: the program ended.
+    /// The server tells the client that the program has ended, and then closes the WebSocket.
     Exited {
-        /// Its exit status; absent where a signal ended it.
+        /// The exit status of the program. It is absent if a signal ended the program.
         exit_code: Option<i32>,
     },
 }
 
-/// What either side sends over a port's WebSocket as text; the connection's bytes are binary
-/// messages. The server closes when both sides have ended.
+/// A text message, in either direction, on the WebSocket of a port. The bytes of the TCP connection
+/// are sent as binary messages. The server closes the WebSocket when both sides have sent `end`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum PortMessage {
-    /// There is no more from this side; the other one may go on.
+    /// The sender has no more bytes to send. The other side may go on sending.
     End,
 }
 
-/// A file in a guest.
+/// The path of a file in a guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub struct FilePath {
-    /// Its absolute path in the guest.
+    /// The absolute path of the file in the guest.
     pub path: String,
-    /// Its permissions when it is written, as in `644`.
+    /// The permissions of a file that is written, in octal. The default is `644`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<String>,
-    /// The file's name where the path is a directory and the file is written. Without one, a
-    /// directory is refused.
+    /// The file name to use if the path is a directory and a file is written. Without a name, a
+    /// path that is a directory is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
 }

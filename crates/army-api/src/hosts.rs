@@ -1,99 +1,103 @@
-//! Hosts.
+//! Hosts, their resources, and the tokens with which they join.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// How a host is.
+/// The state of a host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum HostState {
-    /// It answers, and takes VMs.
+    /// The host responds, and new VMs are placed on it.
     Ready,
-    /// It answers and takes no new VMs; those that it has go on.
+    /// The host responds, but no new VMs are placed on it. Its existing VMs continue to run.
     Draining,
-    /// It answers, and says that something is wrong with it.
+    /// The host responds, but reports that something is wrong with it.
     Unhealthy,
-    /// It does not answer. Its VMs may well run.
+    /// The host does not respond. Its VMs may still be running.
     Unreachable,
 }
 
-/// A host.
+/// A host: a machine that runs VMs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Host {
-    /// Its name.
+    /// The unique name of the host.
     pub name: String,
-    /// How it is.
+    /// The state of the host.
     pub state: HostState,
-    /// What is wrong with it.
+    /// The reason that the host is unhealthy or unreachable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Its labels.
+    /// The labels of the host, which placement can select.
     pub labels: BTreeMap<String, String>,
-    /// When it was last heard of.
+    /// The time of the last report from the host, in milliseconds since 1970.
     pub seen_ms: u64,
-    /// What it has.
+    /// The resources of the host and how much of them is in use.
     pub capacity: Capacity,
-    /// The layers that the jail of its VMs lacks; none where the jail is complete.
+    /// The layers that are missing from the jail of the VMs on this host. It is absent if the jail
+    /// is complete.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub missing_jail_layers: Vec<MissingJailLayer>,
-    /// VMs that run on it.
+    /// The number of VMs on the host that have not ended.
     pub vms: u32,
 }
 
-/// A layer that the jail of VMs lacks on a host.
+/// A layer that is missing from the jail of the VMs on a host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MissingJailLayer {
-    /// The layer: `namespaces`, `user-id`, `cgroup` or `landlock`.
+    /// The name of the layer: `namespaces`, `user-id`, `cgroup` or `landlock`.
     pub layer: String,
-    /// Why the host cannot provide it.
+    /// The reason that the host cannot provide the layer.
     pub reason: String,
 }
 
-/// A change to a host.
+/// A request to change a host.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ChangeHost {
-    /// Labels that it gets, or, with null, loses; others stay.
+    /// The labels to set, or, where the value is null, to remove. Labels that are not mentioned are
+    /// kept. A host has at most 64 labels; keys and values have 1 to 200 characters.
     #[serde(default)]
     pub labels: BTreeMap<String, Option<String>>,
 }
 
-/// A request for a token that a host joins with.
+/// A request for a token with which a host can join.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateJoinToken {
-    /// How long it can be used; 15 minutes where nothing is said.
+    /// The lifetime of the token, in minutes, 1 to 1,440. The default is 15.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 1440)]
     pub minutes: Option<u32>,
 }
 
-/// What a host joins with: `army node --token`. It works once.
+/// A token with which one host can join, once, by `army node --token`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct JoinToken {
-    /// The token.
+    /// The secret token.
     pub token: String,
-    /// When it ends, in milliseconds since 1970.
+    /// The time at which the token expires, in milliseconds since 1970.
     pub expires_ms: u64,
 }
 
-/// What a host has, and what is left of it.
+/// The resources of a host and how much of them is in use.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Capacity {
-    /// Processors.
+    /// The number of CPUs of the host.
     pub cpus: u32,
-    /// Runnable tasks in the last minute, in thousandths.
+    /// The load average of the last minute, in thousandths.
     pub load_milli: u32,
-    /// Memory.
+    /// The total memory of the host, in bytes.
     pub memory_bytes: u64,
-    /// Memory that could be had without swapping.
+    /// The memory that is available without swapping, in bytes.
     pub available_bytes: u64,
-    /// What its VMs' guests were promised in sum.
+    /// The total memory size of the VMs on the host, in bytes. It may exceed the memory of the
+    /// host, because clones share memory.
     pub promised_bytes: u64,
-    /// What its VMs have that nobody else has: what they really cost.
+    /// The memory that the VMs on the host do not share with others, in bytes. Placement uses this
+    /// figure as the actual cost of the VMs.
     pub private_bytes: u64,
-    /// Space for templates.
+    /// The free disk space for templates, in bytes.
     pub disk_free_bytes: u64,
 }

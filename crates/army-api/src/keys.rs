@@ -1,31 +1,34 @@
-//! Keys, tenants and what they may.
+//! Keys, tenants and roles.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// What a key allows.
+/// The role of a key, which determines what the key permits.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema,
 )]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
-    /// To look.
+    /// The key permits reading.
     Viewer,
-    /// To make VMs and use them.
+    /// The key permits reading, and creating and using VMs.
     User,
-    /// All of all tenants: keys, hosts, templates.
+    /// The key permits everything for all tenants, including the management of keys, hosts and
+    /// templates.
     Admin,
 }
 
-/// A request for a key.
+/// A request to create a key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateKey {
-    /// Whose it is. A tenant exists by its keys.
+    /// The tenant that owns the key. A tenant exists as soon as a key names it.
     pub tenant: String,
-    /// What it allows.
+    /// The role of the key.
     pub role: Role,
-    /// The most VMs that the tenant may have at a time; the tenant's last word counts.
+    /// The quota of the tenant: the number of VMs that it may have at a time. It replaces any
+    /// earlier quota of the tenant. If it is absent, an earlier quota is kept; without one, the
+    /// number is unlimited.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_vms: Option<u32>,
 }
@@ -33,22 +36,22 @@ pub struct CreateKey {
 /// A key, without its secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Key {
-    /// Its id.
+    /// The unique id of the key.
     pub id: String,
-    /// Whose it is.
+    /// The tenant that owns the key.
     pub tenant: String,
-    /// What it allows.
+    /// The role of the key.
     pub role: Role,
-    /// When it was made.
+    /// The time at which the key was created, in milliseconds since 1970.
     pub created_ms: u64,
 }
 
-/// A new key, with its secret, which is not told again.
+/// A new key with its secret, which cannot be retrieved later.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct NewKey {
-    /// The key.
+    /// The key, without its secret.
     #[serde(flatten)]
     pub key: Key,
-    /// What goes into `Authorization: Bearer`.
+    /// The secret of the key, which clients send in the header `Authorization: Bearer SECRET`.
     pub secret: String,
 }

@@ -1,8 +1,9 @@
-//! What Army's REST API speaks of, and a client of it.
+//! The request and response types of Army's REST API, and a client of it.
 //!
-//! One module per kind of thing; each type here is a schema of the API's OpenAPI document. Sizes are
-//! in bytes, times in milliseconds since 1970, durations in the unit that their name ends with.
-//! How the server does what is asked for is not known here.
+//! There is one module for each kind of resource. Each type is a schema of the API's OpenAPI
+//! document, and its doc comments are the descriptions there. Sizes are in bytes, times are in
+//! milliseconds since 1970, and durations are in the unit that the field's name ends with. This
+//! crate does not depend on the server.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod builds;

@@ -3,42 +3,44 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// What kind of failure it is, for programs. Kinds are added, never renamed.
+/// The kind of a failure, for programs. New kinds may be added; existing ones are never renamed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ProblemKind {
-    /// The request cannot be read, or asks for what cannot be.
+    /// The request cannot be parsed, or a value in it is not allowed.
     InvalidRequest,
-    /// No key, or none that is known.
+    /// The request has no key, or an unknown one.
     Unauthorized,
-    /// The key's role does not allow it.
+    /// The role of the key does not permit the request.
     Forbidden,
-    /// There is no such thing, or it is another tenant's.
+    /// The object does not exist, or it belongs to another tenant.
     NotFound,
-    /// It is in another state, in use, or its name is taken.
+    /// The state of the object does not allow the request, the object is in use, or its name is
+    /// taken.
     Conflict,
-    /// The same idempotency key came with another request before.
+    /// The idempotency key was used with a different request before.
     IdempotencyMismatch,
-    /// The request is larger than what is taken.
+    /// The request exceeds a size limit.
     TooLarge,
-    /// The tenant's quota is used up.
+    /// The request exceeds the quota of the tenant.
     QuotaExceeded,
-    /// Too much is going on, or no host has room: try again after `retry_after_s`.
+    /// The server is overloaded, or no host has room. The request can be retried after
+    /// `retry_after_s`.
     Busy,
-    /// The guest does not answer.
+    /// The guest does not respond.
     GuestUnavailable,
-    /// The host does not answer, or those that could do it take no VMs now.
+    /// The host does not respond, or no suitable host accepts VMs at the moment.
     HostUnavailable,
-    /// No host, or not the one that it is about, has what it takes.
+    /// No host, or not the one that the request is about, meets the requirements.
     HostUnsupported,
-    /// Something did not happen in time.
+    /// The operation did not finish in time.
     Timeout,
-    /// A failure of the server itself.
+    /// The server itself failed.
     Internal,
 }
 
 impl ProblemKind {
-    /// The status of an HTTP answer with it.
+    /// The HTTP status code of a response with this kind of problem.
     pub fn status(self) -> u16 {
         match self {
             Self::InvalidRequest => 400,
@@ -55,7 +57,7 @@ impl ProblemKind {
         }
     }
 
-    /// A few words that are the same each time.
+    /// The title of the kind, which is the same for every problem of this kind.
     fn title(self) -> &'static str {
         match self {
             Self::InvalidRequest => "The request is invalid",
@@ -76,30 +78,30 @@ impl ProblemKind {
     }
 }
 
-/// A failure: `application/problem+json`.
+/// A failure, as an RFC 9457 problem document (`application/problem+json`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema, thiserror::Error)]
 #[error("{detail}")]
 pub struct Problem {
-    /// What kind of failure it is: `tag:` and the kind would be the same for every server, so it is
-    /// the kind alone, a relative reference.
+    /// The kind of the failure. As a URI reference in the sense of RFC 9457 it is relative, and the
+    /// same on every server.
     #[serde(rename = "type")]
     pub kind: ProblemKind,
-    /// The kind in words.
+    /// A short title of the kind of failure. It is the same for every failure of this kind.
     pub title: String,
-    /// The HTTP status.
+    /// The HTTP status code of the response.
     pub status: u16,
-    /// What went wrong this time.
+    /// An explanation of this particular failure.
     pub detail: String,
-    /// What to do about it, where that is known.
+    /// What the client can do about the failure, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub advice: Option<String>,
-    /// When to try again, in seconds; the `Retry-After` header says the same.
+    /// The time after which to retry, in seconds. The `Retry-After` header has the same value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_s: Option<u32>,
 }
 
 impl Problem {
-    /// A problem of this kind.
+    /// Creates a problem of this kind, without advice.
     pub fn new(kind: ProblemKind, detail: impl Into<String>) -> Self {
         Self {
             kind,
@@ -111,14 +113,14 @@ impl Problem {
         }
     }
 
-    /// The same with advice.
+    /// Adds advice to the problem.
     #[must_use]
     pub fn advise(mut self, advice: impl Into<String>) -> Self {
         self.advice = Some(advice.into());
         self
     }
 
-    /// The same with a time to try again.
+    /// Adds the time after which to retry, in seconds.
     #[must_use]
     pub fn retry_after(mut self, seconds: u32) -> Self {
         self.retry_after_s = Some(seconds);

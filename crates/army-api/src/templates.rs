@@ -1,103 +1,109 @@
-//! Templates.
+//! Templates, their tags, and their copies on hosts.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-/// A request to take up a template that a host has in its store (`clone snapshot` made it there).
+/// A request to register a template that is in a host's store, where `clone snapshot` created it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RegisterTemplate {
-    /// Its name in the host's store.
+    /// The name of the template in the host's store.
     pub name: String,
-    /// The host; the only one where none is given.
+    /// The host that has the template. It can be omitted if there is only one host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
-    /// How many clones are kept ready. They cost memory and start in a millisecond.
+    /// The number of standbys to keep on each host that has the template, 0 to 1,000. Standbys are
+    /// clones that are started in advance: they use memory, and a VM that is created from one
+    /// starts within milliseconds. The default is 0.
     #[serde(default)]
     #[schema(maximum = 1000)]
     pub standbys: u32,
 }
 
-/// A template that VMs can be made of.
+/// A template from which VMs can be forked.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Template {
-    /// Its name.
+    /// The unique name of the template.
     pub name: String,
-    /// The hash of its content.
+    /// The id of the template: the hash of its content.
     pub id: String,
-    /// The template that it is a difference to.
+    /// The template on which this one builds. Only the difference to it is stored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
-    /// The host that it was taken up from.
+    /// The host from which the template was registered.
     pub host: String,
-    /// All hosts that have it.
+    /// All hosts that have a copy of the template.
     #[serde(default)]
     pub hosts: Vec<String>,
-    /// The tags that point to it.
+    /// The tags that point to the template.
     #[serde(default)]
     pub tags: Vec<String>,
-    /// The RAM of its clones.
+    /// The memory size of each clone, in bytes.
     pub memory_bytes: u64,
-    /// Data in its memory layers.
+    /// The size of the data in the template's memory layers, in bytes.
     pub data_bytes: u64,
-    /// CPUs of its clones.
+    /// The number of virtual CPUs of each clone.
     pub vcpus: u32,
-    /// When it was taken.
+    /// The time at which the template was created, in milliseconds since 1970.
     pub taken_ms: u64,
-    /// The CPU features that its clones need: they are placed on hosts that have them. Absent for
-    /// templates that were taken up by a version that did not look.
+    /// The CPU features that the clones require. They are placed only on hosts that have these
+    /// features. It is absent for templates that were registered by a version of Army that did not
+    /// record them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu: Option<CpuFeatures>,
-    /// How many clones are kept ready on each of its hosts.
+    /// The number of standbys to keep on each of the template's hosts.
     pub standbys: u32,
-    /// How many are ready now, on all hosts.
+    /// The number of standbys that are ready now, on all hosts together.
     pub ready: u32,
-    /// VMs that were made of it and run.
+    /// The number of VMs that were forked from the template and have not ended.
     pub vms: u32,
 }
 
-/// The CPU features that a guest may use, or that a host offers, as far as hosts differ in them.
+/// The CPU features that a guest may use, or that a host offers. Only features in which hosts can
+/// differ are listed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CpuFeatures {
-    /// The CPU's maker, as in `AuthenticAMD`.
+    /// The CPU vendor, such as `AuthenticAMD`.
     pub vendor: String,
-    /// Feature bits by CPUID leaf and register, as in `7.ebx`.
+    /// The feature bits by CPUID leaf and register, such as `7.ebx`.
     pub features: BTreeMap<String, u32>,
 }
 
-/// A request to take a template to another host. One that is chosen for VMs gets it by itself.
+/// A request to copy a template to another host. Army also copies templates on demand to hosts that
+/// it chooses for VMs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CopyTemplate {
-    /// The host.
+    /// The name of the host to copy the template to.
     pub host: String,
 }
 
-/// What a tag points to. VMs can be made of a tag, and are then made of that template.
+/// A request to set a tag. VMs that are created from a tag are forked from the template that it
+/// points to at that time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SetTag {
-    /// The template.
+    /// The name of the template that the tag points to.
     pub template: String,
 }
 
-/// Where a template that is sent goes.
+/// The destination of a template that is uploaded.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct ImportTemplate {
-    /// The host; the only one where none is given.
+    /// The host that stores the template. It can be omitted if there is only one host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
 }
 
-/// A change to a template.
+/// A request to change a template.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ChangeTemplate {
-    /// How many clones are kept ready.
+    /// The number of standbys to keep on each of the template's hosts, 0 to 1,000.
     #[schema(maximum = 1000)]
     pub standbys: u32,
 }

@@ -1,4 +1,4 @@
-//! VMs.
+//! VMs: requests to create, fork and snapshot them, and their state.
 
 use std::collections::BTreeMap;
 
@@ -7,61 +7,65 @@ use utoipa::{IntoParams, ToSchema};
 
 use crate::Problem;
 
-/// A request for VMs, all alike.
+/// A request to create one or more identical VMs.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateVms {
-    /// The template that they are forked from, or a tag that points to it.
+    /// The template from which the VMs are forked, or a tag that points to it.
     pub template: String,
-    /// How many, 1 to 1,000.
+    /// The number of VMs to create, 1 to 1,000. The default is 1.
     #[serde(default = "one")]
     #[schema(minimum = 1, maximum = 1000, default = 1)]
     pub count: u32,
-    /// The name, which is the guest's host name too; several are called NAME-1, NAME-2 and so on.
-    /// Without one it is made from the template's.
+    /// The name of the VM, which is also the guest's host name. If several VMs are created, they
+    /// are named NAME-1, NAME-2 and so on. By default, a name is derived from the name of the
+    /// template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Labels to find them by.
+    /// Labels of the VMs, by which they can be listed.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
-    /// They go to hosts that have these labels.
+    /// Labels that a host must have for the VMs to be placed on it. Without any, every host
+    /// qualifies.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub host_labels: BTreeMap<String, String>,
-    /// Added to the environment of every command that is run in them.
+    /// Environment variables that are added to those of every command that is run in the VMs.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub environment: BTreeMap<String, String>,
-    /// They are destroyed after so many seconds, whatever they do.
+    /// The lifetime of the VMs, in seconds, at least 1. After it, they are destroyed even if they
+    /// are in use. By default, there is no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub ttl_s: Option<u64>,
-    /// What is done to one that nobody uses.
+    /// The idle policy: what happens to VMs that nobody uses. By default, nothing happens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub idle: Option<IdlePolicy>,
-    /// What their network lets them do; as their template's VM where nothing is given, which is
-    /// everything unless that was held back.
+    /// The network policy of the VMs. The default is the policy of the VM from which the template
+    /// was created, which permits everything unless it was restricted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkPolicy>,
 }
 
-/// What a VM's network lets it do. Its host sees to it; forks of the VM are held to the same.
-/// Commands, files and ports go another way, and are not held.
+/// The network policy of a VM. The host enforces it, and it also applies to forks of the VM.
+/// Running commands, transferring files and connecting to ports through Army are not affected.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NetworkPolicy {
-    /// Whom the guest may send to.
+    /// The egress policy: the destinations that the guest may send to.
     pub egress: Egress,
 }
 
-/// Whom a guest may send to.
+/// An egress policy: the destinations that a guest may send to.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Egress {
-    /// Everybody.
+    /// The guest may send to all destinations.
     Full,
-    /// Nobody.
+    /// The guest may not send to any destination.
     None,
-    /// IPv4 addresses in these networks, up to 64 as in `10.0.0.0/8` or `192.0.2.7`, and nobody else:
-    /// names are looked up only where a name server is among them.
+    /// The guest may send only to IPv4 addresses in these networks: up to 64, each written as
+    /// `10.0.0.0/8` or `192.0.2.7`. Host names can be resolved only if a name server is in one of
+    /// them.
     Allow(Vec<String>),
 }
 
@@ -69,47 +73,48 @@ fn one() -> u32 {
     1
 }
 
-/// What is done to a VM in which no command was run for a while.
+/// The idle policy of a VM: what happens to it when no command has been run in it for some time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct IdlePolicy {
-    /// After so many seconds without a command.
+    /// The time without a command after which the VM counts as idle, in seconds, at least 1.
     #[schema(minimum = 1)]
     pub after_s: u64,
-    /// What is done.
+    /// The action that is taken when the VM is idle.
     pub action: IdleAction,
 }
 
-/// See [`IdlePolicy`].
+/// The action that is taken when a VM is idle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum IdleAction {
-    /// Its CPUs are stopped; the next command sets them going again.
+    /// The VM is paused. The next command resumes it.
     Pause,
-    /// It is destroyed.
+    /// The VM is destroyed.
     Destroy,
 }
 
-/// What a VM does, as last heard of its host.
+/// The state of a VM, as its host last reported it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum VmState {
-    /// A host was chosen and told.
+    /// A host was chosen for the VM and has been asked to create it.
     Creating,
-    /// Its guest runs.
+    /// The VM is running.
     Running,
-    /// Its CPUs are stopped.
+    /// The VM is paused: its virtual CPUs are stopped.
     Paused,
-    /// It is over: destroyed, out of time, or ended by its guest; `reason` says which.
+    /// The VM has ended: it was destroyed, its lifetime expired, or its guest shut down; `reason`
+    /// tells which.
     Ended,
-    /// It never ran, or its process died; `reason` says why.
+    /// The VM could not be created, or its process died; `reason` tells why.
     Failed,
-    /// Its host does not answer; it may well run.
+    /// The VM's host does not respond. The VM may still be running.
     Unreachable,
 }
 
 impl VmState {
-    /// Whether it holds a place on its host.
+    /// Whether the VM occupies its host: it has neither ended nor failed.
     pub fn is_alive(self) -> bool {
         !matches!(self, Self::Ended | Self::Failed)
     }
@@ -118,166 +123,170 @@ impl VmState {
 /// A VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Vm {
-    /// Its id, never given twice.
+    /// The unique id of the VM. Ids are never reused.
     pub id: String,
-    /// Its name; one that is over leaves its name to others.
+    /// The name of the VM. The name of a VM that has ended can be used again.
     pub name: String,
-    /// Whose it is.
+    /// The tenant that owns the VM.
     pub tenant: String,
-    /// What it was forked from: a template's name, or `vm:` and the id of a VM.
+    /// The source of the fork: the name of a template, or `vm:` and the id of a VM.
     pub template: String,
-    /// Where it runs.
+    /// The host on which the VM runs.
     pub host: String,
-    /// What it does.
+    /// The state of the VM.
     pub state: VmState,
-    /// Why it is over, or failed.
+    /// The reason that the VM ended, failed or is unreachable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Its labels.
+    /// The labels of the VM.
     pub labels: BTreeMap<String, String>,
-    /// When it was asked for.
+    /// The time at which the VM was requested, in milliseconds since 1970.
     pub created_ms: u64,
-    /// When it is destroyed.
+    /// The time at which the VM will be destroyed, in milliseconds since 1970. It is absent if the
+    /// VM has no limited lifetime.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_ms: Option<u64>,
-    /// What its network was told to let it do, where something was said.
+    /// The network policy of the VM. It is absent if none was requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkPolicy>,
-    /// How its creation went.
+    /// How long the creation of the VM took.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fork: Option<ForkTimes>,
-    /// What its host or its guest could not do when it was made, in words for people. It runs all
-    /// the same.
+    /// Notices: what the host or the guest could not provide when the VM was created, as sentences
+    /// for people. The VM runs nevertheless.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notices: Vec<String>,
-    /// Its memory, as last measured.
+    /// The memory usage of the VM, as last measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<VmMemory>,
 }
 
-/// How long a fork took, in microseconds, by who had it.
+/// How long a fork took, by stage, in microseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ForkTimes {
-    /// Whether it was taken from the standbys.
+    /// Whether the VM was taken from the standbys.
     pub warm: bool,
-    /// From the request's arrival to the host being told: checks, placement, the store.
+    /// The time from the arrival of the request until the host was asked to fork: checks, placement
+    /// and database, in microseconds.
     pub placement_us: u64,
-    /// From then to the guest running.
+    /// The time from the request to the host until the guest ran, in microseconds.
     pub running_us: u64,
-    /// From then until it had its own identity.
+    /// The time from the moment when the guest ran until it had its own identity, in microseconds.
     pub identity_us: u64,
-    /// From the request's arrival to the VM being reported.
+    /// The time from the arrival of the request until the VM was reported, in microseconds.
     pub total_us: u64,
 }
 
-/// A VM's memory on its host.
+/// The memory usage of a VM on its host.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VmMemory {
-    /// What the guest was promised.
+    /// The memory size of the guest, in bytes.
     pub guest_bytes: u64,
-    /// What only this VM has: what would come free with it.
+    /// The memory that only this VM uses, in bytes. It becomes free when the VM is destroyed.
     pub private_bytes: u64,
-    /// What it shares with others of its template, and is mapped.
+    /// The mapped memory that the VM shares with other clones of its template, in bytes.
     pub shared_bytes: u64,
-    /// What is in swap.
+    /// The memory of the VM that is swapped out, in bytes.
     pub swapped_bytes: u64,
 }
 
-/// The outcome for each VM that was asked for.
+/// The outcome for each VM that was requested.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CreatedVms {
-    /// In the order of their numbers.
+    /// The VMs that were created, in the order of their numbers.
     pub vms: Vec<Vm>,
-    /// Those that failed, each by itself.
+    /// The VMs that could not be created, with the reason for each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failures: Vec<Failure>,
 }
 
-/// A VM that could not be made.
+/// A VM that could not be created.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Failure {
-    /// The name that it would have had.
+    /// The name that the VM would have had.
     pub name: String,
-    /// Why.
+    /// The reason that the VM could not be created.
     pub problem: Problem,
 }
 
-/// A request for forks of a running VM, which goes on.
+/// A request for live forks of a running VM. The VM itself continues to run.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ForkVm {
-    /// How many, 1 to 1,000.
+    /// The number of forks to create, 1 to 1,000. The default is 1.
     #[serde(default = "one")]
     #[schema(minimum = 1, maximum = 1000, default = 1)]
     pub count: u32,
-    /// As for [`CreateVms`].
+    /// The name of the fork, which is also the guest's host name. If several forks are created,
+    /// they are named NAME-1, NAME-2 and so on. By default, a name is derived from the VM's name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
 }
 
-/// A request for a template of a running VM, which goes on.
+/// A request to create a template from a running VM. The VM itself continues to run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotVm {
-    /// The template's name.
+    /// The name of the new template.
     pub template: String,
-    /// Keep only what changed since the VM's template.
+    /// Whether to store only the changes since the VM's own template. The default is false.
     #[serde(default)]
     pub diff: bool,
 }
 
-/// The size wanted of a VM's balloon.
+/// A request to change the size of a VM's memory balloon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SetBalloon {
-    /// How much of the guest's memory the balloon should hold.
+    /// The amount of guest memory that the balloon should hold, in bytes.
     pub bytes: u64,
 }
 
-/// A VM's balloon.
+/// The memory balloon of a VM.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Balloon {
-    /// How much it should hold.
+    /// The amount of guest memory that the balloon should hold, in bytes.
     pub target_bytes: u64,
-    /// How much it holds.
+    /// The amount of guest memory that the balloon holds now, in bytes.
     pub actual_bytes: u64,
-    /// What the guest says could be had without swapping, where it said so.
+    /// The memory that is available in the guest without swapping, in bytes. It is absent if the
+    /// guest does not report it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub available_bytes: Option<u64>,
 }
 
-/// Which VMs are listed.
+/// A filter that chooses which VMs are listed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub struct VmFilter {
-    /// Those of this template.
+    /// Only VMs that were forked from this template are listed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template: Option<String>,
-    /// Those on this host.
+    /// Only VMs on this host are listed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
-    /// Those with this label, `key=value`.
+    /// Only VMs with this label are listed, written as `key=value`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
-    /// Those that are over, too.
+    /// Whether VMs that have ended are listed as well. The default is false.
     #[serde(default)]
     pub all: bool,
-    /// At most so many, 1 to 10,000.
+    /// The maximum number of VMs in the response, 1 to 10,000. The default is 1,000.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[param(minimum = 1, maximum = 10000)]
     pub limit: Option<u32>,
-    /// Those after the page that ended with this (`next`).
+    /// The position at which the page begins: the value of `next` in the previous page.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<String>,
 }
 
-/// A page of VMs, the oldest first.
+/// A page of a list of VMs, the oldest first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VmPage {
-    /// The VMs.
+    /// The VMs of this page.
     pub vms: Vec<Vm>,
-    /// What the next page begins `after`; none on the last.
+    /// The value of `after` that requests the next page. It is absent on the last page.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
 }

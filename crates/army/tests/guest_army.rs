@@ -203,7 +203,7 @@ fn ports_lead_into_vms(host: &Host) {
     assert_eq!(nobody.page("/"), "");
     let refused = host.run(&["port-forward", "none", "0:80"]);
     let said = String::from_utf8_lossy(&refused.stderr);
-    assert!(said.contains("there is no VM `none`"), "{said}");
+    assert!(said.contains("VM `none` not found"), "{said}");
 }
 
 /// Commands and files make a template of another one; what fails leaves nothing.
@@ -380,7 +380,7 @@ fn vms_outlive_the_server_and_are_its_own_again() {
         String::from_utf8_lossy(&output.stderr).into_owned()
     };
     let hidden = as_other(&["exec", "v-1", "true"]);
-    assert!(hidden.contains("there is no VM `v-1`"), "{hidden}");
+    assert!(hidden.contains("VM `v-1` not found"), "{hidden}");
     let many = as_other(&["vm", "create", "tiny", "--count", "2"]);
     assert!(many.contains("has 0 of the 1 VMs"), "{many}");
     host.army(&["vm", "rm", "v-1"]);

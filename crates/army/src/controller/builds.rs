@@ -54,7 +54,7 @@ impl Controller {
     ) -> Result<Template> {
         let limit = asked.timeout_s.map_or(DEFAULT_LIMIT, Duration::from_secs);
         if limit.is_zero() {
-            let detail = "`timeout_s` is 0: no step would be done";
+            let detail = "`timeout_s` must be at least 1";
             return Err(Problem::new(ProblemKind::InvalidRequest, detail));
         }
         let work = work(asked.steps)?;
@@ -71,7 +71,7 @@ impl Controller {
         // Events begin when there is a VM: what is wrong before that is the answer to the request.
         let mut created = self.create(tenant, details, None).await?;
         let vm = created.vms.pop().ok_or_else(|| {
-            let detail = "a VM was made and is not there";
+            let detail = "the VM was created but is missing from the result";
             Problem::new(ProblemKind::Internal, detail)
         })?;
         let built = self.build_in(&vm, work, limit, listener).await;
@@ -86,7 +86,7 @@ impl Controller {
             Err(problem) => Err(problem),
         };
         if let Err(problem) = self.destroy(&vm).await {
-            tracing::warn!(vm = vm.id, %problem, "a builder lives until its time is over");
+            tracing::warn!(vm = vm.id, %problem, "a build VM runs until its lifetime expires");
         }
         built
     }
@@ -96,7 +96,7 @@ impl Controller {
         check_template_name(name)?;
         match self.store.template_or_tag(name).await {
             Ok(_) => {
-                let detail = format!("there is a template or a tag `{name}` already");
+                let detail = format!("a template or a tag named `{name}` already exists");
                 Err(Problem::new(ProblemKind::Conflict, detail))
             }
             Err(problem) if problem.kind == ProblemKind::NotFound => Ok(()),
@@ -120,7 +120,7 @@ impl Controller {
             heard.map_err(|_| guest::left())?;
             let left = end.map_or(limit, |end| end.saturating_duration_since(Instant::now()));
             if left.is_zero() {
-                let detail = format!("the time was over before step {number} of {count}");
+                let detail = format!("the time limit was exceeded before step {number} of {count}");
                 return Err(Problem::new(ProblemKind::Timeout, detail));
             }
             let node = self.node_of(vm)?;
@@ -164,7 +164,7 @@ fn run(
             timed_out: true, ..
         } => Err(Problem::new(
             ProblemKind::Timeout,
-            "the build's time was over, and the command was ended",
+            "the time limit of the build was exceeded, and the command was killed",
         )),
         Ended {
             exit_code: Some(0), ..
@@ -174,8 +174,8 @@ fn run(
         } => {
             let how = match (exit_code, signal) {
                 (Some(code), _) => format!("exited with {code}"),
-                (None, Some(signal)) => format!("was ended by signal {signal}"),
-                (None, None) => "ended nobody knows how".to_owned(),
+                (None, Some(signal)) => format!("was killed by signal {signal}"),
+                (None, None) => "ended with an unknown status".to_owned(),
             };
             let detail = format!("the command {how}");
             Err(Problem::new(ProblemKind::Conflict, detail))
@@ -186,7 +186,7 @@ fn run(
 /// Steps as they can be told, or what is wrong with one before anything is done.
 fn work(steps: Vec<BuildStep>) -> Result<Vec<Work>> {
     if steps.is_empty() {
-        let detail = "`steps` is empty: without any, the template would be the one that there is";
+        let detail = "`steps` must have at least one step";
         return Err(Problem::new(ProblemKind::InvalidRequest, detail));
     }
     let told = |step| match step {

@@ -33,14 +33,14 @@ impl Controller {
 
     pub(super) fn node(&self, host: &str) -> Result<Node> {
         self.find_node(host).ok_or_else(|| {
-            let detail = format!("the host {host} is not here");
+            let detail = format!("the host {host} is not connected");
             Problem::new(ProblemKind::HostUnavailable, detail).retry_after(5)
         })
     }
 
     pub(super) fn cluster(&self) -> Result<&Cluster> {
         self.cluster.as_ref().ok_or_else(|| {
-            let detail = "this Army has one host only: `army dev` serves it";
+            let detail = "this server has only its own host: it was started by `army dev`";
             Problem::new(ProblemKind::Conflict, detail)
                 .advise("run `army controller` and an `army node` on each host")
         })
@@ -74,7 +74,7 @@ impl Controller {
         if host.state != HostState::Unreachable && host.vms > 0 {
             let detail = format!("the host {name} has {} VMs", host.vms);
             return Err(Problem::new(ProblemKind::Conflict, detail)
-                .advise("drain it, and destroy them or let them end"));
+                .advise("drain the host, and destroy its VMs or wait for them to end"));
         }
         self.store.remove_host(name).await?;
         let mut nodes = self.nodes.write().unwrap_or_else(PoisonError::into_inner);
@@ -91,7 +91,7 @@ impl Controller {
             .into_iter()
             .find(|host| host.name == name)
             .ok_or_else(|| {
-                let detail = format!("there is no host `{}`", name.escape_debug());
+                let detail = format!("host `{}` not found", name.escape_debug());
                 Problem::new(ProblemKind::NotFound, detail)
             })
     }
@@ -108,7 +108,7 @@ impl Controller {
                 let (state, reason) = match (here && self.is_heard(&row.name), row.draining) {
                     (false, _) => (
                         HostState::Unreachable,
-                        Some("nothing was heard of it for a while".to_owned()),
+                        Some("the host has not reported for some time".to_owned()),
                     ),
                     (true, true) => (HostState::Draining, None),
                     (true, false) => (HostState::Ready, None),
@@ -152,7 +152,7 @@ impl Controller {
                 .any(|(key, value)| too_long(key) || too_long(value))
         {
             let detail = format!(
-                "a host has up to {MAX_LABELS} labels, and a key and a value 1 to {MAX_LABEL} characters"
+                "at most {MAX_LABELS} labels, with keys and values of 1 to {MAX_LABEL} characters"
             );
             return Err(Problem::new(ProblemKind::InvalidRequest, detail));
         }

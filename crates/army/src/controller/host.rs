@@ -146,7 +146,7 @@ impl Host for Node {
     }
 
     fn take_certificate(&self, _: &str) -> Result<()> {
-        let detail = "no certificate was asked for";
+        let detail = "no certificate was requested";
         Err(Problem::new(ProblemKind::Conflict, detail))
     }
 }

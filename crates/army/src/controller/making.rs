@@ -66,9 +66,9 @@ impl Making {
     pub(super) fn request(&self) -> Result<Request<'_>> {
         let place = Arc::clone(&self.requests).try_acquire_owned();
         let place = place.map_err(|_| {
-            let detail = format!("{REQUESTS} requests for VMs are worked on");
+            let detail = format!("{REQUESTS} requests for VMs are in progress");
             Problem::new(ProblemKind::Busy, detail)
-                .advise("try again later, or ask for several VMs at once")
+                .advise("try again later, or request several VMs at once")
                 .retry_after(RETRY_S)
         })?;
         Ok(Request {

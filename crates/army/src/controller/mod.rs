@@ -124,8 +124,8 @@ impl Controller {
         if vm.state.is_alive() {
             return self.node(&vm.host);
         }
-        let reason = vm.reason.as_deref().unwrap_or("it ended");
-        let detail = format!("the VM {} is over: {reason}", vm.name);
+        let reason = vm.reason.as_deref().unwrap_or("the reason is unknown");
+        let detail = format!("the VM {} has ended: {reason}", vm.name);
         Err(Problem::new(ProblemKind::Conflict, detail))
     }
 
@@ -325,24 +325,27 @@ fn check(details: &CreateVms) -> Result<()> {
     let invalid = |detail: String| Err(Problem::new(ProblemKind::InvalidRequest, detail));
     if !(1..=MAX_COUNT).contains(&details.count) {
         return invalid(format!(
-            "`count` is 1 to {MAX_COUNT}, not {}",
+            "`count` must be 1 to {MAX_COUNT}, not {}",
             details.count
         ));
     }
     if details.ttl_s == Some(0) || details.idle.is_some_and(|idle| idle.after_s == 0) {
-        return invalid("a time of 0 seconds would end the VMs at once".to_owned());
+        return invalid("`ttl_s` and `idle.after_s` must be at least 1".to_owned());
     }
     if let Some(name) = &details.name
         && !clone_api::validate::is_valid_name(&format!("{name}-{}", details.count))
     {
-        return invalid(format!("`{}` is no name of a VM", name.escape_debug()));
+        return invalid(format!("invalid VM name `{}`", name.escape_debug()));
     }
     if let Some(network) = &details.network {
         policy::egress(network)?;
     }
     for (key, value) in &details.environment {
         if key.is_empty() || key.contains(['=', '\0']) || value.contains('\0') {
-            return invalid(format!("`{}` is no variable", key.escape_debug()));
+            return invalid(format!(
+                "invalid environment variable `{}`",
+                key.escape_debug()
+            ));
         }
     }
     Ok(())

@@ -29,7 +29,7 @@ impl Controller {
         self.hear_all().await;
         for template in self.store.templates().await? {
             if let Err(problem) = self.keep(&template).await {
-                tracing::warn!(template = template.name, %problem, "a template is not kept ready");
+                tracing::warn!(template = template.name, %problem, "cannot keep standbys ready");
             }
         }
         for (tenant, request) in self.store.unanswered_requests().await? {
@@ -65,12 +65,12 @@ impl Controller {
             let told = match self.hear(node).await {
                 Ok(()) => self.tell_return(node.name()).await,
                 Err(problem) => {
-                    tracing::debug!(host = node.name(), %problem, "cannot hear of a host");
+                    tracing::debug!(host = node.name(), %problem, "a host does not report");
                     self.tell_silence(node.name()).await
                 }
             };
             if let Err(problem) = told {
-                tracing::error!(host = node.name(), %problem, "what a host does is not noted");
+                tracing::error!(host = node.name(), %problem, "cannot record the state of a host");
             }
         }))
         .await;
@@ -94,7 +94,7 @@ impl Controller {
                 .note_host("host.unreachable", host, &detail)
                 .await?;
         }
-        let reason = "its host does not answer: it may well run";
+        let reason = "its host does not answer; the VM may still be running";
         self.store.set_vms(&ids, VmState::Unreachable, reason).await
     }
 
@@ -159,7 +159,7 @@ impl Controller {
             let now = self.store.vms_of_host(&host).await?;
             lost.retain(|id| now.iter().any(|(it, _, wanted)| it == id && *wanted));
         }
-        let reason = "its host knows nothing of it";
+        let reason = "its host does not know the VM";
         self.store.set_vms(&lost, VmState::Failed, reason).await?;
         let node = Arc::clone(node);
         let alive: HashSet<String> = report
@@ -170,7 +170,7 @@ impl Controller {
             .collect();
         blocking(move || {
             for id in over.iter().filter(|id| alive.contains(*id)) {
-                node.destroy(id, "it was over by the controller's book")?;
+                node.destroy(id, "the controller has recorded that it ended")?;
             }
             match over.is_empty() {
                 true => Ok(()),

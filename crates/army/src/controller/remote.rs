@@ -84,7 +84,7 @@ impl Remote {
         let results: Result<Vec<Result<Made>>> = self.call(operation, make, LIMIT);
         match results {
             Ok(results) if results.len() == make.entries.len() => results,
-            Ok(_) => fail(make, &self.unavailable("it answered for other VMs")),
+            Ok(_) => fail(make, &self.unavailable("the response is about other VMs")),
             Err(problem) => fail(make, &problem),
         }
     }
@@ -150,7 +150,7 @@ pub async fn problem_of(answer: reqwest::Response) -> Problem {
     match answer.json().await {
         Ok(problem) => problem,
         Err(_) => {
-            let detail = format!("it answered with {status}, and no problem document");
+            let detail = format!("the response has status {status} and no problem document");
             Problem::new(ProblemKind::HostUnavailable, detail)
         }
     }

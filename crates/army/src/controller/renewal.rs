@@ -30,7 +30,9 @@ impl Controller {
                 Ok(false) => {}
                 Ok(true) => tracing::info!(host = name, "its certificate is renewed"),
                 // That it is silent is told elsewhere, and it is asked again.
-                Err(problem) => tracing::debug!(host = name, %problem, "no certificate is renewed"),
+                Err(problem) => {
+                    tracing::debug!(host = name, %problem, "cannot renew a certificate")
+                }
             }
         }
     }

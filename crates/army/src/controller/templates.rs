@@ -29,7 +29,7 @@ impl Controller {
             Err(problem) if problem.kind == ProblemKind::NotFound => {}
             Err(problem) => return Err(problem),
             Ok(_) => {
-                let detail = format!("there is a template or a tag `{name}` already");
+                let detail = format!("a template or a tag named `{name}` already exists");
                 return Err(Problem::new(ProblemKind::Conflict, detail));
             }
         }
@@ -55,7 +55,10 @@ impl Controller {
         match self.nodes().as_slice() {
             [only] => Ok(Arc::clone(only)),
             nodes => {
-                let detail = format!("say which host: there are {}", nodes.len());
+                let detail = format!(
+                    "`host` is required, because there are {} hosts",
+                    nodes.len()
+                );
                 Err(Problem::new(ProblemKind::InvalidRequest, detail))
             }
         }
@@ -156,14 +159,14 @@ impl Controller {
     pub async fn remove_template(&self, name: &str) -> Result<()> {
         let template = self.template(name).await?;
         if template.vms > 0 {
-            let detail = format!("{} VMs were made of the template `{name}`", template.vms);
+            let detail = format!("{} VMs use the template `{name}`", template.vms);
             return Err(Problem::new(ProblemKind::Conflict, detail)
-                .advise("destroy them first: they lie on its memory"));
+                .advise("destroy them first: they share its memory"));
         }
         if let Some(tag) = template.tags.first() {
             let detail = format!("the tag `{tag}` points to the template `{name}`");
             return Err(Problem::new(ProblemKind::Conflict, detail)
-                .advise("let it point to another one, or remove it: army template untag"));
+                .advise("move the tag to another template, or remove it: army template untag"));
         }
         for host in template.hosts {
             let node = self.node(&host)?;
@@ -180,7 +183,7 @@ impl Controller {
     /// Lets a tag point to a template from now on, wherever it pointed before.
     pub async fn tag(&self, tag: &str, template: &str) -> Result<Template> {
         if !clone_api::validate::is_valid_name(tag) {
-            let detail = format!("`{}` is no name of a tag", tag.escape_debug());
+            let detail = format!("invalid tag name `{}`", tag.escape_debug());
             return Err(Problem::new(ProblemKind::InvalidRequest, detail));
         }
         self.store.tag(tag, template).await?;

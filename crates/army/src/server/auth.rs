@@ -33,11 +33,11 @@ impl Caller {
             return Ok(());
         }
         let wanted = match role {
-            Role::Viewer => "a viewer's",
-            Role::User => "a user's",
-            Role::Admin => "an administrator's",
+            Role::Viewer => "a viewer",
+            Role::User => "a user",
+            Role::Admin => "an administrator",
         };
-        let detail = format!("this takes {wanted} key");
+        let detail = format!("this request requires the key of {wanted}");
         Err(Failure(Problem::new(ProblemKind::Forbidden, detail)))
     }
 
@@ -54,13 +54,13 @@ impl FromRequestParts<App> for Caller {
         let unauthorized = |detail: &str| {
             let problem = Problem::new(ProblemKind::Unauthorized, detail);
             Failure(
-                problem.advise("send `Authorization: Bearer KEY`; `army key create` makes keys"),
+                problem.advise("send `Authorization: Bearer KEY`; `army key create` creates keys"),
             )
         };
         let secret = secret(parts).ok_or_else(|| unauthorized("the request has no key"))?;
         match app.controller.store.key_of(&secret).await? {
             Some(key) => Ok(Self { key }),
-            None => Err(unauthorized("the key is not known")),
+            None => Err(unauthorized("the key is unknown")),
         }
     }
 }

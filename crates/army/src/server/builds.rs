@@ -18,10 +18,12 @@ use super::{Answer, App};
 /// Events that may wait for a slow reader; then the guest waits.
 const AHEAD: usize = 4;
 
-/// Builds a template: forks another one, does the steps in the clone, and makes a template of what
-/// it is then, with only what changed. The answer tells how it goes, as server-sent events; it is
-/// an error where there is nothing to begin with. Who goes away before the last event ends the
-/// build, and nothing is left of it.
+/// Builds a template from another one.
+///
+/// Forks the base template, runs the steps in the clone, and stores the result as a template that
+/// contains only the changes. The response reports the progress as server-sent events; it is an
+/// error if the build cannot start. If the client disconnects before the last event, the build is
+/// cancelled and everything that it created is removed.
 #[utoipa::path(post, path = "/v1/builds", request_body = BuildTemplate,
     responses((status = 200, body = BuildEvent, content_type = "text/event-stream")))]
 pub(super) async fn build(
@@ -41,7 +43,7 @@ pub(super) async fn build(
         Some(BuildEvent::Failed { problem }) => Err(problem.into()),
         Some(first) => Ok(sent_events(Some(first), events)),
         None => {
-            let detail = "the build ended without a word";
+            let detail = "the build ended without a result";
             Err(Problem::new(ProblemKind::Internal, detail).into())
         }
     }

@@ -43,8 +43,9 @@ async fn connect(app: &App, caller: &Caller, vm: &str) -> Answer<(Connection, In
     Ok(connected)
 }
 
-/// Starts a command and does not wait for it. Its time is unlimited where none is given, and it
-/// gets no input.
+/// Starts a command without waiting for its end.
+///
+/// The command has no time limit unless one is given, and it gets no input.
 #[utoipa::path(post, path = "/v1/vms/{vm}/commands", params(("vm" = String, Path)), request_body = Exec,
     responses((status = 201, body = Command)))]
 pub(super) async fn start(
@@ -55,7 +56,7 @@ pub(super) async fn start(
 ) -> Answer<(StatusCode, Json<Command>)> {
     guest::check_command(&asked.command)?;
     if asked.stdin.is_some() {
-        let detail = "a command that nobody waits for gets no `stdin`: write a file first";
+        let detail = "`stdin` is not supported for background commands: write a file first";
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     caller.may(Role::User)?;
@@ -81,7 +82,10 @@ pub(super) async fn start(
     Ok((StatusCode::CREATED, Json(command)))
 }
 
-/// The commands that a VM's agent knows: those that run, and those whose end nobody has read.
+/// Lists the commands in a VM.
+///
+/// The list has the commands that the VM's agent keeps: those that are running, and those that have
+/// ended but whose end has not been read.
 #[utoipa::path(get, path = "/v1/vms/{vm}/commands", params(("vm" = String, Path)),
     responses((status = 200, body = Vec<Command>)))]
 pub(super) async fn list(
@@ -104,8 +108,10 @@ pub(super) async fn list(
     Ok(Json(commands.collect()))
 }
 
-/// What a command writes, from a cursor on and until it ends, as server-sent events. Who is cut off
-/// reads on with the last cursors.
+/// Streams the output of a command as server-sent events.
+///
+/// The stream begins at a cursor and ends when the command ends. A client that is disconnected
+/// resumes with the last cursors that it received.
 #[utoipa::path(get, path = "/v1/vms/{vm}/commands/{id}/output",
     params(("vm" = String, Path), ("id" = u64, Path), Cursor),
     responses((status = 200, body = CommandEvent, content_type = "text/event-stream")))]
@@ -141,7 +147,7 @@ pub(super) async fn signal(
     Body(asked): Body<SendSignal>,
 ) -> Answer<StatusCode> {
     if !(1..=64).contains(&asked.signal) {
-        let detail = format!("{} is no signal: 1 to 64 are", asked.signal);
+        let detail = format!("invalid signal {}: it must be 1 to 64", asked.signal);
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     let (connection, in_use) = connect(&app, &caller, &vm).await?;

@@ -16,8 +16,9 @@ use super::extract::Params;
 use super::{Answer, App};
 use crate::store::Store;
 
-/// Events, the oldest first, and on as they happen. Each is sent with its id, so that a client
-/// that comes back goes on where it was.
+/// Streams events, the oldest first, and continues as they happen.
+///
+/// Each event is sent with its id, so that a client that reconnects resumes where it stopped.
 #[utoipa::path(get, path = "/v1/events", params(EventFilter),
     responses((status = 200, content_type = "text/event-stream", body = Event)))]
 pub(super) async fn events(

@@ -22,7 +22,7 @@ const MAX_OUTPUT: usize = 16 << 20;
 /// How long a command may take, where the client does not say.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(60);
 
-/// Runs a command in a VM and answers with its output and its exit status.
+/// Runs a command in a VM and returns its output and its exit status.
 #[utoipa::path(post, path = "/v1/vms/{vm}/exec", params(("vm" = String, Path)), request_body = Exec,
     responses((status = 200, body = ExecResult)))]
 pub(super) async fn exec(

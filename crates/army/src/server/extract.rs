@@ -23,7 +23,7 @@ impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
     async fn from_request(request: Request, app: &App) -> Result<Self, Failure> {
         let (parts, body) = request.into_parts();
         let Ok(read) = tokio::time::timeout(BODY_LIMIT, read(body)).await else {
-            let detail = "the request's body did not come in time";
+            let detail = "the request body was not received in time";
             return Err(Failure(Problem::new(ProblemKind::Timeout, detail)));
         };
         let request = Request::from_parts(parts, read?.into());
@@ -42,7 +42,7 @@ async fn read(body: axum::body::Body) -> Result<Vec<u8>, Problem> {
     let mut len = 0;
     while let Some(piece) = pieces.next().await {
         let piece = piece.map_err(|error| {
-            let detail = format!("the request's body was cut off: {error}");
+            let detail = format!("the request body was cut off: {error}");
             Problem::new(ProblemKind::InvalidRequest, detail)
         })?;
         len += piece.len();
@@ -53,7 +53,7 @@ async fn read(body: axum::body::Body) -> Result<Vec<u8>, Problem> {
         }
     }
     if len > MAX_BODY {
-        let detail = format!("the request's body has more than {MAX_BODY} bytes");
+        let detail = format!("the request body exceeds {MAX_BODY} bytes");
         return Err(Problem::new(ProblemKind::TooLarge, detail));
     }
     Ok(bytes)
@@ -115,7 +115,10 @@ impl FromRequestParts<App> for Upgrade {
             Ok(upgrade) => Ok(Self(upgrade)),
             Err(rejection) => Err(Failure(Problem::new(
                 ProblemKind::InvalidRequest,
-                format!("this is a WebSocket: {}", rejection.body_text()),
+                format!(
+                    "this path requires a WebSocket upgrade: {}",
+                    rejection.body_text()
+                ),
             ))),
         }
     }
@@ -139,20 +142,20 @@ impl FromRequestParts<App> for IdempotencyKey {
             Some(key) => Ok(Self(Some(key.to_owned()))),
             None => Err(Failure(Problem::new(
                 ProblemKind::InvalidRequest,
-                "an Idempotency-Key has 1 to 200 visible ASCII characters",
+                "an Idempotency-Key must have 1 to 200 visible ASCII characters",
             ))),
         }
     }
 }
 
 pub(super) async fn no_such_path(request: Request) -> Failure {
-    let detail = format!("there is nothing at {}", request.uri().path());
-    Failure(Problem::new(ProblemKind::NotFound, detail).advise("GET /openapi.json tells what is"))
+    let detail = format!("no such path: {}", request.uri().path());
+    Failure(Problem::new(ProblemKind::NotFound, detail).advise("GET /openapi.json lists all paths"))
 }
 
 pub(super) async fn no_such_method(request: Request) -> Failure {
     let detail = format!(
-        "{} does not take {}",
+        "{} does not support {}",
         request.uri().path(),
         request.method()
     );

@@ -23,7 +23,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// The largest file that is read; it is never held here.
 const MAX_FILE: ByteLimit = ByteLimit::new(1 << 40);
 
-/// Reads a file of a guest.
+/// Reads a file from a guest.
 #[utoipa::path(get, path = "/v1/vms/{vm}/files", params(("vm" = String, Path), FilePath),
     responses((status = 200, content_type = "application/octet-stream")))]
 pub(super) async fn read(
@@ -49,7 +49,9 @@ pub(super) async fn read(
     Ok(pipe::answer(pieces, ProblemKind::GuestUnavailable).await?)
 }
 
-/// Writes a file into a guest: the request's body, of any size. It appears whole or not at all.
+/// Writes the body of the request, of any size, to a file in a guest.
+///
+/// The file appears only when it is complete.
 #[utoipa::path(put, path = "/v1/vms/{vm}/files", params(("vm" = String, Path), FilePath),
     request_body(content_type = "application/octet-stream"),
     responses((status = 204)))]

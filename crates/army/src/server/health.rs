@@ -9,11 +9,13 @@ use super::{Answer, App};
 
 #[derive(Serialize, ToSchema)]
 pub(super) struct Health {
-    /// The server's version.
+    /// The version of the server.
     version: &'static str,
 }
 
-/// Whether the server and its store are up.
+/// Reports whether the server and its database are available.
+///
+/// This request requires no key.
 #[utoipa::path(get, path = "/healthz", security(()), responses((status = 200, body = Health)))]
 pub(super) async fn health(State(app): State<App>) -> Answer<Json<Health>> {
     app.controller.store.has_keys().await?;

@@ -16,13 +16,13 @@ const TOKEN_MINUTES: u32 = 15;
 /// The most that it may say.
 const MAX_TOKEN_MINUTES: u32 = 24 * 60;
 
-/// All hosts.
+/// Lists all hosts.
 #[utoipa::path(get, path = "/v1/hosts", responses((status = 200, body = Vec<Host>)))]
 pub(super) async fn list(State(app): State<App>, _: Caller) -> Answer<Json<Vec<Host>>> {
     Ok(Json(app.controller.hosts().await?))
 }
 
-/// One host.
+/// Returns one host.
 #[utoipa::path(get, path = "/v1/hosts/{name}", params(("name" = String, Path)),
     responses((status = 200, body = Host)))]
 pub(super) async fn inspect(
@@ -33,7 +33,7 @@ pub(super) async fn inspect(
     Ok(Json(app.controller.host(&name).await?))
 }
 
-/// Takes a host out of placement. Its VMs go on.
+/// Excludes a host from placement. Its VMs continue to run.
 #[utoipa::path(post, path = "/v1/hosts/{name}/drain", params(("name" = String, Path)),
     responses((status = 200, body = Host)))]
 pub(super) async fn drain(
@@ -44,7 +44,7 @@ pub(super) async fn drain(
     set(&app, &caller, &name, true).await
 }
 
-/// Puts a host back into placement.
+/// Includes a drained host in placement again.
 #[utoipa::path(post, path = "/v1/hosts/{name}/undrain", params(("name" = String, Path)),
     responses((status = 200, body = Host)))]
 pub(super) async fn undrain(
@@ -61,7 +61,7 @@ async fn set(app: &App, caller: &Caller, name: &str, draining: bool) -> Answer<J
     Ok(Json(app.controller.host(name).await?))
 }
 
-/// Changes what a host is labelled with.
+/// Changes the labels of a host.
 #[utoipa::path(patch, path = "/v1/hosts/{name}", params(("name" = String, Path)), request_body = ChangeHost,
     responses((status = 200, body = Host)))]
 pub(super) async fn change(
@@ -74,7 +74,7 @@ pub(super) async fn change(
     Ok(Json(app.controller.change_host(&name, &asked).await?))
 }
 
-/// Makes a token that a host joins with, once.
+/// Creates a token with which one host can join, once.
 #[utoipa::path(post, path = "/v1/join-tokens", request_body = CreateJoinToken,
     responses((status = 201, body = JoinToken)))]
 pub(super) async fn token(
@@ -85,7 +85,7 @@ pub(super) async fn token(
     caller.may(Role::Admin)?;
     let minutes = asked.minutes.unwrap_or(TOKEN_MINUTES);
     if !(1..=MAX_TOKEN_MINUTES).contains(&minutes) {
-        let detail = format!("`minutes` is 1 to {MAX_TOKEN_MINUTES}");
+        let detail = format!("`minutes` must be 1 to {MAX_TOKEN_MINUTES}");
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     let (token, expires_ms) = app.controller.token(minutes).await?;
@@ -93,7 +93,9 @@ pub(super) async fn token(
     Ok((StatusCode::CREATED, Json(JoinToken { token, expires_ms })))
 }
 
-/// Gives a host up: one without VMs, or one that does not answer, whose VMs then count as failed.
+/// Removes a host.
+///
+/// The host must have no VMs, or be unreachable, in which case its VMs are marked as failed.
 #[utoipa::path(delete, path = "/v1/hosts/{name}", params(("name" = String, Path)),
     responses((status = 204)))]
 pub(super) async fn remove(

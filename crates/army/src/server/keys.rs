@@ -10,14 +10,16 @@ use super::auth::Caller;
 use super::extract::{Body, Path};
 use super::{Answer, App};
 
-/// All keys, without their secrets.
+/// Lists all keys, without their secrets.
 #[utoipa::path(get, path = "/v1/keys", responses((status = 200, body = Vec<Key>)))]
 pub(super) async fn list(State(app): State<App>, caller: Caller) -> Answer<Json<Vec<Key>>> {
     caller.may(Role::Admin)?;
     Ok(Json(app.controller.store.keys().await?))
 }
 
-/// Makes a key. Its secret is in this answer and nowhere else.
+/// Creates a key.
+///
+/// The secret of the key is returned only in this response.
 #[utoipa::path(post, path = "/v1/keys", request_body = CreateKey,
     responses((status = 201, body = NewKey)))]
 pub(super) async fn create(
@@ -27,14 +29,14 @@ pub(super) async fn create(
 ) -> Answer<(StatusCode, Json<NewKey>)> {
     caller.may(Role::Admin)?;
     if !clone_api::validate::is_valid_name(&asked.tenant) {
-        let detail = format!("`{}` is no name of a tenant", asked.tenant.escape_debug());
+        let detail = format!("invalid tenant name `{}`", asked.tenant.escape_debug());
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     let key = app.controller.store.create_key(&asked).await?;
     Ok((StatusCode::CREATED, Json(key)))
 }
 
-/// Makes a key useless.
+/// Revokes a key.
 #[utoipa::path(delete, path = "/v1/keys/{id}", params(("id" = String, Path)),
     responses((status = 204)))]
 pub(super) async fn remove(

@@ -11,7 +11,7 @@ use axum::response::{IntoResponse, Response};
 use super::auth::Caller;
 use super::{Answer, App};
 
-/// Hosts, templates and VMs in figures, in Prometheus' text format.
+/// Returns metrics of hosts, templates and VMs in the text format of Prometheus.
 #[utoipa::path(get, path = "/metrics", responses((status = 200, content_type = "text/plain")))]
 pub(super) async fn metrics(State(app): State<App>, caller: Caller) -> Answer<Response> {
     caller.may(Role::Admin)?;
@@ -29,32 +29,32 @@ pub(super) async fn metrics(State(app): State<App>, caller: Caller) -> Answer<Re
     };
     family(
         "host_ready",
-        "Whether the host takes VMs.",
+        "Whether the host accepts VMs.",
         by_host(&|host| u64::from(host.state == HostState::Ready)),
     );
     family(
         "host_vms",
-        "VMs on the host.",
+        "Number of VMs on the host.",
         by_host(&|host| host.vms.into()),
     );
     family(
         "host_memory_bytes",
-        "Memory of the host.",
+        "Total memory of the host.",
         by_host(&|host| host.capacity.memory_bytes),
     );
     family(
         "host_memory_available_bytes",
-        "Memory that could be had without swapping.",
+        "Memory that is available without swapping.",
         by_host(&|host| host.capacity.available_bytes),
     );
     family(
         "host_memory_promised_bytes",
-        "What guests were promised.",
+        "Total memory size of the VMs.",
         by_host(&|host| host.capacity.promised_bytes),
     );
     family(
         "host_memory_private_bytes",
-        "What VMs have of their own.",
+        "Memory that the VMs do not share.",
         by_host(&|host| host.capacity.private_bytes),
     );
     let templates = app.controller.templates().await?;
@@ -65,17 +65,17 @@ pub(super) async fn metrics(State(app): State<App>, caller: Caller) -> Answer<Re
     };
     family(
         "template_vms",
-        "VMs made of the template.",
+        "Number of VMs forked from the template.",
         by_template(&|it| it.vms),
     );
     family(
         "template_standbys_ready",
-        "Clones of the template that are ready.",
+        "Number of standbys that are ready.",
         by_template(&|it| it.ready),
     );
     family(
         "template_standbys_wanted",
-        "Clones of the template that should be ready.",
+        "Number of standbys to keep.",
         by_template(&|it| it.standbys),
     );
     let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];

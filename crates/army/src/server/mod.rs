@@ -54,7 +54,9 @@ pub struct App {
 #[openapi(
     info(
         title = "Army",
-        description = "Runs clones for people. Failures are RFC 9457 problem documents; a request for VMs takes an Idempotency-Key."
+        description = "Creates and manages VMs that are clones of templates, on one or many hosts. \
+            Failures are RFC 9457 problem documents. Requests that create VMs accept an \
+            Idempotency-Key header."
     ),
     security(("key" = [])),
     components(schemas(army_api::Problem)),
@@ -119,10 +121,13 @@ fn describe() -> (Router<App>, utoipa::openapi::OpenApi) {
     let (router, mut document) = api().split_for_parts();
     // What any of them may answer, whoever asks for what.
     let problems = [
-        ("4XX", "The request is refused; the problem says why"),
+        (
+            "4XX",
+            "The request was refused; the problem document explains why",
+        ),
         (
             "5XX",
-            "The VM's host does not answer now, or the server failed",
+            "The VM's host or guest does not respond, or the server failed",
         ),
     ]
     .map(|(status, description)| (status, problem(description)));

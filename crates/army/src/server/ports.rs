@@ -28,8 +28,10 @@ const AHEAD: usize = 16;
 /// The largest message of a client.
 const MAX_MESSAGE: usize = 256 * 1024;
 
-/// Connects to a TCP port of a VM's loopback: answers with a WebSocket whose binary messages are the
-/// connection's bytes. A browser offers the subprotocols `army.port` and `army.key.` with its key.
+/// Connects to a TCP port on a VM's loopback interface.
+///
+/// The response is a WebSocket whose binary messages are the bytes of the connection. A browser
+/// offers two subprotocols: `army.port`, and `army.key.` followed by its key.
 #[utoipa::path(get, path = "/v1/vms/{vm}/ports/{port}",
     params(("vm" = String, Path), ("port" = u16, Path, minimum = 1)),
     responses((status = 101)))]
@@ -41,7 +43,7 @@ pub(super) async fn connect(
 ) -> Answer<Response> {
     caller.may(Role::User)?;
     if port == 0 {
-        let detail = "0 is no TCP port";
+        let detail = "0 is not a valid TCP port";
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     let vm = caller.vm(&app, &vm).await?;

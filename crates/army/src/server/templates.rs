@@ -17,13 +17,13 @@ use super::extract::{Body, Params, Path};
 use super::{Answer, App};
 use crate::pipe;
 
-/// All templates.
+/// Lists all templates.
 #[utoipa::path(get, path = "/v1/templates", responses((status = 200, body = Vec<Template>)))]
 pub(super) async fn list(State(app): State<App>, _: Caller) -> Answer<Json<Vec<Template>>> {
     Ok(Json(app.controller.templates().await?))
 }
 
-/// Takes up a template that a host has.
+/// Registers a template that is in a host's store.
 #[utoipa::path(post, path = "/v1/templates", request_body = RegisterTemplate,
     responses((status = 201, body = Template)))]
 pub(super) async fn register(
@@ -36,7 +36,7 @@ pub(super) async fn register(
     Ok((StatusCode::CREATED, Json(template)))
 }
 
-/// One template.
+/// Returns one template.
 #[utoipa::path(get, path = "/v1/templates/{name}", params(("name" = String, Path)),
     responses((status = 200, body = Template)))]
 pub(super) async fn inspect(
@@ -47,7 +47,7 @@ pub(super) async fn inspect(
     Ok(Json(app.controller.template(&name).await?))
 }
 
-/// Changes how many clones of a template are kept ready.
+/// Changes the number of standbys of a template.
 #[utoipa::path(patch, path = "/v1/templates/{name}", params(("name" = String, Path)), request_body = ChangeTemplate,
     responses((status = 200, body = Template)))]
 pub(super) async fn change(
@@ -61,7 +61,7 @@ pub(super) async fn change(
     Ok(Json(template))
 }
 
-/// Takes a template to another host.
+/// Copies a template to another host.
 #[utoipa::path(post, path = "/v1/templates/{name}/copies", params(("name" = String, Path)), request_body = CopyTemplate,
     responses((status = 201, body = Template)))]
 pub(super) async fn copy(
@@ -75,7 +75,7 @@ pub(super) async fn copy(
     Ok((StatusCode::CREATED, Json(template)))
 }
 
-/// All of a template in one stream, of a format of its own: for another Army, or to keep.
+/// Exports a template as one stream, in Army's own format, for another Army or as a backup.
 #[utoipa::path(get, path = "/v1/templates/{name}/content", params(("name" = String, Path)),
     responses((status = 200, content_type = "application/octet-stream")))]
 pub(super) async fn export(
@@ -93,8 +93,9 @@ pub(super) async fn export(
     Ok(pipe::answer(pieces, ProblemKind::Internal).await?)
 }
 
-/// Takes up a template that is sent: what `GET` gave. It is verified, and appears whole or not at
-/// all.
+/// Imports a template that was exported with `GET`.
+///
+/// The content is verified, and the template appears only when it is complete.
 #[utoipa::path(put, path = "/v1/templates/{name}/content", params(("name" = String, Path), ImportTemplate),
     request_body(content_type = "application/octet-stream"),
     responses((status = 201, body = Template)))]
@@ -114,7 +115,7 @@ pub(super) async fn import(
     Ok((StatusCode::CREATED, Json(template)))
 }
 
-/// Lets a tag point to a template from now on, wherever it pointed before.
+/// Creates a tag that points to a template, or moves an existing tag to it.
 #[utoipa::path(put, path = "/v1/tags/{tag}", params(("tag" = String, Path)), request_body = SetTag,
     responses((status = 200, body = Template)))]
 pub(super) async fn tag(
@@ -127,7 +128,7 @@ pub(super) async fn tag(
     Ok(Json(app.controller.tag(&tag, &asked.template).await?))
 }
 
-/// Removes a tag; the template that it points to stays.
+/// Removes a tag. The template that it points to is kept.
 #[utoipa::path(delete, path = "/v1/tags/{tag}", params(("tag" = String, Path)),
     responses((status = 204)))]
 pub(super) async fn untag(
@@ -140,7 +141,7 @@ pub(super) async fn untag(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Removes a template that nobody uses, from its hosts too.
+/// Removes a template that is not in use, also from its hosts.
 #[utoipa::path(delete, path = "/v1/templates/{name}", params(("name" = String, Path)),
     responses((status = 204)))]
 pub(super) async fn remove(

@@ -36,8 +36,10 @@ const INPUT_LIMIT: Duration = Duration::from_secs(120);
 /// The largest message of a client.
 const MAX_MESSAGE: usize = 256 * 1024;
 
-/// Opens a terminal in a VM: answers with a WebSocket. A browser offers the subprotocols
-/// `army.terminal` and `army.key.` with its key.
+/// Opens a terminal in a VM.
+///
+/// The response is a WebSocket. A browser offers two subprotocols: `army.terminal`, and `army.key.`
+/// followed by its key.
 #[utoipa::path(get, path = "/v1/vms/{vm}/terminal", params(("vm" = String, Path), Terminal),
     responses((status = 101)))]
 pub(super) async fn terminal(

@@ -71,7 +71,7 @@ impl Files {
             .collect::<std::result::Result<Vec<_>, _>>()
             .map_err(|error| of_certificate(&error))?;
         if chain.is_empty() {
-            return Err(of_certificate(&"there is no certificate in it"));
+            return Err(of_certificate(&"it contains no certificate"));
         }
         let key = PrivateKeyDer::from_pem_file(&self.key).map_err(|it| wrong(&self.key, &it))?;
         // This compares the two, too.
@@ -110,7 +110,7 @@ impl ResolvesServerCert for Renewed {
             match self.files.read() {
                 Ok(read) => *current = read,
                 // Half of it may be there: the next connection looks again.
-                Err(problem) => tracing::warn!(%problem, "the former certificate is kept"),
+                Err(problem) => tracing::warn!(%problem, "keeping the previous certificate"),
             }
         }
         Some(Arc::clone(&current.key))

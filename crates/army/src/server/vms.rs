@@ -16,7 +16,7 @@ use super::extract::{Body, IdempotencyKey, Params, Path};
 use super::{Answer, App};
 use crate::store::requests::Known;
 
-/// VMs, a page of them.
+/// Lists VMs, one page at a time.
 #[utoipa::path(get, path = "/v1/vms", params(VmFilter),
     responses((status = 200, body = VmPage)))]
 pub(super) async fn list(
@@ -29,9 +29,13 @@ pub(super) async fn list(
     ))
 }
 
-/// Makes VMs of a template; returns when they run.
+/// Creates VMs from a template.
+///
+/// The response is sent when the VMs are running.
 #[utoipa::path(post, path = "/v1/vms", request_body = CreateVms,
-    params(("Idempotency-Key" = Option<String>, Header, description = "The same for the same request, however often it is sent")),
+    params(("Idempotency-Key" = Option<String>, Header,
+        description = "A key chosen by the client, 1 to 200 visible ASCII characters. \
+            Repeating a request with the same key does not create the VMs twice")),
     responses((status = 201, body = CreatedVms)))]
 pub(super) async fn create(
     State(app): State<App>,
@@ -53,7 +57,7 @@ pub(super) async fn create(
     .await
 }
 
-/// One VM.
+/// Returns one VM.
 #[utoipa::path(get, path = "/v1/vms/{vm}", params(("vm" = String, Path)),
     responses((status = 200, body = Vm)))]
 pub(super) async fn inspect(
@@ -64,7 +68,9 @@ pub(super) async fn inspect(
     Ok(Json(caller.vm(&app, &vm).await?))
 }
 
-/// Ends a VM; one that is over is answered as it is.
+/// Destroys a VM.
+///
+/// A VM that has already ended is returned unchanged.
 #[utoipa::path(delete, path = "/v1/vms/{vm}", params(("vm" = String, Path)),
     responses((status = 200, body = Vm)))]
 pub(super) async fn destroy(
@@ -77,7 +83,7 @@ pub(super) async fn destroy(
     Ok(Json(app.controller.destroy(&vm).await?))
 }
 
-/// Stops a VM's CPUs.
+/// Pauses a running VM.
 #[utoipa::path(post, path = "/v1/vms/{vm}/pause", params(("vm" = String, Path)),
     responses((status = 200, body = Vm)))]
 pub(super) async fn pause(
@@ -90,7 +96,7 @@ pub(super) async fn pause(
     Ok(Json(app.controller.set_paused(&vm, true).await?))
 }
 
-/// Sets a VM's CPUs going again.
+/// Resumes a paused VM.
 #[utoipa::path(post, path = "/v1/vms/{vm}/resume", params(("vm" = String, Path)),
     responses((status = 200, body = Vm)))]
 pub(super) async fn resume(
@@ -103,7 +109,7 @@ pub(super) async fn resume(
     Ok(Json(app.controller.set_paused(&vm, false).await?))
 }
 
-/// Forks a running VM, which goes on.
+/// Creates live forks of a running VM. The VM itself continues to run.
 #[utoipa::path(post, path = "/v1/vms/{vm}/fork", params(("vm" = String, Path),
     ("Idempotency-Key" = Option<String>, Header)), request_body = ForkVm,
     responses((status = 201, body = CreatedVms)))]
@@ -130,7 +136,7 @@ pub(super) async fn fork(
     .await
 }
 
-/// Makes a template of a VM, which goes on.
+/// Creates a template from a VM. The VM itself continues to run.
 #[utoipa::path(post, path = "/v1/vms/{vm}/snapshot", params(("vm" = String, Path)), request_body = SnapshotVm,
     responses((status = 201, body = Template)))]
 pub(super) async fn snapshot(
@@ -146,7 +152,7 @@ pub(super) async fn snapshot(
     Ok((StatusCode::CREATED, Json(template)))
 }
 
-/// A VM's balloon.
+/// Returns the memory balloon of a VM.
 #[utoipa::path(get, path = "/v1/vms/{vm}/balloon", params(("vm" = String, Path)),
     responses((status = 200, body = Balloon)))]
 pub(super) async fn balloon(
@@ -158,7 +164,9 @@ pub(super) async fn balloon(
     Ok(Json(app.controller.balloon(&vm, None).await?))
 }
 
-/// Asks for another size of a VM's balloon. The guest gives or takes the memory by and by.
+/// Requests a new size of a VM's memory balloon.
+///
+/// The guest hands over or takes back the memory gradually.
 #[utoipa::path(put, path = "/v1/vms/{vm}/balloon", params(("vm" = String, Path)), request_body = SetBalloon,
     responses((status = 200, body = Balloon)))]
 pub(super) async fn set_balloon(

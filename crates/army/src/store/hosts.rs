@@ -79,9 +79,9 @@ impl Store {
             .await
             .map_err(query_failed)?;
         if used.rows_affected() == 0 {
-            let detail = "the token is unknown, was used, or is too old";
+            let detail = "the token is unknown, was already used, or has expired";
             return Err(Problem::new(ProblemKind::Unauthorized, detail)
-                .advise("make another: army host token"));
+                .advise("create another one: army host token"));
         }
         sqlx::query(
             "INSERT INTO hosts (name, labels, draining, seen_ms, capacity, address) \
@@ -94,9 +94,9 @@ impl Store {
         .await
         .map_err(|error| match is_taken(&error) {
             true => {
-                let detail = format!("there is a host `{name}` already");
+                let detail = format!("a host named `{name}` already exists");
                 Problem::new(ProblemKind::Conflict, detail)
-                    .advise("use another name, or give that one up: army host rm")
+                    .advise("use another name, or remove that host: army host rm")
             }
             false => query_failed(error),
         })?;
@@ -111,7 +111,7 @@ impl Store {
         for query in [
             "DELETE FROM hosts WHERE name = $1",
             "DELETE FROM template_copies WHERE host = $1",
-            "UPDATE vms SET state = 'failed', alive = 0, reason = 'its host was given up' \
+            "UPDATE vms SET state = 'failed', alive = 0, reason = 'its host was removed' \
              WHERE host = $1 AND alive = 1",
         ] {
             sqlx::query(query)
@@ -120,7 +120,7 @@ impl Store {
                 .await
                 .map_err(query_failed)?;
         }
-        change.event("host.removed", name, "", "given up").await?;
+        change.event("host.removed", name, "", "removed").await?;
         change.commit().await
     }
 
@@ -162,12 +162,12 @@ impl Store {
             .await
             .map_err(query_failed)?;
         if changed.rows_affected() == 0 {
-            let detail = format!("there is no host `{}`", name.escape_debug());
+            let detail = format!("host `{}` not found", name.escape_debug());
             return Err(Problem::new(ProblemKind::NotFound, detail));
         }
         let (kind, detail) = match draining {
-            true => ("host.draining", "takes no new VMs"),
-            false => ("host.ready", "takes VMs again"),
+            true => ("host.draining", "accepts no new VMs"),
+            false => ("host.ready", "accepts VMs again"),
         };
         change.event(kind, name, "", detail).await?;
         change.commit().await

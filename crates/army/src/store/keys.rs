@@ -52,7 +52,7 @@ impl Store {
         .execute(change.connection())
         .await
         .map_err(query_failed)?;
-        let detail = format!("a key for {} was made", key.tenant);
+        let detail = format!("a key was created for {}", key.tenant);
         change
             .event("key.created", &key.id, &key.tenant, &detail)
             .await?;
@@ -91,7 +91,7 @@ impl Store {
         if removed.rows_affected() == 0 {
             return Err(Problem::new(
                 ProblemKind::NotFound,
-                format!("there is no key {id}"),
+                format!("key {id} not found"),
             ));
         }
         let admins = sqlx::query("SELECT id FROM access_keys WHERE role = $1 LIMIT 1")
@@ -100,9 +100,10 @@ impl Store {
             .await
             .map_err(query_failed)?;
         if admins.is_none() {
-            let detail = "this is the last key of an administrator";
-            return Err(Problem::new(ProblemKind::Conflict, detail)
-                .advise("make another one first: nobody could make keys any more"));
+            let detail = "the last administrator key cannot be removed";
+            return Err(
+                Problem::new(ProblemKind::Conflict, detail).advise("create another one first")
+            );
         }
         change
             .event("key.removed", id, "", "a key was removed")

@@ -64,7 +64,7 @@ impl Store {
         sqlx::any::install_default_drivers();
         let is_postgres = POSTGRES.iter().any(|scheme| url.starts_with(scheme));
         if !is_postgres && !url.starts_with("sqlite:") {
-            let detail = "the database is neither `postgres://…` nor `sqlite://…`";
+            let detail = "the database URL must begin with `postgres://` or `sqlite://`";
             return Err(Problem::new(ProblemKind::InvalidRequest, detail));
         }
         let lock = match is_postgres {
@@ -88,7 +88,7 @@ impl Store {
             .await
             .map_err(|error| failed("open the store", &error))?;
         migrations::all().run(&pool).await.map_err(|error| {
-            let detail = format!("cannot bring the store into its latest form: {error}");
+            let detail = format!("cannot migrate the database to the latest version: {error}");
             Problem::new(ProblemKind::Internal, detail)
         })?;
         Ok(Self {
@@ -128,8 +128,9 @@ async fn lock(url: &str) -> Result<AnyConnection> {
     match row.try_get("taken").map_err(opened)? {
         true => Ok(connection),
         false => {
-            let detail = "another Army uses this database";
-            Err(Problem::new(ProblemKind::Conflict, detail).advise("end it, or use another one"))
+            let detail = "another Army server uses this database";
+            Err(Problem::new(ProblemKind::Conflict, detail)
+                .advise("stop it, or use another database"))
         }
     }
 }
@@ -216,7 +217,7 @@ fn json<T: DeserializeOwned>(row: &AnyRow, column: &str) -> Result<T> {
 
 fn parse<T: DeserializeOwned>(text: &str) -> Result<T> {
     serde_json::from_str(text).map_err(|error| {
-        let detail = format!("the store holds what cannot be understood: {error}");
+        let detail = format!("the database contains an invalid value: {error}");
         Problem::new(ProblemKind::Internal, detail)
     })
 }

@@ -55,15 +55,15 @@ impl Store {
                 .await
                 .map_err(query_failed)?;
         if text(&row, "hash")? != hash {
-            let detail = "this idempotency key came with another request before";
+            let detail = "this idempotency key was used with another request before";
             return Err(Problem::new(ProblemKind::IdempotencyMismatch, detail)
-                .advise("use a new key for each request, and the same only to repeat one"));
+                .advise("use a new key for each request, and the same key only to repeat one"));
         }
         match optional_text(&row, "answer")? {
             Some(answer) => Ok(Known::Answered(answer)),
             None => Err(Problem::new(
                 ProblemKind::Conflict,
-                "the first request with this idempotency key is still worked on",
+                "the first request with this idempotency key is still in progress",
             )
             .retry_after(1)),
         }

@@ -12,7 +12,7 @@ impl Store {
         let mut change = self.change().await?;
         let query = "SELECT tag FROM template_tags WHERE tag = $1";
         if is_there(&mut change, query, &template.name).await? {
-            let detail = format!("there is a tag `{}`", template.name);
+            let detail = format!("a tag named `{}` already exists", template.name);
             return Err(Problem::new(ProblemKind::Conflict, detail)
                 .advise("give the template another name, or remove the tag: army template untag"));
         }
@@ -28,7 +28,7 @@ impl Store {
         .await
         .map_err(|error| match is_taken(&error) {
             true => {
-                let detail = format!("there is a template `{}` already", template.name);
+                let detail = format!("a template named `{}` already exists", template.name);
                 Problem::new(ProblemKind::Conflict, detail)
             }
             false => query_failed(error),
@@ -96,7 +96,7 @@ impl Store {
             return Err(unknown(template));
         }
         if is_there(&mut change, query, tag).await? {
-            let detail = format!("there is a template `{tag}`: a tag has another name");
+            let detail = format!("a template named `{tag}` exists: a tag needs another name");
             return Err(Problem::new(ProblemKind::Conflict, detail));
         }
         sqlx::query(
@@ -121,7 +121,7 @@ impl Store {
             .await
             .map_err(query_failed)?;
         if removed.rows_affected() == 0 {
-            let detail = format!("there is no tag `{}`", tag.escape_debug());
+            let detail = format!("tag `{}` not found", tag.escape_debug());
             return Err(Problem::new(ProblemKind::NotFound, detail));
         }
         change
@@ -203,7 +203,7 @@ async fn add_copy(change: &mut Change<'_>, template: &str, host: &str) -> Result
 }
 
 fn unknown(name: &str) -> Problem {
-    let detail = format!("there is no template `{}`", name.escape_debug());
+    let detail = format!("template `{}` not found", name.escape_debug());
     Problem::new(ProblemKind::NotFound, detail)
 }
 

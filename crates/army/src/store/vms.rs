@@ -81,12 +81,12 @@ impl Store {
         let (used, quota) = (number(&row, "used")?, number(&row, "quota")?);
         if quota >= 0 && used + new.vms.len() as i64 > quota {
             let detail = format!(
-                "the tenant {} has {used} of the {quota} VMs that it may have, and asked for {}",
+                "the tenant {} has {used} of the {quota} VMs that it may have, and requested {}",
                 first.tenant,
                 new.vms.len()
             );
             return Err(Problem::new(ProblemKind::QuotaExceeded, detail)
-                .advise("destroy some, or have the quota raised"));
+                .advise("destroy some VMs, or ask an administrator to raise the quota"));
         }
         let mut last = number(&row, "last")?;
         for vm in new.vms {
@@ -113,7 +113,7 @@ impl Store {
             .await
             .map_err(|error| match is_taken(&error) {
                 true => {
-                    let detail = format!("there is a VM `{}` already", vm.name);
+                    let detail = format!("a VM named `{}` already exists", vm.name);
                     Problem::new(ProblemKind::Conflict, detail)
                 }
                 false => query_failed(error),
@@ -314,7 +314,7 @@ impl Store {
         match row {
             Some(row) => vm(&row),
             None => {
-                let detail = format!("there is no VM `{}`", key.escape_debug());
+                let detail = format!("VM `{}` not found", key.escape_debug());
                 Err(Problem::new(ProblemKind::NotFound, detail))
             }
         }
@@ -348,14 +348,14 @@ impl Store {
         let after = match &filter.after {
             None => 0,
             Some(after) => after.parse::<i64>().map_err(|_| {
-                let detail = "`after` is no page's `next`";
+                let detail = "`after` must be the `next` of a page";
                 Problem::new(ProblemKind::InvalidRequest, detail)
             })?,
         };
         let label = match &filter.label {
             None => None,
             Some(label) => Some(label.split_once('=').ok_or_else(|| {
-                let detail = "write a label as key=value";
+                let detail = "a label must be written as key=value";
                 Problem::new(ProblemKind::InvalidRequest, detail)
             })?),
         };

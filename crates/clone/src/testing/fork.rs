@@ -13,6 +13,7 @@ use super::{Bounds, Place, record};
 use crate::error::Result;
 use crate::launch::fork::{Overrides, Source, rehearse};
 use crate::runtime::VmDir;
+use crate::scratch;
 use crate::template::{Template, receive, send};
 
 /// Opens, verifies and forks the template `name`, up to where KVM and the host's network come in.
@@ -31,7 +32,8 @@ pub fn fork(place: &Place, name: &str, overrides: &Overrides) -> Result<VmConfig
     };
     let (forked, touched) = record(forked).unwrap();
     let bounds = Bounds {
-        read: vec![dir.clone()],
+        // The host's own place for layers is looked at, to see whether it takes files.
+        read: [dir.clone()].into_iter().chain(scratch::dir()).collect(),
         write: vec![vm.clone(), place.dir.path().join("run")],
     };
     let broken = bounds.broken_by(&touched);

@@ -245,5 +245,5 @@ async fn what_its_host_does_not_know_any_more_is_lost() {
     controller.hear_all().await;
     let vm = controller.store.vm(&id, None).await.unwrap();
     assert_eq!(vm.state, VmState::Failed);
-    assert!(vm.reason.unwrap().contains("knows nothing"));
+    assert!(vm.reason.unwrap().contains("does not know the VM"));
 }
