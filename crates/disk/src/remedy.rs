@@ -126,7 +126,7 @@ fn quoted(path: &Path) -> String {
 fn quoted_bytes(bytes: &[u8]) -> String {
     let is_plain = |c: &u8| c.is_ascii_alphanumeric() || b"/._-+=:,@%".contains(c);
     match std::str::from_utf8(bytes) {
-        Ok(text) if bytes.iter().all(|c| is_plain(c)) => text.to_owned(),
+        Ok(text) if bytes.iter().all(is_plain) => text.to_owned(),
         Ok(text) if !text.chars().any(char::is_control) => {
             format!("'{}'", text.replace('\'', r"'\''"))
         }

@@ -172,16 +172,15 @@ impl Crates {
                 guest_tests.insert(format!("{owner}::"));
             }
         }
-        let mut added = true;
-        while added {
+        let mut known = 0;
+        while crates.len() > known {
+            known = crates.len();
             let dependents = self
                 .dependencies
                 .iter()
                 .filter(|(_, dependencies)| dependencies.iter().any(|name| crates.contains(name)));
             let names: Vec<String> = dependents.map(|(name, _)| name.clone()).collect();
-            added = names
-                .into_iter()
-                .fold(false, |added, name| crates.insert(name) || added);
+            crates.extend(names);
         }
         Scope {
             crates: Some(crates),
