@@ -60,7 +60,7 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Manages a nested KVM host under QEMU, for machines without hardware KVM.
     #[command(subcommand)]
-    Testbed(testbed::Command),
+    Testbed(testbed::Action),
     /// Builds kernels and file systems for test guests, from Debian's packages.
     #[command(subcommand)]
     Guest(guest::Command),

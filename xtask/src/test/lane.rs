@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus};
+use std::process::ExitStatus;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -122,13 +122,8 @@ fn execute(
     output: &File,
 ) -> Result<ExitStatus> {
     let words = testbed::in_memory(archive, &[program.to_owned()], words)?;
-    // Our own file may have been replaced by a build meanwhile.
-    let mut command = Command::new("/proc/self/exe");
+    let mut command = testbed::command(testbed, &words);
     command
-        .args(["testbed", "run", "--at"])
-        .arg(testbed.folder())
-        .arg("--")
-        .args(words)
         .stdout(output.try_clone()?)
         .stderr(output.try_clone()?);
     // SAFETY: between fork and exec only async-signal-safe calls are allowed; prctl is one.

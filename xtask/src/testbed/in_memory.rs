@@ -7,9 +7,9 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::Testbed;
 use crate::process::run;
@@ -45,10 +45,10 @@ pub(crate) fn in_memory(
 /// Puts these files into a testbed's memory, for all commands that are run in it afterwards.
 pub(crate) fn load(testbed: &Testbed, archive: &Path, files: &[PathBuf]) -> Result<()> {
     let words = unpacked(archive, files, &["true".into()])?;
-    let loaded = super::execute(testbed, &words)?;
+    let loaded = super::command(testbed, &words).status();
     let _ = std::fs::remove_file(archive);
     anyhow::ensure!(
-        loaded == ExitCode::SUCCESS,
+        loaded.context("cannot run in a testbed")?.success(),
         "cannot copy files into the testbed's memory"
     );
     Ok(())

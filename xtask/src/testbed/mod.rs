@@ -16,7 +16,7 @@ mod wire;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -75,7 +75,7 @@ fn mebibytes(text: &str) -> Result<u32, String> {
 }
 
 #[derive(Subcommand)]
-pub(crate) enum Command {
+pub(crate) enum Action {
     /// Keeps a testbed running in the background, so that `run` starts at once.
     Up(Size),
     /// Ends the testbed that `up` started.
@@ -114,14 +114,14 @@ pub(crate) enum Command {
     Supervise,
 }
 
-pub(crate) fn run(command: Command) -> Result<ExitCode> {
-    match command {
-        Command::Up(size) => {
+pub(crate) fn run(action: Action) -> Result<ExitCode> {
+    match action {
+        Action::Up(size) => {
             let testbed = Testbed::up(&size)?;
             println!("testbed up (process {})", testbed.pid());
             Ok(ExitCode::SUCCESS)
         }
-        Command::Down => {
+        Action::Down => {
             println!(
                 "{}",
                 if machine::down()? {
@@ -132,7 +132,7 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
             );
             Ok(ExitCode::SUCCESS)
         }
-        Command::Status => Ok(match Testbed::find()? {
+        Action::Status => Ok(match Testbed::find()? {
             Some(testbed) => {
                 println!("testbed up (process {})", testbed.pid());
                 ExitCode::SUCCESS
@@ -142,7 +142,7 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
                 ExitCode::FAILURE
             }
         }),
-        Command::Run {
+        Action::Run {
             size,
             fresh,
             at,
@@ -156,12 +156,12 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
             };
             client::run(&testbed, &command, timeout, false)
         }
-        Command::Shell { size } => {
+        Action::Shell { size } => {
             let testbed = Testbed::find_or_start(&size)?;
             let shell = std::env::var_os("SHELL").unwrap_or_else(|| "/bin/bash".into());
             client::run(&testbed, &[shell], None, true)
         }
-        Command::Supervise => supervisor::main(),
+        Action::Supervise => supervisor::main(),
     }
 }
 
@@ -173,4 +173,18 @@ pub(crate) fn qemu_root() -> Result<PathBuf> {
 /// Runs a command inside and returns how it ended, for the other chores.
 pub(crate) fn execute(testbed: &Testbed, command: &[OsString]) -> Result<ExitCode> {
     client::run(testbed, command, None, false)
+}
+
+/// A process of its own that runs `words` in a testbed of ours. A session keeps its port for as long
+/// as its process lives, so one that runs many commands has each in another process.
+pub(crate) fn command(testbed: &Testbed, words: &[OsString]) -> Command {
+    // Our own file may have been replaced by a build meanwhile.
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .args(["testbed", "run", "--at"])
+        .arg(testbed.folder())
+        .arg("--")
+        .args(words)
+        .stdin(Stdio::null());
+    command
 }

@@ -98,6 +98,9 @@ impl<'a> Placement<'a> {
 
 type Results = Vec<(Vm, Result<Made>)>;
 
+/// The times of a fork, and its notices.
+type Forked = (ForkTimes, Vec<String>);
+
 /// How hosts are asked to make VMs.
 pub(super) trait Make:
     Fn(&dyn host::Host, &[Entry]) -> Vec<Result<Made>> + Clone + Send + 'static
@@ -208,10 +211,7 @@ fn split(results: Results, may_move: bool) -> (Vec<(Vm, Problem)>, Results) {
 }
 
 /// What the client is answered, in the order of the request.
-fn answer(
-    ids: Vec<String>,
-    mut made: HashMap<String, (Vm, Result<(ForkTimes, Vec<String>)>)>,
-) -> Result<CreatedVms> {
+fn answer(ids: Vec<String>, mut made: HashMap<String, (Vm, Result<Forked>)>) -> Result<CreatedVms> {
     let mut created = CreatedVms {
         vms: Vec::new(),
         failures: Vec::new(),
@@ -239,7 +239,7 @@ fn answer(
 }
 
 /// The times of a fork, and its notices.
-fn fork_result(made: Made, placement_us: u64, start: Instant) -> (ForkTimes, Vec<String>) {
+fn fork_result(made: Made, placement_us: u64, start: Instant) -> Forked {
     let times = ForkTimes {
         warm: made.warm,
         placement_us,
