@@ -54,7 +54,6 @@ impl OutsideBrowser {
     pub(super) fn size(&self) -> Size {
         Size {
             forward: Some((self.page_port, ARMY_PORT)),
-            reach: Some(self.driver_port),
             ..Size::default()
         }
     }

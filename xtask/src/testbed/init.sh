@@ -43,9 +43,9 @@ $b mount -t debugfs debugfs /root/sys/kernel/debug 2>/dev/null
 echo 1 > /proc/sys/vm/unprivileged_userfaultfd
 $b hostname testbed
 $b ifconfig lo up
-# The network card, where ports are forwarded (machine.rs says when).
-[ -e /sys/class/net/eth0 ] && $b ifconfig eth0 10.0.2.15 netmask 255.255.255.0 up
 wait
+# The network card, where a port is forwarded (machine.rs).
+[ -e /sys/class/net/eth0 ] && $b ifconfig eth0 10.0.2.15 netmask 255.255.255.0 up
 [ -n "$spare" ] && {
     echo vfio-pci > "/sys/bus/pci/devices/$spare/driver_override"
     [ -e "/sys/bus/pci/devices/$spare/driver" ] &&

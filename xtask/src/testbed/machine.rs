@@ -12,7 +12,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
 use super::image::Image;
-use super::{INSIDE_ADDRESS, OUTSIDE_ADDRESS, PORTS, Size, client};
+use super::{INSIDE_ADDRESS, PORTS, Size, client};
 
 /// How long a testbed may take to answer before it is given up.
 const START_LIMIT: Duration = Duration::from_secs(120);
@@ -52,7 +52,6 @@ struct Kind {
     cpus: u32,
     vfio: bool,
     forward: Option<(u16, u16)>,
-    reach: Option<u16>,
 }
 
 impl Kind {
@@ -62,7 +61,6 @@ impl Kind {
             cpus: size.cpus.unwrap_or(DEFAULT_CPUS),
             vfio: size.vfio,
             forward: size.forward,
-            reach: size.reach,
         }
     }
 
@@ -72,7 +70,6 @@ impl Kind {
             && size.cpus.is_none_or(|cpus| cpus == self.cpus)
             && (self.vfio || !size.vfio)
             && (size.forward.is_none() || size.forward == self.forward)
-            && (size.reach.is_none() || size.reach == self.reach)
     }
 
     /// The fields after PID and start time in the PID file.
@@ -81,9 +78,8 @@ impl Kind {
             mib: fields.next()?.parse().ok()?,
             cpus: fields.next()?.parse().ok()?,
             vfio: fields.next()?.parse().ok()?,
-            // Forwarded ports are not looked for in a testbed that is up.
+            // A forwarded port is not looked for in a testbed that is up.
             forward: None,
-            reach: None,
         })
     }
 }
@@ -353,23 +349,14 @@ fn start_time(pid: Pid) -> Option<String> {
     rest.split_whitespace().nth(19).map(str::to_owned)
 }
 
-/// The network card, where ports are forwarded. Nothing else gets in or out through it.
+/// The network card, where a port is forwarded. Inside it has no route but to this machine.
 fn network(kind: Kind) -> String {
-    if kind.forward.is_none() && kind.reach.is_none() {
-        return "-nic none".to_owned();
+    match kind.forward {
+        None => "-nic none".to_owned(),
+        Some((outside, inside)) => format!(
+            "-nic user,ipv6=off,model=virtio-net-pci,hostfwd=tcp:127.0.0.1:{outside}-{INSIDE_ADDRESS}:{inside}"
+        ),
     }
-    let mut card = "-nic user,model=virtio-net-pci,restrict=on".to_owned();
-    if let Some((outside, inside)) = kind.forward {
-        card.push_str(&format!(
-            ",hostfwd=tcp:127.0.0.1:{outside}-{INSIDE_ADDRESS}:{inside}"
-        ));
-    }
-    if let Some(port) = kind.reach {
-        card.push_str(&format!(
-            ",guestfwd=tcp:{OUTSIDE_ADDRESS}:{port}-tcp:127.0.0.1:{port}"
-        ));
-    }
-    card
 }
 
 fn arguments(image: &Image, kind: Kind, supervisor: &Path) -> Result<Vec<OsString>> {

@@ -27,9 +27,9 @@ pub(crate) use machine::Testbed;
 /// Ports, and so commands that can run at the same time in one testbed.
 const PORTS: usize = 15;
 /// The testbed's own address, and that under which it reaches this machine, on the network card
-/// that it has where ports are forwarded.
+/// that it has where a port is forwarded: those of QEMU's user-mode network.
 pub(crate) const INSIDE_ADDRESS: &str = "10.0.2.15";
-pub(crate) const OUTSIDE_ADDRESS: &str = "10.0.2.100";
+pub(crate) const OUTSIDE_ADDRESS: &str = "10.0.2.2";
 
 /// The name of a testbed that a command starts for itself.
 const SINGLE: &str = "single";
@@ -46,12 +46,10 @@ pub(crate) struct Size {
     /// A machine with an IOMMU, and a spare PCI device bound to vfio-pci.
     #[arg(long)]
     pub(crate) vfio: bool,
-    /// Let a port of this machine lead to one inside, on the address 10.0.2.15.
+    /// Let a port of this machine lead to one inside, on the address 10.0.2.15. This machine's own
+    /// loopback is 10.0.2.2 inside then.
     #[arg(long, value_name = "OUTSIDE:INSIDE", value_parser = two_ports)]
     pub(crate) forward: Option<(u16, u16)>,
-    /// Let a port of the address 10.0.2.100 inside lead to the same port of this machine.
-    #[arg(long, value_name = "PORT")]
-    pub(crate) reach: Option<u16>,
 }
 
 /// Reads `8080:80`.
