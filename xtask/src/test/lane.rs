@@ -92,7 +92,8 @@ impl<'a> Lane<'a> {
     /// Runs a job with its output in the file `log`.
     fn attempt(&mut self, job: &Job, log: &Path) -> Result<ExitStatus> {
         let output = File::create(log)?;
-        let archive = self.folder.join(format!("lane{}.tar", self.number));
+        let name = format!("{}-lane{}.tar", std::process::id(), self.number);
+        let archive = self.folder.join(name);
         if job.with_browser {
             let browser = super::browser::OutsideBrowser::start()?;
             let testbed = Testbed::start(&browser.size(), &format!("browser{}", self.number))?;
