@@ -26,8 +26,7 @@ pub(super) struct OutsideBrowser {
 impl OutsideBrowser {
     pub(super) fn start() -> Result<Self> {
         let mut driver = Command::new("chromedriver")
-            // The test inside names it by another address than its own.
-            .args(["--port=0", "--allowed-origins=*"])
+            .arg("--port=0")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()

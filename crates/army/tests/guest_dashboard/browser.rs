@@ -91,6 +91,8 @@ impl Browser {
         let patience = PATIENCE.as_millis() as u64;
         let options = json!({"args": arguments, "browserStartupTimeout": patience});
         let wanted = json!({"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}});
+        // The client wants one, although nothing here is encrypted. A second call does no harm.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let mut browser = Self {
             http: reqwest::Client::new(),
             session: format!("{url}/session"),
@@ -105,7 +107,9 @@ impl Browser {
     async fn ask(&self, method: Method, path: &str, body: &Value) -> Result<Value, String> {
         let request = self
             .http
-            .request(method.clone(), format!("{}{path}", self.session));
+            .request(method.clone(), format!("{}{path}", self.session))
+            // A chromedriver serves no other name, by whatever address it is reached.
+            .header(reqwest::header::HOST, "localhost");
         let request = match method {
             Method::POST => request.json(body),
             _ => request,
@@ -147,10 +151,6 @@ impl Browser {
 
     pub(crate) async fn click(&self, css: &str) {
         self.find(css).await.post("click", json!({})).await;
-    }
-
-    pub(crate) async fn text(&self, css: &str) -> String {
-        self.find(css).await.text().await.unwrap()
     }
 
     /// Waits until the text of an element is as it should be, and returns it.

@@ -73,7 +73,7 @@ async fn a_person_forks_types_and_destroys() {
         let gone = format!("{name} is gone");
         browser.wait_for("#status", |text| text == gone).await;
     }
-    assert_eq!(browser.text("#vms tbody").await, "");
+    browser.wait_for("#vms tbody", str::is_empty).await;
     assert_eq!(host.there(), [""; 0]);
     // The key leaves the page.
     browser.click("#leave").await;
