@@ -141,7 +141,7 @@ fn execute(
     Ok(status)
 }
 
-/// How many tests nextest's summary tells of: `Summary [ 1.0s] 2 tests run: …`.
+/// The number of tests in nextest's summary: `Summary [ 1.0s] 2 tests run: …`.
 fn tests_run(text: &str) -> usize {
     let summary = text.lines().rev().filter_map(|line| line.split_once("] "));
     let mut counts = summary.filter_map(|(_, rest)| {

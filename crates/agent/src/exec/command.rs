@@ -209,7 +209,7 @@ impl Command {
         }
     }
 
-    /// Takes the terminal away: the session is told, and its input and output end.
+    /// Hangs the terminal up: the session gets SIGHUP, and its input and output end.
     fn hang_up(&self) {
         let main = self.terminal.as_ref().and_then(take);
         if let Some(foreground) = main.and_then(|main| tcgetpgrp(main).ok()) {

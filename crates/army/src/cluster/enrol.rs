@@ -102,7 +102,7 @@ async fn enrol(
     Json(asked): Json<Enrol>,
 ) -> std::result::Result<Json<Enrolled>, Failure> {
     if !is_host_name(&asked.host) {
-        let detail = format!("`{}` is no name of a host", asked.host.escape_debug());
+        let detail = format!("invalid host name `{}`", asked.host.escape_debug());
         let problem = Problem::new(ProblemKind::InvalidRequest, detail);
         return Err(problem
             .advise("use small letters, digits and `-`, at most 63: --name")

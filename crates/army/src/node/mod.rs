@@ -543,7 +543,7 @@ pub(crate) fn check_template_name(name: &str) -> Result<()> {
     if clone_api::validate::is_valid_name(name) {
         return Ok(());
     }
-    let detail = format!("`{}` is no name of a template", name.escape_debug());
+    let detail = format!("invalid template name `{}`", name.escape_debug());
     Err(Problem::new(ProblemKind::InvalidRequest, detail))
 }
 

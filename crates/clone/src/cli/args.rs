@@ -166,7 +166,7 @@ fn disk_option(disk: &mut DiskConfig, option: &KeyValue) -> std::result::Result<
         }
         _ => {
             return Err(format!(
-                "`{option}` is no option of a disk: there are ro, format=raw|qcow2, backing=FILE, backing-format=raw|qcow2, overlay=ephemeral|FILE, bandwidth=SIZE, iops=N; a comma in a file's name is written twice"
+                "unknown disk option `{option}`: the options are ro, format=raw|qcow2, backing=FILE, backing-format=raw|qcow2, overlay=ephemeral|FILE, bandwidth=SIZE, iops=N; a comma in a file's name is written twice"
             ));
         }
     }
@@ -226,7 +226,7 @@ impl NetArg {
 
 fn no_net_option(option: &str) -> String {
     format!(
-        "`{option}` is no option of an interface: there are nat, bridge=NAME, tap=NAME, mac=ADDRESS, queues=N, vhost=auto|on|off, neighbours, egress=full|none|NETWORK+NETWORK…, bandwidth=SIZE, address=ADDRESS+ADDRESS…, connections=N"
+        "unknown interface option `{option}`: the options are nat, bridge=NAME, tap=NAME, mac=ADDRESS, queues=N, vhost=auto|on|off, neighbours, egress=full|none|NETWORK+NETWORK…, bandwidth=SIZE, address=ADDRESS+ADDRESS…, connections=N"
     )
 }
 
@@ -507,7 +507,7 @@ mod tests {
         ];
         assert_eq!(formats, expected);
         assert!(disk.read_only);
-        // What was meant as one path and was not escaped is told how.
+        // The error for an unescaped path says how to escape it.
         let error = DiskArg::parse(OsStr::new("/a,b")).unwrap_err();
         assert!(error.contains("written twice"), "{error}");
     }

@@ -143,7 +143,7 @@ fn finish(context: &Context, report: &Report) -> Result<ExitCode> {
         match outcome {
             Outcome::Failed { name, error } => {
                 failures += 1;
-                // The only one is told as a command's failure is, with its exit code.
+                // A single failed fork is reported as a failed command, with its exit code.
                 if report.clones.len() == 1 {
                     return Err(error.clone());
                 }

@@ -346,7 +346,7 @@ fn fork_one(
     identify_as: Option<&str>,
 ) -> Result<Forked> {
     if !clone_api::validate::is_valid_name(name) {
-        let message = format!("`{}` is no name of a VM", name.escape_debug());
+        let message = format!("invalid VM name `{}`", name.escape_debug());
         return Err(ApiError::new(ErrorCode::InvalidConfig, message));
     }
     let start = Instant::now();

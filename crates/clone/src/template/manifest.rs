@@ -230,7 +230,7 @@ impl Content {
         let mut seen = BTreeSet::new();
         for name in self.files() {
             if !is_plain_name(name) || !build::is_file_of_a_template(name) {
-                return Err(format!("{name:?} is no name of a file in it"));
+                return Err(format!("{name:?} cannot name a file of a template"));
             }
             if !seen.insert(name) {
                 return Err(format!("{name} is named twice"));
@@ -375,7 +375,7 @@ pub(super) fn refused(path: &Path, reason: &str) -> ApiError {
     ApiError::new(
         ErrorCode::InvalidConfig,
         format!(
-            "{} is no template that can be used: {reason}",
+            "the template {} cannot be used: {reason}",
             path.display()
         ),
     )
@@ -580,7 +580,7 @@ mod tests {
             let mut bad = content();
             bad.state.file = name.to_owned();
             let error = Manifest::parse(&text(bad), Path::new("t")).unwrap_err();
-            assert!(error.message.contains("no name of a file"), "{error}");
+            assert!(error.message.contains("cannot name a file"), "{error}");
         }
     }
 

@@ -55,7 +55,7 @@ impl Store {
         if !clone_api::validate::is_valid_name(name) {
             return Err(ApiError::new(
                 ErrorCode::InvalidConfig,
-                format!("`{}` is no name of a template", name.escape_debug()),
+                format!("invalid template name `{}`", name.escape_debug()),
             )
             .advise("use letters, digits, `-`, `_` and `.`, or a path with a `/`"));
         }

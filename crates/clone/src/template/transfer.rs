@@ -143,7 +143,7 @@ impl<S: Read> Stream<'_, S> {
         read.map_err(|error| self.broken(&error))?;
         match &head[..MAGIC.len()] == MAGIC && head[MAGIC.len()] == VERSION {
             true => Ok(()),
-            false => Err(self.refused("what came is no template, or of another version")),
+            false => Err(self.refused("the stream is not a template, or has an unknown version")),
         }
     }
 

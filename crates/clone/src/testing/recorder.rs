@@ -182,7 +182,7 @@ fn listen(listener: &OwnedFd) -> io::Result<BTreeSet<Access>> {
             events: libc::POLLIN,
             revents: 0,
         };
-        // SAFETY: the pointer is to one `pollfd`, and one is what the call is told of.
+        // SAFETY: the pointer is to one `pollfd`, and the call is given the length one.
         if unsafe { libc::poll(&raw mut poll, 1, -1) } < 0 {
             continue;
         }

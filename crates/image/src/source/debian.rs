@@ -62,7 +62,7 @@ impl Debian {
             .chain(&self.packages);
         if let Some(bad) = names.into_iter().find(|name| !plain(name)) {
             return Err(ImageError::Unsupported {
-                what: format!("{bad:?} is no name of a Debian suite, variant or package"),
+                what: format!("{bad:?} cannot name a Debian suite, variant or package"),
                 advice: "use names such as trixie, minbase or openssh-server".to_owned(),
             });
         }

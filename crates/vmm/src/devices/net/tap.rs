@@ -28,7 +28,7 @@ pub enum TapError {
     #[error("cannot open /dev/net/tun: {0}")]
     Open(#[source] io::Error),
     /// The interface's name is empty or longer than the kernel allows (15 bytes).
-    #[error("{0:?} is no name for a network interface (1 to 15 bytes)")]
+    #[error("{0:?} cannot name a network interface (1 to 15 bytes)")]
     Name(String),
     /// The kernel refuses a queue of the interface.
     #[error("cannot attach to the tap {name}: {source}")]
