@@ -374,10 +374,7 @@ fn is_plain_name(name: &str) -> bool {
 pub(super) fn refused(path: &Path, reason: &str) -> ApiError {
     ApiError::new(
         ErrorCode::InvalidConfig,
-        format!(
-            "the template {} cannot be used: {reason}",
-            path.display()
-        ),
+        format!("the template {} cannot be used: {reason}", path.display()),
     )
 }
 
