@@ -389,7 +389,12 @@ async fn a_stream_that_is_no_template_leaves_nothing(server: Server) {
     }
     for path in ["/v1/templates/..%2Fx/content", "/v1/templates/.x/content"] {
         let refused = admin.put_bytes(path, &(), b"x".to_vec()).await;
-        assert!(refused.unwrap_err().to_string().contains("no name"));
+        assert!(
+            refused
+                .unwrap_err()
+                .to_string()
+                .contains("invalid template name")
+        );
     }
     let all: Value = admin.get("/v1/templates", &()).await.unwrap();
     assert_eq!(all, json!([]));
