@@ -351,6 +351,19 @@ fn a_file_that_a_fork_makes_elsewhere_is_seen() {
     let _ = fork(&place, "a", &overrides);
 }
 
+/// Found by fuzzing: a layer whose size was removed from the manifest could be forked, and sent,
+/// but not received.
+#[test]
+fn a_template_that_can_be_forked_can_also_travel() {
+    let place = Place::new();
+    drop(place.make("a", None));
+    let bytes = [44, 48, 49, 67, 44, 255, 4, 49];
+    make_hostile(&place, "a", "x", &mut Dice::new(&bytes));
+    if fork(&place, "x", &Overrides::default()).is_ok() {
+        travel(&place, "x");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(100))]
 

@@ -349,7 +349,11 @@ impl Manifest {
             content,
         };
         manifest.content.check().map_err(refuse)?;
-        Ok(manifest)
+        let unsized_file = manifest.content.sizes().find(|(_, bytes)| bytes.is_none());
+        match unsized_file.filter(|_| format == FORMAT) {
+            Some((file, _)) => Err(refuse(format!("it does not give the size of {file}"))),
+            None => Ok(manifest),
+        }
     }
 
     /// An error for what only a template of the present format can do.
@@ -535,7 +539,7 @@ mod tests {
     #[test]
     fn a_machine_that_cannot_be_is_refused() {
         type Change = fn(&mut Value);
-        let cases: [(&str, Change); 12] = [
+        let cases: [(&str, Change); 13] = [
             ("vcpus", |it| it["shape"]["vcpus"] = json!(4000)),
             ("memory", |it| it["shape"]["memory"] = json!(u64::MAX)),
             ("cmdline", |it| it["shape"]["cmdline"] = json!("a\nb")),
@@ -548,6 +552,9 @@ mod tests {
             ("more than", |it| it["kernel"]["bytes"] = json!(1_u64 << 40)),
             ("more than", |it| {
                 it["memory"]["layers"][0]["bytes"] = json!(1_u64 << 50)
+            }),
+            ("the size of memory-0.layer", |it| {
+                it["memory"]["layers"][0]["bytes"] = Value::Null
             }),
             ("all of memory", |it| {
                 it["memory"]["layers"][0]["data_bytes"] = json!(1_u64 << 50);

@@ -99,5 +99,10 @@ pub fn travel(place: &Place, name: &str) {
     };
     let broken = bounds.broken_by(&touched);
     assert!(broken.is_empty(), "a template that came touched {broken:?}");
-    assert_eq!(arrived.is_ok(), template.verify(|_| {}).is_ok());
+    let verified = template.verify(|_| {});
+    assert_eq!(
+        arrived.is_ok(),
+        verified.is_ok(),
+        "{arrived:?}, {verified:?}"
+    );
 }
