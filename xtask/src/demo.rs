@@ -47,20 +47,13 @@ pub(crate) fn run(inside: bool) -> Result<ExitCode> {
     let verdict = kvm::probe();
     println!("{verdict}");
     // Debian's packages are fetched and unpacked while the programs are built.
-    let needs_testbed = !verdict.runs_stock_guests();
-    let fetched = std::thread::spawn(move || {
-        guest::build_from_packages()?;
-        match needs_testbed {
-            true => testbed::qemu_root().map(drop),
-            false => Ok(()),
-        }
-    });
+    let fetching = guest::Fetching::start(!verdict.runs_stock_guests());
     println!("== building clone and army, and fetching a Debian beside it");
     let build = ["build", "-p", "clone", "-p", "army"];
     let bins = ["--bin", "clone", "--bin", "clone-vm", "--bin", "army"];
     run_command(cargo(&build).args(bins))?;
     println!("== making the guest's kernel and disk");
-    fetched.join().expect("fetching does not panic")?;
+    fetching.wait()?;
     guest::build()?;
     if verdict.runs_stock_guests() {
         return show();

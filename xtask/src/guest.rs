@@ -5,11 +5,12 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::thread::JoinHandle;
 
 use anyhow::{Context, Result};
 use clap::Subcommand;
 
-use crate::{assets, cpio, debian, guest_debian, host, modules, static_program};
+use crate::{assets, cpio, debian, guest_debian, host, modules, static_program, testbed};
 
 /// Bumped when the recipes below change in a way that their inputs do not show.
 const RECIPE: u32 = 3;
@@ -79,12 +80,27 @@ pub(crate) fn run(command: &Command) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Builds what is made of Debian's packages alone, which is most of the waiting and little of the
-/// processor's work; [`build`] then has less to do.
-pub(crate) fn build_from_packages() -> Result<()> {
-    host::install_packages()?;
-    let kernel = kernel()?;
-    debian_base(&kernel).map(drop)
+/// What is made of Debian's packages alone, built on a thread of its own: most of it is waiting and
+/// little is the processor's work, so it goes beside a compiler. [`build`] then has less to do.
+pub(crate) struct Fetching(JoinHandle<Result<()>>);
+
+impl Fetching {
+    /// Starts it; `needs_testbed` tells whether the testbed's own packages are wanted, too.
+    pub(crate) fn start(needs_testbed: bool) -> Self {
+        Self(std::thread::spawn(move || {
+            host::install_packages()?;
+            debian_base(&kernel()?)?;
+            match needs_testbed {
+                true => testbed::qemu_root().map(drop),
+                false => Ok(()),
+            }
+        }))
+    }
+
+    /// Waits until all is there.
+    pub(crate) fn wait(self) -> Result<()> {
+        self.0.join().expect("fetching does not panic")
+    }
 }
 
 /// Builds what is missing or out of date.

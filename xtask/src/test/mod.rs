@@ -13,7 +13,7 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::process::{cargo, run as run_command};
-use crate::{guest, host, kvm, testbed};
+use crate::{guest, host, kvm};
 use changed::Scope;
 use stages::Stages;
 
@@ -58,23 +58,16 @@ fn run_stages(options: &Options, stages: &mut Stages) -> Result<ExitCode> {
     };
     println!("{scope}");
     // Debian's packages are fetched and unpacked while the tests are built.
-    let fetched = scope.needs_guests(options.unit).then(|| {
-        std::thread::spawn(|| {
-            guest::build_from_packages()?;
-            match kvm::probe().runs_stock_guests() {
-                true => Ok(()),
-                false => testbed::qemu_root().map(drop),
-            }
-        })
-    });
+    let needs_guests = scope.needs_guests(options.unit);
+    let fetching = needs_guests.then(|| guest::Fetching::start(!kvm::probe().runs_stock_guests()));
     if options.guest.is_none() && !scope.is_empty() {
         without_guests(&scope, stages)?;
     }
-    let Some(fetched) = fetched else {
+    let Some(fetching) = fetching else {
         return Ok(ExitCode::SUCCESS);
     };
     stages.run("guest assets", || {
-        fetched.join().expect("fetching does not panic")?;
+        fetching.wait()?;
         guest::build().map(drop)
     })?;
     guests::run(options, &scope, stages)
