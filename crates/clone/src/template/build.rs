@@ -45,6 +45,20 @@ pub struct Parts {
     pub created_unix_ms: u64,
 }
 
+impl Parts {
+    /// Those of a template that holds the same machine in other files, and is no difference.
+    pub(super) fn same_as(content: &Content) -> Self {
+        Self {
+            parent: None,
+            agent_version: content.agent_version.clone(),
+            shape: content.shape.clone(),
+            ceilings: content.ceilings.clone(),
+            cpu: content.cpu.clone(),
+            created_unix_ms: content.created_unix_ms,
+        }
+    }
+}
+
 /// A template that is being made. Dropped without [`NewTemplate::commit`], it is removed.
 #[derive(Debug)]
 pub struct NewTemplate {

@@ -37,18 +37,7 @@ pub fn flatten(
         })?;
         done(disk.base.bytes);
     }
-    let content = template.content();
-    new.commit(
-        Parts {
-            parent: None,
-            agent_version: content.agent_version.clone(),
-            shape: content.shape.clone(),
-            ceilings: content.ceilings.clone(),
-            cpu: content.cpu.clone(),
-            created_unix_ms: content.created_unix_ms,
-        },
-        Some(runtime),
-    )
+    new.commit(Parts::same_as(template.content()), Some(runtime))
 }
 
 /// How many bytes [`flatten`] has to look at.

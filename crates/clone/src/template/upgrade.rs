@@ -32,18 +32,7 @@ pub fn upgrade(
     if let Some(initrd) = initrd {
         copy(initrd, &new.initrd_file()?)?;
     }
-    let content = template.content();
-    new.commit(
-        Parts {
-            parent: None,
-            agent_version: content.agent_version.clone(),
-            shape: content.shape.clone(),
-            ceilings: content.ceilings.clone(),
-            cpu: content.cpu.clone(),
-            created_unix_ms: content.created_unix_ms,
-        },
-        Some(runtime),
-    )
+    new.commit(Parts::same_as(template.content()), Some(runtime))
 }
 
 fn copy(from: &Path, to: &File) -> Result<()> {
