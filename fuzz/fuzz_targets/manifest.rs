@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use clone::template::Manifest;
+use clone_template::Manifest;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     if let Ok(manifest) = Manifest::parse(bytes, Path::new("manifest.json")) {

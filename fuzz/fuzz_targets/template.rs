@@ -4,8 +4,9 @@
 
 use std::sync::LazyLock;
 
-use clone::launch::fork::Overrides;
-use clone::testing::{Dice, Place, fork, make_hostile, travel};
+use clone_host::launch::fork::Overrides;
+use clone_host::testing::{fork, travel};
+use clone_template::testing::{Dice, Place, make_hostile};
 
 static PLACE: LazyLock<Place> = LazyLock::new(|| {
     let place = Place::new();

@@ -49,7 +49,15 @@ pub(crate) fn run(inside: bool) -> Result<ExitCode> {
     // Debian's packages are fetched and unpacked while the programs are built.
     let fetching = guest::Fetching::start(!verdict.runs_stock_guests());
     println!("== building clone and army, and fetching a Debian beside it");
-    let build = ["build", "-p", "clone", "-p", "army"];
+    let build = [
+        "build",
+        "-p",
+        "clone",
+        "-p",
+        "clone-vm-process",
+        "-p",
+        "army",
+    ];
     let bins = ["--bin", "clone", "--bin", "clone-vm", "--bin", "army"];
     run_command(cargo(&build).args(bins))?;
     println!("== making the guest's kernel and disk");
@@ -63,6 +71,7 @@ pub(crate) fn run(inside: bool) -> Result<ExitCode> {
     let files = [
         program.clone(),
         paths::debug_binary("clone").canonicalize()?,
+        paths::debug_binary("clone-vm").canonicalize()?,
         paths::debug_binary("army").canonicalize()?,
         paths::assets()
             .join("guest-debian/debian.ext4")

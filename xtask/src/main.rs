@@ -23,6 +23,8 @@ mod release;
 mod static_program;
 mod test;
 mod testbed;
+#[cfg(test)]
+mod walls;
 
 use std::process::ExitCode;
 

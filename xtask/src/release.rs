@@ -23,14 +23,20 @@ const SHELLS: [(&str, &str, &str); 3] = [
 /// Texts that come along.
 const TEXTS: [&str; 3] = ["README.md", "CHANGELOG.md", "LICENSE"];
 
-/// Builds with full optimisation, and makes the archive and the package.
+/// Builds with full optimisation, and makes the archive and the package. `clone` and `army` carry
+/// the process of VMs and the agent in themselves, so that each alone is whole.
 pub(crate) fn run() -> Result<ExitCode> {
     host::install_packages()?;
     let folder = paths::target().join("release-files");
+    let vm_process = static_program::vm_process("release")?;
+    let agent = static_program::for_guests("clone-agent")?;
+    let carried = folder.join("carried");
+    install_stripped(&vm_process, &carried.join("clone-vm"))?;
+    install(&agent, &carried.join("clone-agent"), 0o755)?;
     let mut build = vec!["build", "--quiet", "--release"];
     build.extend(PROGRAMS.iter().flat_map(|program| ["-p", program]));
-    run_command(&mut cargo(&build)).context("cannot build the programs")?;
-    let vm_process = static_program::vm_process("release")?;
+    run_command(cargo(&build).env("CLONE_CARRIED", &carried))
+        .context("cannot build the programs")?;
     let made = make(&paths::target().join("release"), &vm_process, &folder)?;
     for path in made {
         println!("{}", path.display());

@@ -17,7 +17,7 @@ pub(crate) fn for_guests(package: &str) -> Result<PathBuf> {
 
 /// Builds `clone-vm` with a profile, and returns where it is.
 pub(crate) fn vm_process(profile: &str) -> Result<PathBuf> {
-    build("clone", "clone-vm", profile)
+    build("clone-vm-process", "clone-vm", profile)
 }
 
 fn build(package: &str, program: &str, profile: &str) -> Result<PathBuf> {

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    clone::process::main().unwrap_or_else(army::cli::main)
+    army::cli::main()
 }

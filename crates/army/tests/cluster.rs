@@ -79,8 +79,8 @@ impl Army {
         let name = member.host().to_owned();
         let path = self.dir.path().join(&name);
         let node = tokio::task::spawn_blocking(move || {
-            let runtime = clone::runtime::Runtime::at(&path.join("run")).unwrap();
-            let templates = clone::template::Store::at(path.join("templates"));
+            let runtime = clone_host::runtime::Runtime::at(&path.join("run")).unwrap();
+            let templates = clone_template::Store::at(path.join("templates"));
             Node::open(name, path.join("vms"), runtime, templates).unwrap()
         });
         let listener = Listener::new(listener, member.identity(), false).unwrap();

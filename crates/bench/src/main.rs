@@ -47,10 +47,6 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    // Forks start VMs from the program that forks, where `clone-vm` is not beside it.
-    if let Some(ended) = clone::process::main() {
-        return ended;
-    }
     let result = match Cli::parse().command {
         Command::Run(options) => run(options),
         Command::Report { folder } => report::write(&folder).map(|path| {

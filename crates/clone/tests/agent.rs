@@ -13,8 +13,9 @@ use agent_proto::messages::{
     Empty, Exec, FileInfo, FromAgent, FromHost, Hello, Put, Started, from_agent, from_host,
     request::Operation,
 };
-use clone::runtime::{Process, Runtime};
 use clone_api::VmConfig;
+use clone_host::runtime::Runtime;
+use clone_start::Process;
 
 /// A VM called `a` whose process is this test.
 struct Guest {
@@ -38,8 +39,9 @@ impl Guest {
             ..VmConfig::default()
         };
         let vm = runtime.create(&config).unwrap();
-        vm.write_config(&config).unwrap();
-        vm.write_process(Process::of(std::process::id()).unwrap())
+        vm.dir.write_config(&config).unwrap();
+        vm.dir
+            .write_process(Process::of(std::process::id()).unwrap())
             .unwrap();
         let listener = UnixListener::bind(vm.dir.vsock_socket()).unwrap();
         Self { folder, listener }

@@ -12,10 +12,13 @@ use agent_proto::frame::encode;
 use agent_proto::messages::{
     Error, FileInfo, FromAgent, Hello, Output as Printed, Started, from_agent::Kind,
 };
-use clone::runtime::{Parent, Process, Runtime, VmDir};
 use clone_api::VmConfig;
 use clone_api::control::{VmInfo, VmState};
 use clone_api::jail::JailStatus;
+use clone_host::runtime::Runtime;
+use clone_start::Process;
+use clone_start::VmDir;
+use clone_start::vm_dir::Parent;
 
 /// What a command may take on a machine under load, where no wait in it is longer than 5 seconds.
 const SOON: Duration = Duration::from_secs(20);
@@ -41,8 +44,9 @@ impl FakeVm {
             ..VmConfig::default()
         };
         let vm = runtime.create(&config).unwrap();
-        vm.write_config(&config).unwrap();
-        vm.write_process(Process::of(process.id()).unwrap())
+        vm.dir.write_config(&config).unwrap();
+        vm.dir
+            .write_process(Process::of(process.id()).unwrap())
             .unwrap();
         vm.dir.write_parent(&Parent::default()).unwrap();
         serve_agent(&vm.dir, act);

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, bail};
 use army_api::client::{ClientError, segment};
 use army_api::exec::FilePath;
-use clone::file_sink::FileSink;
+use clone_cli::FileSink;
 use futures_util::{Stream, StreamExt};
 
 use super::context::Context;

@@ -20,7 +20,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand};
-use clone::cli::generate;
+use clone_cli::generate;
 
 use context::Context;
 

@@ -109,8 +109,8 @@ impl JailArgs {
 /// The node of this host, supervising its VMs.
 pub(super) async fn node(name: String, state: &Path, jail: &JailArgs) -> Result<Arc<Node>> {
     let journal = state.join("vms");
-    let runtime = clone::runtime::Runtime::from_env()?.requiring(jail.required());
-    let templates = clone::template::Store::from_env()?;
+    let runtime = clone_host::runtime::Runtime::from_env()?.requiring(jail.required());
+    let templates = clone_template::Store::from_env()?;
     let open = move || Node::open(name, journal, runtime, templates);
     let node = crate::blocking(open).await?;
     let checked = Arc::clone(&node);

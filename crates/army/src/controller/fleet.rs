@@ -199,7 +199,7 @@ fn lacks(needed: Option<&CpuFeatures>, heard: Option<&Heard>) -> Vec<String> {
         features: cpu.features.clone(),
     };
     match (needed, host) {
-        (Some(needed), Some(host)) => clone::cpu::missing(&features(needed), &features(host)),
+        (Some(needed), Some(host)) => clone_start::cpu::missing(&features(needed), &features(host)),
         // Where it turns out to lack some, the fork is refused there and tried elsewhere.
         _ => Vec::new(),
     }

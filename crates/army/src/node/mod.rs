@@ -25,17 +25,17 @@ use agent_proto::client::{ClientError, Connection, Deadline};
 use army_api::templates::CpuFeatures;
 use army_api::vms::Balloon;
 use army_api::{Problem, ProblemKind};
-use clone::launch::fork::{self, Overrides, Source};
-use clone::launch::program;
-use clone::runtime::{RunningVm, Runtime};
-use clone::template::{Store, Template};
 use clone_api::jail::JailStatus;
 use clone_api::{ApiError, Bytes, Client, ErrorCode};
+use clone_host::launch::fork::{self, Overrides, Source};
+use clone_host::programs;
+use clone_host::runtime::{RunningVm, Runtime};
+use clone_template::{Store, Template};
 
 use crate::pipe::{Pieces, Sender, Sink, Source as PieceSource};
-
 use journal::{Entry, Journal, Stage};
 use report::Seen;
+
 pub use report::{Report, VmReport};
 use serde::{Deserialize, Serialize};
 use standbys::Standbys;
@@ -120,7 +120,9 @@ impl Node {
     /// The node of this host, with its journal in `state`; what an earlier life of it left is
     /// taken up: VMs that run are its own again, and those that were on their way are ended.
     pub fn open(name: String, state: PathBuf, runtime: Runtime, store: Store) -> Result<Arc<Self>> {
-        program::keep();
+        // VMs are started from the program of this build, whatever is installed over it later. Where
+        // there is none, each start says so.
+        let _ = programs::vm_process();
         let journal = Journal::open(state)?;
         let node = Arc::new(Self {
             name,
@@ -143,8 +145,8 @@ impl Node {
     ///
     /// # Errors
     /// Where it lacks a layer that this node requires of its VMs: none could be made.
-    pub fn check_jail(&self) -> clone::Result<()> {
-        let jail = clone::launch::check_jail(&self.runtime)?;
+    pub fn check_jail(&self) -> clone_start::Result<()> {
+        let jail = clone_host::launch::check_jail(&self.runtime)?;
         for warning in jail.warnings() {
             tracing::warn!("{warning}");
         }
@@ -293,7 +295,7 @@ impl Node {
         let vm = self.find(id)?;
         let target = self.template_path(template)?;
         let (template, _) =
-            clone::snapshot::take(&self.runtime, &vm, &target, diff).map_err(told)?;
+            clone_host::snapshot::take(&self.runtime, &vm, &target, diff).map_err(told)?;
         Ok(facts(&template))
     }
 
@@ -344,7 +346,7 @@ impl Node {
         // One travels at a time: two of a name would be in each other's way.
         let _turn = lock(&self.receiving);
         let mut source = BufReader::with_capacity(PIECE, PieceSource::new(pieces));
-        let template = clone::template::receive(&target, id, &mut source, &self.runtime);
+        let template = clone_template::receive(&target, id, &mut source, &self.runtime.verified());
         template.map(|it| facts(&it)).map_err(told)
     }
 
@@ -353,7 +355,7 @@ impl Node {
     pub fn send_template(&self, name: &str, sender: Sender) -> Result<()> {
         let template = self.open_template(name)?;
         let mut sink = BufWriter::with_capacity(PIECE, Sink(sender.clone()));
-        if let Err(error) = clone::template::send(&template, &mut sink) {
+        if let Err(error) = clone_template::send(&template, &mut sink) {
             let _ = sender.blocking_send(Err(io::Error::other(error.message)));
         }
         Ok(())
@@ -377,7 +379,7 @@ impl Node {
             .map(|it| it.manifest().id.clone());
         self.store.remove(name).map_err(told)?;
         match id {
-            Some(id) => clone::template::forget_verified(&self.runtime, &id).map_err(told),
+            Some(id) => self.runtime.verified().forget(&id).map_err(told),
             None => Ok(()),
         }
     }
@@ -491,7 +493,7 @@ fn cpu_features(cpu: clone_api::control::CpuFeatures) -> CpuFeatures {
 
 /// The CPU features of this host; none where they cannot be found out.
 fn host_cpu() -> Option<CpuFeatures> {
-    match clone::cpu::of_host() {
+    match clone_start::cpu::of_host() {
         Ok(cpu) => Some(cpu_features(cpu)),
         Err(error) => {
             // The first fork fails by it, and tells the client.

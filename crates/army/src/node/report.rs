@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use army_api::hosts::{Capacity, MissingJailLayer};
 use army_api::templates::CpuFeatures;
 use army_api::vms::{VmMemory, VmState};
-use clone::runtime::RunningVm;
 use clone_api::control::VmState as Machine;
 use clone_api::jail::JailStatus;
 use clone_api::{Client, ClientError};
+use clone_host::runtime::RunningVm;
 use serde::{Deserialize, Serialize};
 
 use super::journal::{Entry, Stage};

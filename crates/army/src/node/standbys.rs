@@ -11,10 +11,10 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use clone::launch::fork::Source;
-use clone::launch::standby;
-use clone::runtime::Runtime;
-use clone::template::Template;
+use clone_host::launch::fork::Source;
+use clone_host::launch::standby;
+use clone_host::runtime::Runtime;
+use clone_template::Template;
 
 use super::lock;
 
@@ -150,7 +150,7 @@ impl Work {
         }
     }
 
-    fn serve(&self) -> clone::Result<()> {
+    fn serve(&self) -> clone_start::Result<()> {
         // The first clone of a template tells what all others should have at hand.
         standby::train(&self.runtime, &self.template)?;
         let template = Template::open(self.template.dir())?;

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use agent_proto::client::{Connection, Deadline};
 use army_api::ProblemKind;
 use army_api::vms::IdleAction;
-use clone::host_net::{self, HostNet};
-use clone::launch::fork;
-use clone::runtime::RunningVm;
+use clone_host::host_net::{self, HostNet};
+use clone_host::launch::fork;
+use clone_host::runtime::RunningVm;
 
 use super::journal::{Entry, Stage};
 use super::watch::Watch;
@@ -229,9 +229,10 @@ mod tests {
     use agent_proto::frame;
     use agent_proto::messages::{FromAgent, Hello, Info, from_agent::Kind};
     use army_api::vms::IdlePolicy;
-    use clone::runtime::{Process, Runtime};
-    use clone::template::Store;
     use clone_api::VmConfig;
+    use clone_host::runtime::Runtime;
+    use clone_start::Process;
+    use clone_template::Store;
 
     use super::*;
 
@@ -269,12 +270,13 @@ mod tests {
             ..VmConfig::default()
         };
         let starting = node.runtime.create(&config).unwrap();
-        starting.write_config(&config).unwrap();
+        starting.dir.write_config(&config).unwrap();
         let mut process = std::process::Command::new("sleep")
             .arg("1000")
             .spawn()
             .unwrap();
         starting
+            .dir
             .write_process(Process::of(process.id()).unwrap())
             .unwrap();
         let commands = Arc::new(AtomicU32::new(1));

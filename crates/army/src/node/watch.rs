@@ -53,7 +53,7 @@ mod tests {
     use std::process::Command;
     use std::time::Instant;
 
-    use clone::runtime::Process;
+    use clone_start::Process;
 
     use super::*;
 

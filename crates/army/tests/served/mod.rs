@@ -117,8 +117,8 @@ pub async fn server(postgres: Option<Postgres>) -> Server {
             .unwrap(),
     };
     let node = tokio::task::spawn_blocking(move || {
-        let runtime = clone::runtime::Runtime::at(&path.join("run")).unwrap();
-        let templates = clone::template::Store::at(path.join("templates"));
+        let runtime = clone_host::runtime::Runtime::at(&path.join("run")).unwrap();
+        let templates = clone_template::Store::at(path.join("templates"));
         Node::open("here".into(), path.join("vms"), runtime, templates).unwrap()
     });
     let controller = Controller::alone(store.clone(), node.await.unwrap());

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use army::node::{Node, VmReport};
 use army::store::vms::NewVms;
 use army_api::vms::{ForkTimes, Vm, VmFilter, VmMemory, VmPage, VmState};
-use clone::runtime::Runtime;
+use clone_host::runtime::Runtime;
 
 use super::army::Server;
 use crate::context::Context;
@@ -29,7 +29,7 @@ pub(crate) fn run(context: &Context) -> Result<Record> {
     let state = context.scratch("list");
     std::fs::create_dir_all(&state)?;
     let runtime = Runtime::at(&state.join("run")).map_err(told)?;
-    let templates = clone::template::Store::at(state.join("templates"));
+    let templates = clone_template::Store::at(state.join("templates"));
     let node = Node::open("here".to_owned(), state.join("vms"), runtime, templates)?;
     let tokio = tokio::runtime::Runtime::new().context("cannot start a runtime")?;
     tokio.block_on(async {

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use agent_proto::client::{ClientError, Connection, Deadline, Event, Input, Running};
 use agent_proto::messages::{ErrorCode as AgentCode, Exec, Exited, Stream, TerminalSize};
 use clone_api::{ApiError, ErrorCode};
+use clone_host::runtime::RunningVm;
+use clone_start::error::Result;
 
 use super::signals::Signals;
 use super::terminal::{self, RawTerminal};
-use crate::error::Result;
-use crate::runtime::RunningVm;
 
 /// How long an agent may take to greet.
 const GREETING_LIMIT: Duration = Duration::from_secs(20);

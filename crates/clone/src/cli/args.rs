@@ -12,9 +12,9 @@ use clone_api::config::{
 use clone_api::jail::RequiredJail;
 use clone_api::validate::validate;
 use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
+use clone_start::error::{Result, failed};
 
 use super::options::{KeyValue, first_and_options, options};
-use crate::error::{Result, failed};
 
 /// What a VM is. Flags win over the file; lists of disks or interfaces replace the file's.
 #[derive(Debug, Default, clap::Args)]

@@ -2,9 +2,10 @@
 
 use std::process::ExitCode;
 
+use clone_start::error::Result;
+
 use super::Context;
 use super::tty_console::{self, End};
-use crate::error::Result;
 
 /// Attach to a VM's serial console.
 ///

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use clone_api::control::BalloonStatus;
 use clone_api::{Bytes, Client};
+use clone_start::error::Result;
 
 use super::Context;
 use super::output::{human_bytes, told};
-use crate::error::Result;
 
 /// How long a guest usually takes to answer.
 const GUEST_TIME: Duration = Duration::from_millis(50);

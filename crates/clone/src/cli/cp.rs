@@ -11,14 +11,14 @@ use std::time::Duration;
 use agent_proto::client::{ByteLimit, Connection, Deadline};
 use agent_proto::messages::Put;
 use clone_api::{ApiError, ErrorCode};
+use clone_cli::FileSink;
+use clone_start::error::{Result, failed};
 use indicatif::ProgressBar;
 use serde::Serialize;
 
 use super::agent::Wait;
 use super::output::human_bytes;
 use super::{Context, agent, progress};
-use crate::error::{Result, failed};
-use crate::file_sink::FileSink;
 
 /// How long a guest may take to begin with a copy, and to end it; its bytes add to that.
 const LIMIT: Duration = Duration::from_secs(60);

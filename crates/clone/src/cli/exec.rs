@@ -6,11 +6,11 @@ use std::process::ExitCode;
 use agent_proto::client::{ByteLimit, ClientError};
 use agent_proto::messages::{ErrorCode as AgentCode, Exec, Exited};
 use clone_api::ApiError;
+use clone_start::error::Result;
 use serde::Serialize;
 
 use super::Context;
 use super::agent::{self, Streams, Wait};
-use crate::error::Result;
 
 /// `clone` itself failed, not the command.
 const CLONE_FAILED: u8 = 125;

@@ -3,22 +3,22 @@
 use clone_api::{ApiError, ErrorCode};
 
 /// Something failed that has no code of its own.
-pub const FAILURE: u8 = 1;
+pub(super) const FAILURE: u8 = 1;
 /// The command line, the configuration or the request is wrong.
-pub const USAGE: u8 = 2;
+pub(super) const USAGE: u8 = 2;
 /// There is no such VM.
-pub const NOT_FOUND: u8 = 3;
+pub(super) const NOT_FOUND: u8 = 3;
 /// The VM is in a state that does not allow it, or the name is taken.
-pub const CONFLICT: u8 = 4;
+pub(super) const CONFLICT: u8 = 4;
 /// This host cannot do it.
-pub const HOST: u8 = 5;
+pub(super) const HOST: u8 = 5;
 /// The VM lacks the device, or its guest the agent.
-pub const UNAVAILABLE: u8 = 6;
+pub(super) const UNAVAILABLE: u8 = 6;
 /// It did not happen in time.
-pub const TIMEOUT: u8 = 124;
+pub(super) const TIMEOUT: u8 = 124;
 
 /// The table as the help shows it.
-pub const HELP: &str = "\
+pub(super) const HELP: &str = "\
 Exit codes:
   0    done
   1    failed
@@ -32,7 +32,7 @@ Exit codes:
   failed, 126 where the command could not be run, 127 where there is none.";
 
 /// The exit code for an error.
-pub fn code_of(error: &ApiError) -> u8 {
+pub(super) fn code_of(error: &ApiError) -> u8 {
     match error.code {
         ErrorCode::BadRequest | ErrorCode::InvalidConfig => USAGE,
         ErrorCode::NotFound => NOT_FOUND,

@@ -8,14 +8,14 @@ use std::process::ExitCode;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clone_api::control::SnapshotTimes;
 use clone_api::{ApiError, ErrorCode};
+use clone_host::launch::fork::{self, Forked, Overrides, Source};
+use clone_start::error::Result;
+use clone_template::Store;
 use serde::Serialize;
 
 use super::args::{JailArgs, NetArg, net_parser};
 use super::output::table;
 use super::{Context, exit};
-use crate::error::Result;
-use crate::launch::fork::{self, Forked, Overrides, Source};
-use crate::template::Store;
 
 /// Make clones of a template, or of a running VM.
 ///

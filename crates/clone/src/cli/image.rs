@@ -8,16 +8,16 @@ use std::process::ExitCode;
 
 use clap::Subcommand;
 use clone_api::{ApiError, Bytes, ErrorCode};
+use clone_host::{cache, programs};
 use clone_image::{
     Credentials, Debian, DiskSize, ImageError, Progress, RegistryImage, RootfsSpec, Source, Step,
     build_rootfs,
 };
+use clone_start::error::Result;
 use indicatif::ProgressBar;
 
 use super::output::human_bytes;
 use super::{Context, progress};
-use crate::cache;
-use crate::error::Result;
 
 /// Build disk images.
 #[derive(Debug, clap::Args)]
@@ -74,7 +74,10 @@ pub(super) fn run(context: &Context, args: Args) -> Result<ExitCode> {
     let Command::Build(args) = args.command;
     let mut spec = RootfsSpec::new(source(&args)?, &args.output);
     spec.replace = args.force;
-    spec.agent = args.agent.or_else(installed_agent);
+    spec.agent = match args.agent {
+        Some(agent) => Some(agent),
+        None => programs::agent()?,
+    };
     spec.hostname = args.hostname;
     spec.nameservers = args.name_servers;
     if let Some(size) = args.size {
@@ -103,13 +106,6 @@ pub(super) fn run(context: &Context, args: Args) -> Result<ExitCode> {
         )
     });
     Ok(ExitCode::SUCCESS)
-}
-
-/// `../lib/clone/clone-agent`, seen from the program, as packages have it.
-fn installed_agent() -> Option<PathBuf> {
-    let program = std::env::current_exe().ok()?;
-    let agent = program.parent()?.with_file_name("lib/clone/clone-agent");
-    agent.is_file().then_some(agent)
 }
 
 fn source(args: &BuildArgs) -> Result<Source> {

@@ -9,11 +9,12 @@ use std::process::ExitCode;
 
 use agent_proto::text::printable;
 use clone_api::{ApiError, ErrorCode};
+use clone_host::runtime::RunningVm;
+use clone_start::VmDir;
+use clone_start::error::{Result, failed};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::Context;
-use crate::error::{Result, failed};
-use crate::runtime::{RunningVm, VmDir};
 
 /// Print the output of a VM's serial console.
 #[derive(Debug, clap::Args)]

@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use clone_api::control::VmState;
 use clone_api::{Client, VmConfig};
+use clone_host::runtime::RunningVm;
 use clone_memory::ProcessUsage;
+use clone_start::error::Result;
 use serde::Serialize;
 
 use super::Context;
 use super::output::{human_bytes, table};
-use crate::error::Result;
-use crate::runtime::RunningVm;
 
 /// How long a VM may take to tell its state.
 const PATIENCE: Duration = Duration::from_millis(500);

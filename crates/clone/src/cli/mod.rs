@@ -10,9 +10,8 @@ mod attach;
 mod balloon;
 mod cp;
 mod exec;
-pub mod exit;
+mod exit;
 mod fork;
-pub mod generate;
 mod image;
 mod logs;
 mod ls;
@@ -31,10 +30,9 @@ mod tty_console;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use clone_host::runtime::Runtime;
+use clone_start::error::Result;
 
-use crate::error::Result;
-use crate::log;
-use crate::runtime::Runtime;
 use output::Output;
 
 /// Virtual machines that start fast and fork faster.
@@ -46,7 +44,7 @@ use output::Output;
     arg_required_else_help = true,
     disable_help_subcommand = true
 )]
-pub struct Cli {
+struct Cli {
     /// Print JSON instead of text.
     #[arg(long, global = true)]
     json: bool,
@@ -75,8 +73,8 @@ enum Command {
     Fork(fork::Args),
     Template(template::Args),
     Image(image::Args),
-    Completions(generate::CompletionsArgs),
-    Man(generate::ManArgs),
+    Completions(clone_cli::generate::CompletionsArgs),
+    Man(clone_cli::generate::ManArgs),
 }
 
 /// What a command needs beside its own arguments.
@@ -91,7 +89,7 @@ impl Context {
 }
 
 /// The whole of the `clone` command.
-pub fn main() -> ExitCode {
+pub(super) fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -103,7 +101,7 @@ pub fn main() -> ExitCode {
             };
         }
     };
-    log::start();
+    clone_cli::log::start();
     let context = Context {
         output: Output::new(cli.json),
     };
@@ -136,8 +134,8 @@ fn dispatch(context: &Context, command: Command) -> Result<ExitCode> {
         Command::Fork(args) => fork::run(context, &args),
         Command::Template(args) => template::run(context, &args),
         Command::Image(args) => image::run(context, args),
-        Command::Completions(args) => generate::completions(&args, Cli::command()),
-        Command::Man(args) => generate::man(&args, Cli::command()),
+        Command::Completions(args) => clone_cli::generate::completions(&args, Cli::command()),
+        Command::Man(args) => clone_cli::generate::man(&args, Cli::command()),
     }
 }
 

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use clone_api::control::VmState;
 use clone_api::{ApiError, Client, ErrorCode};
+use clone_host::runtime::{RunningVm, Runtime};
+use clone_start::error::Result;
 use rustix::process::Signal;
 
 use super::output::told;
 use super::{Context, agent};
-use crate::error::Result;
-use crate::runtime::{RunningVm, Runtime};
 
 /// How long a killed process may take to be gone: it only has memory to give back.
 const KILL_LIMIT: Duration = Duration::from_secs(30);

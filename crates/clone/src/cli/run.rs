@@ -5,15 +5,15 @@ use std::process::ExitCode;
 
 use agent_proto::text::printable;
 use clone_api::{ApiError, ErrorCode};
+use clone_host::launch::{Launched, launch};
+use clone_host::runtime::Runtime;
+use clone_start::error::Result;
+use clone_start::invocation;
 use serde::Serialize;
 
 use super::args::{JailArgs, VmArgs};
 use super::tty_console::{self, End};
 use super::{Context, exit};
-use crate::error::Result;
-use crate::launch::{Launched, launch};
-use crate::process;
-use crate::runtime::Runtime;
 
 /// Start a VM, and stay attached to its console.
 ///
@@ -98,18 +98,18 @@ fn stay(context: &Context, runtime: &Runtime, mut launched: Launched) -> Result<
 /// How the VM ended, as a message and an exit code.
 fn told_end(context: &Context, name: &str, code: Option<i32>, log: &str) -> Result<ExitCode> {
     match code.and_then(|code| u8::try_from(code).ok()) {
-        Some(process::EXIT_POWER_OFF) => Ok(ExitCode::SUCCESS),
-        Some(process::EXIT_REBOOT) => {
+        Some(invocation::EXIT_POWER_OFF) => Ok(ExitCode::SUCCESS),
+        Some(invocation::EXIT_REBOOT) => {
             context.output.note(&format!(
                 "[clone: {name} asked for a reboot, which ends it]"
             ));
             Ok(ExitCode::SUCCESS)
         }
-        Some(process::EXIT_KILLED) => {
+        Some(invocation::EXIT_KILLED) => {
             context.output.note(&format!("[clone: {name} was killed]"));
             Ok(ExitCode::from(exit::FAILURE))
         }
-        Some(process::EXIT_CRASH) => Err(ended(format!("the guest of `{name}` crashed"), log)),
+        Some(invocation::EXIT_CRASH) => Err(ended(format!("the guest of `{name}` crashed"), log)),
         Some(_) => Err(ended(format!("the VM `{name}` failed"), log)),
         None => {
             context.output.note(&format!("[clone: {name} was killed]"));

@@ -3,13 +3,13 @@
 use std::process::ExitCode;
 
 use clone_api::control::SnapshotTimes;
+use clone_host::snapshot;
+use clone_start::error::Result;
+use clone_template::Store;
 use serde::Serialize;
 
 use super::Context;
 use super::output::human_bytes;
-use crate::error::Result;
-use crate::snapshot;
-use crate::template::Store;
 
 /// Make a template of a running VM, which continues to run.
 #[derive(Debug, clap::Args)]

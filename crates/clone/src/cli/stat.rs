@@ -5,11 +5,11 @@ use std::process::ExitCode;
 use clone_api::Client;
 use clone_api::control::{VmInfo, VmStats};
 use clone_api::jail::JailStatus;
+use clone_start::error::Result;
 use serde::Serialize;
 
 use super::Context;
 use super::output::{human_bytes, table, told};
-use crate::error::Result;
 
 /// Show a VM's configuration, state and resource usage.
 #[derive(Debug, clap::Args)]

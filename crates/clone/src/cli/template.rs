@@ -6,17 +6,18 @@ use std::time::Duration;
 
 use clap::Subcommand;
 use clone_api::ApiError;
+use clone_host::host_net::{self, HostNet};
+use clone_host::launch::fork::Source;
+use clone_host::launch::preflight;
+use clone_host::launch::standby::{Standbys, train};
+use clone_start::error::Result;
+use clone_template::{Store, Template, bytes_to_flatten, flatten, upgrade};
 use serde::Serialize;
 
 use super::args::JailArgs;
 use super::output::{human_bytes, table};
 use super::signals::Signals;
 use super::{Context, progress};
-use crate::error::Result;
-use crate::host_net::{self, HostNet};
-use crate::launch::fork::Source;
-use crate::launch::standby::{Standbys, train};
-use crate::template::{Store, Template, bytes_to_flatten, flatten, forget_verified, upgrade};
 
 /// Manage the templates that clones are forked from.
 #[derive(Debug, clap::Args)]
@@ -119,9 +120,12 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
             let target = store.path(&args.output)?;
             let bar = progress::bytes(context, Some(bytes_to_flatten(&template)));
             bar.set_message("flattening");
-            let flat = flatten(&context.runtime()?, &template, &target, |bytes| {
-                bar.inc(bytes)
-            });
+            let flat = flatten(
+                &context.runtime()?.verified(),
+                &template,
+                &target,
+                |bytes| bar.inc(bytes),
+            );
             bar.finish_and_clear();
             let flat = flat?;
             context
@@ -133,7 +137,10 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
             let template = store.open(&args.template)?;
             let target = store.path(&args.output)?;
             let (kernel, initrd) = (&args.kernel, args.initrd.as_deref());
-            let new = upgrade(&context.runtime()?, &template, &target, kernel, initrd)?;
+            // The host boots what is in the file, which is refused where it is no kernel.
+            let kernel = preflight::boot_kernel(kernel)?;
+            let verified = context.runtime()?.verified();
+            let new = upgrade(&verified, &template, &target, &kernel, initrd)?;
             context
                 .output
                 .print(&new.manifest().id, |_| new.dir().display().to_string());
@@ -146,7 +153,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
                 let id = store.open(name).ok().map(|it| it.manifest().id.clone());
                 store.remove(name)?;
                 if let Some(id) = id {
-                    forget_verified(&runtime, &id)?;
+                    runtime.verified().forget(&id)?;
                 }
             }
             Ok(ExitCode::SUCCESS)
@@ -233,7 +240,7 @@ fn list_text(rows: &[Row]) -> String {
 fn verify(context: &Context, template: &Template) -> Result<ExitCode> {
     let bar = progress::bytes(context, Some(template.bytes_to_verify()));
     bar.set_message("verifying");
-    let verified = template.verify_and_note(&context.runtime()?, |bytes| bar.inc(bytes));
+    let verified = template.verify_and_note(&context.runtime()?.verified(), |bytes| bar.inc(bytes));
     bar.finish_and_clear();
     verified?;
     context.output.print(&template.manifest().id, |id| {

@@ -5,11 +5,11 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
 use clone_api::ApiError;
+use clone_start::VmDir;
+use clone_start::error::{Result, failed};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::terminal::RawTerminal;
-use crate::error::{Result, failed};
-use crate::runtime::VmDir;
 
 /// Ctrl-], which leaves the console.
 const LEAVE: u8 = 0x1d;

@@ -14,7 +14,7 @@ use army::node::journal::Entry;
 use army_api::client::{Client, ClientError};
 use army_api::exec::{Exec, ExecResult};
 use army_api::vms::{CreateVms, CreatedVms, Vm};
-use clone::launch::fork::{Overrides, fork};
+use clone_host::launch::fork::{Overrides, fork};
 use futures_util::future::join_all;
 
 use crate::context::Context;

@@ -11,9 +11,8 @@ use army_api::client::Client;
 use army_api::keys::{CreateKey, Role};
 use army_api::templates::RegisterTemplate;
 use army_api::vms::{CreateVms, CreatedVms, Vm};
-use clone::launch::fork;
-use clone::runtime::VmDir;
-use clone::template;
+use clone_host::launch::fork;
+use clone_start::VmDir;
 
 use super::super::fork::ForkBench;
 use crate::context::Context;
@@ -87,7 +86,7 @@ impl<'a> Rig<'a> {
             "here".to_owned(),
             state.join("vms"),
             forks.runtime.clone(),
-            template::Store::at(context.scratch("templates")),
+            clone_template::Store::at(context.scratch("templates")),
         )?;
         node.supervise()?;
         let server = tokio.block_on(Server::start(&state, Arc::clone(&node), true))?;

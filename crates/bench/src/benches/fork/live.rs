@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use clone::launch::fork::{Overrides, Source, fork};
+use clone_host::launch::fork::{Overrides, Source, fork};
 
 use super::ours::ForkBench;
 use crate::guests::{exec, told};

@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 
 use agent_proto::client::{Connection, Deadline};
 use anyhow::{Context as _, Result};
-use clone::launch::fork::{Forked, Overrides, Source, fork};
-use clone::launch::standby::{Standbys, train};
-use clone::runtime::Runtime;
-use clone::snapshot;
-use clone::template::{Store, Template};
 use clone_api::Client;
 use clone_api::control::{SnapshotTaken, StageTime, StartStage};
+use clone_host::launch::fork::{Forked, Overrides, Source, fork};
+use clone_host::launch::standby::{Standbys, train};
+use clone_host::runtime::Runtime;
+use clone_host::snapshot;
 use clone_memory::ProcessUsage;
+use clone_template::{Store, Template};
 
 use super::counts::Counts;
 use super::{LIMIT, REST};

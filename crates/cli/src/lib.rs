@@ -1,0 +1,12 @@
+//! What the command lines of `clone` and `army` have in common.
+//!
+//! - [`generate`]: completions and manual pages of a command.
+//! - [`log`]: what a command tells of itself.
+//! - [`FileSink`]: a local file that bytes from elsewhere are written into.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod file_sink;
+pub mod generate;
+pub mod log;
+
+pub use file_sink::FileSink;

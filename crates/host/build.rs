@@ -1,0 +1,30 @@
+//! Takes the programs that `CLONE_CARRIED` has into the library: a directory with `clone-vm` and
+//! `clone-agent`. Without it nothing is carried, and both are found where they are installed.
+
+use std::env;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+const PROGRAMS: [(&str, &str); 2] = [("VM_PROCESS", "clone-vm"), ("AGENT", "clone-agent")];
+
+fn main() -> io::Result<()> {
+    println!("cargo::rerun-if-env-changed=CLONE_CARRIED");
+    let folder = env::var_os("CLONE_CARRIED").map(PathBuf::from);
+    let mut code = String::new();
+    for (constant, name) in PROGRAMS {
+        let bytes = match &folder {
+            Some(folder) => included(&folder.join(name))?,
+            None => "None".to_owned(),
+        };
+        code += &format!("pub(super) const {constant}: Option<&[u8]> = {bytes};\n");
+    }
+    let out = env::var_os("OUT_DIR").ok_or_else(|| io::Error::other("cargo sets OUT_DIR"))?;
+    fs::write(Path::new(&out).join("carried.rs"), code)
+}
+
+fn included(program: &Path) -> io::Result<String> {
+    println!("cargo::rerun-if-changed={}", program.display());
+    let program = fs::canonicalize(program)?;
+    Ok(format!("Some(include_bytes!({program:?}))"))
+}

@@ -1,0 +1,522 @@
+//! Forking: clones of a template, or of a VM that goes on running.
+//!
+//! What a clone is connected to, where its writes go and what it may do is said here, by the side
+//! that forks. A template adds nothing: its clones have interfaces on this host's translated
+//! network, writes that end with them, and logs of the usual size, unless [`Overrides`] say
+//! otherwise. What a template may do is narrow: its ceilings (the egress and the rate limits that its
+//! VM was held to) are intersected with whatever is allowed here, overrides included. The forks of
+//! a running VM start from that VM's own description, which this host made, and are narrowed to
+//! its limits in the same way.
+//!
+//! A clone is taken from the standbys where there are any, and else started; the way is told with
+//! each result. Each child succeeds or fails by itself.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use clone_api::config::{Egress, NetConfig, NetMode, Overlay};
+use clone_api::control::SnapshotTaken;
+use clone_api::shape::Ceilings;
+use clone_api::validate::validate_unnamed;
+use clone_api::{ApiError, Client, ErrorCode, VmConfig};
+use clone_start::SharedFile;
+use clone_start::document::{Fork, Origin};
+use clone_start::error::Result;
+use clone_start::vm_dir::Parent;
+use clone_start::{Process, VmDir};
+use clone_template::Template;
+use rustix::process::{Pid, WaitOptions, waitpid};
+use serde::Serialize;
+
+use super::{identity, last_words, network, start_or_abandon};
+use crate::runtime::{LiveDir, RunningVm, Runtime};
+use crate::snapshot;
+
+/// Forks that are started at once. More would only wait for each other's processors.
+const AT_ONCE: usize = 8;
+/// How long a standby may take to come to life.
+const ADOPTION_LIMIT: Duration = Duration::from_secs(10);
+/// How long a process whose sockets are closed may take to end.
+const END_LIMIT: Duration = Duration::from_secs(1);
+
+/// What clones are made of.
+#[derive(Debug)]
+pub struct Source {
+    /// What a clone is where nothing else is asked for.
+    config: VmConfig,
+    /// What every clone is narrowed to.
+    ceilings: Ceilings,
+    parent: Parent,
+    state: SharedFile,
+    prefetch: Option<SharedFile>,
+    /// The template's id; none for a live fork, which has no standbys.
+    template_id: Option<String>,
+    /// Whether its guest has an agent to be told who it is.
+    has_agent: bool,
+    observed: bool,
+    /// Kept from being removed until the clones have it.
+    _held: Held,
+}
+
+/// What keeps the files of a source in place.
+#[derive(Debug)]
+enum Held {
+    /// The lock of a template.
+    Template { _lock: File },
+    /// The directory of a live fork.
+    Live { _dir: LiveDir },
+}
+
+impl Source {
+    /// A template. It is verified unless it was, on this host.
+    pub fn template(template: &Template, runtime: &Runtime) -> Result<Self> {
+        template.ensure_verified(&runtime.verified())?;
+        let content = template.content();
+        let parent = template.parent()?;
+        Ok(Self {
+            config: template_config(template, &parent),
+            ceilings: content.ceilings.clone(),
+            state: template.shared_state()?,
+            prefetch: template.prefetch()?,
+            template_id: Some(template.manifest().id.clone()),
+            has_agent: content.agent_version.is_some(),
+            observed: false,
+            parent,
+            _held: Held::Template {
+                _lock: template.hold()?,
+            },
+        })
+    }
+
+    /// Whether what its clones reboot into is there, and the file that was checked.
+    #[cfg(any(test, feature = "testing"))]
+    #[doc(hidden)]
+    pub fn boots(&self) -> Result<()> {
+        let boot = self.parent.boot.as_ref();
+        boot.map_or(Ok(()), |boot| boot.kernel.open().map(drop))
+    }
+
+    /// The same for clones that are to tell which pages they touch. None of them is a standby.
+    pub(super) fn observed(self) -> Self {
+        Self {
+            observed: true,
+            ..self
+        }
+    }
+
+    /// A running VM, as it is now. It goes on.
+    pub fn live(runtime: &Runtime, vm: &RunningVm) -> Result<(Self, SnapshotTaken)> {
+        let has_agent = snapshot::agent_version(vm).is_some();
+        let (layers, taken) = snapshot::take_live(runtime, vm)?;
+        let config = vm.dir.config()?;
+        let source = Self {
+            ceilings: Ceilings::of(&config),
+            config,
+            parent: layers.parent,
+            state: layers.state,
+            prefetch: None,
+            template_id: None,
+            has_agent,
+            observed: false,
+            _held: Held::Live { _dir: layers.dir },
+        };
+        Ok((source, taken))
+    }
+
+    /// The description of a clone, checked.
+    fn clone_config(&self, name: &str, overrides: &Overrides) -> Result<VmConfig> {
+        let mut config = self.config.clone();
+        name.clone_into(&mut config.name);
+        connect(&mut config, overrides)?;
+        keep_writes(&mut config, overrides)?;
+        self.ceilings
+            .narrow(&mut config)
+            .map_err(|(index, error)| {
+                ApiError::new(
+                    ErrorCode::InvalidConfig,
+                    format!("net[{index}]: the template limits egress, too: {error}"),
+                )
+                .advise("allow fewer networks")
+            })?;
+        let problems = validate_unnamed(&config);
+        if problems.is_empty() {
+            return Ok(config);
+        }
+        let problems: Vec<String> = problems.iter().map(|it| format!("  {it}")).collect();
+        let message = format!("a clone cannot be made like this:\n{}", problems.join("\n"));
+        Err(ApiError::new(ErrorCode::InvalidConfig, message)
+            .advise("it is narrowed to the limits of its template: `clone template inspect`"))
+    }
+
+    /// All that is decided of a clone before anything is made for it.
+    pub(crate) fn plan(&self, name: &str, overrides: &Overrides, standby: bool) -> Result<Plan> {
+        Ok(Plan {
+            config: self.clone_config(name, overrides)?,
+            origin: self.origin(standby),
+        })
+    }
+
+    fn origin(&self, standby: bool) -> Origin {
+        Origin::Fork(Box::new(Fork {
+            memory: self.parent.memory.clone(),
+            state: self.state.clone(),
+            locks: self.parent.locks.clone(),
+            disks: self.parent.disks.clone(),
+            standby,
+            prefetch: self.prefetch.clone(),
+            observed: self.observed,
+            boot: self.parent.boot.clone(),
+        }))
+    }
+}
+
+/// A clone that is to be started.
+pub(crate) struct Plan {
+    pub(crate) config: VmConfig,
+    pub(crate) origin: Origin,
+}
+
+/// What a clone of `template` is by default. The paths are those of its own files, for people who
+/// look at a clone: its process opens what [`Parent`] names.
+fn template_config(template: &Template, parent: &Parent) -> VmConfig {
+    let mut config = template.content().shape.config();
+    let boot = parent.boot.as_ref();
+    config.kernel = match boot {
+        Some(boot) => boot.kernel.path.clone(),
+        None => template.dir().to_owned(),
+    };
+    config.initrd = boot.and_then(|boot| Some(boot.initrd.as_ref()?.path.clone()));
+    for (disk, shared) in config.disks.iter_mut().zip(&parent.disks) {
+        if let Some((base, format)) = &shared.base {
+            disk.path.clone_from(&base.path);
+            disk.format = Some(*format);
+        }
+    }
+    config
+}
+
+/// Connects the interfaces as it is asked for, each with an address of its own.
+fn connect(config: &mut VmConfig, overrides: &Overrides) -> Result<()> {
+    if let Some(nets) = &overrides.net {
+        if nets.len() != config.net.len() {
+            return Err(ApiError::new(
+                ErrorCode::InvalidConfig,
+                format!(
+                    "the template has {} network interfaces, and {} were asked for",
+                    config.net.len(),
+                    nets.len()
+                ),
+            )
+            .advise("a clone has its template's devices; what they are connected to is free"));
+        }
+        for (net, wanted) in config.net.iter_mut().zip(nets) {
+            let queues = net.queues;
+            *net = wanted.clone();
+            net.queues = queues;
+        }
+    } else {
+        for net in &mut config.net {
+            net.mac = None;
+            // They are those of one guest.
+            net.addresses.clear();
+        }
+        if let Some(index) = config.net.iter().position(|net| net.mode == NetMode::Tap) {
+            return Err(ApiError::new(
+                ErrorCode::InvalidConfig,
+                format!("interface {index} of the VM is on a tap of its owner's"),
+            )
+            .advise("give each clone its own: --net tap=NAME"));
+        }
+    }
+    if let Some(egress) = &overrides.egress {
+        restrict(config, egress);
+    }
+    Ok(())
+}
+
+/// Has what clones write end with them, but for the disks that are to keep it.
+fn keep_writes(config: &mut VmConfig, overrides: &Overrides) -> Result<()> {
+    for disk in config.disks.iter_mut().filter(|disk| !disk.read_only) {
+        disk.overlay = Overlay::Ephemeral;
+    }
+    for (index, overlay) in &overrides.overlays {
+        let Some(disk) = config.disks.get_mut(*index).filter(|disk| !disk.read_only) else {
+            let message = format!("the template has no writable disk {index}");
+            return Err(ApiError::new(ErrorCode::InvalidConfig, message));
+        };
+        disk.overlay = Overlay::Kept(overlay.clone());
+    }
+    Ok(())
+}
+
+/// What is different in the clones.
+#[derive(Debug, Clone, Default)]
+pub struct Overrides {
+    /// What the interfaces are connected to, each. Where it is not given, a template's clones are
+    /// on this host's translated network, and a VM's forks are connected as that is.
+    pub net: Option<Vec<NetConfig>>,
+    /// Files that keep the writes of a disk, by its place; without one they end with the clone.
+    pub overlays: Vec<(usize, PathBuf)>,
+    /// The destinations that the guests may send to; narrowed to the template's ceiling.
+    pub egress: Option<Egress>,
+    /// What the guests call themselves, one for each clone; their names where there are none.
+    pub host_names: Vec<String>,
+}
+
+impl Overrides {
+    /// Whether a standby, which is made as the template says, will do.
+    fn is_none(&self) -> bool {
+        self.net.is_none() && self.overlays.is_empty()
+    }
+}
+
+/// Holds all interfaces to `egress`.
+fn restrict(config: &mut VmConfig, egress: &Egress) {
+    for net in &mut config.net {
+        net.egress.clone_from(egress);
+    }
+}
+
+/// A clone that runs.
+#[derive(Debug, Clone, Serialize)]
+pub struct Forked {
+    /// Its name.
+    pub name: String,
+    /// Its process.
+    pub pid: u32,
+    /// Whether it was a standby.
+    pub warm: bool,
+    /// From the request to its guest running, in microseconds.
+    pub running_us: u64,
+    /// From then until it had its own identity, in microseconds; absent where it was given none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub identity_us: Option<u64>,
+    /// What its owner should know: what its host or its guest could not do.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notices: Vec<String>,
+}
+
+/// Makes one clone of `source` for each of `names`, side by side; results in the same order.
+///
+/// With `identify` each is told who it is before it counts as done.
+pub fn fork(
+    runtime: &Runtime,
+    source: &Source,
+    names: &[String],
+    overrides: &Overrides,
+    identify: bool,
+) -> Vec<Result<Forked>> {
+    let results: Vec<Mutex<Option<Result<Forked>>>> =
+        names.iter().map(|_| Mutex::new(None)).collect();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(name) = names.get(index) else { break };
+            let host_name = overrides.host_names.get(index).unwrap_or(name);
+            let host_name = identify.then_some(host_name.as_str());
+            let result = fork_one(runtime, source, name, overrides, host_name);
+            let mut slot = results[index]
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            *slot = Some(result);
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..names.len().min(AT_ONCE) {
+            scope.spawn(work);
+        }
+        work();
+    });
+    let lost = || Err(ApiError::new(ErrorCode::Internal, "the fork was not tried"));
+    results
+        .into_iter()
+        .map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner))
+        .map(|result| result.unwrap_or_else(lost))
+        .collect()
+}
+
+fn fork_one(
+    runtime: &Runtime,
+    source: &Source,
+    name: &str,
+    overrides: &Overrides,
+    identify_as: Option<&str>,
+) -> Result<Forked> {
+    if !clone_api::validate::is_valid_name(name) {
+        let message = format!("invalid VM name `{}`", name.escape_debug());
+        return Err(ApiError::new(ErrorCode::InvalidConfig, message));
+    }
+    let start = Instant::now();
+    let (vm, warm) = match adopt(runtime, source, name, overrides)? {
+        Some(vm) => (vm, true),
+        None => (start_cold(runtime, source, name, overrides)?, false),
+    };
+    let running = start.elapsed();
+    let mut forked = Forked {
+        name: name.to_owned(),
+        pid: vm.process.pid,
+        warm,
+        running_us: running.as_micros() as u64,
+        identity_us: None,
+        notices: vm.dir.notices(),
+    };
+    if let Some(host_name) = identify_as.filter(|_| source.has_agent) {
+        match identity::give(&vm, host_name) {
+            Ok(notices) => forked.notices.extend(notices),
+            Err(error) => {
+                // Before its directory goes, and with it what it said.
+                let error = died(&vm, name).unwrap_or(error);
+                // Without its identity it would be its template's double.
+                end(runtime, &vm);
+                return Err(error);
+            }
+        }
+        forked.identity_us = Some((start.elapsed() - running).as_micros() as u64);
+    }
+    Ok(forked)
+}
+
+/// How a clone ended that should run; none where it does.
+fn died(vm: &RunningVm, name: &str) -> Option<ApiError> {
+    // Its sockets go before it does.
+    if !vm.process.wait(Some(END_LIMIT)).ok()? {
+        return None;
+    }
+    let pid = Pid::from_raw(vm.process.pid as i32);
+    // A standby is no child of ours, and cannot be asked.
+    let status = waitpid(pid, WaitOptions::NOHANG).ok().flatten();
+    let how = match status.map(|(_, status)| (status.terminating_signal(), status.exit_status())) {
+        Some((Some(signal), _)) => format!("was killed by signal {signal}"),
+        Some((_, Some(status))) => format!("ended with status {status}"),
+        _ => "ended".to_owned(),
+    };
+    Some(ApiError::new(
+        ErrorCode::Internal,
+        format!(
+            "the clone `{name}` {how} before it had its identity{}",
+            last_words(&vm.dir)
+        ),
+    ))
+}
+
+/// Takes a standby, where one will do and there is one.
+fn adopt(
+    runtime: &Runtime,
+    source: &Source,
+    name: &str,
+    overrides: &Overrides,
+) -> Result<Option<RunningVm>> {
+    let Some(template_id) = source
+        .template_id
+        .as_deref()
+        .filter(|_| overrides.is_none() && !source.observed)
+    else {
+        return Ok(None);
+    };
+    let Some(policy) = policy_of_standby(source, name, overrides)? else {
+        return Ok(None);
+    };
+    let Some(vm) = runtime.claim(template_id, name)? else {
+        return Ok(None);
+    };
+    let client = Client::new(vm.dir.control_socket()).with_timeout(ADOPTION_LIMIT);
+    // Before it runs.
+    let held = policy.map_or(Ok(()), |egress| {
+        network::restrict(&vm.dir, &egress)?;
+        vm.dir.change_config(|config| restrict(config, &egress))
+    });
+    let adopted = held.and_then(|()| {
+        client
+            .adopt(name, runtime.required_jail())
+            .map_err(|error| ApiError::internal(&error))
+    });
+    match adopted {
+        Ok(()) => Ok(Some(vm)),
+        Err(error) => {
+            // It may have died in the moment it was taken: a new one will do as well.
+            tracing::warn!(message = error.message, "a standby could not be adopted");
+            end(runtime, &vm);
+            Ok(None)
+        }
+    }
+}
+
+/// What a standby, which was made with the defaults, is to be held to: nothing new, or one policy
+/// for all of its interfaces. None where they differ, which takes a VM of its own.
+fn policy_of_standby(
+    source: &Source,
+    name: &str,
+    overrides: &Overrides,
+) -> Result<Option<Option<Egress>>> {
+    if overrides.egress.is_none() {
+        return Ok(Some(None));
+    }
+    let nets = source.clone_config(name, overrides)?.net;
+    let policy = nets.first().map(|net| net.egress.clone());
+    let alike = nets.iter().all(|net| Some(&net.egress) == policy.as_ref());
+    Ok(alike.then_some(policy))
+}
+
+fn start_cold(
+    runtime: &Runtime,
+    source: &Source,
+    name: &str,
+    overrides: &Overrides,
+) -> Result<RunningVm> {
+    let Plan { config, origin } = source.plan(name, overrides, false)?;
+    let launched = start_or_abandon(runtime, config, &origin, &source.parent)?;
+    Ok(RunningVm {
+        dir: launched.dir,
+        process: launched.process,
+    })
+}
+
+/// Starts a standby of `source`, a child of this process that ends with it.
+pub(super) fn start_standby(runtime: &Runtime, source: &Source) -> Result<(VmDir, Process)> {
+    let Some(template_id) = &source.template_id else {
+        let message = "standbys are made of templates";
+        return Err(ApiError::new(ErrorCode::Internal, message));
+    };
+    let name = Runtime::standby_name(template_id)?;
+    let Plan { config, origin } = source.plan(&name, &Overrides::default(), true)?;
+    let launched = start_or_abandon(runtime, config, &origin, &source.parent)?;
+    Ok((launched.dir, launched.process))
+}
+
+/// Ends a clone that is not wanted.
+pub fn end(runtime: &Runtime, vm: &RunningVm) {
+    let ended = vm
+        .process
+        .signal(rustix::process::Signal::KILL)
+        .and_then(|()| vm.process.wait(Some(ADOPTION_LIMIT)))
+        .and_then(|_| runtime.sweep_one(&vm.dir));
+    if let Err(error) = ended {
+        tracing::warn!(message = error.message, "a clone that failed is left");
+    }
+}
+
+/// Names for `count` clones: the given one, with numbers where there are several, or one made of
+/// the template's.
+pub fn names(given: Option<&str>, of: &str, count: usize) -> Result<Vec<String>> {
+    let stem = match given {
+        Some(name) if count == 1 => return Ok(vec![name.to_owned()]),
+        Some(name) => name.to_owned(),
+        None => {
+            let mut random = [0; 2];
+            rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
+                .map_err(|error| ApiError::internal(&std::io::Error::from(error)))?;
+            let of: String = of.chars().take(30).collect();
+            format!("{of}-{:02x}{:02x}", random[0], random[1])
+        }
+    };
+    if given.is_none() && count == 1 {
+        return Ok(vec![stem]);
+    }
+    Ok((1..=count)
+        .map(|number| format!("{stem}-{number}"))
+        .collect())
+}

@@ -1,0 +1,174 @@
+//! Telling a clone who it is: what its kernel does not find out by itself.
+//!
+//! A clone wakes up with its template's name, addresses, machine id, keys and time. The generation
+//! id has its kernel draw new random numbers; the agent does the rest, of what it is told here.
+
+use std::io;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use agent_proto::client::{ClientError, Connection, Deadline};
+use agent_proto::messages::{Identity, Interface};
+use clone_api::{ApiError, ErrorCode};
+use clone_start::error::Result;
+use clone_start::vm_dir::GuestInterface;
+
+use crate::runtime::RunningVm;
+
+/// How long a clone's agent may take.
+struct Limits {
+    /// To greet. It was up when the template was made.
+    greeting: Duration,
+    /// To become the clone then.
+    work: Duration,
+}
+
+const LIMITS: Limits = Limits {
+    greeting: Duration::from_secs(30),
+    work: Duration::from_secs(120),
+};
+/// The pause before it is tried again.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Gives a clone its own identity; `name` is its host name. Returns what its guest could not do of
+/// it, in words for people.
+///
+/// # Errors
+/// [`ErrorCode::Unavailable`] where its agent does not answer, or where the clone would share a
+/// secret or an address with another.
+pub fn give(vm: &RunningVm, name: &str) -> Result<Vec<String>> {
+    give_within(&LIMITS, vm, name)
+}
+
+fn give_within(limits: &Limits, vm: &RunningVm, name: &str) -> Result<Vec<String>> {
+    let interfaces = vm.dir.guest_network()?;
+    let failed = |error: ClientError| {
+        ApiError::new(
+            ErrorCode::Unavailable,
+            format!("the clone `{name}` could not be given its identity: {error}"),
+        )
+        .advise("make the template of a guest whose agent runs, or fork with --no-identity")
+    };
+    let end = Instant::now() + limits.greeting;
+    loop {
+        let identity = identity(name, &interfaces).map_err(|error| ApiError::internal(&error))?;
+        let greeting = Deadline::after(limits.greeting);
+        let opened = Connection::open(&vm.dir.vsock_socket(), greeting);
+        let given = opened.and_then(|mut connection| {
+            connection.set_deadline(Deadline::after(limits.work));
+            connection.set_identity(identity)
+        });
+        match given {
+            // A guest that is starved of its CPU may take the end of its former life's connections
+            // for the end of this one; the identity that it is given again is a new one.
+            Err(ClientError::NoAgent | ClientError::Lost(_)) if Instant::now() < end => {
+                if vm.process.wait(Some(PAUSE))? {
+                    return given.map_err(failed);
+                }
+            }
+            given => return given.map_err(failed),
+        }
+    }
+}
+
+fn identity(name: &str, interfaces: &[GuestInterface]) -> io::Result<Identity> {
+    let machine_id: String = random::<16>()?.iter().map(|b| format!("{b:02x}")).collect();
+    let mut dns = Vec::new();
+    let mut settings = Vec::new();
+    for (index, interface) in interfaces.iter().enumerate() {
+        let mut setting = Interface {
+            mac: interface.mac.to_string(),
+            ..Interface::default()
+        };
+        // As at boot, the first is the one with the way out.
+        if let Some(address) = interface.address.as_ref().filter(|_| index == 0) {
+            setting.address = format!("{}/{}", address.address, address.prefix);
+            setting.gateway = address.gateway.to_string();
+            dns = address
+                .name_servers
+                .iter()
+                .map(ToString::to_string)
+                .collect();
+        }
+        settings.push(setting);
+    }
+    let seed = random::<32>()?.to_vec();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    Ok(Identity {
+        hostname: host_name(name),
+        machine_id,
+        seed,
+        clock_ns: now.map_or(0, |now| now.as_nanos() as u64),
+        interfaces: settings,
+        dns,
+        new_ssh_host_keys: true,
+    })
+}
+
+/// A VM's name as a host name, which has no `_`.
+fn host_name(name: &str) -> String {
+    name.replace('_', "-")
+}
+
+fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    // Up to 256 bytes come whole.
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use clone_api::MacAddr;
+
+    use std::io::Write;
+
+    use super::super::testing::{Act, FakeVm};
+    use super::*;
+    use clone_start::vm_dir::GuestAddress;
+
+    #[test]
+    fn siblings_are_told_different_things_and_only_the_first_interface_leads_out() {
+        let address = GuestAddress {
+            address: [10, 0, 0, 7].into(),
+            prefix: 16,
+            gateway: [10, 0, 0, 1].into(),
+            name_servers: vec![[10, 0, 0, 1].into()],
+        };
+        let interface = GuestInterface {
+            mac: MacAddr([2, 0, 0, 0, 0, 7]),
+            address: Some(address),
+        };
+        let interfaces = [interface.clone(), interface];
+        let (a, b) = (
+            identity("a_1", &interfaces).unwrap(),
+            identity("b", &interfaces).unwrap(),
+        );
+        assert_eq!(a.hostname, "a-1");
+        assert_ne!(a.machine_id, b.machine_id);
+        assert_ne!(a.seed, b.seed);
+        assert_eq!(a.interfaces[0].address, "10.0.0.7/16");
+        assert_eq!(a.interfaces[1].address, "");
+        assert_eq!(a.dns, ["10.0.0.1"]);
+    }
+
+    #[test]
+    fn an_agent_that_drips_or_floods_ends_the_fork_and_nothing_else() {
+        let drip: Act = |stream| {
+            std::thread::sleep(Duration::from_millis(20));
+            stream.write_all(&[0])
+        };
+        // It ends the message, which is none.
+        let flood: Act = |stream| stream.write_all(&[0; 64 << 10]);
+        for act in [drip, flood] {
+            let vm = FakeVm::new(vec![0, 0, 8, 0], act);
+            let begun = Instant::now();
+            let limits = Limits {
+                greeting: Duration::from_secs(10),
+                work: Duration::from_millis(200),
+            };
+            let failed = give_within(&limits, &vm.running(), "b").unwrap_err();
+            assert_eq!(failed.code, ErrorCode::Unavailable);
+            assert!(begun.elapsed() < Duration::from_secs(8));
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! The host's side of a VM's network, set up for the process that is to be started.
+
+use std::os::fd::OwnedFd;
+
+use clone_api::config::{Egress, NetConfig, NetMode};
+use clone_api::{ApiError, ErrorCode, VmConfig};
+use clone_start::VmDir;
+use clone_start::document::AttachedNet;
+use clone_start::error::Result;
+use clone_start::vm_dir::GuestInterface;
+use clone_vmm::devices::net::Tap;
+
+use crate::host_net::{Connection, DEFAULT_DIR, HostNet, HostNetError, Request};
+
+/// The interfaces of a VM, set up.
+pub(super) struct Attached {
+    /// The taps' queues, which the VM's process is sent. A tap lives as long as any process has one
+    /// of its queues.
+    pub(super) taps: Vec<OwnedFd>,
+    /// What the VM's process must know.
+    pub(super) nets: Vec<AttachedNet>,
+    /// How the guest is to set them up.
+    pub(super) guest: Vec<GuestInterface>,
+    /// What the owner should know.
+    pub(super) notices: Vec<String>,
+}
+
+/// Sets up every interface of `config` and fills in the addresses that were left to us.
+///
+/// What is set up before a failure is removed with the VM's directory.
+pub(super) fn attach(dir: &VmDir, config: &mut VmConfig) -> Result<Attached> {
+    let host = HostNet::new(DEFAULT_DIR);
+    let (mut taps, mut nets, mut notices) = (Vec::new(), Vec::new(), Vec::new());
+    let mut guest = Vec::new();
+    for (index, net) in config.net.iter_mut().enumerate() {
+        let attachment = host
+            .attach(&request(dir, net))
+            .map_err(|error| told(index, &error))?;
+        let of_this = attachment.notices.into_iter();
+        notices.extend(of_this.map(|notice| format!("net[{index}]: {notice}")));
+        net.mac = Some(attachment.mac);
+        guest.push(GuestInterface {
+            mac: attachment.mac,
+            address: attachment.address.clone(),
+        });
+        // The kernel sets up one interface so, and the first is the one with the way out.
+        let address = attachment.address.filter(|_| index == 0);
+        nets.push(AttachedNet {
+            queues: attachment.taps.len() as u16,
+            mac: attachment.mac,
+            mtu: attachment.mtu,
+            kernel_argument: address.map(|a| a.kernel_argument(&config.name, "eth0")),
+        });
+        taps.extend(attachment.taps.into_iter().map(Tap::into_fd));
+    }
+    Ok(Attached {
+        taps,
+        nets,
+        guest,
+        notices,
+    })
+}
+
+/// Changes whom a VM's guest may send to, on all of its interfaces.
+pub(super) fn restrict(dir: &VmDir, egress: &Egress) -> Result<()> {
+    HostNet::new(DEFAULT_DIR)
+        .restrict(&dir.network_key(), egress)
+        .map_err(|error| ApiError::internal(&error))
+}
+
+fn request(dir: &VmDir, net: &NetConfig) -> Request {
+    // Validation has made sure that a mode comes with its name.
+    let name = |name: &Option<String>| name.clone().unwrap_or_default();
+    Request {
+        vm: dir.network_key(),
+        connection: match net.mode {
+            NetMode::Nat => Connection::Nat,
+            NetMode::Bridge => Connection::Bridge(name(&net.bridge)),
+            NetMode::Tap => Connection::Tap(name(&net.tap)),
+        },
+        mac: net.mac,
+        queues: net.queues.unwrap_or(1),
+        neighbours: net.neighbours,
+        egress: net.egress.clone(),
+        addresses: net.addresses.clone(),
+        connections: net.connections,
+    }
+}
+
+fn told(index: usize, error: &HostNetError) -> ApiError {
+    let told = ApiError::internal(error);
+    let code = match error {
+        HostNetError::NotAllowed { .. } | HostNetError::NoTrafficControl(_) => {
+            ErrorCode::HostUnsupported
+        }
+        HostNetError::NoSuchLink(_)
+        | HostNetError::NotABridge(_)
+        | HostNetError::MulticastMac(_)
+        | HostNetError::MacInUse(_) => ErrorCode::InvalidConfig,
+        _ => told.code,
+    };
+    ApiError {
+        code,
+        message: format!("net[{index}]: {}", told.message),
+        ..told
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::thread;
+
+    use rustix::io::{FdFlags, fcntl_getfd};
+    use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+    use super::*;
+
+    /// A description with one interface, on a tap of this name.
+    fn on_tap(name: &str) -> VmConfig {
+        VmConfig {
+            net: vec![NetConfig {
+                mode: NetMode::Tap,
+                tap: Some(name.to_owned()),
+                queues: Some(2),
+                ..NetConfig::default()
+            }],
+            ..VmConfig::default()
+        }
+    }
+
+    #[test]
+    fn taps_stay_close_on_exec_until_they_are_sent() {
+        let in_its_network = || {
+            // SAFETY: the flag leaves the table of descriptors alone.
+            unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
+            let add = [
+                "tuntap",
+                "add",
+                "dev",
+                "t0",
+                "mode",
+                "tap",
+                "multi_queue",
+                "vnet_hdr",
+            ];
+            assert!(Command::new("ip").args(add).status().unwrap().success());
+            let dir = VmDir::at("/nowhere".into());
+            let attached = attach(&dir, &mut on_tap("t0")).unwrap();
+            assert_eq!((attached.taps.len(), attached.nets[0].queues), (2, 2));
+            for tap in &attached.taps {
+                assert!(fcntl_getfd(tap).unwrap().contains(FdFlags::CLOEXEC));
+            }
+        };
+        // Namespaces are a thread's.
+        thread::spawn(in_its_network).join().unwrap();
+    }
+}

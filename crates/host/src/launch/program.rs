@@ -1,0 +1,57 @@
+//! The command that starts the process of a VM.
+
+use std::ffi::OsStr;
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+
+use clone_start::error::Result;
+
+use crate::programs;
+
+/// The variables that the program reads. The launcher's others may hold secrets, and a process that
+/// serves a hostile guest is not given any.
+const VARIABLES: [&str; 2] = ["CLONE_LOG", "RUST_BACKTRACE"];
+
+/// A command that runs the program with these arguments.
+pub(super) fn command(arguments: [&OsStr; 3]) -> Result<Command> {
+    // Open until the new program is there, which is when the path is not needed any more.
+    let program = programs::vm_process()?.as_raw_fd();
+    let path = format!("/proc/self/fd/{program}");
+    Ok(bare(Path::new(&path), arguments))
+}
+
+/// A command that gives `program` none of our environment but what it reads.
+fn bare(program: &Path, arguments: [&OsStr; 3]) -> Command {
+    let variables = VARIABLES.iter();
+    let variables = variables.filter_map(|name| Some((name, std::env::var_os(name)?)));
+    let mut command = Command::new(program);
+    command
+        .arg0("clone-vm")
+        .args(arguments)
+        .env_clear()
+        .envs(variables);
+    command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_program_is_given_no_variable_that_it_does_not_read() {
+        let script = "cat /proc/$$/environ";
+        let arguments = ["-c", script, "sh"].map(OsStr::new);
+        let output = bare(Path::new("/bin/sh"), arguments).output();
+        let environment = String::from_utf8(output.unwrap().stdout).unwrap();
+        let given = environment.split_terminator('\0');
+        let names: Vec<_> = given.filter_map(|it| it.split('=').next()).collect();
+        // Whoever runs tests has others: PATH, HOME and what cargo sets.
+        assert!(std::env::var_os("CARGO_MANIFEST_DIR").is_some());
+        assert!(
+            names.iter().all(|name| VARIABLES.contains(name)),
+            "{names:?}"
+        );
+    }
+}

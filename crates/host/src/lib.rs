@@ -1,0 +1,22 @@
+//! What starting and finding VMs on a host takes, for the command line and for Army's node.
+//!
+//! - [`launch`]: starting VMs: from a kernel, from a template, from a running VM, ahead of need.
+//! - [`runtime`]: the runtime directories of all VMs.
+//! - [`snapshot`]: making a template of a running VM.
+//! - [`host_net`]: taps, bridges and addresses on the host.
+//! - [`programs`]: the programs that belong to this one: a VM's process, and the agent for guests.
+//! - [`cache`]: where things are kept that can be made again.
+//!
+//! What runs as a VM is left to the program `clone-vm`.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod cache;
+pub mod host_net;
+pub mod launch;
+pub mod programs;
+pub mod runtime;
+mod scratch;
+pub mod snapshot;
+#[cfg(any(test, feature = "testing"))]
+#[doc(hidden)]
+pub mod testing;

@@ -1,0 +1,371 @@
+//! Directories for what the clones of a live fork share.
+//!
+//! Such a directory lies in the runtime directory, which is in memory on most hosts, as long as
+//! there is room, and else on disk. It is removed when nobody holds a lock on its [`LIVE_LOCK`]
+//! any more.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use clone_api::{ApiError, Bytes, ErrorCode};
+use clone_start::error::{Result, failed};
+use rustix::fs::{FlockOperation, flock};
+
+use super::{Runtime, lock_in};
+
+/// What the names of these directories begin with.
+const PREFIX: &str = ".live-";
+/// The file in them that their users hold a shared lock on.
+const LIVE_LOCK: &str = "lock";
+/// The share of a file system, one part in so many, that live forks leave to others: in the
+/// runtime directory these are sockets and logs of every VM, and of the host's other services.
+const RESERVE: u64 = 16;
+
+/// A directory that is kept for as long as this value or a VM holds its lock.
+#[derive(Debug)]
+pub struct LiveDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl LiveDir {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file that is locked by those who need the directory.
+    pub fn lock_path(&self) -> PathBuf {
+        self.path.join(LIVE_LOCK)
+    }
+
+    /// Makes a new file in it.
+    pub fn new_file(&self, name: &str) -> Result<File> {
+        let path = self.path.join(name);
+        File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .map_err(failed("make", &path))
+    }
+
+    fn make(place: &Path) -> Result<Self> {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(place)
+            .map_err(failed("make", place))?;
+        // Under this lock no sweeper sees the directory before it is locked itself.
+        let _place = lock_in(place)?;
+        let mut random = [0; 8];
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| ApiError::internal(&io::Error::from(error)))?;
+        let path = place.join(format!("{PREFIX}{:016x}", u64::from_le_bytes(random)));
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .map_err(failed("make", &path))?;
+        let lock = path.join(LIVE_LOCK);
+        let file = File::create(&lock).map_err(failed("make", &lock))?;
+        flock(&file, FlockOperation::NonBlockingLockShared)
+            .map_err(|error| failed("lock", &lock)(error.into()))?;
+        Ok(Self { path, _lock: file })
+    }
+
+    /// Removes it, for a fork that came to nothing.
+    fn remove(self) {
+        if let Err(error) = fs::remove_dir_all(&self.path) {
+            // The next command sweeps it.
+            tracing::warn!(path = %self.path.display(), %error, "a failed live fork left files");
+        }
+    }
+}
+
+impl Runtime {
+    /// The same with another place for live forks that are too large for the runtime directory.
+    #[must_use]
+    pub fn with_spill_dir(self, spill: PathBuf) -> Self {
+        Self {
+            spill: Some(spill),
+            ..self
+        }
+    }
+
+    /// Has `write` fill a new directory of about `bytes`: in the runtime directory if there is
+    /// room, else on disk. What does not fit after all is removed, and the next place tried.
+    ///
+    /// # Errors
+    /// [`ErrorCode::OutOfSpace`] where no place has room; else the first failure. Nothing is left
+    /// of the directory then.
+    pub fn fill_live_dir<T>(
+        &self,
+        bytes: u64,
+        mut write: impl FnMut(&LiveDir) -> Result<T>,
+    ) -> Result<(LiveDir, T)> {
+        let mut tried = Vec::new();
+        for place in self.live_places() {
+            let room = room_at(place)?;
+            if room >= bytes {
+                let dir = LiveDir::make(place)?;
+                match write(&dir) {
+                    Ok(written) => return Ok((dir, written)),
+                    Err(error) => {
+                        dir.remove();
+                        if error.code != ErrorCode::OutOfSpace {
+                            return Err(error);
+                        }
+                    }
+                }
+            }
+            tried.push(format!("{} in {}", Bytes(room), place.display()));
+        }
+        Err(no_room(bytes, &tried))
+    }
+
+    /// Removes the directories that no clone needs any more.
+    pub(super) fn sweep_live(&self) -> Result<()> {
+        for place in self.live_places() {
+            let entries = match fs::read_dir(place) {
+                Ok(entries) => entries,
+                // Nothing was ever too large for the runtime directory.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(failed("list", place)(error)),
+            };
+            let _place = lock_in(place)?;
+            for entry in entries {
+                let entry = entry.map_err(failed("list", place))?;
+                if entry
+                    .file_name()
+                    .as_encoded_bytes()
+                    .starts_with(PREFIX.as_bytes())
+                {
+                    remove_unused(&entry.path())?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn live_places(&self) -> impl Iterator<Item = &Path> {
+        std::iter::once(self.vms.as_path()).chain(self.spill.as_deref())
+    }
+}
+
+/// What others leave free on the file system of a directory that is or will be there.
+fn room_at(place: &Path) -> Result<u64> {
+    let there = place.ancestors().find(|path| path.exists());
+    let there = there.unwrap_or(place);
+    let found = rustix::fs::statvfs(there)
+        .map_err(|error| failed("measure the room in", there)(error.into()))?;
+    // A tmpfs without a limit shows no blocks at all.
+    if found.f_blocks == 0 {
+        return Ok(u64::MAX);
+    }
+    let free = found.f_bavail.saturating_sub(found.f_blocks / RESERVE);
+    Ok(free * found.f_frsize)
+}
+
+fn no_room(bytes: u64, tried: &[String]) -> ApiError {
+    let message = format!(
+        "the live fork has no room: it takes about {}, and there is room for {}",
+        Bytes(bytes),
+        tried.join(" and ")
+    );
+    ApiError::new(ErrorCode::OutOfSpace, message).advise(
+        "make room in one of them, or take a snapshot to a disk that has room and fork that",
+    )
+}
+
+/// Removes a directory that nobody holds a lock on.
+fn remove_unused(dir: &Path) -> Result<()> {
+    match File::open(dir.join(LIVE_LOCK)) {
+        Ok(lock) if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() => Ok(()),
+        // Unlocked, or its maker died before there was a lock.
+        _ => match fs::remove_dir_all(dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(failed("remove", dir)(error))
+            }
+            _ => Ok(()),
+        },
+    }
+}
+
+/// The directory on disk for live forks: `/var/lib/clone/live` for root, and
+/// `$XDG_DATA_HOME/clone/live` (or below `~/.local/share`) for others; none without a home.
+pub(super) fn default_spill_dir() -> Option<PathBuf> {
+    let set = |name: &str| {
+        let value = std::env::var_os(name).filter(|value| !value.is_empty());
+        value.map(PathBuf::from)
+    };
+    let data = match rustix::process::geteuid().is_root() {
+        true => Some(PathBuf::from("/var/lib")),
+        false => set("XDG_DATA_HOME").or_else(|| Some(set("HOME")?.join(".local/share"))),
+    };
+    data.map(|data| data.join("clone/live"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use clone_memory::{Checksums, GuestMemory, LayerWriter, PageSet, RamLayout};
+    use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+    use vm_memory::{Bytes as _, GuestAddress};
+
+    use super::*;
+    use clone_start::error::storage_failed;
+
+    const MIB: u64 = 1 << 20;
+
+    /// A runtime directory with so much room, in a mount of this thread's own.
+    struct SmallRun {
+        root: tempfile::TempDir,
+        runtime: Runtime,
+    }
+
+    impl SmallRun {
+        fn new(mib: u64) -> Self {
+            // SAFETY: the mounts of this thread alone become its own; it shares no file system
+            // attributes that another thread counts on.
+            let alone = unsafe { libc::unshare(libc::CLONE_FS | libc::CLONE_NEWNS) };
+            assert_eq!(alone, 0, "{}", io::Error::last_os_error());
+            let private = rustix::mount::MountPropagationFlags::PRIVATE
+                | rustix::mount::MountPropagationFlags::REC;
+            rustix::mount::mount_change("/", private).unwrap();
+            let root = tempfile::tempdir().unwrap();
+            let run = root.path().join("run");
+            fs::create_dir(&run).unwrap();
+            let size = std::ffi::CString::new(format!("size={mib}M")).unwrap();
+            mount(
+                "tmpfs",
+                &run,
+                "tmpfs",
+                MountFlags::empty(),
+                Some(size.as_c_str()),
+            )
+            .unwrap();
+            let runtime = Runtime::at(&run).unwrap();
+            let runtime = runtime.with_spill_dir(root.path().join("disk"));
+            Self { root, runtime }
+        }
+
+        fn run(&self) -> PathBuf {
+            self.root.path().join("run/vms")
+        }
+
+        fn disk(&self) -> PathBuf {
+            self.root.path().join("disk")
+        }
+    }
+
+    impl Drop for SmallRun {
+        fn drop(&mut self) {
+            let _ = unmount(self.root.path().join("run"), UnmountFlags::DETACH);
+        }
+    }
+
+    fn live_dirs(place: &Path) -> usize {
+        let entries = fs::read_dir(place).map(Iterator::collect::<Vec<_>>);
+        let entries = entries.unwrap_or_default().into_iter().flatten();
+        let is_live = |name: std::ffi::OsString| name.to_string_lossy().starts_with(PREFIX);
+        entries.filter(|entry| is_live(entry.file_name())).count()
+    }
+
+    fn write(dir: &LiveDir, bytes: u64) -> Result<()> {
+        let mut file = dir.new_file("memory")?;
+        let written = (0..bytes / MIB).try_for_each(|_| file.write_all(&[7; MIB as usize]));
+        written.map_err(|error| storage_failed(&error))
+    }
+
+    #[test]
+    fn what_fits_stays_in_the_runtime_directory_and_what_does_not_goes_to_disk() {
+        let host = SmallRun::new(32);
+        let fill = |bytes| host.runtime.fill_live_dir(bytes, |dir| write(dir, bytes));
+        let (small, ()) = fill(4 * MIB).unwrap();
+        assert!(small.path().starts_with(host.run()));
+        let (large, ()) = fill(64 * MIB).unwrap();
+        assert!(large.path().starts_with(host.disk()));
+        // A part of the file system is left to others.
+        let (nearly_all, ()) = fill(27 * MIB).unwrap();
+        assert!(nearly_all.path().starts_with(host.disk()));
+    }
+
+    #[test]
+    fn what_turns_out_larger_than_its_place_is_removed_there_and_goes_to_disk() {
+        let host = SmallRun::new(16);
+        let (dir, ()) = host
+            .runtime
+            .fill_live_dir(MIB, |dir| write(dir, 64 * MIB))
+            .unwrap();
+        assert!(dir.path().starts_with(host.disk()));
+        assert_eq!(live_dirs(&host.run()), 0);
+    }
+
+    #[test]
+    fn the_layer_of_a_large_guest_does_not_fill_a_small_run() {
+        let host = SmallRun::new(16);
+        let layout = RamLayout::new(64 * MIB).unwrap();
+        let memory = GuestMemory::anonymous(&layout).unwrap();
+        let content = vec![7_u8; 48 << 20];
+        memory.ram().write_slice(&content, GuestAddress(0)).unwrap();
+        let pages: PageSet = std::iter::once(0..(48 << 20) / 4096).collect();
+        let copy = |dir: &LiveDir| {
+            let file = dir.new_file("memory")?;
+            let mut writer = LayerWriter::new(file, "memory", layout, None)
+                .map_err(|error| storage_failed(&error))?;
+            let copied = writer.copy(&memory, &pages);
+            copied.map_err(|error| storage_failed(&error))?;
+            let layer = writer.finish(Checksums::Transient);
+            layer.map_err(|error| storage_failed(&error))
+        };
+        let (dir, _) = host.runtime.fill_live_dir(MIB, copy).unwrap();
+        assert!(dir.path().starts_with(host.disk()));
+        assert_eq!(live_dirs(&host.run()), 0);
+    }
+
+    #[test]
+    fn where_nothing_has_room_the_refusal_says_so_and_nothing_is_left() {
+        let mut host = SmallRun::new(16);
+        host.runtime.spill = Some(host.root.path().join("run/spill"));
+        for estimate in [MIB, 1 << 40] {
+            let filled = host
+                .runtime
+                .fill_live_dir(estimate, |dir| write(dir, 64 * MIB));
+            let error = filled.map(drop).unwrap_err();
+            assert_eq!(error.code, ErrorCode::OutOfSpace);
+            assert!(error.message.contains("run/vms"), "{error}");
+            assert!(error.advice.is_some());
+            assert_eq!(live_dirs(&host.run()), 0);
+            assert_eq!(live_dirs(&host.root.path().join("run/spill")), 0);
+        }
+    }
+
+    #[test]
+    fn another_failure_is_told_at_once_and_nothing_is_left() {
+        let host = SmallRun::new(16);
+        let filled = host.runtime.fill_live_dir(MIB, |dir| {
+            dir.new_file("memory")?;
+            Err::<(), _>(ApiError::new(ErrorCode::Conflict, "the VM is ending"))
+        });
+        assert_eq!(filled.map(drop).unwrap_err().code, ErrorCode::Conflict);
+        assert_eq!((live_dirs(&host.run()), live_dirs(&host.disk())), (0, 0));
+    }
+
+    #[test]
+    fn a_directory_is_swept_wherever_it_is_when_nobody_needs_it() {
+        let host = SmallRun::new(16);
+        let fill = |bytes| host.runtime.fill_live_dir(bytes, |dir| write(dir, MIB));
+        let (kept, ()) = fill(64 * MIB).unwrap();
+        let (left, ()) = fill(64 * MIB).unwrap();
+        drop((left, fill(MIB).unwrap()));
+        host.runtime.sweep().unwrap();
+        assert_eq!((live_dirs(&host.run()), live_dirs(&host.disk())), (0, 1));
+        assert!(kept.path().join("memory").exists());
+        drop(kept);
+        host.runtime.sweep().unwrap();
+        assert_eq!(live_dirs(&host.disk()), 0);
+    }
+}

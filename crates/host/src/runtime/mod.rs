@@ -1,0 +1,254 @@
+//! The runtime directories of all VMs of a host: making, finding and removing them.
+//!
+//! `ROOT/vms/NAME/` is a [`VmDir`]. Hidden beside them: `.standby-*`, VMs that are ready and wait
+//! for their name ([`standby`]), and `.live-*`, what live forks share ([`live`]; on disk where it is
+//! too large).
+//!
+//! A directory is *stale* when nobody starts its VM and its process is gone: the next command
+//! sweeps it away ([`Runtime::sweep`]).
+
+mod live;
+mod standby;
+mod sweep;
+#[cfg(test)]
+mod tests;
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use clone_api::jail::RequiredJail;
+use clone_api::{ApiError, ErrorCode, VmConfig};
+use clone_start::Process;
+use clone_start::error::{Result, failed};
+use clone_start::vm_dir::{Status, VmDir};
+use clone_template::Verified;
+use rustix::fs::FlockOperation;
+
+pub use live::LiveDir;
+
+/// The longest path of a Unix socket, without its terminator.
+const MAX_SOCKET_PATH: usize = 107;
+/// The longest socket name in a VM's directory: `vsock.sock_` and a port.
+const MAX_SOCKET_NAME: usize = "/vsock.sock_4294967295".len();
+
+/// Where all runtime directories are, and what holds for every VM that is started in one.
+#[derive(Debug, Clone)]
+pub struct Runtime {
+    vms: PathBuf,
+    required_jail: RequiredJail,
+    /// Where live forks go that are too large for the runtime directory.
+    spill: Option<PathBuf>,
+}
+
+impl Runtime {
+    /// The root that the environment names: `$CLONE_RUNTIME_DIR`, else `/run/clone` for root and
+    /// `$XDG_RUNTIME_DIR/clone` for others. It is made where it does not exist.
+    pub fn from_env() -> Result<Self> {
+        let root = match std::env::var_os("CLONE_RUNTIME_DIR") {
+            Some(root) if !root.is_empty() => PathBuf::from(root),
+            _ if rustix::process::geteuid().is_root() => PathBuf::from("/run/clone"),
+            _ => match std::env::var_os("XDG_RUNTIME_DIR") {
+                Some(base) if !base.is_empty() => Path::new(&base).join("clone"),
+                _ => {
+                    return Err(ApiError::new(
+                        ErrorCode::HostUnsupported,
+                        "there is no place for the sockets of VMs: XDG_RUNTIME_DIR is not set",
+                    )
+                    .advise("set CLONE_RUNTIME_DIR to a directory of yours, or run as root"));
+                }
+            },
+        };
+        Self::at(&root)
+    }
+
+    /// A root at `root`, made where it does not exist.
+    pub fn at(root: &Path) -> Result<Self> {
+        let root = std::path::absolute(root).map_err(failed("find", root))?;
+        let vms = root.join("vms");
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&vms)
+            .map_err(failed("make the runtime directory", &vms))?;
+        check_owner(&root)?;
+        check_owner(&vms)?;
+        Ok(Self {
+            vms,
+            spill: live::default_spill_dir(),
+            required_jail: RequiredJail::default(),
+        })
+    }
+
+    /// The same, where no VM is started or taken from the standbys whose jail lacks one of these
+    /// layers.
+    #[must_use]
+    pub fn requiring(self, required_jail: RequiredJail) -> Self {
+        Self {
+            required_jail,
+            ..self
+        }
+    }
+
+    /// The layers that the jail of every VM must have.
+    pub fn required_jail(&self) -> &RequiredJail {
+        &self.required_jail
+    }
+
+    /// The directory that a VM of this name has or would have.
+    pub fn dir(&self, name: &str) -> VmDir {
+        VmDir::at(self.vms.join(name))
+    }
+
+    /// Where the directories of VMs are.
+    pub fn vms_dir(&self) -> &Path {
+        &self.vms
+    }
+
+    /// Which templates were verified on this host.
+    pub fn verified(&self) -> Verified {
+        Verified::in_dir(self.vms.clone())
+    }
+
+    /// The directory of the VM called `name`; an error where there is none that runs.
+    ///
+    /// What a dead VM of that name left is swept away.
+    pub fn find(&self, name: &str) -> Result<RunningVm> {
+        let not_found = || {
+            ApiError::new(ErrorCode::NotFound, format!("there is no VM `{name}`"))
+                .advise("`clone ls` lists those that run")
+        };
+        if !clone_api::validate::is_valid_name(name) {
+            return Err(not_found());
+        }
+        let dir = self.dir(name);
+        match dir.status()? {
+            Status::Running(process) => Ok(RunningVm { dir, process }),
+            Status::Starting => Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!("the VM `{name}` is still starting"),
+            )
+            .advise("try again in a moment")),
+            Status::Stale => {
+                self.sweep_one(&dir)?;
+                Err(not_found())
+            }
+            Status::Absent => Err(not_found()),
+        }
+    }
+
+    /// All VMs that run, by name. Stale directories are swept away on the way.
+    pub fn running(&self) -> Result<Vec<RunningVm>> {
+        let mut running = Vec::new();
+        for dir in self.dirs()? {
+            match dir.status()? {
+                Status::Running(process) => running.push(RunningVm { dir, process }),
+                Status::Stale => {
+                    self.sweep_one(&dir)?;
+                }
+                Status::Starting | Status::Absent => {}
+            }
+        }
+        running.sort_by(|a, b| a.dir.path().cmp(b.dir.path()));
+        Ok(running)
+    }
+
+    fn dirs(&self) -> Result<Vec<VmDir>> {
+        let list = |error| failed("list", &self.vms)(error);
+        let mut dirs = Vec::new();
+        for entry in fs::read_dir(&self.vms).map_err(list)? {
+            let entry = entry.map_err(list)?;
+            // The lock of the root is a file, and hidden.
+            let hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
+            if !hidden && entry.file_type().map_err(list)?.is_dir() {
+                dirs.push(VmDir::at(entry.path()));
+            }
+        }
+        Ok(dirs)
+    }
+
+    /// Makes the directory for a new VM, locked for its launcher.
+    pub fn create(&self, config: &VmConfig) -> Result<StartingVm> {
+        let dir = self.dir(&config.name);
+        let length = dir.path().as_os_str().len() + MAX_SOCKET_NAME;
+        if length > MAX_SOCKET_PATH {
+            return Err(ApiError::new(
+                ErrorCode::InvalidConfig,
+                format!(
+                    "{} is too long: sockets in it could not be reached",
+                    dir.path().display()
+                ),
+            )
+            .advise("use a shorter name, or a shorter CLONE_RUNTIME_DIR"));
+        }
+        if dir.status()? == Status::Stale {
+            self.sweep_one(&dir)?;
+        }
+        // Under the root's lock no sweeper sees the directory before it is locked itself.
+        let _root = self.lock()?;
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(dir.path())
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::AlreadyExists => standby::name_taken(&config.name),
+                _ => failed("make", dir.path())(error),
+            })?;
+        let lock = File::create(dir.lock_file()).map_err(failed("make", &dir.lock_file()))?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|error| failed("lock", &dir.lock_file())(error.into()))?;
+        Ok(StartingVm { dir, _lock: lock })
+    }
+
+    /// Takes the lock under which directories are made and removed.
+    fn lock(&self) -> Result<File> {
+        lock_in(&self.vms)
+    }
+}
+
+/// Refuses a directory that another user could put sockets into, or exchange.
+fn check_owner(dir: &Path) -> Result<()> {
+    let found = fs::metadata(dir).map_err(failed("look at", dir))?;
+    let (owner, user) = (found.uid(), rustix::process::geteuid().as_raw());
+    // In a directory with the sticky bit, others can make files but not exchange ours.
+    let others_may_write = found.mode() & 0o022 != 0 && found.mode() & 0o1000 == 0;
+    if (owner == user || owner == 0) && !others_may_write {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorCode::HostUnsupported,
+        format!("other users could exchange what is in {}", dir.display()),
+    )
+    .advise("name a directory of yours in CLONE_RUNTIME_DIR that only you can write"))
+}
+
+/// Takes the lock under which directories in `place` are made and removed.
+fn lock_in(place: &Path) -> Result<File> {
+    let path = place.join(".lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(failed("open", &path))?;
+    rustix::fs::flock(&file, FlockOperation::LockExclusive)
+        .map_err(|error| failed("lock", &path)(error.into()))?;
+    Ok(file)
+}
+
+/// A VM whose process lived when we looked.
+#[derive(Debug, Clone)]
+pub struct RunningVm {
+    /// Its directory.
+    pub dir: VmDir,
+    /// Its process.
+    pub process: Process,
+}
+
+/// A VM that this process is starting: nobody sweeps its directory meanwhile.
+#[derive(Debug)]
+pub struct StartingVm {
+    /// Its directory.
+    pub dir: VmDir,
+    _lock: File,
+}

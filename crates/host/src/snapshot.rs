@@ -1,0 +1,342 @@
+//! Making a template of a running VM, and the passing kind that a live fork stands on.
+//!
+//! The VM's process writes memory, state and the disks' frozen layers into files that are opened
+//! here; this side knows the template they belong to, and what of its parent's it shares.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use agent_proto::client::{Connection, Deadline};
+use clone_api::config::{DiskConfig, Overlay};
+use clone_api::control::{SnapshotKind, SnapshotRequest, SnapshotTaken, VmState};
+use clone_api::shape::Ceilings;
+use clone_api::{ApiError, Client, ClientError, ErrorCode, Shape, VmConfig};
+use clone_start::SharedFile;
+use clone_start::cgroup;
+use clone_start::document::ForkDisk;
+use clone_start::error::{Result, failed};
+use clone_start::vm_dir::Parent;
+use clone_template::{NewTemplate, Parts, Template};
+
+use crate::runtime::{LiveDir, RunningVm, Runtime};
+use crate::scratch;
+
+/// How long writing a snapshot may take.
+const LIMIT: Duration = Duration::from_secs(600);
+/// How long an agent may take to say which it is.
+const AGENT_LIMIT: Duration = Duration::from_secs(5);
+/// The place of the first disk's new layer among the files of a snapshot. Its frozen layer's file
+/// and those of other disks follow.
+const FIRST_LAYER: usize = 2;
+/// Room for the disks' layers of a snapshot beside its memory, in bytes.
+const ROOM_FOR_DISKS: i64 = 1 << 30;
+/// Room for a machine's state and the like in a live fork, in bytes.
+const ROOM_FOR_STATE: u64 = 16 << 20;
+
+/// Takes a snapshot of `vm` and makes it the template at `target`; the VM goes on. With `diff` it
+/// holds only what changed since the template that the VM was forked from, or since its last
+/// snapshot, and shares the rest with that.
+pub fn take(
+    runtime: &Runtime,
+    vm: &RunningVm,
+    target: &Path,
+    diff: bool,
+) -> Result<(Template, SnapshotTaken)> {
+    let config = vm.dir.config()?;
+    let known = vm.dir.parent()?;
+    let parent = known.template.as_deref().map(Template::open);
+    let parent = parent.and_then(Result::ok);
+    if diff && parent.is_none() {
+        return Err(no_parent(&config.name, known.template.as_deref()));
+    }
+    if let Some(parent) = &parent {
+        // Its files become the new one's, with their hashes.
+        parent.ensure_verified(&runtime.verified())?;
+    }
+    // The guest of a difference has the agent of its parent. Who asks it again wakes it, and it
+    // changes more pages by that than an idle guest in a minute.
+    let agent_of_parent = parent
+        .as_ref()
+        .filter(|_| diff)
+        .and_then(|parent| parent.content().agent_version.clone());
+    let agent_version = agent_of_parent.or_else(|| agent_version(vm));
+    let mut new = NewTemplate::begin(target)?;
+    if let Some(parent) = parent.as_ref().filter(|_| diff) {
+        new.share_memory(parent)?;
+    }
+    let mut files = vec![new.memory_file()?, new.state_file()?];
+    match &parent {
+        Some(parent) => new.share_kernel(parent)?,
+        None => files.extend([new.kernel_file()?, new.initrd_file()?]),
+    }
+    let client = Client::new(vm.dir.control_socket()).with_timeout(LIMIT);
+    // Only disks whose writes end with the VM are frozen. Those that keep them are copied while
+    // the guest is paused, since what they are written to is not for us to replace.
+    let in_place = config.disks.iter().any(keeps_writes);
+    let paused = match in_place {
+        true => Some(Paused::pause(&client)?),
+        false => None,
+    };
+    let mut frozen = Vec::new();
+    for (index, disk) in config.disks.iter().enumerate() {
+        add_disk(&mut new, parent.as_ref(), diff, index, disk, &known)?;
+        if disk.overlay == Overlay::Ephemeral && !disk.read_only {
+            frozen.push(index as u32);
+            files.push(scratch()?);
+            files.push(new.disk_layer_file(index)?);
+        }
+    }
+    let request = SnapshotRequest {
+        kind: match diff {
+            true => SnapshotKind::Diff,
+            false => SnapshotKind::Full,
+        },
+        disks: frozen,
+        kernel: parent.is_none(),
+    };
+    let taken = ask(vm, &request, &files)?;
+    for (index, disk) in config.disks.iter().enumerate() {
+        // Only now is the layer's file up to date.
+        if let Overlay::Kept(layer) = &disk.overlay
+            && !disk.read_only
+        {
+            new.copy_layer(index, layer)?;
+        }
+    }
+    drop(paused);
+    for disk in taken.disks.iter().filter(|disk| !disk.written) {
+        new.drop_disk_layer(disk.index as usize)?;
+    }
+    if parent.is_none() {
+        drop_unwritten(&mut new, &taken)?;
+    }
+    let parts = Parts {
+        parent: parent
+            .filter(|_| diff)
+            .map(|parent| parent.manifest().id.clone()),
+        agent_version,
+        shape: Shape::of(&config, &vec![0; config.disks.len()]),
+        ceilings: Ceilings::of(&config),
+        cpu: taken.cpu.clone(),
+        created_unix_ms: now_unix_ms(),
+    };
+    let template = new.commit(parts, Some(&runtime.verified()))?;
+    vm.dir.write_parent(&template.parent()?)?;
+    Ok((template, taken))
+}
+
+/// What clones of a live fork share. The directory goes when the last of them is swept.
+#[derive(Debug)]
+pub struct LiveLayers {
+    /// What they lie on.
+    pub parent: Parent,
+    /// The machine's state.
+    pub state: SharedFile,
+    /// Held until the clones hold it.
+    pub dir: LiveDir,
+}
+
+/// Takes a snapshot of `vm` for clones that are made at once; the VM goes on.
+pub fn take_live(runtime: &Runtime, vm: &RunningVm) -> Result<(LiveLayers, SnapshotTaken)> {
+    let config = vm.dir.config()?;
+    if let Some(index) = config.disks.iter().position(keeps_writes) {
+        return Err(ApiError::new(
+            ErrorCode::Conflict,
+            format!(
+                "disk {index} of `{}` keeps its writes: two VMs cannot",
+                config.name
+            ),
+        )
+        .advise("run VMs to be forked with overlay=ephemeral, or take a snapshot and fork that"));
+    }
+    let mut parent = vm.dir.parent()?;
+    let room = room_for_live_fork(vm)?;
+    let (dir, taken) = runtime.fill_live_dir(room, |dir| fill(vm, &config, dir))?;
+    // The directory is the caller's alone.
+    let written = |name: &str| {
+        let path = dir.path().join(name);
+        let file = File::open(&path).map_err(failed("open", &path))?;
+        SharedFile::of(path, &file)
+    };
+    parent.memory.push(written("memory")?);
+    parent.template = None;
+    parent.locks.push(SharedFile::named(dir.lock_path()));
+    for disk in taken.disks.iter().filter(|disk| disk.written) {
+        let index = disk.index as usize;
+        if let Some(ForkDisk { layers, .. }) = parent.disks.get_mut(index) {
+            layers.push(written(&disk_file(disk.index))?);
+        }
+    }
+    let layers = LiveLayers {
+        parent,
+        state: written("state")?,
+        dir,
+    };
+    Ok((layers, taken))
+}
+
+/// Has the VM write what its clones will share into new files.
+fn fill(vm: &RunningVm, config: &VmConfig, dir: &LiveDir) -> Result<SnapshotTaken> {
+    let mut files = vec![dir.new_file("memory")?, dir.new_file("state")?];
+    let mut disks = Vec::new();
+    for (index, disk) in (0..).zip(&config.disks) {
+        if !disk.read_only {
+            disks.push(index);
+            files.push(scratch()?);
+            files.push(dir.new_file(&disk_file(index))?);
+        }
+    }
+    let request = SnapshotRequest {
+        kind: SnapshotKind::Fork,
+        disks,
+        kernel: false,
+    };
+    ask(vm, &request, &files)
+}
+
+fn disk_file(index: u32) -> String {
+    format!("disk-{index}")
+}
+
+/// About how much a live fork of `vm` writes: the memory that it does not share, and as much as
+/// its guest may change while that is copied.
+fn room_for_live_fork(vm: &RunningVm) -> Result<u64> {
+    let client = Client::new(vm.dir.control_socket()).with_timeout(LIMIT);
+    let memory = client
+        .stats()
+        .map_err(|error| ApiError::internal(&error))?
+        .memory;
+    let own = match memory.guest {
+        Some(guest) => guest.private_bytes + guest.swapped_bytes,
+        None => memory.guest_bytes,
+    };
+    Ok((own + own / 8).min(memory.guest_bytes) + ROOM_FOR_STATE)
+}
+
+/// The version of the agent in a guest, where it answers.
+pub fn agent_version(vm: &RunningVm) -> Option<String> {
+    let deadline = Deadline::after(AGENT_LIMIT);
+    let connection = Connection::open(&vm.dir.vsock_socket(), deadline).ok()?;
+    Some(connection.hello().agent_version.clone())
+}
+
+/// Adds what lies below the disk's own writes.
+fn add_disk(
+    new: &mut NewTemplate,
+    parent: Option<&Template>,
+    diff: bool,
+    index: usize,
+    disk: &DiskConfig,
+    known: &Parent,
+) -> Result<()> {
+    let Some(parent) = parent else {
+        return match known.disks.get(index) {
+            Some(disk) => new.copy_disk(disk),
+            None => Err(ApiError::new(
+                ErrorCode::Internal,
+                format!("it is not known what disk {index} lies on"),
+            )),
+        };
+    };
+    // A full snapshot has all writes over the base in one layer.
+    let layers = match diff || disk.read_only || keeps_writes(disk) {
+        true => usize::MAX,
+        false => 0,
+    };
+    new.share_disk(parent, index, layers)
+}
+
+/// Whether what the guest writes to the disk outlives the VM.
+fn keeps_writes(disk: &DiskConfig) -> bool {
+    !disk.read_only && disk.overlay != Overlay::Ephemeral
+}
+
+fn scratch() -> Result<File> {
+    let dir = scratch::dir();
+    clone_disk::ephemeral(dir.as_deref()).map_err(|error| ApiError::internal(&error))
+}
+
+/// Asks the VM for a snapshot into `files`. They may be in memory, and what the VM writes there
+/// counts as its own: without more room it would be killed for it.
+fn ask(vm: &RunningVm, request: &SnapshotRequest, files: &[File]) -> Result<SnapshotTaken> {
+    let client = Client::new(vm.dir.control_socket()).with_timeout(LIMIT);
+    let born = vm.dir.birth_path();
+    let room = vm.dir.config()?.memory.0 as i64 + ROOM_FOR_DISKS;
+    let allow = |bytes| cgroup::grow(&born, bytes).map_err(failed("give room to", &born));
+    allow(room)?;
+    let descriptors: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+    let taken = client.snapshot(request, &descriptors);
+    // What was written stays in the account; the rest of the room is taken back.
+    let written: u64 = files.iter().map(allocated).sum();
+    // New layers take what the guest writes from now on, beside the frozen ones.
+    let layers = files.iter().skip(FIRST_LAYER).step_by(2);
+    let later: u64 = layers.map(clone_disk::memory_room).sum();
+    allow((written + later) as i64 - room)?;
+    taken.map_err(|error| match error {
+        ClientError::Refused(refusal) => refusal,
+        other => ApiError::internal(&other),
+    })
+}
+
+/// What a file takes where it is kept.
+fn allocated(file: &File) -> u64 {
+    file.metadata().map_or(0, |meta| meta.blocks() * 512)
+}
+
+fn no_parent(name: &str, template: Option<&Path>) -> ApiError {
+    let message = match template {
+        Some(path) => format!(
+            "`{name}` differs from the template {}, which is gone",
+            path.display()
+        ),
+        None => format!("`{name}` was not forked from a template, and has no snapshot"),
+    };
+    ApiError::new(ErrorCode::Conflict, message).advise("take a full snapshot, without --diff")
+}
+
+/// What the VM did not write of what it was asked for is no part of the template.
+fn drop_unwritten(new: &mut NewTemplate, taken: &SnapshotTaken) -> Result<()> {
+    if !taken.kernel {
+        new.drop_kernel()?;
+    }
+    if !taken.initrd {
+        new.drop_initrd()?;
+    }
+    Ok(())
+}
+
+fn now_unix_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| now.as_millis() as u64)
+}
+
+/// A VM that is paused for as long as this lives, unless it was before.
+struct Paused<'a> {
+    client: &'a Client,
+    was_running: bool,
+}
+
+impl<'a> Paused<'a> {
+    fn pause(client: &'a Client) -> Result<Self> {
+        let failed = |error: ClientError| ApiError::internal(&error);
+        let was_running = client.info().map_err(failed)?.state == VmState::Running;
+        client.pause().map_err(failed)?;
+        Ok(Self {
+            client,
+            was_running,
+        })
+    }
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        if self.was_running
+            && let Err(error) = self.client.resume()
+        {
+            tracing::error!(%error, "the VM is left paused");
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! What a launcher hands to the VM's process: a document, and open files that go with it, over the
+//! Unix socket that the process has as its standard input.
+
+use std::io::{self, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use clone_api::config::DiskFormat;
+use clone_api::jail::RequiredJail;
+use clone_api::validate::{validate, validate_unnamed};
+use clone_api::{ApiError, ErrorCode, MacAddr, VmConfig, descriptors};
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::shared_file::SharedFile;
+
+/// The largest document that is read; the largest that is written has a few kilobytes.
+const MAX_DOCUMENT: usize = 4 << 20;
+
+/// The description, and what the launcher found out or opened for it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Start {
+    /// The VM's description, filled in.
+    pub config: VmConfig,
+    /// Where its guest comes from.
+    pub origin: Origin,
+    /// The network interfaces, in the order of the description.
+    pub nets: Vec<AttachedNet>,
+    /// The layers of the jail without which the VM must not run.
+    pub required_jail: RequiredJail,
+    /// Where layers for writes are kept that end with the VM; in memory, within a limit, if absent.
+    pub layers_dir: Option<PathBuf>,
+}
+
+/// Where a guest comes from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Origin {
+    /// A kernel boots.
+    Boot(BootSource),
+    /// A snapshot goes on. Boxed, as it is large.
+    Fork(Box<Fork>),
+}
+
+/// A snapshot to go on from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Fork {
+    /// The memory layers, the base first.
+    pub memory: Vec<SharedFile>,
+    /// The machine's state.
+    pub state: SharedFile,
+    /// Held with shared locks for as long as the VM lives, so that nobody removes what it uses.
+    pub locks: Vec<SharedFile>,
+    /// The disks, in the order of the description.
+    pub disks: Vec<ForkDisk>,
+    /// Whether it only gets ready, and runs when it is given its name.
+    pub standby: bool,
+    /// Pages to bring in before the guest runs.
+    pub prefetch: Option<SharedFile>,
+    /// Whether its pages come one by one, so that what it touches can be told: a kernel brings in
+    /// the neighbours of what is read, too.
+    pub observed: bool,
+    /// What its guest boots when it reboots; absent where a template of an older format has none.
+    pub boot: Option<BootSource>,
+}
+
+/// A kernel to boot, and what goes with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootSource {
+    /// The kernel, or a `vmlinux` that was extracted from it.
+    pub kernel: SharedFile,
+    /// The initial RAM disk.
+    pub initrd: Option<SharedFile>,
+}
+
+/// A disk of a clone: what it shares with others, under what the description says of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ForkDisk {
+    /// The base image and its format; none where the lowest layer holds everything.
+    pub base: Option<(SharedFile, DiskFormat)>,
+    /// The backing files of a qcow2 base, the nearest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub backing: Vec<(SharedFile, DiskFormat)>,
+    /// The layers over it, the lowest first.
+    pub layers: Vec<SharedFile>,
+}
+
+/// A network interface that the launcher set up. The queues of its tap come with the document.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AttachedNet {
+    /// How many queues its tap has.
+    pub queues: u16,
+    /// The guest's hardware address.
+    pub mac: MacAddr,
+    /// What the guest is told of the MTU, where it is not the usual 1,500.
+    pub mtu: Option<u16>,
+    /// What the kernel's command line must say of the guest's address.
+    pub kernel_argument: Option<String>,
+}
+
+impl Start {
+    /// Refuses a document that describes no machine that can be: the launcher is trusted, but what
+    /// it was asked to start may come from anybody.
+    pub fn check(&self) -> Result<()> {
+        let (problems, disks) = match &self.origin {
+            // A standby is given its name later.
+            Origin::Fork(fork) if fork.standby => {
+                (validate_unnamed(&self.config), Some(fork.disks.len()))
+            }
+            Origin::Fork(fork) => (validate(&self.config), Some(fork.disks.len())),
+            Origin::Boot(_) => (validate(&self.config), None),
+        };
+        let refuse = |message: String| ApiError::new(ErrorCode::InvalidConfig, message);
+        if !problems.is_empty() {
+            let problems: Vec<String> = problems.iter().map(|it| format!("  {it}")).collect();
+            let message = format!("the VM cannot be made like this:\n{}", problems.join("\n"));
+            return Err(refuse(message));
+        }
+        for (what, given, described) in [
+            ("interfaces", self.nets.len(), self.config.net.len()),
+            (
+                "disks",
+                disks.unwrap_or(self.config.disks.len()),
+                self.config.disks.len(),
+            ),
+        ] {
+            if given != described {
+                return Err(refuse(format!(
+                    "{given} {what} came for a VM with {described}"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Sends `start`, with the queues of all taps in the order of its interfaces, and nothing after it.
+pub fn send(socket: &UnixStream, start: &Start, taps: &[OwnedFd]) -> io::Result<()> {
+    let text = serde_json::to_vec(start)?;
+    let taps: Vec<BorrowedFd<'_>> = taps.iter().map(AsFd::as_fd).collect();
+    let sent = descriptors::send(socket, &text, &taps)?;
+    let mut rest = socket;
+    rest.write_all(&text[sent..])?;
+    socket.shutdown(Shutdown::Write)
+}
+
+/// Receives a document, and the open files that come with it, to the end of `socket`; `None` where
+/// the launcher ended before it sent one.
+pub fn receive(socket: impl AsFd) -> Result<Option<(Start, Vec<OwnedFd>)>> {
+    let (text, files) = receive_all(socket).map_err(|error| unreadable(&error))?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let start: Start = serde_json::from_slice(&text).map_err(|error| unreadable(&error))?;
+    let queues: usize = start.nets.iter().map(|net| usize::from(net.queues)).sum();
+    if queues != files.len() {
+        let reason = format!("it names {queues} queues of taps, and {} came", files.len());
+        return Err(unreadable(&reason));
+    }
+    Ok(Some((start, files)))
+}
+
+fn receive_all(socket: impl AsFd) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    let (mut text, mut files) = (Vec::new(), Vec::new());
+    let mut chunk = vec![0; 64 << 10];
+    while text.len() <= MAX_DOCUMENT {
+        match descriptors::receive(&socket, &mut chunk, &mut files) {
+            Ok(0) => return Ok((text, files)),
+            Ok(count) => text.extend_from_slice(&chunk[..count]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::other("it is too long"))
+}
+
+fn unreadable(reason: &dyn std::fmt::Display) -> ApiError {
+    ApiError::new(
+        ErrorCode::Internal,
+        format!("the VM's process cannot read its description: {reason}"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use clone_api::config::{DiskConfig, NetConfig, Overlay};
+
+    use super::*;
+
+    fn start(queues: u16) -> Start {
+        Start {
+            config: VmConfig::default(),
+            origin: Origin::Boot(BootSource {
+                kernel: SharedFile::named("/k".into()),
+                initrd: None,
+            }),
+            nets: vec![AttachedNet {
+                queues,
+                mac: MacAddr([2, 0, 0, 0, 0, 1]),
+                mtu: None,
+                kernel_argument: None,
+            }],
+            required_jail: RequiredJail::complete(),
+            layers_dir: None,
+        }
+    }
+
+    fn sent(queues: u16, taps: &[OwnedFd]) -> Result<Option<(Start, Vec<OwnedFd>)>> {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        send(&ours, &start(queues), taps).unwrap();
+        receive(theirs)
+    }
+
+    #[test]
+    fn the_queues_of_taps_come_with_the_document() {
+        let tap = || OwnedFd::from(tempfile::tempfile().unwrap());
+        let taps = || [tap(), tap()];
+        let (start, files) = sent(2, &taps()).unwrap().unwrap();
+        assert_eq!((start.nets[0].queues, files.len()), (2, 2));
+        assert_eq!(start.required_jail, RequiredJail::complete());
+        for queues in [1, 3] {
+            let error = sent(queues, &taps()).unwrap_err();
+            assert!(error.message.contains("and 2 came"), "{}", error.message);
+        }
+    }
+
+    #[test]
+    fn a_launcher_that_ends_without_a_word_is_no_error_and_a_pipe_is_one() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(ours);
+        assert!(receive(theirs).unwrap().is_none());
+        let (read, _write) = rustix::pipe::pipe().unwrap();
+        assert!(receive(read).is_err());
+    }
+
+    fn forked() -> Start {
+        Start {
+            config: VmConfig {
+                name: "a".into(),
+                kernel: "/k".into(),
+                ..VmConfig::default()
+            },
+            origin: Origin::Fork(Box::new(Fork {
+                memory: Vec::new(),
+                state: SharedFile::named("/s".into()),
+                locks: Vec::new(),
+                disks: Vec::new(),
+                standby: false,
+                prefetch: None,
+                observed: false,
+                boot: None,
+            })),
+            nets: Vec::new(),
+            required_jail: RequiredJail::default(),
+            layers_dir: None,
+        }
+    }
+
+    #[test]
+    fn a_description_is_checked_at_the_start_of_the_process_too() {
+        forked().check().unwrap();
+        let refused = |change: &dyn Fn(&mut VmConfig)| {
+            let mut start = forked();
+            change(&mut start.config);
+            start.check().unwrap_err().message
+        };
+        let kept = |config: &mut VmConfig| {
+            config.disks = vec![DiskConfig {
+                path: "x".into(),
+                read_only: true,
+                overlay: Overlay::Kept("/etc/ANYTHING".into()),
+                ..DiskConfig::default()
+            }];
+        };
+        assert!(refused(&kept).contains("disks[0].overlay"));
+        assert!(refused(&|it| it.name = ".standby-x".into()).contains("name"));
+        assert!(refused(&|it| it.vcpus = 0).contains("vcpus"));
+        assert!(refused(&|it| it.net = vec![NetConfig::default()]).contains("interfaces"));
+        let plain = |config: &mut VmConfig| {
+            config.disks = vec![DiskConfig {
+                path: "x".into(),
+                ..DiskConfig::default()
+            }];
+        };
+        assert!(refused(&plain).contains("disks"));
+    }
+}

@@ -1,0 +1,343 @@
+//! Templates on disk: what clones are forked from.
+//!
+//! A template is a directory that holds all it needs: `manifest.json`, the machine's `state`,
+//! memory layers, for each disk a raw base image and layers, and the kernel that its guest reboots
+//! into. What it shares with others are hard links, so any of them may be removed. It is made under
+//! a hidden name and renamed when it is whole and durable ([`NewTemplate`]): a crash leaves nothing
+//! or all of it. Every clone holds a shared lock on the manifest, so a template in use is not
+//! removed.
+//!
+//! A template may come from a stranger. It says what its machine looks like and nothing of this
+//! host ([`manifest`]); it is opened once, through its directory's descriptor ([`folder`]), and what
+//! was verified through that descriptor is what clones use ([`SharedFile`]).
+//!
+//! Hashing all of it at each fork would take longer than the fork. It is verified once on each
+//! host, and again when a file's times or size say that something touched it ([`verify`]).
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod build;
+mod faults;
+mod flatten;
+mod folder;
+mod kernel;
+pub mod manifest;
+mod migrate;
+mod store;
+#[cfg(any(test, feature = "testing"))]
+#[doc(hidden)]
+pub mod testing;
+mod transfer;
+mod trust;
+mod upgrade;
+mod verify;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use clone_api::config::DiskFormat;
+use clone_api::{ApiError, ErrorCode};
+use clone_disk::{Disk, DiskFiles, EngineKind, Format, WriteFile};
+use clone_memory::{Layer, LayerStack};
+use clone_vmm::machine::MachineState;
+use clone_vmm::snapshot;
+use rustix::fs::FlockOperation;
+
+pub use build::{NewTemplate, Parts};
+pub use flatten::{bytes_to_flatten, flatten};
+pub use manifest::{Content, Manifest};
+pub use store::Store;
+pub use transfer::{receive, send};
+pub use upgrade::upgrade;
+pub use verify::{Verified, hash_of};
+
+use crate::trust::caller;
+use clone_start::SharedFile;
+use clone_start::document::{BootSource, ForkDisk};
+use clone_start::error::{Result, failed};
+use clone_start::prefetch;
+use clone_start::vm_dir::Parent;
+use folder::Folder;
+use manifest::{HashedFile, refused};
+
+/// A template that is not removed while this lives. Its files are open, and read through these
+/// descriptors alone.
+#[derive(Debug)]
+pub struct Template {
+    folder: Folder,
+    manifest: Manifest,
+    /// By their names.
+    files: BTreeMap<String, File>,
+    /// The manifest's file, locked shared.
+    lock: File,
+}
+
+impl Template {
+    /// Opens the template in `dir`: reads its manifest and opens its files.
+    ///
+    /// # Errors
+    /// With the file and what is wrong with it; where another user could change it. Content is left
+    /// to [`Template::verify`].
+    pub fn open(dir: &Path) -> Result<Self> {
+        let dir = std::path::absolute(dir).map_err(failed("find", dir))?;
+        if let Err(error) = dir.symlink_metadata()
+            && error.kind() == io::ErrorKind::NotFound
+        {
+            return Err(no_template(&dir));
+        }
+        Self::open_folder(Folder::open(&dir)?)
+    }
+
+    /// Opens the template in a directory that is open.
+    fn open_folder(folder: Folder) -> Result<Self> {
+        folder.check_trusted()?;
+        let dir = folder.path().to_owned();
+        let lock = open_manifest(&folder)?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared)
+            .map_err(|_| refused(&dir, "it is being removed"))?;
+        let manifest = Manifest::parse(&read_manifest(&lock, &dir)?, &dir)?;
+        let mut files = BTreeMap::new();
+        for (name, bytes) in manifest.content.sizes() {
+            files.insert(name.to_owned(), open_sized(&folder, name, bytes)?);
+        }
+        Ok(Self {
+            folder,
+            manifest,
+            files,
+            lock,
+        })
+    }
+
+    /// Where it is.
+    pub fn dir(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Its description.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// What it is.
+    pub fn content(&self) -> &Content {
+        &self.manifest.content
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir().join(name)
+    }
+
+    /// The open file of this name, which its manifest names.
+    fn file(&self, name: &str) -> Result<&File> {
+        let file = self.files.get(name);
+        file.ok_or_else(|| self.refused(&format!("{name} is no file of it")))
+    }
+
+    fn refused(&self, reason: &str) -> ApiError {
+        refused(self.dir(), reason)
+    }
+
+    fn shared(&self, name: &str) -> Result<SharedFile> {
+        SharedFile::of(self.path(name), self.file(name)?)
+    }
+
+    /// What its clones lie on.
+    pub fn parent(&self) -> Result<Parent> {
+        let layers = self.content().memory.layers.iter();
+        let disks = self.content().disks.iter();
+        Ok(Parent {
+            template: Some(self.dir().to_owned()),
+            memory: layers
+                .map(|it| self.shared(&it.file))
+                .collect::<Result<_>>()?,
+            disks: disks
+                .map(|disk| self.fork_disk(disk))
+                .collect::<Result<_>>()?,
+            locks: vec![SharedFile::of(self.path(manifest::FILE), &self.lock)?],
+            boot: self.boot_source()?,
+        })
+    }
+
+    fn fork_disk(&self, disk: &manifest::Disk) -> Result<ForkDisk> {
+        let layers = disk.layers.iter();
+        Ok(ForkDisk {
+            base: Some((self.shared(&disk.base.file)?, DiskFormat::Raw)),
+            backing: Vec::new(),
+            layers: layers
+                .map(|it| self.shared(&it.file))
+                .collect::<Result<_>>()?,
+        })
+    }
+
+    fn boot_source(&self) -> Result<Option<BootSource>> {
+        let Some(kernel) = &self.content().kernel else {
+            return Ok(None);
+        };
+        let initrd = self.content().initrd.as_ref();
+        Ok(Some(BootSource {
+            kernel: self.shared(&kernel.file)?,
+            initrd: initrd.map(|it| self.shared(&it.file)).transpose()?,
+        }))
+    }
+
+    /// The machine's state.
+    pub fn shared_state(&self) -> Result<SharedFile> {
+        self.shared(&self.content().state.file)
+    }
+
+    /// The lock that keeps it from being removed, for another owner.
+    pub fn hold(&self) -> Result<File> {
+        let held = self.lock.try_clone();
+        held.map_err(failed("hold", self.dir()))
+    }
+
+    /// The record of what clones touch first, where there is one. It is this host's, and no part of
+    /// the template.
+    pub fn prefetch(&self) -> Result<Option<SharedFile>> {
+        match self.folder.open_file(prefetch::FILE) {
+            Ok(file) => SharedFile::of(self.path(prefetch::FILE), &file).map(Some),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => {
+                tracing::warn!(%error, "the record of touched pages is not used");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Keeps a record of what clones touch first.
+    pub fn write_prefetch(&self, record: &[u8]) -> Result<()> {
+        let new = "prefetch.new";
+        let written = match self.folder.remove(new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => self.folder.create(new),
+        };
+        written
+            .and_then(|mut file| file.write_all(record))
+            .and_then(|()| self.folder.rename(new, prefetch::FILE))
+            .map_err(failed("write", &self.path(prefetch::FILE)))
+    }
+
+    /// The memory layers, put together; their indexes are checked, their pages are not.
+    pub fn memory(&self) -> Result<LayerStack> {
+        let wrong = |error: clone_memory::LayerError| self.refused(&error.to_string());
+        let mut layers = Vec::new();
+        for described in &self.content().memory.layers {
+            let file = self.file(&described.file)?.try_clone();
+            let file = file.map_err(failed("open", &self.path(&described.file)))?;
+            let layer = Layer::open(file, described.file.clone()).map_err(wrong)?;
+            if layer.id().to_string() != described.id {
+                let reason = format!("{} is another layer than described", described.file);
+                return Err(self.refused(&reason));
+            }
+            layers.push(layer);
+        }
+        let stack = LayerStack::new(layers).map_err(wrong)?;
+        let (held, described) = (stack.layout().size(), self.content().memory.bytes);
+        if held != described {
+            let reason = format!("its layers hold {held} bytes of RAM, not {described}");
+            return Err(self.refused(&reason));
+        }
+        Ok(stack)
+    }
+
+    /// The machine's state, decoded.
+    fn state(&self) -> Result<MachineState> {
+        let HashedFile {
+            file: name, bytes, ..
+        } = &self.content().state;
+        // The manifest's bound on it was checked, and so was its size.
+        let mut state = vec![0; *bytes as usize];
+        let read = self.file(name)?.read_exact_at(&mut state, 0);
+        read.map_err(failed("read", &self.path(name)))?;
+        snapshot::decode(&state)
+            .map_err(|error| self.refused(&format!("{name} is damaged: {error}")))
+    }
+
+    /// Disk `index`, for reading.
+    fn open_disk(&self, index: usize) -> Result<Disk> {
+        let described = &self.content().disks[index];
+        let open = |file: &HashedFile| {
+            let opened = self.file(&file.file)?.try_clone();
+            opened.map_err(failed("open", &self.path(&file.file)))
+        };
+        let layers = described.layers.iter().map(open);
+        let files = DiskFiles {
+            base: Some((open(&described.base)?, Format::Raw)),
+            backing: Vec::new(),
+            layers: layers.collect::<Result<_>>()?,
+            writes: WriteFile::Refused,
+        };
+        Disk::open(files, EngineKind::Blocking).map_err(|error| {
+            let error = ApiError::internal(&error).message;
+            self.refused(&format!("disk {index}: {error}"))
+        })
+    }
+}
+
+fn no_template(dir: &Path) -> ApiError {
+    let message = format!("there is no template at {}", dir.display());
+    ApiError::new(ErrorCode::NotFound, message)
+        .advise("`clone template ls` lists those in the store; a path needs a `/`")
+}
+
+fn open_manifest(folder: &Folder) -> Result<File> {
+    let opened = folder.open_file(manifest::FILE);
+    opened.map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => no_template(folder.path()),
+        _ => unusable(folder.path(), manifest::FILE, &error),
+    })
+}
+
+fn read_manifest(file: &File, dir: &Path) -> Result<Vec<u8>> {
+    let mut text = Vec::new();
+    file.take(manifest::MAX_BYTES + 1)
+        .read_to_end(&mut text)
+        .map_err(failed("read", &dir.join(manifest::FILE)))?;
+    if text.len() as u64 > manifest::MAX_BYTES {
+        let most = manifest::MAX_BYTES;
+        let reason = format!("{} is larger than {most} bytes", manifest::FILE);
+        return Err(refused(dir, &reason));
+    }
+    Ok(text)
+}
+
+fn open_sized(folder: &Folder, name: &str, bytes: Option<u64>) -> Result<File> {
+    let dir = folder.path();
+    let opened = folder.open_file(name);
+    let file = opened.map_err(|error| unusable(dir, name, &error))?;
+    let len = file
+        .metadata()
+        .map_err(failed("look at", &dir.join(name)))?
+        .len();
+    match bytes.filter(|bytes| *bytes != len) {
+        None => Ok(file),
+        Some(bytes) => {
+            let reason = format!("{name} has {len} bytes, not {bytes}: it was cut or changed");
+            Err(refused(dir, &reason))
+        }
+    }
+}
+
+fn unusable(dir: &Path, name: &str, error: &io::Error) -> ApiError {
+    let refused = refused(dir, &format!("{name} cannot be opened: {error}"));
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            let us = caller();
+            let path = dir.join(name);
+            let path = path.display();
+            refused.advise(format!(
+                "where you trust its content: chown {us} {path} && chmod go-w {path}"
+            ))
+        }
+        _ => refused,
+    }
+}
+
+#[cfg(test)]
+mod fault_tests;
+#[cfg(test)]
+mod hostile_tests;
+#[cfg(test)]
+pub(crate) mod tests;

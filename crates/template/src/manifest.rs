@@ -1,0 +1,614 @@
+//! A template's description: `manifest.json`, for people and for programs.
+//!
+//! A manifest may come from a hostile hand. It describes the [`Shape`] of a machine, the files that
+//! make it up, and [`Ceilings`], which can only take away from what the forking side allows. It has
+//! no field for a path, an interface, an address, a log or a name of a host's: what clones are
+//! connected to and where they write is chosen by whoever forks. Names in it are plain names of
+//! files beside it; sizes are bounded by what the shape can need; a field that this version does not
+//! know is refused, since ignoring it could mean another machine. [`Manifest::parse`] checks all
+//! that, and is the only way to a manifest that was read. Files are compared with it in
+//! [`super::verify`].
+//!
+//! Format 1 named host paths and had no kernel: see [`super::migrate`].
+
+use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
+use std::path::{Component, Path};
+
+use clone_api::control::CpuFeatures;
+use clone_api::shape::Ceilings;
+use clone_api::validate::validate_shape;
+use clone_api::{ApiError, ErrorCode, Shape};
+use clone_start::error::Result;
+use clone_vmm::snapshot::{self, CpuProfile};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{build, migrate};
+
+/// The format that is written, and the newest that is read.
+pub const FORMAT: u32 = 2;
+/// The largest kernel of a template, in bytes: the largest that is booted.
+pub const MAX_KERNEL_BYTES: u64 = 1 << 30;
+/// The manifest's name in its directory.
+pub const FILE: &str = "manifest.json";
+/// The largest manifest that is read.
+pub const MAX_BYTES: u64 = 1 << 20;
+/// The most layers of memory, and of each disk.
+const MAX_LAYERS: usize = 250;
+/// The longest version of a program, and the longest name of a CPU's maker.
+const MAX_WORD: usize = 64;
+/// The most that all files of a template may have together.
+pub const MAX_TOTAL_BYTES: u64 = 1 << 48;
+
+/// A template's description.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Manifest {
+    /// [`FORMAT`], or an older one that was migrated.
+    pub format: u32,
+    /// The hash of what follows, and so of all content: 32 hexadecimal digits.
+    pub id: String,
+    /// What is described.
+    #[serde(flatten)]
+    pub content: Content,
+}
+
+/// What a template is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Content {
+    /// The template or snapshot that this one is a difference to. All of it is in here, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
+    /// When it was taken, in milliseconds since 1970.
+    pub created_unix_ms: u64,
+    /// The version of the program that took it.
+    pub version: String,
+    /// The version of the guest's agent, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent_version: Option<String>,
+    /// The machine that it was taken of, as its guest sees it.
+    pub shape: Shape,
+    /// What its forks are narrowed to.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub ceilings: Ceilings,
+    /// RAM.
+    pub memory: Memory,
+    /// The machine's state.
+    pub state: HashedFile,
+    /// Disks, in the order of the shape.
+    pub disks: Vec<Disk>,
+    /// The kernel that the guest boots when it reboots; absent where an older format had none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<HashedFile>,
+    /// The initial RAM disk that goes with the kernel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<HashedFile>,
+    /// What the guest was told of its CPU.
+    pub cpu: CpuFeatures,
+}
+
+fn is_default(ceilings: &Ceilings) -> bool {
+    *ceilings == Ceilings::default()
+}
+
+/// The RAM of a template.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Memory {
+    /// Its size.
+    pub bytes: u64,
+    /// Its layers, the base first.
+    pub layers: Vec<MemoryLayer>,
+}
+
+/// A memory layer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryLayer {
+    /// Its file.
+    pub file: String,
+    /// The size of the file; absent in format 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
+    /// Its id, which is a hash over its checksums.
+    pub id: String,
+    /// How much data it holds.
+    pub data_bytes: u64,
+}
+
+/// A file and its hash.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HashedFile {
+    /// Its name.
+    pub file: String,
+    /// Its size.
+    pub bytes: u64,
+    /// Its hash, by [`super::hash_of`].
+    pub hash: String,
+}
+
+/// A disk of a template.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// The base image, in raw format.
+    pub base: HashedFile,
+    /// Layers over it, the lowest first.
+    pub layers: Vec<HashedFile>,
+}
+
+impl Content {
+    /// The id of a template with this content.
+    pub fn id(&self) -> Result<String> {
+        let value = serde_json::to_value(self).map_err(|error| ApiError::internal(&error))?;
+        id_of(&value).map_err(|error| ApiError::internal(&error))
+    }
+
+    /// The files beside the manifest, in the order in which they travel.
+    pub fn files(&self) -> impl Iterator<Item = &str> {
+        self.sizes().map(|(file, _)| file)
+    }
+
+    /// The files and their sizes, which format 1 does not give for all.
+    pub fn sizes(&self) -> impl Iterator<Item = (&str, Option<u64>)> {
+        let memory = self.memory.layers.iter();
+        let memory = memory.map(|layer| (layer.file.as_str(), layer.bytes));
+        memory.chain(self.hashed().map(|it| (it.file.as_str(), Some(it.bytes))))
+    }
+
+    /// Those that have their hash here.
+    pub fn hashed(&self) -> impl Iterator<Item = &HashedFile> {
+        let disks = self.disks.iter();
+        std::iter::once(&self.state)
+            .chain(disks.flat_map(|disk| std::iter::once(&disk.base).chain(&disk.layers)))
+            .chain(self.kernel.iter().chain(&self.initrd))
+    }
+
+    /// Everything that is wrong with it in itself, as one sentence.
+    pub(super) fn check(&self) -> std::result::Result<(), String> {
+        self.check_words()?;
+        self.check_shape()?;
+        self.check_names()?;
+        self.check_sizes()
+    }
+
+    fn check_words(&self) -> std::result::Result<(), String> {
+        let words = [&self.version, &self.cpu.vendor];
+        for word in words.into_iter().chain(&self.agent_version) {
+            if word.len() > MAX_WORD || word.chars().any(char::is_control) {
+                return Err(format!("{word:?} is neither a version nor a maker"));
+            }
+        }
+        if let Some(id) = self
+            .parent
+            .as_ref()
+            .filter(|id| !is_hex(id, ID_DIGITS..=ID_DIGITS))
+        {
+            return Err(format!("its parent {id:?} is no id of a template"));
+        }
+        let mut features = self.cpu.features.keys();
+        match features.find(|name| !CpuProfile::is_word(name)) {
+            Some(name) => Err(format!(
+                "it needs CPU features ({name:?}) that this version does not know"
+            )),
+            None => Ok(()),
+        }
+    }
+
+    fn check_shape(&self) -> std::result::Result<(), String> {
+        let problems = validate_shape(&self.shape, &self.ceilings);
+        if !problems.is_empty() {
+            let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+            return Err(format!(
+                "its machine cannot be made: {}",
+                problems.join("; ")
+            ));
+        }
+        let (held, wanted) = (self.memory.bytes, self.shape.memory.0);
+        if held != wanted {
+            return Err(format!("it holds {held} bytes of RAM for a VM of {wanted}"));
+        }
+        if self.disks.len() != self.shape.disks.len() {
+            return Err("its disks are not those of its machine".to_owned());
+        }
+        if self.initrd.is_some() && self.kernel.is_none() {
+            return Err("it has an initial RAM disk and no kernel".to_owned());
+        }
+        Ok(())
+    }
+
+    fn check_names(&self) -> std::result::Result<(), String> {
+        let layers = self.disks.iter().map(|disk| disk.layers.len());
+        let most = layers.chain([self.memory.layers.len()]).max();
+        if most.unwrap_or(0) > MAX_LAYERS {
+            return Err(format!("more than {MAX_LAYERS} layers"));
+        }
+        if self.memory.layers.is_empty() {
+            return Err("it has no memory".to_owned());
+        }
+        let mut seen = BTreeSet::new();
+        for name in self.files() {
+            if !is_plain_name(name) || !build::is_file_of_a_template(name) {
+                return Err(format!("{name:?} cannot name a file of a template"));
+            }
+            if !seen.insert(name) {
+                return Err(format!("{name} is named twice"));
+            }
+        }
+        let hashes = self.hashed().map(|file| (&file.file, &file.hash));
+        let layers = self.memory.layers.iter();
+        let mut hashes = hashes.chain(layers.map(|layer| (&layer.file, &layer.id)));
+        match hashes.find(|(_, hash)| !is_hex(hash, 1..=HASH_DIGITS)) {
+            Some((file, _)) => Err(format!("{file} has no hash")),
+            None => Ok(()),
+        }
+    }
+
+    /// No file is larger than its part of the machine can need.
+    fn check_sizes(&self) -> std::result::Result<(), String> {
+        let limits = self.limits();
+        let sizes = self.sizes().map(|(file, bytes)| (file, bytes.unwrap_or(0)));
+        let mut total = 0_u64;
+        for ((file, bytes), limit) in sizes.zip(limits) {
+            if bytes > limit {
+                return Err(format!("{file} has {bytes} bytes, more than {limit}"));
+            }
+            total = total.saturating_add(bytes);
+        }
+        if total > MAX_TOTAL_BYTES {
+            return Err(format!("its files have more than {MAX_TOTAL_BYTES} bytes"));
+        }
+        let mut layers = self.memory.layers.iter();
+        if let Some(layer) = layers.find(|layer| layer.data_bytes > self.memory.bytes) {
+            return Err(format!("{} holds more than all of memory", layer.file));
+        }
+        for (disk, shape) in self.disks.iter().zip(&self.shape.disks) {
+            if disk.base.bytes != shape.bytes.0 {
+                let (held, wanted) = (disk.base.bytes, shape.bytes.0);
+                let file = &disk.base.file;
+                return Err(format!("{file} has {held} bytes for a disk of {wanted}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The most that each file may have, in the order of [`Content::files`].
+    fn limits(&self) -> impl Iterator<Item = u64> {
+        // An index takes at most 16 bytes for each page, and 32 for each 2 MiB.
+        let memory = self.memory.bytes;
+        let layer = memory + memory / 128 + (64 << 10);
+        let layers = self.memory.layers.iter().map(move |_| layer);
+        let disks = self.disks.iter().zip(&self.shape.disks);
+        let disks = disks.flat_map(|(disk, shape)| {
+            // A map takes two bits for each block.
+            let layer = shape.bytes.0 + shape.bytes.0 / 128 + (16 << 20);
+            let layers = disk.layers.iter().map(move |_| layer);
+            std::iter::once(shape.bytes.0).chain(layers)
+        });
+        layers
+            .chain([snapshot::MAX_BYTES])
+            .chain(disks)
+            .chain(self.kernel.iter().map(|_| MAX_KERNEL_BYTES))
+            .chain(self.initrd.iter().map(move |_| memory))
+    }
+}
+
+const ID_DIGITS: usize = 32;
+const HASH_DIGITS: usize = 64;
+
+fn is_hex(text: &str, digits: RangeInclusive<usize>) -> bool {
+    let lower = |c: u8| c.is_ascii_digit() || (b'a'..=b'f').contains(&c);
+    digits.contains(&text.len()) && text.bytes().all(lower)
+}
+
+/// The hash of a description as it stands in the file, whatever fields a later version knows.
+fn id_of(content: &Value) -> serde_json::Result<String> {
+    // Keys are sorted in here.
+    let text = serde_json::to_vec(content)?;
+    Ok(blake3::hash(&text).to_hex()[..ID_DIGITS].to_owned())
+}
+
+impl Manifest {
+    /// Reads and checks a manifest's text. One of an older format is migrated, and says so in
+    /// [`Manifest::format`].
+    pub fn parse(text: &[u8], path: &Path) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Head {
+            format: u32,
+            id: String,
+        }
+        let refuse = |reason: String| refused(path, &reason);
+        let wrong = |error: serde_json::Error| refuse(error.to_string());
+        let mut value: Value = serde_json::from_slice(text).map_err(wrong)?;
+        let head = Head::deserialize(&value);
+        let Some(fields) = value.as_object_mut() else {
+            return Err(refuse("it is no description".to_owned()));
+        };
+        fields.retain(|name, _| name != "format" && name != "id");
+        let Head { format, id } = head.map_err(wrong)?;
+        let newer = "use the version of clone that made it, or a newer one";
+        if !(migrate::FORMAT_1..=FORMAT).contains(&format) {
+            let reason = format!("it is of format {format}, and this version reads {FORMAT}");
+            return Err(refuse(reason).advise(newer));
+        }
+        let found = id_of(&value).map_err(wrong)?;
+        if found != id {
+            let reason = format!("its content is not what its id says, but that of {found}");
+            return Err(refuse(reason));
+        }
+        let content = match format {
+            migrate::FORMAT_1 => migrate::content(value).map_err(wrong)?,
+            _ => serde_json::from_value(value).map_err(|error| {
+                refuse(format!("this version does not understand it: {error}")).advise(newer)
+            })?,
+        };
+        let manifest = Self {
+            format,
+            id,
+            content,
+        };
+        manifest.content.check().map_err(refuse)?;
+        let unsized_file = manifest.content.sizes().find(|(_, bytes)| bytes.is_none());
+        match unsized_file.filter(|_| format == FORMAT) {
+            Some((file, _)) => Err(refuse(format!("it does not give the size of {file}"))),
+            None => Ok(manifest),
+        }
+    }
+
+    /// An error for what only a template of the present format can do.
+    pub(super) fn check_current(&self, path: &Path, what: &str) -> Result<()> {
+        match self.format {
+            FORMAT => Ok(()),
+            old => Err(
+                refused(path, &format!("it is of format {old}, which cannot {what}"))
+                    .advise(migrate::advice(path)),
+            ),
+        }
+    }
+}
+
+/// Whether it names something in a directory and nothing anywhere else.
+fn is_plain_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    let first = matches!(parts.next(), Some(Component::Normal(part)) if part == name);
+    first && parts.next().is_none() && name != FILE
+}
+
+pub(super) fn refused(path: &Path, reason: &str) -> ApiError {
+    ApiError::new(
+        ErrorCode::InvalidConfig,
+        format!("the template {} cannot be used: {reason}", path.display()),
+    )
+}
+
+/// The text of a manifest of this format with any fields, and the id that goes with them.
+#[cfg(any(test, feature = "testing"))]
+#[allow(clippy::unwrap_used)]
+pub fn text_of(format: u32, mut content: Value) -> Vec<u8> {
+    let id = id_of(&content).unwrap();
+    let fields = content.as_object_mut().unwrap();
+    fields.insert("format".to_owned(), format.into());
+    fields.insert("id".to_owned(), id.into());
+    serde_json::to_vec(&content).unwrap()
+}
+
+#[cfg(test)]
+mod tests {
+    use clone_api::Bytes;
+    use clone_api::config::{Egress, VmConfig};
+    use clone_api::shape::NetCeiling;
+    use serde_json::json;
+
+    use super::*;
+
+    fn file(name: &str) -> HashedFile {
+        HashedFile {
+            file: name.to_owned(),
+            bytes: 1,
+            hash: "0".repeat(HASH_DIGITS),
+        }
+    }
+
+    fn content() -> Content {
+        Content {
+            parent: None,
+            created_unix_ms: 1_790_000_000_000,
+            version: "0.1.0".to_owned(),
+            agent_version: Some("0.1.0".to_owned()),
+            shape: Shape {
+                cmdline: "console=ttyS0".to_owned(),
+                ..Shape::of(&VmConfig::default(), &[])
+            },
+            ceilings: Ceilings::default(),
+            memory: Memory {
+                bytes: 512 << 20,
+                layers: vec![MemoryLayer {
+                    file: "memory-0.layer".to_owned(),
+                    bytes: Some(536_875_136),
+                    id: "ab".to_owned(),
+                    data_bytes: 4096,
+                }],
+            },
+            state: file("state"),
+            disks: Vec::new(),
+            kernel: Some(file("kernel")),
+            initrd: None,
+            cpu: CpuFeatures::default(),
+        }
+    }
+
+    /// A manifest with a disk, an interface and ceilings: every field that there is.
+    fn full() -> Content {
+        let mut content = content();
+        content.parent = Some("0123456789abcdef".repeat(2));
+        content.shape.disks = vec![clone_api::shape::DiskShape {
+            bytes: Bytes(8192),
+            read_only: false,
+            queues: 1,
+        }];
+        content.shape.nets = vec![clone_api::shape::NetShape { queues: 2 }];
+        content.ceilings.nets = vec![NetCeiling {
+            egress: Egress::Allow(vec!["10.0.0.0/8".parse().unwrap()]),
+            ..NetCeiling::default()
+        }];
+        content.disks = vec![Disk {
+            base: HashedFile {
+                bytes: 8192,
+                ..file("disk-0.raw")
+            },
+            layers: vec![file("disk-0.layer-0")],
+        }];
+        content.initrd = Some(file("initrd"));
+        content.cpu.features.insert("7.ebx".to_owned(), 5);
+        content
+    }
+
+    fn text(content: Content) -> Vec<u8> {
+        let id = content.id().unwrap();
+        let format = FORMAT;
+        let manifest = Manifest {
+            format,
+            id,
+            content,
+        };
+        let mut text = serde_json::to_vec_pretty(&manifest).unwrap();
+        text.push(b'\n');
+        text
+    }
+
+    fn refusal(change: impl FnOnce(&mut Value)) -> String {
+        let mut value = serde_json::to_value(full()).unwrap();
+        change(&mut value);
+        let error = Manifest::parse(&text_of(FORMAT, value), Path::new("t")).unwrap_err();
+        error.message
+    }
+
+    #[test]
+    fn the_second_format_keeps_its_text() {
+        let golden = include_str!("manifest-v2.json");
+        assert_eq!(String::from_utf8(text(full())).unwrap(), golden);
+        let manifest = Manifest::parse(golden.as_bytes(), Path::new("golden")).unwrap();
+        assert_eq!(manifest.content, full());
+    }
+
+    #[test]
+    fn what_a_host_decides_has_no_place_in_a_manifest() {
+        for (part, field) in [
+            ("/shape", "kernel"),
+            ("/shape", "initrd"),
+            ("/shape", "name"),
+            ("/shape", "console"),
+            ("/shape/disks/0", "path"),
+            ("/shape/disks/0", "overlay"),
+            ("/shape/disks/0", "rate_limit"),
+            ("/shape/nets/0", "bridge"),
+            ("/shape/nets/0", "tap"),
+            ("/shape/nets/0", "mac"),
+            ("/shape/nets/0", "mode"),
+            ("/shape/nets/0", "neighbours"),
+            ("/shape/nets/0", "egress"),
+            ("/shape/nets/0", "vhost"),
+            ("/ceilings", "log_limit"),
+            ("/ceilings/nets/0", "neighbours"),
+            ("", "config"),
+            ("/disks/0/base", "path"),
+        ] {
+            let message = refusal(|value| {
+                let part = value.pointer_mut(part).unwrap();
+                part.as_object_mut()
+                    .unwrap()
+                    .insert(field.into(), json!("x"));
+            });
+            let unknown = format!("unknown field `{field}`");
+            let known = part.is_empty() || message.contains(&unknown);
+            assert!(known || field == "kernel", "{part}/{field}: {message}");
+        }
+    }
+
+    #[test]
+    fn features_that_this_version_does_not_know_are_refused_by_name() {
+        let message = refusal(|value| value["shape"]["gpu"] = json!({}));
+        assert!(message.contains("unknown field `gpu`"), "{message}");
+        let message = refusal(|value| value["cpu"]["features"]["ffff.eax"] = json!(1));
+        assert!(message.contains("ffff.eax"), "{message}");
+        let message = refusal(|value| value["shape"]["on_reboot"] = json!("explode"));
+        assert!(message.contains("explode"), "{message}");
+    }
+
+    #[test]
+    fn a_machine_that_cannot_be_is_refused() {
+        type Change = fn(&mut Value);
+        let cases: [(&str, Change); 13] = [
+            ("vcpus", |it| it["shape"]["vcpus"] = json!(4000)),
+            ("memory", |it| it["shape"]["memory"] = json!(u64::MAX)),
+            ("cmdline", |it| it["shape"]["cmdline"] = json!("a\nb")),
+            ("queues", |it| it["shape"]["nets"][0]["queues"] = json!(99)),
+            ("its disks", |it| it["shape"]["disks"] = json!([])),
+            ("for a disk of", |it| {
+                it["disks"][0]["base"]["bytes"] = json!(4)
+            }),
+            ("more than", |it| it["state"]["bytes"] = json!(1_u64 << 40)),
+            ("more than", |it| it["kernel"]["bytes"] = json!(1_u64 << 40)),
+            ("more than", |it| {
+                it["memory"]["layers"][0]["bytes"] = json!(1_u64 << 50)
+            }),
+            ("the size of memory-0.layer", |it| {
+                it["memory"]["layers"][0]["bytes"] = Value::Null
+            }),
+            ("all of memory", |it| {
+                it["memory"]["layers"][0]["data_bytes"] = json!(1_u64 << 50);
+            }),
+            ("named twice", |it| it["state"]["file"] = json!("kernel")),
+            ("no kernel", |it| it["kernel"] = Value::Null),
+        ];
+        for (word, change) in cases {
+            let message = refusal(change);
+            assert!(message.contains(word), "{word}: {message}");
+        }
+    }
+
+    #[test]
+    fn names_that_lead_out_of_the_directory_are_refused() {
+        for name in [
+            "../x",
+            "/x",
+            "a/b",
+            "",
+            ".",
+            "..",
+            "a/",
+            "manifest.json",
+            "x",
+        ] {
+            let mut bad = content();
+            bad.state.file = name.to_owned();
+            let error = Manifest::parse(&text(bad), Path::new("t")).unwrap_err();
+            assert!(error.message.contains("cannot name a file"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_was_changed_after_the_fact_and_what_is_newer_is_refused() {
+        let good = String::from_utf8(text(content())).unwrap();
+        for (from, to, word) in [
+            (
+                "\"bytes\": 536870912",
+                "\"bytes\": 536870913",
+                "its id says",
+            ),
+            ("\"format\": 2", "\"format\": 3", "format 3"),
+            ("\"format\": 2", "\"format\": 0", "format 0"),
+            ("\"memory\"", "\"memori\"", "its id says"),
+        ] {
+            let bad = good.replacen(from, to, 1);
+            assert_ne!(bad, good, "{from}");
+            let error = Manifest::parse(bad.as_bytes(), Path::new("t")).unwrap_err();
+            assert!(error.message.contains(word), "{error}");
+        }
+        for cut in [0, 1, good.len() / 2, good.len() - 2] {
+            assert!(Manifest::parse(&good.as_bytes()[..cut], Path::new("t")).is_err());
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! From open resources to a VM in the event loop.
+
+use std::fs::File;
+use std::sync::{Arc, Mutex};
+
+use clone_api::control::StartStage;
+use clone_api::jail::JailStatus;
+use clone_api::{ApiError, ErrorCode, VmConfig};
+use clone_memory::{GuestMemory, RamLayout};
+use clone_start::VmDir;
+use clone_start::error::Result;
+use clone_vmm::event_loop::EventLoop;
+use clone_vmm::machine::{Kernel, Machine, MachineError, MachineState, Parts};
+use clone_vmm::vcpu::{Refusal, VcpuError};
+use kvm_ioctls::Kvm;
+
+use super::console::ConsoleHub;
+use super::control::ControlServer;
+use super::lineage::Lineage;
+use super::open::{OpenOrigin, Resources};
+use super::prefetch::Needed;
+use super::reboot::{BootFiles, Reboot};
+use super::snapshot::SnapshotDisk;
+use super::timeline::Timeline;
+use super::vm::{Observed, Vm, VmHandle};
+use super::{devices, prefetch};
+
+/// Builds the VM, paused before its guest's first instruction, in this jail.
+pub(super) fn assemble(
+    dir: &VmDir,
+    (config, jail): (VmConfig, JailStatus),
+    extra_arguments: &[String],
+    kvm: Kvm,
+    resources: Resources,
+    events: &mut EventLoop,
+    mut timeline: Timeline,
+) -> Result<Vm> {
+    let internal = |error: std::io::Error| ApiError::internal(&error);
+    let console_slot = events.reserve();
+    let (hub, output) = ConsoleHub::new(
+        console_slot.clone(),
+        resources.console,
+        resources.console_log,
+    )
+    .map_err(internal)?;
+    let hub = Arc::new(Mutex::new(hub));
+    events.attach(&console_slot, hub.clone());
+
+    let guest = Guest::of(resources.origin, &config)?;
+    timeline.reach(StartStage::Mapped);
+    let saved = guest.state().map(|state| state.devices.as_slice());
+    let ram = guest.memory.ram().clone();
+    let devices = devices::build(&config, resources.devices, &ram, saved, events)?;
+    let time = guest.state().map(MachineState::time);
+    let parts = Parts {
+        kvm,
+        memory: guest.memory,
+        vcpus: u8::try_from(config.vcpus).unwrap_or(u8::MAX),
+        console: Box::new(output),
+        devices: devices.slots,
+        confine_vcpu: Arc::new(crate::jail::confine_vcpu),
+    };
+    let boot_files = guest.boot.as_ref().ok().map(BootFiles::try_clone);
+    let boot_files = boot_files.transpose().map_err(internal)?;
+    let mut kernel = guest
+        .boot
+        .map(|files| files.kernel(&config, extra_arguments));
+    let machine = match (guest.source, &mut kernel) {
+        (Source::State(state, needed), _) => {
+            restore(parts, *state, needed.as_ref(), events, &mut timeline)?
+        }
+        (Source::Boot, Ok(kernel)) => boot(parts, kernel, &config, events)?,
+        // It was opened a moment ago.
+        (Source::Boot, Err(missing)) => {
+            return Err(ApiError::new(ErrorCode::Internal, missing.clone()));
+        }
+    };
+    let serial = machine.serial();
+    let drained = serial.drained().map_err(internal)?;
+    let mut console = hub
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    console
+        .connect(Box::new(serial), drained)
+        .map_err(internal)?;
+    let attached = console.attached();
+    drop(console);
+
+    let mut lineage = Lineage::new(Arc::clone(machine.memory()), resources.pagemap);
+    if guest.observed {
+        // Memory that is tracked comes page by page.
+        let begun = lineage.begin();
+        begun.map_err(|error| ApiError::internal(&error))?;
+    }
+    let disks = devices.handles.disks.iter().enumerate();
+    let disks = disks.map(|(index, disk)| SnapshotDisk {
+        disk: Arc::clone(disk),
+        parent_layers: guest.disk_layers.get(index).copied().unwrap_or(0),
+    });
+    let disks = disks.collect();
+    timeline.watch(machine.entry_time());
+    let timeline = Arc::new(Mutex::new(timeline));
+    let vm = Vm::new(machine, hub, timeline, guest.standby, guest.locks, events);
+    let mut vm = vm.map_err(internal)?;
+    let subject = vm.subject(lineage, disks, boot_files);
+    vm.on_reboot(Reboot::new(config.on_reboot, kernel, Arc::clone(&subject)));
+    let handle = VmHandle::new(
+        &vm,
+        dir,
+        config,
+        Observed {
+            memory_map: resources.memory_map,
+            attached,
+            devices: devices.handles,
+            subject,
+            jail,
+            standby: time.filter(|_| guest.standby),
+        },
+    );
+    let control_slot = events.reserve();
+    let server = ControlServer::new(control_slot.clone(), resources.control, Box::new(handle))
+        .map_err(internal)?;
+    events.attach(&control_slot, Arc::new(Mutex::new(server)));
+    Ok(vm)
+}
+
+/// The guest, as far as it is there before its machine.
+struct Guest {
+    memory: GuestMemory,
+    source: Source,
+    /// What it boots; or why there is nothing to boot.
+    boot: std::result::Result<BootFiles, String>,
+    disk_layers: Vec<usize>,
+    standby: bool,
+    observed: bool,
+    locks: Vec<File>,
+}
+
+enum Source {
+    Boot,
+    State(Box<MachineState>, Option<Needed>),
+}
+
+impl Guest {
+    fn of(origin: OpenOrigin, config: &VmConfig) -> Result<Self> {
+        match origin {
+            OpenOrigin::Boot(files) => Ok(Self {
+                memory: guest_memory(config)?,
+                source: Source::Boot,
+                boot: Ok(files),
+                disk_layers: Vec::new(),
+                standby: false,
+                observed: false,
+                locks: Vec::new(),
+            }),
+            OpenOrigin::Fork(fork) => {
+                let layout = *fork.memory.layout();
+                let memory = GuestMemory::from_layers(&layout, &fork.memory);
+                let memory = memory.map_err(|error| ApiError::internal(&error))?;
+                let needed = fork.prefetch.and_then(|file| prefetch::read(file, &memory));
+                if let Some(needed) = &needed {
+                    needed.map(&memory);
+                }
+                Ok(Self {
+                    memory,
+                    source: Source::State(Box::new(fork.state), needed),
+                    boot: fork.boot,
+                    disk_layers: fork.disk_layers,
+                    standby: fork.standby,
+                    observed: fork.observed,
+                    locks: fork.locks,
+                })
+            }
+        }
+    }
+
+    fn state(&self) -> Option<&MachineState> {
+        match &self.source {
+            Source::Boot => None,
+            Source::State(state, _) => Some(state),
+        }
+    }
+}
+
+fn boot(
+    parts: Parts,
+    kernel: &mut Kernel,
+    config: &VmConfig,
+    events: &mut EventLoop,
+) -> Result<Machine> {
+    let mut machine = Machine::new(parts, events).map_err(told)?;
+    machine.boot(kernel).map_err(|error| {
+        told(error).advise(format!(
+            "check that {} is a Linux kernel for x86-64",
+            config.kernel.display()
+        ))
+    })?;
+    Ok(machine)
+}
+
+fn restore(
+    parts: Parts,
+    state: MachineState,
+    needed: Option<&Needed>,
+    events: &mut EventLoop,
+    timeline: &mut Timeline,
+) -> Result<Machine> {
+    let machine = Machine::restore(parts, state, events).map_err(told)?;
+    timeline.reach(StartStage::Built);
+    if let Some(needed) = needed {
+        machine.pre_fault(&needed.all()).map_err(told)?;
+        timeline.reach(StartStage::PreFaulted);
+    }
+    let mut generation = [0; 16];
+    rustix::rand::getrandom(&mut generation, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| ApiError::internal(&std::io::Error::from(error)))?;
+    machine.set_generation(generation).map_err(told)?;
+    Ok(machine)
+}
+
+fn guest_memory(config: &VmConfig) -> Result<GuestMemory> {
+    let size = config.memory;
+    let layout = RamLayout::new(size.0).ok_or_else(|| {
+        ApiError::new(
+            ErrorCode::InvalidConfig,
+            format!("{size} cannot be laid out as RAM"),
+        )
+    })?;
+    GuestMemory::anonymous(&layout).map_err(|error| {
+        ApiError::internal(&error).advise(format!(
+            "give it less --memory than {size}, or see `ulimit -v` and vm.overcommit_memory"
+        ))
+    })
+}
+
+/// A machine's error for the user.
+pub(super) fn told(error: MachineError) -> ApiError {
+    let told = |code| ApiError {
+        code,
+        ..ApiError::internal(&error)
+    };
+    match &error {
+        MachineError::Missing(_) => told(ErrorCode::HostUnsupported)
+            .advise("use a newer kernel; 6.7 or newer has everything"),
+        MachineError::Vcpu(VcpuError::Refused { refusal, .. }) => match refusal {
+            Refusal::Vendor { .. } | Refusal::Exceeds(_) => told(ErrorCode::HostUnsupported)
+                .advise("use a host with the same CPU or a newer one of its kind"),
+            Refusal::Invalid(_) => told(ErrorCode::InvalidConfig)
+                .advise("take the snapshot again: this one was damaged or made by hand"),
+        },
+        _ => told(ErrorCode::Internal),
+    }
+}

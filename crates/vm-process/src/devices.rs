@@ -1,0 +1,212 @@
+//! The virtio devices of a VM, in slot order: disks, interfaces, vsock, balloon, rng. This order is
+//! what the guest's names (`vda`, `eth0`) stand on.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use clone_api::config::{BalloonConfig, RateLimit};
+use clone_api::control::{BalloonStatus, GuestMemoryStats};
+use clone_api::{ApiError, ErrorCode, VmConfig};
+use clone_disk::Disk;
+use clone_memory::GuestRam;
+use clone_start::error::Result;
+use clone_vmm::devices::balloon::{Balloon, BalloonOffer, BalloonState, DiscardRam};
+use clone_vmm::devices::net::NetHandle;
+use clone_vmm::devices::rng::{Rng, RngState};
+use clone_vmm::devices::vsock::{Vsock, VsockResources, VsockState};
+use clone_vmm::event_loop::EventLoop;
+use clone_vmm::machine::DeviceSlot;
+use clone_vmm::pci::virtio_pci::{SharedVirtioDevice, VirtioPciState};
+use clone_vmm::rate_limit::{Rate, RateLimits};
+use clone_vmm::virtio::{DeviceError, VirtioDevice};
+
+use super::open::DeviceResources;
+use super::{disks, nets};
+
+/// The devices, and what reaches them from outside their transports.
+pub(super) struct Devices {
+    pub(super) slots: Vec<DeviceSlot>,
+    pub(super) handles: Handles,
+}
+
+/// What the control socket reaches devices by.
+#[derive(Default)]
+pub(super) struct Handles {
+    pub(super) nets: Vec<NetHandle>,
+    /// Locked by its device for each call; a snapshot freezes it while that is paused.
+    pub(super) disks: Vec<Arc<Mutex<Disk>>>,
+    /// Locked by its transport and the control socket, one call at a time.
+    pub(super) balloon: Option<Arc<Mutex<Balloon>>>,
+}
+
+/// Builds the devices on what was opened for them, new ones or (where there are any) from their
+/// `saved` states, which come in the same order.
+pub(super) fn build(
+    config: &VmConfig,
+    resources: DeviceResources,
+    ram: &GuestRam,
+    saved: Option<&[VirtioPciState]>,
+    events: &mut EventLoop,
+) -> Result<Devices> {
+    let mut saved = saved.map(|states| states.iter().map(|state| state.device.as_slice()));
+    let mut next_saved = || match &mut saved {
+        None => Ok(None),
+        Some(states) => states.next().map(Some).ok_or_else(fewer_devices),
+    };
+    let mut devices = Devices {
+        slots: Vec::new(),
+        handles: Handles::default(),
+    };
+    for (disk, files) in config.disks.iter().zip(resources.disks) {
+        let (device, opened) = disks::device(disk, files, next_saved()?)?;
+        devices.handles.disks.push(opened);
+        devices.add(device, events);
+    }
+    for net in resources.nets {
+        let device = nets::device(net, next_saved()?)?;
+        devices.handles.nets.push(device.handle());
+        devices.add(device, events);
+    }
+    if let Some(listener) = resources.vsock {
+        let state = match next_saved()? {
+            Some(bytes) => VsockState::decode(bytes).map_err(told)?,
+            None => VsockState::fresh(config.vsock.cid.into()),
+        };
+        let device = Vsock::new(VsockResources::new(listener), state);
+        devices.add(device.map_err(told)?, events);
+    }
+    if config.balloon.enabled {
+        let device = Arc::new(Mutex::new(balloon(&config.balloon, ram, next_saved()?)?));
+        devices.handles.balloon = Some(Arc::clone(&device));
+        devices.add_shared(device, events);
+    }
+    if config.rng {
+        let state = match next_saved()? {
+            Some(bytes) => RngState::decode(bytes).map_err(told)?,
+            None => RngState::fresh(),
+        };
+        devices.add(Rng::new(None, state).map_err(told)?, events);
+    }
+    Ok(devices)
+}
+
+fn told(error: DeviceError) -> ApiError {
+    ApiError::internal(&error)
+}
+
+fn fewer_devices() -> ApiError {
+    ApiError::new(
+        ErrorCode::InvalidConfig,
+        "the snapshot has fewer devices than its description",
+    )
+}
+
+fn balloon(config: &BalloonConfig, ram: &GuestRam, saved: Option<&[u8]>) -> Result<Balloon> {
+    let discard = Box::new(DiscardRam::new(ram.clone()));
+    if let Some(bytes) = saved {
+        let state = BalloonState::decode(bytes).map_err(told)?;
+        return Balloon::new(discard, state).map_err(told);
+    }
+    let state = BalloonState::fresh(BalloonOffer {
+        deflate_on_oom: config.deflate_on_oom,
+        reporting: config.free_page_reporting,
+        ..BalloonOffer::default()
+    });
+    let mut balloon = Balloon::new(discard, state).map_err(told)?;
+    balloon.set_target_bytes(config.size.0);
+    Ok(balloon)
+}
+
+/// What the control socket tells of a balloon.
+pub(super) fn balloon_status(balloon: &Balloon) -> BalloonStatus {
+    let told = balloon.stats();
+    BalloonStatus {
+        target_bytes: balloon.target_bytes(),
+        actual_bytes: balloon.actual_bytes(),
+        guest: told.map(|(stats, _)| GuestMemoryStats {
+            swap_in_bytes: stats.swap_in,
+            swap_out_bytes: stats.swap_out,
+            major_faults: stats.major_faults,
+            minor_faults: stats.minor_faults,
+            free_bytes: stats.free_memory,
+            total_bytes: stats.total_memory,
+            available_bytes: stats.available_memory,
+            disk_caches_bytes: stats.disk_caches,
+            oom_kills: stats.oom_kills,
+        }),
+        guest_age_ms: told.map(|(_, age)| age.as_millis() as u64),
+    }
+}
+
+/// A device's limits as it takes them; none where there are none.
+pub(super) fn limits(limit: Option<&RateLimit>) -> RateLimits {
+    let Some(limit) = limit else {
+        return RateLimits::default();
+    };
+    let rate = |per_second: Option<u64>, burst: Option<u64>| {
+        per_second.map(|per_second| Rate {
+            burst: burst.unwrap_or(Rate::per_second(per_second).burst),
+            per_second,
+        })
+    };
+    RateLimits {
+        bytes: rate(
+            limit.bandwidth.map(|bytes| bytes.0),
+            limit.bandwidth_burst.map(|bytes| bytes.0),
+        ),
+        operations: rate(limit.iops, limit.iops_burst),
+    }
+}
+
+impl Handles {
+    /// The counters of each device, by its name.
+    pub(super) fn counters(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
+        let nets = self.nets.iter().enumerate().map(|(index, net)| {
+            let counts = net.counts();
+            let counters = [
+                ("rx_frames", counts.rx_frames),
+                ("rx_bytes", counts.rx_bytes),
+                ("rx_dropped", counts.rx_dropped),
+                ("tx_frames", counts.tx_frames),
+                ("tx_bytes", counts.tx_bytes),
+                ("tx_dropped", counts.tx_dropped),
+            ];
+            let counters = counters.map(|(name, count)| (name.to_owned(), count));
+            (format!("net{index}"), BTreeMap::from(counters))
+        });
+        nets.collect()
+    }
+}
+
+impl Devices {
+    fn add<D: VirtioDevice + 'static>(&mut self, device: D, events: &mut EventLoop) {
+        self.add_shared(Arc::new(Mutex::new(device)), events);
+    }
+
+    fn add_shared(&mut self, device: SharedVirtioDevice, events: &mut EventLoop) {
+        self.slots.push(DeviceSlot {
+            device,
+            registrar: events.reserve(),
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clone_api::Bytes;
+
+    #[test]
+    fn limits_carry_over_and_bursts_have_a_default() {
+        let limit = RateLimit {
+            bandwidth: Some(Bytes(1000)),
+            iops: Some(50),
+            iops_burst: Some(7),
+            ..RateLimit::default()
+        };
+        let made = limits(Some(&limit));
+        assert_eq!(made.bytes, Some(Rate::per_second(1000)));
+        assert_eq!(made.operations.unwrap().burst, 7);
+        assert_eq!(limits(None), RateLimits::default());
+    }
+}

@@ -1,0 +1,58 @@
+//! The devices of a VM's disks, on files that are open.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use clone_api::ApiError;
+use clone_api::config::DiskConfig;
+use clone_api::shape::DISK_QUEUES;
+use clone_disk::{Disk, DiskFiles, EngineKind};
+use clone_start::disks::disk_error;
+use clone_start::error::Result;
+use clone_vmm::devices::block::{Block, BlockConfig, BlockState};
+
+use super::devices;
+
+/// The device of a disk, new or as it was `saved`, and the disk behind it.
+pub(super) fn device(
+    disk: &DiskConfig,
+    files: DiskFiles,
+    saved: Option<&[u8]>,
+) -> Result<(Block, Arc<Mutex<Disk>>)> {
+    let opened = Disk::open(files, EngineKind::Uring).map_err(|error| disk_error(disk, &error))?;
+    let opened = Arc::new(Mutex::new(opened));
+    let limits = devices::limits(disk.rate_limit.as_ref());
+    let state = match saved {
+        Some(bytes) => BlockState::decode(bytes)
+            .map_err(|error| ApiError::internal(&error))?
+            .with_limits(limits),
+        None => BlockState::fresh(&BlockConfig {
+            id: serial_number(&disk.path),
+            queues: DISK_QUEUES,
+            limits,
+        }),
+    };
+    let device = Block::new(Arc::clone(&opened) as _, state);
+    Ok((device.map_err(|error| ApiError::internal(&error))?, opened))
+}
+
+/// What the guest sees under `/dev/disk/by-id`: the image's name.
+fn serial_number(path: &Path) -> String {
+    let name = path.file_stem().unwrap_or_default().as_bytes();
+    let plain = |&c: &u8| c.is_ascii_alphanumeric() || b"-_.".contains(&c);
+    name.iter()
+        .filter(|c| plain(c))
+        .map(|&c| c as char)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn serial_numbers_are_plain() {
+        assert_eq!(serial_number(Path::new("/a/débian 12.raw")), "dbian12");
+    }
+}

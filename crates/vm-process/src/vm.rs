@@ -1,0 +1,488 @@
+//! The running VM: its event loop, and what its control socket can do with it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clone_api::control::{
+    Adoption, BalloonStatus, ConsoleInfo, CpuStats, GuestPages, LayerPages, MemoryStats,
+    SnapshotRequest, StartStage, TouchedPages, VmInfo, VmState, VmStats,
+};
+use clone_api::jail::JailStatus;
+use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
+use clone_start::VmDir;
+use clone_vmm::devices::balloon::Balloon;
+use clone_vmm::event_loop::EventLoop;
+use clone_vmm::machine::{Exit, ExitSignal, GuestTime, Machine};
+use clone_vmm::virtio::DeviceError;
+use vmm_sys_util::epoll::EventSet;
+
+use super::assemble::told;
+use super::console::ConsoleHub;
+use super::control::{Responder, VmControl};
+use super::devices::{Handles, balloon_status};
+use super::lineage::Lineage;
+use super::prefetch;
+use super::reboot::{BootFiles, Reboot};
+use super::snapshot::{self, SharedSubject, SnapshotDisk, Subject};
+use super::timeline::Timeline;
+
+/// Locked for one call at a time by the event loop's thread, and by a snapshot's for as long as it
+/// keeps the guest paused.
+pub(super) type SharedMachine = Arc<Mutex<Machine>>;
+
+pub(super) fn locked(machine: &SharedMachine) -> MutexGuard<'_, Machine> {
+    // After a panic the machine is suspect, but ending it in order is still right.
+    machine.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Locked for a moment each, by the event loop's thread alone: its two owners are both on it.
+type SharedTimeline = Arc<Mutex<Timeline>>;
+
+/// A VM in its event loop.
+pub(super) struct Vm {
+    machine: SharedMachine,
+    timeline: SharedTimeline,
+    hub: Arc<Mutex<ConsoleHub>>,
+    exit: ExitSignal,
+    reboot: Option<Reboot>,
+    standby: bool,
+    /// What it uses of others, kept from being removed.
+    _locks: Vec<File>,
+}
+
+impl Vm {
+    pub(super) fn new(
+        machine: Machine,
+        hub: Arc<Mutex<ConsoleHub>>,
+        timeline: SharedTimeline,
+        standby: bool,
+        locks: Vec<File>,
+        events: &mut EventLoop,
+    ) -> io::Result<Self> {
+        let exit = machine.exit_signal();
+        // A slot without a handler: its event only ends the wait, and the loop looks by itself.
+        events.reserve().add(&exit, 0, EventSet::IN)?;
+        Ok(Self {
+            machine: Arc::new(Mutex::new(machine)),
+            timeline,
+            hub,
+            exit,
+            reboot: None,
+            standby,
+            _locks: locks,
+        })
+    }
+
+    /// What snapshots are taken of.
+    pub(super) fn subject(
+        &self,
+        lineage: Lineage,
+        disks: Vec<SnapshotDisk>,
+        boot: Option<BootFiles>,
+    ) -> SharedSubject {
+        Arc::new(Mutex::new(Subject {
+            machine: Arc::clone(&self.machine),
+            lineage,
+            disks,
+            boot,
+        }))
+    }
+
+    /// Lets the guest reboot.
+    pub(super) fn on_reboot(&mut self, reboot: Reboot) {
+        self.reboot = Some(reboot);
+    }
+
+    /// Whether it was made to wait for its name.
+    pub(super) fn is_standby(&self) -> bool {
+        self.standby
+    }
+
+    /// Lets the guest run its first instruction.
+    pub(super) fn begin(&mut self) -> Result<(), ApiError> {
+        locked(&self.machine).resume().map_err(told)?;
+        self.reach(StartStage::Resumed);
+        Ok(())
+    }
+
+    /// Notes a stage of its start.
+    pub(super) fn reach(&self, stage: StartStage) {
+        timeline(&self.timeline).reach(stage);
+    }
+
+    /// Serves the VM until it ends.
+    pub(super) fn run(&mut self, events: &mut EventLoop) -> io::Result<Exit> {
+        let exit = loop {
+            let exit = match (self.exit.get(), &mut self.reboot) {
+                (Some(Exit::Reboot), Some(reboot)) => reboot.grant(&self.exit),
+                (exit, _) => exit,
+            };
+            if let Some(exit) = exit {
+                break exit;
+            }
+            events.run_once(-1)?;
+        };
+        // What devices have under way reaches its file, and the last words of the guest its log.
+        if let Err(error) = locked(&self.machine).pause() {
+            tracing::warn!(%error, "the devices did not stop in order");
+        }
+        self.hub
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .flush();
+        Ok(exit)
+    }
+}
+
+fn timeline(shared: &SharedTimeline) -> MutexGuard<'_, Timeline> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Has the event loop look again when a snapshot is over: a reboot may wait for that.
+struct WakeAtEnd(ExitSignal);
+
+impl Drop for WakeAtEnd {
+    fn drop(&mut self) {
+        self.0.wake();
+    }
+}
+
+/// What the control socket holds of the VM.
+pub(super) struct VmHandle {
+    machine: SharedMachine,
+    timeline: SharedTimeline,
+    exit: ExitSignal,
+    config: VmConfig,
+    console: ConsoleInfo,
+    observed: Observed,
+    started_unix_ms: u64,
+}
+
+/// What a VM is watched by.
+pub(super) struct Observed {
+    /// Its open `/proc/self/smaps_rollup`.
+    pub(super) memory_map: File,
+    /// How many are attached to its console.
+    pub(super) attached: Arc<AtomicU32>,
+    /// Its devices.
+    pub(super) devices: Handles,
+    /// What snapshots are taken of.
+    pub(super) subject: SharedSubject,
+    /// How complete the jail is that it is in.
+    pub(super) jail: JailStatus,
+    /// For a standby, where its guest's time is to go on.
+    pub(super) standby: Option<GuestTime>,
+}
+
+impl VmHandle {
+    /// A handle of `vm`.
+    pub(super) fn new(vm: &Vm, dir: &VmDir, config: VmConfig, observed: Observed) -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        Self {
+            machine: Arc::clone(&vm.machine),
+            timeline: Arc::clone(&vm.timeline),
+            exit: vm.exit.clone(),
+            console: ConsoleInfo {
+                socket: dir.console_socket().display().to_string(),
+                log: dir.console_log().display().to_string(),
+                log_limit_bytes: config.console.log_limit.0,
+                attached: 0,
+            },
+            config,
+            observed,
+            started_unix_ms: now.map_or(0, |now| now.as_millis() as u64),
+        }
+    }
+
+    /// The guest's RAM by where its pages are from; not while a snapshot is taken.
+    fn guest_pages(&self) -> Result<Option<GuestPages>, ApiError> {
+        let Ok(subject) = self.observed.subject.try_lock() else {
+            return Ok(None);
+        };
+        let lineage = &subject.lineage;
+        let usage = lineage.memory().usage(lineage.pagemap());
+        let usage = usage.map_err(|error| ApiError::internal(&error))?;
+        let layers = usage.layers.iter().map(|layer| LayerPages {
+            shared_bytes: layer.shared,
+            private_bytes: layer.private,
+        });
+        Ok(Some(GuestPages {
+            private_bytes: usage.private,
+            shared_bytes: usage.shared,
+            swapped_bytes: usage.swapped,
+            layers: layers.collect(),
+        }))
+    }
+
+    /// Its directory has another name, and so has it.
+    fn rename(&mut self, name: &str) {
+        let old = Path::new(&self.console.socket).parent().map(Path::to_owned);
+        let Some(vms) = old.as_deref().and_then(Path::parent) else {
+            return;
+        };
+        let dir = VmDir::at(vms.join(name));
+        self.console.socket = dir.console_socket().display().to_string();
+        self.console.log = dir.console_log().display().to_string();
+        name.clone_into(&mut self.config.name);
+    }
+
+    /// Does something with the balloon, and tells how it is.
+    fn with_balloon(
+        &self,
+        act: impl FnOnce(&mut Balloon) -> Result<(), DeviceError>,
+    ) -> Result<BalloonStatus, ApiError> {
+        let balloon = self.observed.devices.balloon.as_ref();
+        let balloon = balloon.ok_or_else(|| no_balloon(&self.config.name))?;
+        let mut balloon = balloon.lock().unwrap_or_else(PoisonError::into_inner);
+        act(&mut balloon).map_err(|error| ApiError::internal(&error))?;
+        Ok(balloon_status(&balloon))
+    }
+
+    /// An error unless the guest is there, and has begun to run.
+    fn check_alive(&self) -> Result<(), ApiError> {
+        if self.observed.standby.is_some() {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                "the VM is a standby: it waits to be given its name",
+            ));
+        }
+        match self.exit.get() {
+            None => Ok(()),
+            Some(Exit::Reboot) => Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!("the VM `{}` is rebooting", self.config.name),
+            )
+            .advise("try again")),
+            Some(_) => Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!("the VM `{}` is ending", self.config.name),
+            )),
+        }
+    }
+}
+
+impl VmControl for VmHandle {
+    fn info(&self) -> VmInfo {
+        let state = if self.exit.get().is_some() {
+            VmState::Stopping
+        } else if self.observed.standby.is_some() {
+            VmState::Standby
+        } else if locked(&self.machine).is_running() {
+            VmState::Running
+        } else {
+            VmState::Paused
+        };
+        VmInfo {
+            name: self.config.name.clone(),
+            state,
+            pid: std::process::id(),
+            started_unix_ms: self.started_unix_ms,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            jail: self.observed.jail.clone(),
+            config: self.config.clone(),
+            timeline: timeline(&self.timeline).stages(),
+        }
+    }
+
+    fn stats(&mut self) -> Result<VmStats, ApiError> {
+        let mut text = vec![0; 4096];
+        let length = self
+            .observed
+            .memory_map
+            .read_at(&mut text, 0)
+            .map_err(|error| ApiError::internal(&error))?;
+        let mut memory = parse_memory_map(&String::from_utf8_lossy(&text[..length]));
+        memory.guest_bytes = self.config.memory.0;
+        memory.guest = self.guest_pages()?;
+        Ok(VmStats {
+            memory,
+            cpu: cpu_time(),
+            balloon: self.balloon().ok(),
+            devices: self.observed.devices.counters(),
+        })
+    }
+
+    fn pause(&mut self) -> Result<(), ApiError> {
+        self.check_alive()?;
+        locked(&self.machine).pause().map_err(told)
+    }
+
+    fn resume(&mut self) -> Result<(), ApiError> {
+        self.check_alive()?;
+        locked(&self.machine).resume().map_err(told)
+    }
+
+    fn power_button(&mut self) -> Result<(), ApiError> {
+        self.check_alive()?;
+        let machine = locked(&self.machine);
+        if !machine.is_running() {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!(
+                    "the VM `{}` is paused: its guest cannot react",
+                    self.config.name
+                ),
+            )
+            .advise("resume it first"));
+        }
+        machine.press_power_button();
+        Ok(())
+    }
+
+    fn kill(&mut self) {
+        self.exit.send(Exit::Killed);
+    }
+
+    fn balloon(&mut self) -> Result<BalloonStatus, ApiError> {
+        self.with_balloon(|balloon| {
+            // The answer comes later: this call tells what was known before.
+            balloon.refresh_stats()
+        })
+    }
+
+    fn set_balloon(&mut self, size: Bytes) -> Result<BalloonStatus, ApiError> {
+        if size >= self.config.memory {
+            return Err(ApiError::new(
+                ErrorCode::InvalidConfig,
+                format!(
+                    "the VM has {} of memory: the balloon must leave some",
+                    self.config.memory
+                ),
+            ));
+        }
+        self.with_balloon(|balloon| {
+            balloon.set_target_bytes(size.0);
+            Ok(())
+        })
+    }
+
+    fn console(&self) -> ConsoleInfo {
+        ConsoleInfo {
+            attached: self.observed.attached.load(Ordering::Relaxed),
+            ..self.console.clone()
+        }
+    }
+
+    fn snapshot(&mut self, request: SnapshotRequest, files: Vec<OwnedFd>, responder: Responder) {
+        if let Err(error) = self.check_alive() {
+            return responder.answer::<()>(Err(error));
+        }
+        let subject = Arc::clone(&self.observed.subject);
+        let wake = WakeAtEnd(self.exit.clone());
+        let work = move || {
+            let _wake = wake;
+            responder.answer(snapshot::take(&subject, &request, files));
+        };
+        // Without a thread the responder is dropped, which tells the client.
+        let started = std::thread::Builder::new()
+            .name("snapshot".to_owned())
+            .spawn(work);
+        if let Err(error) = started {
+            tracing::error!(%error, "no thread for a snapshot");
+        }
+    }
+
+    fn touched_pages(&self) -> Result<TouchedPages, ApiError> {
+        let Ok(subject) = self.observed.subject.try_lock() else {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                "a snapshot of this VM is being taken",
+            ));
+        };
+        let (memory, pagemap) = (subject.lineage.memory(), subject.lineage.pagemap());
+        let failed = |error: clone_memory::DirtyError| ApiError::internal(&error);
+        Ok(TouchedPages {
+            read: prefetch::runs(&memory.mapped_pages(pagemap).map_err(failed)?),
+            written: prefetch::runs(&memory.private_pages(pagemap).map_err(failed)?),
+        })
+    }
+
+    fn adopt(&mut self, adoption: &Adoption) -> Result<(), ApiError> {
+        adoption.required_jail.check(&self.observed.jail)?;
+        let Some(time) = self.observed.standby.take() else {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!("the VM `{}` is no standby", self.config.name),
+            ));
+        };
+        timeline(&self.timeline).reach(StartStage::Adopted);
+        self.rename(&adoption.name);
+        // From now on it is nobody's but its own.
+        let _ = rustix::process::set_parent_process_death_signal(None);
+        let mut machine = locked(&self.machine);
+        machine.set_time(&time).map_err(told)?;
+        machine.resume().map_err(told)?;
+        timeline(&self.timeline).reach(StartStage::Resumed);
+        Ok(())
+    }
+}
+
+fn no_balloon(name: &str) -> ApiError {
+    ApiError::new(
+        ErrorCode::Unavailable,
+        format!("the VM `{name}` has no balloon"),
+    )
+    .advise("start it without --no-balloon")
+}
+
+/// Reads `smaps_rollup` (proc_pid_smaps(5)).
+fn parse_memory_map(text: &str) -> MemoryStats {
+    let field = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        let kib = line.and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse().ok());
+        kib.unwrap_or(0_u64) << 10
+    };
+    MemoryStats {
+        guest_bytes: 0,
+        resident_bytes: field("Rss:"),
+        private_bytes: field("Private_Clean:") + field("Private_Dirty:"),
+        swapped_bytes: field("Swap:"),
+        guest: None,
+    }
+}
+
+fn cpu_time() -> CpuStats {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the pointer is to a writable `rusage`, which the call fills.
+    unsafe { libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr()) };
+    // SAFETY: all zero is a valid `rusage` of integers, and so is what the call left.
+    let usage = unsafe { usage.assume_init() };
+    let micros = |time: libc::timeval| time.tv_sec as u64 * 1_000_000 + time.tv_usec as u64;
+    CpuStats {
+        user_us: micros(usage.ru_utime),
+        system_us: micros(usage.ru_stime),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_from_the_kernels_words() {
+        let text = "00400000-7fff r--p 00000000 00:00 0 [rollup]\nRss:                1336 kB\n\
+                    Pss:                 400 kB\nPrivate_Clean:        16 kB\n\
+                    Private_Dirty:        92 kB\nSwap:                  4 kB\nSwapPss: 2 kB\n";
+        let memory = parse_memory_map(text);
+        assert_eq!(memory.resident_bytes, 1336 << 10);
+        assert_eq!(memory.private_bytes, 108 << 10);
+        assert_eq!(memory.swapped_bytes, 4 << 10);
+    }
+
+    #[test]
+    fn processor_time_grows_with_work() {
+        let before = cpu_time();
+        let mut x = 1_u64;
+        while cpu_time() == before {
+            x = std::hint::black_box(x.wrapping_mul(3));
+        }
+        let after = cpu_time();
+        assert!(after.user_us + after.system_us > before.user_us + before.system_us);
+    }
+}

@@ -1,0 +1,72 @@
+//! The walls of the workspace, held by tests: which crates must not reach which.
+
+use std::collections::BTreeSet;
+use std::process::Command;
+
+use crate::paths;
+
+/// Command lines, async runtimes, network configuration and HTTP, which no process that serves a
+/// guest may link.
+const LAUNCHING: [&str; 9] = [
+    "clap",
+    "tokio",
+    "rtnetlink",
+    "reqwest",
+    "hyper",
+    "axum",
+    "clone-host",
+    "clone-template",
+    "clone-image",
+];
+
+/// The packages that a package links, itself among them.
+fn linked(package: &str) -> BTreeSet<String> {
+    let output = Command::new(env!("CARGO"))
+        .args(["tree", "--offline", "--locked", "--edges", "normal"])
+        .args(["--prefix", "none", "--format", "{p}", "--package", package])
+        .current_dir(paths::workspace())
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let names = lines.lines().filter_map(|line| line.split(' ').next());
+    names.map(str::to_owned).collect()
+}
+
+#[track_caller]
+fn never_links(package: &str, forbidden: &[&str]) {
+    let linked = linked(package);
+    assert!(linked.contains(package));
+    let found: Vec<_> = forbidden
+        .iter()
+        .filter(|name| linked.contains(**name))
+        .collect();
+    assert!(found.is_empty(), "{package} links {found:?}");
+}
+
+#[test]
+fn what_serves_a_guest_links_nothing_that_launches() {
+    never_links("clone-vm-process", &LAUNCHING);
+}
+
+#[test]
+fn what_starts_vms_does_not_link_what_runs_as_one() {
+    for package in ["clone", "army", "clone-host", "clone-template"] {
+        never_links(package, &["clone-vm-process"]);
+    }
+}
+
+#[test]
+fn the_machine_knows_nothing_of_what_is_above_it() {
+    let above = ["clone-api", "clone-start", "clone-template", "agent-proto"];
+    never_links("clone-vmm", &above);
+    never_links("clone-api", &["clone-vmm", "clone-disk", "clone-memory"]);
+    never_links("clone-memory", &["kvm-ioctls", "clone-disk"]);
+}
+
+#[test]
+fn what_travels_over_the_network_knows_no_vm() {
+    never_links("army-api", &["clone-api", "clone-host", "axum", "sqlx"]);
+    never_links("agent-proto", &["tokio", "clone-api", "serde_json"]);
+}
