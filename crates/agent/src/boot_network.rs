@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use agent_proto::messages::{Identity, Interface};
 
+use crate::conversation::STACK_BYTES;
 use crate::identity;
-use crate::session::STACK_BYTES;
 
 /// How long an interface whose driver is not loaded yet is waited for, and how often it is looked
 /// for: sysfs tells nobody when one appears.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use agent_proto::messages::{Connect, Empty, ErrorCode, from_agent, from_host};
 
-use crate::session::{End, Inbox, Outbox, Refusal, STACK_BYTES};
+use crate::conversation::{End, Inbox, Outbox, Refusal, STACK_BYTES};
 
 /// Where programs of the guest listen. A server that is asked on `localhost` may have either.
 const LOOPBACK: [IpAddr; 2] = [

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use agent_proto::CHUNK;
 use agent_proto::messages::{ErrorCode, FileInfo, Get, Put, from_agent, from_host};
 
+use crate::conversation::{End, Inbox, Outbox, Refusal};
 use crate::replace::{FreshFile, end_of_links};
-use crate::session::{End, Inbox, Outbox, Refusal};
 use crate::users;
 
 /// Permission bits that may be set.

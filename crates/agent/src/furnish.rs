@@ -14,7 +14,8 @@ use rustix::fs::{Mode, mkfifoat};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::identity::{self, Report};
+use crate::identity;
+use crate::report::Report;
 
 /// What is mounted where, by the kinds and options that a distribution's init would use.
 const MOUNTS: [(&str, &str, &str); 6] = [

@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 use agent_proto::messages::Identity;
 use rustix::time::{ClockId, Timespec, clock_settime};
 
-use crate::replace::{Replaced, replace};
-use crate::session::Refusal;
+use crate::conversation::Refusal;
+use crate::replace::replace;
+use crate::report::Report;
 use crate::{hosts, interfaces, machine_id, process, ssh};
 
 /// Where an SSH server keeps its keys.
@@ -33,54 +34,6 @@ const SEED_FILES: [&str; 3] = [
     "/var/lib/misc/random-seed",
 ];
 const SEED_BYTES: usize = 512;
-
-/// What could not be done, in words for people.
-#[derive(Default)]
-pub(crate) struct Report {
-    notices: Vec<String>,
-    /// Files that another stands in for, and why the first of them could not be written.
-    covered: Vec<String>,
-    reason: Option<io::Error>,
-}
-
-impl Report {
-    pub(crate) fn add(&mut self, notice: impl Into<String>) {
-        self.notices.push(notice.into());
-    }
-
-    /// Takes the result of a step without which the rest goes on.
-    pub(crate) fn take(&mut self, step: Result<(), Refusal>) {
-        if let Err(refusal) = step {
-            self.add(refusal.message);
-        }
-    }
-
-    /// Takes the result of replacing a file.
-    pub(crate) fn replaced(&mut self, path: &Path, how: Replaced) {
-        if let Replaced::Covered(reason) = how {
-            self.covered.push(path.display().to_string());
-            self.reason.get_or_insert(reason);
-        }
-    }
-
-    /// Replaces a file without which the rest goes on.
-    fn replace(&mut self, path: &str, bytes: &[u8]) {
-        match replace(Path::new(path), bytes, 0o644) {
-            Ok(how) => self.replaced(Path::new(path), how),
-            Err(error) => self.add(format!("cannot write {path}: {error}")),
-        }
-    }
-
-    pub(crate) fn into_notices(mut self) -> Vec<String> {
-        if let Some(reason) = self.reason {
-            let files = self.covered.join(", ");
-            self.notices.push(format!(
-                "cannot write {files}: {reason}; files in memory stand in for them until the next boot"
-            ));
-        }
-        self.notices
-    }
-}
 
 /// Applies what is set in `identity`. Returns notices of what could not be done.
 ///

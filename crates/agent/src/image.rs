@@ -10,7 +10,7 @@ use std::path::Path;
 use agent_proto::messages::{ErrorCode, Exec};
 use serde::Deserialize;
 
-use crate::session::Refusal;
+use crate::conversation::Refusal;
 
 /// Where the image's description lies (`clone-image`'s `guest.rs` writes it).
 const DESCRIPTION: &str = "/etc/clone/image.json";

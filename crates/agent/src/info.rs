@@ -5,10 +5,8 @@ use std::time::{Duration, SystemTime};
 
 use agent_proto::messages::Info;
 
-use crate::session::Agent;
-
 /// Asks the kernel. What it does not tell is 0.
-pub(crate) fn gather(agent: &Agent) -> Info {
+pub(crate) fn gather(commands: u32, idle: Duration) -> Info {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let system = rustix::system::uname();
     let clock = SystemTime::now()
@@ -21,8 +19,8 @@ pub(crate) fn gather(agent: &Agent) -> Info {
         memory_total: kilobytes(&meminfo, "MemTotal:"),
         memory_available: kilobytes(&meminfo, "MemAvailable:"),
         load_milli: first_number("/proc/loadavg", 1000.0) as u32,
-        commands: agent.commands.running(),
-        idle_ms: Duration::as_millis(&agent.idle_since().elapsed()) as u64,
+        commands,
+        idle_ms: idle.as_millis() as u64,
         clock_ns: clock.as_nanos() as u64,
     }
 }

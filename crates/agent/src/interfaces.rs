@@ -9,7 +9,7 @@ use std::path::Path;
 
 use agent_proto::messages::{ErrorCode, Interface};
 
-use crate::session::Refusal;
+use crate::conversation::Refusal;
 
 /// Where the kernel lists interfaces.
 const NET: &str = "/sys/class/net";

@@ -10,9 +10,9 @@ use std::path::Path;
 
 use agent_proto::messages::ErrorCode;
 
-use crate::identity::Report;
+use crate::conversation::Refusal;
 use crate::replace::replace;
-use crate::session::Refusal;
+use crate::report::Report;
 
 /// machine-id(5), and where D-Bus keeps its copy, unless that is a link to the first.
 const FILES: [&str; 2] = ["/etc/machine-id", "/var/lib/dbus/machine-id"];

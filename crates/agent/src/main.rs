@@ -12,6 +12,7 @@
 
 mod boot_network;
 mod connect;
+mod conversation;
 mod exec;
 mod files;
 mod furnish;
@@ -29,6 +30,7 @@ mod machine_id;
 mod power;
 mod process;
 mod replace;
+mod report;
 mod session;
 mod ssh;
 mod users;

@@ -6,8 +6,8 @@ use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::conversation::{End, Outbox, Refusal};
 use crate::init;
-use crate::session::{End, Outbox, Refusal};
 
 /// Ends the guest in the way of its init: systemd's command where it runs, else a signal.
 pub(crate) fn shutdown(again: bool, outbox: &Outbox) -> Result<(), End> {

@@ -9,9 +9,9 @@ use std::process::{Command, Stdio};
 use agent_proto::messages::ErrorCode;
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::identity::Report;
+use crate::conversation::Refusal;
 use crate::replace::replace;
-use crate::session::Refusal;
+use crate::report::Report;
 
 /// Where a running server leaves its number.
 const PID_FILE: &str = "/run/sshd.pid";

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use agent_proto::messages::ErrorCode;
 
-use crate::session::Refusal;
+use crate::conversation::Refusal;
 
 /// The shell of users whose entry names none (passwd(5)).
 const DEFAULT_SHELL: &str = "/bin/sh";

@@ -10,10 +10,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::control::{
-    Adoption, ApiError, BalloonStatus, BalloonTarget, ConsoleInfo, SnapshotRequest, SnapshotTaken,
+    Adoption, BalloonStatus, BalloonTarget, ConsoleInfo, SnapshotRequest, SnapshotTaken,
     TouchedPages, VmInfo, VmStats,
 };
 use crate::descriptors;
+use crate::error::ApiError;
 use crate::jail::RequiredJail;
 use crate::routes::{self, Operation};
 use crate::units::Bytes;
@@ -273,7 +274,7 @@ fn parse_response(response: &[u8]) -> Result<(u16, &[u8]), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::ErrorCode;
+    use crate::error::ErrorCode;
     use std::os::unix::net::UnixListener;
     use std::thread;
 

@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::control::{ApiError, ErrorCode};
+use crate::error::{ApiError, ErrorCode};
 
 /// A layer of the jail that some hosts cannot provide.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -16,6 +16,7 @@ pub mod client;
 pub mod config;
 pub mod control;
 pub mod descriptors;
+mod error;
 pub mod jail;
 pub mod routes;
 pub mod shape;
@@ -27,7 +28,7 @@ mod openapi_tests;
 
 pub use client::{Client, ClientError};
 pub use config::VmConfig;
-pub use control::{ApiError, ErrorCode};
+pub use error::{ApiError, ErrorCode};
 pub use routes::{Method, Operation, Route};
 pub use shape::Shape;
 pub use units::{Bytes, Ipv4Network, MacAddr};

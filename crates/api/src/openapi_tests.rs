@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::config::{DiskConfig, NetConfig, Overlay, RateLimit, VmConfig};
 use crate::control::*;
+use crate::error::{ApiError, ErrorCode};
 use crate::jail::{JailLayer, JailStatus, MissingLayer, RequiredJail};
 use crate::routes::{ROUTES, Route};
 use crate::units::{Bytes, MacAddr};

@@ -35,6 +35,7 @@ mod engine;
 mod error;
 mod foreign;
 mod layer;
+mod op_kind;
 mod open;
 mod qcow2;
 mod remedy;

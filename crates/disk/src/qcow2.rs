@@ -20,8 +20,8 @@ use vm_memory::VolatileSlice;
 
 use crate::ZEROS;
 use crate::buffer::Buffers;
-use crate::engine::OpKind;
 use crate::error::{DiskError, io_error};
+use crate::op_kind::OpKind;
 use crate::remedy::Remedy;
 
 /// The first bytes of every qcow2 image.

@@ -12,6 +12,8 @@
 
 pub mod accounting;
 pub mod dirty;
+mod flatten;
+mod layer_writer;
 pub mod layers;
 pub mod layout;
 mod mapping;
@@ -20,7 +22,8 @@ mod sys;
 
 pub use accounting::{ProcessUsage, RamUsage};
 pub use dirty::{ChangeTracker, DirtyError, Pagemap};
-pub use layers::{Checksums, Layer, LayerError, LayerId, LayerStack, LayerWriter};
+pub use layer_writer::{Checksums, LayerWriter};
+pub use layers::{Layer, LayerError, LayerId, LayerStack};
 pub use layout::RamLayout;
 pub use mapping::{GuestMemory, GuestRam, MemoryError, Region};
 pub use pages::PageSet;

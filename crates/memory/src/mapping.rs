@@ -421,7 +421,7 @@ fn rw() -> ProtFlags {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layers::{Checksums, LayerWriter};
+    use crate::layer_writer::{Checksums, LayerWriter};
     use vm_memory::{Bytes, GuestMemoryBackend};
 
     #[test]

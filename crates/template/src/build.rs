@@ -11,22 +11,21 @@ use clone_api::shape::Ceilings;
 use clone_api::{ApiError, Bytes, ErrorCode, Shape};
 use clone_disk::{Disk, EngineKind};
 use clone_memory::Layer;
+use clone_start::disks;
 use clone_start::document::ForkDisk;
 use clone_start::error::{Result, failed};
-use clone_start::{disks, prefetch};
 use rustix::fs::{FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
+use super::content::{self, Content, HashedFile, Memory, MemoryLayer};
 use super::folder::Folder;
-use super::manifest::{self, Content, HashedFile, Manifest, Memory, MemoryLayer, refused};
+use super::manifest::{self, Manifest};
+use super::names::{self, INITRD, KERNEL, STATE, refused};
 use super::{Template, faults, kernel, verify};
 use crate::Verified;
 
 /// What a template under construction is called: hidden, and its name in front.
 const MARK: &str = ".tmp-";
-const STATE: &str = "state";
-const KERNEL: &str = "kernel";
-const INITRD: &str = "initrd";
 
 /// What the manifest says beside what the files tell.
 #[derive(Debug, Clone)]
@@ -308,15 +307,15 @@ impl NewTemplate {
 
     fn write_manifest(&self, text: &[u8]) -> Result<()> {
         faults::step("before the manifest")?;
-        let mut file = self.create(manifest::FILE)?;
+        let mut file = self.create(names::MANIFEST)?;
         file.write_all(text)
-            .map_err(failed("write", &self.path(manifest::FILE)))?;
+            .map_err(failed("write", &self.path(names::MANIFEST)))?;
         faults::step("after the manifest")
     }
 
     /// Makes all files durable, and gives the template its name.
     fn publish(self, manifest: &Manifest) -> Result<Template> {
-        for name in manifest.content.files().chain([manifest::FILE]) {
+        for name in manifest.content.files().chain([names::MANIFEST]) {
             let sealed = self.folder.open_file(name).and_then(|file| seal(&file));
             sealed.map_err(failed("make durable", &self.path(name)))?;
             faults::step("after a file was made durable")?;
@@ -347,7 +346,7 @@ impl NewTemplate {
         let memory = self.describe_memory()?;
         let mut disks = Vec::new();
         for (base, layers) in &self.disks {
-            disks.push(manifest::Disk {
+            disks.push(content::Disk {
                 base: self.hashed(base)?,
                 layers: layers
                     .iter()
@@ -453,21 +452,6 @@ fn taken(target: &Path) -> ApiError {
         format!("{} exists already", target.display()),
     )
     .advise("use another name, or remove it first: clone template rm")
-}
-
-/// Whether files of templates are called so.
-pub(super) fn is_file_of_a_template(name: &str) -> bool {
-    let memory = name.starts_with("memory-") && name.ends_with(".layer");
-    let disk = name.starts_with("disk-") && (name.ends_with(".raw") || name.contains(".layer-"));
-    let others = [
-        manifest::FILE,
-        STATE,
-        KERNEL,
-        INITRD,
-        prefetch::FILE,
-        "prefetch.new",
-    ];
-    memory || disk || others.contains(&name)
 }
 
 /// A name beside `target` that is nobody's.

@@ -160,7 +160,7 @@ proptest! {
         let Err(error) = checked else {
             return Err(TestCaseError::fail(format!("{file}: bit {bit} of byte {at}")));
         };
-        let named = file == manifest::FILE || error.message.contains(&file);
+        let named = file == names::MANIFEST || error.message.contains(&file);
         prop_assert!(named, "{}: {}", file, error);
     }
 }
@@ -172,7 +172,7 @@ fn a_pipe_in_place_of_a_file_is_refused_and_not_waited_for() {
         "state",
         "disk-0.raw",
         "kernel",
-        manifest::FILE,
+        names::MANIFEST,
     ] {
         let place = Place::new();
         drop(place.make("a", None));
@@ -271,10 +271,10 @@ fn a_directory_that_holds_something_else_is_not_removed() {
     let place = Place::new();
     let dir = place.path("other");
     fs::create_dir_all(dir.join("src")).unwrap();
-    fs::write(dir.join(manifest::FILE), "{\"manifest_version\": 3}").unwrap();
+    fs::write(dir.join(names::MANIFEST), "{\"manifest_version\": 3}").unwrap();
     let error = place.store().remove("other").unwrap_err();
     assert!(error.message.contains("`src`"), "{error}");
-    assert_eq!(names(&dir), [manifest::FILE, "src"]);
+    assert_eq!(names(&dir), [names::MANIFEST, "src"]);
     // A template that is damaged can be removed.
     drop(place.make("a", None));
     fs::remove_file(place.path("a").join("state")).unwrap();

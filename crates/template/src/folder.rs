@@ -17,7 +17,7 @@ use clone_start::error::{Result, failed};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
-use super::manifest::refused;
+use super::names::refused;
 use crate::trust::{caller, distrust};
 
 /// An open directory.

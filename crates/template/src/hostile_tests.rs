@@ -19,7 +19,7 @@ fn a_directory_or_a_file_that_another_user_may_write_to_is_refused() {
     for (path, open, shut) in [
         (dir.clone(), [0o770, 0o707, 0o1777], 0o700),
         (dir.join("kernel"), [0o420, 0o402, 0o666], 0o400),
-        (dir.join(manifest::FILE), [0o420, 0o402, 0o666], 0o400),
+        (dir.join(names::MANIFEST), [0o420, 0o402, 0o666], 0o400),
     ] {
         for open in open {
             mode(&path, open);

@@ -10,9 +10,9 @@ use std::io;
 use clone_start::error::{Result, failed};
 use serde::Deserialize;
 
-use super::build::is_file_of_a_template;
+use super::content::HashedFile;
 use super::folder::Folder;
-use super::manifest::HashedFile;
+use super::names::is_file_of_a_template;
 use super::{open_manifest, read_manifest, verify};
 
 /// As much of a manifest as is needed here.

@@ -16,12 +16,14 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod build;
+mod content;
 mod faults;
 mod flatten;
 mod folder;
 mod kernel;
 pub mod manifest;
 mod migrate;
+mod names;
 mod store;
 #[cfg(any(test, feature = "testing"))]
 #[doc(hidden)]
@@ -46,8 +48,9 @@ use clone_vmm::snapshot;
 use rustix::fs::FlockOperation;
 
 pub use build::{NewTemplate, Parts};
+pub use content::{Content, MAX_KERNEL_BYTES, MAX_TOTAL_BYTES};
 pub use flatten::{bytes_to_flatten, flatten};
-pub use manifest::{Content, Manifest};
+pub use manifest::Manifest;
 pub use store::Store;
 pub use transfer::{receive, send};
 pub use upgrade::upgrade;
@@ -59,8 +62,9 @@ use clone_start::document::{BootSource, ForkDisk};
 use clone_start::error::{Result, failed};
 use clone_start::prefetch;
 use clone_start::vm_dir::Parent;
+use content::HashedFile;
 use folder::Folder;
-use manifest::{HashedFile, refused};
+use names::refused;
 
 /// A template that is not removed while this lives. Its files are open, and read through these
 /// descriptors alone.
@@ -155,12 +159,12 @@ impl Template {
             disks: disks
                 .map(|disk| self.fork_disk(disk))
                 .collect::<Result<_>>()?,
-            locks: vec![SharedFile::of(self.path(manifest::FILE), &self.lock)?],
+            locks: vec![SharedFile::of(self.path(names::MANIFEST), &self.lock)?],
             boot: self.boot_source()?,
         })
     }
 
-    fn fork_disk(&self, disk: &manifest::Disk) -> Result<ForkDisk> {
+    fn fork_disk(&self, disk: &content::Disk) -> Result<ForkDisk> {
         let layers = disk.layers.iter();
         Ok(ForkDisk {
             base: Some((self.shared(&disk.base.file)?, DiskFormat::Raw)),
@@ -283,10 +287,10 @@ fn no_template(dir: &Path) -> ApiError {
 }
 
 fn open_manifest(folder: &Folder) -> Result<File> {
-    let opened = folder.open_file(manifest::FILE);
+    let opened = folder.open_file(names::MANIFEST);
     opened.map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => no_template(folder.path()),
-        _ => unusable(folder.path(), manifest::FILE, &error),
+        _ => unusable(folder.path(), names::MANIFEST, &error),
     })
 }
 
@@ -294,10 +298,10 @@ fn read_manifest(file: &File, dir: &Path) -> Result<Vec<u8>> {
     let mut text = Vec::new();
     file.take(manifest::MAX_BYTES + 1)
         .read_to_end(&mut text)
-        .map_err(failed("read", &dir.join(manifest::FILE)))?;
+        .map_err(failed("read", &dir.join(names::MANIFEST)))?;
     if text.len() as u64 > manifest::MAX_BYTES {
         let most = manifest::MAX_BYTES;
-        let reason = format!("{} is larger than {most} bytes", manifest::FILE);
+        let reason = format!("{} is larger than {most} bytes", names::MANIFEST);
         return Err(refused(dir, &reason));
     }
     Ok(text)

@@ -18,7 +18,7 @@ use clone_api::{Bytes, Shape};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::manifest::{Content, Disk, HashedFile, Memory};
+use super::content::{Content, Disk, HashedFile, Memory};
 
 /// The format's number.
 pub(super) const FORMAT_1: u32 = 1;

@@ -9,7 +9,7 @@ use clone_api::{ApiError, ErrorCode};
 use clone_start::error::{Result, failed};
 use rustix::fs::FlockOperation;
 
-use super::{Template, build, folder, manifest, no_template};
+use super::{Template, build, folder, names, no_template};
 
 /// Where templates are that are called by a name.
 #[derive(Clone, Debug)]
@@ -77,7 +77,7 @@ impl Store {
         for entry in entries {
             let entry = entry.map_err(failed("list", &self.root))?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if !name.starts_with('.') && entry.path().join(manifest::FILE).exists() {
+            if !name.starts_with('.') && entry.path().join(names::MANIFEST).exists() {
                 found.push((name, Template::open(&entry.path())));
             }
         }
@@ -91,7 +91,7 @@ impl Store {
     /// [`ErrorCode::Conflict`] while it is in use.
     pub fn remove(&self, name: &str) -> Result<()> {
         let dir = self.path(name)?;
-        let path = dir.join(manifest::FILE);
+        let path = dir.join(names::MANIFEST);
         let file = open_plain(&path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => no_template(&dir),
             _ => failed("open", &path)(error),
@@ -135,7 +135,7 @@ fn foreign_entry(dir: &Path) -> Result<Option<String>> {
         let entry = entry.map_err(failed("list", dir))?;
         let is_dir = entry.file_type().map_err(failed("look at", dir))?.is_dir();
         let name = entry.file_name().to_string_lossy().into_owned();
-        if is_dir || !build::is_file_of_a_template(&name) {
+        if is_dir || !names::is_file_of_a_template(&name) {
             return Ok(Some(name));
         }
     }

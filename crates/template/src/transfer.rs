@@ -20,7 +20,8 @@ use clone_start::error::{Result, failed};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use super::manifest::{self, Manifest, refused};
+use super::manifest::{self, Manifest};
+use super::names::{self, refused};
 use super::{NewTemplate, Template};
 use crate::Verified;
 
@@ -43,13 +44,13 @@ pub fn send(template: &Template, sink: &mut impl Write) -> Result<()> {
     };
     sink.write_all(MAGIC).map_err(gone)?;
     sink.write_all(&[VERSION]).map_err(gone)?;
-    for name in [manifest::FILE]
+    for name in [names::MANIFEST]
         .into_iter()
         .chain(template.content().files())
     {
         let path = template.path(name);
         let file = match name {
-            manifest::FILE => &template.lock,
+            names::MANIFEST => &template.lock,
             _ => template.file(name)?,
         };
         let len = file.metadata().map_err(failed("look at", &path))?.len();
@@ -151,7 +152,7 @@ impl<S: Read> Stream<'_, S> {
     fn manifest(&mut self) -> Result<Vec<u8>> {
         let mut text = Vec::new();
         loop {
-            let Piece { at, data } = self.piece(manifest::FILE)?;
+            let Piece { at, data } = self.piece(names::MANIFEST)?;
             if at != text.len() as u64 {
                 return Err(self.refused("the pieces of its manifest do not follow each other"));
             }
@@ -363,7 +364,7 @@ mod tests {
     #[test]
     fn pieces_that_do_not_go_forward_end_the_stream() {
         let megabyte = vec![b' '; PIECE as usize];
-        let manifest = |at, data: &[u8]| one_piece(manifest::FILE, at, data);
+        let manifest = |at, data: &[u8]| one_piece(names::MANIFEST, at, data);
         let few = 4 * PIECE as usize;
         assert!(taken_of(&[], &manifest(0, &megabyte)) < few);
         assert!(taken_of(&[], &manifest(0, b" ")) < few);
@@ -371,7 +372,7 @@ mod tests {
         // And those of a file, after a manifest that is good.
         let here = Place::new();
         let template = here.make("a", None);
-        let text = std::fs::read(template.path(manifest::FILE)).unwrap();
+        let text = std::fs::read(template.path(names::MANIFEST)).unwrap();
         let end = manifest(text.len() as u64, &[]);
         let head = [manifest(0, &text), end].concat();
         let layer = |at, data: &[u8]| one_piece("memory-0.layer", at, data);

@@ -10,16 +10,16 @@ use clone_memory::{GuestMemory, RamLayout};
 use clone_start::VmDir;
 use clone_start::error::Result;
 use clone_vmm::event_loop::EventLoop;
-use clone_vmm::machine::{Kernel, Machine, MachineError, MachineState, Parts};
-use clone_vmm::vcpu::{Refusal, VcpuError};
+use clone_vmm::machine::{Kernel, Machine, MachineState, Parts};
 use kvm_ioctls::Kvm;
 
 use super::console::ConsoleHub;
 use super::control::ControlServer;
 use super::lineage::Lineage;
-use super::open::{OpenOrigin, Resources};
+use super::machine::machine_error;
+use super::open::{BootFiles, OpenOrigin, Resources};
 use super::prefetch::Needed;
-use super::reboot::{BootFiles, Reboot};
+use super::reboot::Reboot;
 use super::snapshot::SnapshotDisk;
 use super::timeline::Timeline;
 use super::vm::{Observed, Vm, VmHandle};
@@ -188,9 +188,9 @@ fn boot(
     config: &VmConfig,
     events: &mut EventLoop,
 ) -> Result<Machine> {
-    let mut machine = Machine::new(parts, events).map_err(told)?;
+    let mut machine = Machine::new(parts, events).map_err(machine_error)?;
     machine.boot(kernel).map_err(|error| {
-        told(error).advise(format!(
+        machine_error(error).advise(format!(
             "check that {} is a Linux kernel for x86-64",
             config.kernel.display()
         ))
@@ -205,16 +205,16 @@ fn restore(
     events: &mut EventLoop,
     timeline: &mut Timeline,
 ) -> Result<Machine> {
-    let machine = Machine::restore(parts, state, events).map_err(told)?;
+    let machine = Machine::restore(parts, state, events).map_err(machine_error)?;
     timeline.reach(StartStage::Built);
     if let Some(needed) = needed {
-        machine.pre_fault(&needed.all()).map_err(told)?;
+        machine.pre_fault(&needed.all()).map_err(machine_error)?;
         timeline.reach(StartStage::PreFaulted);
     }
     let mut generation = [0; 16];
     rustix::rand::getrandom(&mut generation, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| ApiError::internal(&std::io::Error::from(error)))?;
-    machine.set_generation(generation).map_err(told)?;
+    machine.set_generation(generation).map_err(machine_error)?;
     Ok(machine)
 }
 
@@ -231,23 +231,4 @@ fn guest_memory(config: &VmConfig) -> Result<GuestMemory> {
             "give it less --memory than {size}, or see `ulimit -v` and vm.overcommit_memory"
         ))
     })
-}
-
-/// A machine's error for the user.
-pub(super) fn told(error: MachineError) -> ApiError {
-    let told = |code| ApiError {
-        code,
-        ..ApiError::internal(&error)
-    };
-    match &error {
-        MachineError::Missing(_) => told(ErrorCode::HostUnsupported)
-            .advise("use a newer kernel; 6.7 or newer has everything"),
-        MachineError::Vcpu(VcpuError::Refused { refusal, .. }) => match refusal {
-            Refusal::Vendor { .. } | Refusal::Exceeds(_) => told(ErrorCode::HostUnsupported)
-                .advise("use a host with the same CPU or a newer one of its kind"),
-            Refusal::Invalid(_) => told(ErrorCode::InvalidConfig)
-                .advise("take the snapshot again: this one was damaged or made by hand"),
-        },
-        _ => told(ErrorCode::Internal),
-    }
 }

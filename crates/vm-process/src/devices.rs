@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use clone_api::config::{BalloonConfig, RateLimit};
+use clone_api::config::BalloonConfig;
 use clone_api::control::{BalloonStatus, GuestMemoryStats};
 use clone_api::{ApiError, ErrorCode, VmConfig};
 use clone_disk::Disk;
@@ -17,7 +17,6 @@ use clone_vmm::devices::vsock::{Vsock, VsockResources, VsockState};
 use clone_vmm::event_loop::EventLoop;
 use clone_vmm::machine::DeviceSlot;
 use clone_vmm::pci::virtio_pci::{SharedVirtioDevice, VirtioPciState};
-use clone_vmm::rate_limit::{Rate, RateLimits};
 use clone_vmm::virtio::{DeviceError, VirtioDevice};
 
 use super::open::DeviceResources;
@@ -138,26 +137,6 @@ pub(super) fn balloon_status(balloon: &Balloon) -> BalloonStatus {
     }
 }
 
-/// A device's limits as it takes them; none where there are none.
-pub(super) fn limits(limit: Option<&RateLimit>) -> RateLimits {
-    let Some(limit) = limit else {
-        return RateLimits::default();
-    };
-    let rate = |per_second: Option<u64>, burst: Option<u64>| {
-        per_second.map(|per_second| Rate {
-            burst: burst.unwrap_or(Rate::per_second(per_second).burst),
-            per_second,
-        })
-    };
-    RateLimits {
-        bytes: rate(
-            limit.bandwidth.map(|bytes| bytes.0),
-            limit.bandwidth_burst.map(|bytes| bytes.0),
-        ),
-        operations: rate(limit.iops, limit.iops_burst),
-    }
-}
-
 impl Handles {
     /// The counters of each device, by its name.
     pub(super) fn counters(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
@@ -188,25 +167,5 @@ impl Devices {
             device,
             registrar: events.reserve(),
         });
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use clone_api::Bytes;
-
-    #[test]
-    fn limits_carry_over_and_bursts_have_a_default() {
-        let limit = RateLimit {
-            bandwidth: Some(Bytes(1000)),
-            iops: Some(50),
-            iops_burst: Some(7),
-            ..RateLimit::default()
-        };
-        let made = limits(Some(&limit));
-        assert_eq!(made.bytes, Some(Rate::per_second(1000)));
-        assert_eq!(made.operations.unwrap().burst, 7);
-        assert_eq!(limits(None), RateLimits::default());
     }
 }

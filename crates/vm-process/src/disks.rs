@@ -12,7 +12,7 @@ use clone_start::disks::disk_error;
 use clone_start::error::Result;
 use clone_vmm::devices::block::{Block, BlockConfig, BlockState};
 
-use super::devices;
+use super::rate_limits;
 
 /// The device of a disk, new or as it was `saved`, and the disk behind it.
 pub(super) fn device(
@@ -22,7 +22,7 @@ pub(super) fn device(
 ) -> Result<(Block, Arc<Mutex<Disk>>)> {
     let opened = Disk::open(files, EngineKind::Uring).map_err(|error| disk_error(disk, &error))?;
     let opened = Arc::new(Mutex::new(opened));
-    let limits = devices::limits(disk.rate_limit.as_ref());
+    let limits = rate_limits::limits(disk.rate_limit.as_ref());
     let state = match saved {
         Some(bytes) => BlockState::decode(bytes)
             .map_err(|error| ApiError::internal(&error))?

@@ -12,7 +12,7 @@ use clone_start::error::Result;
 use clone_vmm::devices::net::{self, Net, NetResources, NetState, Port, Tap};
 use clone_vmm::rate_limit::RateLimits;
 
-use super::devices;
+use super::rate_limits;
 
 /// An interface's host side, open.
 pub(super) struct OpenNet {
@@ -32,7 +32,7 @@ pub(super) fn open(
     let taps = taps.take(usize::from(queues)).map(Tap::from_fd);
     let taps = taps.collect::<std::result::Result<_, _>>();
     let taps = taps.map_err(|error| ApiError::internal(&error))?;
-    let limits = devices::limits(config.rate_limit.as_ref());
+    let limits = rate_limits::limits(config.rate_limit.as_ref());
     let vhost = match config.vhost {
         Vhost::Off => Vec::new(),
         // The kernel's path knows no limits; validation refuses to be told both.

@@ -2,7 +2,7 @@
 //! and makes no socket.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
@@ -16,13 +16,12 @@ use clone_start::VmDir;
 use clone_start::document::{BootSource, Fork, ForkDisk, Origin, Start};
 use clone_start::error::{Result, failed};
 use clone_start::{disks, fits};
-use clone_vmm::machine::MachineState;
+use clone_vmm::machine::{Kernel, MachineState};
 use clone_vmm::snapshot;
 use rustix::fs::FlockOperation;
 
 use super::nets;
 use super::nets::OpenNet;
-use super::reboot::BootFiles;
 use crate::console::ConsoleLog;
 
 /// Why a clone of a template of an older format cannot reboot.
@@ -62,6 +61,36 @@ pub(super) struct OpenFork {
     pub(super) boot: std::result::Result<BootFiles, String>,
     /// Locked.
     pub(super) locks: Vec<File>,
+}
+
+/// A kernel and its initial RAM disk, open.
+pub(super) struct BootFiles {
+    pub(super) kernel: File,
+    pub(super) initrd: Option<File>,
+}
+
+impl BootFiles {
+    /// The same files for another owner.
+    pub(super) fn try_clone(&self) -> io::Result<Self> {
+        let initrd = self.initrd.as_ref().map(File::try_clone);
+        Ok(Self {
+            kernel: self.kernel.try_clone()?,
+            initrd: initrd.transpose()?,
+        })
+    }
+
+    /// What `config` boots, with the words that its devices need on the command line.
+    pub(super) fn kernel(self, config: &VmConfig, extra_arguments: &[String]) -> Kernel {
+        let mut cmdline = config.kernel_cmdline();
+        for argument in extra_arguments {
+            cmdline = format!("{cmdline} {argument}");
+        }
+        Kernel {
+            image: self.kernel,
+            initrd: self.initrd,
+            cmdline,
+        }
+    }
 }
 
 /// What its devices are made from, open.

@@ -4,46 +4,13 @@
 //! in the jail, is loaded as at the first boot. Sockets, console, network and disks stay. A guest
 //! whose kernel panicked is not booted again: it would most likely panic for ever.
 
-use std::fs::File;
-use std::io;
 use std::sync::{Arc, TryLockError};
 
-use clone_api::VmConfig;
 use clone_api::config::OnReboot;
 use clone_vmm::machine::{Exit, ExitSignal, Kernel, Machine, MachineError};
 
+use super::machine::locked;
 use super::snapshot::{SharedSubject, Subject};
-use super::vm::locked;
-
-/// A kernel and its initial RAM disk, open.
-pub(super) struct BootFiles {
-    pub(super) kernel: File,
-    pub(super) initrd: Option<File>,
-}
-
-impl BootFiles {
-    /// The same files for another owner.
-    pub(super) fn try_clone(&self) -> io::Result<Self> {
-        let initrd = self.initrd.as_ref().map(File::try_clone);
-        Ok(Self {
-            kernel: self.kernel.try_clone()?,
-            initrd: initrd.transpose()?,
-        })
-    }
-
-    /// What `config` boots, with the words that its devices need on the command line.
-    pub(super) fn kernel(self, config: &VmConfig, extra_arguments: &[String]) -> Kernel {
-        let mut cmdline = config.kernel_cmdline();
-        for argument in extra_arguments {
-            cmdline = format!("{cmdline} {argument}");
-        }
-        Kernel {
-            image: self.kernel,
-            initrd: self.initrd,
-            cmdline,
-        }
-    }
-}
 
 /// What a reboot needs.
 pub(super) struct Reboot {

@@ -20,10 +20,9 @@ use clone_start::error::{Result, storage_failed};
 use clone_vmm::machine::{Machine, MachineState};
 use clone_vmm::snapshot::{self, CpuProfile};
 
-use super::assemble::told;
 use super::lineage::Lineage;
-use super::reboot::BootFiles;
-use super::vm::{SharedMachine, locked};
+use super::machine::{SharedMachine, locked, machine_error};
+use super::open::BootFiles;
 
 /// While the guest runs, what it changed is copied again until there is no more of it than this.
 const SMALL_BYTES: u64 = 1 << 20;
@@ -160,7 +159,7 @@ impl Subject {
         let was_running = machine.is_running();
         let paused = self.pause_and_read(&mut machine, &mut writer, files.disks, full, &mut times);
         if was_running {
-            machine.resume().map_err(told)?;
+            machine.resume().map_err(machine_error)?;
         }
         drop(machine);
         watch.lap(&mut times.pause_us);
@@ -236,7 +235,7 @@ impl Subject {
         times: &mut SnapshotTimes,
     ) -> Result<Paused> {
         let mut watch = Stopwatch::start();
-        machine.pause().map_err(told)?;
+        machine.pause().map_err(machine_error)?;
         watch.lap(&mut times.stop_us);
         if machine.exit().is_some() {
             // Its next instruction is the end: nothing of use could be forked from it.
@@ -248,7 +247,7 @@ impl Subject {
         let memory = self.lineage.memory();
         writer.copy(memory, &pages).map_err(no_copy)?;
         watch.lap(&mut times.last_copy_us);
-        let state = machine.save().map_err(told)?;
+        let state = machine.save().map_err(machine_error)?;
         watch.lap(&mut times.save_us);
         let frozen = self.freeze(disks, full)?;
         watch.lap(&mut times.freeze_us);

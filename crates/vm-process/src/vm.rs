@@ -22,24 +22,16 @@ use clone_vmm::machine::{Exit, ExitSignal, GuestTime, Machine};
 use clone_vmm::virtio::DeviceError;
 use vmm_sys_util::epoll::EventSet;
 
-use super::assemble::told;
 use super::console::ConsoleHub;
 use super::control::{Responder, VmControl};
 use super::devices::{Handles, balloon_status};
 use super::lineage::Lineage;
+use super::machine::{SharedMachine, locked, machine_error};
+use super::open::BootFiles;
 use super::prefetch;
-use super::reboot::{BootFiles, Reboot};
+use super::reboot::Reboot;
 use super::snapshot::{self, SharedSubject, SnapshotDisk, Subject};
 use super::timeline::Timeline;
-
-/// Locked for one call at a time by the event loop's thread, and by a snapshot's for as long as it
-/// keeps the guest paused.
-pub(super) type SharedMachine = Arc<Mutex<Machine>>;
-
-pub(super) fn locked(machine: &SharedMachine) -> MutexGuard<'_, Machine> {
-    // After a panic the machine is suspect, but ending it in order is still right.
-    machine.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Locked for a moment each, by the event loop's thread alone: its two owners are both on it.
 type SharedTimeline = Arc<Mutex<Timeline>>;
@@ -106,7 +98,7 @@ impl Vm {
 
     /// Lets the guest run its first instruction.
     pub(super) fn begin(&mut self) -> Result<(), ApiError> {
-        locked(&self.machine).resume().map_err(told)?;
+        locked(&self.machine).resume().map_err(machine_error)?;
         self.reach(StartStage::Resumed);
         Ok(())
     }
@@ -310,12 +302,12 @@ impl VmControl for VmHandle {
 
     fn pause(&mut self) -> Result<(), ApiError> {
         self.check_alive()?;
-        locked(&self.machine).pause().map_err(told)
+        locked(&self.machine).pause().map_err(machine_error)
     }
 
     fn resume(&mut self) -> Result<(), ApiError> {
         self.check_alive()?;
-        locked(&self.machine).resume().map_err(told)
+        locked(&self.machine).resume().map_err(machine_error)
     }
 
     fn power_button(&mut self) -> Result<(), ApiError> {
@@ -416,8 +408,8 @@ impl VmControl for VmHandle {
         // From now on it is nobody's but its own.
         let _ = rustix::process::set_parent_process_death_signal(None);
         let mut machine = locked(&self.machine);
-        machine.set_time(&time).map_err(told)?;
-        machine.resume().map_err(told)?;
+        machine.set_time(&time).map_err(machine_error)?;
+        machine.resume().map_err(machine_error)?;
         timeline(&self.timeline).reach(StartStage::Resumed);
         Ok(())
     }

@@ -24,7 +24,7 @@ use super::STREAMS;
 use super::input::{Input, Overrun};
 use super::spawn::{self, Spawned, winsize};
 use super::spool::Spool;
-use crate::session::{Outbox, Refusal, STACK_BYTES};
+use crate::conversation::{Outbox, Refusal, STACK_BYTES};
 
 /// How long after a command's end the output counts of what it left in the background.
 const LINGER: Duration = Duration::from_millis(500);

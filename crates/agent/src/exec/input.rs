@@ -9,7 +9,7 @@ use std::thread;
 use agent_proto::INPUT_WINDOW;
 use agent_proto::messages::from_agent;
 
-use crate::session::{Outbox, STACK_BYTES};
+use crate::conversation::{Outbox, STACK_BYTES};
 
 /// The input of a command.
 pub(super) struct Input {

@@ -19,8 +19,8 @@ use agent_proto::messages::{
 };
 
 use self::command::{Command, Piece};
+use crate::conversation::{End, Inbox, Outbox, Refusal, STACK_BYTES};
 use crate::image::Image;
-use crate::session::{Agent, End, Inbox, Outbox, Refusal, STACK_BYTES};
 use crate::users;
 
 /// The PATH of commands that bring none.
@@ -113,7 +113,7 @@ impl Commands {
 
 /// Starts a command and stays with it.
 pub(crate) fn start(
-    agent: &Arc<Agent>,
+    commands: &Commands,
     mut request: Exec,
     inbox: Inbox,
     outbox: &Outbox,
@@ -122,8 +122,8 @@ pub(crate) fn start(
     if request.login_shell {
         request.command = vec![login_shell(&request.user)?];
     }
-    let command = agent.commands.start(&request)?;
-    attend(agent, &command, Acknowledge::default(), inbox, outbox)
+    let command = commands.start(&request)?;
+    attend(commands, &command, Acknowledge::default(), inbox, outbox)
 }
 
 fn login_shell(user: &str) -> Result<String, Refusal> {
@@ -134,12 +134,12 @@ fn login_shell(user: &str) -> Result<String, Refusal> {
 
 /// Goes on with a command.
 pub(crate) fn attach(
-    agent: &Arc<Agent>,
+    commands: &Commands,
     request: &Attach,
     inbox: Inbox,
     outbox: &Outbox,
 ) -> Result<(), End> {
-    let command = agent.commands.find(request.id).ok_or_else(|| {
+    let command = commands.find(request.id).ok_or_else(|| {
         let message = format!(
             "no command {} in the guest, or its end was seen already",
             request.id
@@ -150,13 +150,13 @@ pub(crate) fn attach(
         stdout_cursor: request.stdout_cursor,
         stderr_cursor: request.stderr_cursor,
     };
-    attend(agent, &command, arrived, inbox, outbox)
+    attend(commands, &command, arrived, inbox, outbox)
 }
 
 /// Passes output to the host on this thread and what the host says to the command on another,
 /// until the command has ended or the connection is lost.
 fn attend(
-    agent: &Arc<Agent>,
+    commands: &Commands,
     command: &Arc<Command>,
     arrived: Acknowledge,
     inbox: Inbox,
@@ -192,7 +192,7 @@ fn attend(
                 let sent = outbox.send(from_agent::Kind::Exited(exited));
                 command.detach(seat);
                 if sent.is_ok() {
-                    agent.commands.forget(command.id);
+                    commands.forget(command.id);
                 }
                 return sent;
             }

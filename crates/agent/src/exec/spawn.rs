@@ -16,8 +16,8 @@ use rustix::termios::{Winsize, tcsetwinsize};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
 use super::DEFAULT_PATH;
+use crate::conversation::Refusal;
 use crate::limits;
-use crate::session::Refusal;
 use crate::users::{self, User};
 
 /// A process and our ends of its streams.

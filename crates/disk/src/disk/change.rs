@@ -11,7 +11,8 @@ use super::stack::Stack;
 use super::task::{Change, Piece, Work};
 use crate::block_map::Owner;
 use crate::buffer::{Buffers, Owned};
-use crate::engine::{Op, OpKind, zeros};
+use crate::engine::{Op, zeros};
+use crate::op_kind::OpKind;
 use crate::request::Request;
 
 impl Disk {

@@ -6,8 +6,9 @@
 use super::Disk;
 use super::task::{FlushPass, FlushStage, Work};
 use crate::buffer::Owned;
-use crate::engine::{Op, OpKind};
+use crate::engine::Op;
 use crate::layer::LayerHeader;
+use crate::op_kind::OpKind;
 
 /// Flushes that are not answered.
 #[derive(Default)]

@@ -8,9 +8,10 @@ use rustix::fs::FlockOperation;
 
 use super::{Disk, Stack};
 use crate::block_map::BlockMap;
-use crate::engine::{Op, OpKind, Target};
+use crate::engine::{Op, Target};
 use crate::error::{DiskError, io_error};
 use crate::layer::{self, LayerHeader};
+use crate::op_kind::OpKind;
 use crate::room;
 
 impl Disk {

@@ -17,7 +17,8 @@ use std::io;
 use std::os::fd::RawFd;
 
 use crate::buffer::{Buffer, Buffers, invalid_input};
-use crate::engine::{Engine, Finished, Op, OpKind};
+use crate::engine::{Engine, Finished, Op};
+use crate::op_kind::OpKind;
 use crate::request::{Completion, Request};
 pub use export::FrozenLayers;
 pub(crate) use stack::Stack;

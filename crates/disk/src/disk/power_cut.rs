@@ -8,7 +8,8 @@ use std::os::unix::fs::FileExt;
 use proptest::prelude::*;
 
 use super::Disk;
-use crate::engine::{EngineKind, OpKind};
+use crate::engine::EngineKind;
+use crate::op_kind::OpKind;
 use crate::request::Request;
 use crate::spec::{DiskFiles, Format, WriteFile};
 

@@ -6,9 +6,10 @@ use std::ops::Range;
 
 use crate::block_map::{BlockMap, LEAF_BLOCKS, MAX_LAYERS, Owner};
 use crate::buffer::Buffers;
-use crate::engine::{Op, OpKind};
+use crate::engine::Op;
 use crate::error::DiskError;
 use crate::layer::{LayerHeader, LayerId};
+use crate::op_kind::OpKind;
 use crate::request::Request;
 use crate::room::Room;
 

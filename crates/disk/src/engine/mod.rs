@@ -9,7 +9,7 @@ mod worker;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
-pub(crate) use op::{Op, OpKind, Target, zeros};
+pub(crate) use op::{Op, Target, zeros};
 use uring::Uring;
 use worker::Worker;
 

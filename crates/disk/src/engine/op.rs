@@ -9,6 +9,7 @@ use rustix::fs::FallocateFlags;
 
 use crate::ZEROS;
 use crate::buffer::{Buffer, Buffers};
+use crate::op_kind::OpKind;
 use crate::qcow2::Qcow2Image;
 
 /// What an op works on. Cheap to clone.
@@ -18,36 +19,6 @@ pub(crate) enum Target {
     File(Arc<File>),
     /// A qcow2 image; its calls block.
     Qcow2(Arc<Qcow2Image>),
-}
-
-/// What to do. Each either succeeds as a whole or fails.
-#[derive(Clone)]
-pub(crate) enum OpKind {
-    /// Fill the buffers; past the end of the file there are zeros.
-    Read(Buffers),
-    /// Write the buffers.
-    Write(Buffers),
-    /// Make everything that was written before durable.
-    Sync,
-    /// Make `len` bytes read as zero, giving the space back where `punch` allows it.
-    Zero {
-        /// How many bytes.
-        len: u64,
-        /// Whether the space may be given back.
-        punch: bool,
-    },
-    /// Write `rest` zeros after those in the buffers (the slow way of `Zero`).
-    Fill {
-        /// Zeros of the next write.
-        buffers: Buffers,
-        /// How many bytes follow.
-        rest: u64,
-    },
-    /// Give the space back if that is possible; afterwards the bytes may read as anything.
-    Discard {
-        /// How many bytes.
-        len: u64,
-    },
 }
 
 /// An op on the `target`-th target of a disk, at `offset` bytes.

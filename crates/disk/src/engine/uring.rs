@@ -11,9 +11,10 @@ use std::os::fd::{AsRawFd, RawFd};
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::fs::FallocateFlags;
 
-use super::op::{Op, OpKind, Progress, Target};
+use super::op::{Op, Progress, Target};
 use super::ring::restricted_ring;
 use super::{Finished, OpId};
+use crate::op_kind::OpKind;
 
 /// Ops in flight at once; more wait in a queue of ours.
 const ENTRIES: u32 = 64;

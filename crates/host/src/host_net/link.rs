@@ -7,7 +7,9 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use clone_api::MacAddr;
 use futures_util::{StreamExt, TryStreamExt};
-use rtnetlink::packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use rtnetlink::packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
@@ -21,9 +23,9 @@ use rtnetlink::{
 };
 use tokio::runtime::{Builder, Runtime};
 
-use super::guard::{self, Guard};
+use super::guard::{self, Encoded, Guard};
 use super::range::Range;
-use super::tc::Hook;
+use super::tc::{self, Hook};
 use super::{HostNetError, host};
 
 /// The place of our routing rule: after that of the host's own addresses, before all others.
@@ -339,7 +341,7 @@ impl Links {
     }
 
     /// Sends a message that `rtnetlink` has no call for, and returns the answers.
-    pub(super) fn request(
+    fn request(
         &self,
         message: RouteNetlinkMessage,
         flags: u16,
@@ -358,6 +360,37 @@ impl Links {
             }
         }
         Ok(contents)
+    }
+
+    /// Judges the frames of an interface by `program` from now on, in place of the one before. The
+    /// change is one step: no frame passes in between.
+    fn judge(
+        &self,
+        interface: &str,
+        index: u32,
+        hook: Hook,
+        program: &Encoded,
+    ) -> Result<(), HostNetError> {
+        let index = index as i32;
+        let judged = self.add_hooks(index).and_then(|()| {
+            let mut filters = tc::filters(index, hook, program).into_iter();
+            filters.try_for_each(|filter| self.acknowledged(filter, NLM_F_CREATE))
+        });
+        judged.map_err(|source| match source.raw_os_error() {
+            Some(libc::ENOENT | libc::EOPNOTSUPP) => HostNetError::NoTrafficControl(source),
+            _ => failed("guard the interface", interface)(source),
+        })
+    }
+
+    fn add_hooks(&self, index: i32) -> io::Result<()> {
+        match self.acknowledged(tc::hooks(index), NLM_F_CREATE | NLM_F_EXCL) {
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn acknowledged(&self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        self.request(message, NLM_F_ACK | flags).map(|_| ())
     }
 
     fn run(&self, request: impl Future<Output = Result<(), rtnetlink::Error>>) -> io::Result<()> {
@@ -399,7 +432,7 @@ fn os_error(error: rtnetlink::Error) -> io::Error {
     }
 }
 
-pub(super) fn failed(action: &'static str, object: &str) -> impl FnOnce(io::Error) -> HostNetError {
+fn failed(action: &'static str, object: &str) -> impl FnOnce(io::Error) -> HostNetError {
     let object = object.to_owned();
     move |source| match source.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => HostNetError::NotAllowed { action, object },

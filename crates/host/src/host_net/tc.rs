@@ -1,18 +1,14 @@
-//! Programs at an interface's traffic control hooks, by netlink.
+//! The netlink messages that put programs at an interface's traffic control hooks.
 //!
 //! Each direction has two filters: the program, which answers whether a frame passes, and after it
 //! one that drops every frame. So what a program does not accept is dropped, whatever the reason.
 //! Source: the Linux kernel's `cls_bpf`.
 
-use std::io;
-
-use rtnetlink::packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL};
+use rtnetlink::packet_core::DefaultNla;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
 
-use super::HostNetError;
 use super::guard::{self, Encoded};
-use super::link::{Links, failed};
 
 /// Attributes of a filter of classic BPF (`TCA_BPF_OPS_LEN`, `TCA_BPF_OPS`), and the flag that a
 /// program's answer is an action (`TCA_BPF_FLAG_ACT_DIRECT` of `TCA_BPF_FLAGS`).
@@ -45,74 +41,53 @@ impl Hook {
     }
 }
 
-impl Links {
-    /// Judges the frames of an interface by `program` from now on, in place of the one before. The
-    /// change is one step: no frame passes in between.
-    pub(super) fn judge(
-        &self,
-        interface: &str,
-        index: u32,
-        hook: Hook,
-        program: &Encoded,
-    ) -> Result<(), HostNetError> {
-        let index = index as i32;
-        self.add_hooks(index)
-            .and_then(|()| self.set_filter(index, hook, 2, &guard::drop_all(), ACT_DIRECT))
-            .and_then(|()| self.set_filter(index, hook, 1, program, 0))
-            .map_err(|source| match source.raw_os_error() {
-                Some(libc::ENOENT | libc::EOPNOTSUPP) => HostNetError::NoTrafficControl(source),
-                _ => failed("guard the interface", interface)(source),
-            })
-    }
+/// The message that adds the hooks to an interface. It is refused where they are there.
+pub(super) fn hooks(index: i32) -> RouteNetlinkMessage {
+    let mut message = TcMessage::with_index(index);
+    message.header.parent = TcHandle::CLSACT;
+    message.header.handle = TcHandle {
+        major: 0xffff,
+        minor: 0,
+    };
+    message
+        .attributes
+        .push(TcAttribute::Kind("clsact".to_owned()));
+    RouteNetlinkMessage::NewQueueDiscipline(message)
+}
 
-    fn add_hooks(&self, index: i32) -> io::Result<()> {
-        let mut message = TcMessage::with_index(index);
-        message.header.parent = TcHandle::CLSACT;
-        message.header.handle = TcHandle {
-            major: 0xffff,
-            minor: 0,
-        };
-        message
-            .attributes
-            .push(TcAttribute::Kind("clsact".to_owned()));
-        let message = RouteNetlinkMessage::NewQueueDiscipline(message);
-        match self.send(message, NLM_F_CREATE | NLM_F_EXCL) {
-            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
-            result => result,
-        }
-    }
+/// The messages that set the two filters of a hook. Each replaces the one before in one step.
+pub(super) fn filters(index: i32, hook: Hook, program: &Encoded) -> [RouteNetlinkMessage; 2] {
+    [
+        filter(index, hook, 2, &guard::drop_all(), ACT_DIRECT),
+        filter(index, hook, 1, program, 0),
+    ]
+}
 
-    fn set_filter(
-        &self,
-        index: i32,
-        hook: Hook,
-        priority: u16,
-        program: &Encoded,
-        flags: u32,
-    ) -> io::Result<()> {
-        let mut message = TcMessage::with_index(index);
-        message.header.parent = hook.parent();
-        message.header.handle = HANDLE;
-        message.header.info = TcHandle {
-            major: priority,
-            minor: ALL_PROTOCOLS,
-        }
-        .into();
-        let option = |kind, value: Vec<u8>| {
-            TcOption::Bpf(TcFilterBpfOption::Other(DefaultNla::new(kind, value)))
-        };
-        message.attributes = vec![
-            TcAttribute::Kind("bpf".to_owned()),
-            TcAttribute::Options(vec![
-                option(OPS_LEN, (program.count as u16).to_ne_bytes().to_vec()),
-                option(OPS, program.bytes.clone()),
-                option(FLAGS, flags.to_ne_bytes().to_vec()),
-            ]),
-        ];
-        self.send(RouteNetlinkMessage::NewTrafficFilter(message), NLM_F_CREATE)
+fn filter(
+    index: i32,
+    hook: Hook,
+    priority: u16,
+    program: &Encoded,
+    flags: u32,
+) -> RouteNetlinkMessage {
+    let mut message = TcMessage::with_index(index);
+    message.header.parent = hook.parent();
+    message.header.handle = HANDLE;
+    message.header.info = TcHandle {
+        major: priority,
+        minor: ALL_PROTOCOLS,
     }
-
-    fn send(&self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
-        self.request(message, NLM_F_ACK | flags).map(|_| ())
-    }
+    .into();
+    let option = |kind, value: Vec<u8>| {
+        TcOption::Bpf(TcFilterBpfOption::Other(DefaultNla::new(kind, value)))
+    };
+    message.attributes = vec![
+        TcAttribute::Kind("bpf".to_owned()),
+        TcAttribute::Options(vec![
+            option(OPS_LEN, (program.count as u16).to_ne_bytes().to_vec()),
+            option(OPS, program.bytes.clone()),
+            option(FLAGS, flags.to_ne_bytes().to_vec()),
+        ]),
+    ];
+    RouteNetlinkMessage::NewTrafficFilter(message)
 }

@@ -12,7 +12,7 @@ use clone_start::error::{Result, failed};
 use crate::cache;
 
 // What is refused in a template must be what is refused at a boot.
-const _: () = assert!(clone_template::manifest::MAX_KERNEL_BYTES == MAX_KERNEL_BYTES);
+const _: () = assert!(clone_template::MAX_KERNEL_BYTES == MAX_KERNEL_BYTES);
 
 /// Finds everything that is wrong with the files that `config` names.
 pub(crate) fn check_files(config: &VmConfig) -> Result<()> {

@@ -1,5 +1,6 @@
 use super::*;
-use crate::layers::{Checksums, LayerStack, LayerWriter};
+use crate::layer_writer::{Checksums, LayerWriter};
+use crate::layers::LayerStack;
 use crate::layout::RamLayout;
 use std::iter;
 use tempfile::tempfile;

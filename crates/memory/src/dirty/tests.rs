@@ -1,5 +1,6 @@
 use super::*;
-use crate::layers::{Checksums, LayerStack, LayerWriter};
+use crate::layer_writer::{Checksums, LayerWriter};
+use crate::layers::LayerStack;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;

@@ -4,10 +4,8 @@
 //! pages that it overrides (see [`mod@format`]). Layers never change once written. What is kept
 //! where, and under which names, is the snapshot's business, not this module's.
 
-mod flatten;
 pub mod format;
 mod stack;
-mod writer;
 
 use std::fmt;
 use std::fs::File;
@@ -22,7 +20,6 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 pub use self::format::{CHUNK_SIZE, Content, Extent, FormatError};
 use self::format::{Chunk, Hash, Index, Sums, chunks, hash_chunk};
 pub use self::stack::{LayerStack, MAX_MAPPINGS, Piece, Source};
-pub use self::writer::{Checksums, LayerWriter};
 use crate::layout::{PAGE_SIZE, RamLayout};
 use crate::pages::PageSet;
 
@@ -162,7 +159,7 @@ impl Layer {
         }
     }
 
-    fn new(file: File, name: String, index: Index, id: LayerId) -> Self {
+    pub(crate) fn new(file: File, name: String, index: Index, id: LayerId) -> Self {
         Self {
             inner: Arc::new(Inner {
                 file,

@@ -1,3 +1,4 @@
+use crate::layer_writer::{Checksums, LayerWriter};
 use super::*;
 use crate::mapping::GuestMemory;
 use proptest::prelude::*;

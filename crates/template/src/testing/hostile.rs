@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::{Place, RAM};
 use crate::manifest::text_of;
+use crate::names;
 use crate::{hash_of, manifest};
 
 /// Edits beyond so many show nothing that fewer do not.
@@ -104,11 +105,11 @@ pub fn make_hostile(place: &Place, from: &str, name: &str, dice: &mut Dice<'_>) 
     fs::DirBuilder::new().mode(0o700).create(&dir).unwrap();
     for entry in fs::read_dir(&from).unwrap() {
         let name = entry.unwrap().file_name();
-        if name != manifest::FILE {
+        if name != names::MANIFEST {
             fs::hard_link(from.join(&name), dir.join(&name)).unwrap();
         }
     }
-    let text = fs::read(from.join(manifest::FILE)).unwrap();
+    let text = fs::read(from.join(names::MANIFEST)).unwrap();
     let mut value: Value = serde_json::from_slice(&text).unwrap();
     let fields = value.as_object_mut().unwrap();
     fields.retain(|name, _| name != "format" && name != "id");
@@ -130,7 +131,7 @@ pub fn make_hostile(place: &Place, from: &str, name: &str, dice: &mut Dice<'_>) 
         make_right(&dir, &mut value);
     }
     if value.is_object() {
-        fs::write(dir.join(manifest::FILE), text_of(format, value)).unwrap();
+        fs::write(dir.join(names::MANIFEST), text_of(format, value)).unwrap();
     }
 }
 

@@ -8,7 +8,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::manifest::{self, text_of};
+use crate::manifest::text_of;
+use crate::names;
 use crate::{Content, Manifest};
 
 /// Changes a file that its owner made read-only.
@@ -25,7 +26,7 @@ pub fn tamper(path: &Path, change: impl FnOnce(&fs::File)) {
 
 /// Writes a manifest with another content and the id that goes with it.
 pub fn rewrite(dir: &Path, change: impl FnOnce(&mut Content)) {
-    let path = dir.join(manifest::FILE);
+    let path = dir.join(names::MANIFEST);
     let mut manifest = Manifest::parse(&fs::read(&path).unwrap(), dir).unwrap();
     change(&mut manifest.content);
     manifest.id = manifest.content.id().unwrap();
@@ -38,7 +39,7 @@ pub fn rewrite(dir: &Path, change: impl FnOnce(&mut Content)) {
 
 /// Writes a manifest of this format with other fields and the id that goes with them.
 pub fn rewrite_text(dir: &Path, format: u32, change: impl FnOnce(&mut Value)) {
-    let path = dir.join(manifest::FILE);
+    let path = dir.join(names::MANIFEST);
     let mut value: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     let fields = value.as_object_mut().unwrap();
     fields.retain(|name, _| name != "format" && name != "id");

@@ -7,8 +7,8 @@ use std::os::unix::fs::FileExt;
 
 use rustix::fs::{FallocateFlags, fallocate, ftruncate};
 
-use super::format::{Content, Extent, Index, MAX_EXTENTS, Sums, chunks, hash_chunk};
-use super::{Layer, LayerError, LayerId};
+use crate::layers::format::{Content, Extent, Index, MAX_EXTENTS, Sums, chunks, hash_chunk};
+use crate::layers::{Layer, LayerError, LayerId};
 use crate::layout::{PAGE_SIZE, RamLayout};
 use crate::mapping::GuestMemory;
 use crate::pages::PageSet;
@@ -226,7 +226,7 @@ impl LayerWriter {
         self.data.union(&gaps)
     }
 
-    fn hashes(&self, data: &PageSet) -> io::Result<Vec<super::format::Hash>> {
+    fn hashes(&self, data: &PageSet) -> io::Result<Vec<crate::layers::format::Hash>> {
         let mut buffer = Vec::new();
         let chunks = chunks(data);
         let hashes = chunks

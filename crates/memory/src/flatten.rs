@@ -2,8 +2,9 @@
 
 use std::fs::File;
 
-use super::format::{CHUNK_PAGES, Extent, pages_with};
-use super::{Checksums, Content, Layer, LayerError, LayerStack, LayerWriter, Source};
+use crate::layer_writer::{Checksums, LayerWriter};
+use crate::layers::format::{CHUNK_PAGES, Extent, pages_with};
+use crate::layers::{Content, Layer, LayerError, LayerStack, Source};
 use crate::layout::PAGE_SIZE;
 use crate::pages::PageSet;
 

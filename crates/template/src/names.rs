@@ -1,0 +1,42 @@
+//! The names of the files of a template, and what it is told when one cannot be used.
+
+use std::path::{Component, Path};
+
+use clone_api::{ApiError, ErrorCode};
+use clone_start::prefetch;
+
+/// The manifest's name in its directory.
+pub(crate) const MANIFEST: &str = "manifest.json";
+pub(crate) const STATE: &str = "state";
+pub(crate) const KERNEL: &str = "kernel";
+pub(crate) const INITRD: &str = "initrd";
+
+/// Whether files of templates are called so.
+pub(crate) fn is_file_of_a_template(name: &str) -> bool {
+    let memory = name.starts_with("memory-") && name.ends_with(".layer");
+    let disk = name.starts_with("disk-") && (name.ends_with(".raw") || name.contains(".layer-"));
+    let others = [
+        MANIFEST,
+        STATE,
+        KERNEL,
+        INITRD,
+        prefetch::FILE,
+        "prefetch.new",
+    ];
+    memory || disk || others.contains(&name)
+}
+
+/// Whether it names something in a directory and nothing anywhere else.
+pub(crate) fn is_plain_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    let first = matches!(parts.next(), Some(Component::Normal(part)) if part == name);
+    first && parts.next().is_none() && name != MANIFEST
+}
+
+/// The error for a template that cannot be used.
+pub(crate) fn refused(path: &Path, reason: &str) -> ApiError {
+    ApiError::new(
+        ErrorCode::InvalidConfig,
+        format!("the template {} cannot be used: {reason}", path.display()),
+    )
+}
