@@ -12,7 +12,9 @@
 //! each result. Each child succeeds or fails by itself.
 
 use std::fs::File;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
+use std::process::Child;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -28,10 +30,9 @@ use clone_start::error::Result;
 use clone_start::vm_dir::Parent;
 use clone_start::{Process, VmDir};
 use clone_template::Template;
-use rustix::process::{Pid, WaitOptions, waitpid};
 use serde::Serialize;
 
-use super::{identity, last_words, network, start_or_abandon};
+use super::{identity, last_words, network, reaper, start_or_abandon};
 use crate::runtime::{LiveDir, RunningVm, Runtime};
 use crate::snapshot;
 
@@ -351,15 +352,15 @@ fn fork_one(
         return Err(ApiError::new(ErrorCode::InvalidConfig, message));
     }
     let start = Instant::now();
-    let (vm, warm) = match adopt(runtime, source, name, overrides)? {
-        Some(vm) => (vm, true),
-        None => (start_cold(runtime, source, name, overrides)?, false),
+    let (vm, mut child) = match adopt(runtime, source, name, overrides)? {
+        Some(vm) => (vm, None),
+        None => start_cold(runtime, source, name, overrides)?,
     };
     let running = start.elapsed();
     let mut forked = Forked {
         name: name.to_owned(),
         pid: vm.process.pid,
-        warm,
+        warm: child.is_none(),
         running_us: running.as_micros() as u64,
         identity_us: None,
         notices: vm.dir.notices(),
@@ -369,30 +370,37 @@ fn fork_one(
             Ok(notices) => forked.notices.extend(notices),
             Err(error) => {
                 // Before its directory goes, and with it what it said.
-                let error = died(&vm, name).unwrap_or(error);
+                let error = died(&vm, child.as_mut(), name).unwrap_or(error);
                 // Without its identity it would be its template's double.
                 end(runtime, &vm);
+                if let Some(mut child) = child {
+                    let _ = child.wait();
+                }
                 return Err(error);
             }
         }
         forked.identity_us = Some((start.elapsed() - running).as_micros() as u64);
     }
+    if let Some(child) = child {
+        reaper::adopt(child);
+    }
     Ok(forked)
 }
 
-/// How a clone ended that should run; none where it does.
-fn died(vm: &RunningVm, name: &str) -> Option<ApiError> {
+/// How a clone ended that should run; none where it does. A clone that was a standby is no child of
+/// this process, so its exit status is not known.
+fn died(vm: &RunningVm, child: Option<&mut Child>, name: &str) -> Option<ApiError> {
     // Its sockets go before it does.
     if !vm.process.wait(Some(END_LIMIT)).ok()? {
         return None;
     }
-    let pid = Pid::from_raw(vm.process.pid as i32);
-    // A standby is no child of ours, and cannot be asked.
-    let status = waitpid(pid, WaitOptions::NOHANG).ok().flatten();
-    let how = match status.map(|(_, status)| (status.terminating_signal(), status.exit_status())) {
-        Some((Some(signal), _)) => format!("was killed by signal {signal}"),
-        Some((_, Some(status))) => format!("ended with status {status}"),
-        _ => "ended".to_owned(),
+    let status = child.and_then(|child| child.wait().ok());
+    let how = match status {
+        Some(status) => match status.signal() {
+            Some(signal) => format!("was killed by signal {signal}"),
+            None => format!("ended with {status}"),
+        },
+        None => "ended".to_owned(),
     };
     Some(ApiError::new(
         ErrorCode::Internal,
@@ -466,13 +474,14 @@ fn start_cold(
     source: &Source,
     name: &str,
     overrides: &Overrides,
-) -> Result<RunningVm> {
+) -> Result<(RunningVm, Option<Child>)> {
     let Plan { config, origin } = source.plan(name, overrides, false)?;
     let launched = start_or_abandon(runtime, config, &origin, &source.parent)?;
-    Ok(RunningVm {
+    let vm = RunningVm {
         dir: launched.dir,
         process: launched.process,
-    })
+    };
+    Ok((vm, Some(launched.child)))
 }
 
 /// Starts a standby of `source`, a child of this process that ends with it.
@@ -484,6 +493,7 @@ pub(super) fn start_standby(runtime: &Runtime, source: &Source) -> Result<(VmDir
     let name = Runtime::standby_name(template_id)?;
     let Plan { config, origin } = source.plan(&name, &Overrides::default(), true)?;
     let launched = start_or_abandon(runtime, config, &origin, &source.parent)?;
+    reaper::adopt(launched.child);
     Ok((launched.dir, launched.process))
 }
 

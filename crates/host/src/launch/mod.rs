@@ -8,6 +8,7 @@ pub mod identity;
 mod network;
 pub mod preflight;
 mod program;
+mod reaper;
 pub mod standby;
 #[cfg(test)]
 mod testing;

@@ -96,13 +96,8 @@ impl<'a> Standbys<'a> {
     /// Makes as many as are missing to `count`.
     pub fn fill(&mut self, count: usize) -> Result<Level> {
         loop {
-            self.made.retain(|(dir, process)| {
-                let here = dir.path().exists() && process.is_alive();
-                if !process.is_alive() {
-                    reap(*process);
-                }
-                here
-            });
+            self.made
+                .retain(|(dir, process)| dir.path().exists() && process.is_alive());
             let ready = self.runtime.standbys(&self.template_id)?.len();
             if ready >= count {
                 return Ok(Level { ready });
@@ -137,20 +132,11 @@ impl Drop for Standbys<'_> {
             if dir.path().exists() {
                 let _ = process.signal(rustix::process::Signal::KILL);
                 let _ = process.wait(Some(Duration::from_secs(5)));
-                reap(*process);
                 if let Err(error) = self.runtime.sweep_one(dir) {
                     tracing::warn!(message = error.message, "a standby is left");
                 }
             }
         }
-    }
-}
-
-/// Takes a child's exit status, so that it does not stay as a zombie.
-fn reap(process: Process) {
-    if let Some(pid) = rustix::process::Pid::from_raw(process.pid as i32) {
-        // Not a child of ours, or not ended: nothing to take.
-        let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::NOHANG);
     }
 }
 
