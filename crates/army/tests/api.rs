@@ -5,12 +5,12 @@ mod served;
 
 use std::collections::BTreeMap;
 
-use army::store::Store;
-use army::store::vms::NewVms;
 use army_api::client::{Client, ClientError};
 use army_api::keys::{Key, Role};
 use army_api::vms::{CreateVms, CreatedVms, Egress, ForkTimes, NetworkPolicy, Vm, VmPage, VmState};
 use army_api::{Problem, ProblemKind};
+use army_controller::store::Store;
+use army_controller::store::vms::NewVms;
 use reqwest::Method;
 use serde_json::{Value, json};
 

@@ -87,7 +87,7 @@ async fn furnish(server: &Server) -> Vec<String> {
         notices: vec!["no disk".into()],
         memory: None,
     };
-    let new = army::store::vms::NewVms {
+    let new = army_controller::store::vms::NewVms {
         vms: std::slice::from_ref(&vm),
         environment: &[("A".to_owned(), "B".to_owned())].into(),
         request: None,

@@ -10,10 +10,11 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
 use super::serve;
-use crate::cluster::authority::Authority;
-use crate::cluster::tls::{self, Identity, Listener, Peer};
-use crate::cluster::{Member, enrol};
-use crate::controller::{Cluster, Controller};
+use crate::enrol;
+use army_controller::{Cluster, Controller};
+use army_node_api::cluster::Member;
+use army_node_api::cluster::authority::Authority;
+use army_node_api::cluster::tls::{self, Identity, Listener, Peer};
 
 /// Serve the API and the dashboard of several hosts, each of which runs `army node`.
 ///

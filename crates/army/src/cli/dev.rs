@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 use super::serve;
-use crate::controller::Controller;
+use army_controller::Controller;
 
 /// Serve everything on this host: API, dashboard, store and VMs.
 ///

@@ -9,10 +9,11 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use super::{output, serve};
-use crate::cluster::enrol::{self, Token};
-use crate::cluster::membership::Membership;
-use crate::cluster::tls::{Listener, Peer};
-use crate::node;
+use crate::enrol;
+use army_node as node;
+use army_node::membership::Membership;
+use army_node_api::cluster::tls::{Listener, Peer};
+use army_node_api::cluster::token::Token;
 
 /// What a node remembers of having joined.
 const MEMBERSHIP: &str = "membership.json";

@@ -16,12 +16,12 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::output;
-use crate::cluster::tls::Listener;
-use crate::controller::Controller;
-use crate::node::Node;
 use crate::server;
 use crate::server::tls::{self, Files};
-use crate::store::Store;
+use army_controller::Controller;
+use army_controller::store::Store;
+use army_node::Node;
+use army_node_api::cluster::tls::Listener;
 
 /// Starts the log, makes the state's directory, and makes sure that nobody else uses it while what
 /// is returned lives.
@@ -112,9 +112,9 @@ pub(super) async fn node(name: String, state: &Path, jail: &JailArgs) -> Result<
     let runtime = clone::runtime::Runtime::from_env()?.requiring(jail.required());
     let templates = clone::template::Store::from_env()?;
     let open = move || Node::open(name, journal, runtime, templates);
-    let node = crate::blocking(open).await?;
+    let node = army_node_api::blocking(open).await?;
     let checked = Arc::clone(&node);
-    crate::blocking(move || Ok(checked.check_jail()))
+    army_node_api::blocking(move || Ok(checked.check_jail()))
         .await?
         .map_err(|error| {
             anyhow::anyhow!(
@@ -233,7 +233,7 @@ pub(super) fn host_name() -> String {
         .nodename()
         .to_string_lossy()
         .to_lowercase();
-    match crate::cluster::is_host_name(&name) {
+    match army_node_api::cluster::is_host_name(&name) {
         true => name,
         false => "host".into(),
     }

@@ -21,8 +21,9 @@ use super::auth::Caller;
 use super::events::sent_events;
 use super::extract::{Body, Params, Path};
 use super::{Answer, App};
-use crate::node::{InUse, of_agent};
-use crate::{blocking, guest};
+use army_controller::guest;
+use army_node_api::blocking;
+use army_node_api::{InUse, of_agent};
 
 /// Events that may wait for a slow reader; then the guest waits.
 const AHEAD: usize = 4;

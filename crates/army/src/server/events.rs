@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use super::auth::Caller;
 use super::extract::Params;
 use super::{Answer, App};
-use crate::store::Store;
+use army_controller::store::Store;
 
 /// Streams events, the oldest first, and continues as they happen.
 ///

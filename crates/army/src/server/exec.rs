@@ -14,8 +14,9 @@ use axum::extract::State;
 use super::auth::Caller;
 use super::extract::{Body, Path};
 use super::{Answer, App};
-use crate::node::of_agent;
-use crate::{blocking, guest};
+use army_controller::guest;
+use army_node_api::blocking;
+use army_node_api::of_agent;
 
 /// The most output that an answer holds, of both streams together.
 const MAX_OUTPUT: usize = 16 << 20;

@@ -14,9 +14,10 @@ use axum::response::Response;
 use super::auth::Caller;
 use super::extract::{Params, Path};
 use super::{Answer, App};
-use crate::node::of_agent;
-use crate::pipe::{self, Sink, Source};
-use crate::{blocking, guest};
+use army_controller::guest;
+use army_node_api::blocking;
+use army_node_api::of_agent;
+use army_node_api::pipe::{self, Sink, Source};
 
 /// How long a guest may take to begin with a file, and to end it; its bytes add to that.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -46,7 +47,7 @@ pub(super) async fn read(
         }
         drop(in_use);
     });
-    Ok(pipe::answer(pieces, ProblemKind::GuestUnavailable).await?)
+    Ok(army_node_api::answer(pieces, ProblemKind::GuestUnavailable).await?)
 }
 
 /// Writes the body of the request, of any size, to a file in a guest.

@@ -26,9 +26,9 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
-use axum::http::{StatusCode, header};
+use axum::http::header;
 use axum::middleware::{self, Next};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::get;
 use utoipa::OpenApi;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
@@ -36,7 +36,9 @@ use utoipa::openapi::{Content, Ref, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::controller::Controller;
+pub use army_node_api::Failure;
+
+use army_controller::Controller;
 
 /// The largest body of a request, but for files.
 const MAX_BODY: usize = 1 << 20;
@@ -187,39 +189,6 @@ async fn harden(request: Request, next: Next) -> Response {
         headers.insert(name, header::HeaderValue::from_static(value));
     }
     response
-}
-
-/// A failure as an answer.
-pub struct Failure(pub army_api::Problem);
-
-impl From<army_api::Problem> for Failure {
-    fn from(problem: army_api::Problem) -> Self {
-        Self(problem)
-    }
-}
-
-impl IntoResponse for Failure {
-    fn into_response(self) -> Response {
-        let status =
-            StatusCode::from_u16(self.0.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        if status.is_server_error() {
-            tracing::warn!(status = status.as_u16(), problem = %self.0, "a request failed");
-        }
-        let retry = self.0.retry_after_s;
-        let body = serde_json::to_vec(&self.0).unwrap_or_default();
-        let mut response = (status, body).into_response();
-        let headers = response.headers_mut();
-        let kind = header::HeaderValue::from_static("application/problem+json");
-        headers.insert(header::CONTENT_TYPE, kind);
-        if let Some(seconds) = retry {
-            headers.insert(header::RETRY_AFTER, seconds.into());
-        }
-        if status == StatusCode::UNAUTHORIZED {
-            let scheme = header::HeaderValue::from_static("Bearer");
-            headers.insert(header::WWW_AUTHENTICATE, scheme);
-        }
-        response
-    }
 }
 
 /// What handlers return.

@@ -18,8 +18,8 @@ use tokio::sync::{mpsc, oneshot};
 use super::auth::Caller;
 use super::extract::{Path, Upgrade};
 use super::{Answer, App};
-use crate::blocking;
-use crate::node::{InUse, of_agent};
+use army_node_api::blocking;
+use army_node_api::{InUse, of_agent};
 
 /// What a browser asks for beside its key; the answer has to name one that was offered.
 const SUBPROTOCOL: &str = "army.port";

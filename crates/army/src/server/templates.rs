@@ -15,7 +15,7 @@ use axum::response::Response;
 use super::auth::Caller;
 use super::extract::{Body, Params, Path};
 use super::{Answer, App};
-use crate::pipe;
+use army_node_api::pipe;
 
 /// Lists all templates.
 #[utoipa::path(get, path = "/v1/templates", responses((status = 200, body = Vec<Template>)))]
@@ -90,7 +90,7 @@ pub(super) async fn export(
             let _ = sender.send(Err(io::Error::other(problem))).await;
         }
     });
-    Ok(pipe::answer(pieces, ProblemKind::Internal).await?)
+    Ok(army_node_api::answer(pieces, ProblemKind::Internal).await?)
 }
 
 /// Imports a template that was exported with `GET`.

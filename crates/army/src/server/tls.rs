@@ -1,7 +1,7 @@
 //! TLS towards clients, with a certificate of the owner's.
 //!
 //! Its files are read again when they changed, so that whoever renews certificates only has to
-//! replace them. How connections are taken is [`crate::cluster::tls`]'s.
+//! replace them. How connections are taken is [`army_node_api::cluster::tls`]'s.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -15,8 +15,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 
-use crate::cluster::tls::provider;
-use crate::node::Result;
+use army_node_api::Result;
+use army_node_api::cluster::tls::provider;
 
 /// Files in PEM.
 #[derive(Debug, Clone)]

@@ -14,7 +14,7 @@ use serde::Serialize;
 use super::auth::Caller;
 use super::extract::{Body, IdempotencyKey, Params, Path};
 use super::{Answer, App};
-use crate::store::requests::Known;
+use army_controller::store::requests::Known;
 
 /// Lists VMs, one page at a time.
 #[utoipa::path(get, path = "/v1/vms", params(VmFilter),

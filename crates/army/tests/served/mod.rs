@@ -8,13 +8,13 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use army::controller::Controller;
-use army::node::Node;
 use army::server;
-use army::store::Store;
 use army_api::client::Client;
 use army_api::keys::{CreateKey, NewKey, Role};
 use army_api::templates::Template;
+use army_controller::Controller;
+use army_controller::store::Store;
+use army_node::Node;
 
 /// The user and group without rights.
 const NOBODY: u32 = 65534;
@@ -153,7 +153,7 @@ impl Server {
     pub async fn over_tls(&self, config: rustls::ServerConfig) -> String {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("https://{}", listener.local_addr().unwrap());
-        let listener = army::cluster::tls::Listener::of(listener, config).unwrap();
+        let listener = army_node_api::cluster::tls::Listener::of(listener, config).unwrap();
         let router = self.router.clone();
         tokio::spawn(async move { axum::serve(listener, router).await });
         url

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
-use army::node::{Node, VmReport};
-use army::store::vms::NewVms;
 use army_api::vms::{ForkTimes, Vm, VmFilter, VmMemory, VmPage, VmState};
+use army_controller::store::vms::NewVms;
+use army_node::Node;
+use army_node_api::VmReport;
 use clone::runtime::Runtime;
 
 use super::army::Server;

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use agent_proto::client::{Connection, Deadline};
 use anyhow::{Context as _, Result};
-use army::node::journal::Entry;
 use army_api::client::{Client, ClientError};
 use army_api::exec::{Exec, ExecResult};
 use army_api::vms::{CreateVms, CreatedVms, Vm};
+use army_node_api::VmSpec;
 use clone::launch::fork::{Overrides, fork};
 use futures_util::future::join_all;
 
@@ -145,7 +145,7 @@ fn create_turn(
     rig.forks.end(&[forked])?;
 
     let id = format!("{kind}{turn}");
-    let entry = Entry::new(id.clone(), 1, format!("node-{id}"));
+    let entry = VmSpec::new(id.clone(), 1, format!("node-{id}"));
     let start = Instant::now();
     let made = rig.node.create(TEMPLATE, &[entry]);
     let node = start.elapsed();

@@ -4,13 +4,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
-use army::controller::Controller;
-use army::node::Node;
-use army::store::Store;
 use army_api::client::Client;
 use army_api::keys::{CreateKey, Role};
 use army_api::templates::RegisterTemplate;
 use army_api::vms::{CreateVms, CreatedVms, Vm};
+use army_controller::Controller;
+use army_controller::store::Store;
+use army_node::Node;
 use clone::launch::fork;
 use clone::runtime::VmDir;
 use clone::template;
@@ -119,7 +119,7 @@ impl<'a> Rig<'a> {
     pub(super) fn vm_dir(&self, id: &str) -> VmDir {
         self.forks
             .runtime
-            .dir(&format!("{}{id}", army::node::VM_PREFIX))
+            .dir(&format!("{}{id}", army_node::VM_PREFIX))
     }
 
     /// A VM of that name, through the API.
@@ -144,7 +144,7 @@ impl Drop for Rig<'_> {
     fn drop(&mut self) {
         // Of a bench that failed; its VMs outlive their server.
         for vm in self.forks.runtime.running().unwrap_or_default() {
-            if vm.dir.name().starts_with(army::node::VM_PREFIX) {
+            if vm.dir.name().starts_with(army_node::VM_PREFIX) {
                 fork::end(&self.forks.runtime, &vm);
             }
         }

@@ -1,0 +1,98 @@
+//! Events: what happened, kept with the change that it was.
+
+use army_api::events::Event;
+use sqlx::any::AnyRow;
+use tokio::sync::broadcast;
+
+use super::{Change, Result, Store, number, query_failed, text, unsigned};
+use army_node_api::time::now_ms;
+
+/// Events that are kept, the newest.
+const KEPT: i64 = 100_000;
+/// The most that one read gives.
+const PAGE: i64 = 1000;
+
+impl Change<'_> {
+    /// Notes what this change is.
+    pub(super) async fn event(
+        &mut self,
+        kind: &str,
+        subject: &str,
+        tenant: &str,
+        detail: &str,
+    ) -> Result<()> {
+        let time_ms = now_ms();
+        let row = sqlx::query(
+            "INSERT INTO events (id, time_ms, kind, subject, tenant, detail) \
+             SELECT COALESCE(MAX(id), 0) + 1, $1, $2, $3, $4, $5 FROM events RETURNING id",
+        )
+        .bind(time_ms as i64)
+        .bind(kind)
+        .bind(subject)
+        .bind(tenant)
+        .bind(detail)
+        .fetch_one(self.connection())
+        .await
+        .map_err(query_failed)?;
+        let id = number(&row, "id")?;
+        if id % 1000 == 0 {
+            sqlx::query("DELETE FROM events WHERE id <= $1")
+                .bind(id - KEPT)
+                .execute(self.connection())
+                .await
+                .map_err(query_failed)?;
+        }
+        self.events.push(Event {
+            id,
+            time_ms,
+            kind: kind.to_owned(),
+            subject: subject.to_owned(),
+            tenant: tenant.to_owned(),
+            detail: detail.to_owned(),
+        });
+        Ok(())
+    }
+}
+
+impl Store {
+    /// Events after `id`, of `tenant` and of all, or every one where no tenant is given; the
+    /// oldest first, a page of them.
+    pub async fn events_after(&self, id: i64, tenant: Option<&str>) -> Result<Vec<Event>> {
+        let rows = sqlx::query(
+            "SELECT * FROM events WHERE id > $1 AND ($2 = '*' OR tenant = $2 OR tenant = '') \
+             ORDER BY id LIMIT $3",
+        )
+        .bind(id)
+        .bind(tenant.unwrap_or("*"))
+        .bind(PAGE)
+        .fetch_all(&self.pool)
+        .await
+        .map_err(query_failed)?;
+        rows.iter().map(event).collect()
+    }
+
+    /// The newest event's id; 0 where there is none.
+    pub async fn last_event(&self) -> Result<i64> {
+        let row = sqlx::query("SELECT COALESCE(MAX(id), 0) AS id FROM events")
+            .fetch_one(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        number(&row, "id")
+    }
+
+    /// Events from now on.
+    pub fn news(&self) -> broadcast::Receiver<Event> {
+        self.news.subscribe()
+    }
+}
+
+fn event(row: &AnyRow) -> Result<Event> {
+    Ok(Event {
+        id: number(row, "id")?,
+        time_ms: unsigned(row, "time_ms")?,
+        kind: text(row, "kind")?,
+        subject: text(row, "subject")?,
+        tenant: text(row, "tenant")?,
+        detail: text(row, "detail")?,
+    })
+}

@@ -1,0 +1,186 @@
+//! Hosts, as last heard of.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use army_api::hosts::Capacity;
+use army_api::{Problem, ProblemKind};
+use sqlx::any::AnyRow;
+
+use super::{
+    Result, Store, is_taken, json, number, optional_text, query_failed, text, to_json, unsigned,
+};
+use crate::store::keys::hash;
+use army_node_api::time::now_ms;
+
+/// A host, as the store knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostRow {
+    /// Its name.
+    pub name: String,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Whether it takes no new VMs.
+    pub draining: bool,
+    /// When it was last heard of.
+    pub seen_ms: u64,
+    /// What it had then.
+    pub capacity: Capacity,
+    /// Where its node listens, where that is not in this process.
+    pub address: Option<SocketAddr>,
+}
+
+impl Store {
+    /// Notes that a host was heard of.
+    pub async fn see_host(&self, name: &str, capacity: &Capacity) -> Result<()> {
+        let mut change = self.change().await?;
+        sqlx::query(
+            "INSERT INTO hosts (name, labels, draining, seen_ms, capacity) \
+             VALUES ($1, '{}', 0, $2, $3) \
+             ON CONFLICT (name) DO UPDATE SET seen_ms = $2, capacity = $3",
+        )
+        .bind(name)
+        .bind(now_ms() as i64)
+        .bind(to_json(capacity)?)
+        .execute(change.connection())
+        .await
+        .map_err(query_failed)?;
+        change.commit().await
+    }
+
+    /// Writes down what a host may join with, until `expires_ms`.
+    pub async fn add_token(&self, secret: &str, expires_ms: u64) -> Result<()> {
+        let mut change = self.change().await?;
+        sqlx::query("DELETE FROM join_tokens WHERE expires_ms < $1")
+            .bind(now_ms() as i64)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        sqlx::query("INSERT INTO join_tokens (hash, expires_ms) VALUES ($1, $2)")
+            .bind(hash(secret))
+            .bind(expires_ms as i64)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        change.commit().await
+    }
+
+    /// Takes up a host that shows a token, which is used up by it.
+    ///
+    /// # Errors
+    /// [`ProblemKind::Unauthorized`] where the token is none, [`ProblemKind::Conflict`] where there
+    /// is a host of this name.
+    pub async fn enrol_host(&self, name: &str, address: &str, secret: &str) -> Result<()> {
+        let mut change = self.change().await?;
+        let used = sqlx::query("DELETE FROM join_tokens WHERE hash = $1 AND expires_ms >= $2")
+            .bind(hash(secret))
+            .bind(now_ms() as i64)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        if used.rows_affected() == 0 {
+            let detail = "the token is unknown, was already used, or has expired";
+            return Err(Problem::new(ProblemKind::Unauthorized, detail)
+                .advise("create another one: army host token"));
+        }
+        sqlx::query(
+            "INSERT INTO hosts (name, labels, draining, seen_ms, capacity, address) \
+             VALUES ($1, '{}', 0, 0, $2, $3)",
+        )
+        .bind(name)
+        .bind(to_json(&Capacity::default())?)
+        .bind(address)
+        .execute(change.connection())
+        .await
+        .map_err(|error| match is_taken(&error) {
+            true => {
+                let detail = format!("a host named `{name}` already exists");
+                Problem::new(ProblemKind::Conflict, detail)
+                    .advise("use another name, or remove that host: army host rm")
+            }
+            false => query_failed(error),
+        })?;
+        let detail = format!("joined, at {address}");
+        change.event("host.joined", name, "", &detail).await?;
+        change.commit().await
+    }
+
+    /// Gives a host up, and what it had.
+    pub async fn remove_host(&self, name: &str) -> Result<()> {
+        let mut change = self.change().await?;
+        for query in [
+            "DELETE FROM hosts WHERE name = $1",
+            "DELETE FROM template_copies WHERE host = $1",
+            "UPDATE vms SET state = 'failed', alive = 0, reason = 'its host was removed' \
+             WHERE host = $1 AND alive = 1",
+        ] {
+            sqlx::query(query)
+                .bind(name)
+                .execute(change.connection())
+                .await
+                .map_err(query_failed)?;
+        }
+        change.event("host.removed", name, "", "removed").await?;
+        change.commit().await
+    }
+
+    /// Notes what happened to a host.
+    pub async fn note_host(&self, kind: &str, name: &str, detail: &str) -> Result<()> {
+        let mut change = self.change().await?;
+        change.event(kind, name, "", detail).await?;
+        change.commit().await
+    }
+
+    /// All hosts, by name.
+    pub async fn hosts(&self) -> Result<Vec<HostRow>> {
+        let rows = sqlx::query("SELECT * FROM hosts ORDER BY name")
+            .fetch_all(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        rows.iter().map(host).collect()
+    }
+
+    /// What a host is labelled with.
+    pub async fn label_host(&self, name: &str, labels: &BTreeMap<String, String>) -> Result<()> {
+        let mut change = self.change().await?;
+        sqlx::query("UPDATE hosts SET labels = $1 WHERE name = $2")
+            .bind(to_json(labels)?)
+            .bind(name)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        change.commit().await
+    }
+
+    /// Whether a host takes new VMs.
+    pub async fn drain_host(&self, name: &str, draining: bool) -> Result<()> {
+        let mut change = self.change().await?;
+        let changed = sqlx::query("UPDATE hosts SET draining = $1 WHERE name = $2")
+            .bind(i64::from(draining))
+            .bind(name)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        if changed.rows_affected() == 0 {
+            let detail = format!("host `{}` not found", name.escape_debug());
+            return Err(Problem::new(ProblemKind::NotFound, detail));
+        }
+        let (kind, detail) = match draining {
+            true => ("host.draining", "accepts no new VMs"),
+            false => ("host.ready", "accepts VMs again"),
+        };
+        change.event(kind, name, "", detail).await?;
+        change.commit().await
+    }
+}
+
+fn host(row: &AnyRow) -> Result<HostRow> {
+    Ok(HostRow {
+        name: text(row, "name")?,
+        labels: json(row, "labels")?,
+        draining: number(row, "draining")? != 0,
+        seen_ms: unsigned(row, "seen_ms")?,
+        capacity: json(row, "capacity")?,
+        address: optional_text(row, "address")?.and_then(|it| it.parse().ok()),
+    })
+}

@@ -1,0 +1,107 @@
+//! Requests that are answered once, however often they come: by their idempotency key.
+
+use army_api::{Problem, ProblemKind};
+
+use super::{Result, Store, optional_text, query_failed, text};
+use army_node_api::time::now_ms;
+
+/// How long an answer is remembered.
+const KEPT_MS: u64 = 24 * 60 * 60 * 1000;
+
+/// What is known of a request.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Known {
+    /// It is new, and the caller's to answer.
+    New,
+    /// It was answered with this.
+    Answered(String),
+}
+
+impl Store {
+    /// Takes up a request, unless it came before.
+    ///
+    /// # Errors
+    /// [`ProblemKind::IdempotencyMismatch`] where its key came with something else, and
+    /// [`ProblemKind::Conflict`] while the first of its kind is worked on.
+    pub async fn begin_request(&self, tenant: &str, key: &str, asked: &str) -> Result<Known> {
+        let hash = blake3::hash(asked.as_bytes()).to_hex().to_string();
+        let now = now_ms();
+        let mut change = self.change().await?;
+        sqlx::query("DELETE FROM requests WHERE created_ms < $1 AND answer IS NOT NULL")
+            .bind(now.saturating_sub(KEPT_MS) as i64)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        let inserted = sqlx::query(
+            "INSERT INTO requests (tenant, request, hash, created_ms) VALUES ($1, $2, $3, $4) \
+             ON CONFLICT (tenant, request) DO NOTHING",
+        )
+        .bind(tenant)
+        .bind(key)
+        .bind(&hash)
+        .bind(now as i64)
+        .execute(change.connection())
+        .await
+        .map_err(query_failed)?;
+        if inserted.rows_affected() > 0 {
+            change.commit().await?;
+            return Ok(Known::New);
+        }
+        let row =
+            sqlx::query("SELECT hash, answer FROM requests WHERE tenant = $1 AND request = $2")
+                .bind(tenant)
+                .bind(key)
+                .fetch_one(change.connection())
+                .await
+                .map_err(query_failed)?;
+        if text(&row, "hash")? != hash {
+            let detail = "this idempotency key was used with another request before";
+            return Err(Problem::new(ProblemKind::IdempotencyMismatch, detail)
+                .advise("use a new key for each request, and the same key only to repeat one"));
+        }
+        match optional_text(&row, "answer")? {
+            Some(answer) => Ok(Known::Answered(answer)),
+            None => Err(Problem::new(
+                ProblemKind::Conflict,
+                "the first request with this idempotency key is still in progress",
+            )
+            .retry_after(1)),
+        }
+    }
+
+    /// Remembers the answer to a request.
+    pub async fn answer_request(&self, tenant: &str, key: &str, answer: &str) -> Result<()> {
+        let mut change = self.change().await?;
+        sqlx::query("UPDATE requests SET answer = $1 WHERE tenant = $2 AND request = $3")
+            .bind(answer)
+            .bind(tenant)
+            .bind(key)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        change.commit().await
+    }
+
+    /// Forgets a request that came to nothing, so that it can be tried again.
+    pub async fn drop_request(&self, tenant: &str, key: &str) -> Result<()> {
+        let mut change = self.change().await?;
+        sqlx::query("DELETE FROM requests WHERE tenant = $1 AND request = $2 AND answer IS NULL")
+            .bind(tenant)
+            .bind(key)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        change.commit().await
+    }
+
+    /// Requests that an earlier life left unanswered, as tenant and key.
+    pub async fn unanswered_requests(&self) -> Result<Vec<(String, String)>> {
+        let rows = sqlx::query("SELECT tenant, request FROM requests WHERE answer IS NULL")
+            .fetch_all(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        rows.iter()
+            .map(|row| Ok((text(row, "tenant")?, text(row, "request")?)))
+            .collect()
+    }
+}

@@ -1,0 +1,440 @@
+//! VMs: what was asked for, and what was last heard of them.
+
+use std::collections::{BTreeMap, HashSet};
+
+use army_api::vms::{ForkTimes, Vm, VmFilter, VmMemory, VmPage, VmState};
+use army_api::{Problem, ProblemKind};
+use serde::Deserialize;
+use sqlx::Row;
+use sqlx::any::AnyRow;
+
+use super::{
+    Result, Store, from_word, is_taken, json, number, optional_text, parse, query_failed, text,
+    to_json, unsigned, word,
+};
+use army_node_api::VmReport;
+
+/// VMs of a page, where the client does not say.
+const PAGE: u32 = 1000;
+
+/// A page of VMs as one JSON text. As rows of the driver for all databases, each of which takes
+/// some 20 us and a switch of threads, 10,000 VMs take twice the time that their list may take.
+///
+/// The arguments are what a database calls the functions that make an object and an array.
+macro_rules! page_query {
+    ($object:literal, $array:literal) => {
+        concat!(
+            "SELECT CAST(COALESCE(",
+            $array,
+            "(",
+            $object,
+            "('number', number, 'vm', ",
+            $object,
+            "('id', id, 'name', name, 'tenant', tenant, 'template', template, 'host', host, \
+             'state', state, 'reason', reason, 'labels', json(labels), 'created_ms', created_ms, \
+             'expires_ms', expires_ms, 'network', json(network), 'fork', json(fork), \
+             'notices', json(COALESCE(notices, '[]')), 'memory', json(memory)))), '[]') \
+             AS TEXT) AS page \
+             FROM (SELECT * FROM vms WHERE number > $1 AND ($2 = '*' OR tenant = $2) \
+             AND ($3 = 1 OR alive = 1) AND ($4 = '' OR template = $4) \
+             AND ($5 = '' OR host = $5) ORDER BY number LIMIT $6) AS them"
+        )
+    };
+}
+
+/// A VM of a page.
+#[derive(Deserialize)]
+struct Listed {
+    number: i64,
+    vm: Vm,
+}
+
+/// VMs that are to be made.
+pub struct NewVms<'a> {
+    /// They; in state [`VmState::Creating`].
+    pub vms: &'a [Vm],
+    /// Added to the environment of their commands.
+    pub environment: &'a BTreeMap<String, String>,
+    /// The idempotency key that they were asked for with.
+    pub request: Option<&'a str>,
+}
+
+impl Store {
+    /// Writes down VMs that are about to be made, all or none of them.
+    ///
+    /// # Errors
+    /// [`ProblemKind::Conflict`] where a name is taken, [`ProblemKind::QuotaExceeded`].
+    pub async fn add_vms(&self, new: &NewVms<'_>) -> Result<()> {
+        let Some(first) = new.vms.first() else {
+            return Ok(());
+        };
+        let mut change = self.change().await?;
+        let row = sqlx::query(
+            "SELECT (SELECT COUNT(*) FROM vms WHERE alive = 1 AND tenant = $1) AS used, \
+             (SELECT COALESCE(MAX(number), 0) FROM vms) AS last, \
+             (SELECT COALESCE(MAX(max_vms), -1) FROM tenants WHERE name = $1) AS quota",
+        )
+        .bind(&first.tenant)
+        .fetch_one(change.connection())
+        .await
+        .map_err(query_failed)?;
+        let (used, quota) = (number(&row, "used")?, number(&row, "quota")?);
+        if quota >= 0 && used + new.vms.len() as i64 > quota {
+            let detail = format!(
+                "the tenant {} has {used} of the {quota} VMs that it may have, and requested {}",
+                first.tenant,
+                new.vms.len()
+            );
+            return Err(Problem::new(ProblemKind::QuotaExceeded, detail)
+                .advise("destroy some VMs, or ask an administrator to raise the quota"));
+        }
+        let mut last = number(&row, "last")?;
+        for vm in new.vms {
+            last += 1;
+            sqlx::query(
+                "INSERT INTO vms (id, number, name, tenant, template, host, wanted, state, alive, \
+                 labels, environment, created_ms, expires_ms, request, network) \
+                 VALUES ($1, $2, $3, $4, $5, $6, 1, $7, 1, $8, $9, $10, $11, $12, $13)",
+            )
+            .bind(&vm.id)
+            .bind(last)
+            .bind(&vm.name)
+            .bind(&vm.tenant)
+            .bind(&vm.template)
+            .bind(&vm.host)
+            .bind(word(&vm.state)?)
+            .bind(to_json(&vm.labels)?)
+            .bind(to_json(new.environment)?)
+            .bind(vm.created_ms as i64)
+            .bind(vm.expires_ms.map(|time| time as i64))
+            .bind(new.request)
+            .bind(vm.network.as_ref().map(to_json).transpose()?)
+            .execute(change.connection())
+            .await
+            .map_err(|error| match is_taken(&error) {
+                true => {
+                    let detail = format!("a VM named `{}` already exists", vm.name);
+                    Problem::new(ProblemKind::Conflict, detail)
+                }
+                false => query_failed(error),
+            })?;
+            let detail = format!("of {} on {}", vm.template, vm.host);
+            change
+                .event("vm.creating", &vm.id, &vm.tenant, &detail)
+                .await?;
+        }
+        change.commit().await
+    }
+
+    /// Writes down how making a VM went: how long it took, and the notices of what could not be done.
+    pub async fn made_vm(&self, id: &str, made: &Result<(ForkTimes, Vec<String>)>) -> Result<()> {
+        let mut change = self.change().await?;
+        let (state, reason, fork, notices) = match made {
+            Ok((times, notices)) => {
+                let notices = (!notices.is_empty())
+                    .then(|| to_json(notices))
+                    .transpose()?;
+                (VmState::Running, None, Some(to_json(times)?), notices)
+            }
+            Err(problem) => (VmState::Failed, Some(problem.detail.clone()), None, None),
+        };
+        // What was destroyed in the meantime stays so.
+        let changed = sqlx::query(
+            "UPDATE vms SET state = $1, alive = $2, reason = $3, fork = $4, notices = $5 \
+             WHERE id = $6 AND alive = 1 RETURNING tenant",
+        )
+        .bind(word(&state)?)
+        .bind(i64::from(state.is_alive()))
+        .bind(reason.as_deref())
+        .bind(fork)
+        .bind(notices)
+        .bind(id)
+        .fetch_optional(change.connection())
+        .await
+        .map_err(query_failed)?;
+        if let Some(row) = changed {
+            let tenant = text(&row, "tenant")?;
+            let kind = format!("vm.{}", word(&state)?);
+            let detail = reason.unwrap_or_default();
+            change.event(&kind, id, &tenant, &detail).await?;
+        }
+        change.commit().await
+    }
+
+    /// Writes down that a VM is made by another host, since its own refused it. Whether that is
+    /// so: one that was destroyed in the meantime is not moved.
+    pub async fn move_vm(&self, id: &str, host: &str, reason: &str) -> Result<bool> {
+        let mut change = self.change().await?;
+        let moved = sqlx::query(
+            "UPDATE vms SET host = $1 WHERE id = $2 AND alive = 1 AND wanted = 1 RETURNING tenant",
+        )
+        .bind(host)
+        .bind(id)
+        .fetch_optional(change.connection())
+        .await
+        .map_err(query_failed)?;
+        if let Some(row) = &moved {
+            let tenant = text(row, "tenant")?;
+            let detail = format!("to {host}: {reason}");
+            change.event("vm.moved", id, &tenant, &detail).await?;
+        }
+        change.commit().await?;
+        Ok(moved.is_some())
+    }
+
+    /// Takes in what a host says of its VMs; returns the ids of those that are over by our book,
+    /// which the host may end and forget. A VM that is not in our book at all is left alone: the
+    /// book may be the wrong one. Those in `making` are told of by whoever makes them.
+    pub async fn hear_of_vms(
+        &self,
+        host: &str,
+        reports: &[VmReport],
+        making: &HashSet<String>,
+    ) -> Result<Vec<String>> {
+        let query = "SELECT id, state, tenant, memory FROM vms WHERE host = $1 AND alive = 1";
+        let rows = sqlx::query(query)
+            .bind(host)
+            .fetch_all(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        let mut known = BTreeMap::new();
+        for row in &rows {
+            let state: VmState = from_word(&text(row, "state")?)?;
+            let memory = optional_text(row, "memory")?;
+            known.insert(text(row, "id")?, (state, text(row, "tenant")?, memory));
+        }
+        let mut over = Vec::new();
+        let mut change = self.change().await?;
+        for report in reports {
+            let Some((state, tenant, known_memory)) = known.get(&report.id) else {
+                let row = sqlx::query("SELECT id FROM vms WHERE id = $1 AND alive = 0")
+                    .bind(&report.id)
+                    .fetch_optional(change.connection())
+                    .await
+                    .map_err(query_failed)?;
+                over.extend(row.map(|_| report.id.clone()));
+                continue;
+            };
+            // That it is on its way is known, or over since.
+            if report.state == VmState::Creating || making.contains(&report.id) {
+                continue;
+            }
+            let memory = report.memory.as_ref().map(to_json).transpose()?;
+            if *state == report.state && memory == *known_memory {
+                continue;
+            }
+            sqlx::query(
+                "UPDATE vms SET state = $1, alive = $2, \
+                 reason = CASE WHEN $2 = 1 THEN $3 ELSE COALESCE($3, reason) END, \
+                 memory = COALESCE($4, memory) WHERE id = $5 AND alive = 1",
+            )
+            .bind(word(&report.state)?)
+            .bind(i64::from(report.state.is_alive()))
+            .bind(report.reason.as_deref())
+            .bind(memory)
+            .bind(&report.id)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+            if *state != report.state {
+                let kind = format!("vm.{}", word(&report.state)?);
+                let detail = report.reason.clone().unwrap_or_default();
+                change.event(&kind, &report.id, tenant, &detail).await?;
+            }
+            if !report.state.is_alive() {
+                over.push(report.id.clone());
+            }
+        }
+        change.commit().await?;
+        Ok(over)
+    }
+
+    /// Sets the state of VMs without hearing of them: of a host that does not answer, or of those
+    /// that a host turns out not to have.
+    pub async fn set_vms(&self, ids: &[String], state: VmState, reason: &str) -> Result<()> {
+        let mut change = self.change().await?;
+        for id in ids {
+            let changed = sqlx::query(
+                "UPDATE vms SET state = $1, alive = $2, reason = $3 \
+                 WHERE id = $4 AND alive = 1 AND state <> $1 RETURNING tenant",
+            )
+            .bind(word(&state)?)
+            .bind(i64::from(state.is_alive()))
+            .bind(reason)
+            .bind(id)
+            .fetch_optional(change.connection())
+            .await
+            .map_err(query_failed)?;
+            if let Some(row) = changed {
+                let tenant = text(&row, "tenant")?;
+                let kind = format!("vm.{}", word(&state)?);
+                change.event(&kind, id, &tenant, reason).await?;
+            }
+        }
+        change.commit().await
+    }
+
+    /// Writes down that a VM is to go.
+    pub async fn unwant_vm(&self, id: &str) -> Result<()> {
+        let mut change = self.change().await?;
+        sqlx::query("UPDATE vms SET wanted = 0 WHERE id = $1")
+            .bind(id)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        change.commit().await
+    }
+
+    /// VMs of a host that hold a place, with their state and whether they are wanted.
+    pub async fn vms_of_host(&self, host: &str) -> Result<Vec<(String, VmState, bool)>> {
+        let rows = sqlx::query("SELECT id, state, wanted FROM vms WHERE host = $1 AND alive = 1")
+            .bind(host)
+            .fetch_all(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        rows.iter()
+            .map(|row| {
+                let state = from_word(&text(row, "state")?)?;
+                Ok((text(row, "id")?, state, number(row, "wanted")? != 0))
+            })
+            .collect()
+    }
+
+    /// A VM by its id, or by the name of one that is not over; only `tenant`'s where one is given.
+    pub async fn vm(&self, key: &str, tenant: Option<&str>) -> Result<Vm> {
+        let row = sqlx::query(
+            "SELECT * FROM vms WHERE (id = $1 OR (name = $1 AND alive = 1)) \
+             AND ($2 = '*' OR tenant = $2) ORDER BY (id = $1) DESC, number DESC LIMIT 1",
+        )
+        .bind(key)
+        .bind(tenant.unwrap_or("*"))
+        .fetch_optional(&self.pool)
+        .await
+        .map_err(query_failed)?;
+        match row {
+            Some(row) => vm(&row),
+            None => {
+                let detail = format!("VM `{}` not found", key.escape_debug());
+                Err(Problem::new(ProblemKind::NotFound, detail))
+            }
+        }
+    }
+
+    /// What is added to the environment of a VM's commands.
+    pub async fn environment(&self, id: &str) -> Result<BTreeMap<String, String>> {
+        let row = sqlx::query("SELECT environment FROM vms WHERE id = $1")
+            .bind(id)
+            .fetch_one(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        json(&row, "environment")
+    }
+
+    /// The VMs of one request.
+    pub async fn vms_of_request(&self, tenant: &str, request: &str) -> Result<Vec<Vm>> {
+        let rows =
+            sqlx::query("SELECT * FROM vms WHERE tenant = $1 AND request = $2 ORDER BY number")
+                .bind(tenant)
+                .bind(request)
+                .fetch_all(&self.pool)
+                .await
+                .map_err(query_failed)?;
+        rows.iter().map(vm).collect()
+    }
+
+    /// A page of VMs, of one tenant or of all.
+    pub async fn vms(&self, filter: &VmFilter, tenant: Option<&str>) -> Result<VmPage> {
+        let limit = filter.limit.unwrap_or(PAGE).clamp(1, 10_000);
+        let after = match &filter.after {
+            None => 0,
+            Some(after) => after.parse::<i64>().map_err(|_| {
+                let detail = "`after` must be the `next` of a page";
+                Problem::new(ProblemKind::InvalidRequest, detail)
+            })?,
+        };
+        let label = match &filter.label {
+            None => None,
+            Some(label) => Some(label.split_once('=').ok_or_else(|| {
+                let detail = "a label must be written as key=value";
+                Problem::new(ProblemKind::InvalidRequest, detail)
+            })?),
+        };
+        let query = match self.is_postgres {
+            true => page_query!("json_build_object", "json_agg"),
+            false => page_query!("json_object", "json_group_array"),
+        };
+        let row = sqlx::query(query)
+            .bind(after)
+            .bind(tenant.unwrap_or("*"))
+            .bind(i64::from(filter.all))
+            .bind(filter.template.as_deref().unwrap_or_default())
+            .bind(filter.host.as_deref().unwrap_or_default())
+            // One more tells whether there is a next page.
+            .bind(i64::from(limit) + 1)
+            .fetch_one(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        let mut listed: Vec<Listed> = json(&row, "page")?;
+        let more = listed.len() > limit as usize;
+        listed.truncate(limit as usize);
+        let last = listed.last().filter(|_| more);
+        let next = last.map(|last| last.number.to_string());
+        let has_label = |vm: &Vm| {
+            label.is_none_or(|(key, value)| vm.labels.get(key).is_some_and(|it| it == value))
+        };
+        let vms = listed.into_iter().map(|listed| listed.vm);
+        let vms = vms.filter(has_label).collect();
+        Ok(VmPage { vms, next })
+    }
+
+    /// VMs that hold a place, by what they were made of.
+    pub async fn vms_by_template(&self) -> Result<BTreeMap<String, u32>> {
+        self.count("template").await
+    }
+
+    /// VMs that hold a place, by host.
+    pub async fn vms_by_host(&self) -> Result<BTreeMap<String, u32>> {
+        self.count("host").await
+    }
+
+    async fn count(&self, column: &'static str) -> Result<BTreeMap<String, u32>> {
+        let query = match column {
+            "host" => "SELECT host AS it, COUNT(*) AS n FROM vms WHERE alive = 1 GROUP BY host",
+            _ => "SELECT template AS it, COUNT(*) AS n FROM vms WHERE alive = 1 GROUP BY template",
+        };
+        let rows = sqlx::query(query)
+            .fetch_all(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        rows.iter()
+            .map(|row| Ok((text(row, "it")?, number(row, "n")? as u32)))
+            .collect()
+    }
+}
+
+fn vm(row: &AnyRow) -> Result<Vm> {
+    let optional = |column: &str| optional_text(row, column);
+    let expires: Option<i64> = row.try_get("expires_ms").map_err(query_failed)?;
+    let fork: Option<ForkTimes> = optional("fork")?.as_deref().map(parse).transpose()?;
+    let memory: Option<VmMemory> = optional("memory")?.as_deref().map(parse).transpose()?;
+    Ok(Vm {
+        id: text(row, "id")?,
+        name: text(row, "name")?,
+        tenant: text(row, "tenant")?,
+        template: text(row, "template")?,
+        host: text(row, "host")?,
+        state: from_word(&text(row, "state")?)?,
+        reason: optional("reason")?,
+        labels: json(row, "labels")?,
+        created_ms: unsigned(row, "created_ms")?,
+        expires_ms: expires.map(|time| time.max(0) as u64),
+        network: optional("network")?.as_deref().map(parse).transpose()?,
+        fork,
+        notices: optional("notices")?
+            .as_deref()
+            .map(parse)
+            .transpose()?
+            .unwrap_or_default(),
+        memory,
+    })
+}

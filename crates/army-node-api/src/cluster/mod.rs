@@ -1,0 +1,80 @@
+//! How the processes of one Army trust each other.
+//!
+//! The controller keeps an [`authority`] of its own, and every process has a certificate of it that
+//! says what it is: the controller, or the node of one host. A host gets its certificate for a
+//! token that lives for minutes ([`token`]), keeps it and has it renewed; from then
+//! on all connections are mutual TLS ([`tls`]). Addresses prove nothing, and names in certificates
+//! are not looked up anywhere.
+
+pub mod authority;
+pub mod tls;
+pub mod token;
+
+use army_api::{Problem, ProblemKind};
+
+/// What the controller is called in its certificate.
+const CONTROLLER: &str = "controller.army.internal";
+/// What follows a host's name in its node's certificate.
+const NODE: &str = ".node.army.internal";
+
+/// What a process is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Member {
+    /// The controller.
+    Controller,
+    /// The node of the host of this name.
+    Node(String),
+}
+
+impl Member {
+    /// What it is called in its certificate.
+    pub fn dns_name(&self) -> String {
+        match self {
+            Self::Controller => CONTROLLER.to_owned(),
+            Self::Node(host) => format!("{host}{NODE}"),
+        }
+    }
+
+    fn of_dns_name(name: &str) -> Option<Self> {
+        if name == CONTROLLER {
+            return Some(Self::Controller);
+        }
+        let host = name.strip_suffix(NODE)?;
+        is_host_name(host).then(|| Self::Node(host.to_owned()))
+    }
+}
+
+/// Whether a host can be called so: as one label of a name of the Internet, in small letters.
+pub fn is_host_name(name: &str) -> bool {
+    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    (1..=63).contains(&name.len())
+        && name.bytes().all(inner)
+        && !name.starts_with('-')
+        && !name.ends_with('-')
+}
+
+/// A failure of this process to do `what`.
+pub fn internal(what: &str, error: &dyn std::fmt::Display) -> Problem {
+    Problem::new(ProblemKind::Internal, format!("cannot {what}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn members_are_told_by_their_names() {
+        for member in [Member::Controller, Member::Node("a-1".into())] {
+            assert_eq!(Member::of_dns_name(&member.dns_name()), Some(member));
+        }
+        for name in [
+            "",
+            "army.internal",
+            ".node.army.internal",
+            "a.b.node.army.internal",
+            "A.node.army.internal",
+        ] {
+            assert_eq!(Member::of_dns_name(name), None, "{name}");
+        }
+    }
+}
