@@ -1,7 +1,8 @@
-//! Templates built of others: a clone, what is done in it, and a template of what it is then.
+//! Templates that are built from others: a clone, steps that are run in it, and a template of the
+//! result.
 //!
-//! A build is its listener's: where nobody listens any more it ends, and its VM with it. One whose
-//! server dies leaves a VM that its host ends when the build's time is over.
+//! A build lasts as long as somebody listens to its progress; then it is cancelled, and its VM ends.
+//! A build whose controller dies leaves a VM that its host ends when the time of the build is over.
 
 use std::time::{Duration, Instant};
 
@@ -11,137 +12,114 @@ use army_api::builds::{BuildEvent, BuildStep, BuildTemplate};
 use army_api::exec::{CommandEvent, Ended, Exec, FilePath};
 use army_api::templates::Template;
 use army_api::vms::{CreateVms, SnapshotVm, Vm};
-use army_api::{Problem, ProblemKind};
+use army_node_api::validate::check_template_name;
 use tokio::sync::mpsc;
 
-use super::Controller;
-use crate::guest;
-use crate::store::Result;
-use army_node_api::blocking;
-use army_node_api::{check_template_name, of_agent};
+use crate::{Controller, Error, ErrorKind, Result, blocking, guest};
 
-/// How long the steps may take, where the client does not say.
+/// The time limit of the steps, where the request has none.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(3600);
-/// What a builder is called by its label, whose value is the template's name.
+/// The label of a build's VM. Its value is the name of the new template.
 const LABEL: &str = "build";
-/// How much longer its VM lives: for the snapshot.
+/// How much longer than its steps a build's VM may live, for the snapshot.
 const GRACE: Duration = Duration::from_secs(600);
 
-/// Where a build's events go.
-pub type Listener = mpsc::Sender<BuildEvent>;
+/// Receives the progress of a build.
+pub type BuildListener = mpsc::Sender<BuildEvent>;
 
-/// A step that can be told to an agent, as the request has it.
+/// A step that was checked.
 enum Work {
     Run(Exec),
     Write(Put, String),
 }
 
 impl Controller {
-    /// Builds a template. The listener hears how it goes, and last how it went.
-    pub async fn build(&self, tenant: &str, asked: BuildTemplate, listener: &Listener) {
-        let last = match self.try_build(tenant, asked, listener).await {
-            Ok(template) => BuildEvent::Built { template },
-            Err(problem) => BuildEvent::Failed { problem },
-        };
-        // Who left does not want to know.
-        let _ = listener.send(last).await;
-    }
-
-    async fn try_build(
+    /// Builds a template. The listener receives the steps and their output; the result is for the
+    /// caller to tell. Progress begins when there is a VM, so an error without any progress means
+    /// that the build could not begin.
+    pub async fn build(
         &self,
         tenant: &str,
-        asked: BuildTemplate,
-        listener: &Listener,
+        request: BuildTemplate,
+        listener: &BuildListener,
     ) -> Result<Template> {
-        let limit = asked.timeout_s.map_or(DEFAULT_LIMIT, Duration::from_secs);
+        let limit = request.timeout_s.map_or(DEFAULT_LIMIT, Duration::from_secs);
         if limit.is_zero() {
-            let detail = "`timeout_s` must be at least 1";
-            return Err(Problem::new(ProblemKind::InvalidRequest, detail));
+            let message = "`timeout_s` must be at least 1";
+            return Err(Error::new(ErrorKind::InvalidRequest, message));
         }
-        let work = work(asked.steps)?;
-        self.check_new(&asked.template).await?;
+        let work = check_steps(request.steps)?;
+        // This is checked before an hour's work, and not only after it.
+        check_template_name(&request.template)?;
+        self.check_name_is_free(&request.template).await?;
         let details = CreateVms {
-            template: asked.from,
+            template: request.from,
             count: 1,
-            labels: [(LABEL.to_owned(), asked.template.clone())].into(),
-            host_labels: asked.host_labels,
-            environment: asked.environment,
+            labels: [(LABEL.to_owned(), request.template.clone())].into(),
+            host_labels: request.host_labels,
+            environment: request.environment,
             ttl_s: Some(limit.saturating_add(GRACE).as_secs()),
             ..CreateVms::default()
         };
-        // Events begin when there is a VM: what is wrong before that is the answer to the request.
         let mut created = self.create(tenant, details, None).await?;
         let vm = created.vms.pop().ok_or_else(|| {
-            let detail = "the VM was created but is missing from the result";
-            Problem::new(ProblemKind::Internal, detail)
+            let message = "the VM was created but is missing from the result";
+            Error::new(ErrorKind::Internal, message)
         })?;
-        let built = self.build_in(&vm, work, limit, listener).await;
-        let built = match built {
+        let built = match self.run_steps(&vm, work, limit, listener).await {
             Ok(()) => {
-                let asked = SnapshotVm {
-                    template: asked.template,
+                let snapshot = SnapshotVm {
+                    template: request.template,
                     diff: true,
                 };
-                self.snapshot(&vm, asked).await
+                self.snapshot(&vm, snapshot).await
             }
-            Err(problem) => Err(problem),
+            Err(error) => Err(error),
         };
-        if let Err(problem) = self.destroy(&vm).await {
-            tracing::warn!(vm = vm.id, %problem, "a build VM runs until its lifetime expires");
+        if let Err(error) = self.destroy(&vm).await {
+            tracing::warn!(vm = vm.id, %error, "a build VM runs until its lifetime expires");
         }
         built
     }
 
-    /// Whether a template can be called so: before an hour's work, and not after it.
-    async fn check_new(&self, name: &str) -> Result<()> {
-        check_template_name(name)?;
-        match self.store.template_or_tag(name).await {
-            Ok(_) => {
-                let detail = format!("a template or a tag named `{name}` already exists");
-                Err(Problem::new(ProblemKind::Conflict, detail))
-            }
-            Err(problem) if problem.kind == ProblemKind::NotFound => Ok(()),
-            Err(problem) => Err(problem),
-        }
-    }
-
-    async fn build_in(
+    async fn run_steps(
         &self,
         vm: &Vm,
         work: Vec<Work>,
         limit: Duration,
-        listener: &Listener,
+        listener: &BuildListener,
     ) -> Result<()> {
         let environment = self.store.environment(&vm.id).await?;
-        // A limit beyond what the clock can tell is none.
+        // A limit beyond the range of the clock is no limit.
         let end = Instant::now().checked_add(limit);
         let count = work.len();
         for (number, work) in (1..).zip(work) {
-            let heard = listener.send(BuildEvent::Step { number }).await;
-            heard.map_err(|_| guest::left())?;
+            let sent = listener.send(BuildEvent::Step { number }).await;
+            sent.map_err(|_| guest::client_disconnected())?;
             let left = end.map_or(limit, |end| end.saturating_duration_since(Instant::now()));
             if left.is_zero() {
-                let detail = format!("the time limit was exceeded before step {number} of {count}");
-                return Err(Problem::new(ProblemKind::Timeout, detail));
+                let message =
+                    format!("the time limit was exceeded before step {number} of {count}");
+                return Err(Error::new(ErrorKind::Timeout, message));
             }
-            let node = self.node_of(vm)?;
-            let (id, listener, environment) =
-                (vm.id.clone(), listener.clone(), environment.clone());
-            let done = blocking(move || {
-                let (connection, _in_use) = guest::connect(&node, &id, left)?;
-                match work {
-                    Work::Run(asked) => {
-                        let exec = guest::exec(asked, environment, Some(left));
-                        run(connection, exec, &listener)
+            let step = async {
+                let (connection, in_use) = self.agent(vm, guest::with_grace(left)).await?;
+                let (listener, environment) = (listener.clone(), environment.clone());
+                blocking(move || {
+                    let _in_use = in_use;
+                    match work {
+                        Work::Run(command) => {
+                            let exec = guest::exec(command, environment, Some(left));
+                            run(connection, exec, &listener)
+                        }
+                        Work::Write(put, text) => Ok(connection.put(put, &mut text.as_bytes())?),
                     }
-                    Work::Write(put, text) => connection
-                        .put(put, &mut text.as_bytes())
-                        .map_err(|error| of_agent(&error)),
-                }
-            });
-            done.await.map_err(|mut problem| {
-                problem.detail = format!("step {number} of {count}: {}", problem.detail);
-                problem
+                })
+                .await
+            };
+            step.await.map_err(|mut error| {
+                error.message = format!("step {number} of {count}: {}", error.message);
+                error
             })?;
         }
         Ok(())
@@ -152,19 +130,19 @@ impl Controller {
 fn run(
     connection: Connection,
     exec: agent_proto::messages::Exec,
-    listener: &Listener,
+    listener: &BuildListener,
 ) -> Result<()> {
-    let running = connection.exec(exec).map_err(|error| of_agent(&error))?;
+    let running = connection.exec(exec)?;
     let ended = guest::follow(running, listener, |event| match event {
         CommandEvent::Output { stream, text, .. } => Some(BuildEvent::Output { stream, text }),
-        // Nothing is lost of what is heard from the beginning.
+        // Nothing is lost of output that is read from the beginning.
         CommandEvent::Lost { .. } | CommandEvent::Ended(_) => None,
     })?;
     match ended {
         Ended {
             timed_out: true, ..
-        } => Err(Problem::new(
-            ProblemKind::Timeout,
+        } => Err(Error::new(
+            ErrorKind::Timeout,
             "the time limit of the build was exceeded, and the command was killed",
         )),
         Ended {
@@ -178,19 +156,19 @@ fn run(
                 (None, Some(signal)) => format!("was killed by signal {signal}"),
                 (None, None) => "ended with an unknown status".to_owned(),
             };
-            let detail = format!("the command {how}");
-            Err(Problem::new(ProblemKind::Conflict, detail))
+            let message = format!("the command {how}");
+            Err(Error::new(ErrorKind::Conflict, message))
         }
     }
 }
 
-/// Steps as they can be told, or what is wrong with one before anything is done.
-fn work(steps: Vec<BuildStep>) -> Result<Vec<Work>> {
+/// Checks the steps before anything is done.
+fn check_steps(steps: Vec<BuildStep>) -> Result<Vec<Work>> {
     if steps.is_empty() {
-        let detail = "`steps` must have at least one step";
-        return Err(Problem::new(ProblemKind::InvalidRequest, detail));
+        let message = "`steps` must have at least one step";
+        return Err(Error::new(ErrorKind::InvalidRequest, message));
     }
-    let told = |step| match step {
+    let check = |step| match step {
         BuildStep::Run {
             command,
             directory,
@@ -213,5 +191,5 @@ fn work(steps: Vec<BuildStep>) -> Result<Vec<Work>> {
             text,
         )),
     };
-    steps.into_iter().map(told).collect()
+    steps.into_iter().map(check).collect()
 }

@@ -1,45 +1,46 @@
-//! What is done in guests, whoever asks for it: how their agents are told, and what they tell.
+//! What is done in guests through their agents, for the API and for builds.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use agent_proto::client::{Connection, Deadline, Event as AgentEvent, Running};
+use agent_proto::client::{Event as AgentEvent, Running};
 use agent_proto::messages::{Exec as AgentExec, Exited, Put, Stream};
 use army_api::exec::{CommandEvent, Ended, Exec, FilePath, OutputStream};
-use army_api::{Problem, ProblemKind};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::Node;
-use army_node_api::{InUse, of_agent};
+use crate::{Error, ErrorKind, Result};
 
-/// Permissions of a new file, where the client does not say.
+/// The permissions of a new file, where the client does not say.
 const DEFAULT_MODE: u32 = 0o644;
-/// How much longer an agent that should have ended a command is waited for: a guest may hang.
+/// How much longer than its own limit a command is waited for: its agent ends it, but a guest may
+/// hang.
 const GRACE: Duration = Duration::from_secs(15);
 
-/// A connection to a VM's agent for work that it ends after `limit`, given up a little later.
-pub fn connect(node: &Node, vm: &str, limit: Duration) -> Result<(Connection, InUse), Problem> {
-    let (mut connection, in_use) = node.agent(vm)?;
-    connection.set_deadline(Deadline::after(limit.saturating_add(GRACE)));
-    Ok((connection, in_use))
+/// The limit of a connection for work that the agent ends after `limit`.
+pub fn with_grace(limit: Duration) -> Duration {
+    limit.saturating_add(GRACE)
 }
 
-/// What is wrong with a command before anybody is asked.
-pub fn check_command(command: &[String]) -> Result<(), Problem> {
+/// Checks a command before its guest is reached.
+///
+/// # Errors
+/// [`ErrorKind::InvalidRequest`] where it is empty.
+pub fn check_command(command: &[String]) -> Result<()> {
     if command.is_empty() {
-        let detail = "`command` is empty: it takes a program and its arguments";
-        return Err(Problem::new(ProblemKind::InvalidRequest, detail));
+        let message = "`command` is empty: it takes a program and its arguments";
+        return Err(Error::new(ErrorKind::InvalidRequest, message));
     }
     Ok(())
 }
 
-/// A command as its VM's agent is told, with the VM's environment and its limit, if any.
+/// A command in the agent's protocol, with the VM's environment, and with a time limit if there is
+/// one.
 pub fn exec(
     asked: Exec,
     mut environment: BTreeMap<String, String>,
     limit: Option<Duration>,
 ) -> AgentExec {
-    // To the agent, 0 is no limit.
+    // In the agent's protocol, 0 is no limit.
     let milliseconds =
         |limit: Duration| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).max(1);
     environment.extend(asked.environment);
@@ -57,16 +58,16 @@ pub fn exec(
     }
 }
 
-/// A file as the agent is told to write it.
+/// A file in the agent's protocol.
 ///
 /// # Errors
-/// [`ProblemKind::InvalidRequest`] where that is no path, or these are no permissions.
-pub fn put(file: FilePath) -> Result<Put, Problem> {
-    let invalid = |detail: String| Problem::new(ProblemKind::InvalidRequest, detail);
+/// [`ErrorKind::InvalidRequest`] where the path is not absolute, or the permissions are not octal.
+pub fn put(file: FilePath) -> Result<Put> {
+    let invalid = |message: String| Error::new(ErrorKind::InvalidRequest, message);
     if !file.path.starts_with('/') || file.path.contains('\0') {
         let path = file.path.escape_debug();
         return Err(invalid(format!(
-            "`{path}` is no absolute path in the guest"
+            "`{path}` is not an absolute path in the guest"
         )));
     }
     let mode = match &file.mode {
@@ -74,7 +75,7 @@ pub fn put(file: FilePath) -> Result<Put, Problem> {
         Some(mode) => u32::from_str_radix(mode, 8)
             .ok()
             .filter(|mode| *mode <= 0o7777)
-            .ok_or_else(|| invalid(format!("`{}` are no permissions", mode.escape_debug())))?,
+            .ok_or_else(|| invalid(format!("invalid permissions `{}`", mode.escape_debug())))?,
     };
     Ok(Put {
         path: file.path,
@@ -84,34 +85,34 @@ pub fn put(file: FilePath) -> Result<Put, Problem> {
     })
 }
 
-/// Sends what a command does to who listens, as far as `wrap` makes something of it, and returns
-/// how it ended. Blocks, and is called where there is a runtime.
+/// Sends the events of a command to a listener, as far as `wrap` makes something of them, and
+/// returns how the command ended. Blocks, and must be called within a runtime.
 ///
 /// # Errors
-/// Where the agent cannot be heard to the end. That is so, too, when the listener goes away, which
-/// is noticed even while the command says nothing.
+/// Where the connection to the agent is lost. A listener that goes away causes that, too, even
+/// while the command has no output.
 pub fn follow<T: Send + 'static>(
     mut running: Running,
     listener: &mpsc::Sender<T>,
     wrap: impl Fn(CommandEvent) -> Option<T>,
-) -> Result<Ended, Problem> {
+) -> Result<Ended> {
     let input = running.input();
-    let watched = listener.clone();
-    let (_working, done) = oneshot::channel::<()>();
+    let watched_listener = listener.clone();
+    let (_at_end, done) = oneshot::channel::<()>();
     tokio::spawn(async move {
         tokio::select! {
-            () = watched.closed() => input.disconnect(),
+            () = watched_listener.closed() => input.disconnect(),
             _ = done => {}
         }
     });
     let mut texts = [Text::default(), Text::default()];
     loop {
-        let event = running.next_event().map_err(|error| of_agent(&error))?;
+        let event = running.next_event()?;
         let arrived = running.arrived();
         let (event, ended) = match event {
             AgentEvent::Output(stream, data) => {
                 let event = CommandEvent::Output {
-                    stream: told(stream),
+                    stream: output_stream(stream),
                     text: texts[usize::from(stream == Stream::Stderr)].take(&data),
                     cursor: match stream {
                         Stream::Stdout => arrived.stdout_cursor,
@@ -121,30 +122,30 @@ pub fn follow<T: Send + 'static>(
                 (event, None)
             }
             AgentEvent::Lost(stream, bytes) => {
-                let stream = told(stream);
+                let stream = output_stream(stream);
                 (CommandEvent::Lost { stream, bytes }, None)
             }
             AgentEvent::Exited(exited) => {
-                let ended = how(exited);
+                let ended = exit_status(exited);
                 (CommandEvent::Ended(ended), Some(ended))
             }
         };
-        let heard = wrap(event).is_none_or(|event| listener.blocking_send(event).is_ok());
+        let sent = wrap(event).is_none_or(|event| listener.blocking_send(event).is_ok());
         match ended {
             Some(ended) => return Ok(ended),
-            None if heard => {}
-            None => return Err(left()),
+            None if sent => {}
+            None => return Err(client_disconnected()),
         }
     }
 }
 
-/// That who wanted to know has gone away.
-pub fn left() -> Problem {
-    Problem::new(ProblemKind::Conflict, "nobody listens any more")
+/// The error of work whose client has gone away.
+pub fn client_disconnected() -> Error {
+    Error::new(ErrorKind::Conflict, "the client has disconnected")
 }
 
-/// How a command ended.
-pub fn how(exited: Exited) -> Ended {
+/// How a command ended, in the API's terms.
+pub fn exit_status(exited: Exited) -> Ended {
     Ended {
         exit_code: exited.code,
         signal: exited.signal,
@@ -152,14 +153,14 @@ pub fn how(exited: Exited) -> Ended {
     }
 }
 
-fn told(stream: Stream) -> OutputStream {
+fn output_stream(stream: Stream) -> OutputStream {
     match stream {
         Stream::Stdout => OutputStream::Stdout,
         Stream::Stderr => OutputStream::Stderr,
     }
 }
 
-/// Bytes that become text piece by piece: a character may be cut in two.
+/// Converts output into text as it arrives. A character may be cut in two between arrivals.
 #[derive(Default)]
 struct Text(Vec<u8>);
 
@@ -167,7 +168,7 @@ impl Text {
     fn take(&mut self, data: &[u8]) -> String {
         self.0.extend_from_slice(data);
         let whole = match std::str::from_utf8(&self.0) {
-            // The beginning of a character, and no more than that.
+            // The end is the beginning of a character.
             Err(error) if error.error_len().is_none() => error.valid_up_to(),
             _ => self.0.len(),
         };

@@ -1,13 +1,16 @@
-//! Names and secrets that nobody can guess.
+//! Ids and secrets that cannot be guessed.
 
-use army_api::{Problem, ProblemKind};
+use crate::{Error, ErrorKind, Result};
 
 /// `N` random bytes in hexadecimal.
-pub(crate) fn hex<const N: usize>() -> Result<String, Problem> {
+pub(crate) fn hex<const N: usize>() -> Result<String> {
     let mut bytes = [0; N];
-    // Up to 256 bytes come whole.
+    // The kernel returns up to 256 bytes at once.
     rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()).map_err(
-        |error| Problem::new(ProblemKind::Internal, format!("no random numbers: {error}")),
+        |error| {
+            let message = format!("cannot get random numbers: {error}");
+            Error::new(ErrorKind::Internal, message)
+        },
     )?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }

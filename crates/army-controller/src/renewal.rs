@@ -1,49 +1,56 @@
-//! New certificates for nodes whose own get old.
+//! New certificates for nodes whose own are getting old.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Controller, Node};
-use crate::store::Result;
-use army_node_api::blocking;
 use army_node_api::cluster::Member;
 use army_node_api::cluster::authority::Authority;
+use army_node_api::requests::{InstallCertificateRequest, RenewalRequest};
 
-/// How often hosts are asked. They ask in return when weeks are left, so that a missed round is
-/// none.
+use crate::{Controller, Node, Result, blocking, deadlines};
+
+/// How often hosts are asked. A host wants a new certificate weeks before the old one ends, so a
+/// round that it misses does no harm.
 const ROUND: Duration = Duration::from_secs(3600);
 
 impl Controller {
-    /// Renews hosts' certificates, again and again.
-    pub async fn renew(self: Arc<Self>, authority: Arc<Authority>) {
+    /// Renews the certificates of hosts, without an end.
+    pub async fn renew_certificates(self: Arc<Self>, authority: Arc<Authority>) {
         loop {
-            self.renew_once(&authority).await;
+            self.renew_certificates_once(&authority).await;
             tokio::time::sleep(ROUND).await;
         }
     }
 
-    /// Asks every host whether it wants a new certificate, and gives it to those who do.
-    pub async fn renew_once(&self, authority: &Arc<Authority>) {
+    /// Asks every host whether it wants a new certificate, and issues one to each that does.
+    pub async fn renew_certificates_once(&self, authority: &Arc<Authority>) {
         for node in self.nodes() {
-            let (name, authority) = (node.name().to_owned(), Arc::clone(authority));
-            match blocking(move || renew(&node, &authority)).await {
+            let host = node.name();
+            match renew(&node, authority).await {
                 Ok(false) => {}
-                Ok(true) => tracing::info!(host = name, "its certificate is renewed"),
-                // That it is silent is told elsewhere, and it is asked again.
-                Err(problem) => {
-                    tracing::debug!(host = name, %problem, "cannot renew a certificate")
+                Ok(true) => tracing::info!(host, "the host's certificate was renewed"),
+                // The host is asked again, and that it is unreachable is recorded elsewhere.
+                Err(error) => {
+                    tracing::debug!(host, %error, "cannot renew the certificate of a host");
                 }
             }
         }
     }
 }
 
-/// Returns whether there was anything to do.
-fn renew(node: &Node, authority: &Authority) -> Result<bool> {
-    let Some(request) = node.certificate_request()? else {
+/// Returns whether the host has a new certificate.
+async fn renew(node: &Node, authority: &Arc<Authority>) -> Result<bool> {
+    let request = RenewalRequest::default();
+    let deadline = deadlines::question(node.as_ref());
+    let response = node.request_renewal(request, deadline).await?;
+    let Some(request) = response.signing_request else {
         return Ok(false);
     };
     let member = Member::Node(node.name().to_owned());
-    node.take_certificate(&authority.sign(&member, &request)?)?;
+    let authority = Arc::clone(authority);
+    let certificate = blocking(move || Ok(authority.sign(&member, &request)?)).await?;
+    let request = InstallCertificateRequest { certificate };
+    let deadline = deadlines::question(node.as_ref());
+    node.install_certificate(request, deadline).await?;
     Ok(true)
 }

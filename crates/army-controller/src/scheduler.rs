@@ -4,7 +4,8 @@
 //! guests were promised: clones share most of it. A host that was just given VMs is charged for
 //! them at once, by what others of their template cost, until it is measured again.
 
-use army_api::{Problem, ProblemKind};
+use crate::error::RETRY_S;
+use crate::{Error, ErrorKind, Result};
 
 /// Memory of a host that is never given away, as a share of all: one part in so many.
 const RESERVE: u64 = 10;
@@ -55,10 +56,10 @@ pub struct Need {
 /// Chooses a host for each of `count` VMs, charging each to its host: indices into `hosts`.
 ///
 /// # Errors
-/// [`ProblemKind::Busy`] where there is no room for all of them, [`ProblemKind::HostUnsupported`]
-/// where no host has the CPU features, and [`ProblemKind::HostUnavailable`] where those that have
+/// [`ErrorKind::Busy`] where there is no room for all of them, [`ErrorKind::HostUnsupported`]
+/// where no host has the CPU features, and [`ErrorKind::HostUnavailable`] where those that have
 /// them take no VMs; then none is placed.
-pub fn place(hosts: &mut [HostView], need: Need, count: u32) -> Result<Vec<usize>, Problem> {
+pub fn place(hosts: &mut [HostView], need: Need, count: u32) -> Result<Vec<usize>> {
     let before: Vec<HostView> = hosts.to_vec();
     let mut chosen = Vec::with_capacity(count as usize);
     for _ in 0..count {
@@ -68,9 +69,9 @@ pub fn place(hosts: &mut [HostView], need: Need, count: u32) -> Result<Vec<usize
             .filter(|(_, host)| fits(host, need))
             .max_by(|(_, a), (_, b)| score(a).total_cmp(&score(b)));
         let Some((index, _)) = best else {
-            let problem = refusal(hosts, need, count, chosen.len());
+            let error = refusal(hosts, need, count, chosen.len());
             hosts.clone_from_slice(&before);
-            return Err(problem);
+            return Err(error);
         };
         charge(&mut hosts[index], need);
         chosen.push(index);
@@ -107,12 +108,12 @@ fn charge(host: &mut HostView, need: Need) {
     host.ready = host.ready.saturating_sub(1);
 }
 
-fn refusal(hosts: &[HostView], need: Need, count: u32, placed: usize) -> Problem {
-    if let Some(problem) = unsupported(hosts) {
-        return problem;
+fn refusal(hosts: &[HostView], need: Need, count: u32, placed: usize) -> Error {
+    if let Some(error) = unsupported(hosts) {
+        return error;
     }
     let open = hosts.iter().filter(|host| host.open).count();
-    let detail = if open == 0 {
+    let message = if open == 0 {
         "no host takes VMs now: all are drained, or do not answer".to_owned()
     } else if !hosts.iter().any(|host| host.open && host.suits) {
         "no host with these labels takes VMs now".to_owned()
@@ -121,13 +122,13 @@ fn refusal(hosts: &[HostView], need: Need, count: u32, placed: usize) -> Problem
     } else {
         format!("there is memory for {placed} of the {count} VMs only")
     };
-    Problem::new(ProblemKind::Busy, detail)
+    Error::new(ErrorKind::Busy, message)
         .advise("try again later, destroy VMs, or add a host")
-        .retry_after(5)
+        .retry_after(RETRY_S)
 }
 
 /// The refusal where hosts lack CPU features: all of them, or those that take VMs now.
-fn unsupported(hosts: &[HostView]) -> Option<Problem> {
+fn unsupported(hosts: &[HostView]) -> Option<Error> {
     let suiting = || hosts.iter().filter(|host| host.suits);
     let nearest = |of: &mut dyn Iterator<Item = &HostView>| {
         let nearest = of.min_by_key(|host| host.lacks.len())?;
@@ -137,17 +138,17 @@ fn unsupported(hosts: &[HostView]) -> Option<Problem> {
         })
     };
     if let Some(lacks) = nearest(&mut suiting()) {
-        let detail = format!("no host can run these VMs: {lacks}");
-        return Some(Problem::new(ProblemKind::HostUnsupported, detail).advise(
+        let message = format!("no host can run these VMs: {lacks}");
+        return Some(Error::new(ErrorKind::HostUnsupported, message).advise(
             "add a host whose CPU has them, or take the template on a CPU that all hosts match",
         ));
     }
     let lacks = nearest(&mut suiting().filter(|host| host.open))?;
-    let detail = format!("the hosts that may be able to run these VMs take none now: {lacks}");
+    let message = format!("the hosts that may be able to run these VMs take none now: {lacks}");
     Some(
-        Problem::new(ProblemKind::HostUnavailable, detail)
+        Error::new(ErrorKind::HostUnavailable, message)
             .advise("try again when they answer and are not drained, or add a host")
-            .retry_after(5),
+            .retry_after(RETRY_S),
     )
 }
 
@@ -192,9 +193,9 @@ mod tests {
         assert_eq!(place(&mut hosts, need(GIB), 1).unwrap(), [1]);
         // A tenth is kept back.
         hosts[1].open = false;
-        let problem = place(&mut hosts, need(GIB), 1).unwrap_err();
-        assert_eq!(problem.kind, ProblemKind::Busy);
-        assert_eq!(problem.retry_after_s, Some(5));
+        let error = place(&mut hosts, need(GIB), 1).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Busy);
+        assert_eq!(error.retry_after_s, Some(5));
     }
 
     #[test]
@@ -235,10 +236,10 @@ mod tests {
         hosts[0].lacks = vec!["avx2".to_owned(), "avx512f".to_owned()];
         hosts[1].lacks = vec!["avx512f".to_owned()];
         hosts[1].open = false;
-        let problem = place(&mut hosts, need(GIB), 1).unwrap_err();
-        assert_eq!(problem.kind, ProblemKind::HostUnsupported);
-        assert_eq!((problem.status, problem.retry_after_s), (409, None));
-        assert!(problem.detail.ends_with("b lacks avx512f"), "{problem}");
+        let error = place(&mut hosts, need(GIB), 1).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::HostUnsupported);
+        assert_eq!(error.retry_after_s, None);
+        assert!(error.message.ends_with("b lacks avx512f"), "{error}");
     }
 
     #[test]
@@ -248,21 +249,21 @@ mod tests {
         hosts[1].open = false;
         // It has another label, so it does not count.
         hosts[2].suits = false;
-        let problem = place(&mut hosts, need(GIB), 1).unwrap_err();
-        assert_eq!(problem.kind, ProblemKind::HostUnavailable);
-        assert_eq!((problem.status, problem.retry_after_s), (503, Some(5)));
-        assert!(problem.detail.contains("old lacks avx512f"), "{problem}");
+        let error = place(&mut hosts, need(GIB), 1).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::HostUnavailable);
+        assert_eq!(error.retry_after_s, Some(5));
+        assert!(error.message.contains("old lacks avx512f"), "{error}");
         // A host that has them and no room is another matter.
         hosts[1].open = true;
-        let problem = place(&mut hosts, need(100 * GIB), 1).unwrap_err();
-        assert_eq!(problem.kind, ProblemKind::Busy);
+        let error = place(&mut hosts, need(100 * GIB), 1).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Busy);
     }
 
     #[test]
     fn the_refusal_says_which_filter_it_was() {
         let mut closed = [host("a")];
         closed[0].open = false;
-        let detail = |hosts: &mut [HostView]| place(hosts, need(1), 1).unwrap_err().detail;
+        let detail = |hosts: &mut [HostView]| place(hosts, need(1), 1).unwrap_err().message;
         assert!(detail(&mut closed).contains("drained"));
         let mut without = [host("a")];
         without[0].has_template = false;

@@ -1,63 +1,36 @@
 //! The contract between Army's controller and its nodes.
+//!
+//! [`NodeApi`] is what a controller asks of a node. [`Remote`] asks it of a node on another host,
+//! over mutual TLS between the members of a [`cluster`]; [`router`] is the other end of that
+//! connection. [`requests`] has the types that travel, and [`Error`] what can go wrong.
+//!
+//! This crate does not depend on how a node runs VMs, nor on how a controller decides.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod agent;
+mod api;
+pub mod chunks;
 pub mod cluster;
-mod failure;
-pub mod host;
-pub mod pipe;
-pub mod policy;
+mod error;
 pub mod remote;
+pub mod requests;
+pub mod router;
+pub mod simulated;
 pub mod time;
-pub mod types;
+pub mod validate;
 
-pub use failure::{Failure, answer};
-pub use types::*;
+pub use agent::{AgentStream, InUse};
+pub use agent_proto::deadline::Deadline;
+pub use api::{NodeApi, Reply};
+pub use error::{Error, ErrorKind, Result};
+pub use remote::Remote;
 
-use agent_proto::client::ClientError;
-use army_api::{Problem, ProblemKind};
+/// The version of the protocol between controller and node: the first part of every path. It
+/// changes when a request of one side cannot be read by the other side any more.
+pub const VERSION: &str = "v2";
 
-/// A result with a problem to tell the client.
-pub type Result<T> = std::result::Result<T, Problem>;
+/// The protocol that a connection to an agent is upgraded to: from then on it is the agent's own.
+const AGENT_PROTOCOL: &str = "army-agent";
 
-/// What a connection to an agent upgrades to: from then on it is the agent's protocol.
-pub const AGENT_PROTOCOL: &str = "army-agent";
-
-/// Does what blocks on a thread for such.
-pub async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|error| {
-            Err(Problem::new(
-                ProblemKind::Internal,
-                format!("a task failed: {error}"),
-            ))
-        })
-}
-
-/// A name, and never a path: clients do not choose where on the host we look.
-pub fn check_template_name(name: &str) -> Result<()> {
-    if clone_api::validate::is_valid_name(name) {
-        return Ok(());
-    }
-    let detail = format!("invalid template name `{}`", name.escape_debug());
-    Err(Problem::new(ProblemKind::InvalidRequest, detail))
-}
-
-/// What went wrong at a guest's agent.
-pub fn of_agent(error: &ClientError) -> Problem {
-    use agent_proto::messages::ErrorCode as Agent;
-    let kind = match error {
-        ClientError::Refused(refused) => match refused.code() {
-            Agent::Invalid | Agent::Unsupported => ProblemKind::InvalidRequest,
-            Agent::NotFound => ProblemKind::NotFound,
-            Agent::Denied => ProblemKind::Forbidden,
-            Agent::Exhausted => ProblemKind::Busy,
-            Agent::Other => ProblemKind::GuestUnavailable,
-        },
-        ClientError::TooLong { .. } => ProblemKind::InvalidRequest,
-        _ => ProblemKind::GuestUnavailable,
-    };
-    Problem::new(kind, error.to_string())
-}
+/// The header with the time that remains until a call's deadline, in milliseconds.
+const DEADLINE_HEADER: &str = "army-deadline-ms";

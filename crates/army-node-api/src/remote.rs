@@ -1,181 +1,155 @@
-//! A host that is reached over the network: its node's API (`army_node::serve`), from outside.
+//! A node on another host: the client of [`router`](crate::router).
 
-use std::borrow::Cow;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use agent_proto::client::{Connection, Deadline};
 use army_api::vms::Balloon;
-use army_api::{Problem, ProblemKind};
-use futures_util::StreamExt;
-use reqwest::header;
+use reqwest::{RequestBuilder, Response, StatusCode, header};
 use rustls::ClientConfig;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
-use tokio::runtime::Handle;
 
+use crate::chunks::{self, ChunkReceiver};
 use crate::cluster::Member;
-use crate::host::Host;
-use crate::pipe::{self, Pieces, Sender};
-use crate::{AGENT_PROTOCOL, InUse, Made, Origin, Report, Result, TemplateFacts, VmSpec, of_agent};
+use crate::requests::{
+    BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse, DestroyVmRequest,
+    ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport,
+    ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest, Operation,
+    PauseVmRequest, RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest,
+    ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
+};
+use crate::{
+    AGENT_PROTOCOL, AgentStream, DEADLINE_HEADER, Deadline, Error, ErrorKind, InUse, NodeApi,
+    Reply, Result, VERSION,
+};
 
-/// How long a host may take to be connected with.
+/// The longest time that connecting with a host may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
-/// How long what was sent may go without being acknowledged.
+/// The longest time that what was sent may go without being acknowledged.
 const SILENCE: Duration = Duration::from_secs(15);
-/// How long a host may take to say how it is.
-const REPORT_LIMIT: Duration = Duration::from_secs(10);
-/// How long something with VMs may take.
-const LIMIT: Duration = Duration::from_secs(300);
-/// How long a template may travel.
-const FETCH_LIMIT: Duration = Duration::from_secs(3600);
-/// How long an agent's greeting may take, once the node has it.
-const GREETING_LIMIT: Duration = Duration::from_secs(10);
+/// How long after a deadline the node's own answer is still awaited: it says what was late.
+const GRACE: Duration = Duration::from_secs(2);
 
-/// VMs that are to be made.
-#[derive(Serialize, Deserialize)]
-pub struct Make<'a> {
-    /// The template, or the VM that is forked.
-    pub of: Cow<'a, str>,
-    /// The VMs.
-    pub entries: Cow<'a, [VmSpec]>,
-}
-
-impl<'a> Make<'a> {
-    /// They, without copying.
-    pub fn new(of: &'a str, entries: &'a [VmSpec]) -> Self {
-        Self {
-            of: of.into(),
-            entries: entries.into(),
-        }
-    }
-}
-
-/// A host elsewhere.
+/// A node on another host. Its calls are asynchronous, and none of them holds a thread.
 pub struct Remote {
     name: String,
     address: SocketAddr,
     url: String,
     http: reqwest::Client,
-    runtime: Handle,
 }
 
 impl Remote {
-    /// The host `name`, whose node listens at `address`. Its methods are for threads that may
-    /// block, and do their waiting in the runtime of whoever calls this.
+    /// The node of the host `name`, which listens at `address`. Names are not looked up anywhere:
+    /// the node's certificate proves which host it is.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Internal`] where the TLS configuration cannot be used.
     pub fn new(name: &str, address: SocketAddr, tls: ClientConfig) -> Result<Self> {
         let dns = Member::Node(name.to_owned()).dns_name();
+        let http = reqwest::Client::builder()
+            .tls_backend_preconfigured(tls)
+            .resolve(&dns, address)
+            .connect_timeout(CONNECT_LIMIT)
+            .tcp_keepalive(SILENCE / 3)
+            .tcp_user_timeout(SILENCE)
+            .http1_only()
+            .no_proxy()
+            .build()
+            .map_err(|error| Error::internal("set up a client of a node", &error))?;
         Ok(Self {
             name: name.to_owned(),
             address,
-            url: format!("https://{dns}:{}", address.port()),
-            http: client(&dns, address, tls)?,
-            runtime: Handle::current(),
+            url: format!("https://{dns}:{}/{VERSION}", address.port()),
+            http,
         })
     }
 
-    fn call<R: DeserializeOwned>(
-        &self,
-        operation: &str,
-        arguments: &impl Serialize,
-        limit: Duration,
-    ) -> Result<R> {
-        let request = self
-            .http
-            .post(format!("{}/v1/{operation}", self.url))
-            .timeout(limit)
-            .json(arguments);
-        self.runtime.block_on(self.answer(request))
+    /// Sends an operation's request, and reads its response.
+    fn call<O: Operation>(&self, request: O, deadline: Deadline) -> Reply<'_, O::Response> {
+        Box::pin(async move {
+            let url = format!("{}/{}", self.url, O::NAME);
+            let response = self.send(self.http.post(url).json(&request), deadline);
+            self.read(response.await?).await
+        })
     }
 
-    async fn answer<R: DeserializeOwned>(&self, request: reqwest::RequestBuilder) -> Result<R> {
-        let answer = request.send().await.map_err(|error| self.lost(&error))?;
-        if !answer.status().is_success() {
-            return Err(problem_of(answer).await);
-        }
-        answer.json().await.map_err(|error| self.lost(&error))
-    }
-
-    fn many(&self, operation: &str, make: &Make<'_>) -> Vec<Result<Made>> {
-        let results: Result<Vec<Result<Made>>> = self.call(operation, make, LIMIT);
-        match results {
-            Ok(results) if results.len() == make.entries.len() => results,
-            Ok(_) => fail(make, &self.unavailable("the response is about other VMs")),
-            Err(problem) => fail(make, &problem),
-        }
-    }
-
-    fn lost(&self, error: &reqwest::Error) -> Problem {
-        self.unavailable(&whole(error))
-    }
-
-    fn unavailable(&self, why: &str) -> Problem {
-        let detail = format!("the host {} does not answer: {why}", self.name);
-        Problem::new(ProblemKind::HostUnavailable, detail).retry_after(5)
-    }
-
-    async fn open_agent(&self, id: &str) -> Result<UnixStream> {
-        let answer = self
-            .http
-            .get(format!("{}/v1/agent/{id}", self.url))
-            .header(header::CONNECTION, "upgrade")
-            .header(header::UPGRADE, AGENT_PROTOCOL)
+    /// Sends a request, whose response must be a success.
+    async fn send(&self, request: RequestBuilder, deadline: Deadline) -> Result<Response> {
+        let remaining = deadline.remaining().ok_or_else(Error::deadline_exceeded)?;
+        let response = request
+            .header(DEADLINE_HEADER, remaining.as_millis().to_string())
+            .timeout(remaining.saturating_add(GRACE))
             .send()
             .await
             .map_err(|error| self.lost(&error))?;
-        if answer.status() != reqwest::StatusCode::SWITCHING_PROTOCOLS {
-            return Err(problem_of(answer).await);
+        match response.status() {
+            StatusCode::SWITCHING_PROTOCOLS => Ok(response),
+            status if status.is_success() => Ok(response),
+            status => Err(match response.json().await {
+                Ok(error) => error,
+                Err(_) => self.unreachable(&format!(
+                    "its response has status {status} and is not of version {VERSION}"
+                )),
+            }),
         }
-        let mut far = answer.upgrade().await.map_err(|error| self.lost(&error))?;
-        let local = |error: io::Error| self.unavailable(&error.to_string());
+    }
+
+    async fn read<T: DeserializeOwned>(&self, response: Response) -> Result<T> {
+        response.json().await.map_err(|error| self.lost(&error))
+    }
+
+    /// Creates VMs. The node must answer for each of them.
+    fn create<O>(
+        &self,
+        count: usize,
+        request: O,
+        deadline: Deadline,
+    ) -> Reply<'_, CreateVmsResponse>
+    where
+        O: Operation<Response = CreateVmsResponse>,
+    {
+        Box::pin(async move {
+            let response = self.call(request, deadline).await?;
+            match response.results.len() == count {
+                true => Ok(response),
+                false => Err(self.unreachable("its response is about other VMs")),
+            }
+        })
+    }
+
+    fn lost(&self, error: &reqwest::Error) -> Error {
+        self.unreachable(&causes(error))
+    }
+
+    fn unreachable(&self, cause: &str) -> Error {
+        let message = format!("the host {} does not answer: {cause}", self.name);
+        Error::new(ErrorKind::HostUnreachable, message)
+    }
+
+    async fn open_agent(&self, vm: &str, deadline: Deadline) -> Result<AgentStream> {
+        let request = self
+            .http
+            .get(format!("{}/agent/{vm}", self.url))
+            .header(header::CONNECTION, "upgrade")
+            .header(header::UPGRADE, AGENT_PROTOCOL);
+        let response = self.send(request, deadline).await?;
+        let mut far = response
+            .upgrade()
+            .await
+            .map_err(|error| self.lost(&error))?;
+        let local = |error: io::Error| Error::internal("connect a guest's agent", &error);
         let (ours, theirs) = UnixStream::pair().map_err(local)?;
         theirs.set_nonblocking(true).map_err(local)?;
         let mut theirs = tokio::net::UnixStream::from_std(theirs).map_err(local)?;
-        // Ends when either side does; the other then sees the end of its stream.
+        // Ends when either side does; the other side then sees the end of its stream.
         tokio::spawn(async move { tokio::io::copy_bidirectional(&mut far, &mut theirs).await });
-        Ok(ours)
+        Ok(AgentStream::raw(ours, InUse::tracked_by_node()))
     }
 }
 
-/// A client of the node called `dns`, whatever the network's names say.
-pub fn client(dns: &str, address: SocketAddr, tls: ClientConfig) -> Result<reqwest::Client> {
-    reqwest::Client::builder()
-        .tls_backend_preconfigured(tls)
-        .resolve(dns, address)
-        .connect_timeout(CONNECT_LIMIT)
-        .tcp_keepalive(SILENCE / 3)
-        .tcp_user_timeout(SILENCE)
-        .http1_only()
-        .no_proxy()
-        .build()
-        .map_err(|error| {
-            Problem::new(
-                ProblemKind::Internal,
-                format!("cannot set up a client: {error}"),
-            )
-        })
-}
-
-fn fail(make: &Make<'_>, problem: &Problem) -> Vec<Result<Made>> {
-    make.entries.iter().map(|_| Err(problem.clone())).collect()
-}
-
-/// What a refusal says.
-pub async fn problem_of(answer: reqwest::Response) -> Problem {
-    let status = answer.status();
-    match answer.json().await {
-        Ok(problem) => problem,
-        Err(_) => {
-            let detail = format!("the response has status {status} and no problem document");
-            Problem::new(ProblemKind::HostUnavailable, detail)
-        }
-    }
-}
-
-/// An error with its causes, without the URL, which says nothing.
-pub fn whole(error: &reqwest::Error) -> String {
+/// The causes of an error, without its URL, which says nothing to people.
+pub fn causes(error: &reqwest::Error) -> String {
     let mut source = std::error::Error::source(error);
     let mut text = match source {
         Some(_) => String::new(),
@@ -191,7 +165,7 @@ pub fn whole(error: &reqwest::Error) -> String {
     text
 }
 
-impl Host for Remote {
+impl NodeApi for Remote {
     fn name(&self) -> &str {
         &self.name
     }
@@ -200,101 +174,121 @@ impl Host for Remote {
         Some(self.address)
     }
 
-    fn create(&self, template: &str, entries: &[VmSpec]) -> Vec<Result<Made>> {
-        self.many("create", &Make::new(template, entries))
+    fn create_vms(
+        &self,
+        request: CreateVmsRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, CreateVmsResponse> {
+        self.create(request.vms.len(), request, deadline)
     }
 
-    fn fork_live(&self, id: &str, entries: &[VmSpec]) -> Vec<Result<Made>> {
-        self.many("fork", &Make::new(id, entries))
+    fn fork_vm(&self, request: ForkVmRequest, deadline: Deadline) -> Reply<'_, CreateVmsResponse> {
+        self.create(request.vms.len(), request, deadline)
     }
 
-    fn destroy(&self, id: &str, reason: &str) -> Result<()> {
-        self.call("destroy", &(id, reason), LIMIT)
+    fn destroy_vm(&self, request: DestroyVmRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.call(request, deadline)
     }
 
-    fn pause(&self, id: &str) -> Result<()> {
-        self.call("pause", &id, LIMIT)
+    fn pause_vm(&self, request: PauseVmRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.call(request, deadline)
     }
 
-    fn resume(&self, id: &str) -> Result<()> {
-        self.call("resume", &id, LIMIT)
+    fn resume_vm(&self, request: ResumeVmRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.call(request, deadline)
     }
 
-    fn balloon(&self, id: &str, bytes: Option<u64>) -> Result<Balloon> {
-        self.call("balloon", &(id, bytes), LIMIT)
+    fn balloon(&self, request: BalloonRequest, deadline: Deadline) -> Reply<'_, Balloon> {
+        self.call(request, deadline)
     }
 
-    fn snapshot(&self, id: &str, template: &str, diff: bool) -> Result<TemplateFacts> {
-        self.call("snapshot", &(id, template, diff), FETCH_LIMIT)
+    fn snapshot_vm(
+        &self,
+        request: SnapshotVmRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, TemplateFacts> {
+        self.call(request, deadline)
     }
 
-    fn agent(&self, id: &str) -> Result<(Connection, InUse)> {
-        let stream = self.runtime.block_on(self.open_agent(id))?;
-        let deadline = Deadline::after(GREETING_LIMIT);
-        let connection = Connection::greet(stream, deadline).map_err(|error| of_agent(&error))?;
-        // The node counts it as used while the connection lives.
-        Ok((connection, InUse::elsewhere()))
+    fn connect_agent(
+        &self,
+        request: ConnectAgentRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, AgentStream> {
+        Box::pin(async move { self.open_agent(&request.vm, deadline).await })
     }
 
-    fn template(&self, name: &str) -> Result<TemplateFacts> {
-        self.call("template", &name, LIMIT)
+    fn inspect_template(
+        &self,
+        request: InspectTemplateRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, TemplateFacts> {
+        self.call(request, deadline)
     }
 
-    fn keep(&self, name: &str, standbys: u32) -> Result<()> {
-        self.call("keep", &(name, standbys), LIMIT)
+    fn set_standbys(&self, request: SetStandbysRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.call(request, deadline)
     }
 
-    fn remove_template(&self, name: &str) -> Result<()> {
-        self.call("remove-template", &name, LIMIT)
+    fn remove_template(&self, request: RemoveTemplateRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.call(request, deadline)
     }
 
-    fn fetch(&self, origin: &Origin) -> Result<()> {
-        self.call("fetch", origin, FETCH_LIMIT)
+    fn fetch_template(&self, request: FetchTemplateRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.call(request, deadline)
     }
 
-    fn send_template(&self, name: &str, sender: Sender) -> Result<()> {
-        self.runtime.block_on(async {
-            let url = format!("{}/v1/content/{name}", self.url);
-            let answer = self.http.get(url).send().await;
-            let answer = answer.map_err(|error| self.lost(&error))?;
-            if !answer.status().is_success() {
-                return Err(problem_of(answer).await);
-            }
-            let mut pieces = answer.bytes_stream();
-            while let Some(piece) = pieces.next().await {
-                let piece = piece.map_err(|error| io::Error::other(self.lost(&error)));
-                if sender.send(piece).await.is_err() {
-                    break;
-                }
-            }
-            Ok(())
+    fn export_template(
+        &self,
+        request: ExportTemplateRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, ChunkReceiver> {
+        Box::pin(async move {
+            let url = format!("{}/content/{}", self.url, request.template);
+            let response = self.send(self.http.get(url), deadline).await?;
+            let host = self.name.clone();
+            let body = futures_util::StreamExt::map(response.bytes_stream(), move |chunk| {
+                chunk.map_err(|error| format!("the host {host} was lost: {}", causes(&error)))
+            });
+            Ok(chunks::receive(body))
         })
     }
 
-    fn receive_template(&self, name: &str, pieces: Pieces) -> Result<TemplateFacts> {
-        self.runtime.block_on(async {
-            let request = self
-                .http
-                .put(format!("{}/v1/content/{name}", self.url))
-                .timeout(FETCH_LIMIT)
-                .body(reqwest::Body::wrap_stream(pipe::body_of(pieces)));
-            self.answer(request).await
+    fn import_template(
+        &self,
+        request: ImportTemplateRequest,
+        content: ChunkReceiver,
+        deadline: Deadline,
+    ) -> Reply<'_, TemplateFacts> {
+        Box::pin(async move {
+            let url = format!("{}/content/{}", self.url, request.template);
+            let body = reqwest::Body::wrap_stream(chunks::into_stream(content));
+            let response = self.send(self.http.put(url).body(body), deadline).await?;
+            self.read(response).await
         })
     }
 
-    fn report(&self) -> Result<Report> {
-        self.call("report", &(), REPORT_LIMIT)
+    fn report(&self, request: ReportRequest, deadline: Deadline) -> Reply<'_, HostReport> {
+        self.call(request, deadline)
     }
 
-    fn forget(&self, ids: &[String]) -> Result<()> {
-        self.call("forget", &ids, LIMIT)
+    fn forget_vms(&self, request: ForgetVmsRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.call(request, deadline)
     }
 
-    fn certificate_request(&self) -> Result<Option<String>> {
-        self.call("certificate-request", &(), REPORT_LIMIT)
+    fn request_renewal(
+        &self,
+        request: RenewalRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, RenewalResponse> {
+        self.call(request, deadline)
     }
 
-    fn take_certificate(&self, certificate: &str) -> Result<()> {
-        self.call("certificate", &certificate, REPORT_LIMIT)
+    fn install_certificate(
+        &self,
+        request: InstallCertificateRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, ()> {
+        self.call(request, deadline)
     }
 }

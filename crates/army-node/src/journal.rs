@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use army_api::vms::{IdlePolicy, NetworkPolicy};
-use army_api::{Problem, ProblemKind};
 use serde::{Deserialize, Serialize};
 
-use army_node_api::{Result, VmSpec};
+use army_node_api::requests::VmSpec;
+use army_node_api::{Error, ErrorKind, Result};
 
 use super::lock;
 
@@ -165,7 +165,7 @@ impl Journal {
         lock(&self.entries)
             .get(id)
             .cloned()
-            .ok_or_else(|| Problem::new(ProblemKind::NotFound, format!("this host has no VM {id}")))
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("this host has no VM {id}")))
     }
 
     /// Whether a VM was paused because nobody used it.
@@ -176,14 +176,14 @@ impl Journal {
     /// Writes down a VM that is about to be made.
     ///
     /// # Errors
-    /// [`ProblemKind::Conflict`] where it is known in this epoch or a later one.
+    /// [`ErrorKind::Conflict`] where it is known in this epoch or a later one.
     pub fn begin(&self, entry: &Entry) -> Result<()> {
         let mut entries = lock(&self.entries);
         if let Some(known) = entries.get(&entry.id)
             && known.epoch >= entry.epoch
         {
             let detail = format!("the VM {} is known in epoch {}", entry.id, known.epoch);
-            return Err(Problem::new(ProblemKind::Conflict, detail));
+            return Err(Error::new(ErrorKind::Conflict, detail));
         }
         self.write(entry)?;
         entries.insert(entry.id.clone(), entry.clone());
@@ -221,7 +221,7 @@ impl Journal {
 
     fn change(&self, id: &str, change: impl FnOnce(&mut Entry)) -> Result<()> {
         let mut entries = lock(&self.entries);
-        let unknown = || Problem::new(ProblemKind::NotFound, format!("this host has no VM {id}"));
+        let unknown = || Error::new(ErrorKind::NotFound, format!("this host has no VM {id}"));
         let known = entries.get_mut(id).ok_or_else(unknown)?;
         let mut changed = known.clone();
         change(&mut changed);
@@ -260,14 +260,14 @@ fn read(path: &Path) -> Result<Entry> {
             path.display(),
             entry.version
         );
-        return Err(Problem::new(ProblemKind::Internal, detail));
+        return Err(Error::new(ErrorKind::Internal, detail));
     }
     Ok(entry)
 }
 
-fn failed(action: &str, path: &Path, error: &io::Error) -> Problem {
+fn failed(action: &str, path: &Path, error: &io::Error) -> Error {
     let detail = format!("cannot {action} {}: {error}", path.display());
-    Problem::new(ProblemKind::Internal, detail)
+    Error::new(ErrorKind::Internal, detail)
 }
 
 #[cfg(test)]
@@ -300,8 +300,8 @@ mod tests {
         let journal = Journal::open(folder.path().to_owned()).unwrap();
         journal.begin(&entry("1", 2)).unwrap();
         for epoch in [1, 2] {
-            let problem = journal.begin(&entry("1", epoch)).unwrap_err();
-            assert_eq!(problem.kind, ProblemKind::Conflict);
+            let error = journal.begin(&entry("1", epoch)).unwrap_err();
+            assert_eq!(error.kind, ErrorKind::Conflict);
         }
         journal.advance("1", Stage::Ended("asked".into())).unwrap();
         journal.advance("1", Stage::Running).unwrap();

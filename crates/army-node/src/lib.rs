@@ -8,11 +8,10 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod capacity;
-mod host;
 pub mod journal;
 pub mod membership;
 mod report;
-pub mod serve;
+mod service;
 pub mod standbys;
 pub mod supervise;
 mod watch;
@@ -20,41 +19,39 @@ mod watch;
 use std::collections::HashMap;
 use std::io::{self, BufReader, BufWriter};
 use std::path::PathBuf;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use agent_proto::client::{ClientError, Connection, Deadline};
+use agent_proto::client::{ClientError, Connection};
 use army_api::templates::CpuFeatures;
 use army_api::vms::Balloon;
-use army_api::{Problem, ProblemKind};
 use clone::launch::fork::{self, Overrides, Source};
 use clone::launch::program;
 use clone::runtime::{RunningVm, Runtime};
 use clone::template::{Store, Template};
 use clone_api::jail::JailStatus;
-use clone_api::{ApiError, Bytes, Client, ErrorCode};
+use clone_api::{Bytes, Client, ErrorCode};
 
-use army_node_api::pipe::{Pieces, Sender, Sink, Source as PieceSource};
-use army_node_api::{
-    InUse, Made, Result, TemplateFacts, VmSpec, check_template_name, of_agent, policy,
-};
+use army_node_api::chunks::{ChunkReader, ChunkReceiver, ChunkSender, ChunkWriter};
+use army_node_api::requests::{CreatedVm, TemplateFacts, VmSpec};
+use army_node_api::validate::{self, check_template_name};
+use army_node_api::{Deadline, Error, ErrorKind, InUse, Result};
 
 use journal::{Entry, Journal, Stage};
 use report::Seen;
+pub use service::NodeService;
 use standbys::Standbys;
 
 /// What the names of Army's VMs begin with on their host.
 pub const VM_PREFIX: &str = "army-";
-/// How long an agent may take to answer: after a fork, it first takes back its connections.
-const AGENT_LIMIT: Duration = Duration::from_secs(20);
 /// How long it may take before it is looked at why.
 const FIRST_LIMIT: Duration = Duration::from_secs(1);
 /// The pause before it is tried again.
 const AGENT_PAUSE: Duration = Duration::from_millis(5);
 
-/// Bytes of a template that are sent in one piece.
-const PIECE: usize = 256 << 10;
+/// Bytes of a template that are sent in one chunk.
+const CHUNK: usize = 256 << 10;
 
 /// A host's VMs.
 pub struct Node {
@@ -127,7 +124,7 @@ impl Node {
 
     /// Makes clones of a template, one for each entry; results in the same order. An entry that is
     /// known already is answered with what became of it, and not made twice.
-    pub fn create(&self, template: &str, vms: &[VmSpec]) -> Vec<Result<Made>> {
+    pub fn create(&self, template: &str, vms: &[VmSpec]) -> Vec<Result<CreatedVm>> {
         match self.source(template) {
             Ok(source) => {
                 let made = self.fork(&source, vms);
@@ -137,28 +134,28 @@ impl Node {
                 }
                 made
             }
-            Err(problem) => vms.iter().map(|_| Err(problem.clone())).collect(),
+            Err(error) => vms.iter().map(|_| Err(error.clone())).collect(),
         }
     }
 
     /// Makes forks of a running VM, which goes on.
-    pub fn fork_live(&self, id: &str, vms: &[VmSpec]) -> Vec<Result<Made>> {
+    pub fn fork_live(&self, id: &str, vms: &[VmSpec]) -> Vec<Result<CreatedVm>> {
         let source = self
             .find(id)
-            .and_then(|vm| Source::live(&self.runtime, &vm).map_err(told));
+            .and_then(|vm| Source::live(&self.runtime, &vm).map_err(Error::from));
         match source {
             Ok((source, _)) => self.fork(&source, vms),
-            Err(problem) => vms.iter().map(|_| Err(problem.clone())).collect(),
+            Err(error) => vms.iter().map(|_| Err(error.clone())).collect(),
         }
     }
 
-    fn fork(&self, source: &Source, vms: &[VmSpec]) -> Vec<Result<Made>> {
+    fn fork(&self, source: &Source, vms: &[VmSpec]) -> Vec<Result<CreatedVm>> {
         let entries: Vec<Entry> = vms.iter().map(Entry::from).collect();
         // The VMs of a request are alike.
         let network = entries.first().and_then(|entry| entry.network.as_ref());
-        let egress = match network.map(policy::egress).transpose() {
+        let egress = match network.map(validate::egress).transpose() {
             Ok(egress) => egress,
-            Err(problem) => return vms.iter().map(|_| Err(problem.clone())).collect(),
+            Err(error) => return vms.iter().map(|_| Err(error.clone())).collect(),
         };
         // Written before anything is made: whatever dies in between, somebody knows of the VM.
         let begin = |entry: &Entry| self.journal.begin(&entry.beginning(supervise::boot_ms()));
@@ -178,14 +175,14 @@ impl Node {
             .into_iter()
             .zip(&chosen)
             .map(|(result, entry)| {
-                let result = result.map_err(told);
+                let result = result.map_err(Error::from);
                 let stage = match &result {
                     Ok(_) => Stage::Running,
-                    Err(problem) => Stage::Failed(problem.detail.clone()),
+                    Err(error) => Stage::Failed(error.message.clone()),
                 };
                 self.journal.advance(&entry.id, stage)?;
                 self.touch(&entry.id);
-                result.map(|forked| Made {
+                result.map(|forked| CreatedVm {
                     warm: forked.warm,
                     running_us: forked.running_us,
                     identity_us: forked.identity_us.unwrap_or(0),
@@ -194,12 +191,7 @@ impl Node {
             })
             .collect::<Vec<_>>()
             .into_iter();
-        let lost = || {
-            Err(Problem::new(
-                ProblemKind::Internal,
-                "the fork has no result",
-            ))
-        };
+        let lost = || Err(Error::new(ErrorKind::Internal, "the fork has no result"));
         written
             .into_iter()
             .map(|written| written.and_then(|()| made.next().unwrap_or_else(lost)))
@@ -210,14 +202,14 @@ impl Node {
     pub fn destroy(&self, id: &str, reason: &str) -> Result<()> {
         self.journal
             .advance(id, Stage::Ended(reason.to_owned()))
-            .or_else(|problem| match problem.kind {
-                ProblemKind::NotFound => Ok(()),
-                _ => Err(problem),
+            .or_else(|error| match error.kind {
+                ErrorKind::NotFound => Ok(()),
+                _ => Err(error),
             })?;
         match self.runtime.find(&vm_name(id)) {
             Ok(vm) => fork::end(&self.runtime, &vm),
             Err(error) if error.code == ErrorCode::NotFound => {}
-            Err(error) => return Err(told(error)),
+            Err(error) => return Err(error.into()),
         }
         lock(&self.used).remove(id);
         Ok(())
@@ -227,7 +219,7 @@ impl Node {
     pub fn pause(&self, id: &str) -> Result<()> {
         let paused = self.client(id)?.pause();
         self.seen.forget(id);
-        paused.map_err(|error| of_vm(&error))
+        paused.map_err(Error::from)
     }
 
     /// Sets them going again.
@@ -235,7 +227,7 @@ impl Node {
         self.touch(id);
         let resumed = self.client(id)?.resume();
         self.seen.forget(id);
-        resumed.map_err(|error| of_vm(&error))
+        resumed.map_err(Error::from)
     }
 
     /// A VM's balloon; with `bytes` after asking for that size.
@@ -248,7 +240,7 @@ impl Node {
         if bytes.is_some() {
             self.seen.forget(id);
         }
-        let status = status.map_err(|error| of_vm(&error))?;
+        let status = status.map_err(Error::from)?;
         Ok(Balloon {
             target_bytes: status.target_bytes,
             actual_bytes: status.actual_bytes,
@@ -261,37 +253,38 @@ impl Node {
         let vm = self.find(id)?;
         let target = self.template_path(template)?;
         let (template, _) =
-            clone::snapshot::take(&self.runtime, &vm, &target, diff).map_err(told)?;
+            clone::snapshot::take(&self.runtime, &vm, &target, diff).map_err(Error::from)?;
         Ok(facts(&template))
     }
 
     /// A connection to a VM's agent. While it lives, the VM counts as used; one that was paused
-    /// for idleness goes on. The connection's deadline is for one short exchange.
-    pub fn agent(&self, id: &str) -> Result<(Connection, InUse)> {
+    /// for idleness goes on. The connection's deadline is the one of this call.
+    pub fn agent(&self, id: &str, deadline: Deadline) -> Result<(Connection, InUse)> {
         let in_use = self.use_vm(id)?;
         let vm = self.find(id)?;
         self.wake(id, &vm)?;
-        let end = Instant::now() + AGENT_LIMIT;
-        let mut limit = FIRST_LIMIT;
+        let mut first = Some(Deadline::after(FIRST_LIMIT).min(deadline));
         loop {
-            match Connection::open(&vm.dir.vsock_socket(), Deadline::after(limit)) {
+            let limit = first.take().unwrap_or(deadline);
+            match Connection::open(&vm.dir.vsock_socket(), limit) {
                 Ok(mut connection) => {
-                    connection.set_deadline(Deadline::after(AGENT_LIMIT));
+                    connection.set_deadline(deadline);
                     return Ok((connection, in_use));
                 }
                 // After a fork the guest first hears that its former connections are gone.
-                Err(ClientError::NoAgent | ClientError::Lost(_)) if Instant::now() < end => {
-                    if vm.process.wait(Some(AGENT_PAUSE)).map_err(told)? {
+                Err(ClientError::NoAgent | ClientError::Lost(_))
+                    if deadline.remaining().is_some() =>
+                {
+                    if vm.process.wait(Some(AGENT_PAUSE))? {
                         return Err(gone(id));
                     }
                     let info = Client::new(vm.dir.control_socket()).info();
                     if info.is_ok_and(|info| info.state == clone_api::control::VmState::Paused) {
-                        let detail = "the VM is paused: resume it first";
-                        return Err(Problem::new(ProblemKind::Conflict, detail));
+                        let message = "the VM is paused: resume it first";
+                        return Err(Error::new(ErrorKind::Conflict, message));
                     }
-                    limit = AGENT_LIMIT;
                 }
-                Err(error) => return Err(of_agent(&error)),
+                Err(error) => return Err(error.into()),
             }
         }
     }
@@ -301,30 +294,24 @@ impl Node {
         Ok(facts(&self.open_template(name)?))
     }
 
-    /// Takes a template from a stream; with `id` only if it is that one.
+    /// Receives a template from a stream; with `id` only if it is that one.
     pub fn receive_template(
         &self,
         name: &str,
         id: Option<&str>,
-        pieces: Pieces,
+        content: ChunkReceiver,
     ) -> Result<TemplateFacts> {
         let target = self.template_path(name)?;
         // One travels at a time: two of a name would be in each other's way.
         let _turn = lock(&self.receiving);
-        let mut source = BufReader::with_capacity(PIECE, PieceSource::new(pieces));
-        let template = clone::template::receive(&target, id, &mut source, &self.runtime);
-        template.map(|it| facts(&it)).map_err(told)
+        let mut source = BufReader::with_capacity(CHUNK, ChunkReader::new(content));
+        let template = clone::template::receive(&target, id, &mut source, &self.runtime)?;
+        Ok(facts(&template))
     }
 
-    /// Sends all of a template. What goes wrong before the first piece is the result, and later a
-    /// piece, which cuts the stream short.
-    pub fn send_template(&self, name: &str, sender: Sender) -> Result<()> {
-        let template = self.open_template(name)?;
-        let mut sink = BufWriter::with_capacity(PIECE, Sink(sender.clone()));
-        if let Err(error) = clone::template::send(&template, &mut sink) {
-            let _ = sender.blocking_send(Err(io::Error::other(error.message)));
-        }
-        Ok(())
+    /// Opens a template, to be sent or forked.
+    fn open_template(&self, name: &str) -> Result<Template> {
+        Ok(Template::open(&self.template_path(name)?)?)
     }
 
     /// Verifies a template and keeps `standbys` clones of it ready from now on.
@@ -343,9 +330,9 @@ impl Node {
             .open_template(name)
             .ok()
             .map(|it| it.manifest().id.clone());
-        self.store.remove(name).map_err(told)?;
+        self.store.remove(name).map_err(Error::from)?;
         match id {
-            Some(id) => clone::template::forget_verified(&self.runtime, &id).map_err(told),
+            Some(id) => clone::template::forget_verified(&self.runtime, &id).map_err(Error::from),
             None => Ok(()),
         }
     }
@@ -354,19 +341,16 @@ impl Node {
         if let Some(source) = lock(&self.sources).get(name) {
             return Ok(Arc::clone(source));
         }
-        let source = Source::template(&self.open_template(name)?, &self.runtime).map_err(told)?;
+        let source =
+            Source::template(&self.open_template(name)?, &self.runtime).map_err(Error::from)?;
         let source = Arc::new(source);
         lock(&self.sources).insert(name.to_owned(), Arc::clone(&source));
         Ok(source)
     }
 
-    fn open_template(&self, name: &str) -> Result<Template> {
-        Template::open(&self.template_path(name)?).map_err(told)
-    }
-
     fn template_path(&self, name: &str) -> Result<PathBuf> {
         check_template_name(name)?;
-        self.store.path(name).map_err(told)
+        self.store.path(name).map_err(Error::from)
     }
 
     fn find(&self, id: &str) -> Result<RunningVm> {
@@ -374,7 +358,7 @@ impl Node {
             .find(&vm_name(id))
             .map_err(|error| match error.code {
                 ErrorCode::NotFound => gone(id),
-                _ => told(error),
+                _ => Error::from(error),
             })
     }
 
@@ -386,7 +370,7 @@ impl Node {
         if self.journal.is_asleep(id) {
             Client::new(vm.dir.control_socket())
                 .resume()
-                .map_err(|error| of_vm(&error))?;
+                .map_err(Error::from)?;
             self.seen.forget(id);
             self.journal.set_asleep(id, false)?;
         }
@@ -408,7 +392,17 @@ impl Node {
         self.touch(id);
         let open = lock(&self.used).get(id).map(|it| Arc::clone(&it.open));
         let open = open.unwrap_or_default();
-        Ok(InUse::count(open))
+        open.fetch_add(1, Ordering::Relaxed);
+        Ok(InUse::until_dropped(Connected(open)))
+    }
+}
+
+/// Counts one connection to a VM until it is dropped.
+struct Connected(Arc<AtomicU64>);
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -453,36 +447,18 @@ fn host_cpu() -> Option<CpuFeatures> {
     }
 }
 
+/// Sends all of a template. An error is the last item of the stream.
+fn send_template(template: &Template, sender: ChunkSender) {
+    let mut sink = BufWriter::with_capacity(CHUNK, ChunkWriter(sender.clone()));
+    if let Err(error) = clone::template::send(template, &mut sink) {
+        let _ = sender.blocking_send(Err(io::Error::other(error.message)));
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn gone(id: &str) -> Problem {
-    Problem::new(ProblemKind::NotFound, format!("the VM {id} does not run"))
-}
-
-/// Clone's error, as Army tells it.
-fn told(error: ApiError) -> Problem {
-    let kind = match error.code {
-        ErrorCode::BadRequest | ErrorCode::InvalidConfig | ErrorCode::MethodNotAllowed => {
-            ProblemKind::InvalidRequest
-        }
-        ErrorCode::NotFound => ProblemKind::NotFound,
-        ErrorCode::Conflict => ProblemKind::Conflict,
-        ErrorCode::TooLarge => ProblemKind::TooLarge,
-        ErrorCode::Unavailable => ProblemKind::GuestUnavailable,
-        ErrorCode::Timeout => ProblemKind::Timeout,
-        ErrorCode::HostUnsupported => ProblemKind::HostUnsupported,
-        ErrorCode::OutOfSpace => ProblemKind::Busy,
-        ErrorCode::Internal => ProblemKind::Internal,
-    };
-    // Its advice is for people at the host's shell.
-    Problem::new(kind, error.message)
-}
-
-fn of_vm(error: &clone_api::ClientError) -> Problem {
-    match error {
-        clone_api::ClientError::Refused(error) => told(error.clone()),
-        other => Problem::new(ProblemKind::GuestUnavailable, other.to_string()),
-    }
+fn gone(id: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("the VM {id} does not run"))
 }

@@ -7,14 +7,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use army_api::{Problem, ProblemKind};
 use serde::{Deserialize, Serialize};
 
-use army_node_api::Result;
 use army_node_api::cluster::authority::{Credentials, NODE_LIFE, write_private};
-use army_node_api::cluster::internal;
 use army_node_api::cluster::tls::Identity;
 use army_node_api::time::now_ms;
+use army_node_api::{Error, ErrorKind, Result};
 
 /// Files of another version are not read.
 const VERSION: u32 = 1;
@@ -109,10 +107,10 @@ impl Membership {
     /// Takes the certificate, in PEM, that was last asked for.
     ///
     /// # Errors
-    /// [`ProblemKind::Conflict`] where none was, or it is for another key; the former one stays.
+    /// [`ErrorKind::Conflict`] where none was, or it is for another key; the former one stays.
     pub fn take(&self, certificate: &str) -> Result<()> {
         let mut state = self.lock();
-        let conflict = |why: &str| Problem::new(ProblemKind::Conflict, why.to_owned());
+        let conflict = |why: &str| Error::new(ErrorKind::Conflict, why.to_owned());
         let key = state
             .asked
             .clone()
@@ -122,7 +120,7 @@ impl Membership {
         known.credentials.key = key;
         known.certified_ms = now_ms();
         // Before it is written: one that cannot be used is not found at the next start either.
-        Identity::new(&known.credentials).map_err(|problem| conflict(&problem.detail))?;
+        Identity::new(&known.credentials).map_err(|error| conflict(&error.message))?;
         write(&self.path, &known)?;
         self.identity.renew(&known.credentials)?;
         *state = State { known, asked: None };
@@ -135,13 +133,14 @@ impl Membership {
 }
 
 fn write(path: &Path, known: &Known) -> Result<()> {
-    let text = serde_json::to_string(known).map_err(|error| internal("write it down", &error))?;
+    let text =
+        serde_json::to_string(known).map_err(|error| Error::internal("write it down", &error))?;
     write_private(path, &text)
 }
 
-fn wrong(path: &Path, error: &dyn std::fmt::Display) -> Problem {
+fn wrong(path: &Path, error: &dyn std::fmt::Display) -> Error {
     let detail = format!("cannot use {}: {error}", path.display());
-    Problem::new(ProblemKind::Internal, detail)
+    Error::new(ErrorKind::Internal, detail)
         .advise("with that file removed, the host joins anew, with a token")
 }
 
@@ -161,7 +160,7 @@ mod tests {
         let credentials = authority.credentials(&member).unwrap();
         let fresh = Membership::join(path.clone(), "a".into(), credentials.clone()).unwrap();
         assert_eq!(fresh.request().unwrap(), None);
-        assert_eq!(fresh.take("x").unwrap_err().kind, ProblemKind::Conflict);
+        assert_eq!(fresh.take("x").unwrap_err().kind, ErrorKind::Conflict);
 
         // As version 1 was first written, without a time.
         let old = serde_json::json!({"version": 1, "host": "a", "credentials": credentials});
@@ -172,11 +171,11 @@ mod tests {
         // One for another key is refused, and one's own taken once.
         let of_another = authority.credentials(&member).unwrap().certificate;
         let refused = old.take(&of_another).unwrap_err();
-        assert_eq!(refused.kind, ProblemKind::Conflict);
+        assert_eq!(refused.kind, ErrorKind::Conflict);
         let renewed = authority.sign(&member, &request).unwrap();
         old.take(&renewed).unwrap();
         assert_eq!(old.request().unwrap(), None);
-        assert_eq!(old.take(&renewed).unwrap_err().kind, ProblemKind::Conflict);
+        assert_eq!(old.take(&renewed).unwrap_err().kind, ErrorKind::Conflict);
 
         let again = Membership::open(path.clone()).unwrap().unwrap();
         assert_eq!(again.lock().known.credentials.certificate, renewed);
@@ -191,7 +190,7 @@ mod tests {
         let credentials = r#"{"authority": "", "certificate": "", "key": ""}"#;
         let text = format!(r#"{{"version": 2, "host": "a", "credentials": {credentials}}}"#);
         std::fs::write(&path, text).unwrap();
-        let problem = Membership::open(path).err().unwrap();
-        assert!(problem.detail.contains("version 2"), "{problem}");
+        let error = Membership::open(path).err().unwrap();
+        assert!(error.message.contains("version 2"), "{error}");
     }
 }

@@ -16,7 +16,7 @@ use clone_api::{Client, ClientError};
 
 use super::journal::{Entry, Stage};
 use super::{Node, capacity, lock};
-use army_node_api::{Report, VmReport};
+use army_node_api::requests::{HostReport, VmReport};
 
 /// What a VM said is told for so long.
 const FRESH: Duration = Duration::from_secs(5);
@@ -25,7 +25,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
 impl Node {
     /// What the controller is told: the host and all that the journal knows.
-    pub fn report(&self) -> Report {
+    pub fn report(&self) -> HostReport {
         let templates = self.store.path("x").unwrap_or_default();
         let mut capacity = capacity::measure(&templates);
         let entries = self.journal.all();
@@ -34,7 +34,7 @@ impl Node {
             .map(|entry| self.report_one(entry, &mut capacity))
             .collect();
         self.seen.keep(&vms);
-        Report {
+        HostReport {
             capacity,
             missing_jail_layers: self.jail.get().map(missing_layers).unwrap_or_default(),
             vms,

@@ -6,16 +6,16 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use agent_proto::client::{Connection, Deadline};
-use army_api::ProblemKind;
 use army_api::vms::IdleAction;
 use army_node_api::time::now_ms;
+use army_node_api::{Error, ErrorKind};
 use clone::host_net::{self, HostNet};
 use clone::launch::fork;
 use clone::runtime::RunningVm;
 
 use super::journal::{Entry, Stage};
 use super::watch::Watch;
-use super::{Node, VM_PREFIX, lock, told, vm_name};
+use super::{Node, VM_PREFIX, lock, vm_name};
 
 /// How long a guest may take to say whether commands run in it. One that is silent is idle.
 const WORK_LIMIT: Duration = Duration::from_secs(2);
@@ -82,15 +82,15 @@ impl Node {
         if watch.holds(&entry.id) {
             return true;
         }
-        let open = |vm: RunningVm| vm.process.open().map_err(told);
+        let open = |vm: RunningVm| vm.process.open().map_err(Error::from);
         match self.find(&entry.id).and_then(open) {
             Ok(Some(process)) => {
                 watch.hold(&entry.id, process);
                 true
             }
             // It cannot be told now, for want of open files, for one thing.
-            Err(problem) if problem.kind != ProblemKind::NotFound => {
-                tracing::warn!(vm = entry.id, %problem, "cannot find out whether a VM runs");
+            Err(error) if error.kind != ErrorKind::NotFound => {
+                tracing::warn!(vm = entry.id, %error, "cannot find out whether a VM runs");
                 true
             }
             Ok(None) | Err(_) => {
@@ -127,11 +127,11 @@ impl Node {
                     .journal
                     .set_asleep(&entry.id, true)
                     .and_then(|()| self.pause(&entry.id));
-                if let Err(problem) = paused {
-                    tracing::warn!(vm = entry.id, %problem, "an idle VM could not be paused");
+                if let Err(error) = paused {
+                    tracing::warn!(vm = entry.id, %error, "an idle VM could not be paused");
                     // Awake, then, and due again at the next look.
-                    if let Err(problem) = self.journal.set_asleep(&entry.id, false) {
-                        tracing::warn!(vm = entry.id, %problem, "it counts as paused");
+                    if let Err(error) = self.journal.set_asleep(&entry.id, false) {
+                        tracing::warn!(vm = entry.id, %error, "it counts as paused");
                     }
                 }
             }
@@ -161,8 +161,8 @@ impl Node {
     }
 
     fn note(&self, entry: &Entry, stage: Stage) {
-        if let Err(problem) = self.journal.advance(&entry.id, stage) {
-            tracing::error!(vm = entry.id, %problem, "the journal cannot be written");
+        if let Err(error) = self.journal.advance(&entry.id, stage) {
+            tracing::error!(vm = entry.id, %error, "the journal cannot be written");
         }
     }
 
@@ -197,8 +197,8 @@ impl Node {
     pub fn forget(&self, ids: &[String]) {
         for id in ids {
             let over = self.journal.get(id).is_ok_and(|it| !it.stage.is_alive());
-            if over && let Err(problem) = self.journal.forget(id) {
-                tracing::warn!(vm = id, %problem, "the journal keeps a VM that is over");
+            if over && let Err(error) = self.journal.forget(id) {
+                tracing::warn!(vm = id, %error, "the journal keeps a VM that is over");
             }
         }
     }

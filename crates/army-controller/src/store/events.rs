@@ -4,7 +4,8 @@ use army_api::events::Event;
 use sqlx::any::AnyRow;
 use tokio::sync::broadcast;
 
-use super::{Change, Result, Store, number, query_failed, text, unsigned};
+use super::{Change, Store, number, query_failed, text, unsigned};
+use crate::Result;
 use army_node_api::time::now_ms;
 
 /// Events that are kept, the newest.
@@ -57,7 +58,7 @@ impl Change<'_> {
 impl Store {
     /// Events after `id`, of `tenant` and of all, or every one where no tenant is given; the
     /// oldest first, a page of them.
-    pub async fn events_after(&self, id: i64, tenant: Option<&str>) -> Result<Vec<Event>> {
+    pub(crate) async fn events_after(&self, id: i64, tenant: Option<&str>) -> Result<Vec<Event>> {
         let rows = sqlx::query(
             "SELECT * FROM events WHERE id > $1 AND ($2 = '*' OR tenant = $2 OR tenant = '') \
              ORDER BY id LIMIT $3",
@@ -72,7 +73,7 @@ impl Store {
     }
 
     /// The newest event's id; 0 where there is none.
-    pub async fn last_event(&self) -> Result<i64> {
+    pub(crate) async fn last_event(&self) -> Result<i64> {
         let row = sqlx::query("SELECT COALESCE(MAX(id), 0) AS id FROM events")
             .fetch_one(&self.pool)
             .await
@@ -81,7 +82,7 @@ impl Store {
     }
 
     /// Events from now on.
-    pub fn news(&self) -> broadcast::Receiver<Event> {
+    pub(crate) fn subscribe(&self) -> broadcast::Receiver<Event> {
         self.news.subscribe()
     }
 }

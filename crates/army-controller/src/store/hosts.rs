@@ -4,35 +4,33 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use army_api::hosts::Capacity;
-use army_api::{Problem, ProblemKind};
 use sqlx::any::AnyRow;
 
-use super::{
-    Result, Store, is_taken, json, number, optional_text, query_failed, text, to_json, unsigned,
-};
+use super::{Store, is_taken, json, number, optional_text, query_failed, text, to_json, unsigned};
 use crate::store::keys::hash;
+use crate::{Error, ErrorKind, Result};
 use army_node_api::time::now_ms;
 
 /// A host, as the store knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HostRow {
+pub(crate) struct HostRow {
     /// Its name.
-    pub name: String,
+    pub(crate) name: String,
     /// Its labels.
-    pub labels: BTreeMap<String, String>,
+    pub(crate) labels: BTreeMap<String, String>,
     /// Whether it takes no new VMs.
-    pub draining: bool,
+    pub(crate) draining: bool,
     /// When it was last heard of.
-    pub seen_ms: u64,
+    pub(crate) seen_ms: u64,
     /// What it had then.
-    pub capacity: Capacity,
+    pub(crate) capacity: Capacity,
     /// Where its node listens, where that is not in this process.
-    pub address: Option<SocketAddr>,
+    pub(crate) address: Option<SocketAddr>,
 }
 
 impl Store {
     /// Notes that a host was heard of.
-    pub async fn see_host(&self, name: &str, capacity: &Capacity) -> Result<()> {
+    pub(crate) async fn upsert_host_report(&self, name: &str, capacity: &Capacity) -> Result<()> {
         let mut change = self.change().await?;
         sqlx::query(
             "INSERT INTO hosts (name, labels, draining, seen_ms, capacity) \
@@ -49,7 +47,7 @@ impl Store {
     }
 
     /// Writes down what a host may join with, until `expires_ms`.
-    pub async fn add_token(&self, secret: &str, expires_ms: u64) -> Result<()> {
+    pub(crate) async fn add_token(&self, secret: &str, expires_ms: u64) -> Result<()> {
         let mut change = self.change().await?;
         sqlx::query("DELETE FROM join_tokens WHERE expires_ms < $1")
             .bind(now_ms() as i64)
@@ -68,9 +66,9 @@ impl Store {
     /// Takes up a host that shows a token, which is used up by it.
     ///
     /// # Errors
-    /// [`ProblemKind::Unauthorized`] where the token is none, [`ProblemKind::Conflict`] where there
+    /// [`ErrorKind::Unauthenticated`] where the token is none, [`ErrorKind::Conflict`] where there
     /// is a host of this name.
-    pub async fn enrol_host(&self, name: &str, address: &str, secret: &str) -> Result<()> {
+    pub(crate) async fn enrol_host(&self, name: &str, address: &str, secret: &str) -> Result<()> {
         let mut change = self.change().await?;
         let used = sqlx::query("DELETE FROM join_tokens WHERE hash = $1 AND expires_ms >= $2")
             .bind(hash(secret))
@@ -79,8 +77,8 @@ impl Store {
             .await
             .map_err(query_failed)?;
         if used.rows_affected() == 0 {
-            let detail = "the token is unknown, was already used, or has expired";
-            return Err(Problem::new(ProblemKind::Unauthorized, detail)
+            let message = "the token is unknown, was already used, or has expired";
+            return Err(Error::new(ErrorKind::Unauthenticated, message)
                 .advise("create another one: army host token"));
         }
         sqlx::query(
@@ -94,8 +92,8 @@ impl Store {
         .await
         .map_err(|error| match is_taken(&error) {
             true => {
-                let detail = format!("a host named `{name}` already exists");
-                Problem::new(ProblemKind::Conflict, detail)
+                let message = format!("a host named `{name}` already exists");
+                Error::new(ErrorKind::Conflict, message)
                     .advise("use another name, or remove that host: army host rm")
             }
             false => query_failed(error),
@@ -106,7 +104,7 @@ impl Store {
     }
 
     /// Gives a host up, and what it had.
-    pub async fn remove_host(&self, name: &str) -> Result<()> {
+    pub(crate) async fn remove_host(&self, name: &str) -> Result<()> {
         let mut change = self.change().await?;
         for query in [
             "DELETE FROM hosts WHERE name = $1",
@@ -125,14 +123,19 @@ impl Store {
     }
 
     /// Notes what happened to a host.
-    pub async fn note_host(&self, kind: &str, name: &str, detail: &str) -> Result<()> {
+    pub(crate) async fn record_host_event(
+        &self,
+        kind: &str,
+        name: &str,
+        detail: &str,
+    ) -> Result<()> {
         let mut change = self.change().await?;
         change.event(kind, name, "", detail).await?;
         change.commit().await
     }
 
     /// All hosts, by name.
-    pub async fn hosts(&self) -> Result<Vec<HostRow>> {
+    pub(crate) async fn hosts(&self) -> Result<Vec<HostRow>> {
         let rows = sqlx::query("SELECT * FROM hosts ORDER BY name")
             .fetch_all(&self.pool)
             .await
@@ -141,7 +144,11 @@ impl Store {
     }
 
     /// What a host is labelled with.
-    pub async fn label_host(&self, name: &str, labels: &BTreeMap<String, String>) -> Result<()> {
+    pub(crate) async fn set_host_labels(
+        &self,
+        name: &str,
+        labels: &BTreeMap<String, String>,
+    ) -> Result<()> {
         let mut change = self.change().await?;
         sqlx::query("UPDATE hosts SET labels = $1 WHERE name = $2")
             .bind(to_json(labels)?)
@@ -153,7 +160,7 @@ impl Store {
     }
 
     /// Whether a host takes new VMs.
-    pub async fn drain_host(&self, name: &str, draining: bool) -> Result<()> {
+    pub(crate) async fn set_draining(&self, name: &str, draining: bool) -> Result<()> {
         let mut change = self.change().await?;
         let changed = sqlx::query("UPDATE hosts SET draining = $1 WHERE name = $2")
             .bind(i64::from(draining))
@@ -162,8 +169,8 @@ impl Store {
             .await
             .map_err(query_failed)?;
         if changed.rows_affected() == 0 {
-            let detail = format!("host `{}` not found", name.escape_debug());
-            return Err(Problem::new(ProblemKind::NotFound, detail));
+            let message = format!("host `{}` not found", name.escape_debug());
+            return Err(Error::new(ErrorKind::NotFound, message));
         }
         let (kind, detail) = match draining {
             true => ("host.draining", "accepts no new VMs"),

@@ -1,11 +1,11 @@
 //! Keys and tenants.
 
 use army_api::keys::{CreateKey, Key, NewKey, Role};
-use army_api::{Problem, ProblemKind};
 use sqlx::any::AnyRow;
 
-use super::{Result, Store, from_word, query_failed, text, unsigned, word};
+use super::{Store, from_word, query_failed, text, unsigned, word};
 use crate::random;
+use crate::{Error, ErrorKind, Result};
 use army_node_api::time::now_ms;
 
 /// What every secret begins with, so that one that leaks is recognised.
@@ -13,7 +13,7 @@ const SECRET_PREFIX: &str = "army_";
 
 impl Store {
     /// Whether there is any key.
-    pub async fn has_keys(&self) -> Result<bool> {
+    pub(crate) async fn has_keys(&self) -> Result<bool> {
         let row = sqlx::query("SELECT id FROM access_keys LIMIT 1")
             .fetch_optional(&self.pool)
             .await
@@ -22,7 +22,7 @@ impl Store {
     }
 
     /// Makes a key. Its secret is kept by nobody.
-    pub async fn create_key(&self, request: &CreateKey) -> Result<NewKey> {
+    pub(crate) async fn create_key(&self, request: &CreateKey) -> Result<NewKey> {
         let secret = format!("{SECRET_PREFIX}{}", random::hex::<32>()?);
         let key = Key {
             id: random::hex::<6>()?,
@@ -61,7 +61,7 @@ impl Store {
     }
 
     /// The key with this secret.
-    pub async fn key_of(&self, secret: &str) -> Result<Option<Key>> {
+    pub(crate) async fn find_key(&self, secret: &str) -> Result<Option<Key>> {
         // Looked up by its hash: the time that it takes tells nothing of other secrets.
         let row = sqlx::query("SELECT * FROM access_keys WHERE hash = $1")
             .bind(hash(secret))
@@ -72,7 +72,7 @@ impl Store {
     }
 
     /// All keys.
-    pub async fn keys(&self) -> Result<Vec<Key>> {
+    pub(crate) async fn keys(&self) -> Result<Vec<Key>> {
         let rows = sqlx::query("SELECT * FROM access_keys ORDER BY created_ms, id")
             .fetch_all(&self.pool)
             .await
@@ -81,7 +81,7 @@ impl Store {
     }
 
     /// Makes a key useless.
-    pub async fn remove_key(&self, id: &str) -> Result<()> {
+    pub(crate) async fn remove_key(&self, id: &str) -> Result<()> {
         let mut change = self.change().await?;
         let removed = sqlx::query("DELETE FROM access_keys WHERE id = $1")
             .bind(id)
@@ -89,8 +89,8 @@ impl Store {
             .await
             .map_err(query_failed)?;
         if removed.rows_affected() == 0 {
-            return Err(Problem::new(
-                ProblemKind::NotFound,
+            return Err(Error::new(
+                ErrorKind::NotFound,
                 format!("key {id} not found"),
             ));
         }
@@ -100,10 +100,8 @@ impl Store {
             .await
             .map_err(query_failed)?;
         if admins.is_none() {
-            let detail = "the last administrator key cannot be removed";
-            return Err(
-                Problem::new(ProblemKind::Conflict, detail).advise("create another one first")
-            );
+            let message = "the last administrator key cannot be removed";
+            return Err(Error::new(ErrorKind::Conflict, message).advise("create another one first"));
         }
         change
             .event("key.removed", id, "", "a key was removed")

@@ -4,18 +4,17 @@
 //! of VMs. Every change that belongs together is one
 //! transaction, so that a kill at any point leaves all of it or nothing.
 
-pub mod events;
-pub mod hosts;
-pub mod keys;
+pub(crate) mod events;
+pub(crate) mod hosts;
+pub(crate) mod keys;
 mod migrations;
-pub mod requests;
-pub mod templates;
-pub mod vms;
+pub(crate) mod requests;
+pub(crate) mod templates;
+pub(crate) mod vms;
 
-use std::path::Path;
 use std::sync::Arc;
 
-use army_api::{Problem, ProblemKind};
+use crate::{Error, ErrorKind, Result};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sqlx::any::{AnyPoolOptions, AnyRow};
@@ -24,9 +23,6 @@ use sqlx::{AnyConnection, AnyPool, Connection as _, Row};
 use tokio::sync::{Mutex, MutexGuard, broadcast};
 
 use army_api::events::Event;
-
-/// A result with a problem to tell the client.
-pub type Result<T> = std::result::Result<T, Problem>;
 
 /// Connections to the database, for readers.
 const CONNECTIONS: u32 = 8;
@@ -43,7 +39,7 @@ const POSTGRES: [&str; 2] = ["postgres://", "postgresql://"];
 
 /// The database.
 #[derive(Clone)]
-pub struct Store {
+pub(crate) struct Store {
     pool: AnyPool,
     is_postgres: bool,
     /// Holds the lock of a shared database.
@@ -54,18 +50,13 @@ pub struct Store {
 }
 
 impl Store {
-    /// The URL of the SQLite database at `path`, which is made where it does not exist.
-    pub fn sqlite(path: &Path) -> String {
-        format!("sqlite://{}?mode=rwc", path.display())
-    }
-
     /// The database at `url`, of SQLite or PostgreSQL, brought into the latest form.
-    pub async fn open(url: &str) -> Result<Self> {
+    pub(crate) async fn open(url: &str) -> Result<Self> {
         sqlx::any::install_default_drivers();
         let is_postgres = POSTGRES.iter().any(|scheme| url.starts_with(scheme));
         if !is_postgres && !url.starts_with("sqlite:") {
-            let detail = "the database URL must begin with `postgres://` or `sqlite://`";
-            return Err(Problem::new(ProblemKind::InvalidRequest, detail));
+            let message = "the database URL must begin with `postgres://` or `sqlite://`";
+            return Err(Error::new(ErrorKind::InvalidRequest, message));
         }
         let lock = match is_postgres {
             true => Some(Arc::new(Mutex::new(lock(url).await?))),
@@ -88,8 +79,8 @@ impl Store {
             .await
             .map_err(|error| failed("open the store", &error))?;
         migrations::all().run(&pool).await.map_err(|error| {
-            let detail = format!("cannot migrate the database to the latest version: {error}");
-            Problem::new(ProblemKind::Internal, detail)
+            let message = format!("cannot migrate the database to the latest version: {error}");
+            Error::new(ErrorKind::Internal, message)
         })?;
         Ok(Self {
             pool,
@@ -128,9 +119,8 @@ async fn lock(url: &str) -> Result<AnyConnection> {
     match row.try_get("taken").map_err(opened)? {
         true => Ok(connection),
         false => {
-            let detail = "another Army server uses this database";
-            Err(Problem::new(ProblemKind::Conflict, detail)
-                .advise("stop it, or use another database"))
+            let message = "another Army server uses this database";
+            Err(Error::new(ErrorKind::Conflict, message).advise("stop it, or use another database"))
         }
     }
 }
@@ -179,12 +169,12 @@ impl Drop for Change<'_> {
     }
 }
 
-fn failed(action: &str, error: &sqlx::Error) -> Problem {
-    let detail = format!("the store failed ({action}): {error}");
-    Problem::new(ProblemKind::Internal, detail)
+fn failed(action: &str, error: &sqlx::Error) -> Error {
+    let message = format!("the store failed ({action}): {error}");
+    Error::new(ErrorKind::Internal, message)
 }
 
-fn query_failed(error: sqlx::Error) -> Problem {
+fn query_failed(error: sqlx::Error) -> Error {
     failed("query", &error)
 }
 
@@ -217,14 +207,13 @@ fn json<T: DeserializeOwned>(row: &AnyRow, column: &str) -> Result<T> {
 
 fn parse<T: DeserializeOwned>(text: &str) -> Result<T> {
     serde_json::from_str(text).map_err(|error| {
-        let detail = format!("the database contains an invalid value: {error}");
-        Problem::new(ProblemKind::Internal, detail)
+        let message = format!("the database contains an invalid value: {error}");
+        Error::new(ErrorKind::Internal, message)
     })
 }
 
 fn to_json(value: &impl Serialize) -> Result<String> {
-    serde_json::to_string(value)
-        .map_err(|error| Problem::new(ProblemKind::Internal, error.to_string()))
+    serde_json::to_string(value).map_err(|error| Error::new(ErrorKind::Internal, error.to_string()))
 }
 
 /// The word that a value of a simple enum is written as.

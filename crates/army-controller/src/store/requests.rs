@@ -1,8 +1,7 @@
 //! Requests that are answered once, however often they come: by their idempotency key.
 
-use army_api::{Problem, ProblemKind};
-
-use super::{Result, Store, optional_text, query_failed, text};
+use super::{Store, optional_text, query_failed, text};
+use crate::{Error, ErrorKind, Result};
 use army_node_api::time::now_ms;
 
 /// How long an answer is remembered.
@@ -10,7 +9,7 @@ const KEPT_MS: u64 = 24 * 60 * 60 * 1000;
 
 /// What is known of a request.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Known {
+pub(crate) enum KnownRequest {
     /// It is new, and the caller's to answer.
     New,
     /// It was answered with this.
@@ -21,9 +20,14 @@ impl Store {
     /// Takes up a request, unless it came before.
     ///
     /// # Errors
-    /// [`ProblemKind::IdempotencyMismatch`] where its key came with something else, and
-    /// [`ProblemKind::Conflict`] while the first of its kind is worked on.
-    pub async fn begin_request(&self, tenant: &str, key: &str, asked: &str) -> Result<Known> {
+    /// [`ErrorKind::IdempotencyMismatch`] where its key came with something else, and
+    /// [`ErrorKind::Conflict`] while the first of its kind is worked on.
+    pub(crate) async fn begin_request(
+        &self,
+        tenant: &str,
+        key: &str,
+        asked: &str,
+    ) -> Result<KnownRequest> {
         let hash = blake3::hash(asked.as_bytes()).to_hex().to_string();
         let now = now_ms();
         let mut change = self.change().await?;
@@ -45,7 +49,7 @@ impl Store {
         .map_err(query_failed)?;
         if inserted.rows_affected() > 0 {
             change.commit().await?;
-            return Ok(Known::New);
+            return Ok(KnownRequest::New);
         }
         let row =
             sqlx::query("SELECT hash, answer FROM requests WHERE tenant = $1 AND request = $2")
@@ -55,14 +59,14 @@ impl Store {
                 .await
                 .map_err(query_failed)?;
         if text(&row, "hash")? != hash {
-            let detail = "this idempotency key was used with another request before";
-            return Err(Problem::new(ProblemKind::IdempotencyMismatch, detail)
+            let message = "this idempotency key was used with another request before";
+            return Err(Error::new(ErrorKind::IdempotencyMismatch, message)
                 .advise("use a new key for each request, and the same key only to repeat one"));
         }
         match optional_text(&row, "answer")? {
-            Some(answer) => Ok(Known::Answered(answer)),
-            None => Err(Problem::new(
-                ProblemKind::Conflict,
+            Some(answer) => Ok(KnownRequest::Answered(answer)),
+            None => Err(Error::new(
+                ErrorKind::Conflict,
                 "the first request with this idempotency key is still in progress",
             )
             .retry_after(1)),
@@ -70,7 +74,7 @@ impl Store {
     }
 
     /// Remembers the answer to a request.
-    pub async fn answer_request(&self, tenant: &str, key: &str, answer: &str) -> Result<()> {
+    pub(crate) async fn answer_request(&self, tenant: &str, key: &str, answer: &str) -> Result<()> {
         let mut change = self.change().await?;
         sqlx::query("UPDATE requests SET answer = $1 WHERE tenant = $2 AND request = $3")
             .bind(answer)
@@ -83,7 +87,7 @@ impl Store {
     }
 
     /// Forgets a request that came to nothing, so that it can be tried again.
-    pub async fn drop_request(&self, tenant: &str, key: &str) -> Result<()> {
+    pub(crate) async fn discard_request(&self, tenant: &str, key: &str) -> Result<()> {
         let mut change = self.change().await?;
         sqlx::query("DELETE FROM requests WHERE tenant = $1 AND request = $2 AND answer IS NULL")
             .bind(tenant)
@@ -95,7 +99,7 @@ impl Store {
     }
 
     /// Requests that an earlier life left unanswered, as tenant and key.
-    pub async fn unanswered_requests(&self) -> Result<Vec<(String, String)>> {
+    pub(crate) async fn unanswered_requests(&self) -> Result<Vec<(String, String)>> {
         let rows = sqlx::query("SELECT tenant, request FROM requests WHERE answer IS NULL")
             .fetch_all(&self.pool)
             .await

@@ -1,19 +1,19 @@
 //! Templates that VMs can be made of.
 
 use army_api::templates::Template;
-use army_api::{Problem, ProblemKind};
 use sqlx::any::AnyRow;
 
-use super::{Change, Result, Store, is_taken, number, parse, query_failed, text, to_json};
+use super::{Change, Store, is_taken, number, parse, query_failed, text, to_json};
+use crate::{Error, ErrorKind, Result};
 
 impl Store {
     /// Takes up a template. Its figures of the moment (`ready`, `vms`) are not kept.
-    pub async fn add_template(&self, template: &Template) -> Result<()> {
+    pub(crate) async fn insert_template(&self, template: &Template) -> Result<()> {
         let mut change = self.change().await?;
         let query = "SELECT tag FROM template_tags WHERE tag = $1";
         if is_there(&mut change, query, &template.name).await? {
-            let detail = format!("a tag named `{}` already exists", template.name);
-            return Err(Problem::new(ProblemKind::Conflict, detail)
+            let message = format!("a tag named `{}` already exists", template.name);
+            return Err(Error::new(ErrorKind::Conflict, message)
                 .advise("give the template another name, or remove the tag: army template untag"));
         }
         sqlx::query(
@@ -28,12 +28,12 @@ impl Store {
         .await
         .map_err(|error| match is_taken(&error) {
             true => {
-                let detail = format!("a template named `{}` already exists", template.name);
-                Problem::new(ProblemKind::Conflict, detail)
+                let message = format!("a template named `{}` already exists", template.name);
+                Error::new(ErrorKind::Conflict, message)
             }
             false => query_failed(error),
         })?;
-        add_copy(&mut change, &template.name, &template.host).await?;
+        insert_copy(&mut change, &template.name, &template.host).await?;
         let detail = format!("{} on {}", template.id, template.host);
         change
             .event("template.registered", &template.name, "", &detail)
@@ -42,15 +42,15 @@ impl Store {
     }
 
     /// Notes that a host has a template, too.
-    pub async fn add_copy(&self, name: &str, host: &str) -> Result<()> {
+    pub(crate) async fn insert_copy(&self, name: &str, host: &str) -> Result<()> {
         let mut change = self.change().await?;
-        add_copy(&mut change, name, host).await?;
+        insert_copy(&mut change, name, host).await?;
         change.event("template.copied", name, "", host).await?;
         change.commit().await
     }
 
     /// All templates, by name.
-    pub async fn templates(&self) -> Result<Vec<Template>> {
+    pub(crate) async fn templates(&self) -> Result<Vec<Template>> {
         let rows = sqlx::query("SELECT * FROM templates ORDER BY name")
             .fetch_all(&self.pool)
             .await
@@ -80,7 +80,7 @@ impl Store {
     }
 
     /// The template of this name, or that a tag of this name points to.
-    pub async fn template_or_tag(&self, name: &str) -> Result<Template> {
+    pub(crate) async fn template_or_tag(&self, name: &str) -> Result<Template> {
         let query = "SELECT template FROM template_tags WHERE tag = $1";
         match self.texts(query, name, "template").await?.first() {
             Some(tagged) => self.template(tagged).await,
@@ -89,15 +89,15 @@ impl Store {
     }
 
     /// Lets a tag point to a template.
-    pub async fn tag(&self, tag: &str, template: &str) -> Result<()> {
+    pub(crate) async fn tag(&self, tag: &str, template: &str) -> Result<()> {
         let mut change = self.change().await?;
         let query = "SELECT name FROM templates WHERE name = $1";
         if !is_there(&mut change, query, template).await? {
             return Err(unknown(template));
         }
         if is_there(&mut change, query, tag).await? {
-            let detail = format!("a template named `{tag}` exists: a tag needs another name");
-            return Err(Problem::new(ProblemKind::Conflict, detail));
+            let message = format!("a template named `{tag}` exists: a tag needs another name");
+            return Err(Error::new(ErrorKind::Conflict, message));
         }
         sqlx::query(
             "INSERT INTO template_tags (tag, template) VALUES ($1, $2) \
@@ -113,7 +113,7 @@ impl Store {
     }
 
     /// Removes a tag.
-    pub async fn untag(&self, tag: &str) -> Result<()> {
+    pub(crate) async fn untag(&self, tag: &str) -> Result<()> {
         let mut change = self.change().await?;
         let removed = sqlx::query("DELETE FROM template_tags WHERE tag = $1")
             .bind(tag)
@@ -121,8 +121,8 @@ impl Store {
             .await
             .map_err(query_failed)?;
         if removed.rows_affected() == 0 {
-            let detail = format!("tag `{}` not found", tag.escape_debug());
-            return Err(Problem::new(ProblemKind::NotFound, detail));
+            let message = format!("tag `{}` not found", tag.escape_debug());
+            return Err(Error::new(ErrorKind::NotFound, message));
         }
         change
             .event("template.untagged", tag, "", "removed")
@@ -131,7 +131,7 @@ impl Store {
     }
 
     /// One template.
-    pub async fn template(&self, name: &str) -> Result<Template> {
+    pub(crate) async fn template(&self, name: &str) -> Result<Template> {
         let row = sqlx::query("SELECT * FROM templates WHERE name = $1")
             .bind(name)
             .fetch_optional(&self.pool)
@@ -144,7 +144,7 @@ impl Store {
     }
 
     /// How many clones of it are kept ready.
-    pub async fn set_standbys(&self, name: &str, standbys: u32) -> Result<()> {
+    pub(crate) async fn set_standbys(&self, name: &str, standbys: u32) -> Result<()> {
         let mut change = self.change().await?;
         let changed = sqlx::query("UPDATE templates SET standbys = $1 WHERE name = $2")
             .bind(i64::from(standbys))
@@ -159,7 +159,7 @@ impl Store {
     }
 
     /// Gives a template up.
-    pub async fn remove_template(&self, name: &str) -> Result<()> {
+    pub(crate) async fn remove_template(&self, name: &str) -> Result<()> {
         let mut change = self.change().await?;
         sqlx::query("DELETE FROM template_copies WHERE template = $1")
             .bind(name)
@@ -189,7 +189,7 @@ async fn is_there(change: &mut Change<'_>, query: &'static str, name: &str) -> R
     Ok(row.map_err(query_failed)?.is_some())
 }
 
-async fn add_copy(change: &mut Change<'_>, template: &str, host: &str) -> Result<()> {
+async fn insert_copy(change: &mut Change<'_>, template: &str, host: &str) -> Result<()> {
     sqlx::query(
         "INSERT INTO template_copies (template, host) VALUES ($1, $2) \
          ON CONFLICT (template, host) DO NOTHING",
@@ -202,9 +202,9 @@ async fn add_copy(change: &mut Change<'_>, template: &str, host: &str) -> Result
     .map_err(query_failed)
 }
 
-fn unknown(name: &str) -> Problem {
-    let detail = format!("template `{}` not found", name.escape_debug());
-    Problem::new(ProblemKind::NotFound, detail)
+fn unknown(name: &str) -> Error {
+    let message = format!("template `{}` not found", name.escape_debug());
+    Error::new(ErrorKind::NotFound, message)
 }
 
 fn template(row: &AnyRow) -> Result<Template> {

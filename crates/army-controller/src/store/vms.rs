@@ -3,16 +3,16 @@
 use std::collections::{BTreeMap, HashSet};
 
 use army_api::vms::{ForkTimes, Vm, VmFilter, VmMemory, VmPage, VmState};
-use army_api::{Problem, ProblemKind};
 use serde::Deserialize;
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::{
-    Result, Store, from_word, is_taken, json, number, optional_text, parse, query_failed, text,
-    to_json, unsigned, word,
+    Store, from_word, is_taken, json, number, optional_text, parse, query_failed, text, to_json,
+    unsigned, word,
 };
-use army_node_api::VmReport;
+use crate::{Error, ErrorKind, Result};
+use army_node_api::requests::VmReport;
 
 /// VMs of a page, where the client does not say.
 const PAGE: u32 = 1000;
@@ -50,21 +50,31 @@ struct Listed {
 }
 
 /// VMs that are to be made.
-pub struct NewVms<'a> {
+pub(crate) struct NewVms<'a> {
     /// They; in state [`VmState::Creating`].
-    pub vms: &'a [Vm],
+    pub(crate) vms: &'a [Vm],
     /// Added to the environment of their commands.
-    pub environment: &'a BTreeMap<String, String>,
+    pub(crate) environment: &'a BTreeMap<String, String>,
     /// The idempotency key that they were asked for with.
-    pub request: Option<&'a str>,
+    pub(crate) request: Option<&'a str>,
+}
+
+/// A VM that has not ended, as reconciliation sees it.
+pub(crate) struct PlacedVm {
+    /// The VM's id.
+    pub(crate) id: String,
+    /// The state that was last recorded.
+    pub(crate) state: VmState,
+    /// Whether nobody has requested its deletion.
+    pub(crate) wanted: bool,
 }
 
 impl Store {
     /// Writes down VMs that are about to be made, all or none of them.
     ///
     /// # Errors
-    /// [`ProblemKind::Conflict`] where a name is taken, [`ProblemKind::QuotaExceeded`].
-    pub async fn add_vms(&self, new: &NewVms<'_>) -> Result<()> {
+    /// [`ErrorKind::Conflict`] where a name is taken, [`ErrorKind::QuotaExceeded`].
+    pub(crate) async fn insert_vms(&self, new: &NewVms<'_>) -> Result<()> {
         let Some(first) = new.vms.first() else {
             return Ok(());
         };
@@ -80,12 +90,12 @@ impl Store {
         .map_err(query_failed)?;
         let (used, quota) = (number(&row, "used")?, number(&row, "quota")?);
         if quota >= 0 && used + new.vms.len() as i64 > quota {
-            let detail = format!(
+            let message = format!(
                 "the tenant {} has {used} of the {quota} VMs that it may have, and requested {}",
                 first.tenant,
                 new.vms.len()
             );
-            return Err(Problem::new(ProblemKind::QuotaExceeded, detail)
+            return Err(Error::new(ErrorKind::QuotaExceeded, message)
                 .advise("destroy some VMs, or ask an administrator to raise the quota"));
         }
         let mut last = number(&row, "last")?;
@@ -113,8 +123,8 @@ impl Store {
             .await
             .map_err(|error| match is_taken(&error) {
                 true => {
-                    let detail = format!("a VM named `{}` already exists", vm.name);
-                    Problem::new(ProblemKind::Conflict, detail)
+                    let message = format!("a VM named `{}` already exists", vm.name);
+                    Error::new(ErrorKind::Conflict, message)
                 }
                 false => query_failed(error),
             })?;
@@ -127,7 +137,11 @@ impl Store {
     }
 
     /// Writes down how making a VM went: how long it took, and the notices of what could not be done.
-    pub async fn made_vm(&self, id: &str, made: &Result<(ForkTimes, Vec<String>)>) -> Result<()> {
+    pub(crate) async fn record_fork_result(
+        &self,
+        id: &str,
+        made: &Result<(ForkTimes, Vec<String>)>,
+    ) -> Result<()> {
         let mut change = self.change().await?;
         let (state, reason, fork, notices) = match made {
             Ok((times, notices)) => {
@@ -136,7 +150,7 @@ impl Store {
                     .transpose()?;
                 (VmState::Running, None, Some(to_json(times)?), notices)
             }
-            Err(problem) => (VmState::Failed, Some(problem.detail.clone()), None, None),
+            Err(error) => (VmState::Failed, Some(error.message.clone()), None, None),
         };
         // What was destroyed in the meantime stays so.
         let changed = sqlx::query(
@@ -163,7 +177,7 @@ impl Store {
 
     /// Writes down that a VM is made by another host, since its own refused it. Whether that is
     /// so: one that was destroyed in the meantime is not moved.
-    pub async fn move_vm(&self, id: &str, host: &str, reason: &str) -> Result<bool> {
+    pub(crate) async fn move_vm(&self, id: &str, host: &str, reason: &str) -> Result<bool> {
         let mut change = self.change().await?;
         let moved = sqlx::query(
             "UPDATE vms SET host = $1 WHERE id = $2 AND alive = 1 AND wanted = 1 RETURNING tenant",
@@ -185,7 +199,7 @@ impl Store {
     /// Takes in what a host says of its VMs; returns the ids of those that are over by our book,
     /// which the host may end and forget. A VM that is not in our book at all is left alone: the
     /// book may be the wrong one. Those in `making` are told of by whoever makes them.
-    pub async fn hear_of_vms(
+    pub(crate) async fn apply_node_report(
         &self,
         host: &str,
         reports: &[VmReport],
@@ -251,7 +265,12 @@ impl Store {
 
     /// Sets the state of VMs without hearing of them: of a host that does not answer, or of those
     /// that a host turns out not to have.
-    pub async fn set_vms(&self, ids: &[String], state: VmState, reason: &str) -> Result<()> {
+    pub(crate) async fn set_vm_states(
+        &self,
+        ids: &[String],
+        state: VmState,
+        reason: &str,
+    ) -> Result<()> {
         let mut change = self.change().await?;
         for id in ids {
             let changed = sqlx::query(
@@ -275,7 +294,7 @@ impl Store {
     }
 
     /// Writes down that a VM is to go.
-    pub async fn unwant_vm(&self, id: &str) -> Result<()> {
+    pub(crate) async fn request_deletion(&self, id: &str) -> Result<()> {
         let mut change = self.change().await?;
         sqlx::query("UPDATE vms SET wanted = 0 WHERE id = $1")
             .bind(id)
@@ -285,8 +304,8 @@ impl Store {
         change.commit().await
     }
 
-    /// VMs of a host that hold a place, with their state and whether they are wanted.
-    pub async fn vms_of_host(&self, host: &str) -> Result<Vec<(String, VmState, bool)>> {
+    /// The VMs of a host that have not ended.
+    pub(crate) async fn vms_of_host(&self, host: &str) -> Result<Vec<PlacedVm>> {
         let rows = sqlx::query("SELECT id, state, wanted FROM vms WHERE host = $1 AND alive = 1")
             .bind(host)
             .fetch_all(&self.pool)
@@ -294,14 +313,17 @@ impl Store {
             .map_err(query_failed)?;
         rows.iter()
             .map(|row| {
-                let state = from_word(&text(row, "state")?)?;
-                Ok((text(row, "id")?, state, number(row, "wanted")? != 0))
+                Ok(PlacedVm {
+                    id: text(row, "id")?,
+                    state: from_word(&text(row, "state")?)?,
+                    wanted: number(row, "wanted")? != 0,
+                })
             })
             .collect()
     }
 
     /// A VM by its id, or by the name of one that is not over; only `tenant`'s where one is given.
-    pub async fn vm(&self, key: &str, tenant: Option<&str>) -> Result<Vm> {
+    pub(crate) async fn vm(&self, key: &str, tenant: Option<&str>) -> Result<Vm> {
         let row = sqlx::query(
             "SELECT * FROM vms WHERE (id = $1 OR (name = $1 AND alive = 1)) \
              AND ($2 = '*' OR tenant = $2) ORDER BY (id = $1) DESC, number DESC LIMIT 1",
@@ -314,14 +336,14 @@ impl Store {
         match row {
             Some(row) => vm(&row),
             None => {
-                let detail = format!("VM `{}` not found", key.escape_debug());
-                Err(Problem::new(ProblemKind::NotFound, detail))
+                let message = format!("VM `{}` not found", key.escape_debug());
+                Err(Error::new(ErrorKind::NotFound, message))
             }
         }
     }
 
     /// What is added to the environment of a VM's commands.
-    pub async fn environment(&self, id: &str) -> Result<BTreeMap<String, String>> {
+    pub(crate) async fn environment(&self, id: &str) -> Result<BTreeMap<String, String>> {
         let row = sqlx::query("SELECT environment FROM vms WHERE id = $1")
             .bind(id)
             .fetch_one(&self.pool)
@@ -331,7 +353,7 @@ impl Store {
     }
 
     /// The VMs of one request.
-    pub async fn vms_of_request(&self, tenant: &str, request: &str) -> Result<Vec<Vm>> {
+    pub(crate) async fn vms_of_request(&self, tenant: &str, request: &str) -> Result<Vec<Vm>> {
         let rows =
             sqlx::query("SELECT * FROM vms WHERE tenant = $1 AND request = $2 ORDER BY number")
                 .bind(tenant)
@@ -343,20 +365,20 @@ impl Store {
     }
 
     /// A page of VMs, of one tenant or of all.
-    pub async fn vms(&self, filter: &VmFilter, tenant: Option<&str>) -> Result<VmPage> {
+    pub(crate) async fn vms(&self, filter: &VmFilter, tenant: Option<&str>) -> Result<VmPage> {
         let limit = filter.limit.unwrap_or(PAGE).clamp(1, 10_000);
         let after = match &filter.after {
             None => 0,
             Some(after) => after.parse::<i64>().map_err(|_| {
-                let detail = "`after` must be the `next` of a page";
-                Problem::new(ProblemKind::InvalidRequest, detail)
+                let message = "`after` must be the `next` of a page";
+                Error::new(ErrorKind::InvalidRequest, message)
             })?,
         };
         let label = match &filter.label {
             None => None,
             Some(label) => Some(label.split_once('=').ok_or_else(|| {
-                let detail = "a label must be written as key=value";
-                Problem::new(ProblemKind::InvalidRequest, detail)
+                let message = "a label must be written as key=value";
+                Error::new(ErrorKind::InvalidRequest, message)
             })?),
         };
         let query = match self.is_postgres {
@@ -388,12 +410,12 @@ impl Store {
     }
 
     /// VMs that hold a place, by what they were made of.
-    pub async fn vms_by_template(&self) -> Result<BTreeMap<String, u32>> {
+    pub(crate) async fn vms_by_template(&self) -> Result<BTreeMap<String, u32>> {
         self.count("template").await
     }
 
     /// VMs that hold a place, by host.
-    pub async fn vms_by_host(&self) -> Result<BTreeMap<String, u32>> {
+    pub(crate) async fn vms_by_host(&self) -> Result<BTreeMap<String, u32>> {
         self.count("host").await
     }
 

@@ -6,15 +6,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use army_api::{Problem, ProblemKind};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType,
     ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Member, internal};
-use crate::Result;
+use super::Member;
+use crate::{Error, ErrorKind, Result};
 
 /// How long a node's certificate is valid. It is renewed in time, so this is
 /// how long a host may be away, and how long one that was given up is still believed by others.
@@ -40,7 +39,7 @@ pub struct Credentials {
 impl Credentials {
     /// A key, and the request to certify it, in PEM.
     pub fn request() -> Result<(String, String)> {
-        let failed = |error: rcgen::Error| internal("make a key", &error);
+        let failed = |error: rcgen::Error| Error::internal("make a key", &error);
         let key = KeyPair::generate().map_err(failed)?;
         let request = CertificateParams::default()
             .serialize_request(&key)
@@ -65,10 +64,10 @@ impl Authority {
         }
         let read = |path: &Path| {
             fs::read_to_string(path)
-                .map_err(|error| internal(&format!("read {}", path.display()), &error))
+                .map_err(|error| Error::internal(&format!("read {}", path.display()), &error))
         };
         let text = read(&certificate)?;
-        let wrong = |error: rcgen::Error| internal("understand the authority", &error);
+        let wrong = |error: rcgen::Error| Error::internal("understand the authority", &error);
         let key = KeyPair::from_pem(&read(&key)?).map_err(wrong)?;
         Ok(Self {
             issuer: Issuer::from_ca_cert_pem(&text, key).map_err(wrong)?,
@@ -85,13 +84,15 @@ impl Authority {
     /// believed.
     pub fn sign(&self, member: &Member, request: &str) -> Result<String> {
         let invalid = |error: rcgen::Error| {
-            let detail = format!("the request for a certificate cannot be read: {error}");
-            Problem::new(ProblemKind::InvalidRequest, detail)
+            let message = format!("the request for a certificate cannot be read: {error}");
+            Error::new(ErrorKind::InvalidRequest, message)
         };
         let mut request = CertificateSigningRequestParams::from_pem(request).map_err(invalid)?;
         request.params = describe(member)?;
         let signed = request.signed_by(&self.issuer);
-        Ok(signed.map_err(|error| internal("sign", &error))?.pem())
+        Ok(signed
+            .map_err(|error| Error::internal("sign", &error))?
+            .pem())
     }
 
     /// Credentials for a process of this host.
@@ -106,7 +107,7 @@ impl Authority {
 }
 
 fn make(certificate: &Path, key: &Path) -> Result<()> {
-    let failed = |error: rcgen::Error| internal("make an authority", &error);
+    let failed = |error: rcgen::Error| Error::internal("make an authority", &error);
     let mut params = CertificateParams::default();
     params
         .distinguished_name
@@ -127,7 +128,7 @@ fn describe(member: &Member) -> Result<CertificateParams> {
     let dns = name
         .clone()
         .try_into()
-        .map_err(|error: rcgen::Error| internal("name a host", &error))?;
+        .map_err(|error: rcgen::Error| Error::internal("name a host", &error))?;
     params.distinguished_name = rcgen::DistinguishedName::new();
     params.distinguished_name.push(DnType::CommonName, name);
     params.subject_alt_names = vec![SanType::DnsName(dns)];
@@ -164,7 +165,9 @@ pub fn write_private(path: &Path, text: &str) -> Result<()> {
         file.sync_all()?;
         fs::rename(&new, path)
     };
-    write().map_err(|error: std::io::Error| internal(&format!("write {}", path.display()), &error))
+    write().map_err(|error: std::io::Error| {
+        Error::internal(&format!("write {}", path.display()), &error)
+    })
 }
 
 #[cfg(test)]
@@ -188,7 +191,7 @@ mod tests {
     fn what_is_no_request_is_not_signed() {
         let folder = tempfile::tempdir().unwrap();
         let authority = Authority::open(folder.path()).unwrap();
-        let problem = authority.sign(&Member::Controller, "x").unwrap_err();
-        assert_eq!(problem.kind, ProblemKind::InvalidRequest);
+        let error = authority.sign(&Member::Controller, "x").unwrap_err();
+        assert_eq!(error.kind, ErrorKind::InvalidRequest);
     }
 }

@@ -10,8 +10,6 @@ pub mod authority;
 pub mod tls;
 pub mod token;
 
-use army_api::{Problem, ProblemKind};
-
 /// What the controller is called in its certificate.
 const CONTROLLER: &str = "controller.army.internal";
 /// What follows a host's name in its node's certificate.
@@ -51,11 +49,6 @@ pub fn is_host_name(name: &str) -> bool {
         && name.bytes().all(inner)
         && !name.starts_with('-')
         && !name.ends_with('-')
-}
-
-/// A failure of this process to do `what`.
-pub fn internal(what: &str, error: &dyn std::fmt::Display) -> Problem {
-    Problem::new(ProblemKind::Internal, format!("cannot {what}: {error}"))
 }
 
 #[cfg(test)]

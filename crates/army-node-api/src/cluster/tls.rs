@@ -19,9 +19,9 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
+use super::Member;
 use super::authority::Credentials;
-use super::{Member, internal};
-use crate::Result;
+use crate::{Error, Result};
 
 /// How long a peer may take to show who it is.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -56,7 +56,7 @@ impl Listener {
         let acceptor = TlsAcceptor::from(Arc::new(config));
         let address = listener
             .local_addr()
-            .map_err(|error| internal("listen", &error))?;
+            .map_err(|error| Error::internal("listen", &error))?;
         let (done, ready) = mpsc::channel(HANDSHAKES);
         let places = Arc::new(Semaphore::new(HANDSHAKES));
         let accept = tokio::spawn(async move {
@@ -145,7 +145,7 @@ pub fn provider() -> Arc<CryptoProvider> {
 /// Reads a certificate in PEM.
 pub fn certificate(pem: &str) -> Result<CertificateDer<'static>> {
     CertificateDer::from_pem_slice(pem.as_bytes())
-        .map_err(|error| internal("read a certificate", &error))
+        .map_err(|error| Error::internal("read a certificate", &error))
 }
 
 /// Who a process is to the others of its Army. What it shows can be renewed while it is connected.
@@ -164,7 +164,7 @@ impl Identity {
         let mut roots = RootCertStore::empty();
         roots
             .add(certificate(&credentials.authority)?)
-            .map_err(|error| internal("take up the authority", &error))?;
+            .map_err(|error| Error::internal("take up the authority", &error))?;
         Ok(Self {
             roots: Arc::new(roots),
             shown: Arc::new(Shown(RwLock::new(own(credentials)?))),
@@ -182,7 +182,7 @@ impl Identity {
     }
 
     fn server(&self, strangers: bool) -> Result<ServerConfig> {
-        let failed = |error: &dyn std::fmt::Display| internal("set up TLS", error);
+        let failed = |error: &dyn std::fmt::Display| Error::internal("set up TLS", error);
         let roots = Arc::clone(&self.roots);
         let mut verifier = WebPkiClientVerifier::builder_with_provider(roots, provider());
         if strangers {
@@ -199,7 +199,7 @@ impl Identity {
     pub fn client(&self) -> Result<ClientConfig> {
         Ok(ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(|error| internal("set up TLS", &error))?
+            .map_err(|error| Error::internal("set up TLS", &error))?
             .with_root_certificates(Arc::clone(&self.roots))
             .with_client_cert_resolver(Arc::clone(&self.shown) as Arc<dyn ResolvesClientCert>))
     }
@@ -233,7 +233,7 @@ impl ResolvesClientCert for Shown {
 
 fn own(credentials: &Credentials) -> Result<Arc<CertifiedKey>> {
     let key = PrivateKeyDer::from_pem_slice(credentials.key.as_bytes())
-        .map_err(|error| internal("read a key", &error))?;
+        .map_err(|error| Error::internal("read a key", &error))?;
     // With the authority's behind it: a host that enrols knows only that one's hash.
     let chain = vec![
         certificate(&credentials.certificate)?,
@@ -242,7 +242,7 @@ fn own(credentials: &Credentials) -> Result<Arc<CertifiedKey>> {
     // This compares the certificate and the key, too.
     let own = CertifiedKey::from_der(chain, key, &provider());
     Ok(Arc::new(own.map_err(|error| {
-        internal("use a certificate with its key", &error)
+        Error::internal("use a certificate with its key", &error)
     })?))
 }
 
@@ -254,7 +254,7 @@ pub fn stranger(fingerprint: &str) -> Result<ClientConfig> {
     };
     Ok(ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(|error| internal("set up TLS", &error))?
+        .map_err(|error| Error::internal("set up TLS", &error))?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(pinned))
         .with_no_client_auth())

@@ -49,7 +49,7 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
     let _lock = serve::begin(&args.state)?;
     let door = serve::Door::open(args.listen, args.tls).await?;
     let joining = serve::listen(args.cluster_listen).await?;
-    let store = serve::store(args.database.as_deref(), &args.state).await?;
+    let database = serve::database(args.database.as_deref(), &args.state).await?;
     let authority = Authority::open(&args.state)?;
     let certificate = CertificateDer::from_pem_slice(authority.certificate().as_bytes())?;
     let identity = Identity::new(&authority.credentials(&Member::Controller)?)?;
@@ -57,14 +57,14 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
         tls: identity.client()?,
         fingerprint: tls::fingerprint(&certificate),
     };
-    let controller = Controller::of_cluster(store.clone(), cluster).await?;
+    let controller = Controller::of_cluster(database, cluster).await?;
     // Hosts that join have nothing to show yet but their token.
     let joining = Listener::new(joining, &identity, true)?;
     let enrol = move |controller: &Arc<Controller>| {
         let authority = Arc::new(authority);
         let router = enrol::router(Arc::clone(controller), Arc::clone(&authority));
         let service = router.into_make_service_with_connect_info::<Peer>();
-        let renewal = Arc::clone(controller).renew(authority);
+        let renewal = Arc::clone(controller).renew_certificates(authority);
         let joining = async move {
             if let Err(error) = axum::serve(joining, service).await {
                 tracing::error!(%error, "hosts cannot join any more");
@@ -75,6 +75,6 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
             tokio::join!(renewal, joining);
         }))
     };
-    serve::api(controller, &store, door, enrol).await?;
+    serve::api(controller, door, enrol).await?;
     Ok(ExitCode::SUCCESS)
 }

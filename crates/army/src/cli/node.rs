@@ -10,7 +10,7 @@ use anyhow::Result;
 
 use super::{output, serve};
 use crate::enrol;
-use army_node as node;
+use army_node::NodeService;
 use army_node::membership::Membership;
 use army_node_api::cluster::tls::{Listener, Peer};
 use army_node_api::cluster::token::Token;
@@ -59,7 +59,8 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
         "The node of {} listens on {address}.",
         member.host()
     ));
-    let router = node::serve::router(node, Arc::new(member))?;
+    let service = NodeService::in_cluster(node, Arc::new(member))?;
+    let router = army_node_api::router::router(Arc::new(service));
     let service = router.into_make_service_with_connect_info::<Peer>();
     serve::until_asked(axum::serve(listener, service).into_future()).await?;
     Ok(ExitCode::SUCCESS)

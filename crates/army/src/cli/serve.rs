@@ -18,8 +18,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use super::output;
 use crate::server;
 use crate::server::tls::{self, Files};
-use army_controller::Controller;
-use army_controller::store::Store;
+use army_controller::{Controller, Database};
 use army_node::Node;
 use army_node_api::cluster::tls::Listener;
 
@@ -75,13 +74,13 @@ pub(super) async fn listen(address: SocketAddr) -> Result<TcpListener> {
         .with_context(|| format!("cannot listen on {address}"))
 }
 
-/// The store at `database`, or in `state`.
-pub(super) async fn store(database: Option<&str>, state: &Path) -> Result<Store> {
-    let url = match database {
+/// The database at `url`, or in `state`.
+pub(super) async fn database(url: Option<&str>, state: &Path) -> Result<Database> {
+    let url = match url {
         Some(url) => url.to_owned(),
-        None => Store::sqlite(&state.join("army.db")),
+        None => Database::sqlite_url(&state.join("army.db")),
     };
-    Ok(Store::open(&url).await?)
+    Ok(Database::open(&url).await?)
 }
 
 /// What the jail of VMs must have.
@@ -112,9 +111,9 @@ pub(super) async fn node(name: String, state: &Path, jail: &JailArgs) -> Result<
     let runtime = clone::runtime::Runtime::from_env()?.requiring(jail.required());
     let templates = clone::template::Store::from_env()?;
     let open = move || Node::open(name, journal, runtime, templates);
-    let node = army_node_api::blocking(open).await?;
+    let node = tokio::task::spawn_blocking(open).await??;
     let checked = Arc::clone(&node);
-    army_node_api::blocking(move || Ok(checked.check_jail()))
+    tokio::task::spawn_blocking(move || checked.check_jail())
         .await?
         .map_err(|error| {
             anyhow::anyhow!(
@@ -178,15 +177,14 @@ impl Door {
 /// Serves the API until it is asked to end.
 pub(super) async fn api(
     controller: Controller,
-    store: &Store,
     door: Door,
     beside: impl FnOnce(&Arc<Controller>) -> Result<tokio::task::JoinHandle<()>>,
 ) -> Result<()> {
     let controller = Arc::new(controller);
     let beside = beside(&controller)?;
-    controller.take_up_all().await?;
+    controller.recover().await?;
     let url = door.url()?;
-    first_key(store, &url).await?;
+    first_key(&controller, &url).await?;
     output::print(&format!(
         "Army answers at {url}; the dashboard is there, too."
     ));
@@ -198,8 +196,8 @@ pub(super) async fn api(
 }
 
 /// Prints an administrator's key where there is none yet.
-async fn first_key(store: &Store, url: &str) -> Result<()> {
-    if store.has_keys().await? {
+async fn first_key(controller: &Controller, url: &str) -> Result<()> {
+    if controller.has_keys().await? {
         return Ok(());
     }
     let admin = CreateKey {
@@ -207,7 +205,7 @@ async fn first_key(store: &Store, url: &str) -> Result<()> {
         role: Role::Admin,
         max_vms: None,
     };
-    let key = store.create_key(&admin).await?;
+    let key = controller.create_key(&admin).await?;
     output::print(&format!(
         "This key is not shown again:\n\n    export ARMY_URL={url} ARMY_KEY={}\n",
         key.secret

@@ -43,7 +43,7 @@ impl Caller {
 
     /// A VM that the caller may see, by id or name. Others' are not there.
     pub async fn vm(&self, app: &App, key: &str) -> Result<Vm, Failure> {
-        Ok(app.controller.store.vm(key, self.scope()).await?)
+        Ok(app.controller.vm(key, self.scope()).await?)
     }
 }
 
@@ -58,7 +58,7 @@ impl FromRequestParts<App> for Caller {
             )
         };
         let secret = secret(parts).ok_or_else(|| unauthorized("the request has no key"))?;
-        match app.controller.store.key_of(&secret).await? {
+        match app.controller.find_key(&secret).await? {
             Some(key) => Ok(Self { key }),
             None => Err(unauthorized("the key is unknown")),
         }

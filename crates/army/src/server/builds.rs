@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use super::auth::Caller;
 use super::events::sent_events;
 use super::extract::Body;
-use super::{Answer, App};
+use super::{Answer, App, failure};
 
 /// Events that may wait for a slow reader; then the guest waits.
 const AHEAD: usize = 4;
@@ -37,7 +37,15 @@ pub(super) async fn build(
     // Not dropped half done where its client goes away: its VM has to be ended.
     tokio::spawn(async move {
         let tenant = &caller.key.tenant;
-        app.controller.build(tenant, asked, &listener).await;
+        let built = app.controller.build(tenant, asked, &listener).await;
+        let last = match built {
+            Ok(template) => BuildEvent::Built { template },
+            Err(error) => BuildEvent::Failed {
+                problem: failure::problem(error),
+            },
+        };
+        // A client that has disconnected does not want to know.
+        let _ = listener.send(last).await;
     });
     match events.recv().await {
         Some(BuildEvent::Failed { problem }) => Err(problem.into()),

@@ -5,7 +5,7 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
-use agent_proto::client::{Connection, Deadline};
+use agent_proto::client::Connection;
 use agent_proto::messages::Acknowledge;
 use army_api::exec::{Command, CommandEvent, Cursor, Exec, SendSignal};
 use army_api::keys::Role;
@@ -20,28 +20,18 @@ use tokio::sync::mpsc;
 use super::auth::Caller;
 use super::events::sent_events;
 use super::extract::{Body, Params, Path};
-use super::{Answer, App};
+use super::{AGENT_LIMIT, Answer, App, blocking};
 use army_controller::guest;
-use army_node_api::blocking;
-use army_node_api::{InUse, of_agent};
+use army_node_api::InUse;
 
 /// Events that may wait for a slow reader; then the guest waits.
 const AHEAD: usize = 4;
-/// How long an agent may take to answer what needs no waiting.
-const LIMIT: Duration = Duration::from_secs(20);
 
 /// A connection to the agent of the VM that is asked for.
 async fn connect(app: &App, caller: &Caller, vm: &str) -> Answer<(Connection, InUse)> {
     caller.may(Role::User)?;
     let vm = caller.vm(app, vm).await?;
-    let node = app.controller.node_of(&vm)?;
-    let connected = blocking(move || {
-        let (mut connection, in_use) = node.agent(&vm.id)?;
-        connection.set_deadline(Deadline::after(LIMIT));
-        Ok((connection, in_use))
-    })
-    .await?;
-    Ok(connected)
+    Ok(app.controller.agent(&vm, AGENT_LIMIT).await?)
 }
 
 /// Starts a command without waiting for its end.
@@ -62,7 +52,7 @@ pub(super) async fn start(
     }
     caller.may(Role::User)?;
     let found = caller.vm(&app, &vm).await?;
-    let environment = app.controller.store.environment(&found.id).await?;
+    let environment = app.controller.environment(&found).await?;
     let (connection, in_use) = connect(&app, &caller, &found.id).await?;
     let command = asked.command.clone();
     let started = blocking(move || {
@@ -70,7 +60,7 @@ pub(super) async fn start(
         let limit = asked.timeout_ms.map(Duration::from_millis);
         let mut exec = guest::exec(asked, environment, limit);
         exec.detached = true;
-        let running = connection.exec(exec).map_err(|error| of_agent(&error))?;
+        let running = connection.exec(exec)?;
         Ok(running.started())
     })
     .await?;
@@ -97,14 +87,14 @@ pub(super) async fn list(
     let (connection, in_use) = connect(&app, &caller, &vm).await?;
     let commands = blocking(move || {
         let _in_use = in_use;
-        connection.commands().map_err(|error| of_agent(&error))
+        Ok(connection.commands()?)
     })
     .await?;
     let commands = commands.into_iter().map(|it| Command {
         id: it.id,
         pid: it.pid,
         command: it.command,
-        ended: it.exited.map(guest::how),
+        ended: it.exited.map(guest::exit_status),
     });
     Ok(Json(commands.collect()))
 }
@@ -125,7 +115,7 @@ pub(super) async fn output(
     let (connection, in_use) = connect(&app, &caller, &vm).await?;
     let running = blocking(move || {
         let running = connection.attach(id, of_cursor(cursor));
-        Ok(running.map_err(|error| of_agent(&error))?.streaming())
+        Ok(running?.streaming())
     })
     .await?;
     let (sender, receiver) = mpsc::channel(AHEAD);
@@ -154,8 +144,7 @@ pub(super) async fn signal(
     let (connection, in_use) = connect(&app, &caller, &vm).await?;
     blocking(move || {
         let _in_use = in_use;
-        let signalled = connection.signal_command(id, asked.signal);
-        signalled.map_err(|error| of_agent(&error))
+        Ok(connection.signal_command(id, asked.signal)?)
     })
     .await?;
     Ok(StatusCode::NO_CONTENT)

@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use agent_proto::client::{Connection, Event};
 use agent_proto::messages::Stream;
-use army_api::Problem;
 use army_api::exec::{Exec, ExecResult};
 use army_api::keys::Role;
 use axum::Json;
@@ -13,10 +12,8 @@ use axum::extract::State;
 
 use super::auth::Caller;
 use super::extract::{Body, Path};
-use super::{Answer, App};
+use super::{Answer, App, blocking};
 use army_controller::guest;
-use army_node_api::blocking;
-use army_node_api::of_agent;
 
 /// The most output that an answer holds, of both streams together.
 const MAX_OUTPUT: usize = 16 << 20;
@@ -36,13 +33,14 @@ pub(super) async fn exec(
     caller.may(Role::User)?;
     guest::check_command(&asked.command)?;
     let vm = caller.vm(&app, &vm).await?;
-    let node = app.controller.node_of(&vm)?;
-    let environment = app.controller.store.environment(&vm.id).await?;
+    let environment = app.controller.environment(&vm).await?;
+    let limit = asked
+        .timeout_ms
+        .map_or(DEFAULT_LIMIT, Duration::from_millis);
+    let agent = app.controller.agent(&vm, guest::with_grace(limit));
+    let (connection, in_use) = agent.await?;
     let mut result = blocking(move || {
-        let limit = asked
-            .timeout_ms
-            .map_or(DEFAULT_LIMIT, Duration::from_millis);
-        let (connection, _in_use) = guest::connect(&node, &vm.id, limit)?;
+        let _in_use = in_use;
         run(connection, asked, environment, limit)
     })
     .await?;
@@ -55,10 +53,10 @@ fn run(
     asked: Exec,
     environment: BTreeMap<String, String>,
     limit: Duration,
-) -> Result<ExecResult, Problem> {
+) -> army_controller::Result<ExecResult> {
     let stdin = asked.stdin.clone();
     let request = guest::exec(asked, environment, Some(limit));
-    let mut running = connection.exec(request).map_err(|error| of_agent(&error))?;
+    let mut running = connection.exec(request)?;
     if let Some(text) = stdin {
         let input = running.input();
         // Beside us: a command that prints before it has read all would wait for us for ever.
@@ -69,13 +67,13 @@ fn run(
     }
     let mut output = Output::default();
     loop {
-        match running.next_event().map_err(|error| of_agent(&error))? {
+        match running.next_event()? {
             Event::Output(stream, data) => output.add(stream, &data),
             Event::Lost(_, count) => output.omitted += count,
             Event::Exited(exited) => {
                 let (stdout, lossy_out) = text(output.stdout);
                 let (stderr, lossy_err) = text(output.stderr);
-                let ended = guest::how(exited);
+                let ended = guest::exit_status(exited);
                 return Ok(ExecResult {
                     exit_code: ended.exit_code,
                     signal: ended.signal,

@@ -57,8 +57,7 @@ pub(super) async fn undrain(
 
 async fn set(app: &App, caller: &Caller, name: &str, draining: bool) -> Answer<Json<Host>> {
     caller.may(Role::Admin)?;
-    app.controller.store.drain_host(name, draining).await?;
-    Ok(Json(app.controller.host(name).await?))
+    Ok(Json(app.controller.set_draining(name, draining).await?))
 }
 
 /// Changes the labels of a host.
@@ -88,7 +87,7 @@ pub(super) async fn token(
         let detail = format!("`minutes` must be 1 to {MAX_TOKEN_MINUTES}");
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
-    let (token, expires_ms) = app.controller.token(minutes).await?;
+    let (token, expires_ms) = app.controller.create_join_token(minutes).await?;
     let token = token.to_string();
     Ok((StatusCode::CREATED, Json(JoinToken { token, expires_ms })))
 }

@@ -10,6 +10,7 @@ mod dashboard;
 mod events;
 mod exec;
 mod extract;
+mod failure;
 mod files;
 mod health;
 mod hosts;
@@ -24,6 +25,7 @@ mod vms;
 use std::sync::Arc;
 use std::time::Duration;
 
+use army_api::{Problem, ProblemKind};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::header;
@@ -36,7 +38,7 @@ use utoipa::openapi::{Content, Ref, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-pub use army_node_api::Failure;
+pub use failure::Failure;
 
 use army_controller::Controller;
 
@@ -45,11 +47,13 @@ const MAX_BODY: usize = 1 << 20;
 /// How long a client may take to send a request's body, but for files and terminals.
 const BODY_LIMIT: Duration = Duration::from_secs(30);
 
+/// How long the agent in a guest may take for an exchange that needs no waiting.
+const AGENT_LIMIT: Duration = Duration::from_secs(20);
+
 /// What every handler gets.
 #[derive(Clone)]
 pub struct App {
-    /// What does the work.
-    pub controller: Arc<Controller>,
+    controller: Arc<Controller>,
 }
 
 #[derive(OpenApi)]
@@ -61,7 +65,7 @@ pub struct App {
             Idempotency-Key header."
     ),
     security(("key" = [])),
-    components(schemas(army_api::Problem)),
+    components(schemas(Problem)),
     modifiers(&BearerKey)
 )]
 struct Document;
@@ -193,3 +197,16 @@ async fn harden(request: Request, next: Next) -> Response {
 
 /// What handlers return.
 type Answer<T> = Result<T, Failure>;
+
+/// Runs work that blocks on a thread for such work.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> army_controller::Result<T> + Send + 'static,
+) -> Answer<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => Ok(result?),
+        Err(error) => {
+            let detail = format!("a task failed: {error}");
+            Err(Problem::new(ProblemKind::Internal, detail).into())
+        }
+    }
+}

@@ -17,9 +17,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::auth::Caller;
 use super::extract::{Path, Upgrade};
-use super::{Answer, App};
-use army_node_api::blocking;
-use army_node_api::{InUse, of_agent};
+use super::{AGENT_LIMIT, Answer, App, blocking};
+use army_node_api::InUse;
 
 /// What a browser asks for beside its key; the answer has to name one that was offered.
 const SUBPROTOCOL: &str = "army.port";
@@ -47,13 +46,8 @@ pub(super) async fn connect(
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     let vm = caller.vm(&app, &vm).await?;
-    let node = app.controller.node_of(&vm)?;
-    let (out, into, in_use) = blocking(move || {
-        let (connection, in_use) = node.agent(&vm.id)?;
-        let (out, into) = connection.connect(port).map_err(|error| of_agent(&error))?;
-        Ok((out, into, in_use))
-    })
-    .await?;
+    let (connection, in_use) = app.controller.agent(&vm, AGENT_LIMIT).await?;
+    let (out, into) = blocking(move || Ok(connection.connect(port)?)).await?;
     let upgrade = upgrade
         .protocols([SUBPROTOCOL])
         .max_message_size(MAX_MESSAGE);

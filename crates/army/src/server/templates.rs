@@ -1,8 +1,5 @@
 //! Templates.
 
-use std::io;
-
-use army_api::ProblemKind;
 use army_api::keys::Role;
 use army_api::templates::{
     ChangeTemplate, CopyTemplate, ImportTemplate, RegisterTemplate, SetTag, Template,
@@ -14,8 +11,9 @@ use axum::response::Response;
 
 use super::auth::Caller;
 use super::extract::{Body, Params, Path};
-use super::{Answer, App};
-use army_node_api::pipe;
+use super::{Answer, App, failure};
+use army_controller::ErrorKind;
+use army_node_api::chunks;
 
 /// Lists all templates.
 #[utoipa::path(get, path = "/v1/templates", responses((status = 200, body = Vec<Template>)))]
@@ -32,7 +30,7 @@ pub(super) async fn register(
     Body(asked): Body<RegisterTemplate>,
 ) -> Answer<(StatusCode, Json<Template>)> {
     caller.may(Role::Admin)?;
-    let template = app.controller.register(&asked).await?;
+    let template = app.controller.register_template(&asked).await?;
     Ok((StatusCode::CREATED, Json(template)))
 }
 
@@ -84,13 +82,8 @@ pub(super) async fn export(
     Path(name): Path<String>,
 ) -> Answer<Response> {
     caller.may(Role::Admin)?;
-    let (sender, pieces) = pipe::pipe();
-    tokio::spawn(async move {
-        if let Err(problem) = app.controller.export(&name, sender.clone()).await {
-            let _ = sender.send(Err(io::Error::other(problem))).await;
-        }
-    });
-    Ok(army_node_api::answer(pieces, ProblemKind::Internal).await?)
+    let content = app.controller.export_template(&name).await?;
+    failure::bytes(content, ErrorKind::Internal).await
 }
 
 /// Imports a template that was exported with `GET`.
@@ -107,10 +100,10 @@ pub(super) async fn import(
     request: Request,
 ) -> Answer<(StatusCode, Json<Template>)> {
     caller.may(Role::Admin)?;
-    let pieces = pipe::pieces_of(request.into_body().into_data_stream());
+    let content = chunks::receive(request.into_body().into_data_stream());
     let template = app
         .controller
-        .import(&name, asked.host.as_deref(), pieces)
+        .import_template(&name, asked.host.as_deref(), content)
         .await?;
     Ok((StatusCode::CREATED, Json(template)))
 }
@@ -137,7 +130,7 @@ pub(super) async fn untag(
     Path(tag): Path<String>,
 ) -> Answer<StatusCode> {
     caller.may(Role::Admin)?;
-    app.controller.store.untag(&tag).await?;
+    app.controller.untag(&tag).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use agent_proto::client::{Connection, Event, Input, Running};
 use agent_proto::messages::{Exec, TerminalSize};
-use army_api::Problem;
 use army_api::exec::{Terminal, TerminalMessage};
 use army_api::keys::Role;
 use axum::body::Bytes;
@@ -19,9 +18,8 @@ use tokio::time::timeout;
 
 use super::auth::Caller;
 use super::extract::{Params, Path, Upgrade};
-use super::{Answer, App};
-use army_node_api::blocking;
-use army_node_api::{InUse, of_agent};
+use super::{AGENT_LIMIT, Answer, App, blocking};
+use army_node_api::InUse;
 
 /// What a browser asks for beside its key; the answer has to name one that was offered.
 const SUBPROTOCOL: &str = "army.terminal";
@@ -51,13 +49,9 @@ pub(super) async fn terminal(
 ) -> Answer<Response> {
     caller.may(Role::User)?;
     let vm = caller.vm(&app, &vm).await?;
-    let node = app.controller.node_of(&vm)?;
-    let environment = app.controller.store.environment(&vm.id).await?;
-    let (running, in_use) = blocking(move || {
-        let (connection, in_use) = node.agent(&vm.id)?;
-        Ok((start(connection, asked, &environment)?, in_use))
-    })
-    .await?;
+    let environment = app.controller.environment(&vm).await?;
+    let (connection, in_use) = app.controller.agent(&vm, AGENT_LIMIT).await?;
+    let running = blocking(move || start(connection, asked, &environment)).await?;
     let upgrade = upgrade
         .protocols([SUBPROTOCOL])
         .max_message_size(MAX_MESSAGE);
@@ -68,7 +62,7 @@ fn start(
     connection: Connection,
     asked: Terminal,
     environment: &std::collections::BTreeMap<String, String>,
-) -> Result<Running, Problem> {
+) -> army_controller::Result<Running> {
     let mut variables: Vec<String> = environment
         .iter()
         .map(|(k, v)| format!("{k}={v}"))
@@ -96,7 +90,7 @@ fn start(
         input: true,
         ..Exec::default()
     };
-    let running = connection.exec(exec).map_err(|error| of_agent(&error))?;
+    let running = connection.exec(exec)?;
     Ok(running.streaming())
 }
 

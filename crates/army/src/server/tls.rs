@@ -8,14 +8,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
-use army_api::{Problem, ProblemKind};
+use army_controller::{Error, ErrorKind, Result};
 use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 
-use army_node_api::Result;
 use army_node_api::cluster::tls::provider;
 
 /// Files in PEM.
@@ -39,7 +38,7 @@ pub fn config(files: Files) -> Result<ServerConfig> {
     };
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
-        .map_err(|error| problem(format!("cannot set up TLS: {error}")))?
+        .map_err(|error| invalid(format!("cannot set up TLS: {error}")))?
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(renewed));
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
@@ -63,7 +62,7 @@ impl Files {
         // Before reading: what is written meanwhile is read again.
         let written = self.written();
         let wrong = |path: &Path, error: &dyn fmt::Display| {
-            problem(format!("cannot use {}: {error}", path.display()))
+            invalid(format!("cannot use {}: {error}", path.display()))
         };
         let of_certificate = |error: &dyn fmt::Display| wrong(&self.certificate, error);
         let chain = CertificateDer::pem_file_iter(&self.certificate)
@@ -84,8 +83,8 @@ impl Files {
     }
 }
 
-fn problem(detail: String) -> Problem {
-    Problem::new(ProblemKind::InvalidRequest, detail)
+fn invalid(message: String) -> Error {
+    Error::new(ErrorKind::InvalidRequest, message)
 }
 
 /// The certificate as its files have it now.
@@ -110,7 +109,7 @@ impl ResolvesServerCert for Renewed {
             match self.files.read() {
                 Ok(read) => *current = read,
                 // Half of it may be there: the next connection looks again.
-                Err(problem) => tracing::warn!(%problem, "keeping the previous certificate"),
+                Err(error) => tracing::warn!(%error, "keeping the previous certificate"),
             }
         }
         Some(Arc::clone(&current.key))

@@ -8,9 +8,9 @@ use army_api::client::Client;
 use army_api::keys::{CreateKey, Role};
 use army_api::templates::RegisterTemplate;
 use army_api::vms::{CreateVms, CreatedVms, Vm};
-use army_controller::Controller;
-use army_controller::store::Store;
-use army_node::Node;
+use army_controller::testing::Records;
+use army_controller::{Controller, Database};
+use army_node::{Node, NodeService};
 use clone::launch::fork;
 use clone::runtime::VmDir;
 use clone::template;
@@ -25,7 +25,7 @@ pub(super) const TEMPLATE: &str = "base";
 /// A server of the API, without VMs.
 pub(crate) struct Server {
     pub(crate) controller: Arc<Controller>,
-    pub(crate) store: Store,
+    pub(crate) records: Records,
     url: String,
     key: String,
 }
@@ -34,9 +34,12 @@ impl Server {
     /// On a port of its own, with its database in `state`; looked after as `army dev` does where
     /// it is `alive`, else nobody looks at what VMs there really are.
     pub(crate) async fn start(state: &Path, node: Arc<Node>, alive: bool) -> Result<Self> {
-        let store = Store::open(&Store::sqlite(&state.join("army.db"))).await?;
-        let controller = Arc::new(Controller::alone(store.clone(), node));
-        controller.take_up_all().await?;
+        let url = Database::sqlite_url(&state.join("army.db"));
+        let database = Database::open(&url).await?;
+        let records = Records::of(&database);
+        let service = Arc::new(NodeService::in_process(node));
+        let controller = Arc::new(Controller::of_one_host(database, service));
+        controller.recover().await?;
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
         let url = format!("http://{}", listener.local_addr()?);
         let router = army::server::router(Arc::clone(&controller));
@@ -49,10 +52,10 @@ impl Server {
             role: Role::Admin,
             max_vms: None,
         };
-        let key = store.create_key(&admin).await?.secret;
+        let key = controller.create_key(&admin).await?.secret;
         Ok(Self {
             controller,
-            store,
+            records,
             url,
             key,
         })
@@ -96,7 +99,7 @@ impl<'a> Rig<'a> {
             name: TEMPLATE.to_owned(),
             ..RegisterTemplate::default()
         };
-        tokio.block_on(server.controller.register(&asked))?;
+        tokio.block_on(server.controller.register_template(&asked))?;
         Ok(Self {
             node,
             controller: Arc::clone(&server.controller),

@@ -1,18 +1,32 @@
-//! Network policies, as the host is told them.
+//! Rules for names and policies that come from clients. The controller applies them to refuse a
+//! request early, and the node applies them again.
 
 use army_api::vms::{Egress, NetworkPolicy};
-use army_api::{Problem, ProblemKind};
 use clone_api::Ipv4Network;
 use clone_api::config::Egress as HostEgress;
 
-use crate::Result;
+use crate::{Error, ErrorKind, Result};
 
-/// Whom a guest may send to by a policy.
+/// Checks the name of a template. A name is never a path: clients do not choose where on a host a
+/// template is looked for.
 ///
 /// # Errors
-/// [`ProblemKind::InvalidRequest`] where it names something that is no network, or too many.
+/// [`ErrorKind::InvalidRequest`].
+pub fn check_template_name(name: &str) -> Result<()> {
+    if clone_api::validate::is_valid_name(name) {
+        return Ok(());
+    }
+    let message = format!("invalid template name `{}`", name.escape_debug());
+    Err(Error::new(ErrorKind::InvalidRequest, message))
+}
+
+/// The destinations that a network policy permits, in the terms of a VM's description.
+///
+/// # Errors
+/// [`ErrorKind::InvalidRequest`] where the policy names something that is not a network, or too
+/// many networks.
 pub fn egress(policy: &NetworkPolicy) -> Result<HostEgress> {
-    let invalid = |detail: String| Problem::new(ProblemKind::InvalidRequest, detail);
+    let invalid = |message: String| Error::new(ErrorKind::InvalidRequest, message);
     Ok(match &policy.egress {
         Egress::Full => HostEgress::Full,
         Egress::None => HostEgress::None,
@@ -48,8 +62,8 @@ mod tests {
         };
         assert_eq!(networks[1].to_string(), "192.0.2.7/32");
         for wrong in ["10.0.0.1/8", "example.org", "::/0"] {
-            let problem = allow(vec![wrong.into()]).unwrap_err();
-            assert!(problem.detail.contains(wrong), "{problem}");
+            let error = allow(vec![wrong.into()]).unwrap_err();
+            assert!(error.message.contains(wrong), "{error}");
         }
         assert!(allow(vec!["10.0.0.0/8".into(); 65]).is_err());
     }
