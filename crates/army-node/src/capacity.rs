@@ -1,11 +1,11 @@
-//! What this host has, and how much of it is left.
+//! What the host has, and how much of it is left.
 
 use std::fs;
 use std::path::Path;
 
 use army_api::hosts::Capacity;
 
-/// What the host's kernel says now; what VMs use is added by whoever knows them.
+/// Measures the host. What VMs use is added by the caller.
 pub fn measure(templates: &Path) -> Capacity {
     let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let memory = text("/proc/meminfo");
@@ -27,7 +27,7 @@ fn first(text: &str) -> Option<&str> {
     text.split_whitespace().next()
 }
 
-/// A figure of /proc/meminfo, in bytes; 0 where the kernel does not tell it.
+/// A figure of /proc/meminfo in bytes; 0 where the kernel does not provide it.
 fn field(memory: &str, name: &str) -> u64 {
     let line = memory.lines().find_map(|line| line.strip_prefix(name));
     let kib = line
@@ -36,7 +36,7 @@ fn field(memory: &str, name: &str) -> u64 {
     kib.unwrap_or(0) * 1024
 }
 
-/// Free space where a directory is or will be.
+/// The free space of the file system where a directory is or will be, in bytes.
 fn free(path: &Path) -> u64 {
     let there = path.ancestors().find(|path| path.exists());
     let found = there.and_then(|path| rustix::fs::statvfs(path).ok());
@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_host_has_something() {
+    fn the_host_has_capacity() {
         let capacity = measure(Path::new("/nowhere/at/all"));
         assert!(capacity.cpus > 0);
         assert!(capacity.memory_bytes >= capacity.available_bytes);

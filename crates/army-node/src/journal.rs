@@ -1,8 +1,8 @@
-//! What a node remembers of its VMs across its own death: one small file for each.
+//! The record of a node's VMs that survives the node's process: one small file for each VM.
 //!
-//! A VM is written down before it is made, and every step after it was taken. Files are replaced
+//! A VM is recorded before it is created, and every step after it was taken. Files are replaced as a
 //! whole, so a kill at any point leaves the step before or the step after. Whether a VM really runs
-//! is not known here; [`super::supervise`] compares.
+//! is not known here; [`crate::supervise`] compares.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -16,74 +16,74 @@ use serde::{Deserialize, Serialize};
 use army_node_api::requests::VmSpec;
 use army_node_api::{Error, ErrorKind, Result};
 
-use super::lock;
+use crate::lock;
 
-/// Files of another version are not read.
+/// The version of the files. Files of another version are refused.
 const VERSION: u32 = 1;
 
-/// A VM, as its node remembers it.
+/// The record of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// [`VERSION`].
+    /// The version of the file.
     pub version: u32,
-    /// The VM.
+    /// The VM's id.
     pub id: String,
-    /// The life of the VM that this is; a node refuses to go back.
+    /// The incarnation of the VM. It never decreases.
     pub epoch: u64,
-    /// What its guest is called.
+    /// The guest's host name.
     pub name: String,
-    /// When it is destroyed, in milliseconds since 1970, by the controller's clock. Those of former
-    /// versions have only this.
+    /// When the VM is destroyed, in milliseconds since 1970, by the controller's clock. It is used
+    /// where there is no `ends_ms`, as in files of former releases.
     pub expires_ms: Option<u64>,
-    /// How long it may live, in milliseconds.
+    /// How long the VM may live, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ttl_ms: Option<u64>,
-    /// When that is over, in milliseconds since the host's start: no clock that somebody sets, and
-    /// a VM does not outlive its host's start.
+    /// When that time is over, in milliseconds since the host's start. Nobody can set this clock,
+    /// and a VM does not outlive a restart of its host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ends_ms: Option<u64>,
-    /// What is done when nobody uses it.
+    /// What is done when the VM is not used.
     pub idle: Option<IdlePolicy>,
-    /// What its network lets it do, where something was said.
+    /// What the VM's network permits; `None` is the default policy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkPolicy>,
-    /// How far it got.
+    /// The last step of the VM's life.
     pub stage: Stage,
-    /// Whether it was paused because nobody used it.
+    /// Whether the VM was paused because it was idle.
     #[serde(default)]
     pub asleep: bool,
 }
 
-/// How far a VM got.
+/// A step of a VM's life.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "stage", content = "why")]
 pub enum Stage {
-    /// It is being made.
+    /// The VM is being created.
     Begun,
-    /// It was made.
+    /// The VM was created.
     Running,
-    /// It is over, or about to be.
+    /// The VM has ended, or is about to, for this reason.
     Ended(String),
-    /// It was not made, or died.
+    /// The VM could not be created, or was lost, for this reason.
     Failed(String),
 }
 
 impl Stage {
-    /// Whether it is, or may be, a VM that runs.
+    /// Whether the VM may be running.
     pub fn is_alive(&self) -> bool {
         matches!(self, Self::Begun | Self::Running)
     }
 }
 
 impl Entry {
-    /// The same, whose time to live begins when it is `boot_ms` since the host's start.
+    /// The same record with a time to live that begins now, at `boot_ms` since the host's start.
     pub fn beginning(&self, boot_ms: u64) -> Self {
         let mut entry = self.clone();
         entry.ends_ms = entry.ttl_ms.map(|ttl| boot_ms.saturating_add(ttl));
         entry
     }
 
-    /// Whether its time to live is over.
+    /// Whether the time to live is over, by either clock.
     pub fn is_expired(&self, boot_ms: u64, wall_ms: u64) -> bool {
         match (self.ends_ms, self.expires_ms) {
             (Some(end), _) => end <= boot_ms,
@@ -92,7 +92,7 @@ impl Entry {
         }
     }
 
-    /// A VM that is to be made.
+    /// The record of a VM that is about to be created.
     pub fn new(id: String, epoch: u64, name: String) -> Self {
         Self {
             version: VERSION,
@@ -121,16 +121,19 @@ impl From<&VmSpec> for Entry {
     }
 }
 
-/// The files, and what they say.
+/// The journal: all records, in memory and in files.
 pub struct Journal {
     folder: PathBuf,
     entries: Mutex<BTreeMap<String, Entry>>,
 }
 
 impl Journal {
-    /// The journal in `folder`, which is made where it does not exist.
+    /// Opens the journal in `folder`, which is created where it does not exist.
+    ///
+    /// # Errors
+    /// Where a file cannot be read, or is of another version.
     pub fn open(folder: PathBuf) -> Result<Self> {
-        fs::create_dir_all(&folder).map_err(|error| failed("make", &folder, &error))?;
+        fs::create_dir_all(&folder).map_err(|error| failed("create", &folder, &error))?;
         let mut entries = BTreeMap::new();
         let list = fs::read_dir(&folder).map_err(|error| failed("list", &folder, &error))?;
         for file in list {
@@ -142,7 +145,7 @@ impl Journal {
                     let entry = read(&path)?;
                     entries.insert(entry.id.clone(), entry);
                 }
-                // Half a write: what it was to replace is still there.
+                // The write of this file was interrupted; the file that it was to replace exists.
                 Some("new") => {
                     fs::remove_file(&path).map_err(|error| failed("remove", &path, &error))?;
                 }
@@ -155,12 +158,12 @@ impl Journal {
         })
     }
 
-    /// All that is remembered.
+    /// All records.
     pub fn all(&self) -> Vec<Entry> {
         lock(&self.entries).values().cloned().collect()
     }
 
-    /// One VM.
+    /// The record of one VM.
     pub fn get(&self, id: &str) -> Result<Entry> {
         lock(&self.entries)
             .get(id)
@@ -168,15 +171,15 @@ impl Journal {
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("this host has no VM {id}")))
     }
 
-    /// Whether a VM was paused because nobody used it.
+    /// Whether a VM was paused because it was idle.
     pub fn is_asleep(&self, id: &str) -> bool {
         lock(&self.entries).get(id).is_some_and(|it| it.asleep)
     }
 
-    /// Writes down a VM that is about to be made.
+    /// Records a VM that is about to be created.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] where it is known in this epoch or a later one.
+    /// [`ErrorKind::Conflict`] where the VM is known in this epoch or a later one.
     pub fn begin(&self, entry: &Entry) -> Result<()> {
         let mut entries = lock(&self.entries);
         if let Some(known) = entries.get(&entry.id)
@@ -190,7 +193,7 @@ impl Journal {
         Ok(())
     }
 
-    /// Writes down how far a VM got. What is over stays over.
+    /// Records a step of a VM's life. A VM that has ended stays ended.
     pub fn advance(&self, id: &str, stage: Stage) -> Result<()> {
         self.change(id, |entry| {
             if entry.stage.is_alive() {
@@ -199,12 +202,12 @@ impl Journal {
         })
     }
 
-    /// Writes down whether a VM sleeps.
+    /// Records whether a VM was paused because it was idle.
     pub fn set_asleep(&self, id: &str, asleep: bool) -> Result<()> {
         self.change(id, |entry| entry.asleep = asleep)
     }
 
-    /// Forgets a VM that is over, when the controller knows it.
+    /// Removes the record of a VM.
     pub fn forget(&self, id: &str) -> Result<()> {
         let mut entries = lock(&self.entries);
         let path = self.path(id);
@@ -239,7 +242,8 @@ impl Journal {
             let mut file = File::create(&new)?;
             serde_json::to_writer(&mut file, entry)?;
             file.flush()?;
-            // A host that loses power loses its VMs, too: the order of our own writes is enough.
+            // A host that loses power loses its VMs, too. So the order of writes is enough, and
+            // they are not synced.
             fs::rename(&new, &path)
         };
         write().map_err(|error| failed("write", &path, &error))
@@ -253,10 +257,10 @@ impl Journal {
 fn read(path: &Path) -> Result<Entry> {
     let text = fs::read(path).map_err(|error| failed("read", path, &error))?;
     let entry: Entry =
-        serde_json::from_slice(&text).map_err(|error| failed("understand", path, &error.into()))?;
+        serde_json::from_slice(&text).map_err(|error| failed("parse", path, &error.into()))?;
     if entry.version != VERSION {
         let detail = format!(
-            "{} is of version {}, and this program knows {VERSION}",
+            "{} is of version {}, and this program reads version {VERSION}",
             path.display(),
             entry.version
         );
@@ -279,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_known_to_the_next_life() {
+    fn what_was_recorded_is_read_after_a_restart() {
         let folder = tempfile::tempdir().unwrap();
         let open = || Journal::open(folder.path().to_owned()).unwrap();
         let journal = open();
@@ -295,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_is_begun_once_in_an_epoch_and_what_is_over_stays_over() {
+    fn a_vm_begins_once_in_an_epoch_and_stays_ended() {
         let folder = tempfile::tempdir().unwrap();
         let journal = Journal::open(folder.path().to_owned()).unwrap();
         journal.begin(&entry("1", 2)).unwrap();
@@ -311,15 +315,15 @@ mod tests {
     }
 
     #[test]
-    fn a_time_to_live_is_not_a_matter_of_what_the_clock_on_the_wall_says() {
+    fn a_time_to_live_does_not_depend_on_the_wall_clock() {
         let mut asked = entry("1", 1);
         asked.ttl_ms = Some(60_000);
         asked.expires_ms = Some(1_000_060_000);
         let begun = asked.beginning(5_000);
-        // The clock is set an hour ahead, or back to 1970.
+        // The wall clock is set an hour ahead, or back to 1970.
         assert!(!begun.is_expired(64_999, 1_003_600_000));
         assert!(begun.is_expired(65_000, 0));
-        // One of a former version, which has nothing else.
+        // A record of a former release has only the wall clock's time.
         asked.ttl_ms = None;
         let old = asked.beginning(5_000);
         assert!(!old.is_expired(u64::MAX, 1_000_059_999));

@@ -1,7 +1,8 @@
-//! What a node keeps of having joined: its name and its credentials, and new ones in good time.
+//! A node's membership of a cluster: its name and its credentials, in one file.
 //!
-//! The controller asks now and then whether a certificate is wanted ([`Membership::request`]) and
-//! brings it ([`Membership::take`]). The key is made here, anew each time, and never leaves.
+//! The controller asks from time to time whether the node wants a new certificate
+//! ([`Membership::request_renewal`]) and brings it ([`Membership::install_certificate`]). The node
+//! generates a new key each time, which never leaves the host.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,28 +15,28 @@ use army_node_api::cluster::tls::Identity;
 use army_node_api::time::now_ms;
 use army_node_api::{Error, ErrorKind, Result};
 
-/// Files of another version are not read.
+/// The version of the file. A file of another version is refused.
 const VERSION: u32 = 1;
 
-/// What is in the file.
+/// The content of the file.
 #[derive(Clone, Serialize, Deserialize)]
-struct Known {
+struct Record {
     version: u32,
     host: String,
     credentials: Credentials,
-    /// When the certificate was taken, in milliseconds since 1970. Those who joined a former version
-    /// do not know, and have it renewed.
+    /// When the certificate was issued, in milliseconds since 1970. It is missing where the host has
+    /// joined with a former release, and the certificate is renewed then.
     #[serde(default)]
     certified_ms: u64,
 }
 
 struct State {
-    known: Known,
-    /// The key of the certificate that was asked for.
-    asked: Option<String>,
+    record: Record,
+    /// The key of the certificate that was requested.
+    requested_key: Option<String>,
 }
 
-/// See the module.
+/// The membership of one node.
 pub struct Membership {
     path: PathBuf,
     host: String,
@@ -44,86 +45,95 @@ pub struct Membership {
 }
 
 impl Membership {
-    /// What is remembered in the file at `path`; none where there is no file.
+    /// Reads the file at `path`; `None` where there is no file.
     ///
     /// # Errors
-    /// Where it cannot be read or used.
+    /// Where the file cannot be read or used.
     pub fn open(path: PathBuf) -> Result<Option<Self>> {
         let text = match std::fs::read_to_string(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            text => text.map_err(|error| wrong(&path, &error))?,
+            text => text.map_err(|error| unusable(&path, &error))?,
         };
-        let known: Known = serde_json::from_str(&text).map_err(|error| wrong(&path, &error))?;
-        if known.version != VERSION {
-            let why = format!("it is of version {}, not {VERSION}", known.version);
-            return Err(wrong(&path, &why));
+        let record: Record =
+            serde_json::from_str(&text).map_err(|error| unusable(&path, &error))?;
+        if record.version != VERSION {
+            let why = format!("it is of version {}, not {VERSION}", record.version);
+            return Err(unusable(&path, &why));
         }
-        Self::new(path, known).map(Some)
+        Self::new(path, record).map(Some)
     }
 
-    /// Writes down that `host` has just joined.
+    /// Records that `host` has just joined.
     pub fn join(path: PathBuf, host: String, credentials: Credentials) -> Result<Self> {
-        let known = Known {
+        let record = Record {
             version: VERSION,
             host,
             credentials,
             certified_ms: now_ms(),
         };
-        write(&path, &known)?;
-        Self::new(path, known)
+        write(&path, &record)?;
+        Self::new(path, record)
     }
 
-    fn new(path: PathBuf, known: Known) -> Result<Self> {
+    fn new(path: PathBuf, record: Record) -> Result<Self> {
         Ok(Self {
             path,
-            host: known.host.clone(),
-            identity: Identity::new(&known.credentials)?,
-            state: Mutex::new(State { known, asked: None }),
+            host: record.host.clone(),
+            identity: Identity::new(&record.credentials)?,
+            state: Mutex::new(State {
+                record,
+                requested_key: None,
+            }),
         })
     }
 
-    /// What the host is called.
+    /// The host's name.
     pub fn host(&self) -> &str {
         &self.host
     }
 
-    /// How the node shows who it is.
+    /// How the node proves who it is.
     pub fn identity(&self) -> &Identity {
         &self.identity
     }
 
-    /// A request to certify a new key, in PEM, where a third of the certificate's life is over.
-    pub fn request(&self) -> Result<Option<String>> {
+    /// A signing request for a new key in PEM, where a third of the certificate's life is over.
+    pub fn request_renewal(&self) -> Result<Option<String>> {
         let mut state = self.lock();
-        let age = now_ms().saturating_sub(state.known.certified_ms);
+        let age = now_ms().saturating_sub(state.record.certified_ms);
         if u128::from(age) < NODE_LIFE.as_millis() / 3 {
             return Ok(None);
         }
         let (key, request) = Credentials::request()?;
-        state.asked = Some(key);
+        state.requested_key = Some(key);
         Ok(Some(request))
     }
 
-    /// Takes the certificate, in PEM, that was last asked for.
+    /// Installs the certificate in PEM that was last requested.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] where none was, or it is for another key; the former one stays.
-    pub fn take(&self, certificate: &str) -> Result<()> {
+    /// [`ErrorKind::Conflict`] where none was requested, or it is for another key. The
+    /// former one stays then.
+    pub fn install_certificate(&self, certificate: &str) -> Result<()> {
         let mut state = self.lock();
         let conflict = |why: &str| Error::new(ErrorKind::Conflict, why.to_owned());
         let key = state
-            .asked
+            .requested_key
             .clone()
-            .ok_or_else(|| conflict("no certificate was asked for"))?;
-        let mut known = state.known.clone();
-        known.credentials.certificate = certificate.to_owned();
-        known.credentials.key = key;
-        known.certified_ms = now_ms();
-        // Before it is written: one that cannot be used is not found at the next start either.
-        Identity::new(&known.credentials).map_err(|error| conflict(&error.message))?;
-        write(&self.path, &known)?;
-        self.identity.renew(&known.credentials)?;
-        *state = State { known, asked: None };
+            .ok_or_else(|| conflict("no certificate was requested"))?;
+        let mut record = state.record.clone();
+        record.credentials.certificate = certificate.to_owned();
+        record.credentials.key = key;
+        record.certified_ms = now_ms();
+        // This precedes the write: a certificate that cannot be used would be read at the next
+        // start.
+        Identity::new(&record.credentials).map_err(|error| conflict(&error.message))?;
+        write(&self.path, &record)?;
+        self.identity.renew(&record.credentials)?;
+        *state = State {
+            record,
+            requested_key: None,
+        };
         Ok(())
     }
 
@@ -132,16 +142,16 @@ impl Membership {
     }
 }
 
-fn write(path: &Path, known: &Known) -> Result<()> {
-    let text =
-        serde_json::to_string(known).map_err(|error| Error::internal("write it down", &error))?;
+fn write(path: &Path, record: &Record) -> Result<()> {
+    let text = serde_json::to_string(record)
+        .map_err(|error| Error::internal("serialize the membership", &error))?;
     write_private(path, &text)
 }
 
-fn wrong(path: &Path, error: &dyn std::fmt::Display) -> Error {
-    let detail = format!("cannot use {}: {error}", path.display());
-    Error::new(ErrorKind::Internal, detail)
-        .advise("with that file removed, the host joins anew, with a token")
+fn unusable(path: &Path, error: &dyn std::fmt::Display) -> Error {
+    let message = format!("cannot use {}: {error}", path.display());
+    Error::new(ErrorKind::Internal, message)
+        .advise("remove the file and let the host join again, with a new token")
 }
 
 #[cfg(test)]
@@ -159,27 +169,33 @@ mod tests {
         let member = Member::Node("a".into());
         let credentials = authority.credentials(&member).unwrap();
         let fresh = Membership::join(path.clone(), "a".into(), credentials.clone()).unwrap();
-        assert_eq!(fresh.request().unwrap(), None);
-        assert_eq!(fresh.take("x").unwrap_err().kind, ErrorKind::Conflict);
+        assert_eq!(fresh.request_renewal().unwrap(), None);
+        assert_eq!(
+            fresh.install_certificate("x").unwrap_err().kind,
+            ErrorKind::Conflict
+        );
 
         // As version 1 was first written, without a time.
         let old = serde_json::json!({"version": 1, "host": "a", "credentials": credentials});
         std::fs::write(&path, old.to_string()).unwrap();
         let old = Membership::open(path.clone()).unwrap().unwrap();
         assert_eq!(old.host(), "a");
-        let request = old.request().unwrap().unwrap();
+        let request = old.request_renewal().unwrap().unwrap();
         // One for another key is refused, and one's own taken once.
         let of_another = authority.credentials(&member).unwrap().certificate;
-        let refused = old.take(&of_another).unwrap_err();
+        let refused = old.install_certificate(&of_another).unwrap_err();
         assert_eq!(refused.kind, ErrorKind::Conflict);
         let renewed = authority.sign(&member, &request).unwrap();
-        old.take(&renewed).unwrap();
-        assert_eq!(old.request().unwrap(), None);
-        assert_eq!(old.take(&renewed).unwrap_err().kind, ErrorKind::Conflict);
+        old.install_certificate(&renewed).unwrap();
+        assert_eq!(old.request_renewal().unwrap(), None);
+        assert_eq!(
+            old.install_certificate(&renewed).unwrap_err().kind,
+            ErrorKind::Conflict
+        );
 
         let again = Membership::open(path.clone()).unwrap().unwrap();
-        assert_eq!(again.lock().known.credentials.certificate, renewed);
-        assert_eq!(again.request().unwrap(), None);
+        assert_eq!(again.lock().record.credentials.certificate, renewed);
+        assert_eq!(again.request_renewal().unwrap(), None);
     }
 
     #[test]

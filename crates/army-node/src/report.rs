@@ -1,7 +1,7 @@
-//! What the controller is told of a host and its VMs, about once a second.
+//! The report of a host and its VMs, which the controller requests about once a second.
 //!
-//! Asking a VM wakes its process and has it walk its page tables. So one of which nothing new is
-//! known is asked now and then, and what it said is told again meanwhile.
+//! A question to a VM wakes its process and has it walk its page tables. So the answer of a VM that
+//! was not changed is reported again for some time.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Mutex;
@@ -14,17 +14,17 @@ use clone_api::control::VmState as Machine;
 use clone_api::jail::JailStatus;
 use clone_api::{Client, ClientError};
 
-use super::journal::{Entry, Stage};
-use super::{Node, capacity, lock};
+use crate::journal::{Entry, Stage};
+use crate::{Node, capacity, lock};
 use army_node_api::requests::{HostReport, VmReport};
 
-/// What a VM said is told for so long.
+/// How long the answer of a VM is reported again.
 const FRESH: Duration = Duration::from_secs(5);
 /// How long a VM's process may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
 impl Node {
-    /// What the controller is told: the host and all that the journal knows.
+    /// Reports the state of the host and of all VMs in the journal.
     pub fn report(&self) -> HostReport {
         let templates = self.store.path("x").unwrap_or_default();
         let mut capacity = capacity::measure(&templates);
@@ -33,7 +33,7 @@ impl Node {
             .iter()
             .map(|entry| self.report_one(entry, &mut capacity))
             .collect();
-        self.seen.keep(&vms);
+        self.reports.retain(&vms);
         HostReport {
             capacity,
             missing_jail_layers: self.jail.get().map(missing_layers).unwrap_or_default(),
@@ -63,7 +63,7 @@ impl Node {
             Stage::Running => {
                 report.state = VmState::Running;
                 let ask = || ask(&self.find(&entry.id).ok()?).ok();
-                if let Some((state, memory)) = self.seen.or_ask(&entry.id, ask) {
+                if let Some((state, memory)) = self.reports.or_ask(&entry.id, ask) {
                     report.state = state;
                     report.memory = Some(memory);
                     capacity.promised_bytes += memory.guest_bytes;
@@ -102,26 +102,27 @@ fn ask(vm: &RunningVm) -> Result<(VmState, VmMemory), ClientError> {
     ))
 }
 
-/// What VMs said when they were last asked.
+/// The last answers of VMs.
 #[derive(Default)]
-pub(super) struct Seen(Mutex<SeenState>);
+pub(crate) struct ReportCache(Mutex<CacheState>);
 
 #[derive(Default)]
-struct SeenState {
+struct CacheState {
     vms: HashMap<String, (Instant, VmState, VmMemory)>,
-    /// How often something was forgotten: what was asked before tells of before.
+    /// The number of invalidations. An answer to a question that precedes one is not kept.
     changes: u64,
 }
 
-impl Seen {
-    /// A VM was made another than it said: it is asked again.
-    pub(super) fn forget(&self, id: &str) {
+impl ReportCache {
+    /// Discards the answer of a VM whose state was changed.
+    pub(crate) fn invalidate(&self, id: &str) {
         let mut state = lock(&self.0);
         state.vms.remove(id);
         state.changes += 1;
     }
 
-    /// What the VM said, or says now, where that is too long ago. Nothing where it says nothing.
+    /// The answer of a VM, for which it is asked where the last answer is too old. `None` where it
+    /// does not answer.
     fn or_ask(
         &self,
         id: &str,
@@ -136,9 +137,9 @@ impl Seen {
                 _ => state.changes,
             }
         };
-        let said = ask();
+        let answer = ask();
         let mut state = lock(&self.0);
-        match said {
+        match answer {
             Some((what, memory)) if state.changes == changes => {
                 let now = (Instant::now(), what, memory);
                 state.vms.insert(id.to_owned(), now);
@@ -147,15 +148,15 @@ impl Seen {
                 state.vms.remove(id);
             }
         }
-        said
+        answer
     }
 
-    /// Forgets all that are not among these.
-    fn keep(&self, vms: &[VmReport]) {
-        let there: HashSet<&str> = vms.iter().map(|vm| vm.id.as_str()).collect();
+    /// Discards the answers of all VMs except these.
+    fn retain(&self, vms: &[VmReport]) {
+        let known: HashSet<&str> = vms.iter().map(|vm| vm.id.as_str()).collect();
         lock(&self.0)
             .vms
-            .retain(|id, _| there.contains(id.as_str()));
+            .retain(|id, _| known.contains(id.as_str()));
     }
 }
 
@@ -163,7 +164,7 @@ impl Seen {
 mod tests {
     use super::*;
 
-    fn said(private_bytes: u64) -> Option<(VmState, VmMemory)> {
+    fn answer(private_bytes: u64) -> Option<(VmState, VmMemory)> {
         let memory = VmMemory {
             private_bytes,
             ..VmMemory::default()
@@ -173,23 +174,23 @@ mod tests {
 
     #[test]
     fn a_vm_is_asked_once_and_again_when_it_was_changed() {
-        let seen = Seen::default();
-        let told = |bytes| seen.or_ask("1", || said(bytes)).unwrap().1.private_bytes;
-        assert_eq!((told(1), told(2)), (1, 1));
-        seen.forget("1");
-        assert_eq!((told(3), told(4)), (3, 3));
-        // One that is changed while it is asked is asked the next time, too.
-        seen.forget("1");
-        seen.or_ask("1", || {
-            seen.forget("1");
-            said(5)
+        let cache = ReportCache::default();
+        let reported = |bytes| cache.or_ask("1", || answer(bytes)).unwrap().1.private_bytes;
+        assert_eq!((reported(1), reported(2)), (1, 1));
+        cache.invalidate("1");
+        assert_eq!((reported(3), reported(4)), (3, 3));
+        // A VM that is changed while it is asked is asked the next time, too.
+        cache.invalidate("1");
+        cache.or_ask("1", || {
+            cache.invalidate("1");
+            answer(5)
         });
-        assert_eq!((told(6), told(7)), (6, 6));
-        // What does not answer is not remembered, nor is what is gone.
-        seen.forget("1");
-        assert_eq!(seen.or_ask("1", || None), None);
-        assert_eq!(told(8), 8);
-        seen.keep(&[]);
-        assert_eq!(told(9), 9);
+        assert_eq!((reported(6), reported(7)), (6, 6));
+        // The answer of a VM that does not answer any more, or is gone, is discarded.
+        cache.invalidate("1");
+        assert_eq!(cache.or_ask("1", || None), None);
+        assert_eq!(reported(8), 8);
+        cache.retain(&[]);
+        assert_eq!(reported(9), 9);
     }
 }

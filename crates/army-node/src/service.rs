@@ -21,7 +21,7 @@ use rustls::ClientConfig;
 use tokio::sync::Mutex;
 
 use crate::membership::Membership;
-use crate::{Node, send_template};
+use crate::{Node, templates};
 
 /// How long after a deadline an answer of the node is still awaited: it says what was late.
 const GRACE: Duration = Duration::from_secs(1);
@@ -164,7 +164,7 @@ impl NodeApi for NodeService {
 
     fn fork_vm(&self, request: ForkVmRequest, deadline: Deadline) -> Reply<'_, CreateVmsResponse> {
         self.run(deadline, move |node| {
-            let results = node.fork_live(&request.parent, &request.vms);
+            let results = node.fork_vm(&request.parent, &request.vms);
             Ok(CreateVmsResponse { results })
         })
     }
@@ -220,7 +220,7 @@ impl NodeApi for NodeService {
 
     fn set_standbys(&self, request: SetStandbysRequest, deadline: Deadline) -> Reply<'_, ()> {
         self.run(deadline, move |node| {
-            node.keep(&request.template, request.standbys)
+            node.set_standbys(&request.template, request.standbys)
         })
     }
 
@@ -242,7 +242,7 @@ impl NodeApi for NodeService {
         self.run(deadline, move |node| {
             let template = node.open_template(&request.template)?;
             let (sender, content) = chunks::channel();
-            tokio::task::spawn_blocking(move || send_template(&template, sender));
+            tokio::task::spawn_blocking(move || templates::send(&template, sender));
             Ok(content)
         })
     }
@@ -278,7 +278,7 @@ impl NodeApi for NodeService {
             return Box::pin(std::future::ready(Ok(response)));
         }
         self.run_membership(deadline, |membership| {
-            let signing_request = membership.request()?;
+            let signing_request = membership.request_renewal()?;
             Ok(RenewalResponse { signing_request })
         })
     }
@@ -289,7 +289,7 @@ impl NodeApi for NodeService {
         deadline: Deadline,
     ) -> Reply<'_, ()> {
         self.run_membership(deadline, move |membership| {
-            membership.take(&request.certificate)
+            membership.install_certificate(&request.certificate)
         })
     }
 }

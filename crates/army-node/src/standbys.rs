@@ -1,7 +1,7 @@
-//! Clones kept ready: a thread for each template that has any.
+//! Standbys: a thread for each template that has any.
 //!
-//! A standby is a child of the thread that made it and ends with it, so the thread stays for as
-//! long as its template is kept. It sleeps until a standby is taken.
+//! A standby is a child of the thread that created it and ends with it, so the thread lives as long
+//! as standbys of its template are kept. It sleeps until a standby is adopted.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -16,19 +16,19 @@ use clone::launch::standby;
 use clone::runtime::Runtime;
 use clone::template::Template;
 
-use super::lock;
+use crate::lock;
 
-/// How long a thread sleeps at most; the pause after a failure.
+/// The longest time that a thread sleeps, and the pause after a failure.
 const ROUND: Duration = Duration::from_secs(10);
 
-/// The threads, by their template's name.
-pub(super) struct Standbys {
+/// The threads, by the names of their templates.
+pub(crate) struct Standbys {
     runtime: Runtime,
-    kept: Mutex<HashMap<String, Keeper>>,
+    keepers: Mutex<HashMap<String, Keeper>>,
 }
 
 struct Keeper {
-    /// Dropped to end the thread, written to wake it.
+    /// Writing to the pipe wakes the thread, and closing it ends the thread.
     wake: File,
     wanted: Arc<AtomicU32>,
     ready: Arc<AtomicU32>,
@@ -36,45 +36,46 @@ struct Keeper {
 }
 
 impl Standbys {
-    pub(super) fn new(runtime: Runtime) -> Self {
+    pub(crate) fn new(runtime: Runtime) -> Self {
         Self {
             runtime,
-            kept: Mutex::default(),
+            keepers: Mutex::default(),
         }
     }
 
-    /// Keeps `count` clones of a template ready from now on.
-    pub(super) fn keep(&self, name: &str, template: Template, count: u32) {
+    /// Keeps `count` standbys of a template ready from now on.
+    pub(crate) fn set(&self, name: &str, template: Template, count: u32) {
         if count == 0 {
             return self.stop(name);
         }
-        let mut kept = lock(&self.kept);
-        if let Some(keeper) = kept.get_mut(name) {
+        let mut keepers = lock(&self.keepers);
+        if let Some(keeper) = keepers.get_mut(name) {
             keeper.wanted.store(count, Ordering::Relaxed);
-            // Its pipe is full: then it wakes anyway.
+            // Where the pipe is full, the thread wakes anyway.
             let _ = std::io::Write::write(&mut keeper.wake, b".");
             return;
         }
         match self.start(name, template, count) {
             Ok(keeper) => {
-                kept.insert(name.to_owned(), keeper);
+                keepers.insert(name.to_owned(), keeper);
             }
-            Err(error) => tracing::error!(template = name, %error, "no standbys are kept"),
+            Err(error) => tracing::error!(template = name, %error, "cannot start to keep standbys"),
         }
     }
 
-    /// Ends a template's standbys, and returns when they are gone.
-    pub(super) fn stop(&self, name: &str) {
-        let keeper = lock(&self.kept).remove(name);
+    /// Ends the standbys of a template, and returns when they have ended.
+    pub(crate) fn stop(&self, name: &str) {
+        let keeper = lock(&self.keepers).remove(name);
         if let Some(keeper) = keeper {
             keeper.end();
         }
     }
 
-    /// How many are ready, by their template's name.
-    pub(super) fn ready(&self) -> HashMap<String, u32> {
-        let kept = lock(&self.kept);
-        kept.iter()
+    /// The number of standbys that are ready, by the template's name.
+    pub(crate) fn ready(&self) -> HashMap<String, u32> {
+        let keepers = lock(&self.keepers);
+        keepers
+            .iter()
             .map(|(name, keeper)| (name.clone(), keeper.ready.load(Ordering::Relaxed)))
             .collect()
     }
@@ -107,7 +108,7 @@ impl Standbys {
 
 impl Drop for Standbys {
     fn drop(&mut self) {
-        for (_, keeper) in lock(&self.kept).drain() {
+        for (_, keeper) in lock(&self.keepers).drain() {
             keeper.end();
         }
     }
@@ -121,12 +122,12 @@ impl Keeper {
         if let Some(thread) = thread
             && thread.join().is_err()
         {
-            tracing::error!("a keeper of standbys panicked");
+            tracing::error!("a thread that keeps standbys panicked");
         }
     }
 }
 
-/// What a thread works with.
+/// The state of a thread.
 struct Work {
     name: String,
     runtime: Runtime,
@@ -151,7 +152,7 @@ impl Work {
     }
 
     fn serve(&self) -> clone::Result<()> {
-        // The first clone of a template tells what all others should have at hand.
+        // The first clone records which pages the others should have mapped in advance.
         standby::train(&self.runtime, &self.template)?;
         let template = Template::open(self.template.dir())?;
         let id = template.manifest().id.clone();

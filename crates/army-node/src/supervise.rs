@@ -2,7 +2,6 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use agent_proto::client::{Connection, Deadline};
@@ -13,20 +12,21 @@ use clone::host_net::{self, HostNet};
 use clone::launch::fork;
 use clone::runtime::RunningVm;
 
-use super::journal::{Entry, Stage};
-use super::watch::Watch;
-use super::{Node, VM_PREFIX, lock, vm_name};
+use crate::journal::{Entry, Stage};
+use crate::watch::Watch;
+use crate::{Node, VM_PREFIX, lock, vm_name};
 
-/// How long a guest may take to say whether commands run in it. One that is silent is idle.
-const WORK_LIMIT: Duration = Duration::from_secs(2);
-/// How often it is looked, if no VM ends before.
+/// How long a guest may take to say whether commands run in it. A guest that does not answer counts
+/// as idle.
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+/// How often VMs are examined, if none of them ends before.
 const ROUND: Duration = Duration::from_millis(500);
-/// How often VMs of ours are looked for that the journal does not know, and the first time so long
-/// after the start.
-const ORPHANS_ROUND: Duration = Duration::from_secs(30);
+/// How often VMs that the journal does not know are looked for, and how long after the start for the
+/// first time.
+const UNKNOWN_ROUND: Duration = Duration::from_secs(30);
 
-/// Has the guests' packet filter rules made again when another program removes them. Without it they
-/// are made with the next VM, and guests are cut off until then.
+/// Restores the guests' packet filter rules when another program removes them. Without this they are
+/// restored with the next VM, and guests have no network until then.
 fn watch_network() -> Option<host_net::Watch> {
     HostNet::new(host_net::DEFAULT_DIR)
         .watch()
@@ -35,7 +35,7 @@ fn watch_network() -> Option<host_net::Watch> {
 }
 
 impl Node {
-    /// Looks again and again, on a thread of its own, until the node is dropped.
+    /// Starts a thread that examines the VMs until the node is dropped.
     pub fn supervise(self: &Arc<Self>) -> std::io::Result<()> {
         let node = Arc::downgrade(self);
         std::thread::Builder::new()
@@ -43,12 +43,12 @@ impl Node {
             .spawn(move || {
                 let _network = watch_network();
                 let mut watch = Watch::default();
-                let mut orphans_at = Instant::now() + ORPHANS_ROUND;
+                let mut unknown_at = Instant::now() + UNKNOWN_ROUND;
                 while let Some(node) = node.upgrade() {
-                    node.look(&mut watch);
-                    if Instant::now() >= orphans_at {
-                        node.sweep_orphans();
-                        orphans_at = Instant::now() + ORPHANS_ROUND;
+                    node.examine_vms(&mut watch);
+                    if Instant::now() >= unknown_at {
+                        node.end_unknown_vms();
+                        unknown_at = Instant::now() + UNKNOWN_ROUND;
                     }
                     drop(node);
                     watch.wait(ROUND);
@@ -57,45 +57,46 @@ impl Node {
             .map(drop)
     }
 
-    /// After a start: VMs that an earlier life made run on. One that it was about to make may have
-    /// been left without its identity, and nobody was told of it: it is ended.
-    pub(super) fn take_up(&self) {
+    /// Continues where an earlier process of this node stopped. VMs that run are left running. A VM
+    /// that it was creating may not have its own identity, and the controller has no answer: it is
+    /// ended.
+    pub(crate) fn recover(&self) {
         for entry in self.journal.all() {
             match entry.stage {
                 Stage::Begun => self.end(&entry, "the node was restarted while it was made", true),
-                Stage::Ended(_) | Stage::Failed(_) => self.sweep(&entry),
-                Stage::Running => self.touch(&entry.id),
+                Stage::Ended(_) | Stage::Failed(_) => self.end_process(&entry),
+                Stage::Running => self.mark_used(&entry.id),
             }
         }
     }
 
-    fn look(&self, watch: &mut Watch) {
+    fn examine_vms(&self, watch: &mut Watch) {
         for entry in self.journal.all() {
-            if entry.stage == Stage::Running && self.runs(&entry, watch) {
+            if entry.stage == Stage::Running && self.is_running(&entry, watch) {
                 self.enforce(&entry);
             }
         }
     }
 
-    /// Whether a VM runs. One that is known not to is written down as ended.
-    fn runs(&self, entry: &Entry, watch: &mut Watch) -> bool {
-        if watch.holds(&entry.id) {
+    /// Whether a VM runs. A VM that is known not to run is recorded as ended.
+    fn is_running(&self, entry: &Entry, watch: &mut Watch) -> bool {
+        if watch.contains(&entry.id) {
             return true;
         }
         let open = |vm: RunningVm| vm.process.open().map_err(Error::from);
         match self.find(&entry.id).and_then(open) {
             Ok(Some(process)) => {
-                watch.hold(&entry.id, process);
+                watch.add(&entry.id, process);
                 true
             }
-            // It cannot be told now, for want of open files, for one thing.
+            // It cannot be found out now, for example because there are too many open files.
             Err(error) if error.kind != ErrorKind::NotFound => {
                 tracing::warn!(vm = entry.id, %error, "cannot find out whether a VM runs");
                 true
             }
             Ok(None) | Err(_) => {
-                self.note(entry, Stage::Ended("its guest ended it".into()));
-                lock(&self.used).remove(&entry.id);
+                self.record(entry, Stage::Ended("its guest ended it".into()));
+                lock(&self.usage).remove(&entry.id);
                 false
             }
         }
@@ -107,31 +108,29 @@ impl Node {
             return self.end(entry, "its time to live was over", false);
         }
         let Some(policy) = entry.idle else { return };
-        let idle = lock(&self.used).get_mut(&entry.id).map(|it| {
-            if it.open.load(Ordering::Relaxed) > 0 {
-                it.last = Instant::now();
-            }
-            it.last.elapsed()
-        });
+        let idle = lock(&self.usage)
+            .get_mut(&entry.id)
+            .map(|usage| usage.idle_time());
         if idle.is_none_or(|idle| idle < Duration::from_secs(policy.after_s)) {
             return;
         }
-        if !entry.asleep && self.is_at_work(entry) {
-            return self.touch(&entry.id);
+        if !entry.asleep && self.has_running_commands(entry) {
+            return self.mark_used(&entry.id);
         }
         match policy.action {
             IdleAction::Destroy => self.end(entry, "nobody used it", false),
             IdleAction::Pause if !entry.asleep => {
-                // Asleep first: whoever comes in between wakes a VM that is awake, which is no harm.
+                // The journal is written first: a user who connects in between resumes a VM that
+                // still runs, which does no harm.
                 let paused = self
                     .journal
                     .set_asleep(&entry.id, true)
                     .and_then(|()| self.pause(&entry.id));
                 if let Err(error) = paused {
-                    tracing::warn!(vm = entry.id, %error, "an idle VM could not be paused");
-                    // Awake, then, and due again at the next look.
+                    tracing::warn!(vm = entry.id, %error, "cannot pause an idle VM");
+                    // The VM still runs, and pausing it is tried again in the next round.
                     if let Err(error) = self.journal.set_asleep(&entry.id, false) {
-                        tracing::warn!(vm = entry.id, %error, "it counts as paused");
+                        tracing::warn!(vm = entry.id, %error, "a running VM is recorded as paused");
                     }
                 }
             }
@@ -139,12 +138,12 @@ impl Node {
         }
     }
 
-    /// Whether commands run in a VM that nobody is connected to: detached ones, for one.
-    fn is_at_work(&self, entry: &Entry) -> bool {
+    /// Whether commands run in a VM that nobody is connected to, such as detached ones.
+    fn has_running_commands(&self, entry: &Entry) -> bool {
         let Ok(vm) = self.find(&entry.id) else {
             return false;
         };
-        let deadline = Deadline::after(WORK_LIMIT);
+        let deadline = Deadline::after(ANSWER_LIMIT);
         let agent = Connection::open(&vm.dir.vsock_socket(), deadline);
         let info = agent.and_then(Connection::info);
         info.is_ok_and(|info| info.commands > 0)
@@ -155,26 +154,26 @@ impl Node {
             true => Stage::Failed(reason.to_owned()),
             false => Stage::Ended(reason.to_owned()),
         };
-        self.note(entry, stage);
-        self.sweep(entry);
-        lock(&self.used).remove(&entry.id);
+        self.record(entry, stage);
+        self.end_process(entry);
+        lock(&self.usage).remove(&entry.id);
     }
 
-    fn note(&self, entry: &Entry, stage: Stage) {
+    fn record(&self, entry: &Entry, stage: Stage) {
         if let Err(error) = self.journal.advance(&entry.id, stage) {
-            tracing::error!(vm = entry.id, %error, "the journal cannot be written");
+            tracing::error!(vm = entry.id, %error, "cannot write the journal");
         }
     }
 
-    /// Ends what still runs of a VM that is over.
-    fn sweep(&self, entry: &Entry) {
+    /// Ends the process of a VM that has ended by the journal.
+    fn end_process(&self, entry: &Entry) {
         if let Ok(vm) = self.runtime.find(&vm_name(&entry.id)) {
             fork::end(&self.runtime, &vm);
         }
     }
 
-    /// VMs of ours that nobody knows: of a journal that was lost.
-    fn sweep_orphans(&self) {
+    /// Ends VMs of Army that are not in the journal, because it was lost.
+    fn end_unknown_vms(&self) {
         let Ok(running) = self.runtime.running() else {
             return;
         };
@@ -187,31 +186,28 @@ impl Node {
         for vm in running {
             let name = vm.dir.name();
             if name.starts_with(VM_PREFIX) && !known.contains(&name) {
-                tracing::warn!(vm = name, "nobody knows this VM: it is ended");
+                tracing::warn!(vm = name, "ending a VM that is not in the journal");
                 fork::end(&self.runtime, &vm);
             }
         }
     }
 
-    /// Forgets what is over, when the controller has written it down.
+    /// Removes VMs that have ended from the journal, once the controller has recorded it.
     pub fn forget(&self, ids: &[String]) {
         for id in ids {
-            let over = self.journal.get(id).is_ok_and(|it| !it.stage.is_alive());
-            if over && let Err(error) = self.journal.forget(id) {
-                tracing::warn!(vm = id, %error, "the journal keeps a VM that is over");
+            let has_ended = self.journal.get(id).is_ok_and(|it| !it.stage.is_alive());
+            if has_ended && let Err(error) = self.journal.forget(id) {
+                tracing::warn!(vm = id, %error, "cannot remove a VM from the journal");
             }
         }
     }
 }
 
-/// Since the host's start, sleep included, in milliseconds: what nobody sets.
-pub(super) fn boot_ms() -> u64 {
+/// The time since the host's start, including sleep, in milliseconds. Nobody can set this clock.
+pub(crate) fn boot_ms() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    let Ok(now) = Duration::try_from(now) else {
-        // Before the host's start: it cannot be.
-        return 0;
-    };
-    now.as_millis() as u64
+    // The time is never negative.
+    Duration::try_from(now).map_or(0, |now| now.as_millis() as u64)
 }
 
 #[cfg(test)]
@@ -219,7 +215,7 @@ mod tests {
     use std::fs;
     use std::io::{Read, Write};
     use std::os::unix::net::UnixListener;
-    use std::sync::atomic::AtomicU32;
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     use agent_proto::frame;
     use agent_proto::messages::{FromAgent, Hello, Info, from_agent::Kind};
@@ -245,7 +241,7 @@ mod tests {
                     frame::encode(&FromAgent { kind: Some(kind) }, &mut bytes).unwrap();
                 }
                 stream.write_all(&bytes).unwrap();
-                // Until the other side has read it.
+                // The connection stays open until the other side has read the answer.
                 let _ = stream.read_to_end(&mut Vec::new());
             }
         });
@@ -274,7 +270,7 @@ mod tests {
             .unwrap();
         let commands = Arc::new(AtomicU32::new(1));
         serve_agent(starting.dir.vsock_socket(), Arc::clone(&commands));
-        // Its lock says that it is still being started.
+        // While its lock is held, the VM counts as being started.
         drop(starting);
         let mut entry = Entry::new("1".to_owned(), 1, "a".to_owned());
         entry.idle = Some(IdlePolicy {
@@ -283,23 +279,23 @@ mod tests {
         });
         node.journal.begin(&entry).unwrap();
         node.journal.advance("1", Stage::Running).unwrap();
-        let look_when_unused = || {
-            node.touch("1");
+        let examine_when_unused = || {
+            node.mark_used("1");
             let long_ago = Instant::now().checked_sub(Duration::from_secs(5)).unwrap();
-            lock(&node.used).get_mut("1").unwrap().last = long_ago;
-            node.look(&mut Watch::default());
+            lock(&node.usage).get_mut("1").unwrap().last = long_ago;
+            node.examine_vms(&mut Watch::default());
             node.journal.get("1").unwrap().stage
         };
-        assert_eq!(look_when_unused(), Stage::Running);
-        // It counts as used until its command ended.
-        assert!(lock(&node.used)["1"].last.elapsed() < Duration::from_secs(4));
+        assert_eq!(examine_when_unused(), Stage::Running);
+        // The VM counts as used until its command ends.
+        assert!(lock(&node.usage)["1"].last.elapsed() < Duration::from_secs(4));
         commands.store(0, Ordering::Relaxed);
-        assert_eq!(look_when_unused(), Stage::Ended("nobody used it".into()));
+        assert_eq!(examine_when_unused(), Stage::Ended("nobody used it".into()));
         process.wait().unwrap();
     }
 
     #[test]
-    fn a_vm_is_over_when_it_is_known_not_to_run_and_not_when_it_cannot_be_told() {
+    fn a_vm_has_ended_when_it_is_known_not_to_run_and_not_when_that_is_unknown() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         let runtime = Runtime::at(&path("run")).unwrap();
@@ -311,9 +307,9 @@ mod tests {
             node.journal.begin(&entry).unwrap();
             node.journal.advance(id, Stage::Running).unwrap();
         }
-        // No file, and neither absent.
+        // The process file is a directory: it exists and cannot be read.
         fs::create_dir_all(unreadable.path().join("pid")).unwrap();
-        node.look(&mut Watch::default());
+        node.examine_vms(&mut Watch::default());
         let stage = |id: &str| node.journal.get(id).unwrap().stage;
         assert_eq!(stage("1"), Stage::Running);
         assert_eq!(stage("2"), Stage::Ended("its guest ended it".into()));
