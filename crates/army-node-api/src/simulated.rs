@@ -1,7 +1,8 @@
 //! A node without VMs, for tests and for measurements of the controller.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use army_api::hosts::Capacity;
@@ -9,7 +10,7 @@ use army_api::templates::CpuFeatures;
 use army_api::vms::{Balloon, VmState};
 use tokio::sync::Semaphore;
 
-use crate::chunks::ChunkReceiver;
+use crate::chunks::{self, ChunkReceiver};
 use crate::requests::{
     BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse, CreatedVm,
     DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest,
@@ -17,7 +18,10 @@ use crate::requests::{
     PauseVmRequest, RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest,
     ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest, TemplateFacts, VmReport, VmSpec,
 };
-use crate::{AgentStream, Deadline, Error, ErrorKind, NodeApi, Reply, Result};
+use crate::{AgentStream, Deadline, Error, ErrorKind, InUse, NodeApi, Reply, Result};
+
+/// Bytes of a template that are sent in one chunk.
+const CHUNK: usize = 64 << 10;
 
 /// A host that has capacity and VMs by its own account only. It answers every creation alike, and
 /// at the time that its gates permit.
@@ -36,8 +40,15 @@ pub struct SimulatedNode {
 #[derive(Default)]
 struct State {
     vms: BTreeMap<String, VmState>,
-    templates: BTreeMap<String, TemplateFacts>,
+    templates: BTreeMap<String, SimulatedTemplate>,
+    /// Streams to agents that wait to be connected.
+    agents: VecDeque<UnixStream>,
     requested: usize,
+}
+
+struct SimulatedTemplate {
+    facts: TemplateFacts,
+    content: Vec<u8>,
 }
 
 /// Lets a test decide when calls are answered.
@@ -130,8 +141,17 @@ impl SimulatedNode {
     }
 
     /// Puts a template into the host's store.
-    pub fn add_template(&self, name: &str, facts: TemplateFacts) {
-        self.state().templates.insert(name.to_owned(), facts);
+    pub fn add_template(&self, name: &str, facts: TemplateFacts, content: &[u8]) {
+        let template = SimulatedTemplate {
+            facts,
+            content: content.to_vec(),
+        };
+        self.state().templates.insert(name.to_owned(), template);
+    }
+
+    /// Lets the next connection to an agent be this stream, whose other end the test holds.
+    pub fn add_agent(&self, stream: UnixStream) {
+        self.state().agents.push_back(stream);
     }
 
     /// The number of VMs that were requested of this host.
@@ -148,9 +168,9 @@ impl SimulatedNode {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn template(&self, name: &str) -> Result<TemplateFacts> {
-        let template = self.state().templates.get(name).cloned();
-        template.ok_or_else(|| {
+    fn template<T>(&self, name: &str, read: impl Fn(&SimulatedTemplate) -> T) -> Result<T> {
+        let state = self.state();
+        state.templates.get(name).map(read).ok_or_else(|| {
             let message = format!("template `{}` not found", name.escape_debug());
             Error::new(ErrorKind::NotFound, message)
         })
@@ -235,7 +255,14 @@ impl NodeApi for SimulatedNode {
     }
 
     fn connect_agent(&self, _: ConnectAgentRequest, _: Deadline) -> Reply<'_, AgentStream> {
-        unsupported()
+        let stream = self.state().agents.pop_front();
+        ready(match stream {
+            Some(stream) => Ok(AgentStream::raw(stream, InUse::until_dropped(()))),
+            None => Err(Error::new(
+                ErrorKind::GuestUnavailable,
+                "no agent answers in the guest",
+            )),
+        })
     }
 
     fn inspect_template(
@@ -243,7 +270,7 @@ impl NodeApi for SimulatedNode {
         request: InspectTemplateRequest,
         _: Deadline,
     ) -> Reply<'_, TemplateFacts> {
-        ready(self.template(&request.template))
+        ready(self.template(&request.template, |it| it.facts.clone()))
     }
 
     fn set_standbys(&self, _: SetStandbysRequest, _: Deadline) -> Reply<'_, ()> {
@@ -251,26 +278,50 @@ impl NodeApi for SimulatedNode {
     }
 
     fn remove_template(&self, request: RemoveTemplateRequest, _: Deadline) -> Reply<'_, ()> {
-        let known = self.template(&request.template);
+        let known = self.template(&request.template, |_| ());
         self.state().templates.remove(&request.template);
-        ready(known.map(drop))
+        ready(known)
     }
 
     fn fetch_template(&self, _: FetchTemplateRequest, _: Deadline) -> Reply<'_, ()> {
         unsupported()
     }
 
-    fn export_template(&self, _: ExportTemplateRequest, _: Deadline) -> Reply<'_, ChunkReceiver> {
-        unsupported()
+    fn export_template(
+        &self,
+        request: ExportTemplateRequest,
+        _: Deadline,
+    ) -> Reply<'_, ChunkReceiver> {
+        let content = self.template(&request.template, |it| it.content.clone());
+        ready(content.map(|content| {
+            let chunks = content
+                .chunks(CHUNK)
+                .map(|it| Ok::<_, String>(it.to_vec().into()));
+            let chunks: Vec<_> = chunks.collect();
+            chunks::receive(futures_util::stream::iter(chunks))
+        }))
     }
 
     fn import_template(
         &self,
-        _: ImportTemplateRequest,
-        _: ChunkReceiver,
+        request: ImportTemplateRequest,
+        mut content: ChunkReceiver,
         _: Deadline,
     ) -> Reply<'_, TemplateFacts> {
-        unsupported()
+        Box::pin(async move {
+            let mut bytes = Vec::new();
+            while let Some(chunk) = content.recv().await {
+                let chunk = chunk.map_err(|error| Error::internal("receive a template", &error))?;
+                bytes.extend_from_slice(&chunk);
+            }
+            let facts = TemplateFacts {
+                id: blake3::hash(&bytes).to_hex().to_string(),
+                data_bytes: bytes.len() as u64,
+                ..TemplateFacts::default()
+            };
+            self.add_template(&request.template, facts.clone(), &bytes);
+            Ok(facts)
+        })
     }
 
     fn report(&self, _: ReportRequest, _: Deadline) -> Reply<'_, HostReport> {
@@ -282,7 +333,7 @@ impl NodeApi for SimulatedNode {
             memory: None,
         });
         let report = HostReport {
-            capacity: self.capacity.clone(),
+            capacity: self.capacity,
             missing_jail_layers: Vec::new(),
             vms: vms.collect(),
             ready: HashMap::new(),

@@ -1,4 +1,4 @@
-//! The authority that signs the certificates of one Army.
+//! The authority that signs the certificates of one cluster.
 
 use std::fs;
 use std::io::Write;
@@ -15,31 +15,31 @@ use serde::{Deserialize, Serialize};
 use super::Member;
 use crate::{Error, ErrorKind, Result};
 
-/// How long a node's certificate is valid. It is renewed in time, so this is
-/// how long a host may be away, and how long one that was given up is still believed by others.
+/// How long a node's certificate is valid. It is renewed before it expires, so this is how long a
+/// host may be away, and how long other hosts trust one that was removed.
 pub const NODE_LIFE: Duration = Duration::from_secs(90 * 24 * 3600);
-/// How long the controller's is, which has a new one at each start.
+/// How long the controller's certificate is valid, which is issued anew at each start.
 const CONTROLLER_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-/// How long the authority's own is.
+/// How long the authority's own certificate is valid.
 const AUTHORITY_LIFE: Duration = Duration::from_secs(20 * 365 * 24 * 3600);
-/// Clocks may be so far apart.
+/// The most that clocks of hosts may differ.
 const SKEW: Duration = Duration::from_secs(24 * 3600);
 
-/// What a process shows, and whom it believes.
+/// What a process proves its identity with, and the authority that it trusts.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct Credentials {
-    /// The authority's certificate, in PEM.
+    /// The authority's certificate in PEM.
     pub authority: String,
-    /// One's own.
+    /// The process's own certificate in PEM.
     pub certificate: String,
-    /// The key of one's own, which nobody else has.
+    /// The private key of that certificate in PEM.
     pub key: String,
 }
 
 impl Credentials {
-    /// A key, and the request to certify it, in PEM.
+    /// Generates a key, and a signing request for it. Both are in PEM.
     pub fn request() -> Result<(String, String)> {
-        let failed = |error: rcgen::Error| Error::internal("make a key", &error);
+        let failed = |error: rcgen::Error| Error::internal("generate a key", &error);
         let key = KeyPair::generate().map_err(failed)?;
         let request = CertificateParams::default()
             .serialize_request(&key)
@@ -49,14 +49,14 @@ impl Credentials {
     }
 }
 
-/// The authority, which only the controller has.
+/// The certificate authority, which only the controller has.
 pub struct Authority {
     certificate: String,
     issuer: Issuer<'static, KeyPair>,
 }
 
 impl Authority {
-    /// The authority in `folder`, made where there is none.
+    /// Opens the authority in `folder`, which is created where there is none.
     pub fn open(folder: &Path) -> Result<Self> {
         let (certificate, key) = (folder.join("authority.pem"), folder.join("authority.key"));
         if !certificate.exists() {
@@ -67,7 +67,7 @@ impl Authority {
                 .map_err(|error| Error::internal(&format!("read {}", path.display()), &error))
         };
         let text = read(&certificate)?;
-        let wrong = |error: rcgen::Error| Error::internal("understand the authority", &error);
+        let wrong = |error: rcgen::Error| Error::internal("read the authority", &error);
         let key = KeyPair::from_pem(&read(&key)?).map_err(wrong)?;
         Ok(Self {
             issuer: Issuer::from_ca_cert_pem(&text, key).map_err(wrong)?,
@@ -75,13 +75,16 @@ impl Authority {
         })
     }
 
-    /// Its certificate, in PEM.
+    /// The authority's certificate in PEM.
     pub fn certificate(&self) -> &str {
         &self.certificate
     }
 
-    /// Certifies that whoever made `request` is `member`. What the request itself says is not
-    /// believed.
+    /// Certifies that the owner of the key in `request` is `member`. Names in the request itself are
+    /// ignored.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidRequest`] where it is not a signing request in PEM.
     pub fn sign(&self, member: &Member, request: &str) -> Result<String> {
         let invalid = |error: rcgen::Error| {
             let message = format!("the request for a certificate cannot be read: {error}");
@@ -91,11 +94,11 @@ impl Authority {
         request.params = describe(member)?;
         let signed = request.signed_by(&self.issuer);
         Ok(signed
-            .map_err(|error| Error::internal("sign", &error))?
+            .map_err(|error| Error::internal("sign a certificate", &error))?
             .pem())
     }
 
-    /// Credentials for a process of this host.
+    /// Issues credentials for a process of this host.
     pub fn credentials(&self, member: &Member) -> Result<Credentials> {
         let (key, request) = Credentials::request()?;
         Ok(Credentials {
@@ -107,7 +110,7 @@ impl Authority {
 }
 
 fn make(certificate: &Path, key: &Path) -> Result<()> {
-    let failed = |error: rcgen::Error| Error::internal("make an authority", &error);
+    let failed = |error: rcgen::Error| Error::internal("create a certificate authority", &error);
     let mut params = CertificateParams::default();
     params
         .distinguished_name
@@ -117,7 +120,7 @@ fn make(certificate: &Path, key: &Path) -> Result<()> {
     set_time(&mut params, AUTHORITY_LIFE);
     let pair = KeyPair::generate().map_err(failed)?;
     let text = params.self_signed(&pair).map_err(failed)?.pem();
-    // The certificate last: without it, all is made anew.
+    // The certificate is written last: without it, both are created anew.
     write_private(key, &pair.serialize_pem())?;
     write_private(certificate, &text)
 }
@@ -151,7 +154,7 @@ fn set_time(params: &mut CertificateParams, life: Duration) {
     params.not_after = (now + life).into();
 }
 
-/// Writes a file that only its owner reads; it appears whole or not at all.
+/// Writes a file that only its owner can read. It appears as a whole or not at all.
 pub fn write_private(path: &Path, text: &str) -> Result<()> {
     let new = path.with_extension("new");
     let write = || {
@@ -177,7 +180,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_authority_is_kept_and_its_key_is_private() {
+    fn an_authority_is_stored_and_its_key_is_private() {
         let folder = tempfile::tempdir().unwrap();
         let first = Authority::open(folder.path()).unwrap();
         let again = Authority::open(folder.path()).unwrap();
@@ -188,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_request_is_not_signed() {
+    fn text_that_is_not_a_signing_request_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let authority = Authority::open(folder.path()).unwrap();
         let error = authority.sign(&Member::Controller, "x").unwrap_err();

@@ -1,21 +1,21 @@
-//! How the processes of one Army trust each other.
+//! How the processes of one cluster trust each other.
 //!
-//! The controller keeps an [`authority`] of its own, and every process has a certificate of it that
-//! says what it is: the controller, or the node of one host. A host gets its certificate for a
-//! token that lives for minutes ([`token`]), keeps it and has it renewed; from then
-//! on all connections are mutual TLS ([`tls`]). Addresses prove nothing, and names in certificates
-//! are not looked up anywhere.
+//! The controller has a certificate [`authority`] of its own. Every process has a certificate of it
+//! that says what the process is: the controller, or the node of one host. A host gets its first
+//! certificate for a [`token`] that is valid for minutes, and has it renewed later. All connections
+//! are mutual TLS ([`tls`]). Addresses prove nothing, and names in certificates are not looked up
+//! anywhere.
 
 pub mod authority;
 pub mod tls;
 pub mod token;
 
-/// What the controller is called in its certificate.
+/// The controller's name in its certificate.
 const CONTROLLER: &str = "controller.army.internal";
-/// What follows a host's name in its node's certificate.
+/// The suffix of a host's name in its node's certificate.
 const NODE: &str = ".node.army.internal";
 
-/// What a process is.
+/// A process of the cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Member {
     /// The controller.
@@ -25,7 +25,7 @@ pub enum Member {
 }
 
 impl Member {
-    /// What it is called in its certificate.
+    /// The member's name in its certificate.
     pub fn dns_name(&self) -> String {
         match self {
             Self::Controller => CONTROLLER.to_owned(),
@@ -42,7 +42,7 @@ impl Member {
     }
 }
 
-/// Whether a host can be called so: as one label of a name of the Internet, in small letters.
+/// Whether a host can have this name: one label of a domain name, in lower case.
 pub fn is_host_name(name: &str) -> bool {
     let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
     (1..=63).contains(&name.len())
@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn members_are_told_by_their_names() {
+    fn members_are_recognized_by_their_names() {
         for member in [Member::Controller, Member::Node("a-1".into())] {
             assert_eq!(Member::of_dns_name(&member.dns_name()), Some(member));
         }

@@ -23,21 +23,21 @@ use super::Member;
 use super::authority::Credentials;
 use crate::{Error, Result};
 
-/// How long a peer may take to show who it is.
+/// How long the handshake with a peer may take.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-/// Peers that may be about to show who they are.
+/// The number of handshakes that may be in progress.
 const HANDSHAKES: usize = 128;
 
-/// Who is at the other end.
+/// The other end of a connection.
 #[derive(Debug, Clone)]
 pub struct Peer {
-    /// Where it is.
+    /// The peer's address.
     pub address: SocketAddr,
-    /// What its certificate says; none where it showed none.
+    /// The member that the peer's certificate names; `None` where it has no certificate.
     pub member: Option<Member>,
 }
 
-/// Connections whose handshake is done.
+/// Accepts connections, and yields them when their handshake is done.
 pub struct Listener {
     ready: mpsc::Receiver<(TlsStream<TcpStream>, Peer)>,
     address: SocketAddr,
@@ -45,13 +45,13 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Takes connections from `listener`. With `strangers` also from those that show no
-    /// certificate; what they may do is for others to say.
+    /// Accepts connections of members from `listener`. With `strangers`, peers without a certificate
+    /// are accepted, too; the service decides what they may do.
     pub fn new(listener: TcpListener, identity: &Identity, strangers: bool) -> Result<Self> {
         Self::of(listener, identity.server(strangers)?)
     }
 
-    /// Takes connections from `listener` that are encrypted as `config` says.
+    /// Accepts connections from `listener` with this TLS configuration.
     pub fn of(listener: TcpListener, config: ServerConfig) -> Result<Self> {
         let acceptor = TlsAcceptor::from(Arc::new(config));
         let address = listener
@@ -67,7 +67,8 @@ impl Listener {
                 let (stream, address) = match listener.accept().await {
                     Ok(accepted) => accepted,
                     Err(error) => {
-                        // Of one connection, or of all: then it would fail at once again.
+                        // The error may concern all connections, so that the next attempt would
+                        // fail at once, too.
                         tracing::warn!(%error, "cannot accept a connection");
                         tokio::time::sleep(Duration::from_millis(100)).await;
                         continue;
@@ -84,9 +85,9 @@ impl Listener {
                             let _ = done.send((stream, Peer { address, member })).await;
                         }
                         Ok(Err(error)) => {
-                            tracing::warn!(%address, %error, "a connection is none of ours");
+                            tracing::warn!(%address, %error, "a TLS handshake failed");
                         }
-                        Err(_) => tracing::warn!(%address, "a connection did not say whose it is"),
+                        Err(_) => tracing::warn!(%address, "a TLS handshake took too long"),
                     }
                 });
             }
@@ -112,7 +113,7 @@ impl axum::serve::Listener for Listener {
     async fn accept(&mut self) -> (Self::Io, Self::Addr) {
         match self.ready.recv().await {
             Some(accepted) => accepted,
-            // Its task ended with the runtime.
+            // The task that accepts has ended with the runtime.
             None => std::future::pending().await,
         }
     }
@@ -137,7 +138,7 @@ fn member_of(stream: &TlsStream<TcpStream>) -> Option<Member> {
     certificate.valid_dns_names().find_map(Member::of_dns_name)
 }
 
-/// The provider of cryptography of all connections.
+/// The provider of cryptography for all connections.
 pub fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
@@ -148,7 +149,8 @@ pub fn certificate(pem: &str) -> Result<CertificateDer<'static>> {
         .map_err(|error| Error::internal("read a certificate", &error))
 }
 
-/// Who a process is to the others of its Army. What it shows can be renewed while it is connected.
+/// The identity of a process in its cluster. Its certificate can be renewed while there are
+/// connections.
 #[derive(Clone)]
 pub struct Identity {
     roots: Arc<RootCertStore>,
@@ -156,25 +158,25 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Whoever has these credentials.
+    /// The identity with these credentials.
     ///
     /// # Errors
-    /// Where they cannot be read, or do not belong together.
+    /// Where the credentials cannot be read, or do not belong together.
     pub fn new(credentials: &Credentials) -> Result<Self> {
         let mut roots = RootCertStore::empty();
         roots
             .add(certificate(&credentials.authority)?)
-            .map_err(|error| Error::internal("take up the authority", &error))?;
+            .map_err(|error| Error::internal("trust the authority", &error))?;
         Ok(Self {
             roots: Arc::new(roots),
             shown: Arc::new(Shown(RwLock::new(own(credentials)?))),
         })
     }
 
-    /// Shows other credentials of the same authority from the next connection on.
+    /// Uses other credentials of the same authority from the next connection on.
     ///
     /// # Errors
-    /// As [`Identity::new`]; the former ones stay.
+    /// The same as [`Identity::new`]; the former credentials stay.
     pub fn renew(&self, credentials: &Credentials) -> Result<()> {
         let own = own(credentials)?;
         *self.shown.0.write().unwrap_or_else(PoisonError::into_inner) = own;
@@ -195,7 +197,7 @@ impl Identity {
             .with_cert_resolver(Arc::clone(&self.shown) as Arc<dyn ResolvesServerCert>))
     }
 
-    /// How it connects to others.
+    /// The configuration for connecting to other members.
     pub fn client(&self) -> Result<ClientConfig> {
         Ok(ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
@@ -205,7 +207,7 @@ impl Identity {
     }
 }
 
-/// The certificate that is shown at present, with its key.
+/// The certificate that is shown to peers at present, with its key.
 #[derive(Debug)]
 struct Shown(RwLock<Arc<CertifiedKey>>);
 
@@ -234,19 +236,20 @@ impl ResolvesClientCert for Shown {
 fn own(credentials: &Credentials) -> Result<Arc<CertifiedKey>> {
     let key = PrivateKeyDer::from_pem_slice(credentials.key.as_bytes())
         .map_err(|error| Error::internal("read a key", &error))?;
-    // With the authority's behind it: a host that enrols knows only that one's hash.
+    // The authority's certificate follows: a host that joins knows only its fingerprint.
     let chain = vec![
         certificate(&credentials.certificate)?,
         certificate(&credentials.authority)?,
     ];
-    // This compares the certificate and the key, too.
+    // This also checks that the certificate and the key belong together.
     let own = CertifiedKey::from_der(chain, key, &provider());
     Ok(Arc::new(own.map_err(|error| {
         Error::internal("use a certificate with its key", &error)
     })?))
 }
 
-/// How a host connects that has no certificate yet, and knows only the hash of the authority's.
+/// The configuration of a host that has no certificate yet, and knows only the fingerprint of the
+/// authority.
 pub fn stranger(fingerprint: &str) -> Result<ClientConfig> {
     let pinned = Pinned {
         fingerprint: fingerprint.to_owned(),
@@ -260,13 +263,12 @@ pub fn stranger(fingerprint: &str) -> Result<ClientConfig> {
         .with_no_client_auth())
 }
 
-/// What an authority is known by: the hash of its certificate, in hexadecimal digits.
+/// The fingerprint of an authority: the hash of its certificate in hexadecimal digits.
 pub fn fingerprint(certificate: &CertificateDer<'_>) -> String {
     blake3::hash(certificate).to_hex().to_string()
 }
 
-/// Believes the authority whose certificate has a known hash, and checks the server against it as
-/// usual.
+/// Trusts the authority with a known fingerprint, and verifies the server against it as usual.
 #[derive(Debug)]
 struct Pinned {
     fingerprint: String,

@@ -3,14 +3,14 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// What every token begins with, so that one that leaks is recognised.
+/// The beginning of every token, by which a token that has leaked is recognized.
 const PREFIX: &str = "army-join";
-/// What a host joins with.
+/// The right to join, once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Token {
-    /// What the controller knows the hash of.
+    /// The secret, whose hash the controller stores.
     pub secret: String,
-    /// What the authority is known by.
+    /// The fingerprint of the cluster's authority, by which the host recognizes the controller.
     pub fingerprint: String,
 }
 
@@ -32,7 +32,7 @@ impl FromStr for Token {
                     fingerprint: fingerprint.to_owned(),
                 })
             }
-            _ => Err("it is no token of `army host token`".to_owned()),
+            _ => Err("this is not a token of `army host token`".to_owned()),
         }
     }
 }

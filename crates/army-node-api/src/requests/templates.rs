@@ -13,7 +13,7 @@ super::operations! {
 }
 
 /// What a host knows of a template in its store.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TemplateFacts {
     /// The hash of the template's content.
     pub id: String,
