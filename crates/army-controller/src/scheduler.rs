@@ -1,64 +1,64 @@
-//! Which host a VM goes to: filter, then score. Plain data in, plain data out.
+//! Chooses hosts for VMs: it filters hosts, and then scores them. It works on plain data.
 //!
-//! Memory is counted by what VMs really have of their own, as measured, and not by what their
-//! guests were promised: clones share most of it. A host that was just given VMs is charged for
-//! them at once, by what others of their template cost, until it is measured again.
+//! Memory counts by the private memory of VMs as measured, and not by their nominal size, because
+//! clones share most of it. A host that was just given VMs is charged for them at once, by the cost
+//! of other VMs of their template, until it is measured again.
 
 use crate::error::RETRY_S;
 use crate::{Error, ErrorKind, Result};
 
-/// Memory of a host that is never given away, as a share of all: one part in so many.
+/// The memory of a host that is kept free: one part in so many of all of it.
 const RESERVE: u64 = 10;
-/// What a clone is taken to cost where none of its template was measured yet.
+/// The assumed cost of a clone where none of its template was measured yet, in bytes.
 pub const UNKNOWN_COST: u64 = 64 << 20;
-/// Of the score, what it is worth that the template is on the host already, and a standby ready:
-/// the host may be that much fuller than others, as a share of its memory. More would pile a
-/// template's VMs up where it began; `cargo xtask bench place` shows how evenly hosts are used.
+/// What it adds to a host's score that it has the template, and that a standby is ready: the host
+/// may be that much fuller than others, as a share of its memory. With more, the VMs of a template
+/// would gather on its first host; `cargo xtask bench place` shows how evenly hosts are used.
 const TEMPLATE_BONUS: f64 = 0.02;
 const STANDBY_BONUS: f64 = 0.02;
 
 /// A host, as the scheduler sees it.
 #[derive(Debug, Clone, Default)]
 pub struct HostView {
-    /// Its name.
+    /// The host's name.
     pub name: String,
-    /// Whether it takes VMs.
+    /// Whether the host accepts VMs.
     pub open: bool,
-    /// Whether it has the labels that are asked for.
+    /// Whether the host has the labels that the request requires.
     pub suits: bool,
-    /// What it lacks of the CPU features that the VMs need, by name.
+    /// The names of the CPU features that the VMs need and the host lacks.
     pub lacks: Vec<String>,
-    /// Its processors.
+    /// The number of processors.
     pub cpus: u32,
-    /// Runnable tasks, in thousandths.
+    /// The number of runnable tasks, in thousandths.
     pub load_milli: u32,
-    /// Its memory, in bytes.
+    /// All memory, in bytes.
     pub memory_bytes: u64,
-    /// What is available of it, less what was given away since it was measured.
+    /// The memory that is available, less what was given away since it was measured, in bytes.
     pub available_bytes: u64,
-    /// VMs on it.
+    /// The number of VMs on the host.
     pub vms: u32,
-    /// Whether it has the template.
+    /// Whether the host has the template.
     pub has_template: bool,
-    /// Standbys of the template that are ready.
+    /// The number of standbys of the template that are ready.
     pub ready: u32,
 }
 
-/// What is placed.
+/// What each VM of a request needs.
 #[derive(Debug, Clone, Copy)]
 pub struct Need {
-    /// What one VM is expected to cost, in bytes of memory of its own.
+    /// The private memory that a VM is expected to have, in bytes.
     pub cost_bytes: u64,
-    /// Whether hosts without the template will do.
+    /// Whether a host without the template can be chosen.
     pub anywhere: bool,
 }
 
-/// Chooses a host for each of `count` VMs, charging each to its host: indices into `hosts`.
+/// Chooses a host for each of `count` VMs, and charges the host for it. Returns indices of `hosts`.
 ///
 /// # Errors
 /// [`ErrorKind::Busy`] where there is no room for all of them, [`ErrorKind::HostUnsupported`]
 /// where no host has the CPU features, and [`ErrorKind::HostUnavailable`] where those that have
-/// them take no VMs; then none is placed.
+/// them accept no VMs. Then no VM is placed.
 pub fn place(hosts: &mut [HostView], need: Need, count: u32) -> Result<Vec<usize>> {
     let before: Vec<HostView> = hosts.to_vec();
     let mut chosen = Vec::with_capacity(count as usize);
@@ -87,7 +87,8 @@ fn fits(host: &HostView, need: Need) -> bool {
         && host.available_bytes >= need.cost_bytes + host.memory_bytes / RESERVE
 }
 
-/// Better is more: free memory and idle processors, each as a share, and what is warm there.
+/// The score of a host, where more is better: its shares of free memory and of idle processors, and
+/// whether the template and a standby are there.
 fn score(host: &HostView) -> f64 {
     let free = host.available_bytes as f64 / host.memory_bytes.max(1) as f64;
     let busy = f64::from(host.load_milli) / 1000.0 / f64::from(host.cpus.max(1));
@@ -127,7 +128,7 @@ fn refusal(hosts: &[HostView], need: Need, count: u32, placed: usize) -> Error {
         .retry_after(RETRY_S)
 }
 
-/// The refusal where hosts lack CPU features: all of them, or those that take VMs now.
+/// The error where hosts lack CPU features: all of them, or those that accept VMs now.
 fn unsupported(hosts: &[HostView]) -> Option<Error> {
     let suiting = || hosts.iter().filter(|host| host.suits);
     let nearest = |of: &mut dyn Iterator<Item = &HostView>| {
@@ -207,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_standby_draws_and_a_drained_host_gets_nothing() {
+    fn a_standby_attracts_vms_and_a_drained_host_gets_none() {
         let mut warm = host("warm");
         warm.ready = 1;
         warm.available_bytes -= GIB;
@@ -220,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn hosts_that_lack_a_cpu_feature_get_nothing() {
+    fn hosts_that_lack_a_cpu_feature_get_no_vms() {
         let mut old = host("old");
         old.lacks = vec!["avx512f".to_owned()];
         old.ready = 5;
@@ -231,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_feature_that_no_host_has_is_named_and_no_matter_of_time() {
+    fn a_feature_that_no_host_has_is_named_and_not_worth_waiting_for() {
         let mut hosts = [host("a"), host("b")];
         hosts[0].lacks = vec!["avx2".to_owned(), "avx512f".to_owned()];
         hosts[1].lacks = vec!["avx512f".to_owned()];
@@ -247,13 +248,13 @@ mod tests {
         let mut hosts = [host("old"), host("away"), host("elsewhere")];
         hosts[0].lacks = vec!["avx512f".to_owned()];
         hosts[1].open = false;
-        // It has another label, so it does not count.
+        // The host has another label, so it does not count.
         hosts[2].suits = false;
         let error = place(&mut hosts, need(GIB), 1).unwrap_err();
         assert_eq!(error.kind, ErrorKind::HostUnavailable);
         assert_eq!(error.retry_after_s, Some(5));
         assert!(error.message.contains("old lacks avx512f"), "{error}");
-        // A host that has them and no room is another matter.
+        // A host that has the features but no room is another case.
         hosts[1].open = true;
         let error = place(&mut hosts, need(100 * GIB), 1).unwrap_err();
         assert_eq!(error.kind, ErrorKind::Busy);
@@ -273,7 +274,7 @@ mod tests {
     #[test]
     fn many_placements_keep_the_hosts_within_a_few_percent_of_each_other() {
         let mut hosts: Vec<HostView> = (0..50).map(|n| host(&n.to_string())).collect();
-        // Of different costs, in an order that repeats itself late.
+        // The costs differ, in an order that repeats itself late.
         for number in 0..5000_u64 {
             let cost = (1 + number * 7919 % 13) << 22;
             place(&mut hosts, need(cost), 1).unwrap();

@@ -1,4 +1,4 @@
-//! Events: what happened, kept with the change that it was.
+//! Events. Each is recorded in the transaction of the change that it describes.
 
 use army_api::events::Event;
 use sqlx::any::AnyRow;
@@ -8,13 +8,13 @@ use super::{Change, Store, number, query_failed, text, unsigned};
 use crate::Result;
 use army_node_api::time::now_ms;
 
-/// Events that are kept, the newest.
+/// The number of events that are kept.
 const KEPT: i64 = 100_000;
-/// The most that one read gives.
+/// The most events that one read returns.
 const PAGE: i64 = 1000;
 
 impl Change<'_> {
-    /// Notes what this change is.
+    /// Adds an event that describes this change.
     pub(super) async fn event(
         &mut self,
         kind: &str,
@@ -56,8 +56,8 @@ impl Change<'_> {
 }
 
 impl Store {
-    /// Events after `id`, of `tenant` and of all, or every one where no tenant is given; the
-    /// oldest first, a page of them.
+    /// A page of the events after `id`, the oldest first: those of `tenant` and those that concern
+    /// all tenants, or every event where no tenant is given.
     pub(crate) async fn events_after(&self, id: i64, tenant: Option<&str>) -> Result<Vec<Event>> {
         let rows = sqlx::query(
             "SELECT * FROM events WHERE id > $1 AND ($2 = '*' OR tenant = $2 OR tenant = '') \
@@ -72,7 +72,7 @@ impl Store {
         rows.iter().map(event).collect()
     }
 
-    /// The newest event's id; 0 where there is none.
+    /// The id of the newest event; 0 where there is none.
     pub(crate) async fn last_event(&self) -> Result<i64> {
         let row = sqlx::query("SELECT COALESCE(MAX(id), 0) AS id FROM events")
             .fetch_one(&self.pool)
@@ -81,7 +81,7 @@ impl Store {
         number(&row, "id")
     }
 
-    /// Events from now on.
+    /// Receives events from now on.
     pub(crate) fn subscribe(&self) -> broadcast::Receiver<Event> {
         self.news.subscribe()
     }

@@ -1,4 +1,4 @@
-//! Hosts, as last heard of.
+//! Hosts, by their last reports, and the tokens with which hosts join.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -11,25 +11,25 @@ use crate::store::keys::hash;
 use crate::{Error, ErrorKind, Result};
 use army_node_api::time::now_ms;
 
-/// A host, as the store knows it.
+/// The record of a host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct HostRow {
-    /// Its name.
+    /// The host's name.
     pub(crate) name: String,
-    /// Its labels.
+    /// The host's labels.
     pub(crate) labels: BTreeMap<String, String>,
-    /// Whether it takes no new VMs.
+    /// Whether the host is excluded from placement.
     pub(crate) draining: bool,
-    /// When it was last heard of.
+    /// When the host last reported, in milliseconds since 1970.
     pub(crate) seen_ms: u64,
-    /// What it had then.
+    /// The capacity in its last report.
     pub(crate) capacity: Capacity,
-    /// Where its node listens, where that is not in this process.
+    /// The address where its node listens; `None` for a node in this process.
     pub(crate) address: Option<SocketAddr>,
 }
 
 impl Store {
-    /// Notes that a host was heard of.
+    /// Records the report of a host, which may be new.
     pub(crate) async fn upsert_host_report(&self, name: &str, capacity: &Capacity) -> Result<()> {
         let mut change = self.change().await?;
         sqlx::query(
@@ -46,7 +46,7 @@ impl Store {
         change.commit().await
     }
 
-    /// Writes down what a host may join with, until `expires_ms`.
+    /// Adds a token with which a host may join until `expires_ms`.
     pub(crate) async fn add_token(&self, secret: &str, expires_ms: u64) -> Result<()> {
         let mut change = self.change().await?;
         sqlx::query("DELETE FROM join_tokens WHERE expires_ms < $1")
@@ -63,11 +63,11 @@ impl Store {
         change.commit().await
     }
 
-    /// Takes up a host that shows a token, which is used up by it.
+    /// Adds a host that shows the secret of a token, and removes the token.
     ///
     /// # Errors
-    /// [`ErrorKind::Unauthenticated`] where the token is none, [`ErrorKind::Conflict`] where there
-    /// is a host of this name.
+    /// [`ErrorKind::Unauthenticated`] where the token is not valid, and [`ErrorKind::Conflict`] where
+    /// a host has this name.
     pub(crate) async fn enrol_host(&self, name: &str, address: &str, secret: &str) -> Result<()> {
         let mut change = self.change().await?;
         let used = sqlx::query("DELETE FROM join_tokens WHERE hash = $1 AND expires_ms >= $2")
@@ -103,7 +103,7 @@ impl Store {
         change.commit().await
     }
 
-    /// Gives a host up, and what it had.
+    /// Removes a host and its copies of templates, and records its VMs as failed.
     pub(crate) async fn remove_host(&self, name: &str) -> Result<()> {
         let mut change = self.change().await?;
         for query in [
@@ -122,7 +122,7 @@ impl Store {
         change.commit().await
     }
 
-    /// Notes what happened to a host.
+    /// Records an event of a host.
     pub(crate) async fn record_host_event(
         &self,
         kind: &str,
@@ -143,7 +143,7 @@ impl Store {
         rows.iter().map(host).collect()
     }
 
-    /// What a host is labelled with.
+    /// Replaces the labels of a host.
     pub(crate) async fn set_host_labels(
         &self,
         name: &str,
@@ -159,7 +159,7 @@ impl Store {
         change.commit().await
     }
 
-    /// Whether a host takes new VMs.
+    /// Excludes a host from placement, or includes it again.
     pub(crate) async fn set_draining(&self, name: &str, draining: bool) -> Result<()> {
         let mut change = self.change().await?;
         let changed = sqlx::query("UPDATE hosts SET draining = $1 WHERE name = $2")

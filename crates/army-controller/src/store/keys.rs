@@ -8,7 +8,7 @@ use crate::random;
 use crate::{Error, ErrorKind, Result};
 use army_node_api::time::now_ms;
 
-/// What every secret begins with, so that one that leaks is recognised.
+/// The beginning of every secret, by which a secret that has leaked is recognized.
 const SECRET_PREFIX: &str = "army_";
 
 impl Store {
@@ -21,7 +21,7 @@ impl Store {
         Ok(row.is_some())
     }
 
-    /// Makes a key. Its secret is kept by nobody.
+    /// Creates a key. Only the hash of its secret is stored.
     pub(crate) async fn create_key(&self, request: &CreateKey) -> Result<NewKey> {
         let secret = format!("{SECRET_PREFIX}{}", random::hex::<32>()?);
         let key = Key {
@@ -62,7 +62,7 @@ impl Store {
 
     /// The key with this secret.
     pub(crate) async fn find_key(&self, secret: &str) -> Result<Option<Key>> {
-        // Looked up by its hash: the time that it takes tells nothing of other secrets.
+        // The lookup is by hash, so the time that it takes reveals nothing about other secrets.
         let row = sqlx::query("SELECT * FROM access_keys WHERE hash = $1")
             .bind(hash(secret))
             .fetch_optional(&self.pool)
@@ -80,7 +80,7 @@ impl Store {
         rows.iter().map(key).collect()
     }
 
-    /// Makes a key useless.
+    /// Removes a key. The last administrator key cannot be removed.
     pub(crate) async fn remove_key(&self, id: &str) -> Result<()> {
         let mut change = self.change().await?;
         let removed = sqlx::query("DELETE FROM access_keys WHERE id = $1")
@@ -110,7 +110,7 @@ impl Store {
     }
 }
 
-/// What is kept of a secret.
+/// The hash of a secret, which is stored in its place.
 pub(super) fn hash(secret: &str) -> String {
     blake3::hash(secret.as_bytes()).to_hex().to_string()
 }

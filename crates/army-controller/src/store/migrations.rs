@@ -1,15 +1,15 @@
-//! How the database's schema came to be what it is: steps that are applied in order, each once.
+//! The migrations of the database's schema: steps that are applied in order, each once.
 //!
-//! A step that was released is never edited: the database holds its checksum. The files are named
-//! here one by one, because the macro that finds them by itself would have every build compile
-//! both databases' drivers a second time, for the compiler.
+//! A step that was released is never edited, because the database holds its checksum. The files are
+//! named here one by one: with the macro that finds them, every build would compile the drivers of
+//! both databases a second time, for the compiler.
 
 use std::borrow::Cow;
 
 use sqlx::SqlStr;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 
-/// Each step's name and its SQL. The version of a step is its place, counted from one.
+/// The name and the SQL of each step. The version of a step is its place, counted from one.
 const STEPS: [(&str, &str); 5] = [
     ("start", include_str!("../../migrations/0001_start.sql")),
     (

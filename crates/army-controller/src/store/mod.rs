@@ -1,8 +1,8 @@
-//! What the controller remembers: one file for each kind of thing, all of the SQL in here.
+//! The database: one file for each kind of record, and all of the SQL.
 //!
-//! The SQL is what SQLite and PostgreSQL have in common, but for two functions' names in the list
-//! of VMs. Every change that belongs together is one
-//! transaction, so that a kill at any point leaves all of it or nothing.
+//! The SQL is what SQLite and PostgreSQL have in common, except for the names of two functions in
+//! the list of VMs. Changes that belong together are one transaction, so that a kill at any point
+//! leaves all of them or none.
 
 pub(crate) mod events;
 pub(crate) mod hosts;
@@ -24,17 +24,19 @@ use tokio::sync::{Mutex, MutexGuard, broadcast};
 
 use army_api::events::Event;
 
-/// Connections to the database, for readers.
+/// The number of connections to the database.
 const CONNECTIONS: u32 = 8;
-/// Events that a slow reader may be behind before it has to read the database.
+/// The number of events that a slow reader may miss before it has to read the database.
 const EVENTS_AHEAD: usize = 1024;
-/// For each connection. Writers wait for each other; a kill loses nothing that was committed.
+/// The settings of each connection. Writers wait for each other, and a kill of the process loses
+/// nothing that was committed.
 const SQLITE_SETTINGS: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; \
      PRAGMA busy_timeout = 10000; PRAGMA foreign_keys = ON;";
 
-/// The lock that a controller holds in PostgreSQL while it lives: two would undo each other's work.
+/// The lock that a controller holds in PostgreSQL while it runs: two controllers would undo each
+/// other's work.
 const POSTGRES_LOCK: i64 = 0x41_52_4d_59;
-/// How a PostgreSQL database is named.
+/// The schemes of the URLs of PostgreSQL databases.
 const POSTGRES: [&str; 2] = ["postgres://", "postgresql://"];
 
 /// The database.
@@ -44,13 +46,13 @@ pub(crate) struct Store {
     is_postgres: bool,
     /// Holds the lock of a shared database.
     _lock: Option<Arc<Mutex<AnyConnection>>>,
-    /// Writers take turns here and not in the database, where they would have to try again.
+    /// Held by the writer. In the database, writers would have to try again instead of waiting.
     turn: Arc<Mutex<()>>,
     news: broadcast::Sender<Event>,
 }
 
 impl Store {
-    /// The database at `url`, of SQLite or PostgreSQL, brought into the latest form.
+    /// Opens the database at `url`, of SQLite or PostgreSQL, and migrates it to the latest version.
     pub(crate) async fn open(url: &str) -> Result<Self> {
         sqlx::any::install_default_drivers();
         let is_postgres = POSTGRES.iter().any(|scheme| url.starts_with(scheme));
@@ -91,7 +93,7 @@ impl Store {
         })
     }
 
-    /// Begins a change. It is undone unless it is committed.
+    /// Begins a transaction. It is rolled back unless it is committed.
     async fn change(&self) -> Result<Change<'_>> {
         let turn = self.turn.lock().await;
         let connection = self.pool.acquire().await.map_err(|e| failed("begin", &e))?;
@@ -107,7 +109,7 @@ impl Store {
     }
 }
 
-/// Takes the lock of a PostgreSQL database; it is held as long as the connection.
+/// Takes the lock of a PostgreSQL database, which is held as long as the connection exists.
 async fn lock(url: &str) -> Result<AnyConnection> {
     let opened = |error| failed("open the store", &error);
     let mut connection = AnyConnection::connect(url).await.map_err(opened)?;
@@ -125,12 +127,11 @@ async fn lock(url: &str) -> Result<AnyConnection> {
     }
 }
 
-/// A change to the store, and the events that it is.
+/// A transaction, and the events that describe it.
 ///
-/// One that is not committed takes its connection with it. Where SQLite cannot write it may end the
-/// transaction by itself, or leave it open when it is asked to end it: the driver's own transactions
-/// lose count then, and their connection stays in the past, with reads that are old and writes that
-/// fail.
+/// The connection of a transaction that is not committed is closed. Where SQLite cannot write, it may
+/// end a transaction by itself, or leave it open although it was told to end it. The driver's own
+/// transactions lose count then, and later reads on their connection are old and writes fail.
 struct Change<'a> {
     connection: PoolConnection<sqlx::Any>,
     committed: bool,
@@ -149,12 +150,12 @@ impl Change<'_> {
         done.map(drop)
     }
 
-    /// Makes the change; only then are its events told.
+    /// Commits the transaction, and then publishes its events.
     async fn commit(mut self) -> Result<()> {
         self.run("COMMIT").await.map_err(|e| failed("commit", &e))?;
         self.committed = true;
         for event in self.events.drain(..) {
-            // Nobody may be listening.
+            // There may be no receiver.
             let _ = self.news.send(event);
         }
         Ok(())
@@ -178,7 +179,7 @@ fn query_failed(error: sqlx::Error) -> Error {
     failed("query", &error)
 }
 
-/// Whether it failed because something of that name is there.
+/// Whether a query failed because a name is taken.
 fn is_taken(error: &sqlx::Error) -> bool {
     error
         .as_database_error()
@@ -216,7 +217,7 @@ fn to_json(value: &impl Serialize) -> Result<String> {
     serde_json::to_string(value).map_err(|error| Error::new(ErrorKind::Internal, error.to_string()))
 }
 
-/// The word that a value of a simple enum is written as.
+/// The word for a value of an enum without data.
 fn word(value: &impl Serialize) -> Result<String> {
     Ok(to_json(value)?.trim_matches('"').to_owned())
 }

@@ -1,27 +1,27 @@
-//! Requests that are answered once, however often they come: by their idempotency key.
+//! Requests with an idempotency key, and their answers.
 
 use super::{Store, optional_text, query_failed, text};
 use crate::{Error, ErrorKind, Result};
 use army_node_api::time::now_ms;
 
-/// How long an answer is remembered.
+/// How long an answer is kept.
 const KEPT_MS: u64 = 24 * 60 * 60 * 1000;
 
 /// What is known of a request.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum KnownRequest {
-    /// It is new, and the caller's to answer.
+    /// The request is new, and the caller answers it.
     New,
-    /// It was answered with this.
+    /// The request was answered with this text.
     Answered(String),
 }
 
 impl Store {
-    /// Takes up a request, unless it came before.
+    /// Records a request, unless it is known.
     ///
     /// # Errors
-    /// [`ErrorKind::IdempotencyMismatch`] where its key came with something else, and
-    /// [`ErrorKind::Conflict`] while the first of its kind is worked on.
+    /// [`ErrorKind::IdempotencyMismatch`] where the key came with another request, and
+    /// [`ErrorKind::Conflict`] while the first one is in progress.
     pub(crate) async fn begin_request(
         &self,
         tenant: &str,
@@ -73,7 +73,7 @@ impl Store {
         }
     }
 
-    /// Remembers the answer to a request.
+    /// Records the answer to a request.
     pub(crate) async fn answer_request(&self, tenant: &str, key: &str, answer: &str) -> Result<()> {
         let mut change = self.change().await?;
         sqlx::query("UPDATE requests SET answer = $1 WHERE tenant = $2 AND request = $3")
@@ -86,7 +86,7 @@ impl Store {
         change.commit().await
     }
 
-    /// Forgets a request that came to nothing, so that it can be tried again.
+    /// Removes a request that failed, so that it can be tried again.
     pub(crate) async fn discard_request(&self, tenant: &str, key: &str) -> Result<()> {
         let mut change = self.change().await?;
         sqlx::query("DELETE FROM requests WHERE tenant = $1 AND request = $2 AND answer IS NULL")
@@ -98,7 +98,7 @@ impl Store {
         change.commit().await
     }
 
-    /// Requests that an earlier life left unanswered, as tenant and key.
+    /// The requests without an answer, as tenant and key.
     pub(crate) async fn unanswered_requests(&self) -> Result<Vec<(String, String)>> {
         let rows = sqlx::query("SELECT tenant, request FROM requests WHERE answer IS NULL")
             .fetch_all(&self.pool)

@@ -1,4 +1,4 @@
-//! Templates that VMs can be made of.
+//! Templates, their copies on hosts, and their tags.
 
 use army_api::templates::Template;
 use sqlx::any::AnyRow;
@@ -7,7 +7,7 @@ use super::{Change, Store, is_taken, number, parse, query_failed, text, to_json}
 use crate::{Error, ErrorKind, Result};
 
 impl Store {
-    /// Takes up a template. Its figures of the moment (`ready`, `vms`) are not kept.
+    /// Records a template. Its present counts (`ready`, `vms`) are not stored.
     pub(crate) async fn insert_template(&self, template: &Template) -> Result<()> {
         let mut change = self.change().await?;
         let query = "SELECT tag FROM template_tags WHERE tag = $1";
@@ -41,7 +41,7 @@ impl Store {
         change.commit().await
     }
 
-    /// Notes that a host has a template, too.
+    /// Records that another host has a template.
     pub(crate) async fn insert_copy(&self, name: &str, host: &str) -> Result<()> {
         let mut change = self.change().await?;
         insert_copy(&mut change, name, host).await?;
@@ -88,7 +88,7 @@ impl Store {
         }
     }
 
-    /// Lets a tag point to a template.
+    /// Creates a tag that points to a template, or moves it there.
     pub(crate) async fn tag(&self, tag: &str, template: &str) -> Result<()> {
         let mut change = self.change().await?;
         let query = "SELECT name FROM templates WHERE name = $1";
@@ -143,7 +143,7 @@ impl Store {
         }
     }
 
-    /// How many clones of it are kept ready.
+    /// Changes the number of standbys of a template.
     pub(crate) async fn set_standbys(&self, name: &str, standbys: u32) -> Result<()> {
         let mut change = self.change().await?;
         let changed = sqlx::query("UPDATE templates SET standbys = $1 WHERE name = $2")
@@ -158,7 +158,7 @@ impl Store {
         change.commit().await
     }
 
-    /// Gives a template up.
+    /// Removes a template.
     pub(crate) async fn remove_template(&self, name: &str) -> Result<()> {
         let mut change = self.change().await?;
         sqlx::query("DELETE FROM template_copies WHERE template = $1")

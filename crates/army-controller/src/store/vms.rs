@@ -1,4 +1,4 @@
-//! VMs: what was asked for, and what was last heard of them.
+//! VMs: what was requested, and what their hosts last reported.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -14,13 +14,13 @@ use super::{
 use crate::{Error, ErrorKind, Result};
 use army_node_api::requests::VmReport;
 
-/// VMs of a page, where the client does not say.
+/// The number of VMs of a page, where the client does not say.
 const PAGE: u32 = 1000;
 
-/// A page of VMs as one JSON text. As rows of the driver for all databases, each of which takes
-/// some 20 us and a switch of threads, 10,000 VMs take twice the time that their list may take.
+/// A page of VMs as one JSON text. A row of the driver for all databases takes some 20 us and a
+/// switch of threads; as rows, 10,000 VMs take twice the time that their list may take.
 ///
-/// The arguments are what a database calls the functions that make an object and an array.
+/// The arguments are the database's names for the functions that make an object and an array.
 macro_rules! page_query {
     ($object:literal, $array:literal) => {
         concat!(
@@ -49,13 +49,13 @@ struct Listed {
     vm: Vm,
 }
 
-/// VMs that are to be made.
+/// VMs that are about to be created.
 pub(crate) struct NewVms<'a> {
-    /// They; in state [`VmState::Creating`].
+    /// The VMs to insert, all in state [`VmState::Creating`].
     pub(crate) vms: &'a [Vm],
-    /// Added to the environment of their commands.
+    /// The variables that are added to the environment of their commands.
     pub(crate) environment: &'a BTreeMap<String, String>,
-    /// The idempotency key that they were asked for with.
+    /// The idempotency key of the request.
     pub(crate) request: Option<&'a str>,
 }
 
@@ -70,10 +70,10 @@ pub(crate) struct PlacedVm {
 }
 
 impl Store {
-    /// Writes down VMs that are about to be made, all or none of them.
+    /// Records VMs that are about to be created, all or none of them.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] where a name is taken, [`ErrorKind::QuotaExceeded`].
+    /// [`ErrorKind::Conflict`] where a name is taken, and [`ErrorKind::QuotaExceeded`].
     pub(crate) async fn insert_vms(&self, new: &NewVms<'_>) -> Result<()> {
         let Some(first) = new.vms.first() else {
             return Ok(());
@@ -136,7 +136,7 @@ impl Store {
         change.commit().await
     }
 
-    /// Writes down how making a VM went: how long it took, and the notices of what could not be done.
+    /// Records the result of a VM's creation: its times and notices, or its error.
     pub(crate) async fn record_fork_result(
         &self,
         id: &str,
@@ -152,7 +152,7 @@ impl Store {
             }
             Err(error) => (VmState::Failed, Some(error.message.clone()), None, None),
         };
-        // What was destroyed in the meantime stays so.
+        // A VM that was destroyed in the meantime stays ended.
         let changed = sqlx::query(
             "UPDATE vms SET state = $1, alive = $2, reason = $3, fork = $4, notices = $5 \
              WHERE id = $6 AND alive = 1 RETURNING tenant",
@@ -175,8 +175,8 @@ impl Store {
         change.commit().await
     }
 
-    /// Writes down that a VM is made by another host, since its own refused it. Whether that is
-    /// so: one that was destroyed in the meantime is not moved.
+    /// Moves a VM to another host, because its own refused to create it. Returns false for a VM that
+    /// was destroyed in the meantime, which is not moved.
     pub(crate) async fn move_vm(&self, id: &str, host: &str, reason: &str) -> Result<bool> {
         let mut change = self.change().await?;
         let moved = sqlx::query(
@@ -196,14 +196,15 @@ impl Store {
         Ok(moved.is_some())
     }
 
-    /// Takes in what a host says of its VMs; returns the ids of those that are over by our book,
-    /// which the host may end and forget. A VM that is not in our book at all is left alone: the
-    /// book may be the wrong one. Those in `making` are told of by whoever makes them.
+    /// Records what a host reports of its VMs. Returns the ids of those that have ended by the
+    /// database, which the host may end and forget. A VM that the database does not have is left
+    /// alone, because it may be the wrong database. VMs in `in_creation` are recorded by whoever
+    /// creates them.
     pub(crate) async fn apply_node_report(
         &self,
         host: &str,
         reports: &[VmReport],
-        making: &HashSet<String>,
+        in_creation: &HashSet<String>,
     ) -> Result<Vec<String>> {
         let query = "SELECT id, state, tenant, memory FROM vms WHERE host = $1 AND alive = 1";
         let rows = sqlx::query(query)
@@ -229,8 +230,8 @@ impl Store {
                 over.extend(row.map(|_| report.id.clone()));
                 continue;
             };
-            // That it is on its way is known, or over since.
-            if report.state == VmState::Creating || making.contains(&report.id) {
+            // A VM that is being created is recorded as such, or has ended since.
+            if report.state == VmState::Creating || in_creation.contains(&report.id) {
                 continue;
             }
             let memory = report.memory.as_ref().map(to_json).transpose()?;
@@ -263,8 +264,8 @@ impl Store {
         Ok(over)
     }
 
-    /// Sets the state of VMs without hearing of them: of a host that does not answer, or of those
-    /// that a host turns out not to have.
+    /// Records a state of VMs that no host has reported: their host does not answer, does not have
+    /// them, or has just changed them by a request.
     pub(crate) async fn set_vm_states(
         &self,
         ids: &[String],
@@ -293,7 +294,7 @@ impl Store {
         change.commit().await
     }
 
-    /// Writes down that a VM is to go.
+    /// Records that a VM is to be destroyed.
     pub(crate) async fn request_deletion(&self, id: &str) -> Result<()> {
         let mut change = self.change().await?;
         sqlx::query("UPDATE vms SET wanted = 0 WHERE id = $1")
@@ -322,7 +323,8 @@ impl Store {
             .collect()
     }
 
-    /// A VM by its id, or by the name of one that is not over; only `tenant`'s where one is given.
+    /// A VM by its id, or by the name of one that has not ended; only `tenant`'s where one is
+    /// given.
     pub(crate) async fn vm(&self, key: &str, tenant: Option<&str>) -> Result<Vm> {
         let row = sqlx::query(
             "SELECT * FROM vms WHERE (id = $1 OR (name = $1 AND alive = 1)) \
@@ -342,7 +344,7 @@ impl Store {
         }
     }
 
-    /// What is added to the environment of a VM's commands.
+    /// The variables that are added to the environment of a VM's commands.
     pub(crate) async fn environment(&self, id: &str) -> Result<BTreeMap<String, String>> {
         let row = sqlx::query("SELECT environment FROM vms WHERE id = $1")
             .bind(id)
@@ -391,7 +393,7 @@ impl Store {
             .bind(i64::from(filter.all))
             .bind(filter.template.as_deref().unwrap_or_default())
             .bind(filter.host.as_deref().unwrap_or_default())
-            // One more tells whether there is a next page.
+            // One VM more shows whether there is a next page.
             .bind(i64::from(limit) + 1)
             .fetch_one(&self.pool)
             .await
@@ -409,12 +411,12 @@ impl Store {
         Ok(VmPage { vms, next })
     }
 
-    /// VMs that hold a place, by what they were made of.
+    /// The number of VMs that have not ended, by template.
     pub(crate) async fn vms_by_template(&self) -> Result<BTreeMap<String, u32>> {
         self.count("template").await
     }
 
-    /// VMs that hold a place, by host.
+    /// The number of VMs that have not ended, by host.
     pub(crate) async fn vms_by_host(&self) -> Result<BTreeMap<String, u32>> {
         self.count("host").await
     }

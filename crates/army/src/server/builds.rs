@@ -1,4 +1,4 @@
-//! Templates that are built of others.
+//! Templates that are built from others.
 
 use std::convert::Infallible;
 
@@ -15,7 +15,7 @@ use super::events::sent_events;
 use super::extract::Body;
 use super::{Answer, App, failure};
 
-/// Events that may wait for a slow reader; then the guest waits.
+/// The number of events that may wait for a slow reader, before the guest has to wait.
 const AHEAD: usize = 4;
 
 /// Builds a template from another one.
@@ -31,10 +31,10 @@ pub(super) async fn build(
     caller: Caller,
     Body(asked): Body<BuildTemplate>,
 ) -> Answer<Sse<impl Stream<Item = Result<Event, Infallible>>>> {
-    // Templates are everybody's.
+    // Templates are visible to all tenants.
     caller.may(Role::Admin)?;
     let (listener, mut events) = mpsc::channel(AHEAD);
-    // Not dropped half done where its client goes away: its VM has to be ended.
+    // The build continues in a task of its own where its client disconnects: its VM has to be ended.
     tokio::spawn(async move {
         let tenant = &caller.key.tenant;
         let built = app.controller.build(tenant, asked, &listener).await;

@@ -1,6 +1,6 @@
-//! Commands in guests that nobody has to wait for: started, listed, read from a cursor on, ended.
+//! Background commands in guests: starting and listing them, reading their output, and signals.
 //!
-//! The guest's agent has them; they outlive connections and every process of ours.
+//! The agent in the guest keeps them. They outlive connections, and the processes of Army.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -24,10 +24,10 @@ use super::{AGENT_LIMIT, Answer, App, blocking};
 use army_controller::guest;
 use army_node_api::InUse;
 
-/// Events that may wait for a slow reader; then the guest waits.
+/// The number of events that may wait for a slow reader, before the guest has to wait.
 const AHEAD: usize = 4;
 
-/// A connection to the agent of the VM that is asked for.
+/// Connects to the agent in a VM that the caller may use.
 async fn connect(app: &App, caller: &Caller, vm: &str) -> Answer<(Connection, InUse)> {
     caller.may(Role::User)?;
     let vm = caller.vm(app, vm).await?;
@@ -121,7 +121,7 @@ pub(super) async fn output(
     let (sender, receiver) = mpsc::channel(AHEAD);
     tokio::task::spawn_blocking(move || {
         let _in_use = in_use;
-        // A connection that is cut off ends the answer: who reads goes on with the last cursors.
+        // The response ends where the connection is lost. The client resumes with its last cursors.
         let _ = guest::follow(running, &sender, Some);
     });
     Ok(sent_events(None, receiver))

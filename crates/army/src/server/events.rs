@@ -1,4 +1,4 @@
-//! Events, as they happen: server-sent.
+//! Events as they happen, as server-sent events.
 
 use std::convert::Infallible;
 
@@ -45,7 +45,7 @@ fn sse_event(event: &Event) -> sse::Event {
         .data(text)
 }
 
-/// What is received as an answer of server-sent events, behind the `first`.
+/// A response of server-sent events: `first`, and then what is received.
 pub(super) fn sent_events<T: Serialize + Send + 'static>(
     first: Option<T>,
     receiver: mpsc::Receiver<T>,

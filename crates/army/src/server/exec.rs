@@ -1,4 +1,4 @@
-//! Commands in guests, with their output in the answer.
+//! Commands in guests, with their output in the response.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use super::extract::{Body, Path};
 use super::{Answer, App, blocking};
 use army_controller::guest;
 
-/// The most output that an answer holds, of both streams together.
+/// The most output that a response has, of both streams together.
 const MAX_OUTPUT: usize = 16 << 20;
 /// How long a command may take, where the client does not say.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(60);
@@ -59,9 +59,10 @@ fn run(
     let mut running = connection.exec(request)?;
     if let Some(text) = stdin {
         let input = running.input();
-        // Beside us: a command that prints before it has read all would wait for us for ever.
+        // The input is written by another thread: a command that prints before it has read all of it
+        // would otherwise wait for its output to be read, without an end.
         std::thread::spawn(move || {
-            // A command that does not want it closes its end.
+            // A command that does not want its input closes its end.
             let _ = input.write(text.as_bytes()).and_then(|()| input.end());
         });
     }
@@ -97,7 +98,7 @@ struct Output {
 }
 
 impl Output {
-    /// Takes what there is room for; the command goes on, and the rest is counted.
+    /// Keeps the output that there is room for, and counts the rest.
     fn add(&mut self, stream: Stream, data: &[u8]) {
         let room = MAX_OUTPUT - self.stdout.len() - self.stderr.len();
         let taken = data.len().min(room);
@@ -110,7 +111,7 @@ impl Output {
     }
 }
 
-/// Bytes as text, and whether something had to be replaced.
+/// Bytes as text, and whether bytes had to be replaced.
 fn text(bytes: Vec<u8>) -> (String, bool) {
     match String::from_utf8(bytes) {
         Ok(text) => (text, false),
@@ -133,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_text_are_replaced_and_told() {
+    fn bytes_that_are_not_text_are_replaced_and_reported() {
         assert_eq!(text(b"a\xC3\xA4".to_vec()), ("aä".to_owned(), false));
         assert_eq!(text(b"a\xFF".to_vec()), ("a\u{FFFD}".to_owned(), true));
     }

@@ -1,4 +1,4 @@
-//! Files in guests, streamed both ways.
+//! Files in guests, as streams in both directions.
 
 use std::io;
 use std::time::Duration;
@@ -16,9 +16,9 @@ use super::{Answer, App, blocking, failure};
 use army_controller::{Error, ErrorKind, guest};
 use army_node_api::chunks::{self, ChunkReader, ChunkWriter};
 
-/// How long a guest may take to begin with a file, and to end it; its bytes add to that.
+/// How long a guest may take to begin with a file, and to end it. The bytes of the file add to that.
 const LIMIT: Duration = Duration::from_secs(60);
-/// The largest file that is read; it is never held here.
+/// The largest file that is read. It is never held in memory.
 const MAX_FILE: ByteLimit = ByteLimit::new(1 << 40);
 
 /// Reads a file from a guest.

@@ -1,4 +1,4 @@
-//! Whether the server is up: the one thing that takes no key.
+//! The state of the server, which is the only request that requires no key.
 
 use axum::Json;
 use axum::extract::State;

@@ -11,9 +11,9 @@ use super::auth::Caller;
 use super::extract::{Body, Path};
 use super::{Answer, App};
 
-/// How long a token can be used, where the client does not say.
+/// How long a token is valid where the client does not say, in minutes.
 const TOKEN_MINUTES: u32 = 15;
-/// The most that it may say.
+/// The longest time that a token can be valid, in minutes.
 const MAX_TOKEN_MINUTES: u32 = 24 * 60;
 
 /// Lists all hosts.

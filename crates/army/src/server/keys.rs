@@ -1,4 +1,4 @@
-//! Keys: an administrator's.
+//! Keys, which administrators manage.
 
 use army_api::keys::{CreateKey, Key, NewKey, Role};
 use axum::Json;

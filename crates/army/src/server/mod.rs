@@ -1,7 +1,7 @@
-//! The REST API: HTTP in, problems out, and nothing decided.
+//! The REST API. It translates between HTTP and the [`Controller`], and decides nothing itself.
 //!
-//! A file for each kind of thing; [`auth`] knows who asks, [`extract`] reads what is asked. What is
-//! asked for is done by the [`Controller`].
+//! There is one file for each kind of object. [`auth`] authenticates callers, `extract` reads
+//! requests, and `failure` converts errors into problem documents.
 
 pub mod auth;
 mod builds;
@@ -42,15 +42,15 @@ pub use failure::Failure;
 
 use army_controller::Controller;
 
-/// The largest body of a request, but for files.
+/// The largest body of a request, except for files.
 const MAX_BODY: usize = 1 << 20;
-/// How long a client may take to send a request's body, but for files and terminals.
+/// How long a client may take to send the body of a request, except for files and terminals.
 const BODY_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long the agent in a guest may take for an exchange that needs no waiting.
 const AGENT_LIMIT: Duration = Duration::from_secs(20);
 
-/// What every handler gets.
+/// The state that every handler gets.
 #[derive(Clone)]
 pub struct App {
     controller: Arc<Controller>,
@@ -118,14 +118,14 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(events::events))
 }
 
-/// The API's description.
+/// The OpenAPI document.
 pub fn openapi() -> utoipa::openapi::OpenApi {
     describe().1
 }
 
 fn describe() -> (Router<App>, utoipa::openapi::OpenApi) {
     let (router, mut document) = api().split_for_parts();
-    // What any of them may answer, whoever asks for what.
+    // Every operation may be answered with these.
     let problems = [
         (
             "4XX",
@@ -162,7 +162,7 @@ fn problem(description: &str) -> utoipa::openapi::Response {
         .build()
 }
 
-/// The whole of it: API, its description, the dashboard.
+/// All routes: the API, its OpenAPI document, and the dashboard.
 pub fn router(controller: Arc<Controller>) -> Router {
     let (router, document) = describe();
     let document = document.to_json().unwrap_or_default();
@@ -180,7 +180,7 @@ pub fn router(controller: Arc<Controller>) -> Router {
         .with_state(App { controller })
 }
 
-/// What every answer says to browsers.
+/// Adds headers for browsers to every response.
 async fn harden(request: Request, next: Next) -> Response {
     let mut response = next.run(request).await;
     let headers = response.headers_mut();

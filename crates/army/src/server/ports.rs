@@ -1,8 +1,8 @@
 //! Ports of guests: a TCP connection in a guest, over a WebSocket.
 //!
-//! Binary messages are the connection's bytes, both ways; text messages are [`PortMessage`]s. Each way
-//! goes by itself: a server that waits for its client to read must not keep the client from being
-//! read. The agent's connection blocks, so each way has a thread, too.
+//! Binary messages are the bytes of the connection, and text messages are [`PortMessage`]s. The two
+//! directions are independent, because a server that waits for its client to read must continue to
+//! read from the client. The agent's connection blocks, so each direction also has a thread.
 
 use agent_proto::client::{ClientError, TunnelIn, TunnelOut};
 use army_api::exec::PortMessage;
@@ -20,11 +20,12 @@ use super::extract::{Path, Upgrade};
 use super::{AGENT_LIMIT, Answer, App, blocking};
 use army_node_api::InUse;
 
-/// What a browser asks for beside its key; the answer has to name one that was offered.
+/// The subprotocol that a browser offers beside its key. The response has to select one of those
+/// that were offered.
 const SUBPROTOCOL: &str = "army.port";
-/// Messages that may wait for a slow side, then the other one waits.
+/// The number of messages that may wait for a slow side, before the other side has to wait.
 const AHEAD: usize = 16;
-/// The largest message of a client.
+/// The largest message of a client, in bytes.
 const MAX_MESSAGE: usize = 256 * 1024;
 
 /// Connects to a TCP port on a VM's loopback interface.
@@ -54,7 +55,7 @@ pub(super) async fn connect(
     Ok(upgrade.on_upgrade(move |socket| serve(socket, out, into, in_use)))
 }
 
-/// What comes out of the guest; none at its end.
+/// Bytes from the guest; `None` at their end.
 type Output = Result<Option<Vec<u8>>, ClientError>;
 
 async fn serve(socket: WebSocket, mut out: TunnelOut, into: TunnelIn, in_use: InUse) {
@@ -77,7 +78,7 @@ async fn serve(socket: WebSocket, mut out: TunnelOut, into: TunnelIn, in_use: In
                 Some(bytes) => writer.write(&bytes),
                 None => writer.end(),
             };
-            // Whoever reads learns why.
+            // The reading direction reports the reason.
             if written.is_err() {
                 return;
             }
@@ -92,7 +93,7 @@ async fn serve(socket: WebSocket, mut out: TunnelOut, into: TunnelIn, in_use: In
     drop(in_use);
 }
 
-/// Until both sides have ended, or the guest's is lost.
+/// Sends to the client until both sides have ended, or the guest's side is lost.
 async fn to_client(
     mut sender: SplitSink<WebSocket, Message>,
     mut output: mpsc::Receiver<Output>,
@@ -110,7 +111,7 @@ async fn to_client(
                 if sender.send(Message::Text(text.into())).await.is_err() {
                     return;
                 }
-                // A client that goes without a word is noticed beside us.
+                // A client that disconnects without an end message is noticed by the other direction.
                 let _ = client_ended.await;
                 break close_code::NORMAL;
             }
@@ -124,7 +125,7 @@ async fn to_client(
     let _ = sender.send(Message::Close(Some(frame))).await;
 }
 
-/// Until the client is gone.
+/// Receives from the client until it disconnects.
 async fn to_guest(
     mut receiver: SplitStream<WebSocket>,
     incoming: mpsc::Sender<Option<Vec<u8>>>,
@@ -136,7 +137,7 @@ async fn to_guest(
             Message::Binary(bytes) => Some(bytes.to_vec()),
             Message::Text(text) => match serde_json::from_str(&text) {
                 Ok(PortMessage::End) => None,
-                // Nothing else is for us.
+                // Other messages are ignored.
                 Err(_) => continue,
             },
             Message::Close(_) => return,
@@ -144,10 +145,10 @@ async fn to_guest(
         };
         let is_end = piece.is_none();
         if told_end.is_none() {
-            // There was an end before.
+            // The client has ended its side before.
             continue;
         }
-        // Nobody takes it any more: the other way tells the client why.
+        // Where the guest takes no more, the other direction tells the client why.
         let _ = incoming.send(piece).await;
         if is_end && let Some(told_end) = told_end.take() {
             let _ = told_end.send(());

@@ -1,7 +1,7 @@
 //! Terminals: a program in a guest, interactive, over a WebSocket.
 //!
-//! Binary messages are the terminal's bytes, both ways; text messages are [`TerminalMessage`]s. The
-//! agent's connection blocks, so each terminal has a thread that reads it and one that writes it.
+//! Binary messages are the bytes of the terminal, and text messages are [`TerminalMessage`]s. The
+//! agent's connection blocks, so each terminal has a thread that reads and a thread that writes.
 
 use std::time::{Duration, Instant};
 
@@ -21,17 +21,18 @@ use super::extract::{Params, Path, Upgrade};
 use super::{AGENT_LIMIT, Answer, App, blocking};
 use army_node_api::InUse;
 
-/// What a browser asks for beside its key; the answer has to name one that was offered.
+/// The subprotocol that a browser offers beside its key. The response has to select one of those
+/// that were offered.
 const SUBPROTOCOL: &str = "army.terminal";
-/// Messages that may wait for a slow client, then the guest waits.
+/// The number of messages that may wait for a slow client, before the guest has to wait.
 const AHEAD: usize = 64;
-/// How often a client is asked whether it is still there. Browsers answer by themselves.
+/// How often a client is pinged. Browsers answer by themselves.
 const PING_EVERY: Duration = Duration::from_secs(20);
-/// A client that says nothing for so long, or takes nothing, is gone without having said so.
+/// A client that sends nothing for so long, or accepts nothing, has disconnected without notice.
 const SILENCE: Duration = Duration::from_secs(60);
-/// How long a guest may leave the input that its client has sent.
+/// How long a guest may take to accept input.
 const INPUT_LIMIT: Duration = Duration::from_secs(120);
-/// The largest message of a client.
+/// The largest message of a client, in bytes.
 const MAX_MESSAGE: usize = 256 * 1024;
 
 /// Opens a terminal in a VM.
@@ -68,7 +69,7 @@ fn start(
         .map(|(k, v)| format!("{k}={v}"))
         .collect();
     variables.push("TERM=xterm-256color".into());
-    // For agents that do not know login shells.
+    // Older agents do not know login shells.
     let shell = || {
         vec![
             "/bin/sh".into(),
@@ -94,7 +95,7 @@ fn start(
     Ok(running.streaming())
 }
 
-/// From the guest to the client.
+/// A message from the guest to the client.
 enum Outgoing {
     Bytes(Vec<u8>),
     Exited(Option<i32>),
@@ -153,7 +154,7 @@ async fn serve(mut socket: WebSocket, mut running: Running, in_use: InUse) {
                 Some(Ok(Message::Close(_)) | Err(_)) | None => break,
                 Some(Ok(message)) => {
                     heard = Instant::now();
-                    // A guest that takes no input keeps us from noticing that its client is gone.
+                    // While a guest accepts no input, it is not noticed that its client has disconnected.
                     let sent = timeout(INPUT_LIMIT, typed.send(message)).await;
                     if !matches!(sent, Ok(Ok(()))) {
                         break;
@@ -162,12 +163,12 @@ async fn serve(mut socket: WebSocket, mut running: Running, in_use: InUse) {
             },
         }
     }
-    // The guest's agent hangs the terminal up.
+    // The agent in the guest hangs up the terminal.
     input.disconnect();
     drop(in_use);
 }
 
-/// False where the client is gone.
+/// Returns false where the client has disconnected.
 async fn send(socket: &mut WebSocket, message: Message) -> bool {
     let sent = tokio::time::timeout(SILENCE, socket.send(message)).await;
     matches!(sent, Ok(Ok(())))
@@ -181,7 +182,7 @@ fn type_in(input: &Input, message: Message) -> Result<(), agent_proto::client::C
                 rows: rows.into(),
                 columns: columns.into(),
             }),
-            // Nothing else is for us.
+            // Other messages are ignored.
             Ok(TerminalMessage::Exited { .. }) | Err(_) => Ok(()),
         },
         Message::Ping(_) | Message::Pong(_) | Message::Close(_) => Ok(()),

@@ -1,7 +1,7 @@
-//! TLS towards clients, with a certificate of the owner's.
+//! TLS for clients, with a certificate that the operator provides.
 //!
-//! Its files are read again when they changed, so that whoever renews certificates only has to
-//! replace them. How connections are taken is [`army_node_api::cluster::tls`]'s.
+//! The files are read again when they have changed, so a certificate is renewed by replacing them.
+//! Connections are accepted by [`army_node_api::cluster::tls`].
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -17,16 +17,16 @@ use rustls::sign::CertifiedKey;
 
 use army_node_api::cluster::tls::provider;
 
-/// Files in PEM.
+/// The files of a certificate, in PEM.
 #[derive(Debug, Clone)]
 pub struct Files {
-    /// The server's certificate, and behind it those that lead to an authority.
+    /// The server's certificate, followed by those that lead to an authority.
     pub certificate: PathBuf,
-    /// Its key.
+    /// The private key of the server's certificate.
     pub key: PathBuf,
 }
 
-/// How clients are served with the certificate in `files`.
+/// The TLS configuration with the certificate in `files`.
 ///
 /// # Errors
 /// Where a file cannot be read, or the two do not belong together.
@@ -45,7 +45,7 @@ pub fn config(files: Files) -> Result<ServerConfig> {
     Ok(config)
 }
 
-/// What was read, and when both files were written that it was read from.
+/// A certificate, and when both of its files had been written when it was read.
 #[derive(Clone)]
 struct Read {
     key: Arc<CertifiedKey>,
@@ -59,7 +59,7 @@ impl Files {
     }
 
     fn read(&self) -> Result<Read> {
-        // Before reading: what is written meanwhile is read again.
+        // This precedes reading, so that files that are written meanwhile are read again.
         let written = self.written();
         let wrong = |path: &Path, error: &dyn fmt::Display| {
             invalid(format!("cannot use {}: {error}", path.display()))
@@ -73,7 +73,7 @@ impl Files {
             return Err(of_certificate(&"it contains no certificate"));
         }
         let key = PrivateKeyDer::from_pem_file(&self.key).map_err(|it| wrong(&self.key, &it))?;
-        // This compares the two, too.
+        // This also checks that the two belong together.
         let key = CertifiedKey::from_der(chain, key, &provider())
             .map_err(|error| wrong(&self.key, &error))?;
         Ok(Read {
@@ -87,7 +87,7 @@ fn invalid(message: String) -> Error {
     Error::new(ErrorKind::InvalidRequest, message)
 }
 
-/// The certificate as its files have it now.
+/// Resolves to the certificate that is in the files at present.
 struct Renewed {
     files: Files,
     current: Mutex<Read>,
@@ -108,7 +108,7 @@ impl ResolvesServerCert for Renewed {
         if written != current.written {
             match self.files.read() {
                 Ok(read) => *current = read,
-                // Half of it may be there: the next connection looks again.
+                // One of the files may not be replaced yet: the next connection reads them again.
                 Err(error) => tracing::warn!(%error, "keeping the previous certificate"),
             }
         }

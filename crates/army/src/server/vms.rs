@@ -1,4 +1,4 @@
-//! VMs. In paths they are called by their id, or by the name of one that is not over.
+//! VMs. In paths, a VM is named by its id, or by the name of a VM that has not ended.
 
 use army_api::keys::Role;
 use army_api::templates::Template;
@@ -145,7 +145,7 @@ pub(super) async fn snapshot(
     Path(vm): Path<String>,
     Body(asked): Body<SnapshotVm>,
 ) -> Answer<(StatusCode, Json<Template>)> {
-    // Templates are everybody's: what a guest holds would be told to all tenants.
+    // Templates are visible to all tenants, and so would be everything in the guest's memory.
     caller.may(Role::Admin)?;
     let vm = caller.vm(&app, &vm).await?;
     let template = app.controller.snapshot(&vm, asked).await?;
