@@ -12,9 +12,9 @@ use futures_util::StreamExt;
 
 use super::context::Context;
 use super::output::note;
-use super::things::pair;
+use super::output::pair;
 
-/// What the options for steps are called, by clap.
+/// The names of the options for steps, in clap.
 const RUN: &str = "run";
 const WRITE: &str = "write";
 
@@ -138,7 +138,7 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<Template> {
                     .map_or("", String::as_str);
                 note(&format!("step {number} of {count}: {title}"));
             }
-            // Our output is the template, which may be read by a program.
+            // The standard output is for the template, which a program may read.
             BuildEvent::Output { text, .. } => std::io::stderr().write_all(text.as_bytes())?,
             BuildEvent::Built { template } => return Ok(template),
             BuildEvent::Failed { problem } => return Err(ClientError::Refused(problem).into()),

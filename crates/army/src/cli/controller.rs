@@ -47,7 +47,7 @@ pub(super) struct Args {
 
 pub(super) async fn run(args: Args) -> Result<ExitCode> {
     let _lock = serve::begin(&args.state)?;
-    let door = serve::Door::open(args.listen, args.tls).await?;
+    let listener = serve::ApiListener::open(args.listen, args.tls).await?;
     let joining = serve::listen(args.cluster_listen).await?;
     let database = serve::database(args.database.as_deref(), &args.state).await?;
     let authority = Authority::open(&args.state)?;
@@ -58,7 +58,7 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
         fingerprint: tls::fingerprint(&certificate),
     };
     let controller = Controller::of_cluster(database, cluster).await?;
-    // Hosts that join have nothing to show yet but their token.
+    // Hosts that join have no certificate yet.
     let joining = Listener::new(joining, &identity, true)?;
     let enrol = move |controller: &Arc<Controller>| {
         let authority = Arc::new(authority);
@@ -71,10 +71,10 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
             }
         };
         Ok(tokio::spawn(async {
-            // The first goes on for ever.
+            // The renewal never ends.
             tokio::join!(renewal, joining);
         }))
     };
-    serve::api(controller, door, enrol).await?;
+    serve::api(controller, listener, enrol).await?;
     Ok(ExitCode::SUCCESS)
 }

@@ -43,13 +43,14 @@ pub(super) struct Args {
 
 pub(super) async fn run(args: Args) -> Result<ExitCode> {
     let _lock = serve::begin(&args.state)?;
-    // First, so that a second server or a wrong address is told before anything is done.
-    let door = serve::Door::open(args.listen, args.tls).await?;
+    // This comes first, so that a second server or a wrong address is reported before anything is
+    // done.
+    let listener = serve::ApiListener::open(args.listen, args.tls).await?;
     let database = serve::database(args.database.as_deref(), &args.state).await?;
     let name = args.host_name.unwrap_or_else(serve::host_name);
     let node = serve::node(name, &args.state, &args.jail).await?;
     let controller = Controller::of_one_host(database, Arc::new(NodeService::in_process(node)));
     let nothing = |_: &_| Ok(tokio::spawn(async {}));
-    serve::api(controller, door, nothing).await?;
+    serve::api(controller, listener, nothing).await?;
     Ok(ExitCode::SUCCESS)
 }

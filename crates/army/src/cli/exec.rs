@@ -14,9 +14,9 @@ use reqwest::Method;
 use super::context::Context;
 use super::output::{note, table};
 
-/// What a command's exit status is when a signal ended it, as shells say it: 128 and the signal.
+/// The base of the exit status of a command that a signal ended, as in shells: 128 plus the signal.
 const SIGNAL_BASE: i32 = 128;
-/// As of timeout(1).
+/// The exit status of a command that exceeded its time limit, as of timeout(1).
 const TIMED_OUT: u8 = 124;
 
 /// Run a command in a VM, print its output, and exit with its exit status.
@@ -90,7 +90,7 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
     Ok(ExitCode::from(code))
 }
 
-/// What a command's end is as an exit status.
+/// The exit status for the end of a command.
 fn code_of(exit_code: Option<i32>, signal: Option<i32>, timed_out: bool) -> u8 {
     match (exit_code, signal) {
         _ if timed_out => TIMED_OUT,

@@ -15,7 +15,7 @@ use army_node::membership::Membership;
 use army_node_api::cluster::tls::{Listener, Peer};
 use army_node_api::cluster::token::Token;
 
-/// What a node remembers of having joined.
+/// The file of the node's membership, in the state directory.
 const MEMBERSHIP: &str = "membership.json";
 
 /// Run this host's VMs for a controller.
@@ -66,13 +66,13 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What we are: remembered, or new.
+/// The membership that is in the state directory, or a new one.
 async fn membership(args: &Args, address: SocketAddr) -> Result<Membership> {
     let path = args.state.join(MEMBERSHIP);
     if let Some(known) = Membership::open(path.clone())? {
         if args.name.as_ref().is_some_and(|name| name != known.host()) {
             anyhow::bail!(
-                "this node joined as {}: remove {} to join anew",
+                "this node joined as {}: remove {} to join again",
                 known.host(),
                 path.display()
             );

@@ -1,4 +1,4 @@
-//! What all servers of this program have in common: their log, their state, their end.
+//! What the servers of this program have in common: their log, their state directory, and their end.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -22,8 +22,8 @@ use army_controller::{Controller, Database};
 use army_node::Node;
 use army_node_api::cluster::tls::Listener;
 
-/// Starts the log, makes the state's directory, and makes sure that nobody else uses it while what
-/// is returned lives.
+/// Starts the log, and creates and locks the state directory. It is locked while the returned file is
+/// open.
 pub(super) fn begin(state: &Path) -> Result<std::fs::File> {
     start_log()?;
     raise_open_files().context("cannot raise the limit of open files")?;
@@ -31,7 +31,7 @@ pub(super) fn begin(state: &Path) -> Result<std::fs::File> {
     only_one(state)
 }
 
-/// What the server tells of itself: what `ARMY_LOG` asks for, on standard error.
+/// Starts the log on standard error, filtered by `ARMY_LOG`.
 fn start_log() -> Result<()> {
     let wanted = std::env::var("ARMY_LOG").unwrap_or_else(|_| "info,sqlx=warn".to_owned());
     let filter: Targets = wanted
@@ -45,15 +45,15 @@ fn start_log() -> Result<()> {
     Ok(())
 }
 
-/// Each VM and each connection takes some, and what a shell grants a program at first (1,024) is
-/// for programs that call select(2). As many as are allowed.
+/// Raises the limit of open files to its maximum. Each VM and each connection takes some, and the
+/// usual limit (1,024) is for programs that call select(2).
 fn raise_open_files() -> rustix::io::Result<()> {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit)
 }
 
-/// Two servers on one state would undo each other's work.
+/// Locks the state directory: two servers with the same state would undo each other's work.
 fn only_one(state: &Path) -> Result<std::fs::File> {
     let path = state.join("lock");
     let file =
@@ -83,7 +83,7 @@ pub(super) async fn database(url: Option<&str>, state: &Path) -> Result<Database
     Ok(Database::open(&url).await?)
 }
 
-/// What the jail of VMs must have.
+/// The layers that the jail of VMs must have.
 #[derive(clap::Args)]
 pub(super) struct JailArgs {
     /// Serve even if this host cannot provide every layer of the jail around VMs. `army host ls`
@@ -105,7 +105,7 @@ impl JailArgs {
     }
 }
 
-/// The node of this host, supervising its VMs.
+/// Opens the node of this host, and starts to supervise its VMs.
 pub(super) async fn node(name: String, state: &Path, jail: &JailArgs) -> Result<Arc<Node>> {
     let journal = state.join("vms");
     let runtime = clone::runtime::Runtime::from_env()?.requiring(jail.required());
@@ -137,17 +137,17 @@ pub(super) struct TlsArgs {
     tls_key: Option<PathBuf>,
 }
 
-/// Where clients are served.
-pub(super) struct Door {
+/// The listener for clients.
+pub(super) struct ApiListener {
     listener: TcpListener,
     tls: Option<ServerConfig>,
 }
 
-impl Door {
+impl ApiListener {
     pub(super) async fn open(address: SocketAddr, args: TlsArgs) -> Result<Self> {
         let tls = match (args.tls_cert, args.tls_key) {
             (Some(certificate), Some(key)) => Some(tls::config(Files { certificate, key })?),
-            // The one goes with the other.
+            // Each of the two requires the other.
             _ => None,
         };
         let listener = listen(address).await?;
@@ -174,28 +174,28 @@ impl Door {
     }
 }
 
-/// Serves the API until it is asked to end.
+/// Serves the API until a signal ends the process.
 pub(super) async fn api(
     controller: Controller,
-    door: Door,
+    listener: ApiListener,
     beside: impl FnOnce(&Arc<Controller>) -> Result<tokio::task::JoinHandle<()>>,
 ) -> Result<()> {
     let controller = Arc::new(controller);
     let beside = beside(&controller)?;
     controller.recover().await?;
-    let url = door.url()?;
+    let url = listener.url()?;
     first_key(&controller, &url).await?;
     output::print(&format!(
         "Army answers at {url}; the dashboard is there, too."
     ));
     let reconcile = tokio::spawn(Arc::clone(&controller).reconcile());
-    let served = until_asked(door.serve(server::router(controller))).await;
+    let served = until_asked(listener.serve(server::router(controller))).await;
     reconcile.abort();
     beside.abort();
     served
 }
 
-/// Prints an administrator's key where there is none yet.
+/// Creates and prints an administrator's key where there is no key yet.
 async fn first_key(controller: &Controller, url: &str) -> Result<()> {
     if controller.has_keys().await? {
         return Ok(());
@@ -213,8 +213,8 @@ async fn first_key(controller: &Controller, url: &str) -> Result<()> {
     Ok(())
 }
 
-/// Serves until SIGTERM or SIGINT. Running requests are dropped with their connections: what they
-/// began is in the journal.
+/// Serves until SIGTERM or SIGINT. Requests that are in progress are dropped with their connections;
+/// what they began is in the journal.
 pub(super) async fn until_asked(serve: impl Future<Output = std::io::Result<()>>) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
@@ -225,7 +225,7 @@ pub(super) async fn until_asked(serve: impl Future<Output = std::io::Result<()>>
     Ok(())
 }
 
-/// What this host is called.
+/// The name of this host.
 pub(super) fn host_name() -> String {
     let name = rustix::system::uname()
         .nodename()

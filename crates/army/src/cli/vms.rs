@@ -1,149 +1,25 @@
-//! `army host`, `army vm`, `army events`.
+//! `army vm`.
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use army_api::client::segment;
-use army_api::events::Event;
-use army_api::hosts::{ChangeHost, CreateJoinToken, Host, JoinToken};
 use army_api::templates::Template;
 use army_api::vms::{
     Balloon, CreateVms, CreatedVms, Egress, ForkVm, IdleAction, IdlePolicy, NetworkPolicy,
     SetBalloon, SnapshotVm, Vm, VmFilter, VmPage,
 };
-use clap::Args;
 use clone_api::Bytes;
-use futures_util::StreamExt;
 use reqwest::Method;
-use serde::Serialize;
 
 use super::context::Context;
-use super::output::{bytes, ms, note, table};
+use super::output::{bytes, ms, note, pair, table, word};
 use super::templates::templates_table;
-
-/// Manage hosts.
-#[derive(clap::Subcommand)]
-pub(super) enum HostCommand {
-    /// List hosts.
-    Ls,
-    /// Place no new VMs on a host; its VMs keep running.
-    Drain {
-        /// The host.
-        name: String,
-    },
-    /// Place VMs on a drained host again.
-    Undrain {
-        /// The host.
-        name: String,
-    },
-    /// Label a host with KEY=VALUE; KEY= removes a label. VMs can be restricted to labelled hosts.
-    Label {
-        /// The host.
-        name: String,
-        /// The labels.
-        #[arg(required = true, value_parser = pair)]
-        labels: Vec<(String, String)>,
-    },
-    /// Make a token with which one host can join (army node --token).
-    Token {
-        /// The number of minutes for which the token is valid.
-        #[arg(long)]
-        minutes: Option<u32>,
-    },
-    /// Remove a host that has no VMs, or that does not answer.
-    Rm {
-        /// The host.
-        name: String,
-    },
-}
-
-pub(super) async fn host(context: &Context, command: HostCommand) -> Result<ExitCode> {
-    let client = context.client()?;
-    let (name, what) = match command {
-        HostCommand::Ls => {
-            let hosts: Vec<Host> = client.get("/v1/hosts", &()).await?;
-            context.show(&hosts, |hosts| hosts_table(hosts))?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        HostCommand::Token { minutes } => {
-            let asked = CreateJoinToken { minutes };
-            let made: JoinToken = client.send(Method::POST, "/v1/join-tokens", &asked).await?;
-            context.show(&made, |it| it.token.clone())?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        HostCommand::Label { name, labels } => {
-            let labels = labels.into_iter();
-            let asked = ChangeHost {
-                labels: labels
-                    .map(|(key, value)| (key, (!value.is_empty()).then_some(value)))
-                    .collect(),
-            };
-            let path = format!("/v1/hosts/{}", segment(&name));
-            let host: Host = client.send(Method::PATCH, &path, &asked).await?;
-            context.show(&host, |host| hosts_table(std::slice::from_ref(host)))?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        HostCommand::Rm { name } => {
-            client
-                .plain(Method::DELETE, &format!("/v1/hosts/{}", segment(&name)))
-                .await?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        HostCommand::Drain { name } => (name, "drain"),
-        HostCommand::Undrain { name } => (name, "undrain"),
-    };
-    let path = format!("/v1/hosts/{}/{}", segment(&name), what);
-    let host: Host = client.send(Method::POST, &path, &()).await?;
-    context.show(&host, |host| hosts_table(std::slice::from_ref(host)))?;
-    Ok(ExitCode::SUCCESS)
-}
-
-fn hosts_table(hosts: &[Host]) -> String {
-    let lines = hosts.iter().map(|host| {
-        vec![
-            host.name.clone(),
-            word(&host.state),
-            host.vms.to_string(),
-            bytes(host.capacity.memory_bytes),
-            bytes(host.capacity.available_bytes),
-            bytes(host.capacity.private_bytes),
-            bytes(host.capacity.promised_bytes),
-            labels(&host.labels),
-        ]
-    });
-    let heads = [
-        "HOST",
-        "STATE",
-        "VMS",
-        "MEMORY",
-        "AVAILABLE",
-        "USED BY VMS",
-        "PROMISED",
-        "LABELS",
-    ];
-    let mut text = table(&heads, lines.collect());
-    for host in hosts {
-        for missing in &host.missing_jail_layers {
-            let (name, layer, reason) = (&host.name, &missing.layer, &missing.reason);
-            text +=
-                &format!("warning: the jail of VMs on {name} lacks a layer: {layer}: {reason}\n");
-        }
-    }
-    text
-}
-
-fn labels(labels: &BTreeMap<String, String>) -> String {
-    let labels: Vec<String> = labels
-        .iter()
-        .map(|(key, value)| format!("{key}={value}"))
-        .collect();
-    labels.join(",")
-}
 
 /// Manage VMs.
 #[derive(clap::Subcommand)]
-pub(super) enum VmCommand {
+pub(super) enum Command {
     /// Create VMs from a template.
     Create(CreateArgs),
     /// List VMs.
@@ -200,7 +76,7 @@ pub(super) enum VmCommand {
 }
 
 /// `army vm create`.
-#[derive(Args)]
+#[derive(clap::Args)]
 pub(super) struct CreateArgs {
     /// The template, or a tag.
     template: String,
@@ -238,7 +114,7 @@ pub(super) struct CreateArgs {
 }
 
 /// `army vm ls`.
-#[derive(Args)]
+#[derive(clap::Args)]
 pub(super) struct ListArgs {
     /// List only the VMs of this template.
     #[arg(long)]
@@ -254,11 +130,6 @@ pub(super) struct ListArgs {
     all: bool,
 }
 
-pub(super) fn pair(text: &str) -> Result<(String, String), String> {
-    let (key, value) = text.split_once('=').ok_or("write it as KEY=VALUE")?;
-    Ok((key.to_owned(), value.to_owned()))
-}
-
 fn network(text: &str) -> NetworkPolicy {
     let egress = match text {
         "full" => Egress::Full,
@@ -268,10 +139,10 @@ fn network(text: &str) -> NetworkPolicy {
     NetworkPolicy { egress }
 }
 
-pub(super) async fn vm(context: &Context, command: VmCommand) -> Result<ExitCode> {
+pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode> {
     let client = context.client()?;
     let vm: Vm = match command {
-        VmCommand::Create(args) => {
+        Command::Create(args) => {
             let idle = |after_s, action| IdlePolicy { after_s, action };
             let asked = CreateVms {
                 template: args.template,
@@ -294,14 +165,14 @@ pub(super) async fn vm(context: &Context, command: VmCommand) -> Result<ExitCode
                 .await?;
             return created_vms(context, &created);
         }
-        VmCommand::Fork { vm, count, name } => {
+        Command::Fork { vm, count, name } => {
             let path = format!("/v1/vms/{}/fork", segment(&vm));
             let created: CreatedVms = client
                 .send(Method::POST, &path, &ForkVm { count, name })
                 .await?;
             return created_vms(context, &created);
         }
-        VmCommand::Ls(args) => {
+        Command::Ls(args) => {
             let mut filter = VmFilter {
                 template: args.template,
                 host: args.host,
@@ -321,7 +192,7 @@ pub(super) async fn vm(context: &Context, command: VmCommand) -> Result<ExitCode
             context.show(&vms, |vms| vms_table(vms))?;
             return Ok(ExitCode::SUCCESS);
         }
-        VmCommand::Balloon { vm, size } => {
+        Command::Balloon { vm, size } => {
             let path = format!("/v1/vms/{}/balloon", segment(&vm));
             let balloon: Balloon = match size {
                 Some(Bytes(bytes)) => {
@@ -340,14 +211,14 @@ pub(super) async fn vm(context: &Context, command: VmCommand) -> Result<ExitCode
             })?;
             return Ok(ExitCode::SUCCESS);
         }
-        VmCommand::Snapshot { vm, template, diff } => {
+        Command::Snapshot { vm, template, diff } => {
             let path = format!("/v1/vms/{}/snapshot", segment(&vm));
             let asked = SnapshotVm { template, diff };
             let template: Template = client.send(Method::POST, &path, &asked).await?;
             context.show(&template, |it| templates_table(std::slice::from_ref(it)))?;
             return Ok(ExitCode::SUCCESS);
         }
-        VmCommand::Rm { vms } => {
+        Command::Rm { vms } => {
             for vm in vms {
                 client
                     .plain(Method::DELETE, &format!("/v1/vms/{}", segment(&vm)))
@@ -355,12 +226,12 @@ pub(super) async fn vm(context: &Context, command: VmCommand) -> Result<ExitCode
             }
             return Ok(ExitCode::SUCCESS);
         }
-        VmCommand::Inspect { vm } => {
+        Command::Inspect { vm } => {
             client
                 .get(&format!("/v1/vms/{}", segment(&vm)), &())
                 .await?
         }
-        VmCommand::Pause { vm } => {
+        Command::Pause { vm } => {
             client
                 .send(
                     Method::POST,
@@ -369,7 +240,7 @@ pub(super) async fn vm(context: &Context, command: VmCommand) -> Result<ExitCode
                 )
                 .await?
         }
-        VmCommand::Resume { vm } => {
+        Command::Resume { vm } => {
             client
                 .send(
                     Method::POST,
@@ -433,34 +304,4 @@ fn vms_table(vms: &[Vm]) -> String {
         "VM", "ID", "TEMPLATE", "HOST", "STATE", "OWN", "SHARED", "REASON",
     ];
     table(&heads, lines.collect())
-}
-
-/// A state as the API writes it.
-fn word(state: &impl Serialize) -> String {
-    let text = serde_json::to_string(state).unwrap_or_default();
-    text.trim_matches('"').to_owned()
-}
-
-/// `army events`.
-#[derive(Args)]
-pub(super) struct EventsArgs {
-    /// Begin after the event with this id; 0 begins with the oldest one that is kept.
-    #[arg(long)]
-    after: Option<i64>,
-}
-
-pub(super) async fn events(context: &Context, args: EventsArgs) -> Result<ExitCode> {
-    let events = context.client()?.events(args.after).await?;
-    let mut events = std::pin::pin!(events);
-    while let Some(event) = events.next().await {
-        let event: Event = event?;
-        let line = |event: &Event| {
-            format!(
-                "{} {} {} {} {}",
-                event.id, event.time_ms, event.kind, event.subject, event.detail
-            )
-        };
-        context.show(&event, line)?;
-    }
-    anyhow::bail!("the server went away")
 }
