@@ -17,7 +17,7 @@ const EXPORT: Duration = Duration::from_secs(24 * 3600);
 const AGENT: Duration = Duration::from_secs(20);
 /// The limit of short questions to a host elsewhere. One host that does not answer holds up the
 /// next round of reports of all.
-const QUESTION: Duration = Duration::from_secs(10);
+const QUESTION: Duration = Duration::from_secs(8);
 
 pub(crate) fn operation() -> Deadline {
     Deadline::after(OPERATION)
