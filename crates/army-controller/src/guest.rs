@@ -36,24 +36,24 @@ pub fn check_command(command: &[String]) -> Result<()> {
 /// A command in the agent's protocol, with the VM's environment, and with a time limit if there is
 /// one.
 pub fn exec(
-    asked: Exec,
+    command: Exec,
     mut environment: BTreeMap<String, String>,
     limit: Option<Duration>,
 ) -> AgentExec {
     // In the agent's protocol, 0 is no limit.
     let milliseconds =
         |limit: Duration| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).max(1);
-    environment.extend(asked.environment);
+    environment.extend(command.environment);
     AgentExec {
-        command: asked.command,
+        command: command.command,
         environment: environment
             .iter()
             .map(|(key, value)| format!("{key}={value}"))
             .collect(),
-        directory: asked.directory.unwrap_or_default(),
-        user: asked.user.unwrap_or_default(),
+        directory: command.directory.unwrap_or_default(),
+        user: command.user.unwrap_or_default(),
         timeout_ms: limit.map_or(0, milliseconds),
-        input: asked.stdin.is_some(),
+        input: command.stdin.is_some(),
         ..AgentExec::default()
     }
 }

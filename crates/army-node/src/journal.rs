@@ -316,16 +316,16 @@ mod tests {
 
     #[test]
     fn a_time_to_live_does_not_depend_on_the_wall_clock() {
-        let mut asked = entry("1", 1);
-        asked.ttl_ms = Some(60_000);
-        asked.expires_ms = Some(1_000_060_000);
-        let begun = asked.beginning(5_000);
+        let mut wanted = entry("1", 1);
+        wanted.ttl_ms = Some(60_000);
+        wanted.expires_ms = Some(1_000_060_000);
+        let begun = wanted.beginning(5_000);
         // The wall clock is set an hour ahead, or back to 1970.
         assert!(!begun.is_expired(64_999, 1_003_600_000));
         assert!(begun.is_expired(65_000, 0));
         // A record of a former release has only the wall clock's time.
-        asked.ttl_ms = None;
-        let old = asked.beginning(5_000);
+        wanted.ttl_ms = None;
+        let old = wanted.beginning(5_000);
         assert!(!old.is_expired(u64::MAX, 1_000_059_999));
         assert!(old.is_expired(0, 1_000_060_000));
         assert!(!entry("2", 1).beginning(0).is_expired(u64::MAX, u64::MAX));

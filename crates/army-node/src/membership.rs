@@ -181,7 +181,7 @@ mod tests {
         let old = Membership::open(path.clone()).unwrap().unwrap();
         assert_eq!(old.host(), "a");
         let request = old.request_renewal().unwrap().unwrap();
-        // One for another key is refused, and one's own taken once.
+        // A certificate for another key is refused, and the node's own is installed once.
         let of_another = authority.credentials(&member).unwrap().certificate;
         let refused = old.install_certificate(&of_another).unwrap_err();
         assert_eq!(refused.kind, ErrorKind::Conflict);

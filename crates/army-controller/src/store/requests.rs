@@ -26,9 +26,9 @@ impl Store {
         &self,
         tenant: &str,
         key: &str,
-        asked: &str,
+        content: &str,
     ) -> Result<KnownRequest> {
-        let hash = blake3::hash(asked.as_bytes()).to_hex().to_string();
+        let hash = blake3::hash(content.as_bytes()).to_hex().to_string();
         let now = now_ms();
         let mut change = self.change().await?;
         sqlx::query("DELETE FROM requests WHERE created_ms < $1 AND answer IS NOT NULL")

@@ -120,7 +120,7 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<Template> {
     }
     let count = steps.len();
     let titles: Vec<String> = steps.iter().map(title).collect();
-    let asked = BuildTemplate {
+    let request = BuildTemplate {
         template: options.name,
         from: options.from,
         steps,
@@ -128,7 +128,10 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<Template> {
         host_labels: options.host_labels.into_iter().collect(),
         timeout_s: options.timeout,
     };
-    let events = context.client()?.post_stream("/v1/builds", &asked).await?;
+    let events = context
+        .client()?
+        .post_stream("/v1/builds", &request)
+        .await?;
     let mut events = std::pin::pin!(events);
     while let Some(event) = events.next().await {
         match event? {

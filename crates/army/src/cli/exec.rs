@@ -59,7 +59,7 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
         true => Some(std::io::read_to_string(std::io::stdin()).context("the input is no text")?),
         false => None,
     };
-    let asked = Exec {
+    let request = Exec {
         command: args.command,
         environment,
         directory: args.directory,
@@ -69,12 +69,18 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
     };
     if args.detach {
         let path = format!("/v1/vms/{}/commands", segment(&args.vm));
-        let started: Command = context.client()?.send(Method::POST, &path, &asked).await?;
+        let started: Command = context
+            .client()?
+            .send(Method::POST, &path, &request)
+            .await?;
         context.show(&started, |it| it.id.to_string())?;
         return Ok(ExitCode::SUCCESS);
     }
     let path = format!("/v1/vms/{}/exec", segment(&args.vm));
-    let result: ExecResult = context.client()?.send(Method::POST, &path, &asked).await?;
+    let result: ExecResult = context
+        .client()?
+        .send(Method::POST, &path, &request)
+        .await?;
     let code = code_of(result.exit_code, result.signal, result.timed_out);
     if context.is_json() {
         context.show(&result, |_| String::new())?;
@@ -186,7 +192,7 @@ fn print(event: &CommandEvent) -> Result<()> {
             out.write_all(text.as_bytes())?;
             out.flush()?;
         }
-        CommandEvent::Lost { bytes, .. } => note(&format!("{bytes} bytes of output are gone")),
+        CommandEvent::Lost { bytes, .. } => note(&format!("{bytes} bytes of output were lost")),
         CommandEvent::Ended(_) => {}
     }
     Ok(())

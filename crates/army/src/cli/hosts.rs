@@ -56,20 +56,22 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
             return Ok(ExitCode::SUCCESS);
         }
         Command::Token { minutes } => {
-            let asked = CreateJoinToken { minutes };
-            let made: JoinToken = client.send(Method::POST, "/v1/join-tokens", &asked).await?;
+            let request = CreateJoinToken { minutes };
+            let made: JoinToken = client
+                .send(Method::POST, "/v1/join-tokens", &request)
+                .await?;
             context.show(&made, |it| it.token.clone())?;
             return Ok(ExitCode::SUCCESS);
         }
         Command::Label { name, labels } => {
             let labels = labels.into_iter();
-            let asked = ChangeHost {
+            let request = ChangeHost {
                 labels: labels
                     .map(|(key, value)| (key, (!value.is_empty()).then_some(value)))
                     .collect(),
             };
             let path = format!("/v1/hosts/{}", segment(&name));
-            let host: Host = client.send(Method::PATCH, &path, &asked).await?;
+            let host: Host = client.send(Method::PATCH, &path, &request).await?;
             context.show(&host, |host| hosts_table(std::slice::from_ref(host)))?;
             return Ok(ExitCode::SUCCESS);
         }

@@ -32,13 +32,13 @@ pub(super) struct Args {
 pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
     let client = context.client()?;
     let (rows, columns) = size();
-    let asked = Terminal {
+    let request = Terminal {
         rows,
         columns,
         command: (!args.command.is_empty()).then(|| args.command.join(" ")),
     };
     let path = format!("/v1/vms/{}/terminal", segment(&args.vm));
-    let socket = socket::open(&client, &path, &asked).await?;
+    let socket = socket::open(&client, &path, &request).await?;
     let (mut sender, mut receiver) = socket.split();
     let raw = Raw::enter()?;
     let mut resized = signal(SignalKind::window_change())?;

@@ -144,7 +144,7 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
     let vm: Vm = match command {
         Command::Create(args) => {
             let idle = |after_s, action| IdlePolicy { after_s, action };
-            let asked = CreateVms {
+            let request = CreateVms {
                 template: args.template,
                 count: args.count,
                 name: args.name,
@@ -161,7 +161,7 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
                 network: args.egress.as_deref().map(network),
             };
             let created: CreatedVms = client
-                .create("/v1/vms", &asked, args.idempotency_key.as_deref())
+                .create("/v1/vms", &request, args.idempotency_key.as_deref())
                 .await?;
             return created_vms(context, &created);
         }
@@ -213,8 +213,8 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
         }
         Command::Snapshot { vm, template, diff } => {
             let path = format!("/v1/vms/{}/snapshot", segment(&vm));
-            let asked = SnapshotVm { template, diff };
-            let template: Template = client.send(Method::POST, &path, &asked).await?;
+            let request = SnapshotVm { template, diff };
+            let template: Template = client.send(Method::POST, &path, &request).await?;
             context.show(&template, |it| templates_table(std::slice::from_ref(it)))?;
             return Ok(ExitCode::SUCCESS);
         }

@@ -29,7 +29,7 @@ const AHEAD: usize = 4;
 pub(super) async fn build(
     State(app): State<App>,
     caller: Caller,
-    Body(asked): Body<BuildTemplate>,
+    Body(request): Body<BuildTemplate>,
 ) -> Answer<Sse<impl Stream<Item = Result<Event, Infallible>>>> {
     // Templates are visible to all tenants.
     caller.may(Role::Admin)?;
@@ -37,7 +37,7 @@ pub(super) async fn build(
     // The build continues in a task of its own where its client disconnects: its VM has to be ended.
     tokio::spawn(async move {
         let tenant = &caller.key.tenant;
-        let built = app.controller.build(tenant, asked, &listener).await;
+        let built = app.controller.build(tenant, request, &listener).await;
         let last = match built {
             Ok(template) => BuildEvent::Built { template },
             Err(error) => BuildEvent::Failed {

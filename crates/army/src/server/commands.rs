@@ -43,10 +43,10 @@ pub(super) async fn start(
     State(app): State<App>,
     caller: Caller,
     Path(vm): Path<String>,
-    Body(asked): Body<Exec>,
+    Body(request): Body<Exec>,
 ) -> Answer<(StatusCode, Json<Command>)> {
-    guest::check_command(&asked.command)?;
-    if asked.stdin.is_some() {
+    guest::check_command(&request.command)?;
+    if request.stdin.is_some() {
         let detail = "`stdin` is not supported for background commands: write a file first";
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
@@ -54,11 +54,11 @@ pub(super) async fn start(
     let found = caller.vm(&app, &vm).await?;
     let environment = app.controller.environment(&found).await?;
     let (connection, in_use) = connect(&app, &caller, &found.id).await?;
-    let command = asked.command.clone();
+    let command = request.command.clone();
     let started = blocking(move || {
         let _in_use = in_use;
-        let limit = asked.timeout_ms.map(Duration::from_millis);
-        let mut exec = guest::exec(asked, environment, limit);
+        let limit = request.timeout_ms.map(Duration::from_millis);
+        let mut exec = guest::exec(request, environment, limit);
         exec.detached = true;
         let running = connection.exec(exec)?;
         Ok(running.started())
@@ -135,16 +135,16 @@ pub(super) async fn signal(
     State(app): State<App>,
     caller: Caller,
     Path((vm, id)): Path<(String, u64)>,
-    Body(asked): Body<SendSignal>,
+    Body(request): Body<SendSignal>,
 ) -> Answer<StatusCode> {
-    if !(1..=64).contains(&asked.signal) {
-        let detail = format!("invalid signal {}: it must be 1 to 64", asked.signal);
+    if !(1..=64).contains(&request.signal) {
+        let detail = format!("invalid signal {}: it must be 1 to 64", request.signal);
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     let (connection, in_use) = connect(&app, &caller, &vm).await?;
     blocking(move || {
         let _in_use = in_use;
-        Ok(connection.signal_command(id, asked.signal)?)
+        Ok(connection.signal_command(id, request.signal)?)
     })
     .await?;
     Ok(StatusCode::NO_CONTENT)

@@ -27,21 +27,21 @@ pub(super) async fn exec(
     State(app): State<App>,
     caller: Caller,
     Path(vm): Path<String>,
-    Body(asked): Body<Exec>,
+    Body(request): Body<Exec>,
 ) -> Answer<Json<ExecResult>> {
     let start = Instant::now();
     caller.may(Role::User)?;
-    guest::check_command(&asked.command)?;
+    guest::check_command(&request.command)?;
     let vm = caller.vm(&app, &vm).await?;
     let environment = app.controller.environment(&vm).await?;
-    let limit = asked
+    let limit = request
         .timeout_ms
         .map_or(DEFAULT_LIMIT, Duration::from_millis);
     let agent = app.controller.agent(&vm, guest::with_grace(limit));
     let (connection, in_use) = agent.await?;
     let mut result = blocking(move || {
         let _in_use = in_use;
-        run(connection, asked, environment, limit)
+        run(connection, request, environment, limit)
     })
     .await?;
     result.took_us = start.elapsed().as_micros() as u64;
@@ -50,13 +50,13 @@ pub(super) async fn exec(
 
 fn run(
     connection: Connection,
-    asked: Exec,
+    request: Exec,
     environment: BTreeMap<String, String>,
     limit: Duration,
 ) -> army_controller::Result<ExecResult> {
-    let stdin = asked.stdin.clone();
-    let request = guest::exec(asked, environment, Some(limit));
-    let mut running = connection.exec(request)?;
+    let stdin = request.stdin.clone();
+    let exec = guest::exec(request, environment, Some(limit));
+    let mut running = connection.exec(exec)?;
     if let Some(text) = stdin {
         let input = running.input();
         // The input is written by another thread: a command that prints before it has read all of it

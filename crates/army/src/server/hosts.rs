@@ -67,10 +67,10 @@ pub(super) async fn change(
     State(app): State<App>,
     caller: Caller,
     Path(name): Path<String>,
-    Body(asked): Body<ChangeHost>,
+    Body(request): Body<ChangeHost>,
 ) -> Answer<Json<Host>> {
     caller.may(Role::Admin)?;
-    Ok(Json(app.controller.change_host(&name, &asked).await?))
+    Ok(Json(app.controller.change_host(&name, &request).await?))
 }
 
 /// Creates a token with which one host can join, once.
@@ -79,10 +79,10 @@ pub(super) async fn change(
 pub(super) async fn token(
     State(app): State<App>,
     caller: Caller,
-    Body(asked): Body<CreateJoinToken>,
+    Body(request): Body<CreateJoinToken>,
 ) -> Answer<(StatusCode, Json<JoinToken>)> {
     caller.may(Role::Admin)?;
-    let minutes = asked.minutes.unwrap_or(TOKEN_MINUTES);
+    let minutes = request.minutes.unwrap_or(TOKEN_MINUTES);
     if !(1..=MAX_TOKEN_MINUTES).contains(&minutes) {
         let detail = format!("`minutes` must be 1 to {MAX_TOKEN_MINUTES}");
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());

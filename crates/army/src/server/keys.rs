@@ -24,10 +24,10 @@ pub(super) async fn list(State(app): State<App>, caller: Caller) -> Answer<Json<
 pub(super) async fn create(
     State(app): State<App>,
     caller: Caller,
-    Body(asked): Body<CreateKey>,
+    Body(request): Body<CreateKey>,
 ) -> Answer<(StatusCode, Json<NewKey>)> {
     caller.may(Role::Admin)?;
-    let key = app.controller.create_key(&asked).await?;
+    let key = app.controller.create_key(&request).await?;
     Ok((StatusCode::CREATED, Json(key)))
 }
 

@@ -84,10 +84,10 @@ async fn serve(socket: WebSocket, mut out: TunnelOut, into: TunnelIn, in_use: In
             }
         }
     });
-    let (told_end, ended) = oneshot::channel();
+    let (client_end, ended) = oneshot::channel();
     tokio::select! {
         () = to_client(sender, output, ended) => {}
-        () = to_guest(receiver, incoming, told_end) => {}
+        () = to_guest(receiver, incoming, client_end) => {}
     }
     into.disconnect();
     drop(in_use);
@@ -129,9 +129,9 @@ async fn to_client(
 async fn to_guest(
     mut receiver: SplitStream<WebSocket>,
     incoming: mpsc::Sender<Option<Vec<u8>>>,
-    told_end: oneshot::Sender<()>,
+    client_end: oneshot::Sender<()>,
 ) {
-    let mut told_end = Some(told_end);
+    let mut client_end = Some(client_end);
     while let Some(Ok(message)) = receiver.next().await {
         let piece = match message {
             Message::Binary(bytes) => Some(bytes.to_vec()),
@@ -144,14 +144,14 @@ async fn to_guest(
             Message::Ping(_) | Message::Pong(_) => continue,
         };
         let is_end = piece.is_none();
-        if told_end.is_none() {
+        if client_end.is_none() {
             // The client has ended its side before.
             continue;
         }
         // Where the guest takes no more, the other direction tells the client why.
         let _ = incoming.send(piece).await;
-        if is_end && let Some(told_end) = told_end.take() {
-            let _ = told_end.send(());
+        if is_end && let Some(client_end) = client_end.take() {
+            let _ = client_end.send(());
         }
     }
 }

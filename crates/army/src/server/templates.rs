@@ -27,10 +27,10 @@ pub(super) async fn list(State(app): State<App>, _: Caller) -> Answer<Json<Vec<T
 pub(super) async fn register(
     State(app): State<App>,
     caller: Caller,
-    Body(asked): Body<RegisterTemplate>,
+    Body(request): Body<RegisterTemplate>,
 ) -> Answer<(StatusCode, Json<Template>)> {
     caller.may(Role::Admin)?;
-    let template = app.controller.register_template(&asked).await?;
+    let template = app.controller.register_template(&request).await?;
     Ok((StatusCode::CREATED, Json(template)))
 }
 
@@ -52,10 +52,10 @@ pub(super) async fn change(
     State(app): State<App>,
     caller: Caller,
     Path(name): Path<String>,
-    Body(asked): Body<ChangeTemplate>,
+    Body(request): Body<ChangeTemplate>,
 ) -> Answer<Json<Template>> {
     caller.may(Role::Admin)?;
-    let template = app.controller.set_standbys(&name, asked.standbys).await?;
+    let template = app.controller.set_standbys(&name, request.standbys).await?;
     Ok(Json(template))
 }
 
@@ -66,10 +66,10 @@ pub(super) async fn copy(
     State(app): State<App>,
     caller: Caller,
     Path(name): Path<String>,
-    Body(asked): Body<CopyTemplate>,
+    Body(request): Body<CopyTemplate>,
 ) -> Answer<(StatusCode, Json<Template>)> {
     caller.may(Role::Admin)?;
-    let template = app.controller.copy_template(&name, &asked.host).await?;
+    let template = app.controller.copy_template(&name, &request.host).await?;
     Ok((StatusCode::CREATED, Json(template)))
 }
 
@@ -96,14 +96,14 @@ pub(super) async fn import(
     State(app): State<App>,
     caller: Caller,
     Path(name): Path<String>,
-    Params(asked): Params<ImportTemplate>,
+    Params(parameters): Params<ImportTemplate>,
     request: Request,
 ) -> Answer<(StatusCode, Json<Template>)> {
     caller.may(Role::Admin)?;
     let content = chunks::receive(request.into_body().into_data_stream());
     let template = app
         .controller
-        .import_template(&name, asked.host.as_deref(), content)
+        .import_template(&name, parameters.host.as_deref(), content)
         .await?;
     Ok((StatusCode::CREATED, Json(template)))
 }
@@ -115,10 +115,10 @@ pub(super) async fn tag(
     State(app): State<App>,
     caller: Caller,
     Path(tag): Path<String>,
-    Body(asked): Body<SetTag>,
+    Body(request): Body<SetTag>,
 ) -> Answer<Json<Template>> {
     caller.may(Role::Admin)?;
-    Ok(Json(app.controller.tag(&tag, &asked.template).await?))
+    Ok(Json(app.controller.tag(&tag, &request.template).await?))
 }
 
 /// Removes a tag. The template that it points to is kept.

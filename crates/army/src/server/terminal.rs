@@ -45,14 +45,14 @@ pub(super) async fn terminal(
     State(app): State<App>,
     caller: Caller,
     Path(vm): Path<String>,
-    Params(asked): Params<Terminal>,
+    Params(request): Params<Terminal>,
     Upgrade(upgrade): Upgrade,
 ) -> Answer<Response> {
     caller.may(Role::User)?;
     let vm = caller.vm(&app, &vm).await?;
     let environment = app.controller.environment(&vm).await?;
     let (connection, in_use) = app.controller.agent(&vm, AGENT_LIMIT).await?;
-    let running = blocking(move || start(connection, asked, &environment)).await?;
+    let running = blocking(move || start(connection, request, &environment)).await?;
     let upgrade = upgrade
         .protocols([SUBPROTOCOL])
         .max_message_size(MAX_MESSAGE);
@@ -61,7 +61,7 @@ pub(super) async fn terminal(
 
 fn start(
     connection: Connection,
-    asked: Terminal,
+    request: Terminal,
     environment: &std::collections::BTreeMap<String, String>,
 ) -> army_controller::Result<Running> {
     let mut variables: Vec<String> = environment
@@ -78,15 +78,15 @@ fn start(
         ]
     };
     let exec = Exec {
-        login_shell: asked.command.is_none(),
-        command: match asked.command {
+        login_shell: request.command.is_none(),
+        command: match request.command {
             Some(command) => vec!["/bin/sh".into(), "-c".into(), command],
             None => shell(),
         },
         environment: variables,
         terminal: Some(TerminalSize {
-            rows: asked.rows.into(),
-            columns: asked.columns.into(),
+            rows: request.rows.into(),
+            columns: request.columns.into(),
         }),
         input: true,
         ..Exec::default()
@@ -127,11 +127,11 @@ async fn serve(mut socket: WebSocket, mut running: Running, in_use: InUse) {
         }
     });
     let mut ping = tokio::time::interval(PING_EVERY);
-    let mut heard = Instant::now();
+    let mut last_message = Instant::now();
     loop {
         tokio::select! {
             _ = ping.tick() => {
-                if heard.elapsed() > SILENCE || !send(&mut socket, Message::Ping(Bytes::new())).await {
+                if last_message.elapsed() > SILENCE || !send(&mut socket, Message::Ping(Bytes::new())).await {
                     break;
                 }
             }
@@ -153,7 +153,7 @@ async fn serve(mut socket: WebSocket, mut running: Running, in_use: InUse) {
             message = socket.recv() => match message {
                 Some(Ok(Message::Close(_)) | Err(_)) | None => break,
                 Some(Ok(message)) => {
-                    heard = Instant::now();
+                    last_message = Instant::now();
                     // While a guest accepts no input, it is not noticed that its client has disconnected.
                     let sent = timeout(INPUT_LIMIT, typed.send(message)).await;
                     if !matches!(sent, Ok(Ok(()))) {

@@ -38,18 +38,18 @@ pub(super) async fn create(
     State(app): State<App>,
     caller: Caller,
     IdempotencyKey(key): IdempotencyKey,
-    Body(asked): Body<CreateVms>,
+    Body(request): Body<CreateVms>,
 ) -> Answer<(StatusCode, Json<CreatedVms>)> {
     caller.may(Role::User)?;
     run_to_completion(async move {
         let (controller, tenant) = (&app.controller, &caller.key.tenant);
         let key = key.as_deref();
-        let request = asked.clone();
+        let hashed = request.clone();
         let work = async {
-            let created = controller.create(tenant, asked, key).await?;
+            let created = controller.create(tenant, request, key).await?;
             Ok::<_, Failure>(created_vms(created))
         };
-        let created = controller.idempotent(tenant, key, "create", &request, work);
+        let created = controller.idempotent(tenant, key, "create", &hashed, work);
         Ok((StatusCode::CREATED, Json(created.await?)))
     })
     .await
@@ -116,21 +116,21 @@ pub(super) async fn fork(
     caller: Caller,
     Path(vm): Path<String>,
     IdempotencyKey(key): IdempotencyKey,
-    Body(asked): Body<ForkVm>,
+    Body(request): Body<ForkVm>,
 ) -> Answer<(StatusCode, Json<CreatedVms>)> {
     caller.may(Role::User)?;
     let parent = caller.vm(&app, &vm).await?;
     run_to_completion(async move {
         let (controller, tenant) = (&app.controller, &caller.key.tenant);
         let key = key.as_deref();
-        let request = (parent.id.clone(), asked.clone());
+        let hashed = (parent.id.clone(), request.clone());
         let work = async {
             let forked = controller
-                .fork_vm(&parent.tenant, &parent, asked, key)
+                .fork_vm(&parent.tenant, &parent, request, key)
                 .await?;
             Ok::<_, Failure>(created_vms(forked))
         };
-        let forked = controller.idempotent(tenant, key, "fork", &request, work);
+        let forked = controller.idempotent(tenant, key, "fork", &hashed, work);
         Ok((StatusCode::CREATED, Json(forked.await?)))
     })
     .await
@@ -143,12 +143,12 @@ pub(super) async fn snapshot(
     State(app): State<App>,
     caller: Caller,
     Path(vm): Path<String>,
-    Body(asked): Body<SnapshotVm>,
+    Body(request): Body<SnapshotVm>,
 ) -> Answer<(StatusCode, Json<Template>)> {
     // Templates are visible to all tenants, and so would be everything in the guest's memory.
     caller.may(Role::Admin)?;
     let vm = caller.vm(&app, &vm).await?;
-    let template = app.controller.snapshot(&vm, asked).await?;
+    let template = app.controller.snapshot(&vm, request).await?;
     Ok((StatusCode::CREATED, Json(template)))
 }
 
@@ -173,11 +173,13 @@ pub(super) async fn set_balloon(
     State(app): State<App>,
     caller: Caller,
     Path(vm): Path<String>,
-    Body(asked): Body<SetBalloon>,
+    Body(request): Body<SetBalloon>,
 ) -> Answer<Json<Balloon>> {
     caller.may(Role::User)?;
     let vm = caller.vm(&app, &vm).await?;
-    Ok(Json(app.controller.balloon(&vm, Some(asked.bytes)).await?))
+    Ok(Json(
+        app.controller.balloon(&vm, Some(request.bytes)).await?,
+    ))
 }
 
 /// Runs work to its completion even if its client disconnects: a client that repeats the request
