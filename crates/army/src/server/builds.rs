@@ -34,7 +34,7 @@ pub(super) async fn build(
     // Templates are visible to all tenants.
     caller.may(Role::Admin)?;
     let (listener, mut events) = mpsc::channel(AHEAD);
-    // The build continues in a task of its own where its client disconnects: its VM has to be ended.
+    // The build runs in a task of its own, which ends its VM where its client disconnects.
     tokio::spawn(async move {
         let tenant = &caller.key.tenant;
         let built = app.controller.build(tenant, request, &listener).await;

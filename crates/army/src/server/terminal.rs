@@ -154,7 +154,8 @@ async fn serve(mut socket: WebSocket, mut running: Running, in_use: InUse) {
                 Some(Ok(Message::Close(_)) | Err(_)) | None => break,
                 Some(Ok(message)) => {
                     last_message = Instant::now();
-                    // While a guest accepts no input, it is not noticed that its client has disconnected.
+                    // While a guest accepts no input, it is not noticed that its client has
+                    // disconnected.
                     let sent = timeout(INPUT_LIMIT, typed.send(message)).await;
                     if !matches!(sent, Ok(Ok(()))) {
                         break;
