@@ -5,12 +5,11 @@ mod served;
 
 use std::collections::BTreeMap;
 
-use army::store::Store;
-use army::store::vms::NewVms;
 use army_api::client::{Client, ClientError};
 use army_api::keys::{Key, Role};
 use army_api::vms::{CreateVms, CreatedVms, Egress, ForkTimes, NetworkPolicy, Vm, VmPage, VmState};
 use army_api::{Problem, ProblemKind};
+use army_controller::{Database, ErrorKind};
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -51,12 +50,12 @@ on_each_database! {
 async fn a_shared_database_has_one_controller() {
     let postgres = Postgres::start();
     let first = postgres.open().await;
-    let problem = Store::open(&postgres.url()).await.map(drop).unwrap_err();
-    assert_eq!(problem.kind, ProblemKind::Conflict);
+    let error = Database::open(&postgres.url()).await.map(drop).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Conflict);
     drop(first);
     postgres.open().await;
-    let problem = Store::open("mysql://x").await.map(drop).unwrap_err();
-    assert_eq!(problem.kind, ProblemKind::InvalidRequest);
+    let error = Database::open("mysql://x").await.map(drop).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::InvalidRequest);
 }
 
 fn problem(result: Result<Value, ClientError>) -> Problem {
@@ -154,7 +153,11 @@ async fn what_cannot_be_understood_is_a_problem_that_says_why(server: Server) {
 
 async fn a_fork_that_fails_is_told_written_down_and_leaves_its_name_free(server: Server) {
     // The store knows it, and the host does not have it.
-    server.store.add_template(&template("lost")).await.unwrap();
+    server
+        .records
+        .insert_template(&template("lost"))
+        .await
+        .unwrap();
     let asked = CreateVms {
         template: "lost".into(),
         count: 1,
@@ -204,23 +207,19 @@ async fn a_list_says_of_a_vm_what_is_said_of_it_alone(server: Server) {
         memory: None,
     };
     let vms: Vec<Vm> = (1..=3).map(vm).collect();
-    let new = NewVms {
-        vms: &vms,
-        environment: &BTreeMap::new(),
-        request: None,
-    };
-    let store = &server.store;
-    store.add_vms(&new).await.unwrap();
+    let records = &server.records;
+    records.insert_vms(&vms, &BTreeMap::new()).await.unwrap();
     let times = ForkTimes {
         warm: true,
         total_us: 5000,
         ..ForkTimes::default()
     };
     let notices = vec![odd.to_owned(), "no disk".to_owned()];
-    let made = Ok((times, notices.clone()));
-    store.made_vm(&vms[1].id, &made).await.unwrap();
+    let forked = records.record_fork(&vms[1].id, times, &notices);
+    forked.await.unwrap();
     let failed = std::slice::from_ref(&vms[2].id);
-    store.set_vms(failed, VmState::Failed, odd).await.unwrap();
+    let state = VmState::Failed;
+    records.set_vm_states(failed, state, odd).await.unwrap();
     let list = async |query: &[(&str, &str)]| -> VmPage {
         let query: BTreeMap<_, _> = query.iter().copied().collect();
         server.admin.get("/v1/vms", &query).await.unwrap()
@@ -228,7 +227,7 @@ async fn a_list_says_of_a_vm_what_is_said_of_it_alone(server: Server) {
     let all = list(&[("all", "true")]).await.vms;
     assert_eq!(all.len(), 3);
     for listed in &all {
-        assert_eq!(*listed, store.vm(&listed.id, None).await.unwrap());
+        assert_eq!(*listed, records.vm(&listed.id).await.unwrap());
     }
     assert_eq!((&all[0], &all[1].fork), (&vms[0], &Some(times)));
     assert_eq!(all[1].notices, notices);
@@ -240,8 +239,12 @@ async fn a_list_says_of_a_vm_what_is_said_of_it_alone(server: Server) {
 }
 
 async fn a_quota_and_a_drained_host_are_honest_refusals(server: Server) {
-    server.store.add_template(&template("t")).await.unwrap();
-    let poor = create_key(&server.store, "poor", Role::User, Some(1)).await;
+    server
+        .records
+        .insert_template(&template("t"))
+        .await
+        .unwrap();
+    let poor = create_key(&server.records, "poor", Role::User, Some(1)).await;
     let poor = Client::new(&server.url, poor.secret).unwrap();
     let asked = json!({"template": "t", "count": 2});
     let refused = problem(poor.send(Method::POST, "/v1/vms", &asked).await);
@@ -256,7 +259,11 @@ async fn a_quota_and_a_drained_host_are_honest_refusals(server: Server) {
 
 async fn a_tag_points_to_one_template_at_a_time_and_keeps_it(server: Server) {
     for name in ["v1", "v2"] {
-        server.store.add_template(&template(name)).await.unwrap();
+        server
+            .records
+            .insert_template(&template(name))
+            .await
+            .unwrap();
     }
     let admin = &server.admin;
     let tag = async |tag: &str, template: &str| {
@@ -280,8 +287,8 @@ async fn a_tag_points_to_one_template_at_a_time_and_keeps_it(server: Server) {
         problem(tag("a%2Fb", "v1").await).kind,
         ProblemKind::InvalidRequest
     );
-    let refused = server.store.add_template(&template("latest")).await;
-    assert_eq!(refused.unwrap_err().kind, ProblemKind::Conflict);
+    let refused = server.records.insert_template(&template("latest")).await;
+    assert_eq!(refused.unwrap_err().kind, ErrorKind::Conflict);
     // It is found by its tag: what fails is that its host does not have it.
     let asked = json!({"template": "latest"});
     let refused = problem(admin.send(Method::POST, "/v1/vms", &asked).await);
@@ -301,8 +308,12 @@ async fn a_tag_points_to_one_template_at_a_time_and_keeps_it(server: Server) {
 }
 
 async fn a_build_that_cannot_begin_is_refused_before_anything_is_done(server: Server) {
-    server.store.add_template(&template("base")).await.unwrap();
-    server.store.tag("latest", "base").await.unwrap();
+    server
+        .records
+        .insert_template(&template("base"))
+        .await
+        .unwrap();
+    server.records.tag("latest", "base").await.unwrap();
     let build = async |name: &str, from: &str, steps: Value| {
         let asked = json!({"template": name, "from": from, "steps": steps});
         problem(server.admin.send(Method::POST, "/v1/builds", &asked).await)
@@ -343,7 +354,7 @@ async fn a_build_that_cannot_begin_is_refused_before_anything_is_done(server: Se
     // One whose VM cannot be made is answered as the VM's creation is.
     let refused = build("new", "latest", run).await;
     assert!(refused.detail.contains("base"), "{refused}");
-    let key = create_key(&server.store, "red", Role::User, None).await;
+    let key = create_key(&server.records, "red", Role::User, None).await;
     let user = Client::new(&server.url, key.secret).unwrap();
     let asked = json!({"template": "new", "from": "base", "steps": []});
     let refused = problem(user.send(Method::POST, "/v1/builds", &asked).await);
@@ -351,7 +362,11 @@ async fn a_build_that_cannot_begin_is_refused_before_anything_is_done(server: Se
 }
 
 async fn labels_decide_which_hosts_a_vm_may_go_to(server: Server) {
-    server.store.add_template(&template("t")).await.unwrap();
+    server
+        .records
+        .insert_template(&template("t"))
+        .await
+        .unwrap();
     let label = async |labels: Value| {
         let asked = json!({ "labels": labels });
         let admin = &server.admin;

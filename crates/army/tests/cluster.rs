@@ -5,18 +5,21 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use army::cluster::authority::{Authority, Credentials};
-use army::cluster::enrol::{self, Token};
-use army::cluster::membership::Membership;
-use army::cluster::tls::{self, Identity, Listener, Peer};
-use army::cluster::{Member, authority};
-use army::controller::host::{Host, Origin};
-use army::controller::remote::Remote;
-use army::controller::{Cluster, Controller};
-use army::node::{Node, serve};
-use army::store::Store;
+use army::enrol;
+use army_api::ProblemKind;
 use army_api::hosts::HostState;
-use army_api::{Problem, ProblemKind};
+use army_controller::{Cluster, Controller, Database};
+use army_node::membership::Membership;
+use army_node::{Node, NodeService};
+use army_node_api::cluster::authority::{Authority, Credentials};
+use army_node_api::cluster::tls::{self, Identity, Listener, Peer};
+use army_node_api::cluster::token::Token;
+use army_node_api::cluster::{Member, authority};
+use army_node_api::requests::{
+    ConnectAgentRequest, FetchTemplateRequest, HostReport, RenewalRequest, RenewalResponse,
+    ReportRequest,
+};
+use army_node_api::{Deadline, ErrorKind, NodeApi, Remote, Result, router};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use tokio::net::TcpListener;
@@ -32,9 +35,8 @@ struct Army {
 
 async fn army() -> Army {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(&Store::sqlite(&dir.path().join("army.db")))
-        .await
-        .unwrap();
+    let url = Database::sqlite_url(&dir.path().join("army.db"));
+    let database = Database::open(&url).await.unwrap();
     let authority = Arc::new(Authority::open(dir.path()).unwrap());
     let credentials = authority.credentials(&Member::Controller).unwrap();
     let identity = Identity::new(&credentials).unwrap();
@@ -42,7 +44,7 @@ async fn army() -> Army {
         tls: identity.client().unwrap(),
         fingerprint: fingerprint(&authority),
     };
-    let controller = Arc::new(Controller::of_cluster(store, cluster).await.unwrap());
+    let controller = Arc::new(Controller::of_cluster(database, cluster).await.unwrap());
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let desk = listener.local_addr().unwrap();
     let listener = Listener::new(listener, &identity, true).unwrap();
@@ -67,7 +69,7 @@ impl Army {
     async fn host(&self, name: &str) -> (SocketAddr, Credentials, JoinHandle<()>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let (token, _) = self.controller.token(1).await.unwrap();
+        let (token, _) = self.controller.create_join_token(1).await.unwrap();
         let credentials = enrol::join(self.desk, &token, name, address).await.unwrap();
         let file = self.dir.path().join(format!("{name}.json"));
         let member = Membership::join(file, name.to_owned(), credentials.clone()).unwrap();
@@ -84,7 +86,8 @@ impl Army {
             Node::open(name, path.join("vms"), runtime, templates).unwrap()
         });
         let listener = Listener::new(listener, member.identity(), false).unwrap();
-        let router = serve::router(node.await.unwrap(), Arc::new(member)).unwrap();
+        let service = NodeService::in_cluster(node.await.unwrap(), Arc::new(member)).unwrap();
+        let router = router::router(Arc::new(service));
         let service = router.into_make_service_with_connect_info::<Peer>();
         tokio::spawn(async move { axum::serve(listener, service).await.unwrap() })
     }
@@ -103,18 +106,23 @@ impl Army {
     }
 }
 
-/// What a member with these credentials is told when it asks the node of `name` for something.
-async fn ask<T: Send + 'static>(
-    credentials: &Credentials,
-    name: &str,
-    address: SocketAddr,
-    question: impl FnOnce(&Remote) -> Result<T, Problem> + Send + 'static,
-) -> Result<T, Problem> {
+/// The node of `name`, as a member with these credentials reaches it.
+fn node(credentials: &Credentials, name: &str, address: SocketAddr) -> Remote {
     let tls = Identity::new(credentials).unwrap().client().unwrap();
-    let remote = Remote::new(name, address, tls).unwrap();
-    tokio::task::spawn_blocking(move || question(&remote))
+    Remote::new(name, address, tls).unwrap()
+}
+
+fn deadline() -> Deadline {
+    Deadline::after(Duration::from_secs(60))
+}
+
+async fn renewal(node: &Remote) -> Result<RenewalResponse> {
+    node.request_renewal(RenewalRequest::default(), deadline())
         .await
-        .unwrap()
+}
+
+async fn report(node: &Remote) -> Result<HostReport> {
+    node.report(ReportRequest::default(), deadline()).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -128,7 +136,7 @@ async fn a_host_joins_once_with_a_token_and_is_heard_of() {
     .await;
     // Its name is taken, and a token works once, for whoever comes first.
     let address = "127.0.0.1:1".parse().unwrap();
-    let (token, _) = army.controller.token(1).await.unwrap();
+    let (token, _) = army.controller.create_join_token(1).await.unwrap();
     let problem = enrol::join(army.desk, &token, "a", address)
         .await
         .err()
@@ -143,7 +151,7 @@ async fn a_host_joins_once_with_a_token_and_is_heard_of() {
         .err()
         .unwrap();
     assert_eq!(problem.kind, ProblemKind::Unauthorized);
-    let (token, _) = army.controller.token(1).await.unwrap();
+    let (token, _) = army.controller.create_join_token(1).await.unwrap();
     let problem = enrol::join(army.desk, &token, "../x", address)
         .await
         .err()
@@ -160,7 +168,7 @@ async fn a_host_joins_once_with_a_token_and_is_heard_of() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_is_told_to_no_other_controller() {
     let (ours, theirs) = (army().await, army().await);
-    let (token, _) = ours.controller.token(1).await.unwrap();
+    let (token, _) = ours.controller.create_join_token(1).await.unwrap();
     let address = "127.0.0.1:1".parse().unwrap();
     let problem = enrol::join(theirs.desk, &token, "a", address)
         .await
@@ -184,24 +192,25 @@ async fn only_the_controller_commands_a_node_and_only_members_reach_it() {
     let (address, a, _task) = army.host("a").await;
     let (_, b, _task) = army.host("b").await;
     let controller = army.authority.credentials(&Member::Controller).unwrap();
-    ask(&controller, "a", address, |node| node.report())
-        .await
-        .unwrap();
+    report(&node(&controller, "a", address)).await.unwrap();
     // Another node gets templates, and nothing else.
     for credentials in [&a, &b] {
-        let refused = ask(credentials, "a", address, |node| node.report()).await;
-        assert_eq!(refused.unwrap_err().kind, ProblemKind::Forbidden);
-        let refused = ask(credentials, "a", address, |node| node.agent("x").map(drop)).await;
-        assert_eq!(refused.unwrap_err().kind, ProblemKind::Forbidden);
+        let refused = report(&node(credentials, "a", address)).await;
+        assert_eq!(refused.unwrap_err().kind, ErrorKind::PermissionDenied);
+        let refused = node(credentials, "a", address)
+            .connect_agent(ConnectAgentRequest { vm: "x".into() }, deadline())
+            .await
+            .map(drop);
+        assert_eq!(refused.unwrap_err().kind, ErrorKind::PermissionDenied);
     }
     // Another Army's controller is nobody here, and neither is a node that takes another's name.
     let folder = tempfile::tempdir().unwrap();
     let other = authority::Authority::open(folder.path()).unwrap();
     let stranger = other.credentials(&Member::Controller).unwrap();
-    let refused = ask(&stranger, "a", address, |node| node.report()).await;
-    assert_eq!(refused.unwrap_err().kind, ProblemKind::HostUnavailable);
-    let refused = ask(&controller, "b", address, |node| node.report()).await;
-    assert_eq!(refused.unwrap_err().kind, ProblemKind::HostUnavailable);
+    let refused = report(&node(&stranger, "a", address)).await;
+    assert_eq!(refused.unwrap_err().kind, ErrorKind::HostUnreachable);
+    let refused = report(&node(&controller, "b", address)).await;
+    assert_eq!(refused.unwrap_err().kind, ErrorKind::HostUnreachable);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -209,7 +218,7 @@ async fn an_old_certificate_is_renewed_while_its_node_goes_on() {
     let army = army().await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let (token, _) = army.controller.token(1).await.unwrap();
+    let (token, _) = army.controller.create_join_token(1).await.unwrap();
     let joined = enrol::join(army.desk, &token, "a", address).await.unwrap();
     // A file that does not say when it was certified is of long ago.
     let file = army.dir.path().join("a.json");
@@ -224,21 +233,25 @@ async fn an_old_certificate_is_renewed_while_its_node_goes_on() {
     };
 
     // Nobody but the controller brings one.
-    let refused = ask(&joined, "a", address, |node| node.certificate_request()).await;
-    assert_eq!(refused.unwrap_err().kind, ProblemKind::Forbidden);
-    army.controller.renew_once(&army.authority).await;
+    let refused = renewal(&node(&joined, "a", address)).await;
+    assert_eq!(refused.unwrap_err().kind, ErrorKind::PermissionDenied);
+    army.controller
+        .renew_certificates_once(&army.authority)
+        .await;
     let renewed = kept();
     assert_ne!(renewed.certificate, joined.certificate);
     assert_ne!(renewed.key, joined.key);
-    army.controller.renew_once(&army.authority).await;
+    army.controller
+        .renew_certificates_once(&army.authority)
+        .await;
     assert_eq!(kept().certificate, renewed.certificate, "once is enough");
 
     // The node shows it, and it is believed.
     let controller = army.authority.credentials(&Member::Controller).unwrap();
-    let request = ask(&controller, "a", address, |node| node.certificate_request()).await;
-    assert_eq!(request.unwrap(), None);
-    let refused = ask(&renewed, "a", address, |node| node.report()).await;
-    assert_eq!(refused.unwrap_err().kind, ProblemKind::Forbidden);
+    let request = renewal(&node(&controller, "a", address)).await;
+    assert_eq!(request.unwrap().signing_request, None);
+    let refused = report(&node(&renewed, "a", address)).await;
+    assert_eq!(refused.unwrap_err().kind, ErrorKind::PermissionDenied);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -248,13 +261,14 @@ async fn a_template_that_is_nowhere_is_not_fetched() {
     let (there, _, _task) = army.host("b").await;
     let controller = army.authority.credentials(&Member::Controller).unwrap();
     for template in ["none", "../../etc"] {
-        let origin = Origin {
+        let request = FetchTemplateRequest {
             host: "b".into(),
             address: there,
             template: template.into(),
             id: "0".into(),
         };
-        let refused = ask(&controller, "a", address, move |node| node.fetch(&origin)).await;
+        let node = node(&controller, "a", address);
+        let refused = node.fetch_template(request, deadline()).await;
         refused.unwrap_err();
     }
     let left = std::fs::read_dir(army.dir.path().join("a/templates"));

@@ -64,11 +64,11 @@ async fn whatever_is_asked_the_answer_is_one_that_is_described() {
 /// Puts things there to be asked for; returns their names.
 async fn furnish(server: &Server) -> Vec<String> {
     server
-        .store
-        .add_template(&served::template("t"))
+        .records
+        .insert_template(&served::template("t"))
         .await
         .unwrap();
-    server.store.tag("latest", "t").await.unwrap();
+    server.records.tag("latest", "t").await.unwrap();
     let vm = Vm {
         id: "0a0b0c0d0e0f".into(),
         name: "a".into(),
@@ -87,12 +87,9 @@ async fn furnish(server: &Server) -> Vec<String> {
         notices: vec!["no disk".into()],
         memory: None,
     };
-    let new = army::store::vms::NewVms {
-        vms: std::slice::from_ref(&vm),
-        environment: &[("A".to_owned(), "B".to_owned())].into(),
-        request: None,
-    };
-    server.store.add_vms(&new).await.unwrap();
+    let environment = [("A".to_owned(), "B".to_owned())].into();
+    let vms = std::slice::from_ref(&vm);
+    server.records.insert_vms(vms, &environment).await.unwrap();
     ["t", "latest", "a", "0a0b0c0d0e0f", "here", "none", "1"]
         .map(str::to_owned)
         .into()

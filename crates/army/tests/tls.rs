@@ -44,7 +44,7 @@ async fn list(client: &Client) -> Result<VmPage, ClientError> {
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_believe_the_authority_they_are_told_of_and_renewals_are_noticed() {
     let server = served::server(None).await;
-    let key = served::create_key(&server.store, "root", Role::Admin, None).await;
+    let key = served::create_key(&server.records, "root", Role::Admin, None).await;
     let files = Files {
         certificate: server.dir.path().join("cert.pem"),
         key: server.dir.path().join("key.pem"),
@@ -89,6 +89,6 @@ fn a_key_of_another_certificate_is_noticed_at_the_start() {
         certificate: one.certificate,
         key: two.key,
     };
-    let problem = config(mixed).unwrap_err();
-    assert!(problem.detail.contains("two.key"), "{problem}");
+    let error = config(mixed).unwrap_err();
+    assert!(error.message.contains("two.key"), "{error}");
 }

@@ -12,9 +12,9 @@ use futures_util::StreamExt;
 
 use super::context::Context;
 use super::output::note;
-use super::things::pair;
+use super::output::pair;
 
-/// What the options for steps are called, by clap.
+/// The names of the options for steps, in clap.
 const RUN: &str = "run";
 const WRITE: &str = "write";
 
@@ -120,7 +120,7 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<Template> {
     }
     let count = steps.len();
     let titles: Vec<String> = steps.iter().map(title).collect();
-    let asked = BuildTemplate {
+    let request = BuildTemplate {
         template: options.name,
         from: options.from,
         steps,
@@ -128,7 +128,10 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<Template> {
         host_labels: options.host_labels.into_iter().collect(),
         timeout_s: options.timeout,
     };
-    let events = context.client()?.post_stream("/v1/builds", &asked).await?;
+    let events = context
+        .client()?
+        .post_stream("/v1/builds", &request)
+        .await?;
     let mut events = std::pin::pin!(events);
     while let Some(event) = events.next().await {
         match event? {
@@ -138,7 +141,7 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<Template> {
                     .map_or("", String::as_str);
                 note(&format!("step {number} of {count}: {title}"));
             }
-            // Our output is the template, which may be read by a program.
+            // The standard output is for the template, which a program may read.
             BuildEvent::Output { text, .. } => std::io::stderr().write_all(text.as_bytes())?,
             BuildEvent::Built { template } => return Ok(template),
             BuildEvent::Failed { problem } => return Err(ClientError::Refused(problem).into()),

@@ -1,4 +1,4 @@
-//! Which server is asked, with which key, and how answers are shown.
+//! The server that requests are sent to, the key, and how responses are shown.
 
 use std::path::PathBuf;
 
@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::output;
 
-/// Where `army dev` listens unless it is told otherwise.
+/// The address where `army dev` listens by default.
 pub(super) const DEFAULT_URL: &str = "http://127.0.0.1:7777";
 
 #[derive(Args)]
@@ -28,7 +28,7 @@ pub(super) struct Options {
     json: bool,
 }
 
-/// What every client command has.
+/// The context of every client command.
 pub(super) struct Context {
     options: Options,
 }

@@ -10,10 +10,11 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
 use super::serve;
-use crate::cluster::authority::Authority;
-use crate::cluster::tls::{self, Identity, Listener, Peer};
-use crate::cluster::{Member, enrol};
-use crate::controller::{Cluster, Controller};
+use crate::enrol;
+use army_controller::{Cluster, Controller};
+use army_node_api::cluster::Member;
+use army_node_api::cluster::authority::Authority;
+use army_node_api::cluster::tls::{self, Identity, Listener, Peer};
 
 /// Serve the API and the dashboard of several hosts, each of which runs `army node`.
 ///
@@ -46,9 +47,9 @@ pub(super) struct Args {
 
 pub(super) async fn run(args: Args) -> Result<ExitCode> {
     let _lock = serve::begin(&args.state)?;
-    let door = serve::Door::open(args.listen, args.tls).await?;
+    let listener = serve::ApiListener::open(args.listen, args.tls).await?;
     let joining = serve::listen(args.cluster_listen).await?;
-    let store = serve::store(args.database.as_deref(), &args.state).await?;
+    let database = serve::database(args.database.as_deref(), &args.state).await?;
     let authority = Authority::open(&args.state)?;
     let certificate = CertificateDer::from_pem_slice(authority.certificate().as_bytes())?;
     let identity = Identity::new(&authority.credentials(&Member::Controller)?)?;
@@ -56,24 +57,24 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
         tls: identity.client()?,
         fingerprint: tls::fingerprint(&certificate),
     };
-    let controller = Controller::of_cluster(store.clone(), cluster).await?;
-    // Hosts that join have nothing to show yet but their token.
+    let controller = Controller::of_cluster(database, cluster).await?;
+    // Hosts that join have no certificate yet.
     let joining = Listener::new(joining, &identity, true)?;
     let enrol = move |controller: &Arc<Controller>| {
         let authority = Arc::new(authority);
         let router = enrol::router(Arc::clone(controller), Arc::clone(&authority));
         let service = router.into_make_service_with_connect_info::<Peer>();
-        let renewal = Arc::clone(controller).renew(authority);
+        let renewal = Arc::clone(controller).renew_certificates(authority);
         let joining = async move {
             if let Err(error) = axum::serve(joining, service).await {
                 tracing::error!(%error, "hosts cannot join any more");
             }
         };
         Ok(tokio::spawn(async {
-            // The first goes on for ever.
+            // The renewal never ends.
             tokio::join!(renewal, joining);
         }))
     };
-    serve::api(controller, &store, door, enrol).await?;
+    serve::api(controller, listener, enrol).await?;
     Ok(ExitCode::SUCCESS)
 }

@@ -3,11 +3,13 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Result;
 
 use super::serve;
-use crate::controller::Controller;
+use army_controller::Controller;
+use army_node::NodeService;
 
 /// Serve everything on this host: API, dashboard, store and VMs.
 ///
@@ -41,13 +43,14 @@ pub(super) struct Args {
 
 pub(super) async fn run(args: Args) -> Result<ExitCode> {
     let _lock = serve::begin(&args.state)?;
-    // First, so that a second server or a wrong address is told before anything is done.
-    let door = serve::Door::open(args.listen, args.tls).await?;
-    let store = serve::store(args.database.as_deref(), &args.state).await?;
+    // This comes first, so that a second server or a wrong address is reported before anything is
+    // done.
+    let listener = serve::ApiListener::open(args.listen, args.tls).await?;
+    let database = serve::database(args.database.as_deref(), &args.state).await?;
     let name = args.host_name.unwrap_or_else(serve::host_name);
     let node = serve::node(name, &args.state, &args.jail).await?;
-    let controller = Controller::alone(store.clone(), node);
+    let controller = Controller::of_one_host(database, Arc::new(NodeService::in_process(node)));
     let nothing = |_: &_| Ok(tokio::spawn(async {}));
-    serve::api(controller, &store, door, nothing).await?;
+    serve::api(controller, listener, nothing).await?;
     Ok(ExitCode::SUCCESS)
 }

@@ -14,9 +14,9 @@ use reqwest::Method;
 use super::context::Context;
 use super::output::{note, table};
 
-/// What a command's exit status is when a signal ended it, as shells say it: 128 and the signal.
+/// The base of the exit status of a command that a signal ended, as in shells: 128 plus the signal.
 const SIGNAL_BASE: i32 = 128;
-/// As of timeout(1).
+/// The exit status of a command that exceeded its time limit, as of timeout(1).
 const TIMED_OUT: u8 = 124;
 
 /// Run a command in a VM, print its output, and exit with its exit status.
@@ -59,7 +59,7 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
         true => Some(std::io::read_to_string(std::io::stdin()).context("the input is no text")?),
         false => None,
     };
-    let asked = Exec {
+    let request = Exec {
         command: args.command,
         environment,
         directory: args.directory,
@@ -69,12 +69,18 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
     };
     if args.detach {
         let path = format!("/v1/vms/{}/commands", segment(&args.vm));
-        let started: Command = context.client()?.send(Method::POST, &path, &asked).await?;
+        let started: Command = context
+            .client()?
+            .send(Method::POST, &path, &request)
+            .await?;
         context.show(&started, |it| it.id.to_string())?;
         return Ok(ExitCode::SUCCESS);
     }
     let path = format!("/v1/vms/{}/exec", segment(&args.vm));
-    let result: ExecResult = context.client()?.send(Method::POST, &path, &asked).await?;
+    let result: ExecResult = context
+        .client()?
+        .send(Method::POST, &path, &request)
+        .await?;
     let code = code_of(result.exit_code, result.signal, result.timed_out);
     if context.is_json() {
         context.show(&result, |_| String::new())?;
@@ -90,7 +96,7 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
     Ok(ExitCode::from(code))
 }
 
-/// What a command's end is as an exit status.
+/// The exit status for the end of a command.
 fn code_of(exit_code: Option<i32>, signal: Option<i32>, timed_out: bool) -> u8 {
     match (exit_code, signal) {
         _ if timed_out => TIMED_OUT,
@@ -186,7 +192,7 @@ fn print(event: &CommandEvent) -> Result<()> {
             out.write_all(text.as_bytes())?;
             out.flush()?;
         }
-        CommandEvent::Lost { bytes, .. } => note(&format!("{bytes} bytes of output are gone")),
+        CommandEvent::Lost { bytes, .. } => note(&format!("{bytes} bytes of output were lost")),
         CommandEvent::Ended(_) => {}
     }
     Ok(())

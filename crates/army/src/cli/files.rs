@@ -1,4 +1,4 @@
-//! `army cp`, and files that are read and written here.
+//! `army cp`, and reading and writing files of this host.
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
@@ -14,7 +14,7 @@ use futures_util::{Stream, StreamExt};
 
 use super::context::Context;
 
-/// Permissions of files that come from elsewhere.
+/// The permissions of files that are created on this host.
 const NEW_FILE_MODE: u32 = 0o644;
 
 /// Copy a file into or out of a VM: one side is VM:PATH.
@@ -48,10 +48,10 @@ pub(super) async fn copy(context: &Context, args: CopyArgs) -> Result<ExitCode> 
         (None, Some((vm, path))) => {
             let from = Path::new(&args.from);
             let body = open(from).await?;
-            // Names in a guest are text.
+            // File names in a guest are sent as text.
             let own = from.file_name().and_then(OsStr::to_str);
             let file = FilePath {
-                // As in cp: into a directory, under its own name.
+                // As with cp, a file that is copied into a directory keeps its name.
                 path: match own {
                     Some(own) if path.ends_with('/') => format!("{path}{own}"),
                     _ => path.to_owned(),
@@ -70,13 +70,13 @@ pub(super) async fn copy(context: &Context, args: CopyArgs) -> Result<ExitCode> 
     Ok(ExitCode::SUCCESS)
 }
 
-/// A file's permissions, as the API takes them.
+/// A file's permissions in the API's form.
 fn mode_of(path: &Path) -> Option<String> {
     let about = std::fs::metadata(path).ok().filter(|it| it.is_file())?;
     Some(format!("{:o}", about.permissions().mode() & 0o7777))
 }
 
-/// Where a VM's file goes: into a directory under its own name, else to that very path.
+/// The path of the copy of a VM's file: in a directory it keeps its name.
 fn landing(path: &str, target: &Path) -> PathBuf {
     match Path::new(path).file_name() {
         Some(own) if target.is_dir() => target.join(own),
@@ -84,8 +84,8 @@ fn landing(path: &str, target: &Path) -> PathBuf {
     }
 }
 
-/// Writes what comes to `target`, which appears whole or not at all. A device or a pipe is written
-/// into.
+/// Writes the content to `target`. A file appears as a whole or not at all; a device or a pipe is
+/// written to.
 pub(super) async fn receive(
     pieces: impl Stream<Item = Result<Vec<u8>, ClientError>>,
     target: &Path,
@@ -99,14 +99,14 @@ pub(super) async fn receive(
     sink.keep(NEW_FILE_MODE).with_context(failed)
 }
 
-/// The file at `path` as a request's body, read as it is sent.
+/// The file at `path` as the body of a request. It is read while it is sent.
 pub(super) async fn open(path: &Path) -> Result<reqwest::Body> {
     let file = tokio::fs::File::open(path).await;
     let file = file.with_context(|| format!("cannot read {}", path.display()))?;
     Ok(file.into())
 }
 
-/// The VM and the path of `VM:/path`; what is not text is a file here.
+/// The VM and the path of `VM:/path`. An argument that is not text is a file of this host.
 fn inside(text: &OsStr) -> Option<(&str, &str)> {
     let (vm, path) = text.to_str()?.split_once(':')?;
     (clone_api::validate::is_valid_name(vm) && path.starts_with('/')).then_some((vm, path))
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_in_a_vm_is_told_from_one_that_is_not() {
+    fn a_file_in_a_vm_is_distinguished_from_a_file_of_this_host() {
         assert_eq!(inside(OsStr::new("a:/etc/x")), Some(("a", "/etc/x")));
         assert_eq!(inside(OsStr::new("a:/b:/c")), Some(("a", "/b:/c")));
         for text in [&b"/a:/b"[..], b"a:b", b"./a", b"a", b"./a:/b", b"a:/n\xff"] {

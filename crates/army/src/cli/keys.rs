@@ -67,12 +67,12 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
                 RoleArg::User => Role::User,
                 RoleArg::Admin => Role::Admin,
             };
-            let asked = CreateKey {
+            let request = CreateKey {
                 tenant,
                 role,
                 max_vms,
             };
-            let key: NewKey = client.send(Method::POST, "/v1/keys", &asked).await?;
+            let key: NewKey = client.send(Method::POST, "/v1/keys", &request).await?;
             context.show(&key, |key| key.secret.clone())?;
         }
         Command::Rm { id } => {

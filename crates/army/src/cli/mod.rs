@@ -1,11 +1,13 @@
-//! The command line: one file for each kind of thing.
+//! The command line: one file for each command.
 
 mod build;
 mod context;
 mod controller;
 mod dev;
+mod events;
 mod exec;
 mod files;
+mod hosts;
 mod keys;
 mod node;
 mod output;
@@ -14,7 +16,7 @@ mod serve;
 mod shell;
 mod socket;
 mod templates;
-mod things;
+mod vms;
 
 use std::process::ExitCode;
 
@@ -48,13 +50,13 @@ enum Command {
     Node(node::Args),
     /// Manage hosts: list, label, drain, undrain, make join tokens, remove.
     #[command(subcommand)]
-    Host(things::HostCommand),
+    Host(hosts::Command),
     /// Manage templates: list, build, register, tag, copy, export, import, standbys, remove.
     #[command(subcommand)]
     Template(templates::Command),
     /// Manage VMs: create, list, inspect, fork, pause, resume, balloon, snapshot, destroy.
     #[command(subcommand)]
-    Vm(things::VmCommand),
+    Vm(vms::Command),
     /// Run a command in a VM, print its output, and exit with its exit status.
     Exec(exec::Args),
     /// Manage commands that were started with `exec --detach`: list, output, signal.
@@ -67,7 +69,7 @@ enum Command {
     /// Copy a file into or out of a VM: one side is VM:PATH.
     Cp(files::CopyArgs),
     /// Print events as they happen.
-    Events(things::EventsArgs),
+    Events(events::Args),
     /// Manage keys: list, create, remove.
     #[command(subcommand)]
     Key(keys::Command),
@@ -77,7 +79,7 @@ enum Command {
     Man(generate::ManArgs),
 }
 
-/// Parses the command line and does what it says.
+/// Parses the command line and runs its command.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -102,15 +104,15 @@ async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Dev(args) => dev::run(args).await,
         Command::Controller(args) => controller::run(args).await,
         Command::Node(args) => node::run(args).await,
-        Command::Host(command) => things::host(&context, command).await,
+        Command::Host(command) => hosts::run(&context, command).await,
         Command::Template(command) => templates::run(&context, command).await,
-        Command::Vm(command) => things::vm(&context, command).await,
+        Command::Vm(command) => vms::run(&context, command).await,
         Command::Exec(args) => exec::run(&context, args).await,
         Command::Detached(command) => exec::command(&context, command).await,
         Command::Shell(args) => shell::run(&context, args).await,
         Command::PortForward(args) => ports::run(&context, args).await,
         Command::Cp(args) => files::copy(&context, args).await,
-        Command::Events(args) => things::events(&context, args).await,
+        Command::Events(args) => events::run(&context, args).await,
         Command::Key(command) => keys::run(&context, command).await,
         Command::Openapi => {
             output::print(&crate::server::openapi().to_pretty_json()?);

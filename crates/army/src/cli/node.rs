@@ -9,12 +9,13 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use super::{output, serve};
-use crate::cluster::enrol::{self, Token};
-use crate::cluster::membership::Membership;
-use crate::cluster::tls::{Listener, Peer};
-use crate::node;
+use crate::enrol;
+use army_node::NodeService;
+use army_node::membership::Membership;
+use army_node_api::cluster::tls::{Listener, Peer};
+use army_node_api::cluster::token::Token;
 
-/// What a node remembers of having joined.
+/// The file of the node's membership, in the state directory.
 const MEMBERSHIP: &str = "membership.json";
 
 /// Run this host's VMs for a controller.
@@ -58,19 +59,20 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
         "The node of {} listens on {address}.",
         member.host()
     ));
-    let router = node::serve::router(node, Arc::new(member))?;
+    let service = NodeService::in_cluster(node, Arc::new(member))?;
+    let router = army_node_api::router::router(Arc::new(service));
     let service = router.into_make_service_with_connect_info::<Peer>();
     serve::until_asked(axum::serve(listener, service).into_future()).await?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// What we are: remembered, or new.
+/// The membership that is in the state directory, or a new one.
 async fn membership(args: &Args, address: SocketAddr) -> Result<Membership> {
     let path = args.state.join(MEMBERSHIP);
     if let Some(known) = Membership::open(path.clone())? {
         if args.name.as_ref().is_some_and(|name| name != known.host()) {
             anyhow::bail!(
-                "this node joined as {}: remove {} to join anew",
+                "this node joined as {}: remove {} to join again",
                 known.host(),
                 path.display()
             );

@@ -1,10 +1,11 @@
-//! What people read.
+//! Output for people.
 
 use std::io::Write;
 
 use army_api::client::ClientError;
+use serde::Serialize;
 
-/// Prints lines; nobody reading any more is no failure.
+/// Prints lines. It is not an error if the reader has closed the stream.
 pub(super) fn print(text: &str) {
     let text = text.trim_end_matches('\n');
     if !text.is_empty() {
@@ -12,7 +13,7 @@ pub(super) fn print(text: &str) {
     }
 }
 
-/// Tells something beside what was asked for.
+/// Prints a note beside the output.
 pub(super) fn note(text: &str) {
     let _ = writeln!(std::io::stderr(), "army: {text}");
 }
@@ -28,7 +29,7 @@ pub(super) fn error(error: &anyhow::Error) {
     let _ = writeln!(std::io::stderr(), "{lines}");
 }
 
-/// Columns, the first line their heads.
+/// A table with a line of heads.
 pub(super) fn table(heads: &[&str], lines: Vec<Vec<String>>) -> String {
     let heads = heads.iter().map(|head| (*head).to_owned()).collect();
     let all: Vec<Vec<String>> = std::iter::once(heads).chain(lines).collect();
@@ -50,7 +51,7 @@ pub(super) fn table(heads: &[&str], lines: Vec<Vec<String>>) -> String {
     text
 }
 
-/// Bytes in the largest unit that leaves a whole part.
+/// A size in the largest unit in which it is at least 1.
 pub(super) fn bytes(count: u64) -> String {
     let mut value = count as f64;
     let mut unit = "B";
@@ -70,6 +71,18 @@ pub(super) fn bytes(count: u64) -> String {
 /// Microseconds as milliseconds.
 pub(super) fn ms(us: u64) -> String {
     format!("{:.1} ms", us as f64 / 1000.0)
+}
+
+/// A state as the API writes it.
+pub(super) fn word(state: &impl Serialize) -> String {
+    let text = serde_json::to_string(state).unwrap_or_default();
+    text.trim_matches('"').to_owned()
+}
+
+/// Reads a KEY=VALUE argument.
+pub(super) fn pair(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("write it as KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! `army port-forward`: ports of a VM, on this host.
+//! `army port-forward`: connects ports of this host with ports of a VM.
 
 use std::net::{IpAddr, SocketAddr};
 use std::process::ExitCode;
@@ -22,7 +22,7 @@ use super::context::Context;
 use super::output::note;
 use super::socket::{self, Socket};
 
-/// Bytes that are taken at once.
+/// The most bytes that are read at once.
 const PIECE: usize = 64 << 10;
 
 /// Forward ports of this host to ports of a VM, until interrupted.
@@ -41,7 +41,7 @@ pub(super) struct Args {
     listen: IpAddr,
 }
 
-/// A port here and the one that it stands for.
+/// A port of this host, and the port of the VM that it leads to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Ports {
     local: u16,
@@ -67,7 +67,7 @@ impl FromStr for Ports {
     }
 }
 
-/// What is told when a port is ready.
+/// The output for a port that is ready.
 #[derive(Serialize)]
 struct Forwarded<'a> {
     vm: &'a str,
@@ -77,7 +77,7 @@ struct Forwarded<'a> {
 
 pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
     let client = context.client()?;
-    // A VM that is not there is told before anybody connects.
+    // A VM that does not exist is reported before anybody connects.
     let vm: Vm = client
         .get(&format!("/v1/vms/{}", segment(&args.vm)), &())
         .await?;
@@ -98,7 +98,7 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
         context.show(&forwarded, |it| {
             format!("{} leads to port {} of {}", it.local, it.port, it.vm)
         })?;
-        // By its id: another VM may get the name one day.
+        // The VM is named by its id, because another VM may get its name later.
         tokio::spawn(accept(listener, client.clone(), vm.id.clone(), port));
     }
     tokio::signal::ctrl_c().await?;
@@ -131,7 +131,7 @@ async fn accept(listener: TcpListener, client: Client, vm: String, port: u16) {
     }
 }
 
-/// Until both sides have ended, or one is gone. Each way goes by itself.
+/// Forwards in both directions independently, until both sides have ended or one is lost.
 async fn carry(stream: TcpStream, socket: Socket) -> Result<()> {
     stream.set_nodelay(true)?;
     let (reader, writer) = stream.into_split();
@@ -142,7 +142,7 @@ async fn carry(stream: TcpStream, socket: Socket) -> Result<()> {
     }
 }
 
-/// Ends only when something fails.
+/// Returns only where something fails.
 async fn to_server(
     mut reader: OwnedReadHalf,
     mut sender: SplitSink<Socket, Message>,
@@ -167,7 +167,7 @@ async fn to_local(mut receiver: SplitStream<Socket>, mut writer: OwnedWriteHalf)
             Message::Binary(bytes) => writer.write_all(&bytes).await?,
             Message::Text(text) => match serde_json::from_str(&text) {
                 Ok(PortMessage::End) => writer.shutdown().await?,
-                // Of a newer server.
+                // A newer server may send other messages.
                 Err(_) => {}
             },
             Message::Close(Some(frame)) if frame.code == CloseCode::Normal => return Ok(()),

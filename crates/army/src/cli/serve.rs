@@ -1,4 +1,4 @@
-//! What all servers of this program have in common: their log, their state, their end.
+//! What the servers of this program have in common: their log, their state directory, and their end.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -16,15 +16,14 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::output;
-use crate::cluster::tls::Listener;
-use crate::controller::Controller;
-use crate::node::Node;
 use crate::server;
 use crate::server::tls::{self, Files};
-use crate::store::Store;
+use army_controller::{Controller, Database};
+use army_node::Node;
+use army_node_api::cluster::tls::Listener;
 
-/// Starts the log, makes the state's directory, and makes sure that nobody else uses it while what
-/// is returned lives.
+/// Starts the log, and creates and locks the state directory. It is locked while the returned file is
+/// open.
 pub(super) fn begin(state: &Path) -> Result<std::fs::File> {
     start_log()?;
     raise_open_files().context("cannot raise the limit of open files")?;
@@ -32,7 +31,7 @@ pub(super) fn begin(state: &Path) -> Result<std::fs::File> {
     only_one(state)
 }
 
-/// What the server tells of itself: what `ARMY_LOG` asks for, on standard error.
+/// Starts the log on standard error, filtered by `ARMY_LOG`.
 fn start_log() -> Result<()> {
     let wanted = std::env::var("ARMY_LOG").unwrap_or_else(|_| "info,sqlx=warn".to_owned());
     let filter: Targets = wanted
@@ -46,15 +45,15 @@ fn start_log() -> Result<()> {
     Ok(())
 }
 
-/// Each VM and each connection takes some, and what a shell grants a program at first (1,024) is
-/// for programs that call select(2). As many as are allowed.
+/// Raises the limit of open files to its maximum. Each VM and each connection takes some, and the
+/// usual limit (1,024) is for programs that call select(2).
 fn raise_open_files() -> rustix::io::Result<()> {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit)
 }
 
-/// Two servers on one state would undo each other's work.
+/// Locks the state directory: two servers with the same state would undo each other's work.
 fn only_one(state: &Path) -> Result<std::fs::File> {
     let path = state.join("lock");
     let file =
@@ -75,16 +74,16 @@ pub(super) async fn listen(address: SocketAddr) -> Result<TcpListener> {
         .with_context(|| format!("cannot listen on {address}"))
 }
 
-/// The store at `database`, or in `state`.
-pub(super) async fn store(database: Option<&str>, state: &Path) -> Result<Store> {
-    let url = match database {
+/// The database at `url`, or in `state`.
+pub(super) async fn database(url: Option<&str>, state: &Path) -> Result<Database> {
+    let url = match url {
         Some(url) => url.to_owned(),
-        None => Store::sqlite(&state.join("army.db")),
+        None => Database::sqlite_url(&state.join("army.db")),
     };
-    Ok(Store::open(&url).await?)
+    Ok(Database::open(&url).await?)
 }
 
-/// What the jail of VMs must have.
+/// The layers that the jail of VMs must have.
 #[derive(clap::Args)]
 pub(super) struct JailArgs {
     /// Serve even if this host cannot provide every layer of the jail around VMs. `army host ls`
@@ -106,15 +105,15 @@ impl JailArgs {
     }
 }
 
-/// The node of this host, supervising its VMs.
+/// Opens the node of this host, and starts to supervise its VMs.
 pub(super) async fn node(name: String, state: &Path, jail: &JailArgs) -> Result<Arc<Node>> {
     let journal = state.join("vms");
     let runtime = clone_host::runtime::Runtime::from_env()?.requiring(jail.required());
     let templates = clone_template::Store::from_env()?;
     let open = move || Node::open(name, journal, runtime, templates);
-    let node = crate::blocking(open).await?;
+    let node = tokio::task::spawn_blocking(open).await??;
     let checked = Arc::clone(&node);
-    crate::blocking(move || Ok(checked.check_jail()))
+    tokio::task::spawn_blocking(move || checked.check_jail())
         .await?
         .map_err(|error| {
             anyhow::anyhow!(
@@ -138,17 +137,17 @@ pub(super) struct TlsArgs {
     tls_key: Option<PathBuf>,
 }
 
-/// Where clients are served.
-pub(super) struct Door {
+/// The listener for clients.
+pub(super) struct ApiListener {
     listener: TcpListener,
     tls: Option<ServerConfig>,
 }
 
-impl Door {
+impl ApiListener {
     pub(super) async fn open(address: SocketAddr, args: TlsArgs) -> Result<Self> {
         let tls = match (args.tls_cert, args.tls_key) {
             (Some(certificate), Some(key)) => Some(tls::config(Files { certificate, key })?),
-            // The one goes with the other.
+            // Each of the two requires the other.
             _ => None,
         };
         let listener = listen(address).await?;
@@ -175,31 +174,30 @@ impl Door {
     }
 }
 
-/// Serves the API until it is asked to end.
+/// Serves the API until a signal ends the process.
 pub(super) async fn api(
     controller: Controller,
-    store: &Store,
-    door: Door,
+    listener: ApiListener,
     beside: impl FnOnce(&Arc<Controller>) -> Result<tokio::task::JoinHandle<()>>,
 ) -> Result<()> {
     let controller = Arc::new(controller);
     let beside = beside(&controller)?;
-    controller.take_up_all().await?;
-    let url = door.url()?;
-    first_key(store, &url).await?;
+    controller.recover().await?;
+    let url = listener.url()?;
+    first_key(&controller, &url).await?;
     output::print(&format!(
         "Army answers at {url}; the dashboard is there, too."
     ));
     let reconcile = tokio::spawn(Arc::clone(&controller).reconcile());
-    let served = until_asked(door.serve(server::router(controller))).await;
+    let served = until_asked(listener.serve(server::router(controller))).await;
     reconcile.abort();
     beside.abort();
     served
 }
 
-/// Prints an administrator's key where there is none yet.
-async fn first_key(store: &Store, url: &str) -> Result<()> {
-    if store.has_keys().await? {
+/// Creates and prints an administrator's key where there is no key yet.
+async fn first_key(controller: &Controller, url: &str) -> Result<()> {
+    if controller.has_keys().await? {
         return Ok(());
     }
     let admin = CreateKey {
@@ -207,7 +205,7 @@ async fn first_key(store: &Store, url: &str) -> Result<()> {
         role: Role::Admin,
         max_vms: None,
     };
-    let key = store.create_key(&admin).await?;
+    let key = controller.create_key(&admin).await?;
     output::print(&format!(
         "This key is not shown again:\n\n    export ARMY_URL={url} ARMY_KEY={}\n",
         key.secret
@@ -215,8 +213,8 @@ async fn first_key(store: &Store, url: &str) -> Result<()> {
     Ok(())
 }
 
-/// Serves until SIGTERM or SIGINT. Running requests are dropped with their connections: what they
-/// began is in the journal.
+/// Serves until SIGTERM or SIGINT. Requests that are in progress are dropped with their connections;
+/// what they began is in the journal.
 pub(super) async fn until_asked(serve: impl Future<Output = std::io::Result<()>>) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
@@ -227,13 +225,13 @@ pub(super) async fn until_asked(serve: impl Future<Output = std::io::Result<()>>
     Ok(())
 }
 
-/// What this host is called.
+/// The name of this host.
 pub(super) fn host_name() -> String {
     let name = rustix::system::uname()
         .nodename()
         .to_string_lossy()
         .to_lowercase();
-    match crate::cluster::is_host_name(&name) {
+    match army_node_api::cluster::is_host_name(&name) {
         true => name,
         false => "host".into(),
     }

@@ -1,4 +1,4 @@
-//! `army shell`: a terminal in a VM, on this one.
+//! `army shell`: a terminal in a VM, shown on this terminal.
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -16,7 +16,7 @@ use tokio_tungstenite::tungstenite::Message;
 use super::context::Context;
 use super::socket;
 
-/// Ctrl-D.
+/// The character of Ctrl-D, which ends the input of a terminal.
 const END_OF_INPUT: u8 = 4;
 
 /// Open a shell in a VM.
@@ -32,13 +32,13 @@ pub(super) struct Args {
 pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
     let client = context.client()?;
     let (rows, columns) = size();
-    let asked = Terminal {
+    let request = Terminal {
         rows,
         columns,
         command: (!args.command.is_empty()).then(|| args.command.join(" ")),
     };
     let path = format!("/v1/vms/{}/terminal", segment(&args.vm));
-    let socket = socket::open(&client, &path, &asked).await?;
+    let socket = socket::open(&client, &path, &request).await?;
     let (mut sender, mut receiver) = socket.split();
     let raw = Raw::enter()?;
     let mut resized = signal(SignalKind::window_change())?;
@@ -62,7 +62,7 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
             },
             bytes = typed.recv(), if more => {
                 more = bytes.is_some();
-                // The end of the input is a key of the terminal's.
+                // The end of the input is sent as the key that means it to a terminal.
                 let bytes = bytes.unwrap_or_else(|| vec![END_OF_INPUT]);
                 sender.send(Message::Binary(bytes.into())).await?;
             }
@@ -74,13 +74,13 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
         }
     };
     drop(raw);
-    // What was printed last.
+    // The last output is printed before the process exits.
     std::io::stdout().flush()?;
-    // A thread still waits for keys, and would keep us.
+    // A thread still waits for keys, and would keep the process.
     std::process::exit(code.unwrap_or(1));
 }
 
-/// Keys, read by a thread of their own: a terminal cannot be waited for otherwise.
+/// The keys, read by a thread, because reading a terminal blocks.
 fn typed() -> mpsc::Receiver<Vec<u8>> {
     let (sender, receiver) = mpsc::channel(16);
     std::thread::spawn(move || {
@@ -101,13 +101,13 @@ fn size() -> (u16, u16) {
     }
 }
 
-/// The terminal passes every key on, until this is dropped.
+/// Sets the terminal to pass every key on, until this is dropped.
 struct Raw(Option<Termios>);
 
 impl Raw {
     fn enter() -> Result<Self> {
         let stdin = std::io::stdin();
-        // No terminal: nothing to change.
+        // The standard input is not a terminal, and nothing has to be changed.
         let Ok(before) = tcgetattr(stdin.as_fd()) else {
             return Ok(Self(None));
         };

@@ -96,22 +96,22 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
             host,
             standbys,
         } => {
-            let asked = RegisterTemplate {
+            let request = RegisterTemplate {
                 name,
                 host,
                 standbys,
             };
-            client.send(Method::POST, "/v1/templates", &asked).await?
+            client.send(Method::POST, "/v1/templates", &request).await?
         }
         Command::Copy { name, host } => {
-            let asked = CopyTemplate { host };
+            let request = CopyTemplate { host };
             let path = format!("/v1/templates/{}/copies", segment(&name));
-            client.send(Method::POST, &path, &asked).await?
+            client.send(Method::POST, &path, &request).await?
         }
         Command::Tag { name, tag } => {
-            let asked = SetTag { template: name };
+            let request = SetTag { template: name };
             let path = format!("/v1/tags/{}", segment(&tag));
-            client.send(Method::PUT, &path, &asked).await?
+            client.send(Method::PUT, &path, &request).await?
         }
         Command::Untag { tag } => {
             let path = format!("/v1/tags/{}", segment(&tag));
@@ -134,9 +134,9 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
                 .await?
         }
         Command::Standbys { name, count } => {
-            let asked = ChangeTemplate { standbys: count };
+            let request = ChangeTemplate { standbys: count };
             let path = format!("/v1/templates/{}", segment(&name));
-            client.send(Method::PATCH, &path, &asked).await?
+            client.send(Method::PATCH, &path, &request).await?
         }
         Command::Rm { name } => {
             client

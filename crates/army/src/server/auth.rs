@@ -1,4 +1,4 @@
-//! Who asks, and what they may.
+//! Authentication of callers, and what their roles permit.
 
 use army_api::keys::{Key, Role};
 use army_api::vms::Vm;
@@ -9,17 +9,18 @@ use axum::http::request::Parts;
 
 use super::{App, Failure};
 
-/// Where a browser's terminal puts its key, which cannot send headers: a WebSocket subprotocol.
+/// The beginning of the WebSocket subprotocol in which a browser's terminal sends its key, because it
+/// cannot set headers.
 const SUBPROTOCOL: &str = "army.key.";
 
-/// Whoever asks, with a key that is known.
+/// The caller of a request, who has a valid key.
 pub struct Caller {
-    /// The key.
+    /// The caller's key.
     pub key: Key,
 }
 
 impl Caller {
-    /// Whose things are seen: all tenants' for an administrator.
+    /// The tenant whose objects the caller sees; `None` for an administrator, who sees those of all.
     pub fn scope(&self) -> Option<&str> {
         match self.key.role {
             Role::Admin => None,
@@ -27,7 +28,7 @@ impl Caller {
         }
     }
 
-    /// The caller, where the key allows what a `role` may.
+    /// Checks that the caller may do what a `role` may.
     pub fn may(&self, role: Role) -> Result<(), Failure> {
         if self.key.role >= role {
             return Ok(());
@@ -41,9 +42,9 @@ impl Caller {
         Err(Failure(Problem::new(ProblemKind::Forbidden, detail)))
     }
 
-    /// A VM that the caller may see, by id or name. Others' are not there.
+    /// A VM by its id or name. A VM that the caller may not see is not found.
     pub async fn vm(&self, app: &App, key: &str) -> Result<Vm, Failure> {
-        Ok(app.controller.store.vm(key, self.scope()).await?)
+        Ok(app.controller.vm(key, self.scope()).await?)
     }
 }
 
@@ -58,7 +59,7 @@ impl FromRequestParts<App> for Caller {
             )
         };
         let secret = secret(parts).ok_or_else(|| unauthorized("the request has no key"))?;
-        match app.controller.store.key_of(&secret).await? {
+        match app.controller.find_key(&secret).await? {
             Some(key) => Ok(Self { key }),
             None => Err(unauthorized("the key is unknown")),
         }

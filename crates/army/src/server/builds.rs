@@ -1,4 +1,4 @@
-//! Templates that are built of others.
+//! Templates that are built from others.
 
 use std::convert::Infallible;
 
@@ -13,9 +13,9 @@ use tokio::sync::mpsc;
 use super::auth::Caller;
 use super::events::sent_events;
 use super::extract::Body;
-use super::{Answer, App};
+use super::{Answer, App, failure};
 
-/// Events that may wait for a slow reader; then the guest waits.
+/// The number of events that may wait for a slow reader, before the guest has to wait.
 const AHEAD: usize = 4;
 
 /// Builds a template from another one.
@@ -29,15 +29,23 @@ const AHEAD: usize = 4;
 pub(super) async fn build(
     State(app): State<App>,
     caller: Caller,
-    Body(asked): Body<BuildTemplate>,
+    Body(request): Body<BuildTemplate>,
 ) -> Answer<Sse<impl Stream<Item = Result<Event, Infallible>>>> {
-    // Templates are everybody's.
+    // Templates are visible to all tenants.
     caller.may(Role::Admin)?;
     let (listener, mut events) = mpsc::channel(AHEAD);
-    // Not dropped half done where its client goes away: its VM has to be ended.
+    // The build runs in a task of its own, which ends its VM where its client disconnects.
     tokio::spawn(async move {
         let tenant = &caller.key.tenant;
-        app.controller.build(tenant, asked, &listener).await;
+        let built = app.controller.build(tenant, request, &listener).await;
+        let last = match built {
+            Ok(template) => BuildEvent::Built { template },
+            Err(error) => BuildEvent::Failed {
+                problem: failure::problem(error),
+            },
+        };
+        // A client that has disconnected does not want to know.
+        let _ = listener.send(last).await;
     });
     match events.recv().await {
         Some(BuildEvent::Failed { problem }) => Err(problem.into()),

@@ -1,11 +1,11 @@
-//! Commands in guests that nobody has to wait for: started, listed, read from a cursor on, ended.
+//! Background commands in guests: starting and listing them, reading their output, and signals.
 //!
-//! The guest's agent has them; they outlive connections and every process of ours.
+//! The agent in the guest keeps them. They outlive connections, and the processes of Army.
 
 use std::convert::Infallible;
 use std::time::Duration;
 
-use agent_proto::client::{Connection, Deadline};
+use agent_proto::client::Connection;
 use agent_proto::messages::Acknowledge;
 use army_api::exec::{Command, CommandEvent, Cursor, Exec, SendSignal};
 use army_api::keys::Role;
@@ -20,27 +20,18 @@ use tokio::sync::mpsc;
 use super::auth::Caller;
 use super::events::sent_events;
 use super::extract::{Body, Params, Path};
-use super::{Answer, App};
-use crate::node::{InUse, of_agent};
-use crate::{blocking, guest};
+use super::{AGENT_LIMIT, Answer, App, blocking};
+use army_controller::guest;
+use army_node_api::InUse;
 
-/// Events that may wait for a slow reader; then the guest waits.
+/// The number of events that may wait for a slow reader, before the guest has to wait.
 const AHEAD: usize = 4;
-/// How long an agent may take to answer what needs no waiting.
-const LIMIT: Duration = Duration::from_secs(20);
 
-/// A connection to the agent of the VM that is asked for.
+/// Connects to the agent in a VM that the caller may use.
 async fn connect(app: &App, caller: &Caller, vm: &str) -> Answer<(Connection, InUse)> {
     caller.may(Role::User)?;
     let vm = caller.vm(app, vm).await?;
-    let node = app.controller.node_of(&vm)?;
-    let connected = blocking(move || {
-        let (mut connection, in_use) = node.agent(&vm.id)?;
-        connection.set_deadline(Deadline::after(LIMIT));
-        Ok((connection, in_use))
-    })
-    .await?;
-    Ok(connected)
+    Ok(app.controller.agent(&vm, AGENT_LIMIT).await?)
 }
 
 /// Starts a command without waiting for its end.
@@ -52,24 +43,24 @@ pub(super) async fn start(
     State(app): State<App>,
     caller: Caller,
     Path(vm): Path<String>,
-    Body(asked): Body<Exec>,
+    Body(request): Body<Exec>,
 ) -> Answer<(StatusCode, Json<Command>)> {
-    guest::check_command(&asked.command)?;
-    if asked.stdin.is_some() {
+    guest::check_command(&request.command)?;
+    if request.stdin.is_some() {
         let detail = "`stdin` is not supported for background commands: write a file first";
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     caller.may(Role::User)?;
     let found = caller.vm(&app, &vm).await?;
-    let environment = app.controller.store.environment(&found.id).await?;
+    let environment = app.controller.environment(&found).await?;
     let (connection, in_use) = connect(&app, &caller, &found.id).await?;
-    let command = asked.command.clone();
+    let command = request.command.clone();
     let started = blocking(move || {
         let _in_use = in_use;
-        let limit = asked.timeout_ms.map(Duration::from_millis);
-        let mut exec = guest::exec(asked, environment, limit);
+        let limit = request.timeout_ms.map(Duration::from_millis);
+        let mut exec = guest::exec(request, environment, limit);
         exec.detached = true;
-        let running = connection.exec(exec).map_err(|error| of_agent(&error))?;
+        let running = connection.exec(exec)?;
         Ok(running.started())
     })
     .await?;
@@ -96,14 +87,14 @@ pub(super) async fn list(
     let (connection, in_use) = connect(&app, &caller, &vm).await?;
     let commands = blocking(move || {
         let _in_use = in_use;
-        connection.commands().map_err(|error| of_agent(&error))
+        Ok(connection.commands()?)
     })
     .await?;
     let commands = commands.into_iter().map(|it| Command {
         id: it.id,
         pid: it.pid,
         command: it.command,
-        ended: it.exited.map(guest::how),
+        ended: it.exited.map(guest::exit_status),
     });
     Ok(Json(commands.collect()))
 }
@@ -124,13 +115,13 @@ pub(super) async fn output(
     let (connection, in_use) = connect(&app, &caller, &vm).await?;
     let running = blocking(move || {
         let running = connection.attach(id, of_cursor(cursor));
-        Ok(running.map_err(|error| of_agent(&error))?.streaming())
+        Ok(running?.streaming())
     })
     .await?;
     let (sender, receiver) = mpsc::channel(AHEAD);
     tokio::task::spawn_blocking(move || {
         let _in_use = in_use;
-        // A connection that is cut off ends the answer: who reads goes on with the last cursors.
+        // The response ends where the connection is lost. The client resumes with its last cursors.
         let _ = guest::follow(running, &sender, Some);
     });
     Ok(sent_events(None, receiver))
@@ -144,17 +135,16 @@ pub(super) async fn signal(
     State(app): State<App>,
     caller: Caller,
     Path((vm, id)): Path<(String, u64)>,
-    Body(asked): Body<SendSignal>,
+    Body(request): Body<SendSignal>,
 ) -> Answer<StatusCode> {
-    if !(1..=64).contains(&asked.signal) {
-        let detail = format!("invalid signal {}: it must be 1 to 64", asked.signal);
+    if !(1..=64).contains(&request.signal) {
+        let detail = format!("invalid signal {}: it must be 1 to 64", request.signal);
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     let (connection, in_use) = connect(&app, &caller, &vm).await?;
     blocking(move || {
         let _in_use = in_use;
-        let signalled = connection.signal_command(id, asked.signal);
-        signalled.map_err(|error| of_agent(&error))
+        Ok(connection.signal_command(id, request.signal)?)
     })
     .await?;
     Ok(StatusCode::NO_CONTENT)

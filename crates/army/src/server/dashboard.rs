@@ -1,5 +1,5 @@
-//! The dashboard: a page that is a client of the API like any other. It asks for a key, and keeps
-//! it for as long as its tab is open.
+//! The dashboard: a page that is a client of the API like any other. It asks for a key, and keeps it
+//! while its tab is open.
 
 use axum::Router;
 use axum::http::{HeaderName, header};
@@ -11,7 +11,7 @@ use super::App;
 const HTML: &str = "text/html; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 const STYLE: &str = "text/css; charset=utf-8";
-/// All files: path, type, content.
+/// All files, with their paths and types.
 const FILES: [(&str, &str, &str); 6] = [
     ("/", HTML, include_str!("dashboard/index.html")),
     (
@@ -40,7 +40,8 @@ const FILES: [(&str, &str, &str); 6] = [
         include_str!("dashboard/vendor/xterm.css"),
     ),
 ];
-/// Nothing but our own files, and our own API. xterm.js makes style sheets as it goes.
+/// The content security policy: the page may load only these files, and connect only to this API.
+/// Inline styles are permitted because xterm.js creates style sheets.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; \
      connect-src 'self'; img-src 'self' data:; font-src 'self'; base-uri 'none'; form-action 'none'; \
      frame-ancestors 'none'";

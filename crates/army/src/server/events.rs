@@ -1,4 +1,4 @@
-//! Events, as they happen: server-sent.
+//! Events as they happen, as server-sent events.
 
 use std::convert::Infallible;
 
@@ -8,13 +8,11 @@ use axum::http::HeaderMap;
 use axum::response::sse::{self, KeepAlive, Sse};
 use futures_util::{Stream, StreamExt, stream};
 use serde::Serialize;
-use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
 
 use super::auth::Caller;
 use super::extract::Params;
 use super::{Answer, App};
-use crate::store::Store;
 
 /// Streams events, the oldest first, and continues as they happen.
 ///
@@ -30,13 +28,8 @@ pub(super) async fn events(
     let last = headers
         .get("last-event-id")
         .and_then(|id| id.to_str().ok()?.parse().ok());
-    let store = app.controller.store.clone();
-    let after = match filter.after.or(last) {
-        Some(after) => after,
-        None => store.last_event().await?,
-    };
-    let tenant = caller.scope().map(str::to_owned);
-    let reader = Reader::new(store, tenant, after);
+    let after = filter.after.or(last);
+    let reader = app.controller.events(caller.scope(), after).await?;
     let events = stream::unfold(reader, |mut reader| async move {
         Some((Ok(sse_event(&reader.next().await?)), reader))
     });
@@ -52,7 +45,7 @@ fn sse_event(event: &Event) -> sse::Event {
         .data(text)
 }
 
-/// What is received as an answer of server-sent events, behind the `first`.
+/// A response of server-sent events: `first`, and then what is received.
 pub(super) fn sent_events<T: Serialize + Send + 'static>(
     first: Option<T>,
     receiver: mpsc::Receiver<T>,
@@ -65,50 +58,4 @@ pub(super) fn sent_events<T: Serialize + Send + 'static>(
         Ok(sse::Event::default().data(text))
     });
     Sse::new(events).keep_alive(KeepAlive::default())
-}
-
-/// Reads the store until it has caught up, then waits for news; news that were missed are read.
-struct Reader {
-    store: Store,
-    news: tokio::sync::broadcast::Receiver<Event>,
-    tenant: Option<String>,
-    last: i64,
-    page: std::collections::VecDeque<Event>,
-}
-
-impl Reader {
-    fn new(store: Store, tenant: Option<String>, last: i64) -> Self {
-        Self {
-            news: store.news(),
-            store,
-            tenant,
-            last,
-            page: Default::default(),
-        }
-    }
-
-    async fn next(&mut self) -> Option<Event> {
-        loop {
-            if let Some(event) = self.page.pop_front() {
-                self.last = event.id;
-                return Some(event);
-            }
-            let page = self
-                .store
-                .events_after(self.last, self.tenant.as_deref())
-                .await;
-            match page {
-                Ok(page) if !page.is_empty() => self.page = page.into(),
-                Ok(_) => match self.news.recv().await {
-                    // What it was is read with all that came with it.
-                    Ok(_) | Err(RecvError::Lagged(_)) => {}
-                    Err(RecvError::Closed) => return None,
-                },
-                Err(problem) => {
-                    tracing::warn!(%problem, "events cannot be read");
-                    return None;
-                }
-            }
-        }
-    }
 }

@@ -1,11 +1,10 @@
-//! Commands in guests, with their output in the answer.
+//! Commands in guests, with their output in the response.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use agent_proto::client::{Connection, Event};
 use agent_proto::messages::Stream;
-use army_api::Problem;
 use army_api::exec::{Exec, ExecResult};
 use army_api::keys::Role;
 use axum::Json;
@@ -13,11 +12,10 @@ use axum::extract::State;
 
 use super::auth::Caller;
 use super::extract::{Body, Path};
-use super::{Answer, App};
-use crate::node::of_agent;
-use crate::{blocking, guest};
+use super::{Answer, App, blocking};
+use army_controller::guest;
 
-/// The most output that an answer holds, of both streams together.
+/// The most output that a response has, of both streams together.
 const MAX_OUTPUT: usize = 16 << 20;
 /// How long a command may take, where the client does not say.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(60);
@@ -29,20 +27,21 @@ pub(super) async fn exec(
     State(app): State<App>,
     caller: Caller,
     Path(vm): Path<String>,
-    Body(asked): Body<Exec>,
+    Body(request): Body<Exec>,
 ) -> Answer<Json<ExecResult>> {
     let start = Instant::now();
     caller.may(Role::User)?;
-    guest::check_command(&asked.command)?;
+    guest::check_command(&request.command)?;
     let vm = caller.vm(&app, &vm).await?;
-    let node = app.controller.node_of(&vm)?;
-    let environment = app.controller.store.environment(&vm.id).await?;
+    let environment = app.controller.environment(&vm).await?;
+    let limit = request
+        .timeout_ms
+        .map_or(DEFAULT_LIMIT, Duration::from_millis);
+    let agent = app.controller.agent(&vm, guest::with_grace(limit));
+    let (connection, in_use) = agent.await?;
     let mut result = blocking(move || {
-        let limit = asked
-            .timeout_ms
-            .map_or(DEFAULT_LIMIT, Duration::from_millis);
-        let (connection, _in_use) = guest::connect(&node, &vm.id, limit)?;
-        run(connection, asked, environment, limit)
+        let _in_use = in_use;
+        run(connection, request, environment, limit)
     })
     .await?;
     result.took_us = start.elapsed().as_micros() as u64;
@@ -51,30 +50,31 @@ pub(super) async fn exec(
 
 fn run(
     connection: Connection,
-    asked: Exec,
+    request: Exec,
     environment: BTreeMap<String, String>,
     limit: Duration,
-) -> Result<ExecResult, Problem> {
-    let stdin = asked.stdin.clone();
-    let request = guest::exec(asked, environment, Some(limit));
-    let mut running = connection.exec(request).map_err(|error| of_agent(&error))?;
+) -> army_controller::Result<ExecResult> {
+    let stdin = request.stdin.clone();
+    let exec = guest::exec(request, environment, Some(limit));
+    let mut running = connection.exec(exec)?;
     if let Some(text) = stdin {
         let input = running.input();
-        // Beside us: a command that prints before it has read all would wait for us for ever.
+        // The input is written by another thread: a command that prints before it has read all of it
+        // would otherwise wait for its output to be read, without an end.
         std::thread::spawn(move || {
-            // A command that does not want it closes its end.
+            // A command that does not want its input closes its end.
             let _ = input.write(text.as_bytes()).and_then(|()| input.end());
         });
     }
     let mut output = Output::default();
     loop {
-        match running.next_event().map_err(|error| of_agent(&error))? {
+        match running.next_event()? {
             Event::Output(stream, data) => output.add(stream, &data),
             Event::Lost(_, count) => output.omitted += count,
             Event::Exited(exited) => {
                 let (stdout, lossy_out) = text(output.stdout);
                 let (stderr, lossy_err) = text(output.stderr);
-                let ended = guest::how(exited);
+                let ended = guest::exit_status(exited);
                 return Ok(ExecResult {
                     exit_code: ended.exit_code,
                     signal: ended.signal,
@@ -98,7 +98,7 @@ struct Output {
 }
 
 impl Output {
-    /// Takes what there is room for; the command goes on, and the rest is counted.
+    /// Keeps the output that there is room for, and counts the rest.
     fn add(&mut self, stream: Stream, data: &[u8]) {
         let room = MAX_OUTPUT - self.stdout.len() - self.stderr.len();
         let taken = data.len().min(room);
@@ -111,7 +111,7 @@ impl Output {
     }
 }
 
-/// Bytes as text, and whether something had to be replaced.
+/// Bytes as text, and whether bytes had to be replaced.
 fn text(bytes: Vec<u8>) -> (String, bool) {
     match String::from_utf8(bytes) {
         Ok(text) => (text, false),
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_text_are_replaced_and_told() {
+    fn bytes_that_are_not_text_are_replaced_and_reported() {
         assert_eq!(text(b"a\xC3\xA4".to_vec()), ("aä".to_owned(), false));
         assert_eq!(text(b"a\xFF".to_vec()), ("a\u{FFFD}".to_owned(), true));
     }

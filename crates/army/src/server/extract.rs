@@ -1,4 +1,4 @@
-//! Reading requests: what cannot be read is a problem like any other.
+//! Extractors. A request that cannot be read is answered with a problem document.
 
 use army_api::{Problem, ProblemKind};
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
@@ -11,10 +11,10 @@ use serde::de::DeserializeOwned;
 
 use super::{App, BODY_LIMIT, Failure, MAX_BODY};
 
-/// How much of a body that is too large is read before the client is left to itself.
+/// How much of a body that is too large is read and discarded, in bytes.
 const MAX_DISCARDED: usize = 16 << 20;
 
-/// A body in JSON.
+/// A JSON body.
 pub(super) struct Body<T>(pub(super) T);
 
 impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
@@ -34,8 +34,8 @@ impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
     }
 }
 
-/// Reads a body. One that is too large is read on for a while: a client that is still sending when
-/// the connection closes does not see the answer.
+/// Reads a body. A body that is too large is read and discarded for a while, because a client that is
+/// still sending when the connection is closed does not see the response.
 async fn read(body: axum::body::Body) -> Result<Vec<u8>, Problem> {
     let mut pieces = body.into_data_stream();
     let mut bytes = Vec::new();
@@ -67,7 +67,7 @@ fn unreadable(rejection: &JsonRejection) -> Problem {
     Problem::new(kind, rejection.body_text())
 }
 
-/// What stands behind the `?`.
+/// The parameters in the query of the URL.
 pub(super) struct Params<T>(pub(super) T);
 
 impl<T: DeserializeOwned> FromRequestParts<App> for Params<T> {
@@ -85,7 +85,7 @@ impl<T: DeserializeOwned> FromRequestParts<App> for Params<T> {
     }
 }
 
-/// The parts of the path that a route names.
+/// The parameters in the path.
 pub(super) struct Path<T>(pub(super) T);
 
 impl<T: DeserializeOwned + Send> FromRequestParts<App> for Path<T> {
@@ -104,7 +104,7 @@ impl<T: DeserializeOwned + Send> FromRequestParts<App> for Path<T> {
     }
 }
 
-/// A request that becomes a WebSocket.
+/// The upgrade of a request to a WebSocket.
 pub(super) struct Upgrade(pub(super) WebSocketUpgrade);
 
 impl FromRequestParts<App> for Upgrade {

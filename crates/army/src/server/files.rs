@@ -1,10 +1,9 @@
-//! Files in guests, streamed both ways.
+//! Files in guests, as streams in both directions.
 
 use std::io;
 use std::time::Duration;
 
-use agent_proto::client::{ByteLimit, Deadline};
-use army_api::ProblemKind;
+use agent_proto::client::ByteLimit;
 use army_api::exec::FilePath;
 use army_api::keys::Role;
 use axum::extract::{Request, State};
@@ -13,14 +12,13 @@ use axum::response::Response;
 
 use super::auth::Caller;
 use super::extract::{Params, Path};
-use super::{Answer, App};
-use crate::node::of_agent;
-use crate::pipe::{self, Sink, Source};
-use crate::{blocking, guest};
+use super::{Answer, App, blocking, failure};
+use army_controller::{Error, ErrorKind, guest};
+use army_node_api::chunks::{self, ChunkReader, ChunkWriter};
 
-/// How long a guest may take to begin with a file, and to end it; its bytes add to that.
+/// How long a guest may take to begin with a file, and to end it. The bytes of the file add to that.
 const LIMIT: Duration = Duration::from_secs(60);
-/// The largest file that is read; it is never held here.
+/// The largest file that is read. It is never held in memory.
 const MAX_FILE: ByteLimit = ByteLimit::new(1 << 40);
 
 /// Reads a file from a guest.
@@ -35,18 +33,16 @@ pub(super) async fn read(
     caller.may(Role::User)?;
     let file = guest::put(file)?;
     let vm = caller.vm(&app, &vm).await?;
-    let node = app.controller.node_of(&vm)?;
-    let (mut connection, in_use) = blocking(move || node.agent(&vm.id)).await?;
-    connection.set_deadline(Deadline::after(LIMIT));
-    let (sender, pieces) = pipe::pipe();
+    let (connection, in_use) = app.controller.agent(&vm, LIMIT).await?;
+    let (sender, content) = chunks::channel();
     tokio::task::spawn_blocking(move || {
-        let mut sink = Sink(sender.clone());
+        let mut sink = ChunkWriter(sender.clone());
         if let Err(error) = connection.get(&file.path, &mut sink, MAX_FILE) {
-            let _ = sender.blocking_send(Err(io::Error::other(of_agent(&error))));
+            let _ = sender.blocking_send(Err(io::Error::other(Error::from(error))));
         }
         drop(in_use);
     });
-    Ok(pipe::answer(pieces, ProblemKind::GuestUnavailable).await?)
+    failure::bytes(content, ErrorKind::GuestUnavailable).await
 }
 
 /// Writes the body of the request, of any size, to a file in a guest.
@@ -65,15 +61,11 @@ pub(super) async fn write(
     caller.may(Role::User)?;
     let file = guest::put(file)?;
     let vm = caller.vm(&app, &vm).await?;
-    let node = app.controller.node_of(&vm)?;
-    let pieces = pipe::pieces_of(request.into_body().into_data_stream());
+    let content = chunks::receive(request.into_body().into_data_stream());
+    let (connection, in_use) = app.controller.agent(&vm, LIMIT).await?;
     blocking(move || {
-        let (mut connection, _in_use) = node.agent(&vm.id)?;
-        connection.set_deadline(Deadline::after(LIMIT));
-        let mut source = Source::new(pieces);
-        connection
-            .put(file, &mut source)
-            .map_err(|error| of_agent(&error))
+        let _in_use = in_use;
+        Ok(connection.put(file, &mut ChunkReader::new(content))?)
     })
     .await?;
     Ok(StatusCode::NO_CONTENT)

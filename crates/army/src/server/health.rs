@@ -1,4 +1,4 @@
-//! Whether the server is up: the one thing that takes no key.
+//! The state of the server, which is the only request that requires no key.
 
 use axum::Json;
 use axum::extract::State;
@@ -18,7 +18,7 @@ pub(super) struct Health {
 /// This request requires no key.
 #[utoipa::path(get, path = "/healthz", security(()), responses((status = 200, body = Health)))]
 pub(super) async fn health(State(app): State<App>) -> Answer<Json<Health>> {
-    app.controller.store.has_keys().await?;
+    app.controller.check_database().await?;
     Ok(Json(Health {
         version: env!("CARGO_PKG_VERSION"),
     }))

@@ -11,9 +11,9 @@ use super::auth::Caller;
 use super::extract::{Body, Path};
 use super::{Answer, App};
 
-/// How long a token can be used, where the client does not say.
+/// How long a token is valid where the client does not say, in minutes.
 const TOKEN_MINUTES: u32 = 15;
-/// The most that it may say.
+/// The longest time that a token can be valid, in minutes.
 const MAX_TOKEN_MINUTES: u32 = 24 * 60;
 
 /// Lists all hosts.
@@ -57,8 +57,7 @@ pub(super) async fn undrain(
 
 async fn set(app: &App, caller: &Caller, name: &str, draining: bool) -> Answer<Json<Host>> {
     caller.may(Role::Admin)?;
-    app.controller.store.drain_host(name, draining).await?;
-    Ok(Json(app.controller.host(name).await?))
+    Ok(Json(app.controller.set_draining(name, draining).await?))
 }
 
 /// Changes the labels of a host.
@@ -68,10 +67,10 @@ pub(super) async fn change(
     State(app): State<App>,
     caller: Caller,
     Path(name): Path<String>,
-    Body(asked): Body<ChangeHost>,
+    Body(request): Body<ChangeHost>,
 ) -> Answer<Json<Host>> {
     caller.may(Role::Admin)?;
-    Ok(Json(app.controller.change_host(&name, &asked).await?))
+    Ok(Json(app.controller.change_host(&name, &request).await?))
 }
 
 /// Creates a token with which one host can join, once.
@@ -80,15 +79,15 @@ pub(super) async fn change(
 pub(super) async fn token(
     State(app): State<App>,
     caller: Caller,
-    Body(asked): Body<CreateJoinToken>,
+    Body(request): Body<CreateJoinToken>,
 ) -> Answer<(StatusCode, Json<JoinToken>)> {
     caller.may(Role::Admin)?;
-    let minutes = asked.minutes.unwrap_or(TOKEN_MINUTES);
+    let minutes = request.minutes.unwrap_or(TOKEN_MINUTES);
     if !(1..=MAX_TOKEN_MINUTES).contains(&minutes) {
         let detail = format!("`minutes` must be 1 to {MAX_TOKEN_MINUTES}");
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
-    let (token, expires_ms) = app.controller.token(minutes).await?;
+    let (token, expires_ms) = app.controller.create_join_token(minutes).await?;
     let token = token.to_string();
     Ok((StatusCode::CREATED, Json(JoinToken { token, expires_ms })))
 }

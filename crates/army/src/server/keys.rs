@@ -1,7 +1,6 @@
-//! Keys: an administrator's.
+//! Keys, which administrators manage.
 
 use army_api::keys::{CreateKey, Key, NewKey, Role};
-use army_api::{Problem, ProblemKind};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -14,7 +13,7 @@ use super::{Answer, App};
 #[utoipa::path(get, path = "/v1/keys", responses((status = 200, body = Vec<Key>)))]
 pub(super) async fn list(State(app): State<App>, caller: Caller) -> Answer<Json<Vec<Key>>> {
     caller.may(Role::Admin)?;
-    Ok(Json(app.controller.store.keys().await?))
+    Ok(Json(app.controller.keys().await?))
 }
 
 /// Creates a key.
@@ -25,14 +24,10 @@ pub(super) async fn list(State(app): State<App>, caller: Caller) -> Answer<Json<
 pub(super) async fn create(
     State(app): State<App>,
     caller: Caller,
-    Body(asked): Body<CreateKey>,
+    Body(request): Body<CreateKey>,
 ) -> Answer<(StatusCode, Json<NewKey>)> {
     caller.may(Role::Admin)?;
-    if !clone_api::validate::is_valid_name(&asked.tenant) {
-        let detail = format!("invalid tenant name `{}`", asked.tenant.escape_debug());
-        return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
-    }
-    let key = app.controller.store.create_key(&asked).await?;
+    let key = app.controller.create_key(&request).await?;
     Ok((StatusCode::CREATED, Json(key)))
 }
 
@@ -45,6 +40,6 @@ pub(super) async fn remove(
     Path(id): Path<String>,
 ) -> Answer<StatusCode> {
     caller.may(Role::Admin)?;
-    app.controller.store.remove_key(&id).await?;
+    app.controller.remove_key(&id).await?;
     Ok(StatusCode::NO_CONTENT)
 }

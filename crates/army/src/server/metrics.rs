@@ -1,4 +1,4 @@
-//! Figures for Prometheus.
+//! Metrics for Prometheus.
 
 use std::fmt::Write;
 
@@ -90,7 +90,7 @@ fn template_name(template: &army_api::templates::Template) -> &str {
     &template.name
 }
 
-/// Names have no quotes in them: they are names of hosts and templates.
+/// A label. The names of hosts and templates have no characters that need quoting.
 fn label(key: &str, value: &str) -> String {
     format!("{key}=\"{value}\"")
 }

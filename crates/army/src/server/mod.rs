@@ -1,7 +1,7 @@
-//! The REST API: HTTP in, problems out, and nothing decided.
+//! The REST API. It translates between HTTP and the [`Controller`], and decides nothing itself.
 //!
-//! A file for each kind of thing; [`auth`] knows who asks, [`extract`] reads what is asked. What is
-//! asked for is done by the [`Controller`].
+//! There is one file for each kind of object. [`auth`] authenticates callers, `extract` reads
+//! requests, and `failure` converts errors into problem documents.
 
 pub mod auth;
 mod builds;
@@ -10,6 +10,7 @@ mod dashboard;
 mod events;
 mod exec;
 mod extract;
+mod failure;
 mod files;
 mod health;
 mod hosts;
@@ -24,11 +25,12 @@ mod vms;
 use std::sync::Arc;
 use std::time::Duration;
 
+use army_api::{Problem, ProblemKind};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
-use axum::http::{StatusCode, header};
+use axum::http::header;
 use axum::middleware::{self, Next};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::get;
 use utoipa::OpenApi;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
@@ -36,18 +38,22 @@ use utoipa::openapi::{Content, Ref, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::controller::Controller;
+pub use failure::Failure;
 
-/// The largest body of a request, but for files.
+use army_controller::Controller;
+
+/// The largest body of a request, except for files.
 const MAX_BODY: usize = 1 << 20;
-/// How long a client may take to send a request's body, but for files and terminals.
+/// How long a client may take to send the body of a request, except for files and terminals.
 const BODY_LIMIT: Duration = Duration::from_secs(30);
 
-/// What every handler gets.
+/// How long the agent in a guest may take for an exchange that needs no waiting.
+const AGENT_LIMIT: Duration = Duration::from_secs(20);
+
+/// The state that every handler gets.
 #[derive(Clone)]
 pub struct App {
-    /// What does the work.
-    pub controller: Arc<Controller>,
+    controller: Arc<Controller>,
 }
 
 #[derive(OpenApi)]
@@ -59,7 +65,7 @@ pub struct App {
             Idempotency-Key header."
     ),
     security(("key" = [])),
-    components(schemas(army_api::Problem)),
+    components(schemas(Problem)),
     modifiers(&BearerKey)
 )]
 struct Document;
@@ -112,14 +118,14 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(events::events))
 }
 
-/// The API's description.
+/// The OpenAPI document.
 pub fn openapi() -> utoipa::openapi::OpenApi {
     describe().1
 }
 
 fn describe() -> (Router<App>, utoipa::openapi::OpenApi) {
     let (router, mut document) = api().split_for_parts();
-    // What any of them may answer, whoever asks for what.
+    // Every operation may be answered with these.
     let problems = [
         (
             "4XX",
@@ -156,7 +162,7 @@ fn problem(description: &str) -> utoipa::openapi::Response {
         .build()
 }
 
-/// The whole of it: API, its description, the dashboard.
+/// All routes: the API, its OpenAPI document, and the dashboard.
 pub fn router(controller: Arc<Controller>) -> Router {
     let (router, document) = describe();
     let document = document.to_json().unwrap_or_default();
@@ -174,7 +180,7 @@ pub fn router(controller: Arc<Controller>) -> Router {
         .with_state(App { controller })
 }
 
-/// What every answer says to browsers.
+/// Adds headers for browsers to every response.
 async fn harden(request: Request, next: Next) -> Response {
     let mut response = next.run(request).await;
     let headers = response.headers_mut();
@@ -189,38 +195,18 @@ async fn harden(request: Request, next: Next) -> Response {
     response
 }
 
-/// A failure as an answer.
-pub struct Failure(pub army_api::Problem);
-
-impl From<army_api::Problem> for Failure {
-    fn from(problem: army_api::Problem) -> Self {
-        Self(problem)
-    }
-}
-
-impl IntoResponse for Failure {
-    fn into_response(self) -> Response {
-        let status =
-            StatusCode::from_u16(self.0.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        if status.is_server_error() {
-            tracing::warn!(status = status.as_u16(), problem = %self.0, "a request failed");
-        }
-        let retry = self.0.retry_after_s;
-        let body = serde_json::to_vec(&self.0).unwrap_or_default();
-        let mut response = (status, body).into_response();
-        let headers = response.headers_mut();
-        let kind = header::HeaderValue::from_static("application/problem+json");
-        headers.insert(header::CONTENT_TYPE, kind);
-        if let Some(seconds) = retry {
-            headers.insert(header::RETRY_AFTER, seconds.into());
-        }
-        if status == StatusCode::UNAUTHORIZED {
-            let scheme = header::HeaderValue::from_static("Bearer");
-            headers.insert(header::WWW_AUTHENTICATE, scheme);
-        }
-        response
-    }
-}
-
 /// What handlers return.
 type Answer<T> = Result<T, Failure>;
+
+/// Runs work that blocks on a thread for such work.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> army_controller::Result<T> + Send + 'static,
+) -> Answer<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => Ok(result?),
+        Err(error) => {
+            let detail = format!("a task failed: {error}");
+            Err(Problem::new(ProblemKind::Internal, detail).into())
+        }
+    }
+}

@@ -1,8 +1,8 @@
 //! Ports of guests: a TCP connection in a guest, over a WebSocket.
 //!
-//! Binary messages are the connection's bytes, both ways; text messages are [`PortMessage`]s. Each way
-//! goes by itself: a server that waits for its client to read must not keep the client from being
-//! read. The agent's connection blocks, so each way has a thread, too.
+//! Binary messages are the bytes of the connection, and text messages are [`PortMessage`]s. The two
+//! directions are independent, because a server that waits for its client to read must continue to
+//! read from the client. The agent's connection blocks, so each direction also has a thread.
 
 use agent_proto::client::{ClientError, TunnelIn, TunnelOut};
 use army_api::exec::PortMessage;
@@ -17,15 +17,15 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::auth::Caller;
 use super::extract::{Path, Upgrade};
-use super::{Answer, App};
-use crate::blocking;
-use crate::node::{InUse, of_agent};
+use super::{AGENT_LIMIT, Answer, App, blocking};
+use army_node_api::InUse;
 
-/// What a browser asks for beside its key; the answer has to name one that was offered.
+/// The subprotocol that a browser offers beside its key. The response has to select one of those
+/// that were offered.
 const SUBPROTOCOL: &str = "army.port";
-/// Messages that may wait for a slow side, then the other one waits.
+/// The number of messages that may wait for a slow side, before the other side has to wait.
 const AHEAD: usize = 16;
-/// The largest message of a client.
+/// The largest message of a client, in bytes.
 const MAX_MESSAGE: usize = 256 * 1024;
 
 /// Connects to a TCP port on a VM's loopback interface.
@@ -47,20 +47,15 @@ pub(super) async fn connect(
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     let vm = caller.vm(&app, &vm).await?;
-    let node = app.controller.node_of(&vm)?;
-    let (out, into, in_use) = blocking(move || {
-        let (connection, in_use) = node.agent(&vm.id)?;
-        let (out, into) = connection.connect(port).map_err(|error| of_agent(&error))?;
-        Ok((out, into, in_use))
-    })
-    .await?;
+    let (connection, in_use) = app.controller.agent(&vm, AGENT_LIMIT).await?;
+    let (out, into) = blocking(move || Ok(connection.connect(port)?)).await?;
     let upgrade = upgrade
         .protocols([SUBPROTOCOL])
         .max_message_size(MAX_MESSAGE);
     Ok(upgrade.on_upgrade(move |socket| serve(socket, out, into, in_use)))
 }
 
-/// What comes out of the guest; none at its end.
+/// Bytes from the guest; `None` at their end.
 type Output = Result<Option<Vec<u8>>, ClientError>;
 
 async fn serve(socket: WebSocket, mut out: TunnelOut, into: TunnelIn, in_use: InUse) {
@@ -83,22 +78,22 @@ async fn serve(socket: WebSocket, mut out: TunnelOut, into: TunnelIn, in_use: In
                 Some(bytes) => writer.write(&bytes),
                 None => writer.end(),
             };
-            // Whoever reads learns why.
+            // The reading direction reports the reason.
             if written.is_err() {
                 return;
             }
         }
     });
-    let (told_end, ended) = oneshot::channel();
+    let (client_end, ended) = oneshot::channel();
     tokio::select! {
         () = to_client(sender, output, ended) => {}
-        () = to_guest(receiver, incoming, told_end) => {}
+        () = to_guest(receiver, incoming, client_end) => {}
     }
     into.disconnect();
     drop(in_use);
 }
 
-/// Until both sides have ended, or the guest's is lost.
+/// Sends to the client until both sides have ended, or the guest's side is lost.
 async fn to_client(
     mut sender: SplitSink<WebSocket, Message>,
     mut output: mpsc::Receiver<Output>,
@@ -116,7 +111,7 @@ async fn to_client(
                 if sender.send(Message::Text(text.into())).await.is_err() {
                     return;
                 }
-                // A client that goes without a word is noticed beside us.
+                // A client that disconnects without an end message is noticed by the other direction.
                 let _ = client_ended.await;
                 break close_code::NORMAL;
             }
@@ -130,33 +125,33 @@ async fn to_client(
     let _ = sender.send(Message::Close(Some(frame))).await;
 }
 
-/// Until the client is gone.
+/// Receives from the client until it disconnects.
 async fn to_guest(
     mut receiver: SplitStream<WebSocket>,
     incoming: mpsc::Sender<Option<Vec<u8>>>,
-    told_end: oneshot::Sender<()>,
+    client_end: oneshot::Sender<()>,
 ) {
-    let mut told_end = Some(told_end);
+    let mut client_end = Some(client_end);
     while let Some(Ok(message)) = receiver.next().await {
         let piece = match message {
             Message::Binary(bytes) => Some(bytes.to_vec()),
             Message::Text(text) => match serde_json::from_str(&text) {
                 Ok(PortMessage::End) => None,
-                // Nothing else is for us.
+                // Other messages are ignored.
                 Err(_) => continue,
             },
             Message::Close(_) => return,
             Message::Ping(_) | Message::Pong(_) => continue,
         };
         let is_end = piece.is_none();
-        if told_end.is_none() {
-            // There was an end before.
+        if client_end.is_none() {
+            // The client has ended its side before.
             continue;
         }
-        // Nobody takes it any more: the other way tells the client why.
+        // Where the guest takes no more, the other direction tells the client why.
         let _ = incoming.send(piece).await;
-        if is_end && let Some(told_end) = told_end.take() {
-            let _ = told_end.send(());
+        if is_end && let Some(client_end) = client_end.take() {
+            let _ = client_end.send(());
         }
     }
 }

@@ -1,8 +1,5 @@
 //! Templates.
 
-use std::io;
-
-use army_api::ProblemKind;
 use army_api::keys::Role;
 use army_api::templates::{
     ChangeTemplate, CopyTemplate, ImportTemplate, RegisterTemplate, SetTag, Template,
@@ -14,8 +11,9 @@ use axum::response::Response;
 
 use super::auth::Caller;
 use super::extract::{Body, Params, Path};
-use super::{Answer, App};
-use crate::pipe;
+use super::{Answer, App, failure};
+use army_controller::ErrorKind;
+use army_node_api::chunks;
 
 /// Lists all templates.
 #[utoipa::path(get, path = "/v1/templates", responses((status = 200, body = Vec<Template>)))]
@@ -29,10 +27,10 @@ pub(super) async fn list(State(app): State<App>, _: Caller) -> Answer<Json<Vec<T
 pub(super) async fn register(
     State(app): State<App>,
     caller: Caller,
-    Body(asked): Body<RegisterTemplate>,
+    Body(request): Body<RegisterTemplate>,
 ) -> Answer<(StatusCode, Json<Template>)> {
     caller.may(Role::Admin)?;
-    let template = app.controller.register(&asked).await?;
+    let template = app.controller.register_template(&request).await?;
     Ok((StatusCode::CREATED, Json(template)))
 }
 
@@ -54,10 +52,10 @@ pub(super) async fn change(
     State(app): State<App>,
     caller: Caller,
     Path(name): Path<String>,
-    Body(asked): Body<ChangeTemplate>,
+    Body(request): Body<ChangeTemplate>,
 ) -> Answer<Json<Template>> {
     caller.may(Role::Admin)?;
-    let template = app.controller.set_standbys(&name, asked.standbys).await?;
+    let template = app.controller.set_standbys(&name, request.standbys).await?;
     Ok(Json(template))
 }
 
@@ -68,10 +66,10 @@ pub(super) async fn copy(
     State(app): State<App>,
     caller: Caller,
     Path(name): Path<String>,
-    Body(asked): Body<CopyTemplate>,
+    Body(request): Body<CopyTemplate>,
 ) -> Answer<(StatusCode, Json<Template>)> {
     caller.may(Role::Admin)?;
-    let template = app.controller.copy_template(&name, &asked.host).await?;
+    let template = app.controller.copy_template(&name, &request.host).await?;
     Ok((StatusCode::CREATED, Json(template)))
 }
 
@@ -84,13 +82,8 @@ pub(super) async fn export(
     Path(name): Path<String>,
 ) -> Answer<Response> {
     caller.may(Role::Admin)?;
-    let (sender, pieces) = pipe::pipe();
-    tokio::spawn(async move {
-        if let Err(problem) = app.controller.export(&name, sender.clone()).await {
-            let _ = sender.send(Err(io::Error::other(problem))).await;
-        }
-    });
-    Ok(pipe::answer(pieces, ProblemKind::Internal).await?)
+    let content = app.controller.export_template(&name).await?;
+    failure::bytes(content, ErrorKind::Internal).await
 }
 
 /// Imports a template that was exported with `GET`.
@@ -103,14 +96,14 @@ pub(super) async fn import(
     State(app): State<App>,
     caller: Caller,
     Path(name): Path<String>,
-    Params(asked): Params<ImportTemplate>,
+    Params(parameters): Params<ImportTemplate>,
     request: Request,
 ) -> Answer<(StatusCode, Json<Template>)> {
     caller.may(Role::Admin)?;
-    let pieces = pipe::pieces_of(request.into_body().into_data_stream());
+    let content = chunks::receive(request.into_body().into_data_stream());
     let template = app
         .controller
-        .import(&name, asked.host.as_deref(), pieces)
+        .import_template(&name, parameters.host.as_deref(), content)
         .await?;
     Ok((StatusCode::CREATED, Json(template)))
 }
@@ -122,10 +115,10 @@ pub(super) async fn tag(
     State(app): State<App>,
     caller: Caller,
     Path(tag): Path<String>,
-    Body(asked): Body<SetTag>,
+    Body(request): Body<SetTag>,
 ) -> Answer<Json<Template>> {
     caller.may(Role::Admin)?;
-    Ok(Json(app.controller.tag(&tag, &asked.template).await?))
+    Ok(Json(app.controller.tag(&tag, &request.template).await?))
 }
 
 /// Removes a tag. The template that it points to is kept.
@@ -137,7 +130,7 @@ pub(super) async fn untag(
     Path(tag): Path<String>,
 ) -> Answer<StatusCode> {
     caller.may(Role::Admin)?;
-    app.controller.store.untag(&tag).await?;
+    app.controller.untag(&tag).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

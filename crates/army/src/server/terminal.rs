@@ -1,13 +1,12 @@
 //! Terminals: a program in a guest, interactive, over a WebSocket.
 //!
-//! Binary messages are the terminal's bytes, both ways; text messages are [`TerminalMessage`]s. The
-//! agent's connection blocks, so each terminal has a thread that reads it and one that writes it.
+//! Binary messages are the bytes of the terminal, and text messages are [`TerminalMessage`]s. The
+//! agent's connection blocks, so each terminal has a thread that reads and a thread that writes.
 
 use std::time::{Duration, Instant};
 
 use agent_proto::client::{Connection, Event, Input, Running};
 use agent_proto::messages::{Exec, TerminalSize};
-use army_api::Problem;
 use army_api::exec::{Terminal, TerminalMessage};
 use army_api::keys::Role;
 use axum::body::Bytes;
@@ -19,21 +18,21 @@ use tokio::time::timeout;
 
 use super::auth::Caller;
 use super::extract::{Params, Path, Upgrade};
-use super::{Answer, App};
-use crate::blocking;
-use crate::node::{InUse, of_agent};
+use super::{AGENT_LIMIT, Answer, App, blocking};
+use army_node_api::InUse;
 
-/// What a browser asks for beside its key; the answer has to name one that was offered.
+/// The subprotocol that a browser offers beside its key. The response has to select one of those
+/// that were offered.
 const SUBPROTOCOL: &str = "army.terminal";
-/// Messages that may wait for a slow client, then the guest waits.
+/// The number of messages that may wait for a slow client, before the guest has to wait.
 const AHEAD: usize = 64;
-/// How often a client is asked whether it is still there. Browsers answer by themselves.
+/// How often a client is pinged. Browsers answer by themselves.
 const PING_EVERY: Duration = Duration::from_secs(20);
-/// A client that says nothing for so long, or takes nothing, is gone without having said so.
+/// A client that sends nothing for so long, or accepts nothing, has disconnected without notice.
 const SILENCE: Duration = Duration::from_secs(60);
-/// How long a guest may leave the input that its client has sent.
+/// How long a guest may take to accept input.
 const INPUT_LIMIT: Duration = Duration::from_secs(120);
-/// The largest message of a client.
+/// The largest message of a client, in bytes.
 const MAX_MESSAGE: usize = 256 * 1024;
 
 /// Opens a terminal in a VM.
@@ -46,18 +45,14 @@ pub(super) async fn terminal(
     State(app): State<App>,
     caller: Caller,
     Path(vm): Path<String>,
-    Params(asked): Params<Terminal>,
+    Params(request): Params<Terminal>,
     Upgrade(upgrade): Upgrade,
 ) -> Answer<Response> {
     caller.may(Role::User)?;
     let vm = caller.vm(&app, &vm).await?;
-    let node = app.controller.node_of(&vm)?;
-    let environment = app.controller.store.environment(&vm.id).await?;
-    let (running, in_use) = blocking(move || {
-        let (connection, in_use) = node.agent(&vm.id)?;
-        Ok((start(connection, asked, &environment)?, in_use))
-    })
-    .await?;
+    let environment = app.controller.environment(&vm).await?;
+    let (connection, in_use) = app.controller.agent(&vm, AGENT_LIMIT).await?;
+    let running = blocking(move || start(connection, request, &environment)).await?;
     let upgrade = upgrade
         .protocols([SUBPROTOCOL])
         .max_message_size(MAX_MESSAGE);
@@ -66,15 +61,15 @@ pub(super) async fn terminal(
 
 fn start(
     connection: Connection,
-    asked: Terminal,
+    request: Terminal,
     environment: &std::collections::BTreeMap<String, String>,
-) -> Result<Running, Problem> {
+) -> army_controller::Result<Running> {
     let mut variables: Vec<String> = environment
         .iter()
         .map(|(k, v)| format!("{k}={v}"))
         .collect();
     variables.push("TERM=xterm-256color".into());
-    // For agents that do not know login shells.
+    // Older agents do not know login shells.
     let shell = || {
         vec![
             "/bin/sh".into(),
@@ -83,24 +78,24 @@ fn start(
         ]
     };
     let exec = Exec {
-        login_shell: asked.command.is_none(),
-        command: match asked.command {
+        login_shell: request.command.is_none(),
+        command: match request.command {
             Some(command) => vec!["/bin/sh".into(), "-c".into(), command],
             None => shell(),
         },
         environment: variables,
         terminal: Some(TerminalSize {
-            rows: asked.rows.into(),
-            columns: asked.columns.into(),
+            rows: request.rows.into(),
+            columns: request.columns.into(),
         }),
         input: true,
         ..Exec::default()
     };
-    let running = connection.exec(exec).map_err(|error| of_agent(&error))?;
+    let running = connection.exec(exec)?;
     Ok(running.streaming())
 }
 
-/// From the guest to the client.
+/// A message from the guest to the client.
 enum Outgoing {
     Bytes(Vec<u8>),
     Exited(Option<i32>),
@@ -132,11 +127,11 @@ async fn serve(mut socket: WebSocket, mut running: Running, in_use: InUse) {
         }
     });
     let mut ping = tokio::time::interval(PING_EVERY);
-    let mut heard = Instant::now();
+    let mut last_message = Instant::now();
     loop {
         tokio::select! {
             _ = ping.tick() => {
-                if heard.elapsed() > SILENCE || !send(&mut socket, Message::Ping(Bytes::new())).await {
+                if last_message.elapsed() > SILENCE || !send(&mut socket, Message::Ping(Bytes::new())).await {
                     break;
                 }
             }
@@ -158,8 +153,9 @@ async fn serve(mut socket: WebSocket, mut running: Running, in_use: InUse) {
             message = socket.recv() => match message {
                 Some(Ok(Message::Close(_)) | Err(_)) | None => break,
                 Some(Ok(message)) => {
-                    heard = Instant::now();
-                    // A guest that takes no input keeps us from noticing that its client is gone.
+                    last_message = Instant::now();
+                    // While a guest accepts no input, it is not noticed that its client has
+                    // disconnected.
                     let sent = timeout(INPUT_LIMIT, typed.send(message)).await;
                     if !matches!(sent, Ok(Ok(()))) {
                         break;
@@ -168,12 +164,12 @@ async fn serve(mut socket: WebSocket, mut running: Running, in_use: InUse) {
             },
         }
     }
-    // The guest's agent hangs the terminal up.
+    // The agent in the guest hangs up the terminal.
     input.disconnect();
     drop(in_use);
 }
 
-/// False where the client is gone.
+/// Returns false where the client has disconnected.
 async fn send(socket: &mut WebSocket, message: Message) -> bool {
     let sent = tokio::time::timeout(SILENCE, socket.send(message)).await;
     matches!(sent, Ok(Ok(())))
@@ -187,7 +183,7 @@ fn type_in(input: &Input, message: Message) -> Result<(), agent_proto::client::C
                 rows: rows.into(),
                 columns: columns.into(),
             }),
-            // Nothing else is for us.
+            // Other messages are ignored.
             Ok(TerminalMessage::Exited { .. }) | Err(_) => Ok(()),
         },
         Message::Ping(_) | Message::Pong(_) | Message::Close(_) => Ok(()),

@@ -1,33 +1,32 @@
-//! TLS towards clients, with a certificate of the owner's.
+//! TLS for clients, with a certificate that the operator provides.
 //!
-//! Its files are read again when they changed, so that whoever renews certificates only has to
-//! replace them. How connections are taken is [`crate::cluster::tls`]'s.
+//! The files are read again when they have changed, so a certificate is renewed by replacing them.
+//! Connections are accepted by [`army_node_api::cluster::tls`].
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
-use army_api::{Problem, ProblemKind};
+use army_controller::{Error, ErrorKind, Result};
 use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 
-use crate::cluster::tls::provider;
-use crate::node::Result;
+use army_node_api::cluster::tls::provider;
 
-/// Files in PEM.
+/// The files of a certificate, in PEM.
 #[derive(Debug, Clone)]
 pub struct Files {
-    /// The server's certificate, and behind it those that lead to an authority.
+    /// The server's certificate, followed by those that lead to an authority.
     pub certificate: PathBuf,
-    /// Its key.
+    /// The private key of the server's certificate.
     pub key: PathBuf,
 }
 
-/// How clients are served with the certificate in `files`.
+/// The TLS configuration with the certificate in `files`.
 ///
 /// # Errors
 /// Where a file cannot be read, or the two do not belong together.
@@ -39,14 +38,14 @@ pub fn config(files: Files) -> Result<ServerConfig> {
     };
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
-        .map_err(|error| problem(format!("cannot set up TLS: {error}")))?
+        .map_err(|error| invalid(format!("cannot set up TLS: {error}")))?
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(renewed));
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(config)
 }
 
-/// What was read, and when both files were written that it was read from.
+/// A certificate, and when both of its files had been written when it was read.
 #[derive(Clone)]
 struct Read {
     key: Arc<CertifiedKey>,
@@ -60,10 +59,10 @@ impl Files {
     }
 
     fn read(&self) -> Result<Read> {
-        // Before reading: what is written meanwhile is read again.
+        // This precedes reading, so that files that are written meanwhile are read again.
         let written = self.written();
         let wrong = |path: &Path, error: &dyn fmt::Display| {
-            problem(format!("cannot use {}: {error}", path.display()))
+            invalid(format!("cannot use {}: {error}", path.display()))
         };
         let of_certificate = |error: &dyn fmt::Display| wrong(&self.certificate, error);
         let chain = CertificateDer::pem_file_iter(&self.certificate)
@@ -74,7 +73,7 @@ impl Files {
             return Err(of_certificate(&"it contains no certificate"));
         }
         let key = PrivateKeyDer::from_pem_file(&self.key).map_err(|it| wrong(&self.key, &it))?;
-        // This compares the two, too.
+        // This also checks that the two belong together.
         let key = CertifiedKey::from_der(chain, key, &provider())
             .map_err(|error| wrong(&self.key, &error))?;
         Ok(Read {
@@ -84,11 +83,11 @@ impl Files {
     }
 }
 
-fn problem(detail: String) -> Problem {
-    Problem::new(ProblemKind::InvalidRequest, detail)
+fn invalid(message: String) -> Error {
+    Error::new(ErrorKind::InvalidRequest, message)
 }
 
-/// The certificate as its files have it now.
+/// Resolves to the certificate that is in the files at present.
 struct Renewed {
     files: Files,
     current: Mutex<Read>,
@@ -109,8 +108,8 @@ impl ResolvesServerCert for Renewed {
         if written != current.written {
             match self.files.read() {
                 Ok(read) => *current = read,
-                // Half of it may be there: the next connection looks again.
-                Err(problem) => tracing::warn!(%problem, "keeping the previous certificate"),
+                // One of the files may not be replaced yet: the next connection reads them again.
+                Err(error) => tracing::warn!(%error, "keeping the previous certificate"),
             }
         }
         Some(Arc::clone(&current.key))

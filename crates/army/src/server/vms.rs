@@ -1,20 +1,19 @@
-//! VMs. In paths they are called by their id, or by the name of one that is not over.
+//! VMs. In paths, a VM is named by its id, or by the name of a VM that has not ended.
 
-use army_api::Problem;
 use army_api::keys::Role;
 use army_api::templates::Template;
 use army_api::vms::{
     Balloon, CreateVms, CreatedVms, ForkVm, SetBalloon, SnapshotVm, Vm, VmFilter, VmPage,
 };
+use army_api::{Problem, ProblemKind};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use serde::Serialize;
 
 use super::auth::Caller;
 use super::extract::{Body, IdempotencyKey, Params, Path};
+use super::failure::{Failure, created_vms};
 use super::{Answer, App};
-use crate::store::requests::Known;
 
 /// Lists VMs, one page at a time.
 #[utoipa::path(get, path = "/v1/vms", params(VmFilter),
@@ -24,9 +23,7 @@ pub(super) async fn list(
     caller: Caller,
     Params(filter): Params<VmFilter>,
 ) -> Answer<Json<VmPage>> {
-    Ok(Json(
-        app.controller.store.vms(&filter, caller.scope()).await?,
-    ))
+    Ok(Json(app.controller.vms(&filter, caller.scope()).await?))
 }
 
 /// Creates VMs from a template.
@@ -41,18 +38,19 @@ pub(super) async fn create(
     State(app): State<App>,
     caller: Caller,
     IdempotencyKey(key): IdempotencyKey,
-    Body(asked): Body<CreateVms>,
+    Body(request): Body<CreateVms>,
 ) -> Answer<(StatusCode, Json<CreatedVms>)> {
     caller.may(Role::User)?;
-    to_its_end(async move {
-        let tenant = caller.key.tenant.clone();
-        let request = key.clone();
-        once(&app, &caller, "create", key, &asked.clone(), async {
-            app.controller
-                .create(&tenant, asked, request.as_deref())
-                .await
-        })
-        .await
+    run_to_completion(async move {
+        let (controller, tenant) = (&app.controller, &caller.key.tenant);
+        let key = key.as_deref();
+        let hashed = request.clone();
+        let work = async {
+            let created = controller.create(tenant, request, key).await?;
+            Ok::<_, Failure>(created_vms(created))
+        };
+        let created = controller.idempotent(tenant, key, "create", &hashed, work);
+        Ok((StatusCode::CREATED, Json(created.await?)))
     })
     .await
 }
@@ -93,7 +91,7 @@ pub(super) async fn pause(
 ) -> Answer<Json<Vm>> {
     caller.may(Role::User)?;
     let vm = caller.vm(&app, &vm).await?;
-    Ok(Json(app.controller.set_paused(&vm, true).await?))
+    Ok(Json(app.controller.pause(&vm).await?))
 }
 
 /// Resumes a paused VM.
@@ -106,7 +104,7 @@ pub(super) async fn resume(
 ) -> Answer<Json<Vm>> {
     caller.may(Role::User)?;
     let vm = caller.vm(&app, &vm).await?;
-    Ok(Json(app.controller.set_paused(&vm, false).await?))
+    Ok(Json(app.controller.resume(&vm).await?))
 }
 
 /// Creates live forks of a running VM. The VM itself continues to run.
@@ -118,20 +116,22 @@ pub(super) async fn fork(
     caller: Caller,
     Path(vm): Path<String>,
     IdempotencyKey(key): IdempotencyKey,
-    Body(asked): Body<ForkVm>,
+    Body(request): Body<ForkVm>,
 ) -> Answer<(StatusCode, Json<CreatedVms>)> {
     caller.may(Role::User)?;
     let parent = caller.vm(&app, &vm).await?;
-    to_its_end(async move {
-        let request = key.clone();
-        let hashed = (parent.id.clone(), asked.clone());
-        once(&app, &caller, "fork", key, &hashed, async {
-            let controller = &app.controller;
-            controller
-                .fork_live(&parent.tenant, &parent, asked, request.as_deref())
-                .await
-        })
-        .await
+    run_to_completion(async move {
+        let (controller, tenant) = (&app.controller, &caller.key.tenant);
+        let key = key.as_deref();
+        let hashed = (parent.id.clone(), request.clone());
+        let work = async {
+            let forked = controller
+                .fork_vm(&parent.tenant, &parent, request, key)
+                .await?;
+            Ok::<_, Failure>(created_vms(forked))
+        };
+        let forked = controller.idempotent(tenant, key, "fork", &hashed, work);
+        Ok((StatusCode::CREATED, Json(forked.await?)))
     })
     .await
 }
@@ -143,12 +143,12 @@ pub(super) async fn snapshot(
     State(app): State<App>,
     caller: Caller,
     Path(vm): Path<String>,
-    Body(asked): Body<SnapshotVm>,
+    Body(request): Body<SnapshotVm>,
 ) -> Answer<(StatusCode, Json<Template>)> {
-    // Templates are everybody's: what a guest holds would be told to all tenants.
+    // Templates are visible to all tenants, and so would be everything in the guest's memory.
     caller.may(Role::Admin)?;
     let vm = caller.vm(&app, &vm).await?;
-    let template = app.controller.snapshot(&vm, asked).await?;
+    let template = app.controller.snapshot(&vm, request).await?;
     Ok((StatusCode::CREATED, Json(template)))
 }
 
@@ -173,55 +173,22 @@ pub(super) async fn set_balloon(
     State(app): State<App>,
     caller: Caller,
     Path(vm): Path<String>,
-    Body(asked): Body<SetBalloon>,
+    Body(request): Body<SetBalloon>,
 ) -> Answer<Json<Balloon>> {
     caller.may(Role::User)?;
     let vm = caller.vm(&app, &vm).await?;
-    Ok(Json(app.controller.balloon(&vm, Some(asked.bytes)).await?))
+    Ok(Json(
+        app.controller.balloon(&vm, Some(request.bytes)).await?,
+    ))
 }
 
-/// Does work that is not dropped half done when its client goes away: who asks again with the same
-/// key is to find how it ended.
-async fn to_its_end<T: Send + 'static>(
+/// Runs work to its completion even if its client disconnects: a client that repeats the request
+/// with the same key learns how it ended.
+async fn run_to_completion<T: Send + 'static>(
     work: impl Future<Output = Answer<T>> + Send + 'static,
 ) -> Answer<T> {
     tokio::spawn(work).await.unwrap_or_else(|error| {
         let detail = format!("a task failed: {error}");
-        Err(Problem::new(army_api::ProblemKind::Internal, detail).into())
+        Err(Problem::new(ProblemKind::Internal, detail).into())
     })
-}
-
-/// Does what is asked for, or answers again what was answered to the same request before.
-async fn once(
-    app: &App,
-    caller: &Caller,
-    what: &str,
-    key: Option<String>,
-    asked: &impl Serialize,
-    work: impl Future<Output = Result<CreatedVms, Problem>>,
-) -> Answer<(StatusCode, Json<CreatedVms>)> {
-    let store = &app.controller.store;
-    let tenant = &caller.key.tenant;
-    let internal =
-        |error: serde_json::Error| Problem::new(army_api::ProblemKind::Internal, error.to_string());
-    let Some(key) = key else {
-        return Ok((StatusCode::CREATED, Json(work.await?)));
-    };
-    let asked = serde_json::to_string(&(what, asked)).map_err(internal)?;
-    if let Known::Answered(answer) = store.begin_request(tenant, &key, &asked).await? {
-        let created: CreatedVms = serde_json::from_str(&answer).map_err(internal)?;
-        return Ok((StatusCode::CREATED, Json(created)));
-    }
-    match work.await {
-        Ok(created) => {
-            let answer = serde_json::to_string(&created).map_err(internal)?;
-            store.answer_request(tenant, &key, &answer).await?;
-            Ok((StatusCode::CREATED, Json(created)))
-        }
-        Err(problem) => {
-            // It can be tried again with the same key.
-            store.drop_request(tenant, &key).await?;
-            Err(problem.into())
-        }
-    }
 }

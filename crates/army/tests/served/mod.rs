@@ -8,13 +8,13 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use army::controller::Controller;
-use army::node::Node;
 use army::server;
-use army::store::Store;
 use army_api::client::Client;
 use army_api::keys::{CreateKey, NewKey, Role};
 use army_api::templates::Template;
+use army_controller::testing::Records;
+use army_controller::{Controller, Database};
+use army_node::{Node, NodeService};
 
 /// The user and group without rights.
 const NOBODY: u32 = 65534;
@@ -22,7 +22,7 @@ const NOBODY: u32 = 65534;
 pub struct Server {
     pub url: String,
     pub admin: Client,
-    pub store: Store,
+    pub records: Records,
     pub dir: tempfile::TempDir,
     router: axum::Router,
     _postgres: Option<Postgres>,
@@ -89,12 +89,12 @@ impl Postgres {
         )
     }
 
-    pub async fn open(&self) -> Store {
+    pub async fn open(&self) -> Database {
         let end = Instant::now() + Duration::from_secs(60);
         loop {
-            match Store::open(&self.url()).await {
-                Ok(store) => return store,
-                Err(problem) => assert!(Instant::now() < end, "{problem}"),
+            match Database::open(&self.url()).await {
+                Ok(database) => return database,
+                Err(error) => assert!(Instant::now() < end, "{error}"),
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -110,9 +110,9 @@ impl Drop for Postgres {
 pub async fn server(postgres: Option<Postgres>) -> Server {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().to_owned();
-    let store = match &postgres {
+    let database = match &postgres {
         Some(postgres) => postgres.open().await,
-        None => Store::open(&Store::sqlite(&path.join("army.db")))
+        None => Database::open(&Database::sqlite_url(&path.join("army.db")))
             .await
             .unwrap(),
     };
@@ -121,31 +121,38 @@ pub async fn server(postgres: Option<Postgres>) -> Server {
         let templates = clone_template::Store::at(path.join("templates"));
         Node::open("here".into(), path.join("vms"), runtime, templates).unwrap()
     });
-    let controller = Controller::alone(store.clone(), node.await.unwrap());
-    controller.take_up_all().await.unwrap();
+    let records = Records::of(&database);
+    let service = NodeService::in_process(node.await.unwrap());
+    let controller = Controller::of_one_host(database, Arc::new(service));
+    controller.recover().await.unwrap();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let router = server::router(Arc::new(controller));
     let over_tls = router.clone();
     tokio::spawn(async move { axum::serve(listener, router).await });
-    let key = create_key(&store, "root", Role::Admin, None).await;
+    let key = create_key(&records, "root", Role::Admin, None).await;
     Server {
         admin: Client::new(&url, key.secret).unwrap(),
         url,
-        store,
+        records,
         dir,
         router: over_tls,
         _postgres: postgres,
     }
 }
 
-pub async fn create_key(store: &Store, tenant: &str, role: Role, max_vms: Option<u32>) -> NewKey {
+pub async fn create_key(
+    records: &Records,
+    tenant: &str,
+    role: Role,
+    max_vms: Option<u32>,
+) -> NewKey {
     let asked = CreateKey {
         tenant: tenant.to_owned(),
         role,
         max_vms,
     };
-    store.create_key(&asked).await.unwrap()
+    records.create_key(&asked).await.unwrap()
 }
 
 impl Server {
@@ -153,14 +160,14 @@ impl Server {
     pub async fn over_tls(&self, config: rustls::ServerConfig) -> String {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("https://{}", listener.local_addr().unwrap());
-        let listener = army::cluster::tls::Listener::of(listener, config).unwrap();
+        let listener = army_node_api::cluster::tls::Listener::of(listener, config).unwrap();
         let router = self.router.clone();
         tokio::spawn(async move { axum::serve(listener, router).await });
         url
     }
 
     pub async fn client(&self, tenant: &str, role: Role) -> Client {
-        let key = create_key(&self.store, tenant, role, None).await;
+        let key = create_key(&self.records, tenant, role, None).await;
         Client::new(&self.url, key.secret).unwrap()
     }
 }

@@ -1,13 +1,13 @@
 //! 10,000 VMs listed. It needs no guests, and runs where the report is made.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
-use army::node::{Node, VmReport};
-use army::store::vms::NewVms;
 use army_api::vms::{ForkTimes, Vm, VmFilter, VmMemory, VmPage, VmState};
+use army_node::Node;
+use army_node_api::requests::VmReport;
 use clone_host::runtime::Runtime;
 
 use super::army::Server;
@@ -44,12 +44,7 @@ async fn fill(server: &Server) -> Result<()> {
     let environment = BTreeMap::from([("GREETING".to_owned(), "hello".to_owned())]);
     for first in (0..VMS).step_by(BATCH) {
         let vms: Vec<Vm> = (first..first + BATCH).map(vm).collect();
-        let new = NewVms {
-            vms: &vms,
-            environment: &environment,
-            request: None,
-        };
-        server.store.add_vms(&new).await?;
+        server.records.insert_vms(&vms, &environment).await?;
         for vm in &vms {
             let times = ForkTimes {
                 warm: true,
@@ -58,14 +53,10 @@ async fn fill(server: &Server) -> Result<()> {
                 identity_us: 2100,
                 total_us: 5000,
             };
-            server
-                .store
-                .made_vm(&vm.id, &Ok((times, Vec::new())))
-                .await?;
+            server.records.record_fork(&vm.id, times, &[]).await?;
         }
         let reports: Vec<VmReport> = vms.iter().map(report).collect();
-        let making = HashSet::new();
-        server.store.hear_of_vms("here", &reports, &making).await?;
+        server.records.apply_node_report("here", &reports).await?;
     }
     Ok(())
 }
@@ -112,7 +103,7 @@ async fn measure(server: &Server, record: &mut Record, count: usize) -> Result<(
     let (mut store, mut api, mut pages) = (Vec::new(), Vec::new(), Vec::new());
     for turn in 0..=count {
         let start = Instant::now();
-        let page = server.store.vms(&all, None).await?;
+        let page = server.records.vms(&all).await?;
         let stored = start.elapsed();
         check(page.vms.len())?;
         let start = Instant::now();

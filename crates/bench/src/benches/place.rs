@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
-use army::scheduler::{HostView, Need, place};
+use army_controller::scheduler::{HostView, Need, place};
 
 use crate::context::Context;
 use crate::record::{Figure, Ratio, Record};

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use agent_proto::client::{Connection, Deadline};
 use anyhow::{Context as _, Result};
-use army::node::journal::Entry;
 use army_api::client::{Client, ClientError};
 use army_api::exec::{Exec, ExecResult};
 use army_api::vms::{CreateVms, CreatedVms, Vm};
+use army_node_api::requests::VmSpec;
 use clone_host::launch::fork::{Overrides, fork};
 use futures_util::future::join_all;
 
@@ -66,7 +66,7 @@ fn execs(rig: &Rig<'_>, record: &mut Record, count: usize) -> Result<()> {
         )?;
         let agent = start.elapsed();
         let start = Instant::now();
-        exec_on(rig.node.agent(&vm.id)?.0, &["true"])?;
+        exec_on(rig.node.agent(&vm.id, Deadline::after(LIMIT))?.0, &["true"])?;
         let node = start.elapsed();
         let start = Instant::now();
         let result = rig.wait(exec(&rig.client, &vm.id))?;
@@ -145,7 +145,7 @@ fn create_turn(
     rig.forks.end(&[forked])?;
 
     let id = format!("{kind}{turn}");
-    let entry = Entry::new(id.clone(), 1, format!("node-{id}"));
+    let entry = VmSpec::new(id.clone(), 1, format!("node-{id}"));
     let start = Instant::now();
     let made = rig.node.create(TEMPLATE, &[entry]);
     let node = start.elapsed();
@@ -162,7 +162,7 @@ fn create_turn(
     let start = Instant::now();
     let made = rig.wait(async { Ok(rig.controller.create("root", asked.clone(), None).await?) })?;
     let controller = start.elapsed();
-    rig.destroy(one(&made)?)?;
+    rig.destroy(made.vms.first().context("the controller created no VM")?)?;
     let start = Instant::now();
     let made: CreatedVms =
         rig.wait(async { Ok(rig.client.create("/v1/vms", &asked, None).await?) })?;

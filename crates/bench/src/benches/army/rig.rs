@@ -4,13 +4,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
-use army::controller::Controller;
-use army::node::Node;
-use army::store::Store;
 use army_api::client::Client;
 use army_api::keys::{CreateKey, Role};
 use army_api::templates::RegisterTemplate;
 use army_api::vms::{CreateVms, CreatedVms, Vm};
+use army_controller::testing::Records;
+use army_controller::{Controller, Database};
+use army_node::{Node, NodeService};
 use clone_host::launch::fork;
 use clone_start::VmDir;
 
@@ -24,7 +24,7 @@ pub(super) const TEMPLATE: &str = "base";
 /// A server of the API, without VMs.
 pub(crate) struct Server {
     pub(crate) controller: Arc<Controller>,
-    pub(crate) store: Store,
+    pub(crate) records: Records,
     url: String,
     key: String,
 }
@@ -33,9 +33,12 @@ impl Server {
     /// On a port of its own, with its database in `state`; looked after as `army dev` does where
     /// it is `alive`, else nobody looks at what VMs there really are.
     pub(crate) async fn start(state: &Path, node: Arc<Node>, alive: bool) -> Result<Self> {
-        let store = Store::open(&Store::sqlite(&state.join("army.db"))).await?;
-        let controller = Arc::new(Controller::alone(store.clone(), node));
-        controller.take_up_all().await?;
+        let url = Database::sqlite_url(&state.join("army.db"));
+        let database = Database::open(&url).await?;
+        let records = Records::of(&database);
+        let service = Arc::new(NodeService::in_process(node));
+        let controller = Arc::new(Controller::of_one_host(database, service));
+        controller.recover().await?;
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
         let url = format!("http://{}", listener.local_addr()?);
         let router = army::server::router(Arc::clone(&controller));
@@ -48,10 +51,10 @@ impl Server {
             role: Role::Admin,
             max_vms: None,
         };
-        let key = store.create_key(&admin).await?.secret;
+        let key = controller.create_key(&admin).await?.secret;
         Ok(Self {
             controller,
-            store,
+            records,
             url,
             key,
         })
@@ -95,7 +98,7 @@ impl<'a> Rig<'a> {
             name: TEMPLATE.to_owned(),
             ..RegisterTemplate::default()
         };
-        tokio.block_on(server.controller.register(&asked))?;
+        tokio.block_on(server.controller.register_template(&asked))?;
         Ok(Self {
             node,
             controller: Arc::clone(&server.controller),
@@ -118,7 +121,7 @@ impl<'a> Rig<'a> {
     pub(super) fn vm_dir(&self, id: &str) -> VmDir {
         self.forks
             .runtime
-            .dir(&format!("{}{id}", army::node::VM_PREFIX))
+            .dir(&format!("{}{id}", army_node::VM_PREFIX))
     }
 
     /// A VM of that name, through the API.
@@ -143,7 +146,7 @@ impl Drop for Rig<'_> {
     fn drop(&mut self) {
         // Of a bench that failed; its VMs outlive their server.
         for vm in self.forks.runtime.running().unwrap_or_default() {
-            if vm.dir.name().starts_with(army::node::VM_PREFIX) {
+            if vm.dir.name().starts_with(army_node::VM_PREFIX) {
                 fork::end(&self.forks.runtime, &vm);
             }
         }

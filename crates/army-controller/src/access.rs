@@ -1,0 +1,41 @@
+//! Keys: who may use the API.
+
+use army_api::keys::{CreateKey, Key, NewKey};
+
+use crate::{Controller, Error, ErrorKind, Result};
+
+impl Controller {
+    /// Whether there is any key.
+    pub async fn has_keys(&self) -> Result<bool> {
+        self.store.has_keys().await
+    }
+
+    /// Creates a key. Its secret is in the answer and nowhere else.
+    pub async fn create_key(&self, request: &CreateKey) -> Result<NewKey> {
+        if !clone_api::validate::is_valid_name(&request.tenant) {
+            let message = format!("invalid tenant name `{}`", request.tenant.escape_debug());
+            return Err(Error::new(ErrorKind::InvalidRequest, message));
+        }
+        self.store.create_key(request).await
+    }
+
+    /// The key with this secret.
+    pub async fn find_key(&self, secret: &str) -> Result<Option<Key>> {
+        self.store.find_key(secret).await
+    }
+
+    /// All keys.
+    pub async fn keys(&self) -> Result<Vec<Key>> {
+        self.store.keys().await
+    }
+
+    /// Revokes a key. The last administrator key cannot be removed.
+    pub async fn remove_key(&self, id: &str) -> Result<()> {
+        self.store.remove_key(id).await
+    }
+
+    /// Checks that the database answers.
+    pub async fn check_database(&self) -> Result<()> {
+        self.store.has_keys().await.map(drop)
+    }
+}

@@ -1,0 +1,194 @@
+//! What is done in guests through their agents, for the API and for builds.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use agent_proto::client::{Event as AgentEvent, Running};
+use agent_proto::messages::{Exec as AgentExec, Exited, Put, Stream};
+use army_api::exec::{CommandEvent, Ended, Exec, FilePath, OutputStream};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{Error, ErrorKind, Result};
+
+/// The permissions of a new file, where the client does not say.
+const DEFAULT_MODE: u32 = 0o644;
+/// How much longer than its own limit a command is waited for: its agent ends it, but a guest may
+/// hang.
+const GRACE: Duration = Duration::from_secs(15);
+
+/// The limit of a connection for work that the agent ends after `limit`.
+pub fn with_grace(limit: Duration) -> Duration {
+    limit.saturating_add(GRACE)
+}
+
+/// Checks a command before its guest is reached.
+///
+/// # Errors
+/// [`ErrorKind::InvalidRequest`] where it is empty.
+pub fn check_command(command: &[String]) -> Result<()> {
+    if command.is_empty() {
+        let message = "`command` is empty: it takes a program and its arguments";
+        return Err(Error::new(ErrorKind::InvalidRequest, message));
+    }
+    Ok(())
+}
+
+/// A command in the agent's protocol, with the VM's environment, and with a time limit if there is
+/// one.
+pub fn exec(
+    command: Exec,
+    mut environment: BTreeMap<String, String>,
+    limit: Option<Duration>,
+) -> AgentExec {
+    // In the agent's protocol, 0 is no limit.
+    let milliseconds =
+        |limit: Duration| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).max(1);
+    environment.extend(command.environment);
+    AgentExec {
+        command: command.command,
+        environment: environment
+            .iter()
+            .map(|(key, value)| format!("{key}={value}"))
+            .collect(),
+        directory: command.directory.unwrap_or_default(),
+        user: command.user.unwrap_or_default(),
+        timeout_ms: limit.map_or(0, milliseconds),
+        input: command.stdin.is_some(),
+        ..AgentExec::default()
+    }
+}
+
+/// A file in the agent's protocol.
+///
+/// # Errors
+/// [`ErrorKind::InvalidRequest`] where the path is not absolute, or the permissions are not octal.
+pub fn put(file: FilePath) -> Result<Put> {
+    let invalid = |message: String| Error::new(ErrorKind::InvalidRequest, message);
+    if !file.path.starts_with('/') || file.path.contains('\0') {
+        let path = file.path.escape_debug();
+        return Err(invalid(format!(
+            "`{path}` is not an absolute path in the guest"
+        )));
+    }
+    let mode = match &file.mode {
+        None => DEFAULT_MODE,
+        Some(mode) => u32::from_str_radix(mode, 8)
+            .ok()
+            .filter(|mode| *mode <= 0o7777)
+            .ok_or_else(|| invalid(format!("invalid permissions `{}`", mode.escape_debug())))?,
+    };
+    Ok(Put {
+        path: file.path,
+        mode,
+        name: file.name.unwrap_or_default(),
+        ..Put::default()
+    })
+}
+
+/// Sends the events of a command to a listener, as far as `wrap` makes something of them, and
+/// returns how the command ended. Blocks, and must be called within a runtime.
+///
+/// # Errors
+/// Where the connection to the agent is lost. A listener that goes away causes that, too, even
+/// while the command has no output.
+pub fn follow<T: Send + 'static>(
+    mut running: Running,
+    listener: &mpsc::Sender<T>,
+    wrap: impl Fn(CommandEvent) -> Option<T>,
+) -> Result<Ended> {
+    let input = running.input();
+    let watched_listener = listener.clone();
+    let (_at_end, done) = oneshot::channel::<()>();
+    tokio::spawn(async move {
+        tokio::select! {
+            () = watched_listener.closed() => input.disconnect(),
+            _ = done => {}
+        }
+    });
+    let mut texts = [Text::default(), Text::default()];
+    loop {
+        let event = running.next_event()?;
+        let arrived = running.arrived();
+        let (event, ended) = match event {
+            AgentEvent::Output(stream, data) => {
+                let event = CommandEvent::Output {
+                    stream: output_stream(stream),
+                    text: texts[usize::from(stream == Stream::Stderr)].take(&data),
+                    cursor: match stream {
+                        Stream::Stdout => arrived.stdout_cursor,
+                        Stream::Stderr => arrived.stderr_cursor,
+                    },
+                };
+                (event, None)
+            }
+            AgentEvent::Lost(stream, bytes) => {
+                let stream = output_stream(stream);
+                (CommandEvent::Lost { stream, bytes }, None)
+            }
+            AgentEvent::Exited(exited) => {
+                let ended = exit_status(exited);
+                (CommandEvent::Ended(ended), Some(ended))
+            }
+        };
+        let sent = wrap(event).is_none_or(|event| listener.blocking_send(event).is_ok());
+        match ended {
+            Some(ended) => return Ok(ended),
+            None if sent => {}
+            None => return Err(client_disconnected()),
+        }
+    }
+}
+
+/// The error of work whose client has gone away.
+pub fn client_disconnected() -> Error {
+    Error::new(ErrorKind::Conflict, "the client has disconnected")
+}
+
+/// How a command ended, in the API's terms.
+pub fn exit_status(exited: Exited) -> Ended {
+    Ended {
+        exit_code: exited.code,
+        signal: exited.signal,
+        timed_out: exited.timed_out,
+    }
+}
+
+fn output_stream(stream: Stream) -> OutputStream {
+    match stream {
+        Stream::Stdout => OutputStream::Stdout,
+        Stream::Stderr => OutputStream::Stderr,
+    }
+}
+
+/// Converts output into text as it arrives. A character may be cut in two between arrivals.
+#[derive(Default)]
+struct Text(Vec<u8>);
+
+impl Text {
+    fn take(&mut self, data: &[u8]) -> String {
+        self.0.extend_from_slice(data);
+        let whole = match std::str::from_utf8(&self.0) {
+            // The end is the beginning of a character.
+            Err(error) if error.error_len().is_none() => error.valid_up_to(),
+            _ => self.0.len(),
+        };
+        let rest = self.0.split_off(whole);
+        let text = String::from_utf8_lossy(&self.0).into_owned();
+        self.0 = rest;
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn characters_that_are_cut_in_two_come_whole() {
+        let mut text = Text::default();
+        let bytes = "aä€".as_bytes();
+        let pieces: String = bytes.iter().map(|byte| text.take(&[*byte])).collect();
+        assert_eq!(pieces, "aä€");
+        assert_eq!(text.take(b"\xFFb"), "\u{FFFD}b");
+    }
+}

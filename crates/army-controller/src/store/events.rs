@@ -1,0 +1,99 @@
+//! Events. Each is recorded in the transaction of the change that it describes.
+
+use army_api::events::Event;
+use sqlx::any::AnyRow;
+use tokio::sync::broadcast;
+
+use super::{Change, Store, number, query_failed, text, unsigned};
+use crate::Result;
+use army_node_api::time::now_ms;
+
+/// The number of events that are kept.
+const KEPT: i64 = 100_000;
+/// The most events that one read returns.
+const PAGE: i64 = 1000;
+
+impl Change<'_> {
+    /// Adds an event that describes this change.
+    pub(super) async fn event(
+        &mut self,
+        kind: &str,
+        subject: &str,
+        tenant: &str,
+        detail: &str,
+    ) -> Result<()> {
+        let time_ms = now_ms();
+        let row = sqlx::query(
+            "INSERT INTO events (id, time_ms, kind, subject, tenant, detail) \
+             SELECT COALESCE(MAX(id), 0) + 1, $1, $2, $3, $4, $5 FROM events RETURNING id",
+        )
+        .bind(time_ms as i64)
+        .bind(kind)
+        .bind(subject)
+        .bind(tenant)
+        .bind(detail)
+        .fetch_one(self.connection())
+        .await
+        .map_err(query_failed)?;
+        let id = number(&row, "id")?;
+        if id % 1000 == 0 {
+            sqlx::query("DELETE FROM events WHERE id <= $1")
+                .bind(id - KEPT)
+                .execute(self.connection())
+                .await
+                .map_err(query_failed)?;
+        }
+        self.events.push(Event {
+            id,
+            time_ms,
+            kind: kind.to_owned(),
+            subject: subject.to_owned(),
+            tenant: tenant.to_owned(),
+            detail: detail.to_owned(),
+        });
+        Ok(())
+    }
+}
+
+impl Store {
+    /// A page of the events after `id`, the oldest first: those of `tenant` and those that concern
+    /// all tenants, or every event where no tenant is given.
+    pub(crate) async fn events_after(&self, id: i64, tenant: Option<&str>) -> Result<Vec<Event>> {
+        let rows = sqlx::query(
+            "SELECT * FROM events WHERE id > $1 AND ($2 = '*' OR tenant = $2 OR tenant = '') \
+             ORDER BY id LIMIT $3",
+        )
+        .bind(id)
+        .bind(tenant.unwrap_or("*"))
+        .bind(PAGE)
+        .fetch_all(&self.pool)
+        .await
+        .map_err(query_failed)?;
+        rows.iter().map(event).collect()
+    }
+
+    /// The id of the newest event; 0 where there is none.
+    pub(crate) async fn last_event(&self) -> Result<i64> {
+        let row = sqlx::query("SELECT COALESCE(MAX(id), 0) AS id FROM events")
+            .fetch_one(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        number(&row, "id")
+    }
+
+    /// Receives events from now on.
+    pub(crate) fn subscribe(&self) -> broadcast::Receiver<Event> {
+        self.news.subscribe()
+    }
+}
+
+fn event(row: &AnyRow) -> Result<Event> {
+    Ok(Event {
+        id: number(row, "id")?,
+        time_ms: unsigned(row, "time_ms")?,
+        kind: text(row, "kind")?,
+        subject: text(row, "subject")?,
+        tenant: text(row, "tenant")?,
+        detail: text(row, "detail")?,
+    })
+}

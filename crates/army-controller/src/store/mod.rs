@@ -1,0 +1,227 @@
+//! The database: one file for each kind of record, and all of the SQL.
+//!
+//! The SQL is what SQLite and PostgreSQL have in common, except for the names of two functions in
+//! the list of VMs. Changes that belong together are one transaction, so that a kill at any point
+//! leaves all of them or none.
+
+pub(crate) mod events;
+pub(crate) mod hosts;
+pub(crate) mod keys;
+mod migrations;
+pub(crate) mod requests;
+pub(crate) mod templates;
+pub(crate) mod vms;
+
+use std::sync::Arc;
+
+use crate::{Error, ErrorKind, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use sqlx::any::{AnyPoolOptions, AnyRow};
+use sqlx::pool::PoolConnection;
+use sqlx::{AnyConnection, AnyPool, Connection as _, Row};
+use tokio::sync::{Mutex, MutexGuard, broadcast};
+
+use army_api::events::Event;
+
+/// The number of connections to the database.
+const CONNECTIONS: u32 = 8;
+/// The number of events that a slow reader may miss before it has to read the database.
+const EVENTS_AHEAD: usize = 1024;
+/// The settings of each connection. Writers wait for each other, and a kill of the process loses
+/// nothing that was committed.
+const SQLITE_SETTINGS: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; \
+     PRAGMA busy_timeout = 10000; PRAGMA foreign_keys = ON;";
+
+/// The lock that a controller holds in PostgreSQL while it runs: two controllers would undo each
+/// other's work.
+const POSTGRES_LOCK: i64 = 0x41_52_4d_59;
+/// The schemes of the URLs of PostgreSQL databases.
+const POSTGRES: [&str; 2] = ["postgres://", "postgresql://"];
+
+/// The database.
+#[derive(Clone)]
+pub(crate) struct Store {
+    pool: AnyPool,
+    is_postgres: bool,
+    /// Holds the lock of a shared database.
+    _lock: Option<Arc<Mutex<AnyConnection>>>,
+    /// Held by the writer. In the database, writers would have to try again instead of waiting.
+    turn: Arc<Mutex<()>>,
+    news: broadcast::Sender<Event>,
+}
+
+impl Store {
+    /// Opens the database at `url`, of SQLite or PostgreSQL, and migrates it to the latest version.
+    pub(crate) async fn open(url: &str) -> Result<Self> {
+        sqlx::any::install_default_drivers();
+        let is_postgres = POSTGRES.iter().any(|scheme| url.starts_with(scheme));
+        if !is_postgres && !url.starts_with("sqlite:") {
+            let message = "the database URL must begin with `postgres://` or `sqlite://`";
+            return Err(Error::new(ErrorKind::InvalidRequest, message));
+        }
+        let lock = match is_postgres {
+            true => Some(Arc::new(Mutex::new(lock(url).await?))),
+            false => None,
+        };
+        let pool = AnyPoolOptions::new()
+            .max_connections(CONNECTIONS)
+            .after_connect(move |connection, _| {
+                Box::pin(async move {
+                    if is_postgres {
+                        return Ok(());
+                    }
+                    sqlx::raw_sql(SQLITE_SETTINGS)
+                        .execute(&mut *connection)
+                        .await
+                        .map(drop)
+                })
+            })
+            .connect(url)
+            .await
+            .map_err(|error| failed("open the store", &error))?;
+        migrations::all().run(&pool).await.map_err(|error| {
+            let message = format!("cannot migrate the database to the latest version: {error}");
+            Error::new(ErrorKind::Internal, message)
+        })?;
+        Ok(Self {
+            pool,
+            is_postgres,
+            _lock: lock,
+            turn: Arc::default(),
+            news: broadcast::channel(EVENTS_AHEAD).0,
+        })
+    }
+
+    /// Begins a transaction. It is rolled back unless it is committed.
+    async fn change(&self) -> Result<Change<'_>> {
+        let turn = self.turn.lock().await;
+        let connection = self.pool.acquire().await.map_err(|e| failed("begin", &e))?;
+        let mut change = Change {
+            connection,
+            committed: false,
+            events: Vec::new(),
+            news: &self.news,
+            _turn: turn,
+        };
+        change.run("BEGIN").await.map_err(|e| failed("begin", &e))?;
+        Ok(change)
+    }
+}
+
+/// Takes the lock of a PostgreSQL database, which is held as long as the connection exists.
+async fn lock(url: &str) -> Result<AnyConnection> {
+    let opened = |error| failed("open the store", &error);
+    let mut connection = AnyConnection::connect(url).await.map_err(opened)?;
+    let row = sqlx::query("SELECT pg_try_advisory_lock($1) AS taken")
+        .bind(POSTGRES_LOCK)
+        .fetch_one(&mut connection)
+        .await
+        .map_err(opened)?;
+    match row.try_get("taken").map_err(opened)? {
+        true => Ok(connection),
+        false => {
+            let message = "another Army server uses this database";
+            Err(Error::new(ErrorKind::Conflict, message).advise("stop it, or use another database"))
+        }
+    }
+}
+
+/// A transaction, and the events that describe it.
+///
+/// The connection of a transaction that is not committed is closed. Where SQLite cannot write, it may
+/// end a transaction by itself, or leave it open although it was told to end it. The driver's own
+/// transactions lose count then, and later reads on their connection are old and writes fail.
+struct Change<'a> {
+    connection: PoolConnection<sqlx::Any>,
+    committed: bool,
+    events: Vec<Event>,
+    news: &'a broadcast::Sender<Event>,
+    _turn: MutexGuard<'a, ()>,
+}
+
+impl Change<'_> {
+    fn connection(&mut self) -> &mut AnyConnection {
+        &mut self.connection
+    }
+
+    async fn run(&mut self, statement: &'static str) -> sqlx::Result<()> {
+        let done = sqlx::raw_sql(statement).execute(self.connection()).await;
+        done.map(drop)
+    }
+
+    /// Commits the transaction, and then publishes its events.
+    async fn commit(mut self) -> Result<()> {
+        self.run("COMMIT").await.map_err(|e| failed("commit", &e))?;
+        self.committed = true;
+        for event in self.events.drain(..) {
+            // There may be no receiver.
+            let _ = self.news.send(event);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        if !self.committed {
+            self.connection.close_on_drop();
+        }
+    }
+}
+
+fn failed(action: &str, error: &sqlx::Error) -> Error {
+    let message = format!("the store failed ({action}): {error}");
+    Error::new(ErrorKind::Internal, message)
+}
+
+fn query_failed(error: sqlx::Error) -> Error {
+    failed("query", &error)
+}
+
+/// Whether a query failed because a name is taken.
+fn is_taken(error: &sqlx::Error) -> bool {
+    error
+        .as_database_error()
+        .is_some_and(|error| error.is_unique_violation())
+}
+
+fn text(row: &AnyRow, column: &str) -> Result<String> {
+    row.try_get(column).map_err(query_failed)
+}
+
+fn optional_text(row: &AnyRow, column: &str) -> Result<Option<String>> {
+    row.try_get(column).map_err(query_failed)
+}
+
+fn number(row: &AnyRow, column: &str) -> Result<i64> {
+    row.try_get(column).map_err(query_failed)
+}
+
+fn unsigned(row: &AnyRow, column: &str) -> Result<u64> {
+    Ok(number(row, column)?.max(0) as u64)
+}
+
+fn json<T: DeserializeOwned>(row: &AnyRow, column: &str) -> Result<T> {
+    parse(&text(row, column)?)
+}
+
+fn parse<T: DeserializeOwned>(text: &str) -> Result<T> {
+    serde_json::from_str(text).map_err(|error| {
+        let message = format!("the database contains an invalid value: {error}");
+        Error::new(ErrorKind::Internal, message)
+    })
+}
+
+fn to_json(value: &impl Serialize) -> Result<String> {
+    serde_json::to_string(value).map_err(|error| Error::new(ErrorKind::Internal, error.to_string()))
+}
+
+/// The word for a value of an enum without data.
+fn word(value: &impl Serialize) -> Result<String> {
+    Ok(to_json(value)?.trim_matches('"').to_owned())
+}
+
+fn from_word<T: DeserializeOwned>(word: &str) -> Result<T> {
+    parse(&format!("\"{word}\""))
+}

@@ -1,0 +1,134 @@
+//! VMs that exist: reading, ending, pausing, and reaching into their guests.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use agent_proto::client::{Connection, Deadline};
+use army_api::templates::Template;
+use army_api::vms::{Balloon, SnapshotVm, Vm, VmFilter, VmPage, VmState};
+use army_node_api::InUse;
+use army_node_api::requests::{
+    BalloonRequest, ConnectAgentRequest, DestroyVmRequest, PauseVmRequest, ResumeVmRequest,
+    SnapshotVmRequest,
+};
+
+use crate::{Controller, Error, ErrorKind, Node, Result, blocking, deadlines};
+
+/// Why a VM ended that a client destroyed.
+pub(crate) const DESTROYED: &str = "destroyed";
+
+impl Controller {
+    /// One VM by its id, or by the name of one that has not ended; only `tenant`'s where one is
+    /// given.
+    pub async fn vm(&self, key: &str, tenant: Option<&str>) -> Result<Vm> {
+        self.store.vm(key, tenant).await
+    }
+
+    /// A page of VMs; only `tenant`'s where one is given.
+    pub async fn vms(&self, filter: &VmFilter, tenant: Option<&str>) -> Result<VmPage> {
+        self.store.vms(filter, tenant).await
+    }
+
+    /// The variables that are added to the environment of a VM's commands.
+    pub async fn environment(&self, vm: &Vm) -> Result<BTreeMap<String, String>> {
+        self.store.environment(&vm.id).await
+    }
+
+    /// The node of a VM that has not ended.
+    pub(crate) fn node_of(&self, vm: &Vm) -> Result<Node> {
+        if vm.state.is_alive() {
+            return self.node(&vm.host);
+        }
+        let reason = vm.reason.as_deref().unwrap_or("the reason is unknown");
+        let message = format!("the VM {} has ended: {reason}", vm.name);
+        Err(Error::new(ErrorKind::Conflict, message))
+    }
+
+    /// Connects to the agent in a VM. The connection is for one request, which must end within
+    /// `limit`; the VM counts as used while the second value lives.
+    pub async fn agent(&self, vm: &Vm, limit: Duration) -> Result<(Connection, InUse)> {
+        let node = self.node_of(vm)?;
+        let request = ConnectAgentRequest { vm: vm.id.clone() };
+        let deadline = deadlines::agent();
+        let stream = node.connect_agent(request, deadline).await?;
+        blocking(move || {
+            let (mut connection, in_use) = stream.open(deadline)?;
+            connection.set_deadline(Deadline::after(limit));
+            Ok((connection, in_use))
+        })
+        .await
+    }
+
+    /// Ends a VM. A VM that has ended is returned unchanged.
+    pub async fn destroy(&self, vm: &Vm) -> Result<Vm> {
+        if vm.state.is_alive() {
+            self.store.request_deletion(&vm.id).await?;
+            match self.destroy_on_host(vm).await {
+                Ok(()) => {
+                    let ids = [vm.id.clone()];
+                    self.store
+                        .set_vm_states(&ids, VmState::Ended, DESTROYED)
+                        .await?;
+                }
+                // The VM is ended when its host answers again.
+                Err(error) if error.kind == ErrorKind::HostUnavailable => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.store.vm(&vm.id, None).await
+    }
+
+    async fn destroy_on_host(&self, vm: &Vm) -> Result<()> {
+        let request = DestroyVmRequest {
+            vm: vm.id.clone(),
+            reason: DESTROYED.to_owned(),
+        };
+        let node = self.node(&vm.host)?;
+        Ok(node.destroy_vm(request, deadlines::operation()).await?)
+    }
+
+    /// Pauses a running VM.
+    pub async fn pause(&self, vm: &Vm) -> Result<Vm> {
+        let request = PauseVmRequest { vm: vm.id.clone() };
+        let node = self.node_of(vm)?;
+        node.pause_vm(request, deadlines::operation()).await?;
+        self.record_state(vm, VmState::Paused).await
+    }
+
+    /// Resumes a paused VM.
+    pub async fn resume(&self, vm: &Vm) -> Result<Vm> {
+        let request = ResumeVmRequest { vm: vm.id.clone() };
+        let node = self.node_of(vm)?;
+        node.resume_vm(request, deadlines::operation()).await?;
+        self.record_state(vm, VmState::Running).await
+    }
+
+    async fn record_state(&self, vm: &Vm, state: VmState) -> Result<Vm> {
+        let ids = std::slice::from_ref(&vm.id);
+        self.store.set_vm_states(ids, state, "").await?;
+        self.store.vm(&vm.id, None).await
+    }
+
+    /// Reads a VM's balloon, after requesting the size `target_bytes` where it is given.
+    pub async fn balloon(&self, vm: &Vm, target_bytes: Option<u64>) -> Result<Balloon> {
+        let request = BalloonRequest {
+            vm: vm.id.clone(),
+            target_bytes,
+        };
+        let node = self.node_of(vm)?;
+        Ok(node.balloon(request, deadlines::operation()).await?)
+    }
+
+    /// Creates a template from a VM, which continues to run, and registers it.
+    pub async fn snapshot(&self, vm: &Vm, request: SnapshotVm) -> Result<Template> {
+        let node = self.node_of(vm)?;
+        let name = request.template;
+        let request = SnapshotVmRequest {
+            vm: vm.id.clone(),
+            template: name.clone(),
+            diff: request.diff,
+        };
+        let facts = node.snapshot_vm(request, deadlines::transfer()).await?;
+        self.register(&name, &vm.host, 0, facts).await
+    }
+}

@@ -1,0 +1,141 @@
+//! The contract itself.
+
+use std::net::SocketAddr;
+
+use army_api::vms::Balloon;
+use futures_util::future::BoxFuture;
+
+use crate::chunks::ChunkReceiver;
+use crate::requests::{
+    BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse, DestroyVmRequest,
+    ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport,
+    ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest, PauseVmRequest,
+    RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
+    SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
+};
+use crate::{AgentStream, Deadline, Result};
+
+/// What an operation returns: a future, boxed so that the controller can hold nodes of several
+/// kinds.
+pub type Reply<'a, T> = BoxFuture<'a, Result<T>>;
+
+/// What the controller asks of a node.
+///
+/// It is implemented by the node in the controller's own process (`army_node::NodeService`), by
+/// [`Remote`](crate::Remote) for a node elsewhere, and by
+/// [`SimulatedNode`](crate::simulated::SimulatedNode) for tests. [`router`](crate::router::router)
+/// serves any of them to [`Remote`](crate::Remote).
+///
+/// Every call has a deadline. A call that fails with
+/// [`DeadlineExceeded`](crate::ErrorKind::DeadlineExceeded) or
+/// [`HostUnreachable`](crate::ErrorKind::HostUnreachable) may still have an effect, or have it
+/// later; the next [`report`](NodeApi::report) shows it.
+///
+/// An operation is added by a request in [`requests`](crate::requests), a method here, and a route
+/// in [`router`](crate::router).
+pub trait NodeApi: Send + Sync + 'static {
+    /// The name of the host.
+    fn name(&self) -> &str;
+
+    /// The address where other nodes reach this one; `None` for a node that has no network.
+    fn address(&self) -> Option<SocketAddr>;
+
+    /// Creates VMs as clones of a template, and answers when they run with their own identities.
+    /// Each VM has a result of its own, in the request's order.
+    ///
+    /// A VM is written to the node's journal before it is created, so that neither a crash of the
+    /// node nor the loss of the answer leaves an unknown VM. A VM that is known in the same epoch or
+    /// in a later one is refused with [`Conflict`](crate::ErrorKind::Conflict), so that a repeated
+    /// request does not create it twice. [`HostUnsupported`](crate::ErrorKind::HostUnsupported)
+    /// means that another host may be able to run the VM.
+    fn create_vms(
+        &self,
+        request: CreateVmsRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, CreateVmsResponse>;
+
+    /// Creates VMs as forks of a running VM, which continues to run. Otherwise the same as
+    /// [`create_vms`](NodeApi::create_vms).
+    fn fork_vm(&self, request: ForkVmRequest, deadline: Deadline) -> Reply<'_, CreateVmsResponse>;
+
+    /// Ends a VM. It is not an error if the VM has ended, or is unknown.
+    fn destroy_vm(&self, request: DestroyVmRequest, deadline: Deadline) -> Reply<'_, ()>;
+
+    /// Stops the CPUs of a running VM.
+    fn pause_vm(&self, request: PauseVmRequest, deadline: Deadline) -> Reply<'_, ()>;
+
+    /// Lets the CPUs of a paused VM run again.
+    fn resume_vm(&self, request: ResumeVmRequest, deadline: Deadline) -> Reply<'_, ()>;
+
+    /// Reads the memory balloon of a VM, after requesting a new size where the request has one. The
+    /// guest changes the size gradually.
+    fn balloon(&self, request: BalloonRequest, deadline: Deadline) -> Reply<'_, Balloon>;
+
+    /// Creates a template from a running VM, which continues to run.
+    fn snapshot_vm(
+        &self,
+        request: SnapshotVmRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, TemplateFacts>;
+
+    /// Connects to the agent in a VM. The VM counts as used while the stream or the connection that
+    /// is made of it lives, and is resumed where it was paused because it was idle.
+    fn connect_agent(
+        &self,
+        request: ConnectAgentRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, AgentStream>;
+
+    /// Describes a template in the host's store.
+    fn inspect_template(
+        &self,
+        request: InspectTemplateRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, TemplateFacts>;
+
+    /// Verifies a template and keeps that many standbys of it ready from now on.
+    fn set_standbys(&self, request: SetStandbysRequest, deadline: Deadline) -> Reply<'_, ()>;
+
+    /// Removes a template that no VM uses from the host's store, and ends its standbys.
+    fn remove_template(&self, request: RemoveTemplateRequest, deadline: Deadline) -> Reply<'_, ()>;
+
+    /// Copies a template from another host, unless this host has it.
+    fn fetch_template(&self, request: FetchTemplateRequest, deadline: Deadline) -> Reply<'_, ()>;
+
+    /// Opens a template and sends all of it as one stream. An error after the beginning is the last
+    /// item of the stream.
+    fn export_template(
+        &self,
+        request: ExportTemplateRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, ChunkReceiver>;
+
+    /// Receives a template as one stream, verifies it, and puts it into the host's store.
+    fn import_template(
+        &self,
+        request: ImportTemplateRequest,
+        content: ChunkReceiver,
+        deadline: Deadline,
+    ) -> Reply<'_, TemplateFacts>;
+
+    /// Reports the state of the host and of all VMs in its journal.
+    fn report(&self, request: ReportRequest, deadline: Deadline) -> Reply<'_, HostReport>;
+
+    /// Removes VMs that have ended from the node's journal, once the controller has recorded it.
+    fn forget_vms(&self, request: ForgetVmsRequest, deadline: Deadline) -> Reply<'_, ()>;
+
+    /// Asks for a certificate signing request, which the node makes where its certificate is getting
+    /// old.
+    fn request_renewal(
+        &self,
+        request: RenewalRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, RenewalResponse>;
+
+    /// Installs the certificate that the node has last requested.
+    fn install_certificate(
+        &self,
+        request: InstallCertificateRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, ()>;
+}

@@ -1,0 +1,36 @@
+//! The contract between Army's controller and its nodes.
+//!
+//! [`NodeApi`] is what a controller asks of a node. [`Remote`] asks it of a node on another host,
+//! over mutual TLS between the members of a [`cluster`]; [`router`] is the other end of that
+//! connection. [`requests`] has the types that travel, and [`Error`] what can go wrong.
+//!
+//! This crate does not depend on how a node runs VMs, nor on how a controller decides.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod agent;
+mod api;
+pub mod chunks;
+pub mod cluster;
+mod error;
+pub mod remote;
+pub mod requests;
+pub mod router;
+pub mod simulated;
+pub mod time;
+pub mod validate;
+
+pub use agent::{AgentStream, InUse};
+pub use agent_proto::deadline::Deadline;
+pub use api::{NodeApi, Reply};
+pub use error::{Error, ErrorKind, Result};
+pub use remote::Remote;
+
+/// The version of the protocol between controller and node: the first part of every path. It
+/// changes when a request of one side cannot be read by the other side any more.
+pub const VERSION: &str = "v2";
+
+/// The protocol that a connection to an agent is upgraded to: from then on it is the agent's own.
+const AGENT_PROTOCOL: &str = "army-agent";
+
+/// The header with the time that remains until a call's deadline, in milliseconds.
+const DEADLINE_HEADER: &str = "army-deadline-ms";

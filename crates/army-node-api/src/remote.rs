@@ -1,0 +1,294 @@
+//! A node on another host: the client of [`router`](crate::router).
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use army_api::vms::Balloon;
+use reqwest::{RequestBuilder, Response, StatusCode, header};
+use rustls::ClientConfig;
+use serde::de::DeserializeOwned;
+
+use crate::chunks::{self, ChunkReceiver};
+use crate::cluster::Member;
+use crate::requests::{
+    BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse, DestroyVmRequest,
+    ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport,
+    ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest, Operation,
+    PauseVmRequest, RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest,
+    ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
+};
+use crate::{
+    AGENT_PROTOCOL, AgentStream, DEADLINE_HEADER, Deadline, Error, ErrorKind, InUse, NodeApi,
+    Reply, Result, VERSION,
+};
+
+/// The longest time that connecting with a host may take.
+const CONNECT_LIMIT: Duration = Duration::from_secs(3);
+/// The longest time that what was sent may go without being acknowledged.
+const SILENCE: Duration = Duration::from_secs(15);
+/// How long after a deadline the node's own answer is still awaited: it says what was late.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// A node on another host. Its calls are asynchronous, and none of them holds a thread.
+pub struct Remote {
+    name: String,
+    address: SocketAddr,
+    url: String,
+    http: reqwest::Client,
+}
+
+impl Remote {
+    /// The node of the host `name`, which listens at `address`. Names are not looked up anywhere:
+    /// the node's certificate proves which host it is.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Internal`] where the TLS configuration cannot be used.
+    pub fn new(name: &str, address: SocketAddr, tls: ClientConfig) -> Result<Self> {
+        let dns = Member::Node(name.to_owned()).dns_name();
+        let http = reqwest::Client::builder()
+            .tls_backend_preconfigured(tls)
+            .resolve(&dns, address)
+            .connect_timeout(CONNECT_LIMIT)
+            .tcp_keepalive(SILENCE / 3)
+            .tcp_user_timeout(SILENCE)
+            .http1_only()
+            .no_proxy()
+            .build()
+            .map_err(|error| Error::internal("set up a client of a node", &error))?;
+        Ok(Self {
+            name: name.to_owned(),
+            address,
+            url: format!("https://{dns}:{}/{VERSION}", address.port()),
+            http,
+        })
+    }
+
+    /// Sends an operation's request, and reads its response.
+    fn call<O: Operation>(&self, request: O, deadline: Deadline) -> Reply<'_, O::Response> {
+        Box::pin(async move {
+            let url = format!("{}/{}", self.url, O::NAME);
+            let response = self.send(self.http.post(url).json(&request), deadline);
+            self.read(response.await?).await
+        })
+    }
+
+    /// Sends a request, whose response must be a success.
+    async fn send(&self, request: RequestBuilder, deadline: Deadline) -> Result<Response> {
+        let remaining = deadline.remaining().ok_or_else(Error::deadline_exceeded)?;
+        let response = request
+            .header(DEADLINE_HEADER, remaining.as_millis().to_string())
+            .timeout(remaining.saturating_add(GRACE))
+            .send()
+            .await
+            .map_err(|error| self.lost(&error))?;
+        match response.status() {
+            StatusCode::SWITCHING_PROTOCOLS => Ok(response),
+            status if status.is_success() => Ok(response),
+            status => Err(match response.json().await {
+                Ok(error) => error,
+                Err(_) => self.unreachable(&format!(
+                    "its response has status {status} and is not of version {VERSION}"
+                )),
+            }),
+        }
+    }
+
+    async fn read<T: DeserializeOwned>(&self, response: Response) -> Result<T> {
+        response.json().await.map_err(|error| self.lost(&error))
+    }
+
+    /// Creates VMs. The node must answer for each of them.
+    fn create<O>(
+        &self,
+        count: usize,
+        request: O,
+        deadline: Deadline,
+    ) -> Reply<'_, CreateVmsResponse>
+    where
+        O: Operation<Response = CreateVmsResponse>,
+    {
+        Box::pin(async move {
+            let response = self.call(request, deadline).await?;
+            match response.results.len() == count {
+                true => Ok(response),
+                false => Err(self.unreachable("its response is about other VMs")),
+            }
+        })
+    }
+
+    fn lost(&self, error: &reqwest::Error) -> Error {
+        self.unreachable(&causes(error))
+    }
+
+    fn unreachable(&self, cause: &str) -> Error {
+        let message = format!("the host {} does not answer: {cause}", self.name);
+        Error::new(ErrorKind::HostUnreachable, message)
+    }
+
+    async fn open_agent(&self, vm: &str, deadline: Deadline) -> Result<AgentStream> {
+        let request = self
+            .http
+            .get(format!("{}/agent/{vm}", self.url))
+            .header(header::CONNECTION, "upgrade")
+            .header(header::UPGRADE, AGENT_PROTOCOL);
+        let response = self.send(request, deadline).await?;
+        let mut far = response
+            .upgrade()
+            .await
+            .map_err(|error| self.lost(&error))?;
+        let local = |error: io::Error| Error::internal("connect a guest's agent", &error);
+        let (ours, theirs) = UnixStream::pair().map_err(local)?;
+        theirs.set_nonblocking(true).map_err(local)?;
+        let mut theirs = tokio::net::UnixStream::from_std(theirs).map_err(local)?;
+        // Ends when either side does; the other side then sees the end of its stream.
+        tokio::spawn(async move { tokio::io::copy_bidirectional(&mut far, &mut theirs).await });
+        Ok(AgentStream::raw(ours, InUse::tracked_by_node()))
+    }
+}
+
+/// The causes of an error, without its URL, which says nothing to people.
+pub fn causes(error: &reqwest::Error) -> String {
+    let mut source = std::error::Error::source(error);
+    let mut text = match source {
+        Some(_) => String::new(),
+        None => error.to_string(),
+    };
+    while let Some(cause) = source {
+        if !text.is_empty() {
+            text.push_str(": ");
+        }
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+impl NodeApi for Remote {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn address(&self) -> Option<SocketAddr> {
+        Some(self.address)
+    }
+
+    fn create_vms(
+        &self,
+        request: CreateVmsRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, CreateVmsResponse> {
+        self.create(request.vms.len(), request, deadline)
+    }
+
+    fn fork_vm(&self, request: ForkVmRequest, deadline: Deadline) -> Reply<'_, CreateVmsResponse> {
+        self.create(request.vms.len(), request, deadline)
+    }
+
+    fn destroy_vm(&self, request: DestroyVmRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.call(request, deadline)
+    }
+
+    fn pause_vm(&self, request: PauseVmRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.call(request, deadline)
+    }
+
+    fn resume_vm(&self, request: ResumeVmRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.call(request, deadline)
+    }
+
+    fn balloon(&self, request: BalloonRequest, deadline: Deadline) -> Reply<'_, Balloon> {
+        self.call(request, deadline)
+    }
+
+    fn snapshot_vm(
+        &self,
+        request: SnapshotVmRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, TemplateFacts> {
+        self.call(request, deadline)
+    }
+
+    fn connect_agent(
+        &self,
+        request: ConnectAgentRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, AgentStream> {
+        Box::pin(async move { self.open_agent(&request.vm, deadline).await })
+    }
+
+    fn inspect_template(
+        &self,
+        request: InspectTemplateRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, TemplateFacts> {
+        self.call(request, deadline)
+    }
+
+    fn set_standbys(&self, request: SetStandbysRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.call(request, deadline)
+    }
+
+    fn remove_template(&self, request: RemoveTemplateRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.call(request, deadline)
+    }
+
+    fn fetch_template(&self, request: FetchTemplateRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.call(request, deadline)
+    }
+
+    fn export_template(
+        &self,
+        request: ExportTemplateRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, ChunkReceiver> {
+        Box::pin(async move {
+            let url = format!("{}/content/{}", self.url, request.template);
+            let response = self.send(self.http.get(url), deadline).await?;
+            let host = self.name.clone();
+            let body = futures_util::StreamExt::map(response.bytes_stream(), move |chunk| {
+                chunk.map_err(|error| format!("the host {host} was lost: {}", causes(&error)))
+            });
+            Ok(chunks::receive(body))
+        })
+    }
+
+    fn import_template(
+        &self,
+        request: ImportTemplateRequest,
+        content: ChunkReceiver,
+        deadline: Deadline,
+    ) -> Reply<'_, TemplateFacts> {
+        Box::pin(async move {
+            let url = format!("{}/content/{}", self.url, request.template);
+            let body = reqwest::Body::wrap_stream(chunks::into_stream(content));
+            let response = self.send(self.http.put(url).body(body), deadline).await?;
+            self.read(response).await
+        })
+    }
+
+    fn report(&self, request: ReportRequest, deadline: Deadline) -> Reply<'_, HostReport> {
+        self.call(request, deadline)
+    }
+
+    fn forget_vms(&self, request: ForgetVmsRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.call(request, deadline)
+    }
+
+    fn request_renewal(
+        &self,
+        request: RenewalRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, RenewalResponse> {
+        self.call(request, deadline)
+    }
+
+    fn install_certificate(
+        &self,
+        request: InstallCertificateRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, ()> {
+        self.call(request, deadline)
+    }
+}

@@ -1,0 +1,44 @@
+//! The requests of the contract, each with its response and its path.
+//!
+//! They travel as JSON. A field that is added later has a default, so that a controller and a node
+//! of different releases understand each other; what cannot be added in that way takes a new
+//! [`VERSION`](crate::VERSION).
+
+mod hosts;
+mod templates;
+mod vms;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+pub use hosts::{
+    HostReport, InstallCertificateRequest, RenewalRequest, RenewalResponse, ReportRequest, VmReport,
+};
+pub use templates::{
+    ExportTemplateRequest, FetchTemplateRequest, ImportTemplateRequest, InspectTemplateRequest,
+    RemoveTemplateRequest, SetStandbysRequest, TemplateFacts,
+};
+pub use vms::{
+    BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse, CreatedVm,
+    DestroyVmRequest, ForgetVmsRequest, ForkVmRequest, PauseVmRequest, ResumeVmRequest,
+    SnapshotVmRequest, VmSpec,
+};
+
+/// A request that is one JSON document and is answered by one.
+pub trait Operation: Serialize + DeserializeOwned + Send + 'static {
+    /// The last part of the request's path, which names the operation.
+    const NAME: &'static str;
+    /// What the node answers.
+    type Response: Serialize + DeserializeOwned + Send + 'static;
+}
+
+/// Implements [`Operation`] for requests.
+macro_rules! operations {
+    ($($request:ident = $name:literal -> $response:ty;)*) => {
+        $(impl $crate::requests::Operation for $request {
+            const NAME: &'static str = $name;
+            type Response = $response;
+        })*
+    };
+}
+use operations;

@@ -1,0 +1,217 @@
+//! Serves a node to the controller and to other nodes: the other end of [`Remote`](crate::Remote).
+//!
+//! Only the controller may command a node. Other members of the cluster may read its templates, and
+//! nobody else is heard; [`cluster::tls`](crate::cluster::tls) proves who a peer is.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts, Path, Request, State};
+use axum::http::request::Parts;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use futures_util::StreamExt;
+use hyper_util::rt::TokioIo;
+use tokio::io::AsyncWriteExt;
+
+use crate::chunks;
+use crate::cluster::Member;
+use crate::cluster::tls::Peer;
+use crate::requests::{
+    ConnectAgentRequest, ExportTemplateRequest, ImportTemplateRequest, Operation, TemplateFacts,
+};
+use crate::{
+    AGENT_PROTOCOL, DEADLINE_HEADER, Deadline, Error, ErrorKind, NodeApi, Reply, Result, VERSION,
+};
+
+/// The largest body of a request, except for templates.
+const MAX_BODY: usize = 16 << 20;
+
+type Node = Arc<dyn NodeApi>;
+
+/// All routes of `node`. The service that is made of it must provide the [`Peer`] of each
+/// connection.
+pub fn router(node: Arc<dyn NodeApi>) -> Router {
+    let content = get(export_template)
+        .put(import_template)
+        .layer(DefaultBodyLimit::disable());
+    let routes = Router::new()
+        .merge(operation(<dyn NodeApi>::create_vms))
+        .merge(operation(<dyn NodeApi>::fork_vm))
+        .merge(operation(<dyn NodeApi>::destroy_vm))
+        .merge(operation(<dyn NodeApi>::pause_vm))
+        .merge(operation(<dyn NodeApi>::resume_vm))
+        .merge(operation(<dyn NodeApi>::balloon))
+        .merge(operation(<dyn NodeApi>::snapshot_vm))
+        .merge(operation(<dyn NodeApi>::inspect_template))
+        .merge(operation(<dyn NodeApi>::set_standbys))
+        .merge(operation(<dyn NodeApi>::remove_template))
+        .merge(operation(<dyn NodeApi>::fetch_template))
+        .merge(operation(<dyn NodeApi>::report))
+        .merge(operation(<dyn NodeApi>::forget_vms))
+        .merge(operation(<dyn NodeApi>::request_renewal))
+        .merge(operation(<dyn NodeApi>::install_certificate))
+        .route("/agent/{vm}", get(connect_agent))
+        .route("/content/{template}", content);
+    Router::new()
+        .nest(&format!("/{VERSION}"), routes)
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(node)
+}
+
+/// The route of an operation that the controller may request.
+fn operation<O: Operation>(
+    call: for<'a> fn(&'a dyn NodeApi, O, Deadline) -> Reply<'a, O::Response>,
+) -> Router<Node> {
+    let handler = move |State(node): State<Node>,
+                        ConnectInfo(peer): ConnectInfo<Peer>,
+                        Until(deadline): Until,
+                        Json(request): Json<O>| async move {
+        check_controller(&peer)?;
+        let response = call(&*node, request, deadline).await?;
+        Ok::<_, Refusal>(Json(response))
+    };
+    Router::new().route(&format!("/{}", O::NAME), post(handler))
+}
+
+fn check_controller(peer: &Peer) -> Result<()> {
+    match &peer.member {
+        Some(Member::Controller) => Ok(()),
+        _ => Err(Error::new(
+            ErrorKind::PermissionDenied,
+            "only the controller may request this",
+        )),
+    }
+}
+
+/// The deadline of a request, by this host's clock.
+struct Until(Deadline);
+
+impl<S: Sync> FromRequestParts<S> for Until {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> std::result::Result<Self, Refusal> {
+        let value = parts.headers.get(DEADLINE_HEADER);
+        let remaining_ms = value.and_then(|it| it.to_str().ok()?.parse().ok());
+        match remaining_ms {
+            Some(remaining_ms) => Ok(Self(Deadline::after(Duration::from_millis(remaining_ms)))),
+            None => Err(Refusal(Error::new(
+                ErrorKind::InvalidRequest,
+                format!("the request has no valid {DEADLINE_HEADER} header"),
+            ))),
+        }
+    }
+}
+
+/// An error as a response.
+struct Refusal(Error);
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        Self(error)
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let status = match self.0.kind {
+            ErrorKind::InvalidRequest => StatusCode::BAD_REQUEST,
+            ErrorKind::PermissionDenied => StatusCode::FORBIDDEN,
+            ErrorKind::NotFound => StatusCode::NOT_FOUND,
+            ErrorKind::Conflict | ErrorKind::HostUnsupported => StatusCode::CONFLICT,
+            ErrorKind::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            ErrorKind::Exhausted => StatusCode::TOO_MANY_REQUESTS,
+            ErrorKind::GuestUnavailable | ErrorKind::HostUnreachable => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
+            ErrorKind::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
+            ErrorKind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        if status.is_server_error() {
+            tracing::warn!(status = status.as_u16(), error = %self.0, "a request failed");
+        }
+        (status, Json(self.0)).into_response()
+    }
+}
+
+type Answer<T> = std::result::Result<T, Refusal>;
+
+/// Connects the controller with the agent in a VM.
+async fn connect_agent(
+    State(node): State<Node>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Until(deadline): Until,
+    Path(vm): Path<String>,
+    mut request: Request,
+) -> Answer<Response> {
+    check_controller(&peer)?;
+    let upgrade = request.headers().get(header::UPGRADE);
+    if upgrade.map(|it| it.as_bytes()) != Some(AGENT_PROTOCOL.as_bytes()) {
+        let message = format!("this path requires `Upgrade: {AGENT_PROTOCOL}`");
+        return Err(Error::new(ErrorKind::InvalidRequest, message).into());
+    }
+    let agent = node.connect_agent(ConnectAgentRequest { vm }, deadline);
+    let (stream, greeting, in_use) = agent.await?.into_parts()?;
+    let local = |error: io::Error| Error::internal("connect the guest's agent", &error);
+    stream.set_nonblocking(true).map_err(local)?;
+    let mut near = tokio::net::UnixStream::from_std(stream).map_err(local)?;
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        let _in_use = in_use;
+        let Ok(upgraded) = upgrade.await else { return };
+        let mut far = TokioIo::new(upgraded);
+        if far.write_all(&greeting).await.is_ok() {
+            // Ends when either side does.
+            let _ = tokio::io::copy_bidirectional(&mut far, &mut near).await;
+        }
+    });
+    let headers = [
+        (header::CONNECTION, "upgrade"),
+        (header::UPGRADE, AGENT_PROTOCOL),
+    ];
+    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+}
+
+/// Sends a template to the controller or to another node.
+async fn export_template(
+    State(node): State<Node>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Until(deadline): Until,
+    Path(template): Path<String>,
+) -> Answer<Response> {
+    if peer.member.is_none() {
+        let message = "only members of this cluster may read templates";
+        return Err(Error::new(ErrorKind::PermissionDenied, message).into());
+    }
+    let request = ExportTemplateRequest { template };
+    let mut content = node.export_template(request, deadline).await?;
+    // An error before the first chunk becomes the response.
+    let first = match content.recv().await {
+        Some(Err(error)) => return Err(Error::internal("send the template", &error).into()),
+        first => first,
+    };
+    let rest = chunks::into_stream(content);
+    let body = Body::from_stream(futures_util::stream::iter(first).chain(rest));
+    let media = [(header::CONTENT_TYPE, "application/octet-stream")];
+    Ok((media, body).into_response())
+}
+
+/// Receives a template from the controller.
+async fn import_template(
+    State(node): State<Node>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Until(deadline): Until,
+    Path(template): Path<String>,
+    request: Request,
+) -> Answer<Json<TemplateFacts>> {
+    check_controller(&peer)?;
+    let content = chunks::receive(request.into_body().into_data_stream());
+    let request = ImportTemplateRequest { template };
+    Ok(Json(
+        node.import_template(request, content, deadline).await?,
+    ))
+}

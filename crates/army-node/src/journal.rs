@@ -1,0 +1,351 @@
+//! The record of a node's VMs that survives the node's process: one small file for each VM.
+//!
+//! A VM is recorded before it is created, and every step after it was taken. Files are replaced as a
+//! whole, so a kill at any point leaves the step before or the step after. Whether a VM really runs
+//! is not known here; [`crate::supervise`] compares.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use army_api::vms::{IdlePolicy, NetworkPolicy};
+use serde::{Deserialize, Serialize};
+
+use army_node_api::requests::VmSpec;
+use army_node_api::{Error, ErrorKind, Result};
+
+use crate::lock;
+
+/// The version of the files. Files of another version are refused.
+const VERSION: u32 = 1;
+
+/// The record of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// The version of the file.
+    pub version: u32,
+    /// The VM's id.
+    pub id: String,
+    /// The incarnation of the VM. It never decreases.
+    pub epoch: u64,
+    /// The guest's host name.
+    pub name: String,
+    /// When the VM is destroyed, in milliseconds since 1970, by the controller's clock. It is used
+    /// where there is no `ends_ms`, as in files of former releases.
+    pub expires_ms: Option<u64>,
+    /// How long the VM may live, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl_ms: Option<u64>,
+    /// When that time is over, in milliseconds since the host's start. Nobody can set this clock,
+    /// and a VM does not outlive a restart of its host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ends_ms: Option<u64>,
+    /// What is done when the VM is not used.
+    pub idle: Option<IdlePolicy>,
+    /// What the VM's network permits; `None` is the default policy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkPolicy>,
+    /// The last step of the VM's life.
+    pub stage: Stage,
+    /// Whether the VM was paused because it was idle.
+    #[serde(default)]
+    pub asleep: bool,
+}
+
+/// A step of a VM's life.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "stage", content = "why")]
+pub enum Stage {
+    /// The VM is being created.
+    Begun,
+    /// The VM was created.
+    Running,
+    /// The VM has ended, or is about to, for this reason.
+    Ended(String),
+    /// The VM could not be created, or was lost, for this reason.
+    Failed(String),
+}
+
+impl Stage {
+    /// Whether the VM may be running.
+    pub fn is_alive(&self) -> bool {
+        matches!(self, Self::Begun | Self::Running)
+    }
+}
+
+impl Entry {
+    /// The same record with a time to live that begins now, at `boot_ms` since the host's start.
+    pub fn beginning(&self, boot_ms: u64) -> Self {
+        let mut entry = self.clone();
+        entry.ends_ms = entry.ttl_ms.map(|ttl| boot_ms.saturating_add(ttl));
+        entry
+    }
+
+    /// Whether the time to live is over, by either clock.
+    pub fn is_expired(&self, boot_ms: u64, wall_ms: u64) -> bool {
+        match (self.ends_ms, self.expires_ms) {
+            (Some(end), _) => end <= boot_ms,
+            (None, Some(end)) => end <= wall_ms,
+            (None, None) => false,
+        }
+    }
+
+    /// The record of a VM that is about to be created.
+    pub fn new(id: String, epoch: u64, name: String) -> Self {
+        Self {
+            version: VERSION,
+            id,
+            epoch,
+            name,
+            expires_ms: None,
+            ttl_ms: None,
+            ends_ms: None,
+            idle: None,
+            network: None,
+            stage: Stage::Begun,
+            asleep: false,
+        }
+    }
+}
+
+impl From<&VmSpec> for Entry {
+    fn from(spec: &VmSpec) -> Self {
+        let mut entry = Self::new(spec.id.clone(), spec.epoch, spec.name.clone());
+        entry.expires_ms = spec.expires_ms;
+        entry.ttl_ms = spec.ttl_ms;
+        entry.idle = spec.idle;
+        entry.network.clone_from(&spec.network);
+        entry
+    }
+}
+
+/// The journal: all records, in memory and in files.
+pub struct Journal {
+    folder: PathBuf,
+    entries: Mutex<BTreeMap<String, Entry>>,
+}
+
+impl Journal {
+    /// Opens the journal in `folder`, which is created where it does not exist.
+    ///
+    /// # Errors
+    /// Where a file cannot be read, or is of another version.
+    pub fn open(folder: PathBuf) -> Result<Self> {
+        fs::create_dir_all(&folder).map_err(|error| failed("create", &folder, &error))?;
+        let mut entries = BTreeMap::new();
+        let list = fs::read_dir(&folder).map_err(|error| failed("list", &folder, &error))?;
+        for file in list {
+            let path = file
+                .map_err(|error| failed("list", &folder, &error))?
+                .path();
+            match path.extension().and_then(|it| it.to_str()) {
+                Some("json") => {
+                    let entry = read(&path)?;
+                    entries.insert(entry.id.clone(), entry);
+                }
+                // The write of this file was interrupted; the file that it was to replace exists.
+                Some("new") => {
+                    fs::remove_file(&path).map_err(|error| failed("remove", &path, &error))?;
+                }
+                _ => {}
+            }
+        }
+        Ok(Self {
+            folder,
+            entries: Mutex::new(entries),
+        })
+    }
+
+    /// All records.
+    pub fn all(&self) -> Vec<Entry> {
+        lock(&self.entries).values().cloned().collect()
+    }
+
+    /// The record of one VM.
+    pub fn get(&self, id: &str) -> Result<Entry> {
+        lock(&self.entries)
+            .get(id)
+            .cloned()
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("this host has no VM {id}")))
+    }
+
+    /// Whether a VM was paused because it was idle.
+    pub fn is_asleep(&self, id: &str) -> bool {
+        lock(&self.entries).get(id).is_some_and(|it| it.asleep)
+    }
+
+    /// Records a VM that is about to be created.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] where the VM is known in this epoch or a later one.
+    pub fn begin(&self, entry: &Entry) -> Result<()> {
+        let mut entries = lock(&self.entries);
+        if let Some(known) = entries.get(&entry.id)
+            && known.epoch >= entry.epoch
+        {
+            let detail = format!("the VM {} is known in epoch {}", entry.id, known.epoch);
+            return Err(Error::new(ErrorKind::Conflict, detail));
+        }
+        self.write(entry)?;
+        entries.insert(entry.id.clone(), entry.clone());
+        Ok(())
+    }
+
+    /// Records a step of a VM's life. A VM that has ended stays ended.
+    pub fn advance(&self, id: &str, stage: Stage) -> Result<()> {
+        self.change(id, |entry| {
+            if entry.stage.is_alive() {
+                entry.stage = stage;
+            }
+        })
+    }
+
+    /// Records whether a VM was paused because it was idle.
+    pub fn set_asleep(&self, id: &str, asleep: bool) -> Result<()> {
+        self.change(id, |entry| entry.asleep = asleep)
+    }
+
+    /// Removes the record of a VM.
+    pub fn forget(&self, id: &str) -> Result<()> {
+        let mut entries = lock(&self.entries);
+        let path = self.path(id);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(failed("remove", &path, &error))
+            }
+            _ => {
+                entries.remove(id);
+                Ok(())
+            }
+        }
+    }
+
+    fn change(&self, id: &str, change: impl FnOnce(&mut Entry)) -> Result<()> {
+        let mut entries = lock(&self.entries);
+        let unknown = || Error::new(ErrorKind::NotFound, format!("this host has no VM {id}"));
+        let known = entries.get_mut(id).ok_or_else(unknown)?;
+        let mut changed = known.clone();
+        change(&mut changed);
+        if changed != *known {
+            self.write(&changed)?;
+            *known = changed;
+        }
+        Ok(())
+    }
+
+    fn write(&self, entry: &Entry) -> Result<()> {
+        let path = self.path(&entry.id);
+        let new = path.with_extension("new");
+        let write = || {
+            let mut file = File::create(&new)?;
+            serde_json::to_writer(&mut file, entry)?;
+            file.flush()?;
+            // A host that loses power loses its VMs, too. So the order of writes is enough, and
+            // they are not synced.
+            fs::rename(&new, &path)
+        };
+        write().map_err(|error| failed("write", &path, &error))
+    }
+
+    fn path(&self, id: &str) -> PathBuf {
+        self.folder.join(format!("{id}.json"))
+    }
+}
+
+fn read(path: &Path) -> Result<Entry> {
+    let text = fs::read(path).map_err(|error| failed("read", path, &error))?;
+    let entry: Entry =
+        serde_json::from_slice(&text).map_err(|error| failed("parse", path, &error.into()))?;
+    if entry.version != VERSION {
+        let detail = format!(
+            "{} is of version {}, and this program reads version {VERSION}",
+            path.display(),
+            entry.version
+        );
+        return Err(Error::new(ErrorKind::Internal, detail));
+    }
+    Ok(entry)
+}
+
+fn failed(action: &str, path: &Path, error: &io::Error) -> Error {
+    let detail = format!("cannot {action} {}: {error}", path.display());
+    Error::new(ErrorKind::Internal, detail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(id: &str, epoch: u64) -> Entry {
+        Entry::new(id.to_owned(), epoch, "a".to_owned())
+    }
+
+    #[test]
+    fn what_was_recorded_is_read_after_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = || Journal::open(folder.path().to_owned()).unwrap();
+        let journal = open();
+        journal.begin(&entry("1", 1)).unwrap();
+        journal.begin(&entry("2", 1)).unwrap();
+        journal.advance("1", Stage::Running).unwrap();
+        journal.forget("2").unwrap();
+        fs::write(folder.path().join("3.new"), "{").unwrap();
+        let again = open();
+        assert_eq!(again.all(), journal.all());
+        assert_eq!(again.get("1").unwrap().stage, Stage::Running);
+        assert!(!folder.path().join("3.new").exists());
+    }
+
+    #[test]
+    fn a_vm_begins_once_in_an_epoch_and_stays_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Journal::open(folder.path().to_owned()).unwrap();
+        journal.begin(&entry("1", 2)).unwrap();
+        for epoch in [1, 2] {
+            let error = journal.begin(&entry("1", epoch)).unwrap_err();
+            assert_eq!(error.kind, ErrorKind::Conflict);
+        }
+        journal.advance("1", Stage::Ended("asked".into())).unwrap();
+        journal.advance("1", Stage::Running).unwrap();
+        assert!(!journal.get("1").unwrap().stage.is_alive());
+        journal.begin(&entry("1", 3)).unwrap();
+        assert!(journal.get("1").unwrap().stage.is_alive());
+    }
+
+    #[test]
+    fn a_time_to_live_does_not_depend_on_the_wall_clock() {
+        let mut wanted = entry("1", 1);
+        wanted.ttl_ms = Some(60_000);
+        wanted.expires_ms = Some(1_000_060_000);
+        let begun = wanted.beginning(5_000);
+        // The wall clock is set an hour ahead, or back to 1970.
+        assert!(!begun.is_expired(64_999, 1_003_600_000));
+        assert!(begun.is_expired(65_000, 0));
+        // A record of a former release has only the wall clock's time.
+        wanted.ttl_ms = None;
+        let old = wanted.beginning(5_000);
+        assert!(!old.is_expired(u64::MAX, 1_000_059_999));
+        assert!(old.is_expired(0, 1_000_060_000));
+        assert!(!entry("2", 1).beginning(0).is_expired(u64::MAX, u64::MAX));
+    }
+
+    #[test]
+    fn the_file_of_version_1_is_read_for_ever() {
+        let folder = tempfile::tempdir().unwrap();
+        let golden = r#"{"version":1,"id":"1","epoch":4,"name":"a","expires_ms":5,
+            "idle":{"after_s":6,"action":"pause"},"stage":{"stage":"failed","why":"x"}}"#;
+        fs::write(folder.path().join("1.json"), golden).unwrap();
+        let journal = Journal::open(folder.path().to_owned()).unwrap();
+        let entry = journal.get("1").unwrap();
+        assert_eq!((entry.epoch, entry.expires_ms), (4, Some(5)));
+        assert_eq!(entry.stage, Stage::Failed("x".into()));
+        fs::write(
+            folder.path().join("2.json"),
+            golden.replace(":1,\"id\"", ":2,\"id\""),
+        )
+        .unwrap();
+        assert!(Journal::open(folder.path().to_owned()).is_err());
+    }
+}

@@ -1,0 +1,215 @@
+//! A host of Army: its VMs, their journal, their supervision and their standbys.
+//!
+//! The node owns the truth about its VMs. Its [`journal`] is what it knows of them after a restart,
+//! and the VMs' directories and processes are what there is. [`supervise`] compares the two, and
+//! enforces times to live and idle policies without asking anybody. Who may ask a node for something
+//! is not known here.
+//!
+//! [`Node`] blocks, and [`NodeService`] is the node behind the contract with the controller
+//! ([`army_node_api::NodeApi`]), which does not.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod agent;
+pub mod capacity;
+mod fork;
+pub mod journal;
+pub mod membership;
+mod report;
+mod service;
+mod standbys;
+pub mod supervise;
+mod templates;
+mod watch;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use army_api::templates::CpuFeatures;
+use army_api::vms::Balloon;
+use army_node_api::{Error, ErrorKind, Result};
+use clone_api::jail::JailStatus;
+use clone_api::{Bytes, Client, ErrorCode};
+use clone_host::launch::fork as launch;
+use clone_host::launch::fork::Source;
+use clone_host::programs;
+use clone_host::runtime::{RunningVm, Runtime};
+use clone_template::Store;
+
+use agent::Usage;
+use journal::{Journal, Stage};
+use report::ReportCache;
+
+pub use service::NodeService;
+use standbys::Standbys;
+
+/// The beginning of the names that Army's VMs have on their host.
+pub const VM_PREFIX: &str = "army-";
+
+/// The VMs of a host.
+pub struct Node {
+    name: String,
+    runtime: Runtime,
+    store: Store,
+    journal: Journal,
+    /// Templates that are open to be forked, by name.
+    sources: Mutex<HashMap<String, Arc<Source>>>,
+    standbys: Standbys,
+    /// Held while a template is received.
+    receiving: Mutex<()>,
+    reports: ReportCache,
+    /// The CPU features that clones can have on this host.
+    cpu: Option<CpuFeatures>,
+    /// How each VM is used, by id.
+    usage: Mutex<HashMap<String, Usage>>,
+    /// How complete the jail of VMs is on this host, once it was checked.
+    jail: OnceLock<JailStatus>,
+}
+
+impl Node {
+    /// The node of the host `name`, with its journal in `state`. VMs that an earlier process of it
+    /// created and that run are supervised again; VMs that it was creating are ended.
+    ///
+    /// # Errors
+    /// Where the journal cannot be read.
+    pub fn open(name: String, state: PathBuf, runtime: Runtime, store: Store) -> Result<Arc<Self>> {
+        // VMs are started from the program of this build, whatever is installed over it later. Where
+        // there is none, each start says so.
+        let _ = programs::vm_process();
+        let journal = Journal::open(state)?;
+        let node = Arc::new(Self {
+            name,
+            receiving: Mutex::default(),
+            standbys: Standbys::new(runtime.clone()),
+            runtime,
+            store,
+            journal,
+            sources: Mutex::default(),
+            reports: ReportCache::default(),
+            cpu: host_cpu(),
+            usage: Mutex::default(),
+            jail: OnceLock::new(),
+        });
+        node.recover();
+        Ok(node)
+    }
+
+    /// Checks how complete the jail of VMs is on this host, for reports.
+    ///
+    /// # Errors
+    /// Where the jail lacks a layer that this node requires: no VM could be created.
+    pub fn check_jail(&self) -> clone_start::Result<()> {
+        let jail = clone_host::launch::check_jail(&self.runtime)?;
+        for warning in jail.warnings() {
+            tracing::warn!("{warning}");
+        }
+        let checked = self.runtime.required_jail().check(&jail);
+        let _ = self.jail.set(jail);
+        checked
+    }
+
+    /// The host's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Ends a VM. It is not an error if the VM has ended, or is unknown.
+    pub fn destroy(&self, id: &str, reason: &str) -> Result<()> {
+        self.journal
+            .advance(id, Stage::Ended(reason.to_owned()))
+            .or_else(|error| match error.kind {
+                ErrorKind::NotFound => Ok(()),
+                _ => Err(error),
+            })?;
+        match self.runtime.find(&vm_name(id)) {
+            Ok(vm) => launch::end(&self.runtime, &vm),
+            Err(error) if error.code == ErrorCode::NotFound => {}
+            Err(error) => return Err(error.into()),
+        }
+        lock(&self.usage).remove(id);
+        Ok(())
+    }
+
+    /// Stops the CPUs of a VM.
+    pub fn pause(&self, id: &str) -> Result<()> {
+        let paused = self.client(id)?.pause();
+        self.reports.invalidate(id);
+        Ok(paused?)
+    }
+
+    /// Lets the CPUs of a paused VM run again.
+    pub fn resume(&self, id: &str) -> Result<()> {
+        self.mark_used(id);
+        let resumed = self.client(id)?.resume();
+        self.reports.invalidate(id);
+        Ok(resumed?)
+    }
+
+    /// Reads a VM's balloon, after requesting the size `target_bytes` where it is given.
+    pub fn balloon(&self, id: &str, target_bytes: Option<u64>) -> Result<Balloon> {
+        let client = self.client(id)?;
+        let status = match target_bytes {
+            Some(bytes) => client.set_balloon(Bytes(bytes)),
+            None => client.balloon(),
+        };
+        if target_bytes.is_some() {
+            self.reports.invalidate(id);
+        }
+        let status = status?;
+        Ok(Balloon {
+            target_bytes: status.target_bytes,
+            actual_bytes: status.actual_bytes,
+            available_bytes: status.guest.and_then(|guest| guest.available_bytes),
+        })
+    }
+
+    /// The VM with this id, which must run.
+    fn find(&self, id: &str) -> Result<RunningVm> {
+        self.runtime
+            .find(&vm_name(id))
+            .map_err(|error| match error.code {
+                ErrorCode::NotFound => not_running(id),
+                _ => error.into(),
+            })
+    }
+
+    fn client(&self, id: &str) -> Result<Client> {
+        Ok(Client::new(self.find(id)?.dir.control_socket()))
+    }
+}
+
+/// A VM's name on its host.
+fn vm_name(id: &str) -> String {
+    format!("{VM_PREFIX}{id}")
+}
+
+fn not_running(id: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("the VM {id} does not run"))
+}
+
+/// Clone's description of CPU features, as Army's API has it.
+fn cpu_features(cpu: clone_api::control::CpuFeatures) -> CpuFeatures {
+    CpuFeatures {
+        vendor: cpu.vendor,
+        features: cpu.features,
+    }
+}
+
+/// The CPU features of this host; `None` where they cannot be found out.
+fn host_cpu() -> Option<CpuFeatures> {
+    match clone_start::cpu::of_host() {
+        Ok(cpu) => Some(cpu_features(cpu)),
+        Err(error) => {
+            // The first fork fails for the same reason, and its client is told.
+            tracing::warn!(
+                message = error.message,
+                "this host's CPU features are unknown"
+            );
+            None
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,295 @@
+//! The node as the controller sees it: [`Node`] behind the contract.
+//!
+//! A node blocks. Each call runs on a thread of the runtime's pool for blocking work, which goes on
+//! where the caller gives up: what it has done is in the journal.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use army_api::vms::Balloon;
+use army_node_api::chunks::{self, ChunkReceiver};
+use army_node_api::requests::{
+    BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse, DestroyVmRequest,
+    ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport,
+    ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest, PauseVmRequest,
+    RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
+    SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
+};
+use army_node_api::{AgentStream, Deadline, Error, ErrorKind, NodeApi, Remote, Reply, Result};
+use rustls::ClientConfig;
+use tokio::sync::Mutex;
+
+use crate::membership::Membership;
+use crate::{Node, templates};
+
+/// How long after a deadline an answer of the node is still awaited: it says what was late.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// A node as an implementation of the contract.
+pub struct NodeService {
+    node: Arc<Node>,
+    /// What connects the node with others; `None` in the controller's own process.
+    cluster: Option<Cluster>,
+    /// Held while a template is fetched. Whoever waits for the same template then finds it here.
+    fetching: Mutex<()>,
+}
+
+struct Cluster {
+    membership: Arc<Membership>,
+    /// How this node connects to others.
+    tls: ClientConfig,
+}
+
+impl NodeService {
+    /// The node of the only host, in the controller's own process.
+    pub fn in_process(node: Arc<Node>) -> Self {
+        Self {
+            node,
+            cluster: None,
+            fetching: Mutex::default(),
+        }
+    }
+
+    /// The node of a host that is a member of a cluster.
+    ///
+    /// # Errors
+    /// Where the member's certificate cannot be used.
+    pub fn in_cluster(node: Arc<Node>, membership: Arc<Membership>) -> Result<Self> {
+        let tls = membership.identity().client()?;
+        Ok(Self {
+            node,
+            cluster: Some(Cluster { membership, tls }),
+            fetching: Mutex::default(),
+        })
+    }
+
+    /// Runs blocking work of the node.
+    fn run<T: Send + 'static>(
+        &self,
+        deadline: Deadline,
+        work: impl FnOnce(&Node) -> Result<T> + Send + 'static,
+    ) -> Reply<'_, T> {
+        let node = Arc::clone(&self.node);
+        Box::pin(blocking(deadline, move || work(&node)))
+    }
+
+    /// Runs blocking work of the node's membership of a cluster.
+    fn run_membership<T: Send + 'static>(
+        &self,
+        deadline: Deadline,
+        work: impl FnOnce(&Membership) -> Result<T> + Send + 'static,
+    ) -> Reply<'_, T> {
+        Box::pin(async move {
+            let membership = Arc::clone(&self.cluster()?.membership);
+            blocking(deadline, move || work(&membership)).await
+        })
+    }
+
+    fn cluster(&self) -> Result<&Cluster> {
+        self.cluster.as_ref().ok_or_else(|| {
+            let message = "this node is the only host, and not a member of a cluster";
+            Error::new(ErrorKind::Conflict, message)
+        })
+    }
+
+    async fn fetch(&self, request: FetchTemplateRequest, deadline: Deadline) -> Result<()> {
+        let cluster = self.cluster()?;
+        let _turn = self.fetching.lock().await;
+        let name = request.template.clone();
+        match self.run(deadline, move |node| node.template(&name)).await {
+            Ok(facts) if facts.id == request.id => return Ok(()),
+            Ok(_) => {
+                let message = format!(
+                    "the host {} has another template that is called `{}`",
+                    self.node.name(),
+                    request.template
+                );
+                return Err(Error::new(ErrorKind::Conflict, message)
+                    .advise("remove it there: clone template rm"));
+            }
+            Err(error) if error.kind == ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        let origin = Remote::new(&request.host, request.address, cluster.tls.clone())?;
+        let export = ExportTemplateRequest {
+            template: request.template.clone(),
+        };
+        let content = origin.export_template(export, deadline).await;
+        let content = content.map_err(|error| {
+            let host = &request.host;
+            let message = format!("cannot get the template from {host}: {}", error.message);
+            Error::new(ErrorKind::HostUnreachable, message)
+        })?;
+        let received = self.run(deadline, move |node| {
+            node.receive_template(&request.template, Some(&request.id), content)
+        });
+        received.await.map(drop)
+    }
+}
+
+/// Runs blocking work, and gives up waiting for it soon after the deadline.
+async fn blocking<T: Send + 'static>(
+    deadline: Deadline,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let remaining = deadline.remaining().ok_or_else(Error::deadline_exceeded)?;
+    let work = tokio::task::spawn_blocking(work);
+    match tokio::time::timeout(remaining.saturating_add(GRACE), work).await {
+        Ok(Ok(result)) => result,
+        Ok(Err(error)) => Err(Error::internal("finish a task", &error)),
+        Err(_) => Err(Error::deadline_exceeded()),
+    }
+}
+
+impl NodeApi for NodeService {
+    fn name(&self) -> &str {
+        self.node.name()
+    }
+
+    fn address(&self) -> Option<SocketAddr> {
+        None
+    }
+
+    fn create_vms(
+        &self,
+        request: CreateVmsRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, CreateVmsResponse> {
+        self.run(deadline, move |node| {
+            let results = node.create(&request.template, &request.vms);
+            Ok(CreateVmsResponse { results })
+        })
+    }
+
+    fn fork_vm(&self, request: ForkVmRequest, deadline: Deadline) -> Reply<'_, CreateVmsResponse> {
+        self.run(deadline, move |node| {
+            let results = node.fork_vm(&request.parent, &request.vms);
+            Ok(CreateVmsResponse { results })
+        })
+    }
+
+    fn destroy_vm(&self, request: DestroyVmRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.run(deadline, move |node| {
+            node.destroy(&request.vm, &request.reason)
+        })
+    }
+
+    fn pause_vm(&self, request: PauseVmRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.run(deadline, move |node| node.pause(&request.vm))
+    }
+
+    fn resume_vm(&self, request: ResumeVmRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.run(deadline, move |node| node.resume(&request.vm))
+    }
+
+    fn balloon(&self, request: BalloonRequest, deadline: Deadline) -> Reply<'_, Balloon> {
+        self.run(deadline, move |node| {
+            node.balloon(&request.vm, request.target_bytes)
+        })
+    }
+
+    fn snapshot_vm(
+        &self,
+        request: SnapshotVmRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, TemplateFacts> {
+        self.run(deadline, move |node| {
+            node.snapshot(&request.vm, &request.template, request.diff)
+        })
+    }
+
+    fn connect_agent(
+        &self,
+        request: ConnectAgentRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, AgentStream> {
+        self.run(deadline, move |node| {
+            let (connection, in_use) = node.agent(&request.vm, deadline)?;
+            Ok(AgentStream::greeted(connection, in_use))
+        })
+    }
+
+    fn inspect_template(
+        &self,
+        request: InspectTemplateRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, TemplateFacts> {
+        self.run(deadline, move |node| node.template(&request.template))
+    }
+
+    fn set_standbys(&self, request: SetStandbysRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.run(deadline, move |node| {
+            node.set_standbys(&request.template, request.standbys)
+        })
+    }
+
+    fn remove_template(&self, request: RemoveTemplateRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.run(deadline, move |node| {
+            node.remove_template(&request.template)
+        })
+    }
+
+    fn fetch_template(&self, request: FetchTemplateRequest, deadline: Deadline) -> Reply<'_, ()> {
+        Box::pin(self.fetch(request, deadline))
+    }
+
+    fn export_template(
+        &self,
+        request: ExportTemplateRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, ChunkReceiver> {
+        self.run(deadline, move |node| {
+            let template = node.open_template(&request.template)?;
+            let (sender, content) = chunks::channel();
+            tokio::task::spawn_blocking(move || templates::send(&template, sender));
+            Ok(content)
+        })
+    }
+
+    fn import_template(
+        &self,
+        request: ImportTemplateRequest,
+        content: ChunkReceiver,
+        deadline: Deadline,
+    ) -> Reply<'_, TemplateFacts> {
+        self.run(deadline, move |node| {
+            node.receive_template(&request.template, None, content)
+        })
+    }
+
+    fn report(&self, _: ReportRequest, deadline: Deadline) -> Reply<'_, HostReport> {
+        self.run(deadline, |node| Ok(node.report()))
+    }
+
+    fn forget_vms(&self, request: ForgetVmsRequest, deadline: Deadline) -> Reply<'_, ()> {
+        self.run(deadline, move |node| {
+            node.forget(&request.vms);
+            Ok(())
+        })
+    }
+
+    fn request_renewal(&self, _: RenewalRequest, deadline: Deadline) -> Reply<'_, RenewalResponse> {
+        if self.cluster.is_none() {
+            // A node in the controller's own process has no certificate.
+            let response = RenewalResponse {
+                signing_request: None,
+            };
+            return Box::pin(std::future::ready(Ok(response)));
+        }
+        self.run_membership(deadline, |membership| {
+            let signing_request = membership.request_renewal()?;
+            Ok(RenewalResponse { signing_request })
+        })
+    }
+
+    fn install_certificate(
+        &self,
+        request: InstallCertificateRequest,
+        deadline: Deadline,
+    ) -> Reply<'_, ()> {
+        self.run_membership(deadline, move |membership| {
+            membership.install_certificate(&request.certificate)
+        })
+    }
+}
