@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 
 use crate::machine::{BoardState, MachineState, VmClock};
 use crate::pci::virtio_pci::VirtioPciState;
+use crate::state_codec;
 use crate::vcpu::VcpuState;
 
 const MAGIC: [u8; 8] = *b"CLNSTATE";
@@ -133,7 +134,7 @@ fn put(
     name: &'static str,
     value: &impl Serialize,
 ) -> Result<(), SnapshotError> {
-    let content = postcard::to_stdvec(value).map_err(|error| SnapshotError::Encode {
+    let content = state_codec::encode(value).map_err(|error| SnapshotError::Encode {
         section: name,
         reason: error.to_string(),
     })?;
@@ -170,15 +171,10 @@ fn section<T: DeserializeOwned>(rest: &mut &[u8], name: &'static str) -> Result<
     if blake3::hash(content).as_bytes() != &hash {
         return Err(SnapshotError::Damaged { section: name });
     }
-    let nonsense = |reason: String| SnapshotError::Nonsense {
+    let value = state_codec::decode(content).map_err(|error| SnapshotError::Nonsense {
         section: name,
-        reason,
-    };
-    let (value, left) =
-        postcard::take_from_bytes(content).map_err(|error| nonsense(error.to_string()))?;
-    if !left.is_empty() {
-        return Err(nonsense(format!("{} bytes too many", left.len())));
-    }
+        reason: error.to_string(),
+    })?;
     *rest = after;
     Ok(value)
 }

@@ -6,50 +6,8 @@ use virtio_queue::Queue;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::GuestRam;
+use super::{DeviceError, DeviceName, GuestRam};
 use crate::event_loop::Registrar;
-
-/// What went wrong in a device. The guest's own mistakes are not errors of the VMM: they break the
-/// device ([`VirtioDevice::notify_queue`]), nothing else.
-#[derive(Debug, thiserror::Error)]
-pub enum DeviceError {
-    /// A queue is laid out wrongly or asks for something outside RAM.
-    #[error("queue {queue} of the {device} device: {source}")]
-    Queue {
-        /// The device's name, as in [`VirtioDevice::name`].
-        device: &'static str,
-        /// The queue's index.
-        queue: u16,
-        /// What the queue code objected to.
-        source: virtio_queue::Error,
-    },
-    /// The host refused something that the device needs.
-    #[error("{device} device: cannot {action}: {source}")]
-    Host {
-        /// The device's name.
-        device: &'static str,
-        /// What was tried, as in "read the tap".
-        action: &'static str,
-        /// The host's answer.
-        source: std::io::Error,
-    },
-    /// A saved state does not fit this device.
-    #[error("{device} device: saved state refused: {reason}")]
-    State {
-        /// The device's name.
-        device: &'static str,
-        /// Why it does not fit.
-        reason: String,
-    },
-    /// The driver did what the specification forbids.
-    #[error("{device} device: the driver broke the specification: {reason}")]
-    Driver {
-        /// The device's name.
-        device: &'static str,
-        /// What it did.
-        reason: String,
-    },
-}
 
 /// How a device interrupts the guest. Implemented by the transport; in tests by a counter.
 pub trait Interrupt: Send + Sync {
@@ -104,8 +62,8 @@ pub struct Activation {
 /// [`resume`]: VirtioDevice::resume
 /// [`reset`]: VirtioDevice::reset
 pub trait VirtioDevice: Send {
-    /// A short name for messages, as in "block".
-    fn name(&self) -> &'static str;
+    /// The name that errors and logs give the device.
+    fn name(&self) -> DeviceName;
 
     /// The device id of the specification (section 5), as in 2 for block.
     fn device_type(&self) -> u32;

@@ -10,12 +10,14 @@ pub mod budget;
 mod device;
 #[cfg(any(test, feature = "testing"))]
 pub mod driver;
+mod error;
 mod queue_state;
 pub mod ring;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
-pub use device::{Activation, ActiveQueue, DeviceError, Interrupt, VirtioDevice};
+pub use device::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+pub use error::{DeviceError, DeviceName};
 pub use queue_state::SavedQueue;
 
 /// Guest RAM as devices see it.

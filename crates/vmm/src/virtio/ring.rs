@@ -10,7 +10,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{ActiveQueue, DeviceError, GuestRam, Interrupt};
+use super::{ActiveQueue, DeviceError, DeviceName, GuestRam, Interrupt};
 
 /// Buffers in one chain; a driver that needs more breaks its device.
 const MAX_SEGMENTS: usize = 1024;
@@ -100,7 +100,7 @@ fn split_front<'s, 'm>(
 
 /// A queue that a device serves, with what its errors must name.
 pub struct Ring {
-    device: &'static str,
+    device: DeviceName,
     index: u16,
     queue: Queue,
     kick: EventFd,
@@ -109,7 +109,7 @@ pub struct Ring {
 impl Ring {
     /// Takes over an active queue; `event_idx` tells whether `VIRTIO_RING_F_EVENT_IDX` was
     /// agreed on.
-    pub fn new(device: &'static str, active: ActiveQueue, event_idx: bool) -> Self {
+    pub fn new(device: DeviceName, active: ActiveQueue, event_idx: bool) -> Self {
         let mut queue = active.queue;
         queue.set_event_idx(event_idx);
         Self {
@@ -254,7 +254,7 @@ impl Ring {
     }
 }
 
-fn queue_error(device: &'static str, queue: u16, source: virtio_queue::Error) -> DeviceError {
+fn queue_error(device: DeviceName, queue: u16, source: virtio_queue::Error) -> DeviceError {
     DeviceError::Queue {
         device,
         queue,

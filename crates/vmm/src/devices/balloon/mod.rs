@@ -28,7 +28,6 @@ pub use backend::{DiscardRam, GuestRange, ReleaseRanges};
 pub use state::{BalloonOffer, BalloonState, SavedBalloon};
 pub use stats::BalloonStats;
 
-use std::io;
 use std::time::{Duration, Instant};
 
 use virtio_bindings::bindings::virtio_ring::{
@@ -42,9 +41,10 @@ use vmm_sys_util::epoll::EventSet;
 
 use self::queue::{Hints, Queues, Role};
 use crate::timer::Timer;
-use crate::virtio::{Activation, DeviceError, VirtioDevice};
+use crate::virtio::{Activation, DeviceError, DeviceName, VirtioDevice};
 
-const NAME: &str = "balloon";
+/// The name that errors give the device.
+const DEVICE: DeviceName = DeviceName::new("balloon");
 const QUEUE_SIZE: u16 = 128;
 
 /// The balloon counts in pages of this size, whatever the guest's.
@@ -80,7 +80,7 @@ pub struct Balloon {
 impl Balloon {
     /// Builds the device from its state, [`BalloonState::fresh`] or a decoded one. Makes a timer.
     pub fn new(release: Box<dyn ReleaseRanges>, state: BalloonState) -> Result<Self, DeviceError> {
-        let timer = Timer::new().map_err(|source| host("make its timer", source))?;
+        let timer = Timer::new().map_err(DEVICE.host_error("make its timer"))?;
         let mut balloon = Self {
             state,
             release,
@@ -202,7 +202,7 @@ impl Balloon {
     fn arm_stats(&self) -> Result<(), DeviceError> {
         self.timer
             .arm_every(Duration::from_millis(self.state.stats_interval_ms))
-            .map_err(|source| host("arm its timer", source))
+            .map_err(DEVICE.host_error("arm its timer"))
     }
 
     /// Works off one queue.
@@ -240,8 +240,8 @@ impl Balloon {
 }
 
 impl VirtioDevice for Balloon {
-    fn name(&self) -> &'static str {
-        NAME
+    fn name(&self) -> DeviceName {
+        DEVICE
     }
 
     fn device_type(&self) -> u32 {
@@ -280,7 +280,7 @@ impl VirtioDevice for Balloon {
         activation
             .events
             .add(&self.timer, TOKEN_TIMER, EventSet::IN)
-            .map_err(|source| host("watch its timer", source))?;
+            .map_err(DEVICE.host_error("watch its timer"))?;
         self.queues = Some(Queues::new(activation)?);
         self.paused = false;
         self.serve_all()
@@ -295,7 +295,7 @@ impl VirtioDevice for Balloon {
         let due = self
             .timer
             .take()
-            .map_err(|source| host("read its timer", source))?;
+            .map_err(DEVICE.host_error("read its timer"))?;
         if due { self.refresh_stats() } else { Ok(()) }
     }
 
@@ -332,13 +332,5 @@ impl VirtioDevice for Balloon {
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
         self.state.encode()
-    }
-}
-
-fn host(action: &'static str, source: io::Error) -> DeviceError {
-    DeviceError::Host {
-        device: NAME,
-        action,
-        source,
     }
 }

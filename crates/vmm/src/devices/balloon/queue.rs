@@ -11,7 +11,7 @@ use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 use super::backend::{GuestRange, ReleaseRanges};
 use super::stats::{BalloonStats, MAX_PAIRS, PAIR};
-use super::{F_HINT, F_REPORTING, F_STATS, NAME, PAGE, host};
+use super::{DEVICE, F_HINT, F_REPORTING, F_STATS, PAGE};
 use crate::event_loop::Registrar;
 use crate::virtio::budget::Budget;
 use crate::virtio::ring::{Chain, Ring, Segment, read_prefix};
@@ -109,19 +109,16 @@ impl Queues {
         let agreed = |role: &Role| role.is_agreed(features);
         let roles: Vec<Role> = Role::ALL.into_iter().filter(agreed).collect();
         if activation.queues.len() != roles.len() {
-            return Err(DeviceError::Driver {
-                device: NAME,
-                reason: format!(
-                    "it set up {} queues where its features need {}",
-                    activation.queues.len(),
-                    roles.len()
-                ),
-            });
+            return Err(DEVICE.driver_error(format!(
+                "it set up {} queues where its features need {}",
+                activation.queues.len(),
+                roles.len()
+            )));
         }
         // In order, the queues are the agreed roles, whether the driver numbers them as the
         // specification does or, as Linux, without gaps.
         let queues = activation.queues.into_iter();
-        let ring = |queue| Ring::new(NAME, queue, event_idx);
+        let ring = |queue| Ring::new(DEVICE, queue, event_idx);
         Ok(Self {
             ram: activation.ram,
             interrupt: activation.interrupt,
@@ -180,7 +177,7 @@ impl Queues {
             let runs = page_runs(ram, ring, chain)?;
             release
                 .release(&runs)
-                .map_err(|source| host("release pages of the balloon", source))?;
+                .map_err(DEVICE.host_error("release pages of the balloon"))?;
             Ok(bytes)
         })
     }
@@ -203,7 +200,7 @@ impl Queues {
             let bytes = reported_bytes(ring, chain)?;
             release
                 .release(&buffer_runs(&chain.writable))
-                .map_err(|source| host("release free pages", source))?;
+                .map_err(DEVICE.host_error("release free pages"))?;
             Ok(bytes)
         })
     }
@@ -227,7 +224,7 @@ impl Queues {
                 hints
                     .sink
                     .release(&buffer_runs(&chain.writable))
-                    .map_err(|source| host("take free pages", source))?;
+                    .map_err(DEVICE.host_error("take free pages"))?;
             }
             Ok(bytes)
         })

@@ -2,14 +2,20 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::DEVICE;
 use super::{F_DEFLATE_ON_OOM, F_HINT, F_REPORTING, F_STATS};
-use crate::virtio::DeviceError;
+use crate::state_codec::VersionedState;
+use crate::virtio::{DeviceError, DeviceName};
 
-/// The saved form, by version. Never change a version: add one.
+/// The saved form. New versions are added, old ones are never changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SavedBalloon {
-    /// The first.
+    /// The first version.
     V1(BalloonState),
+}
+
+impl VersionedState for SavedBalloon {
+    const DEVICE: DeviceName = DEVICE;
 }
 
 /// What the device offers its driver. Fixed for the life of the guest, restores included.
@@ -84,29 +90,19 @@ impl BalloonState {
 
     /// Encodes it with its version.
     pub fn encode(&self) -> Result<Vec<u8>, DeviceError> {
-        postcard::to_stdvec(&SavedBalloon::V1(self.clone())).map_err(refused)
+        SavedBalloon::V1(self.clone()).to_bytes()
     }
 
     /// Decodes and checks what [`BalloonState::encode`] wrote, perhaps on another host.
     pub fn decode(bytes: &[u8]) -> Result<Self, DeviceError> {
-        let (SavedBalloon::V1(state), rest) = postcard::take_from_bytes(bytes).map_err(refused)?;
-        if !rest.is_empty() {
-            return Err(refused(format_args!("{} bytes too many", rest.len())));
-        }
+        let SavedBalloon::V1(state) = SavedBalloon::from_bytes(bytes)?;
         if state
             .stats_buffer
             .is_some_and(|head| head >= super::QUEUE_SIZE)
         {
-            return Err(refused("it holds a statistics buffer that cannot exist"));
+            return Err(DEVICE.state_error("it holds a statistics buffer that cannot exist"));
         }
         Ok(state)
-    }
-}
-
-fn refused(reason: impl std::fmt::Display) -> DeviceError {
-    DeviceError::State {
-        device: super::NAME,
-        reason: reason.to_string(),
     }
 }
 

@@ -1,5 +1,7 @@
 //! The device under a driver made of plain memory, and a host that writes down what is released.
 
+use std::io;
+
 use super::queue::MAX_PAGES;
 use super::*;
 use crate::virtio::driver::Rig;

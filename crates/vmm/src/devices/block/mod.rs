@@ -27,13 +27,13 @@ use vmm_sys_util::epoll::EventSet;
 
 use crate::rate_limit::RateLimiter;
 use crate::virtio::budget::Budget;
-use crate::virtio::{Activation, DeviceError, VirtioDevice};
-use queue::{Ask, Parsed, driver, parse};
+use crate::virtio::{Activation, DeviceError, DeviceName, VirtioDevice};
+use queue::{Ask, Parsed, parse};
 pub use state::{BlockConfig, BlockState, BlockStateV1, ID_BYTES, MAX_QUEUES, SeenDisk};
 use state::{CONFIG_BYTES, QUEUE_SIZE};
 
 /// The device's name in messages.
-const DEVICE: &str = "block";
+const DEVICE: DeviceName = DeviceName::new("block");
 /// What guests address.
 const SECTOR: u64 = 512;
 /// Work of one call: a guest that never stops must not hold the event loop.
@@ -100,8 +100,8 @@ impl Block {
             }
         };
         let state = state.attach(seen)?;
-        let limiter =
-            RateLimiter::new(state.limits, Instant::now()).map_err(host("make a timer"))?;
+        let limiter = RateLimiter::new(state.limits, Instant::now())
+            .map_err(DEVICE.host_error("make a timer"))?;
         Ok(Self {
             disk,
             config: state.config_space(),
@@ -168,7 +168,7 @@ impl Block {
         } else {
             lent.queue.disable_notification(&active.ram).map(|()| false)
         };
-        result.map_err(at(lent.index))
+        result.map_err(DEVICE.queue_error(lent.index))
     }
 
     fn take_chains(&mut self, slot: usize, budget: &mut Budget) -> Result<Stopped, DeviceError> {
@@ -184,7 +184,10 @@ impl Block {
             if budget.is_spent() {
                 return Ok(Stopped::Budget);
             }
-            let mut chains = lent.queue.iter(ram).map_err(at(lent.index))?;
+            let mut chains = lent
+                .queue
+                .iter(ram)
+                .map_err(DEVICE.queue_error(lent.index))?;
             let Some(chain) = chains.next() else {
                 return Ok(Stopped::Empty);
             };
@@ -195,7 +198,9 @@ impl Block {
                 return Ok(Stopped::Full);
             }
             if let (Some(limiter), Some(now)) = (&mut self.limiter, now)
-                && !limiter.admit(bytes, now).map_err(host("set a timer"))?
+                && !limiter
+                    .admit(bytes, now)
+                    .map_err(DEVICE.host_error("set a timer"))?
             {
                 lent.queue.go_to_previous_position();
                 return Ok(Stopped::Limited);
@@ -212,7 +217,7 @@ impl Block {
                     if self.pending.len() - self.free.len()
                         >= self.used.len() * usize::from(QUEUE_SIZE)
                     {
-                        return Err(driver("more requests than its queues hold"));
+                        return Err(DEVICE.driver_error("more requests than its queues hold"));
                     }
                     let pending = Pending {
                         slot,
@@ -251,7 +256,7 @@ impl Block {
         let mut completions = std::mem::take(&mut self.completions);
         lock(&self.disk)
             .poll(&mut completions)
-            .map_err(host("use the disk"))?;
+            .map_err(DEVICE.host_error("use the disk"))?;
         self.answer_all(&mut completions)?;
         self.completions = completions;
         Ok(())
@@ -264,7 +269,7 @@ impl Block {
         while self.pending.len() > self.free.len() {
             lock(&self.disk)
                 .drain(&mut completions)
-                .map_err(host("use the disk"))?;
+                .map_err(DEVICE.host_error("use the disk"))?;
             self.answer_all(&mut completions)?;
         }
         Ok(())
@@ -312,7 +317,7 @@ impl Block {
             let mut more = Vec::new();
             lock(&self.disk)
                 .poll(&mut more)
-                .map_err(host("use the disk"))?;
+                .map_err(DEVICE.host_error("use the disk"))?;
             return self.answer_all(&mut more);
         }
         Ok(())
@@ -328,7 +333,7 @@ impl Block {
                 continue;
             }
             let wanted = lent.queue.needs_notification(&active.ram);
-            if wanted.map_err(at(lent.index))? {
+            if wanted.map_err(DEVICE.queue_error(lent.index))? {
                 active.interrupt.signal_queue(lent.index);
             }
         }
@@ -341,7 +346,7 @@ impl Block {
             active.queues[slot]
                 .kick
                 .write(1)
-                .map_err(host("kick a queue"))
+                .map_err(DEVICE.host_error("kick a queue"))
         })
     }
 
@@ -373,7 +378,7 @@ impl Ask {
 }
 
 impl VirtioDevice for Block {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> DeviceName {
         DEVICE
     }
 
@@ -404,7 +409,7 @@ impl VirtioDevice for Block {
             activation
                 .events
                 .add(&fd, token, EventSet::IN)
-                .map_err(host("watch the disk"))?;
+                .map_err(DEVICE.host_error("watch the disk"))?;
         }
         self.used = vec![false; activation.queues.len()];
         self.active = Some(activation);
@@ -432,7 +437,9 @@ impl VirtioDevice for Block {
                 return self.tell_guest();
             }
         } else if let Some(limiter) = &mut self.limiter {
-            limiter.acknowledge().map_err(host("read a timer"))?;
+            limiter
+                .acknowledge()
+                .map_err(DEVICE.host_error("read a timer"))?;
         }
         if self.paused {
             return self.tell_guest();
@@ -504,8 +511,10 @@ fn answer(
     written: u32,
 ) -> Result<(), DeviceError> {
     ram.write_obj(code as u8, status)
-        .map_err(|_| driver("a status outside of RAM"))?;
-    queue.add_used(ram, head, written).map_err(at(index))
+        .map_err(|_| DEVICE.driver_error("a status outside of RAM"))?;
+    queue
+        .add_used(ram, head, written)
+        .map_err(DEVICE.queue_error(index))
 }
 
 fn status_of(error: &io::Error) -> u32 {
@@ -527,20 +536,4 @@ fn insert(entries: &mut Vec<Option<Pending>>, free: &mut Vec<usize>, pending: Pe
 fn lock(disk: &SharedDisk) -> MutexGuard<'_, Disk> {
     // A panic elsewhere while holding it is not ours to judge; the disk checks its own state.
     disk.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn at(queue: u16) -> impl FnOnce(virtio_queue::Error) -> DeviceError {
-    move |source| DeviceError::Queue {
-        device: DEVICE,
-        queue,
-        source,
-    }
-}
-
-fn host(action: &'static str) -> impl FnOnce(io::Error) -> DeviceError {
-    move |source| DeviceError::Host {
-        device: DEVICE,
-        action,
-        source,
-    }
 }

@@ -127,10 +127,10 @@ pub(super) fn parse(
     let (mut readable, mut writable) = collect(chain)?;
     let data_out = readable.split_off(HEADER_BYTES);
     if readable.len() < HEADER_BYTES {
-        return Err(driver("a request without a whole header"));
+        return Err(DEVICE.driver_error("a request without a whole header"));
     }
     let Some(data_in_len) = writable.len().checked_sub(1) else {
-        return Err(driver("a request without room for its status"));
+        return Err(DEVICE.driver_error("a request without room for its status"));
     };
     let status = writable.split_off(data_in_len).0[0].0;
     // A status that cannot be written must not be found out when the request is over.
@@ -178,7 +178,7 @@ fn collect(chain: DescriptorChain<&GuestRam>) -> Result<(Pieces, Pieces), Device
     for (count, descriptor) in chain.enumerate() {
         // Also bounds indirect tables, which may be longer than the queue.
         if count >= usize::from(QUEUE_SIZE) {
-            return Err(driver("more segments than there may be"));
+            return Err(DEVICE.driver_error("more segments than there may be"));
         }
         complete = !descriptor.has_next();
         if descriptor.len() == 0 {
@@ -193,7 +193,7 @@ fn collect(chain: DescriptorChain<&GuestRam>) -> Result<(Pieces, Pieces), Device
     }
     // The queue code ends a chain where it loops, leaves RAM or is otherwise broken.
     if !complete {
-        return Err(driver("a chain that loops or leads nowhere"));
+        return Err(DEVICE.driver_error("a chain that loops or leads nowhere"));
     }
     Ok((readable, writable))
 }
@@ -260,13 +260,6 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(field)
 }
 
-pub(super) fn driver(reason: impl Into<String>) -> DeviceError {
-    DeviceError::Driver {
-        device: DEVICE,
-        reason: reason.into(),
-    }
-}
-
 fn outside(address: GuestAddress) -> DeviceError {
-    driver(format!("a buffer at {:#x} is outside of RAM", address.0))
+    DEVICE.driver_error(format!("a buffer at {:#x} is outside of RAM", address.0))
 }

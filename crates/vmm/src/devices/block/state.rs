@@ -12,7 +12,8 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use super::{DEVICE, SECTOR};
 use crate::rate_limit::RateLimits;
-use crate::virtio::DeviceError;
+use crate::state_codec::VersionedState;
+use crate::virtio::{DeviceError, DeviceName};
 
 /// The most queues that a device may have: one per vCPU of the largest machine.
 pub const MAX_QUEUES: u16 = 32;
@@ -43,6 +44,10 @@ pub struct BlockConfig {
 pub enum BlockState {
     /// The first version.
     V1(BlockStateV1),
+}
+
+impl VersionedState for BlockState {
+    const DEVICE: DeviceName = DEVICE;
 }
 
 /// The first version of a block device's state. The buckets of its limits are not saved: a
@@ -96,11 +101,11 @@ impl BlockState {
     /// # Errors
     /// [`DeviceError::State`] where it is none.
     pub fn decode(bytes: &[u8]) -> Result<Self, DeviceError> {
-        postcard::from_bytes(bytes).map_err(|error| refused(error.to_string()))
+        Self::from_bytes(bytes)
     }
 
     pub(super) fn encode(&self) -> Result<Vec<u8>, DeviceError> {
-        postcard::to_stdvec(self).map_err(|error| refused(error.to_string()))
+        self.to_bytes()
     }
 }
 
@@ -108,11 +113,11 @@ impl BlockStateV1 {
     /// Fits the state to the disk: a new device learns of it, a saved one must have seen the same.
     pub(super) fn attach(mut self, disk: SeenDisk) -> Result<Self, DeviceError> {
         if !(1..=MAX_QUEUES).contains(&self.queues) {
-            return Err(refused(format!("{} queues", self.queues)));
+            return Err(DEVICE.state_error(format_args!("{} queues", self.queues)));
         }
         if let Some(seen) = self.disk {
             if (seen.size, seen.read_only) != (disk.size, disk.read_only) {
-                return Err(refused(format!(
+                return Err(DEVICE.state_error(format_args!(
                     "the guest knows a disk of {} bytes ({}), this one has {} ({})",
                     seen.size,
                     access(seen.read_only),
@@ -185,11 +190,4 @@ pub(super) const CONFIG_BYTES: usize = 60;
 
 fn access(read_only: bool) -> &'static str {
     if read_only { "read-only" } else { "writable" }
-}
-
-fn refused(reason: String) -> DeviceError {
-    DeviceError::State {
-        device: DEVICE,
-        reason,
-    }
 }

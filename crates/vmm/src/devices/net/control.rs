@@ -12,7 +12,8 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_queue::{DescriptorChain, QueueT};
 
-use super::queue::{Moved, Stopped, at, broken_rule, next_chain};
+use super::DEVICE;
+use super::queue::{Moved, Stopped, next_chain};
 use crate::virtio::{ActiveQueue, DeviceError, GuestRam};
 
 /// Commands carried out by one call.
@@ -39,11 +40,16 @@ pub(super) fn serve(
     let queue = &mut active.queue;
     let mut any_used = false;
     let mut stopped = Stopped::Budget;
-    queue.disable_notification(ram).map_err(at(index))?;
+    queue
+        .disable_notification(ram)
+        .map_err(DEVICE.queue_error(index))?;
     let mut left = BUDGET;
     while left > 0 {
         let Some(chain) = next_chain(queue, index, ram)? else {
-            if queue.enable_notification(ram).map_err(at(index))? {
+            if queue
+                .enable_notification(ram)
+                .map_err(DEVICE.queue_error(index))?
+            {
                 left -= 1;
                 continue;
             }
@@ -52,15 +58,20 @@ pub(super) fn serve(
         };
         left -= 1;
         let head = chain.head_index();
-        let done = match parse(chain.clone(), ram).map_err(at(index))? {
+        let done = match parse(chain.clone(), ram).map_err(DEVICE.queue_error(index))? {
             Some(command) => execute(command)?,
             None => false,
         };
         acknowledge(chain, ram, index, done)?;
-        queue.add_used(ram, head, 1).map_err(at(index))?;
+        queue
+            .add_used(ram, head, 1)
+            .map_err(DEVICE.queue_error(index))?;
         any_used = true;
     }
-    let interrupt = any_used && queue.needs_notification(ram).map_err(at(index))?;
+    let interrupt = any_used
+        && queue
+            .needs_notification(ram)
+            .map_err(DEVICE.queue_error(index))?;
     Ok(Moved { stopped, interrupt })
 }
 
@@ -104,7 +115,7 @@ fn acknowledge(
     let status = if done { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
     chain
         .writer(ram)
-        .map_err(at(index))?
+        .map_err(DEVICE.queue_error(index))?
         .write_all(&[status as u8])
-        .map_err(|_| broken_rule("a control command has no room for its answer"))
+        .map_err(|_| DEVICE.driver_error("a control command has no room for its answer"))
 }

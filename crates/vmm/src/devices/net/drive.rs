@@ -12,8 +12,8 @@ use vmm_sys_util::epoll::EventSet;
 use super::control::{self, Command};
 use super::features::{self, has};
 use super::pair::{Lent, Rings, Shares};
-use super::queue::{Stopped, broken_rule, host};
-use super::{Active, Net, token};
+use super::queue::Stopped;
+use super::{Active, DEVICE, Net, token};
 use crate::virtio::{Activation, ActiveQueue, DeviceError};
 
 impl Net {
@@ -77,7 +77,7 @@ impl Net {
         self.pairs[0]
             .port()
             .set_offloads(features::tap_offloads(wanted))
-            .map_err(|error| host("set the tap's offloads", error))
+            .map_err(DEVICE.host_error("set the tap's offloads"))
     }
 
     fn execute(&mut self, command: Command, features: u64) -> Result<bool, DeviceError> {
@@ -123,7 +123,7 @@ impl Net {
                 control
                     .kick
                     .write(1)
-                    .map_err(|error| host("kick the control queue", error))?;
+                    .map_err(DEVICE.host_error("kick the control queue"))?;
             }
         }
         if let Some(active) = &mut self.active {
@@ -188,7 +188,7 @@ impl Net {
         if let Some(limiter) = fired {
             limiter
                 .acknowledge()
-                .map_err(|error| host("read the timer of its rate limit", error))?;
+                .map_err(DEVICE.host_error("read the timer of its rate limit"))?;
         }
         for (pair, number) in self.pairs.iter_mut().zip(0..) {
             if event == token::RX_LIMIT {
@@ -198,7 +198,7 @@ impl Net {
             } else if event == token::port(number) {
                 return pair.port_ready(ready, &active.lent, &mut shares);
             } else if event == token::vhost(number) {
-                return Err(broken_rule("vhost-net found a ring or a buffer broken"));
+                return Err(DEVICE.driver_error("vhost-net found a ring or a buffer broken"));
             }
         }
         Ok(())
@@ -210,7 +210,7 @@ impl Net {
             return Ok(());
         };
         let events = &active.lent.events;
-        let wait = |error| host("wait for its link and limits", error);
+        let wait = DEVICE.host_error("wait for its link and limits");
         events
             .add(self.shared.wake(), token::LINK, EventSet::IN)
             .map_err(wait)?;
@@ -268,7 +268,7 @@ impl Net {
             events,
         } = activation;
         if !has(features, VIRTIO_F_VERSION_1) {
-            return Err(broken_rule("it did not agree to VIRTIO_F_VERSION_1"));
+            return Err(DEVICE.driver_error("it did not agree to VIRTIO_F_VERSION_1"));
         }
         let control = self.take_queues(queues, features);
         if !has(features, VIRTIO_NET_F_MQ) {
@@ -304,7 +304,7 @@ impl Net {
             Some(control) => control
                 .kick
                 .write(1)
-                .map_err(|error| host("kick the control queue", error)),
+                .map_err(DEVICE.host_error("kick the control queue")),
             None => Ok(()),
         }
     }

@@ -40,14 +40,12 @@ pub use state::{MAX_QUEUE_PAIRS, NetConfig, NetState, NetStateV1};
 pub use tap::{Port, TAP_IOCTLS, Tap, TapError};
 
 use crate::rate_limit::{RateLimiter, RateLimits};
-use crate::virtio::{Activation, ActiveQueue, DeviceError, VirtioDevice};
+use crate::virtio::{Activation, ActiveQueue, DeviceError, DeviceName, VirtioDevice};
 use counters::Shared;
 use pair::{Lent, Pair};
-use queue::host;
-use state::refused;
 use vhost::VhostNet;
 
-const DEVICE: &str = "net";
+const DEVICE: DeviceName = DeviceName::new("net");
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
 
@@ -104,16 +102,14 @@ impl Net {
         let NetResources { ports, vhost } = resources;
         let wanted = usize::from(state.queue_pairs);
         if ports.len() != wanted || (!vhost.is_empty() && vhost.len() != wanted) {
-            return Err(refused(format!(
+            return Err(DEVICE.state_error(format_args!(
                 "{wanted} queue pairs, but {} tap queues and {} vhost-net instances",
                 ports.len(),
                 vhost.len()
             )));
         }
         if !vhost.is_empty() && state.limits != RateLimits::default() {
-            return Err(refused(
-                "it has rate limits, which vhost-net does not keep".to_owned(),
-            ));
+            return Err(DEVICE.state_error("it has rate limits, which vhost-net does not keep"));
         }
         let offered = match state.offered {
             Some(offered) => offered,
@@ -127,7 +123,7 @@ impl Net {
         state.offered = Some(offered);
         ports[0]
             .set_offloads(0)
-            .map_err(|error| host("clear the tap's offloads", error))?;
+            .map_err(DEVICE.host_error("clear the tap's offloads"))?;
         let mut vhost = vhost.into_iter();
         let pairs = ports
             .into_iter()
@@ -138,10 +134,10 @@ impl Net {
             })
             .collect::<Result<_, DeviceError>>()?;
         let shared =
-            Shared::new(state.link_up).map_err(|error| host("make its link's eventfd", error))?;
+            Shared::new(state.link_up).map_err(DEVICE.host_error("make its link's eventfd"))?;
         let limiter = || {
             RateLimiter::new(state.limits, Instant::now())
-                .map_err(|error| host("make the timer of its rate limit", error))
+                .map_err(DEVICE.host_error("make the timer of its rate limit"))
         };
         Ok(Self {
             rx_limiter: limiter()?,
@@ -166,7 +162,7 @@ impl Net {
 }
 
 impl VirtioDevice for Net {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> DeviceName {
         DEVICE
     }
 

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use vmm_sys_util::epoll::EventSet;
 
 use super::counters::Counters;
-use super::queue::{Flow, Moved, Receiver, Stopped, host, transmit};
+use super::queue::{Flow, Moved, Receiver, Stopped, transmit};
 use super::tap::Port;
 use super::vhost::{Start, VhostNet};
-use super::{features, token};
+use super::{DEVICE, features, token};
 use crate::event_loop::Registrar;
 use crate::rate_limit::RateLimiter;
 use crate::virtio::{ActiveQueue, DeviceError, GuestRam, Interrupt};
@@ -101,7 +101,7 @@ impl Pair {
         if self.attached != attached {
             self.port
                 .set_attached(attached)
-                .map_err(|error| host("attach or detach a queue of the tap", error))?;
+                .map_err(DEVICE.host_error("attach or detach a queue of the tap"))?;
             self.attached = attached;
         }
         Ok(())
@@ -115,7 +115,7 @@ impl Pair {
         if let Some(vhost) = &mut self.vhost {
             lent.events
                 .add(vhost.errors(), token::vhost(self.number), EventSet::IN)
-                .map_err(|error| host("wait for vhost-net's errors", error))?;
+                .map_err(DEVICE.host_error("wait for vhost-net's errors"))?;
             self.path = Path::Kernel;
             let with = Start {
                 ram: &lent.ram,
@@ -127,7 +127,7 @@ impl Pair {
         } else {
             lent.events
                 .add(self.port.file(), token::port(self.number), EventSet::IN)
-                .map_err(|error| host("wait for the tap", error))?;
+                .map_err(DEVICE.host_error("wait for the tap"))?;
             self.path = Path::Userspace {
                 receiver: Receiver::new(features::has(lent.features, VIRTIO_NET_F_MRG_RXBUF)),
                 watched: EventSet::IN,
@@ -152,13 +152,13 @@ impl Pair {
                 let removed = lent
                     .events
                     .remove(vhost.errors())
-                    .map_err(|error| host("stop waiting for vhost-net's errors", error));
+                    .map_err(DEVICE.host_error("stop waiting for vhost-net's errors"));
                 stopped.and(removed)
             }
             Path::Userspace { .. } => lent
                 .events
                 .remove(self.port.file())
-                .map_err(|error| host("stop waiting for the tap", error)),
+                .map_err(DEVICE.host_error("stop waiting for the tap")),
         }
     }
 
@@ -179,7 +179,7 @@ impl Pair {
             && !matches!(self.path, Path::Stopped)
         {
             let gone = std::io::Error::from_raw_os_error(libc::ENODEV);
-            return Err(host("use the tap, which is gone", gone));
+            return Err(DEVICE.host_error("use the tap, which is gone")(gone));
         }
         Ok(())
     }
@@ -240,7 +240,7 @@ impl Pair {
         if next != *watched {
             lent.events
                 .modify(self.port.file(), token::port(self.number), next)
-                .map_err(|error| host("wait for the tap", error))?;
+                .map_err(DEVICE.host_error("wait for the tap"))?;
             *watched = next;
         }
         Ok(())
@@ -252,5 +252,5 @@ fn kick(queue: &ActiveQueue) -> Result<(), DeviceError> {
     queue
         .kick
         .write(1)
-        .map_err(|error| host("kick a queue", error))
+        .map_err(DEVICE.host_error("kick a queue"))
 }

@@ -59,7 +59,7 @@ impl Flow<'_> {
             None => Ok(true),
             Some(limiter) => limiter
                 .is_ready(Instant::now())
-                .map_err(|error| host("set the timer of its rate limit", error)),
+                .map_err(DEVICE.host_error("set the timer of its rate limit")),
         }
     }
 
@@ -118,7 +118,9 @@ impl Receiver {
         let mut taken = Vec::with_capacity(8);
         let mut any_used = false;
         let mut stopped = Stopped::Budget;
-        queue.disable_notification(ram).map_err(at(index))?;
+        queue
+            .disable_notification(ram)
+            .map_err(DEVICE.queue_error(index))?;
         let mut left = BUDGET;
         while left > 0 {
             if !flow.is_allowed()? {
@@ -130,7 +132,10 @@ impl Receiver {
             let wanted = self.expected.max(1);
             self.take_room(queue, index, &mut scatter, &mut taken, wanted)?;
             if taken.is_empty() {
-                if queue.enable_notification(ram).map_err(at(index))? {
+                if queue
+                    .enable_notification(ram)
+                    .map_err(DEVICE.queue_error(index))?
+                {
                     left -= 1;
                     continue;
                 }
@@ -147,7 +152,7 @@ impl Receiver {
                             stopped = Stopped::PortBusy;
                             break;
                         }
-                        _ => return Err(host("read the tap", error)),
+                        _ => return Err(DEVICE.host_error("read the tap")(error)),
                     }
                 }
             };
@@ -161,7 +166,10 @@ impl Receiver {
                 flow.counters.receive_dropped();
             }
         }
-        let interrupt = any_used && queue.needs_notification(ram).map_err(at(index))?;
+        let interrupt = any_used
+            && queue
+                .needs_notification(ram)
+                .map_err(DEVICE.queue_error(index))?;
         Ok(Moved { stopped, interrupt })
     }
 
@@ -183,7 +191,7 @@ impl Receiver {
                 .push_chain(chain, Direction::ToGuest)
                 .map_err(broken)?;
             if len < HEADER_LEN {
-                return Err(broken_rule("a receive buffer is smaller than a header"));
+                return Err(DEVICE.driver_error("a receive buffer is smaller than a header"));
             }
             taken.push(Taken { head, len });
             if !self.mergeable {
@@ -236,7 +244,7 @@ impl Receiver {
         for chain in &taken[..buffers] {
             queue
                 .add_used(ram, chain.head, chain.len as u32)
-                .map_err(at(index))?;
+                .map_err(DEVICE.queue_error(index))?;
         }
         give_back(queue, taken.len() - buffers);
         Ok(true)
@@ -251,7 +259,9 @@ pub(super) fn transmit(active: &mut ActiveQueue, mut flow: Flow<'_>) -> Result<M
     let mut scatter = Scatter::new(ram);
     let mut any_used = false;
     let mut stopped = Stopped::Budget;
-    queue.disable_notification(ram).map_err(at(index))?;
+    queue
+        .disable_notification(ram)
+        .map_err(DEVICE.queue_error(index))?;
     let mut left = BUDGET;
     while left > 0 {
         if !flow.is_allowed()? {
@@ -259,7 +269,10 @@ pub(super) fn transmit(active: &mut ActiveQueue, mut flow: Flow<'_>) -> Result<M
             break;
         }
         let Some(chain) = next_chain(queue, index, ram)? else {
-            if queue.enable_notification(ram).map_err(at(index))? {
+            if queue
+                .enable_notification(ram)
+                .map_err(DEVICE.queue_error(index))?
+            {
                 left -= 1;
                 continue;
             }
@@ -272,7 +285,7 @@ pub(super) fn transmit(active: &mut ActiveQueue, mut flow: Flow<'_>) -> Result<M
             .push_chain(chain, Direction::FromGuest)
             .map_err(broken)?;
         if len < HEADER_LEN {
-            return Err(broken_rule("a frame to send is shorter than its header"));
+            return Err(DEVICE.driver_error("a frame to send is shorter than its header"));
         }
         match send(&scatter, flow.port, flow.counters) {
             Ok(()) => flow.charge(len - HEADER_LEN),
@@ -281,13 +294,18 @@ pub(super) fn transmit(active: &mut ActiveQueue, mut flow: Flow<'_>) -> Result<M
                 stopped = Stopped::PortBusy;
                 break;
             }
-            Err(error) => return Err(host("write to the tap", error)),
+            Err(error) => return Err(DEVICE.host_error("write to the tap")(error)),
         }
         left -= 1;
-        queue.add_used(ram, head, 0).map_err(at(index))?;
+        queue
+            .add_used(ram, head, 0)
+            .map_err(DEVICE.queue_error(index))?;
         any_used = true;
     }
-    let interrupt = any_used && queue.needs_notification(ram).map_err(at(index))?;
+    let interrupt = any_used
+        && queue
+            .needs_notification(ram)
+            .map_err(DEVICE.queue_error(index))?;
     Ok(Moved { stopped, interrupt })
 }
 
@@ -326,7 +344,7 @@ pub(super) fn next_chain<'ram>(
     index: u16,
     ram: &'ram GuestRam,
 ) -> Result<Option<DescriptorChain<&'ram GuestRam>>, DeviceError> {
-    Ok(queue.iter(ram).map_err(at(index))?.next())
+    Ok(queue.iter(ram).map_err(DEVICE.queue_error(index))?.next())
 }
 
 /// Makes the last `count` chains taken available again.
@@ -336,29 +354,6 @@ fn give_back(queue: &mut Queue, count: usize) {
 }
 
 /// An error of the queue of index `queue`.
-pub(super) fn at(queue: u16) -> impl FnOnce(virtio_queue::Error) -> DeviceError {
-    move |source| DeviceError::Queue {
-        device: DEVICE,
-        queue,
-        source,
-    }
-}
-
 fn broken(error: ChainError) -> DeviceError {
-    broken_rule(&error.to_string())
-}
-
-pub(super) fn broken_rule(reason: &str) -> DeviceError {
-    DeviceError::Driver {
-        device: DEVICE,
-        reason: reason.to_owned(),
-    }
-}
-
-pub(super) fn host(action: &'static str, source: io::Error) -> DeviceError {
-    DeviceError::Host {
-        device: DEVICE,
-        action,
-        source,
-    }
+    DEVICE.driver_error(&error.to_string())
 }

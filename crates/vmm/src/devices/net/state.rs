@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{DEVICE, features};
 use crate::rate_limit::RateLimits;
-use crate::virtio::DeviceError;
+use crate::state_codec::VersionedState;
+use crate::virtio::{DeviceError, DeviceName};
 
 /// The most queue pairs that a device may have: one per vCPU of the largest machine.
 pub const MAX_QUEUE_PAIRS: u16 = 32;
@@ -31,6 +32,10 @@ pub struct NetConfig {
 pub enum NetState {
     /// The first version.
     V1(NetStateV1),
+}
+
+impl VersionedState for NetState {
+    const DEVICE: DeviceName = DEVICE;
 }
 
 /// The first version of a network device's state.
@@ -78,8 +83,7 @@ impl NetState {
     /// # Errors
     /// [`DeviceError::State`] where they are no state, or none that a device could have.
     pub fn decode(bytes: &[u8]) -> Result<Self, DeviceError> {
-        let state: Self =
-            postcard::from_bytes(bytes).map_err(|error| refused(error.to_string()))?;
+        let state = Self::from_bytes(bytes)?;
         let Self::V1(v1) = &state;
         v1.check()?;
         Ok(state)
@@ -90,7 +94,7 @@ impl NetState {
     /// # Errors
     /// [`DeviceError::State`] where the encoder fails, which plain data does not.
     pub fn encode(&self) -> Result<Vec<u8>, DeviceError> {
-        postcard::to_stdvec(self).map_err(|error| refused(error.to_string()))
+        self.to_bytes()
     }
 
     /// The same state with another hardware address, for a clone.
@@ -130,13 +134,13 @@ impl NetStateV1 {
     /// Refuses what no device could have come to.
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         if !(1..=MAX_QUEUE_PAIRS).contains(&self.queue_pairs) {
-            return Err(refused(format!(
+            return Err(DEVICE.state_error(format_args!(
                 "{} queue pairs, where 1 to {MAX_QUEUE_PAIRS} are possible",
                 self.queue_pairs
             )));
         }
         if !(1..=self.queue_pairs).contains(&self.active_pairs) {
-            return Err(refused(format!(
+            return Err(DEVICE.state_error(format_args!(
                 "{} active of {} queue pairs",
                 self.active_pairs, self.queue_pairs
             )));
@@ -145,31 +149,24 @@ impl NetStateV1 {
         if let Some(offered) = self.offered
             && offered & !possible != 0
         {
-            return Err(refused(format!(
+            return Err(DEVICE.state_error(format_args!(
                 "it offers the features {:#x}, which this device does not have",
                 offered & !possible
             )));
         }
         if self.mac[0] & 1 == 1 {
-            return Err(refused("its MAC address is a multicast one".to_owned()));
+            return Err(DEVICE.state_error("its MAC address is a multicast one"));
         }
         if let Some(mtu) = self.mtu
             && !MTU_RANGE.contains(&mtu)
         {
-            return Err(refused(format!(
+            return Err(DEVICE.state_error(format_args!(
                 "an MTU of {mtu}, where {} to {} are possible",
                 MTU_RANGE.start(),
                 MTU_RANGE.end()
             )));
         }
         Ok(())
-    }
-}
-
-pub(super) fn refused(reason: String) -> DeviceError {
-    DeviceError::State {
-        device: DEVICE,
-        reason,
     }
 }
 

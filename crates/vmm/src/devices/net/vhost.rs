@@ -55,8 +55,10 @@ impl VhostNet {
     /// Takes an open `/dev/vhost-net`. This process becomes the owner: it must be the one whose
     /// memory holds guest RAM.
     pub(super) fn new(file: File) -> Result<Self, DeviceError> {
-        let eventfd =
-            || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(host("make an eventfd for vhost"));
+        let eventfd = || {
+            EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
+                .map_err(DEVICE.host_error("make an eventfd for vhost"))
+        };
         let vhost = Self {
             file,
             ram: Arc::new(GuestRam::new()),
@@ -68,10 +70,12 @@ impl VhostNet {
             .get_features()
             .map_err(refused("read the features of vhost-net"))?;
         if offered & features::VHOST != features::VHOST {
-            return Err(host("use vhost-net")(io::Error::other(format!(
-                "the kernel's lacks the features {:#x}",
-                features::VHOST & !offered
-            ))));
+            return Err(DEVICE.host_error("use vhost-net")(io::Error::other(
+                format!(
+                    "the kernel's lacks the features {:#x}",
+                    features::VHOST & !offered
+                ),
+            )));
         }
         Ok(vhost)
     }
@@ -230,20 +234,12 @@ fn ring_addresses(queue: &Queue) -> VringConfigData {
     }
 }
 
-fn host(action: &'static str) -> impl FnOnce(io::Error) -> DeviceError {
-    move |source| DeviceError::Host {
-        device: DEVICE,
-        action,
-        source,
-    }
-}
-
 fn refused(action: &'static str) -> impl FnOnce(vhost::Error) -> DeviceError {
     move |error| {
         let source = match error {
             vhost::Error::IoctlError(source) | vhost::Error::IOError(source) => source,
             other => io::Error::other(other),
         };
-        host(action)(source)
+        DEVICE.host_error(action)(source)
     }
 }

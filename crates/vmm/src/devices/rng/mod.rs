@@ -26,9 +26,10 @@ use vmm_sys_util::epoll::EventSet;
 use self::limit::Bucket;
 use crate::timer::Timer;
 use crate::virtio::ring::{Ring, Segment};
-use crate::virtio::{Activation, DeviceError, GuestRam, Interrupt, VirtioDevice};
+use crate::virtio::{Activation, DeviceError, DeviceName, GuestRam, Interrupt, VirtioDevice};
 
-const NAME: &str = "rng";
+/// The name that errors give the device.
+const DEVICE: DeviceName = DeviceName::new("rng");
 const QUEUE_SIZE: u16 = 64;
 
 /// The most bytes that one request gets; a longer one is cut, as the specification allows.
@@ -57,7 +58,7 @@ impl Rng {
     pub fn new(limit: Option<RateLimit>, _state: RngState) -> Result<Self, DeviceError> {
         let bucket = match limit {
             Some(limit) => {
-                let timer = Timer::new().map_err(|source| host("make its timer", source))?;
+                let timer = Timer::new().map_err(DEVICE.host_error("make its timer"))?;
                 Some((Bucket::full(limit, Instant::now()), timer))
             }
             None => None,
@@ -75,7 +76,7 @@ impl Rng {
         if let (Err(_), Some((_, timer))) = (&result, &self.bucket) {
             timer
                 .disarm()
-                .map_err(|source| host("stop its timer", source))?;
+                .map_err(DEVICE.host_error("stop its timer"))?;
         }
         result
     }
@@ -110,12 +111,12 @@ impl Rng {
                         active.requests.unpop();
                         timer
                             .arm_once(delay)
-                            .map_err(|source| host("arm its timer", source))?;
+                            .map_err(DEVICE.host_error("arm its timer"))?;
                         break;
                     }
                 }
             }
-            fill(&chain.writable, len).map_err(|source| host("draw random bytes", source))?;
+            fill(&chain.writable, len).map_err(DEVICE.host_error("draw random bytes"))?;
             active.requests.push_used(ram, chain.head, len as u32)?;
         }
         active.requests.signal(ram, &*active.interrupt)
@@ -144,8 +145,8 @@ fn fill(segments: &[Segment<'_>], len: usize) -> io::Result<()> {
 }
 
 impl VirtioDevice for Rng {
-    fn name(&self) -> &'static str {
-        NAME
+    fn name(&self) -> DeviceName {
+        DEVICE
     }
 
     fn device_type(&self) -> u32 {
@@ -167,20 +168,17 @@ impl VirtioDevice for Rng {
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let event_idx = activation.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let Some(queue) = activation.queues.into_iter().next() else {
-            return Err(DeviceError::Driver {
-                device: NAME,
-                reason: "it did not set up the queue".into(),
-            });
+            return Err(DEVICE.driver_error("it did not set up the queue"));
         };
         if let Some((_, timer)) = &self.bucket {
             activation
                 .events
                 .add(timer, TOKEN_TIMER, EventSet::IN)
-                .map_err(|source| host("watch its timer", source))?;
+                .map_err(DEVICE.host_error("watch its timer"))?;
         }
         self.active = Some(Active {
             ram: activation.ram,
-            requests: Ring::new(NAME, queue, event_idx),
+            requests: Ring::new(DEVICE, queue, event_idx),
             interrupt: activation.interrupt,
             events: activation.events,
         });
@@ -194,9 +192,7 @@ impl VirtioDevice for Rng {
 
     fn handle_event(&mut self, _token: u32, _ready: EventSet) -> Result<(), DeviceError> {
         if let Some((_, timer)) = &self.bucket {
-            timer
-                .take()
-                .map_err(|source| host("read its timer", source))?;
+            timer.take().map_err(DEVICE.host_error("read its timer"))?;
         }
         self.serve()
     }
@@ -228,13 +224,5 @@ impl VirtioDevice for Rng {
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
         RngState::fresh().encode()
-    }
-}
-
-fn host(action: &'static str, source: io::Error) -> DeviceError {
-    DeviceError::Host {
-        device: NAME,
-        action,
-        source,
     }
 }

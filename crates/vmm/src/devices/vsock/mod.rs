@@ -26,7 +26,6 @@ mod tests;
 pub use backend::{GuestConnector, PathConnector};
 pub use state::{SavedVsock, VsockState};
 
-use std::io;
 use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
@@ -40,9 +39,10 @@ use vmm_sys_util::epoll::EventSet;
 use self::mux::{Mux, TOKEN_LISTENER, TOKEN_TIMER};
 use self::queue::Queues;
 use crate::virtio::ring::Ring;
-use crate::virtio::{Activation, DeviceError, VirtioDevice};
+use crate::virtio::{Activation, DeviceError, DeviceName, VirtioDevice};
 
-const NAME: &str = "vsock";
+/// The name that errors give the device.
+const DEVICE: DeviceName = DeviceName::new("vsock");
 
 /// `VIRTIO_VSOCK_F_STREAM`: stream sockets are supported.
 const F_STREAM: u64 = 1 << 0;
@@ -138,7 +138,7 @@ impl Vsock {
     pub fn new(resources: VsockResources, state: VsockState) -> Result<Self, DeviceError> {
         state.check()?;
         let mux = Mux::new(resources, state.guest_cid, state.next_host_port)
-            .map_err(|source| host("set up its listener and timer", source))?;
+            .map_err(DEVICE.host_error("set up its listener and timer"))?;
         Ok(Self {
             mux,
             reset: if state.transport_reset {
@@ -165,9 +165,7 @@ impl Vsock {
             return Ok(());
         }
         queues.serve(&mut self.mux)?;
-        self.mux
-            .arm()
-            .map_err(|source| host("arm its timer", source))
+        self.mux.arm().map_err(DEVICE.host_error("arm its timer"))
     }
 
     /// A broken device is not called any more: its sockets must not wake the loop for nothing,
@@ -210,13 +208,13 @@ impl Vsock {
         }
         self.mux
             .listen(self.reset.lets_hosts_in())
-            .map_err(|source| host("watch its listener", source))
+            .map_err(DEVICE.host_error("watch its listener"))
     }
 }
 
 impl VirtioDevice for Vsock {
-    fn name(&self) -> &'static str {
-        NAME
+    fn name(&self) -> DeviceName {
+        DEVICE
     }
 
     fn device_type(&self) -> u32 {
@@ -240,18 +238,15 @@ impl VirtioDevice for Vsock {
         let mut rings = activation
             .queues
             .into_iter()
-            .map(|queue| Ring::new(NAME, queue, event_idx));
+            .map(|queue| Ring::new(DEVICE, queue, event_idx));
         let (Some(rx), Some(tx), Some(event), None) =
             (rings.next(), rings.next(), rings.next(), rings.next())
         else {
-            return Err(DeviceError::Driver {
-                device: NAME,
-                reason: format!("it did not set up all {QUEUES} queues"),
-            });
+            return Err(DEVICE.driver_error(format!("it did not set up all {QUEUES} queues")));
         };
         self.mux
             .start(activation.events)
-            .map_err(|source| host("watch its timer", source))?;
+            .map_err(DEVICE.host_error("watch its timer"))?;
         self.queues = Some(Queues {
             ram: activation.ram,
             rx,
@@ -293,7 +288,7 @@ impl VirtioDevice for Vsock {
             }
         };
         let result = result
-            .map_err(|source| host("wait on its sockets", source))
+            .map_err(DEVICE.host_error("wait on its sockets"))
             .and_then(|()| self.serve());
         self.quiet_if_broken(result)
     }
@@ -302,7 +297,7 @@ impl VirtioDevice for Vsock {
         // Every call leaves queues and RAM at rest, so there is nothing to drain.
         self.paused = true;
         let stopped = self.mux.listen(false).and_then(|()| self.mux.freeze());
-        stopped.map_err(|source| host("stop its listener and timer", source))
+        stopped.map_err(DEVICE.host_error("stop its listener and timer"))
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
@@ -334,13 +329,5 @@ impl VirtioDevice for Vsock {
             transport_reset: self.queues.is_some() || self.reset != Reset::Done,
         }
         .encode()
-    }
-}
-
-fn host(action: &'static str, source: io::Error) -> DeviceError {
-    DeviceError::Host {
-        device: NAME,
-        action,
-        source,
     }
 }

@@ -2,16 +2,22 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::virtio::DeviceError;
+use super::DEVICE;
+use crate::state_codec::VersionedState;
+use crate::virtio::{DeviceError, DeviceName};
 
 /// The first port used on the host's side of connections that the host starts.
 const FIRST_HOST_PORT: u32 = 1 << 30;
 
-/// The saved form, by version. Never change a version: add one.
+/// The saved form. New versions are added, old ones are never changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SavedVsock {
-    /// The first.
+    /// The first version.
     V1(VsockState),
+}
+
+impl VersionedState for SavedVsock {
+    const DEVICE: DeviceName = DEVICE;
 }
 
 /// A vsock device's state. Built fresh at boot, decoded at restore.
@@ -38,15 +44,12 @@ impl VsockState {
 
     /// Encodes it with its version.
     pub fn encode(&self) -> Result<Vec<u8>, DeviceError> {
-        postcard::to_stdvec(&SavedVsock::V1(self.clone())).map_err(refused)
+        SavedVsock::V1(self.clone()).to_bytes()
     }
 
     /// Decodes and checks what [`VsockState::encode`] wrote, perhaps on another host.
     pub fn decode(bytes: &[u8]) -> Result<Self, DeviceError> {
-        let (SavedVsock::V1(state), rest) = postcard::take_from_bytes(bytes).map_err(refused)?;
-        if !rest.is_empty() {
-            return Err(refused(format_args!("{} bytes too many", rest.len())));
-        }
+        let SavedVsock::V1(state) = SavedVsock::from_bytes(bytes)?;
         state.check()?;
         Ok(state)
     }
@@ -56,18 +59,11 @@ impl VsockState {
         if (3..u64::from(u32::MAX)).contains(&self.guest_cid) {
             Ok(())
         } else {
-            Err(refused(format_args!(
+            Err(DEVICE.state_error(format_args!(
                 "{} cannot be a guest's context id",
                 self.guest_cid
             )))
         }
-    }
-}
-
-fn refused(reason: impl std::fmt::Display) -> DeviceError {
-    DeviceError::State {
-        device: super::NAME,
-        reason: reason.to_string(),
     }
 }
 

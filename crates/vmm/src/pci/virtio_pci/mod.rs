@@ -31,7 +31,7 @@ use super::{BarRange, ConfigSpace, PciDevice};
 use crate::event_loop::{EventHandler, Registrar};
 use crate::irq::Wiring;
 use crate::virtio::{
-    Activation, ActiveQueue, DeviceError, GuestRam, Interrupt, SavedQueue, VirtioDevice,
+    Activation, ActiveQueue, DeviceError, DeviceName, GuestRam, Interrupt, SavedQueue, VirtioDevice,
 };
 
 /// Tokens from here on are kicks: this plus the queue's index.
@@ -60,7 +60,7 @@ impl VirtioPciState {
 
 /// A virtio device on the PCI bus.
 pub struct VirtioPci {
-    name: &'static str,
+    name: DeviceName,
     config: ConfigSpace,
     /// Its configuration space when it was new.
     power_on: ConfigState,
@@ -138,7 +138,7 @@ impl VirtioPci {
     }
 
     /// The device's short name, for messages.
-    pub fn name(&self) -> &'static str {
+    pub fn name(&self) -> DeviceName {
         self.name
     }
 
@@ -165,7 +165,7 @@ impl VirtioPci {
             let watched = now.map(|at| self.wiring.watch(at + offset, kick));
             for result in [unwatched, watched].into_iter().flatten() {
                 if let Err(error) = result {
-                    tracing::warn!(device = self.name, queue, %error, "doorbell could not be moved");
+                    tracing::warn!(device = %self.name, queue, %error, "doorbell could not be moved");
                 }
             }
         }
@@ -240,7 +240,7 @@ impl VirtioPci {
 
     /// The device cannot go on: the guest is told so and may reset it. The VM lives.
     fn fail(&mut self, error: &DeviceError) {
-        tracing::warn!(device = self.name, %error, "device broken until the driver resets it");
+        tracing::warn!(device = %self.name, %error, "device broken until the driver resets it");
         self.stop_device();
         self.common.set_needs_reset();
         self.interrupt.signal_config();

@@ -11,8 +11,8 @@ struct Witness {
 }
 
 impl VirtioDevice for Witness {
-    fn name(&self) -> &'static str {
-        "witness"
+    fn name(&self) -> DeviceName {
+        DeviceName::new("witness")
     }
     fn device_type(&self) -> u32 {
         19
