@@ -14,8 +14,11 @@ use super::stats::{BalloonStats, MAX_PAIRS, PAIR};
 use super::{DEVICE, F_HINT, F_REPORTING, F_STATS, PAGE};
 use crate::event_loop::Registrar;
 use crate::virtio::budget::Budget;
-use crate::virtio::ring::{Chain, Ring, Segment, read_prefix};
-use crate::virtio::{Activation, DeviceError, GuestRam, Interrupt};
+use crate::virtio::chain::Segment;
+use crate::virtio::{
+    Activation, DescriptorChain, DeviceError, GuestRam, Interrupt, RequestHandler, Served,
+    ServedQueue, Turn,
+};
 
 /// Requests handled on one queue, and the memory that they are about, before others have their
 /// turn. The host's work grows with the pages: each may be a system call.
@@ -84,6 +87,26 @@ impl Hints {
         self.phase == HintPhase::Complete
     }
 
+    /// Takes a command of the driver, or free pages.
+    fn take(
+        &mut self,
+        queue: &ServedQueue,
+        chain: &DescriptorChain<'_>,
+    ) -> Result<(), DeviceError> {
+        if chain.readable_len() > 0 {
+            let command = chain
+                .reader()
+                .read_array()
+                .map_err(|_| queue.driver_error("a hinting command is shorter than 4 bytes"))?;
+            self.command(u32::from_le_bytes(command));
+        }
+        if self.phase == HintPhase::Collecting && chain.writable_len() > 0 {
+            let released = self.sink.release(&buffer_runs(chain));
+            released.map_err(DEVICE.host_error("take free pages"))?;
+        }
+        Ok(())
+    }
+
     /// The driver says which round its next pages belong to.
     fn command(&mut self, command: u32) {
         self.phase = match self.phase {
@@ -99,7 +122,7 @@ pub(super) struct Queues {
     pub(super) ram: GuestRam,
     pub(super) interrupt: Arc<dyn Interrupt>,
     pub(super) events: Registrar,
-    rings: Vec<(Role, Ring)>,
+    rings: Vec<(Role, ServedQueue)>,
 }
 
 impl Queues {
@@ -118,7 +141,7 @@ impl Queues {
         // In order, the queues are the agreed roles, whether the driver numbers them as the
         // specification does or, as Linux, without gaps.
         let queues = activation.queues.into_iter();
-        let ring = |queue| Ring::new(DEVICE, queue, event_idx);
+        let ring = |queue| ServedQueue::new(DEVICE, queue, event_idx);
         Ok(Self {
             ram: activation.ram,
             interrupt: activation.interrupt,
@@ -132,136 +155,122 @@ impl Queues {
     }
 
     pub(super) fn role(&self, index: u16) -> Option<Role> {
-        let found = self.rings.iter().find(|(_, ring)| ring.queue().0 == index);
+        let found = self.rings.iter().find(|(_, ring)| ring.index() == index);
         found.map(|(role, _)| *role)
     }
 
     pub(super) fn list(&self) -> Vec<(u16, &Queue)> {
-        self.rings.iter().map(|(_, ring)| ring.queue()).collect()
+        self.rings.iter().map(|(_, ring)| ring.indexed()).collect()
     }
 
-    /// Hands the requests of a queue to `work`, which returns the bytes of memory that they are
-    /// about, and gives their buffers back. A queue that was not agreed on has none.
-    fn serve(
-        &mut self,
+    /// Hands the requests of a queue to `handler`. A queue that was not agreed on has none.
+    fn serve<'m>(
+        ram: &'m GuestRam,
+        interrupt: &dyn Interrupt,
+        rings: &mut [(Role, ServedQueue)],
         role: Role,
-        mut work: impl FnMut(&GuestRam, &Ring, &mut Chain<'_>) -> Result<u64, DeviceError>,
+        handler: &mut impl RequestHandler<'m>,
     ) -> Result<(), DeviceError> {
-        let Some((_, ring)) = self.rings.iter_mut().find(|(of, _)| *of == role) else {
+        let Some((_, queue)) = rings.iter_mut().find(|(of, _)| *of == role) else {
             return Ok(());
         };
-        ring.mute(&self.ram)?;
         let mut budget = BUDGET;
-        loop {
-            if budget.is_spent() {
-                ring.again()?;
-                break;
-            }
-            let Some(mut chain) = ring.pop(&self.ram)? else {
-                if ring.unmute(&self.ram)? {
-                    budget.spend(0);
-                    continue;
-                }
-                break;
-            };
-            budget.spend(work(&self.ram, ring, &mut chain)?);
-            ring.push_used(&self.ram, chain.head, 0)?;
-        }
-        ring.signal(&self.ram, &*self.interrupt)
+        queue.serve(ram, interrupt, &mut Turn::new(&mut budget), handler)?;
+        Ok(())
     }
 
-    /// Pages that go into the balloon.
+    /// As [`Queues::serve`], for requests that are finished at once. `work` returns the bytes of
+    /// memory that a request is about.
+    fn serve_at_once(
+        &mut self,
+        role: Role,
+        mut work: impl FnMut(&ServedQueue, &DescriptorChain<'_>) -> Result<u64, DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let mut handler = |queue: &mut ServedQueue, chain: &mut DescriptorChain<'_>| {
+            let bytes = work(queue, chain)?;
+            Ok(Served::Used { written: 0, bytes })
+        };
+        let Self {
+            ram,
+            interrupt,
+            rings,
+            ..
+        } = self;
+        Self::serve(ram, &**interrupt, rings, role, &mut handler)
+    }
+
+    /// Serves the pages that go into the balloon.
     pub(super) fn inflate(&mut self, release: &mut dyn ReleaseRanges) -> Result<(), DeviceError> {
-        self.serve(Role::Inflate, |ram, ring, chain| {
-            let bytes = listed_bytes(chain);
-            let runs = page_runs(ram, ring, chain)?;
+        let ram = self.ram.clone();
+        self.serve_at_once(Role::Inflate, |queue, chain| {
+            let runs = page_runs(&ram, queue, chain)?;
             release
                 .release(&runs)
                 .map_err(DEVICE.host_error("release pages of the balloon"))?;
-            Ok(bytes)
+            Ok(listed_bytes(chain))
         })
     }
 
-    /// Pages that come out of it: they are there when touched.
+    /// Serves the pages that come out of the balloon: they are there when touched.
     pub(super) fn deflate(&mut self) -> Result<(), DeviceError> {
-        self.serve(Role::Deflate, |ram, ring, chain| {
-            let bytes = listed_bytes(chain);
-            page_runs(ram, ring, chain)?;
-            Ok(bytes)
+        let ram = self.ram.clone();
+        self.serve_at_once(Role::Deflate, |queue, chain| {
+            page_runs(&ram, queue, chain)?;
+            Ok(listed_bytes(chain))
         })
     }
 
-    /// Free pages that the driver reports: they are the buffers.
+    /// Serves the free pages that the driver reports: they are the buffers.
     pub(super) fn take_reports(
         &mut self,
         release: &mut dyn ReleaseRanges,
     ) -> Result<(), DeviceError> {
-        self.serve(Role::Report, |_, ring, chain| {
-            let bytes = reported_bytes(ring, chain)?;
+        self.serve_at_once(Role::Report, |queue, chain| {
+            let bytes = reported_bytes(queue, chain)?;
             release
-                .release(&buffer_runs(&chain.writable))
+                .release(&buffer_runs(chain))
                 .map_err(DEVICE.host_error("release free pages"))?;
             Ok(bytes)
         })
     }
 
-    /// Free pages that the driver was asked for, and its words about them.
+    /// Serves the free pages that the driver was asked for, and its commands about them.
     pub(super) fn take_hints(&mut self, hints: Option<&mut Hints>) -> Result<(), DeviceError> {
         let mut hints = hints;
-        self.serve(Role::Hint, |_, ring, chain| {
-            let bytes = reported_bytes(ring, chain)?;
-            let Some(hints) = hints.as_deref_mut() else {
-                return Ok(bytes);
-            };
-            if !chain.readable.is_empty() {
-                let mut command = [0; 4];
-                if read_prefix(&mut chain.readable, &mut command).is_none() {
-                    return Err(ring.broken("a hinting command is shorter than 4 bytes"));
-                }
-                hints.command(u32::from_le_bytes(command));
+        self.serve_at_once(Role::Hint, |queue, chain| {
+            let bytes = reported_bytes(queue, chain)?;
+            match hints.as_deref_mut() {
+                Some(hints) => hints.take(queue, chain).map(|()| bytes),
+                None => Ok(bytes),
             }
-            if hints.phase == HintPhase::Collecting && !chain.writable.is_empty() {
-                hints
-                    .sink
-                    .release(&buffer_runs(&chain.writable))
-                    .map_err(DEVICE.host_error("take free pages"))?;
-            }
-            Ok(bytes)
         })
     }
 
-    /// Statistics that came. Their buffer is `held` until the device wants more.
+    /// Takes the statistics that came. Their buffer is `held` until the device wants more.
     pub(super) fn take_stats(
         &mut self,
         held: &mut Option<u16>,
     ) -> Result<Option<BalloonStats>, DeviceError> {
-        let Some((_, ring)) = self.rings.iter_mut().find(|(of, _)| *of == Role::Stats) else {
-            return Ok(None);
-        };
+        let Self {
+            ram,
+            interrupt,
+            rings,
+            ..
+        } = self;
+        let ram = &*ram;
         let mut stats = None;
-        let mut budget = BUDGET;
-        loop {
-            if budget.is_spent() {
-                ring.again()?;
-                break;
-            }
-            budget.spend(0);
-            let Some(mut chain) = ring.pop(&self.ram)? else {
-                if ring.unmute(&self.ram)? {
-                    continue;
-                }
-                break;
-            };
-            // One buffer is held; a driver that lends more gets the older ones back.
-            if let Some(older) = held.replace(chain.head) {
-                ring.push_used(&self.ram, older, 0)?;
+        let mut handler = |queue: &mut ServedQueue, chain: &mut DescriptorChain<'_>| {
+            // One buffer is held; a driver that offers more gets the older ones back.
+            if let Some(older) = held.replace(chain.head()) {
+                queue.push_used(ram, older, 0)?;
             }
             let mut bytes = vec![0; chain.readable_len().min(PAIR * MAX_PAIRS)];
-            if read_prefix(&mut chain.readable, &mut bytes).is_some() {
+            if chain.reader().read_exact(&mut bytes).is_ok() {
                 stats = Some(BalloonStats::parse(&bytes));
             }
-        }
-        ring.signal(&self.ram, &*self.interrupt)?;
+            Ok(Served::Kept { bytes: 0 })
+        };
+        Self::serve(ram, &**interrupt, rings, Role::Stats, &mut handler)?;
         Ok(stats)
     }
 
@@ -279,34 +288,32 @@ impl Queues {
 }
 
 /// The memory that a request's whole list of pages is about, doubles included.
-fn listed_bytes(chain: &Chain<'_>) -> u64 {
+fn listed_bytes(chain: &DescriptorChain<'_>) -> u64 {
     chain.readable_len() as u64 / 4 * PAGE
 }
 
 /// The memory that a report is about.
-fn reported_bytes(ring: &Ring, chain: &Chain<'_>) -> Result<u64, DeviceError> {
+fn reported_bytes(queue: &ServedQueue, chain: &DescriptorChain<'_>) -> Result<u64, DeviceError> {
     let bytes = chain.writable_len() as u64;
     match bytes <= MAX_REPORT {
         true => Ok(bytes),
-        false => Err(ring.broken(format!("a report of {bytes} bytes of free memory"))),
+        false => Err(queue.driver_error(format_args!("a report of {bytes} bytes of free memory"))),
     }
 }
 
 /// The pages that a request lists by number, as runs: sorted, apart, inside RAM.
 fn page_runs(
     ram: &GuestRam,
-    ring: &Ring,
-    chain: &mut Chain<'_>,
+    queue: &ServedQueue,
+    chain: &DescriptorChain<'_>,
 ) -> Result<Vec<GuestRange>, DeviceError> {
-    let count = chain.readable_len() / 4;
-    if count == 0 || count > MAX_PAGES || !chain.readable_len().is_multiple_of(4) {
-        let len = chain.readable_len();
-        return Err(ring.broken(format!("{len} bytes are no list of pages")));
+    let len = chain.readable_len();
+    if len == 0 || len / 4 > MAX_PAGES || !len.is_multiple_of(4) {
+        return Err(queue.driver_error(format_args!("{len} bytes are no list of pages")));
     }
-    let mut bytes = vec![0; count * 4];
-    if read_prefix(&mut chain.readable, &mut bytes).is_none() {
-        return Err(ring.broken("a list of pages is cut short"));
-    }
+    let mut bytes = vec![0; len];
+    let read = chain.reader().read_exact(&mut bytes);
+    read.map_err(|error| queue.driver_error(error))?;
     let mut pages: Vec<u32> = bytes
         .chunks_exact(4)
         .map(|page| u32::from_le_bytes([page[0], page[1], page[2], page[3]]))
@@ -321,16 +328,18 @@ fn page_runs(
         !ram.check_range(run.start, len, Permissions::ReadWrite)
     });
     match outside {
-        Some(run) => Err(ring.broken(format!("pages {run:x?} are not in RAM"))),
+        Some(run) => Err(queue.driver_error(format_args!("pages {run:x?} are not in RAM"))),
         None => Ok(runs),
     }
 }
 
-/// The whole pages of buffers, as runs: sorted and apart. They are inside RAM, as the ring checked.
-fn buffer_runs(buffers: &[Segment<'_>]) -> Vec<GuestRange> {
-    let mut stretches: Vec<(u64, u64)> = buffers
-        .iter()
-        .map(|buffer| (buffer.address.0, buffer.slice.len() as u64))
+/// The whole pages of the writable buffers, as runs: sorted and apart. They are inside RAM, as the
+/// chain was validated.
+fn buffer_runs(chain: &DescriptorChain<'_>) -> Vec<GuestRange> {
+    let mut stretches: Vec<(u64, u64)> = chain
+        .writer()
+        .segments()
+        .map(|Segment { address, slice }| (address.0, slice.len() as u64))
         .collect();
     stretches.sort_unstable();
     let mut runs = Vec::new();

@@ -6,6 +6,7 @@
 //!
 //! Source: VIRTIO 1.3, 5.2.
 
+mod in_flight;
 mod queue;
 mod state;
 #[cfg(test)]
@@ -21,14 +22,20 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::Queue;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
 
+use crate::event_loop::Registrar;
 use crate::rate_limit::RateLimiter;
 use crate::virtio::budget::Budget;
-use crate::virtio::{Activation, DeviceError, DeviceName, VirtioDevice};
-use queue::{Ask, Parsed, parse};
+use crate::virtio::{
+    Activation, DescriptorChain, DeviceError, DeviceName, GuestRam, Interrupt, RequestHandler,
+    Served, ServedQueue, Stopped, Turn, VirtioDevice,
+};
+use in_flight::{InFlight, Pending};
+use queue::{BlockRequest, Parsed, parse};
 pub use state::{BlockConfig, BlockState, BlockStateV1, ID_BYTES, MAX_QUEUES, SeenDisk};
 use state::{CONFIG_BYTES, QUEUE_SIZE};
 
@@ -50,17 +57,14 @@ const TOKEN_DISK: u32 = 1;
 /// lock is held for the length of one call, by the event loop while the machine runs.
 pub type SharedDisk = Arc<Mutex<Disk>>;
 
-/// A request of the guest that the disk has.
-struct Pending {
-    /// The queue's place in [`Activation::queues`].
-    slot: usize,
-    head: u16,
-    status: GuestAddress,
-    written: u32,
-    /// The bytes of its data.
-    bytes: u64,
-    /// Whether a flush must follow before the answer.
-    flush: bool,
+/// What a driver set up.
+struct Active {
+    ram: GuestRam,
+    queues: Vec<ServedQueue>,
+    /// Whether the driver knows flushes, so that a change may be answered before it is durable.
+    writeback: bool,
+    interrupt: Arc<dyn Interrupt>,
+    events: Registrar,
 }
 
 /// A block device.
@@ -69,16 +73,10 @@ pub struct Block {
     state: BlockStateV1,
     config: [u8; CONFIG_BYTES],
     limiter: Option<RateLimiter>,
-    active: Option<Activation>,
-    /// Requests that the disk has, by their tag.
-    pending: Vec<Option<Pending>>,
-    free: Vec<usize>,
-    /// The bytes of all pending requests.
-    in_flight: u64,
+    active: Option<Active>,
+    in_flight: InFlight,
     /// A request waits until the disk has fewer.
     held_back: bool,
-    /// Used buffers were added since the guest was last told, by queue slot.
-    used: Vec<bool>,
     paused: bool,
     completions: Vec<Completion>,
 }
@@ -108,11 +106,8 @@ impl Block {
             state,
             limiter,
             active: None,
-            pending: Vec::new(),
-            free: Vec::new(),
-            in_flight: 0,
+            in_flight: InFlight::default(),
             held_back: false,
-            used: Vec::new(),
             paused: false,
             completions: Vec::new(),
         })
@@ -134,121 +129,55 @@ impl Block {
     fn serve(&mut self, slot: usize) -> Result<(), DeviceError> {
         let mut budget = BUDGET;
         loop {
-            self.set_notification(slot, false)?;
-            let stopped = self.take_chains(slot, &mut budget)?;
+            let stopped = self.take_requests(slot, &mut budget)?;
             self.poll()?;
-            match stopped {
-                // The timer goes on with it.
-                Stopped::Limited => break,
-                // What the disk finishes goes on with it; something may be finished already.
-                Stopped::Full if self.in_flight > 0 => {
-                    self.held_back = true;
-                    break;
-                }
-                Stopped::Full => budget.spend(0),
-                Stopped::Budget => {
-                    self.kick(slot)?;
-                    break;
-                }
-                Stopped::Empty if !self.set_notification(slot, true)? => break,
-                Stopped::Empty => budget.spend(0),
+            if !self.settle(slot, stopped, &mut budget)? {
+                return self.signal();
             }
         }
-        self.tell_guest()
     }
 
-    /// Switches the driver's kicks on or off; on returns whether there is work after all.
-    fn set_notification(&mut self, slot: usize, on: bool) -> Result<bool, DeviceError> {
-        let Some(active) = &mut self.active else {
-            return Ok(false);
-        };
-        let lent = &mut active.queues[slot];
-        let result = if on {
-            lent.queue.enable_notification(&active.ram)
-        } else {
-            lent.queue.disable_notification(&active.ram).map(|()| false)
-        };
-        result.map_err(DEVICE.queue_error(lent.index))
-    }
-
-    fn take_chains(&mut self, slot: usize, budget: &mut Budget) -> Result<Stopped, DeviceError> {
+    fn take_requests(&mut self, slot: usize, budget: &mut Budget) -> Result<Stopped, DeviceError> {
         let Some(active) = &mut self.active else {
             return Ok(Stopped::Empty);
         };
-        let mut disk = lock(&self.disk);
-        let now = self.limiter.is_some().then(Instant::now);
-        let writeback = active.features >> VIRTIO_BLK_F_FLUSH & 1 != 0;
-        let ram = &active.ram;
-        let lent = &mut active.queues[slot];
-        loop {
-            if budget.is_spent() {
-                return Ok(Stopped::Budget);
-            }
-            let mut chains = lent
-                .queue
-                .iter(ram)
-                .map_err(DEVICE.queue_error(lent.index))?;
-            let Some(chain) = chains.next() else {
-                return Ok(Stopped::Empty);
-            };
-            let parsed = parse(chain, ram)?;
-            let bytes = parsed.ask.bytes();
-            if self.in_flight > 0 && self.in_flight.saturating_add(bytes) > MAX_IN_FLIGHT {
-                lent.queue.go_to_previous_position();
-                return Ok(Stopped::Full);
-            }
-            if let (Some(limiter), Some(now)) = (&mut self.limiter, now)
-                && !limiter
-                    .admit(bytes, now)
-                    .map_err(DEVICE.host_error("set a timer"))?
-            {
-                lent.queue.go_to_previous_position();
-                return Ok(Stopped::Limited);
-            }
-            budget.spend(bytes);
-            let Parsed {
-                head,
-                status,
-                ask,
-                written,
-            } = parsed;
-            let (code, written) = match ask {
-                Ask::Disk(request) => {
-                    if self.pending.len() - self.free.len()
-                        >= self.used.len() * usize::from(QUEUE_SIZE)
-                    {
-                        return Err(DEVICE.driver_error("more requests than its queues hold"));
-                    }
-                    let pending = Pending {
-                        slot,
-                        head,
-                        status,
-                        written,
-                        bytes,
-                        flush: !writeback && request.changes_disk(),
-                    };
-                    self.in_flight += bytes;
-                    let tag = insert(&mut self.pending, &mut self.free, pending);
-                    disk.submit(tag as u64, request);
-                    continue;
-                }
-                Ask::Id(pieces) => {
-                    pieces.write(ram, &self.state.id)?;
-                    (VIRTIO_BLK_S_OK, written)
-                }
-                Ask::Refuse(code) => (code, 1),
-            };
-            answer(
-                &mut lent.queue,
-                lent.index,
-                ram,
-                head,
-                status,
-                code,
-                written,
-            )?;
-            self.used[slot] = true;
+        let capacity = active.queues.len() * usize::from(QUEUE_SIZE);
+        let mut submission = Submission {
+            slot,
+            disk: lock(&self.disk),
+            ram: &active.ram,
+            in_flight: &mut self.in_flight,
+            capacity,
+            id: &self.state.id,
+            writeback: active.writeback,
+        };
+        let mut turn = Turn {
+            budget,
+            limit: self.limiter.as_mut(),
+        };
+        active.queues[slot].take(&active.ram, &mut turn, &mut submission)
+    }
+
+    /// Decides what follows after requests were taken. Returns whether to take more at once.
+    fn settle(
+        &mut self,
+        slot: usize,
+        stopped: Stopped,
+        budget: &mut Budget,
+    ) -> Result<bool, DeviceError> {
+        let Some(active) = &mut self.active else {
+            return Ok(false);
+        };
+        if stopped != Stopped::Blocked {
+            return active.queues[slot].settle(&active.ram, stopped, budget);
         }
+        // What the disk finishes calls for the rest; the disk may have finished all already.
+        if self.in_flight.bytes() > 0 {
+            self.held_back = true;
+            return Ok(false);
+        }
+        budget.spend(0);
+        Ok(true)
     }
 
     /// Starts what the disk was given, and answers the guest's requests that are over.
@@ -266,7 +195,7 @@ impl Block {
     fn drain(&mut self) -> Result<(), DeviceError> {
         let mut completions = Vec::new();
         // More than one round where flushes follow changes.
-        while self.pending.len() > self.free.len() {
+        while self.in_flight.len() > 0 {
             lock(&self.disk)
                 .drain(&mut completions)
                 .map_err(DEVICE.host_error("use the disk"))?;
@@ -281,36 +210,20 @@ impl Block {
         };
         let mut flushes = false;
         for Completion { tag, result } in completions.drain(..) {
-            let Some(entry) = self.pending.get_mut(tag as usize) else {
-                continue;
-            };
-            if let (Some(pending), Ok(())) = (entry.as_mut(), &result)
-                && std::mem::take(&mut pending.flush)
-            {
+            if result.is_ok() && self.in_flight.take_flush(tag) {
                 lock(&self.disk).submit(tag, Request::Flush);
                 flushes = true;
                 continue;
             }
-            let Some(pending) = entry.take() else {
+            let Some(pending) = self.in_flight.remove(tag) else {
                 continue;
             };
-            self.free.push(tag as usize);
-            self.in_flight -= pending.bytes;
             let (code, written) = match &result {
                 Ok(()) => (VIRTIO_BLK_S_OK, pending.written),
                 Err(error) => (status_of(error), 1),
             };
-            let lent = &mut active.queues[pending.slot];
-            answer(
-                &mut lent.queue,
-                lent.index,
-                &active.ram,
-                pending.head,
-                pending.status,
-                code,
-                written,
-            )?;
-            self.used[pending.slot] = true;
+            write_status(&active.ram, pending.status, code)?;
+            active.queues[pending.slot].push_used(&active.ram, pending.head, written)?;
         }
         if flushes {
             // Their answers come by the disk's descriptors, or right now.
@@ -324,30 +237,26 @@ impl Block {
     }
 
     /// Interrupts the guest for queues with new used buffers, where it wants that.
-    fn tell_guest(&mut self) -> Result<(), DeviceError> {
+    fn signal(&mut self) -> Result<(), DeviceError> {
         let Some(active) = &mut self.active else {
             return Ok(());
         };
-        for (lent, used) in active.queues.iter_mut().zip(&mut self.used) {
-            if !std::mem::take(used) {
-                continue;
-            }
-            let wanted = lent.queue.needs_notification(&active.ram);
-            if wanted.map_err(DEVICE.queue_error(lent.index))? {
-                active.interrupt.signal_queue(lent.index);
-            }
-        }
-        Ok(())
+        let Active {
+            ram,
+            queues,
+            interrupt,
+            ..
+        } = active;
+        let mut queues = queues.iter_mut();
+        queues.try_for_each(|queue| queue.signal(ram, &**interrupt))
     }
 
-    /// Makes the event loop come back to a queue.
-    fn kick(&self, slot: usize) -> Result<(), DeviceError> {
-        self.active.as_ref().map_or(Ok(()), |active| {
-            active.queues[slot]
-                .kick
-                .write(1)
-                .map_err(DEVICE.host_error("kick a queue"))
-        })
+    /// Makes the event loop come back to every queue.
+    fn requeue_all(&self) -> Result<(), DeviceError> {
+        let active = self.active.iter();
+        active
+            .flat_map(|active| &active.queues)
+            .try_for_each(ServedQueue::requeue)
     }
 
     fn slots(&self) -> std::ops::Range<usize> {
@@ -355,25 +264,69 @@ impl Block {
     }
 }
 
-/// Why a call stopped taking chains.
-enum Stopped {
-    /// There are none.
-    Empty,
-    /// It took its share.
-    Budget,
-    /// The rate limit holds the next one back.
-    Limited,
-    /// The disk has enough to do.
-    Full,
+/// Hands the requests of one queue to the disk.
+struct Submission<'a> {
+    /// The queue's place in the list of active queues.
+    slot: usize,
+    disk: MutexGuard<'a, Disk>,
+    ram: &'a GuestRam,
+    in_flight: &'a mut InFlight,
+    /// The most requests that the queues can hold.
+    capacity: usize,
+    id: &'a [u8; ID_BYTES],
+    writeback: bool,
 }
 
-impl Ask {
-    /// The bytes that count towards a rate limit.
-    fn bytes(&self) -> u64 {
-        match self {
-            Self::Disk(request) => request.data_len(),
-            Self::Id(_) | Self::Refuse(_) => 0,
+impl<'m> RequestHandler<'m> for Submission<'_> {
+    fn handle(
+        &mut self,
+        queue: &mut ServedQueue,
+        chain: &mut DescriptorChain<'m>,
+    ) -> Result<Served, DeviceError> {
+        let Parsed {
+            status,
+            request,
+            written,
+        } = parse(queue, chain)?;
+        let (bytes, in_flight) = (request.bytes(), self.in_flight.bytes());
+        if in_flight > 0 && in_flight.saturating_add(bytes) > MAX_IN_FLIGHT {
+            return Ok(Served::Blocked);
         }
+        let (code, written) = match request {
+            BlockRequest::Disk(request) => {
+                let pending = Pending {
+                    slot: self.slot,
+                    head: chain.head(),
+                    status,
+                    written,
+                    bytes,
+                    flush: !self.writeback && request.changes_disk(),
+                };
+                return self
+                    .submit(pending, request)
+                    .map(|()| Served::Kept { bytes });
+            }
+            BlockRequest::Id(mut room) => {
+                let len = room.remaining().min(self.id.len());
+                let put = room.write_all(&self.id[..len]);
+                put.map_err(|error| queue.driver_error(error))?;
+                (VIRTIO_BLK_S_OK, written)
+            }
+            BlockRequest::Refuse(code) => (code, 1),
+        };
+        write_status(self.ram, status, code)?;
+        Ok(Served::Used { written, bytes })
+    }
+}
+
+impl Submission<'_> {
+    fn submit(&mut self, pending: Pending, request: Request) -> Result<(), DeviceError> {
+        if self.in_flight.len() >= self.capacity {
+            return Err(DEVICE.driver_error("more requests than its queues hold"));
+        }
+        let tag = self.in_flight.insert(pending);
+        self.disk.submit(tag, request);
+        Ok(())
     }
 }
 
@@ -411,22 +364,33 @@ impl VirtioDevice for Block {
                 .add(&fd, token, EventSet::IN)
                 .map_err(DEVICE.host_error("watch the disk"))?;
         }
-        self.used = vec![false; activation.queues.len()];
-        self.active = Some(activation);
+        let event_idx = activation.features >> VIRTIO_RING_F_EVENT_IDX & 1 != 0;
+        let queues = activation.queues.into_iter();
+        self.active = Some(Active {
+            ram: activation.ram,
+            queues: queues
+                .map(|queue| ServedQueue::new(DEVICE, queue, event_idx))
+                .collect(),
+            writeback: activation.features >> VIRTIO_BLK_F_FLUSH & 1 != 0,
+            interrupt: activation.interrupt,
+            events: activation.events,
+        });
         self.paused = false;
         // Looked at by the event loop, not by the vCPU that is here now: the disk's thread is
         // started by the first request, and inherits from its starter what it may do.
-        self.slots().try_for_each(|slot| self.kick(slot))
+        self.requeue_all()
     }
 
     fn notify_queue(&mut self, queue: u16) -> Result<(), DeviceError> {
         if self.paused {
             return Ok(());
         }
-        let slot = self
-            .active
-            .as_ref()
-            .and_then(|active| active.queues.iter().position(|lent| lent.index == queue));
+        let slot = self.active.as_ref().and_then(|active| {
+            active
+                .queues
+                .iter()
+                .position(|served| served.index() == queue)
+        });
         slot.map_or(Ok(()), |slot| self.serve(slot))
     }
 
@@ -434,7 +398,7 @@ impl VirtioDevice for Block {
         if token != TOKEN_TIMER {
             self.poll()?;
             if !std::mem::take(&mut self.held_back) {
-                return self.tell_guest();
+                return self.signal();
             }
         } else if let Some(limiter) = &mut self.limiter {
             limiter
@@ -442,7 +406,7 @@ impl VirtioDevice for Block {
                 .map_err(DEVICE.host_error("read a timer"))?;
         }
         if self.paused {
-            return self.tell_guest();
+            return self.signal();
         }
         self.slots().try_for_each(|slot| self.serve(slot))
     }
@@ -450,12 +414,12 @@ impl VirtioDevice for Block {
     fn pause(&mut self) -> Result<(), DeviceError> {
         self.paused = true;
         self.drain()?;
-        self.tell_guest()
+        self.signal()
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
         self.paused = false;
-        self.slots().try_for_each(|slot| self.kick(slot))
+        self.requeue_all()
     }
 
     fn reset(&mut self) {
@@ -468,9 +432,7 @@ impl VirtioDevice for Block {
             }
             self.completions.clear();
         }
-        self.pending.clear();
-        self.free.clear();
-        self.in_flight = 0;
+        self.in_flight = InFlight::default();
         self.held_back = false;
         if let Some(active) = self.active.take() {
             for (_, fd) in self.descriptors() {
@@ -484,7 +446,7 @@ impl VirtioDevice for Block {
         self.active
             .iter()
             .flat_map(|active| &active.queues)
-            .map(|lent| (lent.index, &lent.queue))
+            .map(ServedQueue::indexed)
             .collect()
     }
 
@@ -500,21 +462,10 @@ impl Drop for Block {
     }
 }
 
-/// Puts the status and the used element of a chain into RAM.
-fn answer(
-    queue: &mut Queue,
-    index: u16,
-    ram: &crate::virtio::GuestRam,
-    head: u16,
-    status: GuestAddress,
-    code: u32,
-    written: u32,
-) -> Result<(), DeviceError> {
+/// Writes a request's status. Its address was in RAM when the request was parsed.
+fn write_status(ram: &GuestRam, status: GuestAddress, code: u32) -> Result<(), DeviceError> {
     ram.write_obj(code as u8, status)
-        .map_err(|_| DEVICE.driver_error("a status outside of RAM"))?;
-    queue
-        .add_used(ram, head, written)
-        .map_err(DEVICE.queue_error(index))
+        .map_err(|_| DEVICE.driver_error("a status outside of RAM"))
 }
 
 fn status_of(error: &io::Error) -> u32 {
@@ -522,15 +473,6 @@ fn status_of(error: &io::Error) -> u32 {
         io::ErrorKind::Unsupported => VIRTIO_BLK_S_UNSUPP,
         _ => VIRTIO_BLK_S_IOERR,
     }
-}
-
-fn insert(entries: &mut Vec<Option<Pending>>, free: &mut Vec<usize>, pending: Pending) -> usize {
-    if let Some(index) = free.pop() {
-        entries[index] = Some(pending);
-        return index;
-    }
-    entries.push(Some(pending));
-    entries.len() - 1
 }
 
 fn lock(disk: &SharedDisk) -> MutexGuard<'_, Disk> {

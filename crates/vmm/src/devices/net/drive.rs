@@ -7,14 +7,14 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ,
 };
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::epoll::EventSet;
 
 use super::control::{self, Command};
 use super::features::{self, has};
 use super::pair::{Lent, Rings, Shares};
-use super::queue::Stopped;
 use super::{Active, DEVICE, Net, token};
-use crate::virtio::{Activation, ActiveQueue, DeviceError};
+use crate::virtio::{Activation, ActiveQueue, DeviceError, ServedQueue};
 
 impl Net {
     /// The control queue's index, which depends on what was agreed on (5.1.2).
@@ -28,13 +28,14 @@ impl Net {
         }
     }
 
-    fn take_queues(&mut self, queues: Vec<ActiveQueue>, features: u64) -> Option<ActiveQueue> {
+    fn take_queues(&mut self, queues: Vec<ActiveQueue>, features: u64) -> Option<ServedQueue> {
         let control_index = self.control_index(features);
-        let mut by_index: Vec<Option<ActiveQueue>> = Vec::new();
+        let mut by_index: Vec<Option<ServedQueue>> = Vec::new();
         by_index.resize_with(2 * self.pairs.len() + 1, || None);
+        let event_idx = has(features, VIRTIO_RING_F_EVENT_IDX);
         for queue in queues {
             if let Some(place) = by_index.get_mut(usize::from(queue.index)) {
-                *place = Some(queue);
+                *place = Some(ServedQueue::new(DEVICE, queue, event_idx));
             }
         }
         let control = control_index.and_then(|index| by_index[usize::from(index)].take());
@@ -112,24 +113,14 @@ impl Net {
             return Ok(());
         };
         let (ram, features) = (active.lent.ram.clone(), active.lent.features);
-        let served = control::serve(&mut control, &ram, |command| {
+        let interrupt = Arc::clone(&active.lent.interrupt);
+        let served = control::serve(&mut control, &ram, &*interrupt, |command| {
             self.execute(command, features)
         });
-        if let (Ok(moved), Some(active)) = (&served, &self.active) {
-            if moved.interrupt {
-                active.lent.interrupt.signal_queue(control.index);
-            }
-            if moved.stopped == Stopped::Budget {
-                control
-                    .kick
-                    .write(1)
-                    .map_err(DEVICE.host_error("kick the control queue"))?;
-            }
-        }
         if let Some(active) = &mut self.active {
             active.control = Some(control);
         }
-        served.map(drop)
+        served
     }
 
     fn follow_link(&mut self) -> Result<(), DeviceError> {
@@ -301,10 +292,7 @@ impl Net {
             .as_ref()
             .and_then(|active| active.control.as_ref());
         match control {
-            Some(control) => control
-                .kick
-                .write(1)
-                .map_err(DEVICE.host_error("kick the control queue")),
+            Some(control) => control.requeue(),
             None => Ok(()),
         }
     }

@@ -10,11 +10,11 @@
 //!
 //! Source: VIRTIO 1.3, 5.1 (network device).
 
-mod buffers;
 mod control;
 mod counters;
 mod drive;
 mod features;
+mod iovec;
 mod pair;
 mod queue;
 mod state;
@@ -40,7 +40,7 @@ pub use state::{MAX_QUEUE_PAIRS, NetConfig, NetState, NetStateV1};
 pub use tap::{Port, TAP_IOCTLS, Tap, TapError};
 
 use crate::rate_limit::{RateLimiter, RateLimits};
-use crate::virtio::{Activation, ActiveQueue, DeviceError, DeviceName, VirtioDevice};
+use crate::virtio::{Activation, DeviceError, DeviceName, ServedQueue, VirtioDevice};
 use counters::Shared;
 use pair::{Lent, Pair};
 use vhost::VhostNet;
@@ -86,7 +86,7 @@ pub struct Net {
 /// What a driver set up.
 struct Active {
     lent: Lent,
-    control: Option<ActiveQueue>,
+    control: Option<ServedQueue>,
     paused: bool,
 }
 
@@ -265,9 +265,7 @@ impl VirtioDevice for Net {
             .active
             .as_ref()
             .and_then(|active| active.control.as_ref());
-        data.chain(control)
-            .map(|active| (active.index, &active.queue))
-            .collect()
+        data.chain(control).map(ServedQueue::indexed).collect()
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {

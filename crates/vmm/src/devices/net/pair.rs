@@ -5,13 +5,13 @@ use std::sync::Arc;
 use vmm_sys_util::epoll::EventSet;
 
 use super::counters::Counters;
-use super::queue::{Flow, Moved, Receiver, Stopped, transmit};
+use super::queue::{Direction, Receiver, transmit};
 use super::tap::Port;
 use super::vhost::{Start, VhostNet};
 use super::{DEVICE, features, token};
 use crate::event_loop::Registrar;
 use crate::rate_limit::RateLimiter;
-use crate::virtio::{ActiveQueue, DeviceError, GuestRam, Interrupt};
+use crate::virtio::{DeviceError, GuestRam, Interrupt, ServedQueue, Stopped};
 
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
@@ -23,14 +23,6 @@ pub(super) struct Lent {
     pub(super) events: Registrar,
 }
 
-impl Lent {
-    fn signal(&self, moved: Moved, queue: u16) {
-        if moved.interrupt {
-            self.interrupt.signal_queue(queue);
-        }
-    }
-}
-
 /// What all pairs of a device share on the userspace path.
 pub(super) struct Shares<'a> {
     pub(super) counters: &'a Counters,
@@ -40,8 +32,8 @@ pub(super) struct Shares<'a> {
 
 /// The rings of a pair.
 pub(super) struct Rings {
-    pub(super) rx: ActiveQueue,
-    pub(super) tx: ActiveQueue,
+    pub(super) rx: ServedQueue,
+    pub(super) tx: ServedQueue,
 }
 
 /// How a running pair is served.
@@ -134,10 +126,8 @@ impl Pair {
             };
         }
         // A kick may have been lost while nobody listened (or before a restore).
-        for queue in [&rings.rx, &rings.tx] {
-            kick(queue)?;
-        }
-        Ok(())
+        rings.rx.requeue()?;
+        rings.tx.requeue()
     }
 
     /// Stops work; afterwards the rings are at rest and their positions true.
@@ -194,17 +184,17 @@ impl Pair {
         else {
             return Ok(());
         };
-        let flow = Flow {
+        let direction = Direction {
             ram: &lent.ram,
+            interrupt: &*lent.interrupt,
             port: self.port.file(),
             counters: shares.counters,
             limiter: shares.rx_limiter.as_deref_mut(),
         };
-        let moved = receiver.run(&mut rings.rx, flow)?;
-        lent.signal(moved, rings.rx.index);
+        let stopped = receiver.receive(&mut rings.rx, direction)?;
         // Out of buffers, the tap is left alone until the guest kicks, and at the limit until the
         // timer fires; else its readiness calls again, also for what is left over the budget.
-        let more = matches!(moved.stopped, Stopped::Budget | Stopped::PortBusy);
+        let more = matches!(stopped, Stopped::Budget | Stopped::Blocked);
         self.watch(lent, EventSet::IN, more)
     }
 
@@ -217,18 +207,15 @@ impl Pair {
         let (Path::Userspace { .. }, Some(rings)) = (&self.path, &mut self.rings) else {
             return Ok(());
         };
-        let flow = Flow {
+        let direction = Direction {
             ram: &lent.ram,
+            interrupt: &*lent.interrupt,
             port: self.port.file(),
             counters: shares.counters,
             limiter: shares.tx_limiter.as_deref_mut(),
         };
-        let moved = transmit(&mut rings.tx, flow)?;
-        lent.signal(moved, rings.tx.index);
-        if moved.stopped == Stopped::Budget {
-            kick(&rings.tx)?;
-        }
-        self.watch(lent, EventSet::OUT, moved.stopped == Stopped::PortBusy)
+        let stopped = transmit(&mut rings.tx, direction)?;
+        self.watch(lent, EventSet::OUT, stopped == Stopped::Blocked)
     }
 
     fn watch(&mut self, lent: &Lent, what: EventSet, wanted: bool) -> Result<(), DeviceError> {
@@ -245,12 +232,4 @@ impl Pair {
         }
         Ok(())
     }
-}
-
-/// Wakes whoever waits for the queue's kicks.
-fn kick(queue: &ActiveQueue) -> Result<(), DeviceError> {
-    queue
-        .kick
-        .write(1)
-        .map_err(DEVICE.host_error("kick a queue"))
 }

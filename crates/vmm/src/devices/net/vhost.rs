@@ -22,7 +22,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use super::{DEVICE, features};
-use crate::virtio::{ActiveQueue, DeviceError, GuestRam, Interrupt};
+use crate::virtio::{DeviceError, GuestRam, Interrupt, ServedQueue};
 
 /// vhost's own numbers of a pair's rings.
 const RECEIVE: usize = 0;
@@ -88,8 +88,8 @@ impl VhostNet {
     /// Sets the kernel to work on the pair from the queues' present positions.
     pub(super) fn start(
         &mut self,
-        rx: &ActiveQueue,
-        tx: &ActiveQueue,
+        rx: &ServedQueue,
+        tx: &ServedQueue,
         with: &Start<'_>,
     ) -> Result<(), DeviceError> {
         // What it said of the rings of before; nothing to read is the usual case.
@@ -116,26 +116,21 @@ impl VhostNet {
     pub(super) fn stop(
         &mut self,
         ram: &GuestRam,
-        rx: &mut ActiveQueue,
-        tx: &mut ActiveQueue,
+        rx: &mut ServedQueue,
+        tx: &mut ServedQueue,
     ) -> Result<(), DeviceError> {
         self.take_tap_away()?;
         for (ring, queue) in [(RECEIVE, rx), (TRANSMIT, tx)] {
             let base = self
                 .get_vring_base(ring)
                 .map_err(refused("read a ring's position from vhost-net"))?;
-            // The upper half is used by packed rings only.
-            queue.queue.set_next_avail(base as u16);
             // vhost starts from the used index in RAM, and leaves it true when it stops.
             let used = queue
-                .queue
+                .queue()
                 .used_idx(ram, Ordering::Acquire)
-                .map_err(|source| DeviceError::Queue {
-                    device: DEVICE,
-                    queue: queue.index,
-                    source,
-                })?;
-            queue.queue.set_next_used(used.0);
+                .map_err(DEVICE.queue_error(queue.index()))?;
+            // The upper half is used by packed rings only.
+            queue.set_position(base as u16, used.0);
         }
         Ok(())
     }
@@ -167,17 +162,17 @@ impl VhostNet {
     fn set_up_ring(
         &self,
         ring: usize,
-        active: &ActiveQueue,
+        served: &ServedQueue,
         interrupt: &dyn Interrupt,
     ) -> vhost::Result<()> {
-        let queue = &active.queue;
+        let queue = served.queue();
         self.set_vring_num(ring, queue.size())?;
         self.set_vring_base(ring, queue.next_avail())?;
         self.set_vring_addr(ring, &ring_addresses(queue))?;
-        let call = interrupt.queue_eventfd(active.index);
+        let call = interrupt.queue_eventfd(served.index());
         self.set_vring_call(ring, call.as_ref().unwrap_or(&self.nowhere))?;
         self.set_vring_err(ring, &self.errors)?;
-        self.set_vring_kick(ring, &active.kick)
+        self.set_vring_kick(ring, served.kick())
     }
 }
 

@@ -25,8 +25,11 @@ use vmm_sys_util::epoll::EventSet;
 
 use self::limit::Bucket;
 use crate::timer::Timer;
-use crate::virtio::ring::{Ring, Segment};
-use crate::virtio::{Activation, DeviceError, DeviceName, GuestRam, Interrupt, VirtioDevice};
+use crate::virtio::budget::Budget;
+use crate::virtio::{
+    Activation, DescriptorChain, DeviceError, DeviceName, GuestRam, Interrupt, Served, ServedQueue,
+    Turn, VirtioDevice, Writer,
+};
 
 /// The name that errors give the device.
 const DEVICE: DeviceName = DeviceName::new("rng");
@@ -35,13 +38,13 @@ const QUEUE_SIZE: u16 = 64;
 /// The most bytes that one request gets; a longer one is cut, as the specification allows.
 const MAX_REQUEST: usize = 64 << 10;
 /// Requests handled before others have their turn.
-const BUDGET: usize = 32;
+const BUDGET: Budget = Budget::new(32, u64::MAX);
 
 const TOKEN_TIMER: u32 = 0;
 
 struct Active {
     ram: GuestRam,
-    requests: Ring,
+    requests: ServedQueue,
     interrupt: Arc<dyn Interrupt>,
     events: crate::event_loop::Registrar,
 }
@@ -85,61 +88,66 @@ impl Rng {
         let Some(active) = self.active.as_mut().filter(|_| !self.paused) else {
             return Ok(());
         };
-        let ram = &active.ram;
-        active.requests.mute(ram)?;
-        for handled in 0.. {
-            if handled == BUDGET {
-                active.requests.again()?;
-                break;
-            }
-            let Some(chain) = active.requests.pop(ram)? else {
-                if active.requests.unmute(ram)? {
-                    continue;
-                }
-                break;
-            };
-            if !chain.readable.is_empty() || chain.writable.is_empty() {
-                return Err(active
-                    .requests
-                    .broken("a request has no room or brings data"));
-            }
-            let mut len = chain.writable_len().min(MAX_REQUEST);
-            if let Some((bucket, timer)) = &mut self.bucket {
-                match bucket.take(len as u64, Instant::now()) {
-                    Ok(granted) => len = granted as usize,
-                    Err(delay) => {
-                        active.requests.unpop();
-                        timer
-                            .arm_once(delay)
-                            .map_err(DEVICE.host_error("arm its timer"))?;
-                        break;
-                    }
-                }
-            }
-            fill(&chain.writable, len).map_err(DEVICE.host_error("draw random bytes"))?;
-            active.requests.push_used(ram, chain.head, len as u32)?;
-        }
-        active.requests.signal(ram, &*active.interrupt)
+        let bucket = &mut self.bucket;
+        let mut answer = |queue: &mut ServedQueue, chain: &mut DescriptorChain<'_>| {
+            answer_request(queue, chain, bucket.as_mut())
+        };
+        let mut budget = BUDGET;
+        let (ram, interrupt) = (&active.ram, &*active.interrupt);
+        active
+            .requests
+            .serve(ram, interrupt, &mut Turn::new(&mut budget), &mut answer)?;
+        Ok(())
     }
 }
 
-/// Fills the first `len` bytes of `segments`.
-fn fill(segments: &[Segment<'_>], len: usize) -> io::Result<()> {
-    let mut chunk = [0; 1024];
-    let mut left = len;
-    for segment in segments {
-        let mut rest = segment.slice;
-        while left > 0 && !rest.is_empty() {
-            let want = left.min(rest.len()).min(chunk.len());
-            let flags = rustix::rand::GetRandomFlags::empty();
-            let got = match rustix::rand::getrandom(&mut chunk[..want], flags) {
-                Err(rustix::io::Errno::INTR) => continue,
-                result => result?,
-            };
-            rest.copy_from(&chunk[..got]);
-            rest = rest.offset(got).map_err(io::Error::other)?;
-            left -= got;
+/// Fills a request with as many random bytes as its guest may draw now.
+fn answer_request(
+    queue: &ServedQueue,
+    chain: &DescriptorChain<'_>,
+    bucket: Option<&mut (Bucket, Timer)>,
+) -> Result<Served, DeviceError> {
+    if chain.readable_len() > 0 || chain.writable_len() == 0 {
+        return Err(queue.driver_error("a request has no room or brings data"));
+    }
+    let wanted = chain.writable_len().min(MAX_REQUEST);
+    let Some(len) = draw(wanted, bucket)? else {
+        return Ok(Served::Blocked);
+    };
+    fill(chain.writer(), len).map_err(DEVICE.host_error("draw random bytes"))?;
+    Ok(Served::Used {
+        written: len as u32,
+        bytes: len as u64,
+    })
+}
+
+/// The bytes that the limit grants of `wanted`, or `None` until the timer fires.
+fn draw(wanted: usize, bucket: Option<&mut (Bucket, Timer)>) -> Result<Option<usize>, DeviceError> {
+    let Some((bucket, timer)) = bucket else {
+        return Ok(Some(wanted));
+    };
+    match bucket.take(wanted as u64, Instant::now()) {
+        Ok(granted) => Ok(Some(granted as usize)),
+        Err(delay) => {
+            let armed = timer.arm_once(delay);
+            armed.map_err(DEVICE.host_error("arm its timer"))?;
+            Ok(None)
         }
+    }
+}
+
+/// Fills the first `len` bytes of the room.
+fn fill(room: Writer<'_, '_>, len: usize) -> io::Result<()> {
+    let mut chunk = [0; 1024];
+    let (mut room, _) = room.split_at(len).map_err(io::Error::other)?;
+    while room.remaining() > 0 {
+        let want = room.remaining().min(chunk.len());
+        let flags = rustix::rand::GetRandomFlags::empty();
+        let got = match rustix::rand::getrandom(&mut chunk[..want], flags) {
+            Err(rustix::io::Errno::INTR) => continue,
+            result => result?,
+        };
+        room.write_all(&chunk[..got]).map_err(io::Error::other)?;
     }
     Ok(())
 }
@@ -178,7 +186,7 @@ impl VirtioDevice for Rng {
         }
         self.active = Some(Active {
             ram: activation.ram,
-            requests: Ring::new(DEVICE, queue, event_idx),
+            requests: ServedQueue::new(DEVICE, queue, event_idx),
             interrupt: activation.interrupt,
             events: activation.events,
         });
@@ -219,7 +227,7 @@ impl VirtioDevice for Rng {
 
     fn queues(&self) -> Vec<(u16, &Queue)> {
         let active = self.active.iter();
-        active.map(|active| active.requests.queue()).collect()
+        active.map(|active| active.requests.indexed()).collect()
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {

@@ -15,7 +15,7 @@ use vm_memory::{ReadVolatile, VolatileMemoryError, WriteVolatile};
 use vmm_sys_util::epoll::EventSet;
 
 use super::packet::{Header, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
-use crate::virtio::ring::Segment;
+use crate::virtio::{Reader, Writer};
 
 /// The two ports that name a connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -209,7 +209,7 @@ impl Connection {
     }
 
     /// Takes a packet of the guest; `payload` holds exactly `header.len` bytes for `RW`.
-    pub(super) fn receive(&mut self, header: &Header, payload: &[Segment<'_>]) -> Outcome {
+    pub(super) fn receive(&mut self, header: &Header, payload: Reader<'_, '_>) -> Outcome {
         self.learn_credit(header);
         match (self.phase, header.op) {
             (_, op::RST) => self.over_for_guest(Outcome::Close),
@@ -248,12 +248,12 @@ impl Connection {
         }
     }
 
-    fn data(&mut self, len: u32, payload: &[Segment<'_>]) -> Outcome {
+    fn data(&mut self, len: u32, payload: Reader<'_, '_>) -> Outcome {
         let room = self.buf_alloc as usize - self.buffer.len();
         if self.guest_shutdown & SHUTDOWN_SEND != 0 || len as usize > room {
             return Outcome::Reset;
         }
-        for segment in payload {
+        for segment in payload.segments() {
             let mut rest = segment.slice;
             while !rest.is_empty() && self.buffer.is_empty() && !self.host_takes_nothing() {
                 match retry(|| (&self.stream).write_volatile(&rest)) {
@@ -373,7 +373,7 @@ impl Connection {
     }
 
     /// The next packet for the guest; data is read into `room`. Context ids are not filled in.
-    pub(super) fn next_packet(&mut self, room: &[Segment<'_>]) -> Option<Header> {
+    pub(super) fn next_packet(&mut self, room: &Writer<'_, '_>) -> Option<Header> {
         if let Some(opening) = self.owes_opening.take() {
             return Some(self.header(opening));
         }
@@ -402,9 +402,9 @@ impl Connection {
     }
 
     /// Reads as much as the guest has room and credit for; 0 where there is nothing (more).
-    fn read(&mut self, room: &[Segment<'_>]) -> u32 {
+    fn read(&mut self, room: &Writer<'_, '_>) -> u32 {
         let mut total = 0;
-        for segment in room {
+        for segment in room.segments() {
             let want = segment.slice.len().min((self.credit() - total) as usize);
             let Ok(mut target) = segment.slice.subslice(0, want) else {
                 break;

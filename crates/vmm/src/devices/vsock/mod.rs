@@ -38,8 +38,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use self::mux::{Mux, TOKEN_LISTENER, TOKEN_TIMER};
 use self::queue::Queues;
-use crate::virtio::ring::Ring;
-use crate::virtio::{Activation, DeviceError, DeviceName, VirtioDevice};
+use crate::virtio::{Activation, DeviceError, DeviceName, ServedQueue, VirtioDevice};
 
 /// The name that errors give the device.
 const DEVICE: DeviceName = DeviceName::new("vsock");
@@ -238,7 +237,7 @@ impl VirtioDevice for Vsock {
         let mut rings = activation
             .queues
             .into_iter()
-            .map(|queue| Ring::new(DEVICE, queue, event_idx));
+            .map(|queue| ServedQueue::new(DEVICE, queue, event_idx));
         let (Some(rx), Some(tx), Some(event), None) =
             (rings.next(), rings.next(), rings.next(), rings.next())
         else {
@@ -317,7 +316,11 @@ impl VirtioDevice for Vsock {
 
     fn queues(&self) -> Vec<(u16, &Queue)> {
         match &self.queues {
-            Some(queues) => vec![queues.rx.queue(), queues.tx.queue(), queues.event.queue()],
+            Some(queues) => vec![
+                queues.rx.indexed(),
+                queues.tx.indexed(),
+                queues.event.indexed(),
+            ],
             None => Vec::new(),
         }
     }

@@ -16,7 +16,7 @@ use super::packet::{HOST_CID, Header, TYPE_STREAM, op};
 use super::table::Table;
 use super::{VsockLimits, VsockResources};
 use crate::event_loop::Registrar;
-use crate::virtio::ring::Segment;
+use crate::virtio::{Reader, Writer};
 
 /// The listener's token.
 pub(super) const TOKEN_LISTENER: u32 = 0;
@@ -231,7 +231,7 @@ impl Mux {
     }
 
     /// Takes a packet of the guest; `payload` holds exactly its data.
-    pub(super) fn receive(&mut self, header: &Header, payload: &[Segment<'_>]) {
+    pub(super) fn receive(&mut self, header: &Header, payload: Reader<'_, '_>) {
         if header.src_cid != self.guest_cid {
             // Nobody the answer could go to (5.10.6.4: a driver uses its own context id).
             tracing::debug!(?header, "vsock: packet from another context id dropped");
@@ -287,7 +287,7 @@ impl Mux {
     }
 
     /// The next packet for the guest, its data already in `room`.
-    pub(super) fn next_packet(&mut self, room: &[Segment<'_>]) -> Option<Header> {
+    pub(super) fn next_packet(&mut self, room: &Writer<'_, '_>) -> Option<Header> {
         if let Some(reply) = self.replies.pop_front() {
             return Some(reply);
         }

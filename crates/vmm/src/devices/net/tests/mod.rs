@@ -20,7 +20,7 @@ use super::*;
 use crate::event_loop::{EventHandler, EventLoop, Registrar};
 use crate::rate_limit::{Rate, RateLimits};
 use crate::virtio::testing::{CountingInterrupt, ram};
-use crate::virtio::{Activation, GuestRam, VirtioDevice};
+use crate::virtio::{Activation, ActiveQueue, GuestRam, VirtioDevice};
 
 mod control;
 mod hostile;
