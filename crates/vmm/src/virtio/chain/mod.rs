@@ -8,7 +8,7 @@
 
 use virtio_queue::DescriptorChain as RawChain;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileSlice};
+use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::GuestRam;
 
@@ -144,14 +144,14 @@ impl<'m> DescriptorChain<'m> {
     fn push(&mut self, ram: &'m GuestRam, descriptor: &Descriptor) -> Result<(), ChainError> {
         let len = descriptor.len() as usize;
         if descriptor.is_write_only() {
-            self.push_segments(ram, descriptor, Permissions::Write)?;
+            self.push_segments(ram, descriptor)?;
             self.writable_len += len;
             self.has_writable = true;
         } else {
             if self.has_writable {
                 return Err(ChainError::Order);
             }
-            self.push_segments(ram, descriptor, Permissions::Read)?;
+            self.push_segments(ram, descriptor)?;
             self.readable_segments = self.segments.len();
             self.readable_len += len;
         }
@@ -162,7 +162,6 @@ impl<'m> DescriptorChain<'m> {
         &mut self,
         ram: &'m GuestRam,
         descriptor: &Descriptor,
-        access: Permissions,
     ) -> Result<(), ChainError> {
         let (address, len) = (descriptor.addr(), descriptor.len());
         let outside = |_| ChainError::OutsideRam {
@@ -170,8 +169,7 @@ impl<'m> DescriptorChain<'m> {
             len,
         };
         let mut at = address.0;
-        let slices = ram.get_slices(address, len as usize, access);
-        for slice in slices.map_err(outside)? {
+        for slice in GuestMemoryBackend::get_slices(ram, address, len as usize) {
             let slice = slice.map_err(outside)?;
             // A buffer that crosses from one region of RAM into the next counts for each.
             if self.segments.len() == MAX_DESCRIPTORS {
@@ -326,6 +324,11 @@ impl<'c, 'm> Span<'c, 'm> {
         self.segments.iter().map_while(move |segment| {
             if left == 0 {
                 return None;
+            }
+            // Most devices want most segments whole.
+            if offset == 0 && segment.slice.len() <= left {
+                left -= segment.slice.len();
+                return Some(*segment);
             }
             let at = std::mem::take(&mut offset);
             let len = left.min(segment.slice.len() - at);
