@@ -116,7 +116,7 @@ fn boot_again(
     kernel: &mut Kernel,
     run: bool,
 ) -> Result<(), MachineError> {
-    machine.reset()?;
+    machine.pause()?.reset()?;
     subject.lineage.renewed(Arc::clone(machine.memory()));
     machine.boot(kernel)?;
     // It may have been paused in the very moment it asked.

@@ -310,7 +310,7 @@ impl VmControl for VmHandle {
 
     fn pause(&mut self) -> Result<(), ApiError> {
         self.check_alive()?;
-        locked(&self.machine).pause().map_err(told)
+        locked(&self.machine).pause().map(drop).map_err(told)
     }
 
     fn resume(&mut self) -> Result<(), ApiError> {
@@ -416,7 +416,10 @@ impl VmControl for VmHandle {
         // From now on it is nobody's but its own.
         let _ = rustix::process::set_parent_process_death_signal(None);
         let mut machine = locked(&self.machine);
-        machine.set_time(&time).map_err(told)?;
+        let paused = machine.pause();
+        paused
+            .and_then(|mut paused| paused.set_time(&time))
+            .map_err(told)?;
         machine.resume().map_err(told)?;
         timeline(&self.timeline).reach(StartStage::Resumed);
         Ok(())

@@ -11,9 +11,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 pub enum Exit {
     /// The guest switched itself off.
     PowerOff,
-    /// The guest asked for a reset. Who runs the machine may grant it ([`Machine::reset`]).
-    ///
-    /// [`Machine::reset`]: super::Machine::reset
+    /// The guest asked for a reset. The caller may honour this by calling
+    /// [`PausedMachine::reset`](super::PausedMachine::reset).
     Reboot,
     /// The guest can not go on: a triple fault, say. In words.
     Crash(String),

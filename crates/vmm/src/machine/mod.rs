@@ -153,6 +153,18 @@ pub struct Machine {
     running: bool,
 }
 
+/// A machine that is paused, and stays so while this exists. Only a paused machine can be saved,
+/// reset, or set to another time.
+pub struct PausedMachine<'m>(&'m mut Machine);
+
+impl std::ops::Deref for PausedMachine<'_> {
+    type Target = Machine;
+
+    fn deref(&self) -> &Machine {
+        self.0
+    }
+}
+
 fn locked(transport: &SharedTransport) -> MutexGuard<'_, VirtioPci> {
     // A panic in a device leaves it suspect, but pausing and dropping it is still right.
     transport.lock().unwrap_or_else(PoisonError::into_inner)
@@ -229,11 +241,18 @@ impl Machine {
     }
 
     /// Stops everything: afterwards nothing changes RAM, and the state can be saved. Does nothing
-    /// when it is paused already.
-    pub fn pause(&mut self) -> Result<(), MachineError> {
-        if !self.running {
-            return Ok(());
+    /// when the machine is paused already. It stays paused until [`Machine::resume`].
+    ///
+    /// # Errors
+    /// Where a device cannot come to rest.
+    pub fn pause(&mut self) -> Result<PausedMachine<'_>, MachineError> {
+        if self.running {
+            self.stop()?;
         }
+        Ok(PausedMachine(self))
+    }
+
+    fn stop(&mut self) -> Result<(), MachineError> {
         // All are asked before the first is waited for, so that they stop side by side.
         self.vcpus.iter().for_each(Vcpu::park);
         self.vcpus.iter().for_each(Vcpu::wait_parked);

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{BoardState, Machine, MachineError, locked};
+use super::{BoardState, Machine, MachineError, PausedMachine, locked};
 use crate::vcpu::Vcpu;
 
 /// Where a PC's firmware is told what kind of restart is wanted: the BIOS data area's reset flag.
@@ -20,21 +20,20 @@ const WARM: u16 = 0x1234;
 
 impl Machine {
     /// Whether a guest that asked for a reset said that it wants a warm one: with
-    /// `reboot=panic_warm` on its command line, that it panicked. Only before [`Machine::reset`].
+    /// `reboot=panic_warm` on its command line, that it panicked. Only before [`PausedMachine::reset`].
     pub fn asked_for_warm_reset(&self) -> bool {
         let flag = self.memory.ram().read_obj::<u16>(RESET_FLAG);
         flag.is_ok_and(|flag| flag == WARM)
     }
+}
 
-    /// Puts a paused machine back to what it was at power-on, with RAM all zero; its reason to end
-    /// is forgotten. [`Machine::boot`] and [`Machine::resume`] follow.
+impl PausedMachine<'_> {
+    /// Puts the machine back to what it was at power-on, with RAM all zero. Its reason to end is
+    /// forgotten. [`Machine::boot`] and [`Machine::resume`] follow.
     ///
     /// # Errors
-    /// Where KVM or the host refuses, or the machine is running. It is of no use then.
+    /// Where KVM or the host refuses. The machine is of no use then.
     pub fn reset(&mut self) -> Result<(), MachineError> {
-        if self.running {
-            return Err(MachineError::State("the machine is running".to_owned()));
-        }
         // Devices first: afterwards nothing of the host touches RAM.
         for transport in &self.transports {
             locked(transport).reset()?;
@@ -50,7 +49,7 @@ impl Machine {
         self.power.restore(power_events);
         self.ioapic.restore(ioapic);
         self.vcpus.iter().try_for_each(Vcpu::reset)?;
-        self.memory = Arc::new(self.memory.renewed()?);
+        self.0.memory = Arc::new(self.memory.renewed()?);
         self.exit.clear();
         Ok(())
     }

@@ -4,7 +4,7 @@
 use kvm_bindings::kvm_clock_data;
 use serde::{Deserialize, Serialize};
 
-use super::{Machine, MachineError, Parts, locked};
+use super::{Machine, MachineError, Parts, PausedMachine, locked};
 use crate::devices::serial::SerialState;
 use crate::event_loop::EventLoop;
 use crate::irq::ioapic::IoapicState;
@@ -74,15 +74,12 @@ impl MachineState {
     }
 }
 
-impl Machine {
-    /// The state of a paused machine.
+impl PausedMachine<'_> {
+    /// The machine's state.
     ///
     /// # Errors
-    /// Where KVM or a device cannot tell its state, and where the machine is running.
+    /// Where KVM or a device cannot tell its state.
     pub fn save(&mut self) -> Result<MachineState, MachineError> {
-        if self.running {
-            return Err(MachineError::State("the machine is running".to_owned()));
-        }
         let vcpus = self
             .vcpus
             .iter()
@@ -111,6 +108,23 @@ impl Machine {
         })
     }
 
+    /// Sets the machine back to a point in its guest's time: a machine that was restored some time
+    /// before it runs would otherwise find that time gone.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn set_time(&mut self, time: &GuestTime) -> Result<(), MachineError> {
+        self.0.set_clock(time.clock)?;
+        for (vcpu, tsc) in self.vcpus.iter().zip(&time.tscs) {
+            if let Some(tsc) = *tsc {
+                vcpu.set_tsc(tsc)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Machine {
     /// Makes a machine that goes on where `state` was saved, paused. `parts.memory` holds RAM as
     /// it was then, and each device was built from its part of the state
     /// ([`VirtioPciState::device`]).
@@ -145,21 +159,6 @@ impl Machine {
             locked(transport).restore(saved)?;
         }
         Ok(machine)
-    }
-
-    /// Sets a paused machine back to a point in its guest's time: one that was restored some time
-    /// before it runs would otherwise find that time gone.
-    ///
-    /// # Errors
-    /// KVM's.
-    pub fn set_time(&mut self, time: &GuestTime) -> Result<(), MachineError> {
-        self.set_clock(time.clock)?;
-        for (vcpu, tsc) in self.vcpus.iter().zip(&time.tscs) {
-            if let Some(tsc) = *tsc {
-                vcpu.set_tsc(tsc)?;
-            }
-        }
-        Ok(())
     }
 
     /// Sets the time that the VM has run. Without KVM's wish to add the real time that has passed:

@@ -6,7 +6,7 @@ use virtio_queue::Queue;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{DeviceError, DeviceName, GuestRam};
+use super::{DeviceError, DeviceName, GuestRam, RunState};
 use crate::event_loop::Registrar;
 
 /// How a device interrupts the guest. Implemented by the transport; in tests by a counter.
@@ -42,8 +42,10 @@ pub struct Activation {
     pub queues: Vec<ActiveQueue>,
     /// The features both sides agreed on.
     pub features: u64,
-    /// How to interrupt the guest.
+    /// The device's way to interrupt the guest.
     pub interrupt: Arc<dyn Interrupt>,
+    /// Whether the device is running, for calls that reach it past the transport.
+    pub run_state: RunState,
     /// For the device's own file descriptors. Tokens are the device's own affair, below
     /// `0x8000_0000`; their events come to [`VirtioDevice::handle_event`].
     pub events: Registrar,
@@ -98,15 +100,17 @@ pub trait VirtioDevice: Send {
     fn notify_queue(&mut self, queue: u16) -> Result<(), DeviceError>;
 
     /// One of the device's own file descriptors is ready; errors as in
-    /// [`VirtioDevice::notify_queue`]. Called while paused as well, when it must leave RAM and
-    /// queues alone and keep what the event said for [`VirtioDevice::resume`].
+    /// [`VirtioDevice::notify_queue`]. Events that come while the device is paused are kept by the
+    /// transport and follow after [`VirtioDevice::resume`].
     fn handle_event(&mut self, token: u32, ready: EventSet) -> Result<(), DeviceError>;
 
     /// Stops all work: after it returns no request is in flight, RAM and queues are at rest, and
-    /// [`VirtioDevice::queues`] tells their true positions. Host resources stay open.
+    /// [`VirtioDevice::queues`] has their true positions. Host resources stay open. Descriptors
+    /// that the loop watches by level must be removed from it, since nobody takes their events.
     fn pause(&mut self) -> Result<(), DeviceError>;
 
-    /// Goes on after a pause, looking at every queue for work that came meanwhile.
+    /// Resumes work after a pause: watches its descriptors again, and looks at every queue for
+    /// work that came meanwhile.
     fn resume(&mut self) -> Result<(), DeviceError>;
 
     /// Forgets the driver: drops what [`VirtioDevice::activate`] lent and waits for what was in

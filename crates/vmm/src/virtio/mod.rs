@@ -12,6 +12,7 @@ mod device;
 #[cfg(any(test, feature = "testing"))]
 pub mod driver;
 mod error;
+mod lifecycle;
 mod queue_state;
 mod served_queue;
 #[cfg(any(test, feature = "testing"))]
@@ -20,6 +21,7 @@ pub mod testing;
 pub use chain::{DescriptorChain, Reader, Writer};
 pub use device::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 pub use error::{DeviceError, DeviceName};
+pub use lifecycle::{Lifecycle, RunState};
 pub use queue_state::SavedQueue;
 pub use served_queue::{RequestHandler, Served, ServedQueue, Stopped, Turn};
 

@@ -74,7 +74,6 @@ pub struct Balloon {
     stats: Option<(BalloonStats, Instant)>,
     timer: Timer,
     queues: Option<Queues>,
-    paused: bool,
 }
 
 impl Balloon {
@@ -88,7 +87,6 @@ impl Balloon {
             stats: None,
             timer,
             queues: None,
-            paused: false,
         };
         if balloon.state.hint_command >= FIRST_HINT_ROUND {
             // Whoever asked is not here: the driver must not keep its pages for them.
@@ -139,7 +137,9 @@ impl Balloon {
     /// Asks for statistics once, now. They arrive when the guest has answered.
     pub fn refresh_stats(&mut self) -> Result<(), DeviceError> {
         match &mut self.queues {
-            Some(queues) if !self.paused => queues.ask_stats(&mut self.state.stats_buffer),
+            Some(queues) if queues.run_state.is_running() => {
+                queues.ask_stats(&mut self.state.stats_buffer)
+            }
             _ => Ok(()),
         }
     }
@@ -191,12 +191,21 @@ impl Balloon {
     }
 
     fn tell_config(&mut self) {
-        if let Some(queues) = self.queues.as_ref().filter(|_| !self.paused)
+        if let Some(queues) = &self.queues
+            && queues.run_state.is_running()
             && self.state.config_changed
         {
             queues.interrupt.signal_config();
             self.state.config_changed = false;
         }
+    }
+
+    fn watch_timer(&self) -> Result<(), DeviceError> {
+        if let Some(queues) = &self.queues {
+            let added = queues.events.add(&self.timer, TOKEN_TIMER, EventSet::IN);
+            added.map_err(DEVICE.host_error("watch its timer"))?;
+        }
+        Ok(())
     }
 
     fn arm_stats(&self) -> Result<(), DeviceError> {
@@ -207,7 +216,7 @@ impl Balloon {
 
     /// Works off one queue.
     fn serve(&mut self, role: Role) -> Result<(), DeviceError> {
-        let Some(queues) = self.queues.as_mut().filter(|_| !self.paused) else {
+        let Some(queues) = &mut self.queues else {
             return Ok(());
         };
         match role {
@@ -277,12 +286,8 @@ impl VirtioDevice for Balloon {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        activation
-            .events
-            .add(&self.timer, TOKEN_TIMER, EventSet::IN)
-            .map_err(DEVICE.host_error("watch its timer"))?;
         self.queues = Some(Queues::new(activation)?);
-        self.paused = false;
+        self.watch_timer()?;
         self.serve_all()
     }
 
@@ -301,12 +306,15 @@ impl VirtioDevice for Balloon {
 
     fn pause(&mut self) -> Result<(), DeviceError> {
         // Every call finishes what it starts: there is nothing to drain.
-        self.paused = true;
+        if let Some(queues) = &self.queues {
+            let removed = queues.events.remove(&self.timer);
+            removed.map_err(DEVICE.host_error("leave its timer alone"))?;
+        }
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
-        self.paused = false;
+        self.watch_timer()?;
         self.serve_all()
     }
 
@@ -316,7 +324,6 @@ impl VirtioDevice for Balloon {
         {
             tracing::error!(%error, "balloon: cannot leave the event loop");
         }
-        self.paused = false;
         self.hints = None;
         self.stats = None;
         // The next driver starts with an empty balloon, and reads the target by itself.

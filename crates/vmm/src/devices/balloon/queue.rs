@@ -16,8 +16,8 @@ use crate::event_loop::Registrar;
 use crate::virtio::budget::Budget;
 use crate::virtio::chain::Segment;
 use crate::virtio::{
-    Activation, DescriptorChain, DeviceError, GuestRam, Interrupt, RequestHandler, Served,
-    ServedQueue, Turn,
+    Activation, DescriptorChain, DeviceError, GuestRam, Interrupt, RequestHandler, RunState,
+    Served, ServedQueue, Turn,
 };
 
 /// Requests handled on one queue, and the memory that they are about, before others have their
@@ -121,6 +121,7 @@ impl Hints {
 pub(super) struct Queues {
     pub(super) ram: GuestRam,
     pub(super) interrupt: Arc<dyn Interrupt>,
+    pub(super) run_state: RunState,
     pub(super) events: Registrar,
     rings: Vec<(Role, ServedQueue)>,
 }
@@ -145,6 +146,7 @@ impl Queues {
         Ok(Self {
             ram: activation.ram,
             interrupt: activation.interrupt,
+            run_state: activation.run_state,
             events: activation.events,
             rings: roles.into_iter().zip(queues.map(ring)).collect(),
         })

@@ -77,7 +77,6 @@ pub struct Block {
     in_flight: InFlight,
     /// A request waits until the disk has fewer.
     held_back: bool,
-    paused: bool,
     completions: Vec<Completion>,
 }
 
@@ -108,7 +107,6 @@ impl Block {
             active: None,
             in_flight: InFlight::default(),
             held_back: false,
-            paused: false,
             completions: Vec::new(),
         })
     }
@@ -123,6 +121,29 @@ impl Block {
         let timer = self.limiter.iter().map(|l| (TOKEN_TIMER, l.as_raw_fd()));
         let fds = lock(&self.disk).wake_fds();
         timer.chain((TOKEN_DISK..).zip(fds)).collect()
+    }
+
+    /// Has the event loop watch them.
+    fn watch(&self) -> Result<(), DeviceError> {
+        let Some(active) = &self.active else {
+            return Ok(());
+        };
+        for (token, fd) in self.descriptors() {
+            let added = active.events.add(&fd, token, EventSet::IN);
+            added.map_err(DEVICE.host_error("watch the disk"))?;
+        }
+        Ok(())
+    }
+
+    fn unwatch(&self) {
+        let Some(active) = &self.active else {
+            return;
+        };
+        for (_, fd) in self.descriptors() {
+            // They were added by `watch`; where that failed half way, or in a pause, there are
+            // none to remove.
+            let _ = active.events.remove(&fd);
+        }
     }
 
     /// Takes what is in the queue `slot`, hands it to the disk, and answers what is ready.
@@ -358,12 +379,6 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        for (token, fd) in self.descriptors() {
-            activation
-                .events
-                .add(&fd, token, EventSet::IN)
-                .map_err(DEVICE.host_error("watch the disk"))?;
-        }
         let event_idx = activation.features >> VIRTIO_RING_F_EVENT_IDX & 1 != 0;
         let queues = activation.queues.into_iter();
         self.active = Some(Active {
@@ -375,16 +390,13 @@ impl VirtioDevice for Block {
             interrupt: activation.interrupt,
             events: activation.events,
         });
-        self.paused = false;
+        self.watch()?;
         // Looked at by the event loop, not by the vCPU that is here now: the disk's thread is
         // started by the first request, and inherits from its starter what it may do.
         self.requeue_all()
     }
 
     fn notify_queue(&mut self, queue: u16) -> Result<(), DeviceError> {
-        if self.paused {
-            return Ok(());
-        }
         let slot = self.active.as_ref().and_then(|active| {
             active
                 .queues
@@ -405,20 +417,18 @@ impl VirtioDevice for Block {
                 .acknowledge()
                 .map_err(DEVICE.host_error("read a timer"))?;
         }
-        if self.paused {
-            return self.signal();
-        }
         self.slots().try_for_each(|slot| self.serve(slot))
     }
 
     fn pause(&mut self) -> Result<(), DeviceError> {
-        self.paused = true;
         self.drain()?;
+        self.held_back = false;
+        self.unwatch();
         self.signal()
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
-        self.paused = false;
+        self.watch()?;
         self.requeue_all()
     }
 
@@ -434,12 +444,8 @@ impl VirtioDevice for Block {
         }
         self.in_flight = InFlight::default();
         self.held_back = false;
-        if let Some(active) = self.active.take() {
-            for (_, fd) in self.descriptors() {
-                // It was added by `activate`; where that failed half way there is none to remove.
-                let _ = active.events.remove(&fd);
-            }
-        }
+        self.unwatch();
+        self.active = None;
     }
 
     fn queues(&self) -> Vec<(u16, &Queue)> {

@@ -51,12 +51,21 @@ impl Net {
         control
     }
 
-    /// Brings every pair into the state that pause, link and driver ask for.
+    /// Stops every pair.
+    pub(super) fn stop_pairs(&mut self) -> Result<(), DeviceError> {
+        let Some(active) = &self.active else {
+            return Ok(());
+        };
+        let mut pairs = self.pairs.iter_mut();
+        pairs.try_for_each(|pair| pair.stop(&active.lent))
+    }
+
+    /// Brings every pair of a running device into the state that link and driver ask for.
     pub(super) fn apply(&mut self) -> Result<(), DeviceError> {
         let Some(active) = &self.active else {
             return Ok(());
         };
-        let running = !active.paused && self.shared.link_up();
+        let running = self.shared.link_up();
         let several = self.pairs.len() > 1;
         for (number, pair) in self.pairs.iter_mut().enumerate() {
             let used = number < usize::from(self.state.active_pairs);
@@ -137,7 +146,7 @@ impl Net {
     }
 
     pub(super) fn notify(&mut self, index: u16) -> Result<(), DeviceError> {
-        let Some(active) = self.active.as_ref().filter(|active| !active.paused) else {
+        let Some(active) = &self.active else {
             return Ok(());
         };
         if self.control_index(active.lent.features) == Some(index) {
@@ -159,8 +168,7 @@ impl Net {
     }
 
     pub(super) fn event(&mut self, event: u32, ready: EventSet) -> Result<(), DeviceError> {
-        // An event that a pause overtook: its descriptor is watched, and says it, again later.
-        let Some(active) = self.active.as_ref().filter(|active| !active.paused) else {
+        let Some(active) = &self.active else {
             return Ok(());
         };
         if event == token::LINK {
@@ -188,7 +196,7 @@ impl Net {
                 pair.transmit(&active.lent, &mut shares)?;
             } else if event == token::port(number) {
                 return pair.port_ready(ready, &active.lent, &mut shares);
-            } else if event == token::vhost(number) {
+            } else if event == token::vhost(number) && pair.vhost_has_failed() {
                 return Err(DEVICE.driver_error("vhost-net found a ring or a buffer broken"));
             }
         }
@@ -257,6 +265,7 @@ impl Net {
             features,
             interrupt,
             events,
+            ..
         } = activation;
         if !has(features, VIRTIO_F_VERSION_1) {
             return Err(DEVICE.driver_error("it did not agree to VIRTIO_F_VERSION_1"));
@@ -274,7 +283,6 @@ impl Net {
                 events,
             },
             control,
-            paused: false,
         });
         self.listen()?;
         self.apply_offloads(features)?;

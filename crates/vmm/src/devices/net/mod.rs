@@ -87,7 +87,6 @@ pub struct Net {
 struct Active {
     lent: Lent,
     control: Option<ServedQueue>,
-    paused: bool,
 }
 
 impl Net {
@@ -230,18 +229,11 @@ impl VirtioDevice for Net {
     }
 
     fn pause(&mut self) -> Result<(), DeviceError> {
-        if let Some(active) = &mut self.active {
-            active.paused = true;
-        }
         self.stop_listening();
-        self.apply()
+        self.stop_pairs()
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
-        match &mut self.active {
-            Some(active) if active.paused => active.paused = false,
-            _ => return Ok(()),
-        }
         self.listen()?;
         self.apply()?;
         self.kick_control()

@@ -79,6 +79,12 @@ impl Pair {
         self.vhost.is_some()
     }
 
+    /// Whether vhost has found a ring broken since it was started.
+    pub(super) fn vhost_has_failed(&self) -> bool {
+        let vhost = self.vhost.as_ref();
+        vhost.is_some_and(|vhost| vhost.errors().read().is_ok())
+    }
+
     pub(super) fn rings(&self) -> Option<&Rings> {
         self.rings.as_ref()
     }

@@ -53,7 +53,6 @@ struct Active {
 pub struct Rng {
     bucket: Option<(Bucket, Timer)>,
     active: Option<Active>,
-    paused: bool,
 }
 
 impl Rng {
@@ -69,8 +68,15 @@ impl Rng {
         Ok(Self {
             bucket,
             active: None,
-            paused: false,
         })
+    }
+
+    fn watch_timer(&self) -> Result<(), DeviceError> {
+        if let (Some(active), Some((_, timer))) = (&self.active, &self.bucket) {
+            let added = active.events.add(timer, TOKEN_TIMER, EventSet::IN);
+            added.map_err(DEVICE.host_error("watch its timer"))?;
+        }
+        Ok(())
     }
 
     fn serve(&mut self) -> Result<(), DeviceError> {
@@ -85,7 +91,7 @@ impl Rng {
     }
 
     fn answer_requests(&mut self) -> Result<(), DeviceError> {
-        let Some(active) = self.active.as_mut().filter(|_| !self.paused) else {
+        let Some(active) = &mut self.active else {
             return Ok(());
         };
         let bucket = &mut self.bucket;
@@ -178,19 +184,13 @@ impl VirtioDevice for Rng {
         let Some(queue) = activation.queues.into_iter().next() else {
             return Err(DEVICE.driver_error("it did not set up the queue"));
         };
-        if let Some((_, timer)) = &self.bucket {
-            activation
-                .events
-                .add(timer, TOKEN_TIMER, EventSet::IN)
-                .map_err(DEVICE.host_error("watch its timer"))?;
-        }
         self.active = Some(Active {
             ram: activation.ram,
             requests: ServedQueue::new(DEVICE, queue, event_idx),
             interrupt: activation.interrupt,
             events: activation.events,
         });
-        self.paused = false;
+        self.watch_timer()?;
         self.serve()
     }
 
@@ -207,17 +207,19 @@ impl VirtioDevice for Rng {
 
     fn pause(&mut self) -> Result<(), DeviceError> {
         // Every call finishes what it starts: there is nothing to drain.
-        self.paused = true;
+        if let (Some(active), Some((_, timer))) = (&self.active, &self.bucket) {
+            let removed = active.events.remove(timer);
+            removed.map_err(DEVICE.host_error("leave its timer alone"))?;
+        }
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
-        self.paused = false;
+        self.watch_timer()?;
         self.serve()
     }
 
     fn reset(&mut self) {
-        self.paused = false;
         if let (Some(active), Some((_, timer))) = (self.active.take(), &self.bucket)
             && let Err(error) = active.events.remove(timer)
         {

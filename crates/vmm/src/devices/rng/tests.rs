@@ -89,7 +89,7 @@ fn a_request_that_waited_at_the_save_is_served_after_the_restore() {
     let mut new = Rig::restored(device, &old, &queues);
     assert_eq!(new.queues[0].take_used().unwrap().1, 8);
     // The paused one goes on as well: both are alive.
-    old.device(|shell| shell.device.resume()).unwrap();
+    old.resume();
     assert!(old.queues[0].take_used().is_some());
 }
 

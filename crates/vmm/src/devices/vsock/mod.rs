@@ -127,7 +127,6 @@ pub struct Vsock {
     mux: Mux,
     reset: Reset,
     queues: Option<Queues>,
-    paused: bool,
 }
 
 impl Vsock {
@@ -146,7 +145,6 @@ impl Vsock {
                 Reset::Done
             },
             queues: None,
-            paused: false,
         })
     }
 
@@ -160,9 +158,6 @@ impl Vsock {
         let Some(queues) = &mut self.queues else {
             return Ok(());
         };
-        if self.paused {
-            return Ok(());
-        }
         queues.serve(&mut self.mux)?;
         self.mux.arm().map_err(DEVICE.host_error("arm its timer"))
     }
@@ -253,7 +248,6 @@ impl VirtioDevice for Vsock {
             event,
             interrupt: activation.interrupt,
         });
-        self.paused = false;
         if self.reset != Reset::Done {
             self.mux.expect_listening(RESET_PATIENCE);
         }
@@ -262,7 +256,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn notify_queue(&mut self, queue: u16) -> Result<(), DeviceError> {
-        let announced = if queue == EVENT_QUEUE && self.reset != Reset::Done && !self.paused {
+        let announced = if queue == EVENT_QUEUE && self.reset != Reset::Done {
             self.announce()
         } else {
             Ok(())
@@ -273,8 +267,6 @@ impl VirtioDevice for Vsock {
 
     fn handle_event(&mut self, token: u32, ready: EventSet) -> Result<(), DeviceError> {
         let result = match token {
-            _ if self.queues.is_none() => Ok(()),
-            TOKEN_LISTENER if self.paused => Ok(()),
             TOKEN_LISTENER => self.mux.accept(),
             TOKEN_TIMER => self.mux.timer_ready().map(|opened| {
                 if let Reset::Told { overdue, .. } = &mut self.reset {
@@ -294,13 +286,11 @@ impl VirtioDevice for Vsock {
 
     fn pause(&mut self) -> Result<(), DeviceError> {
         // Every call leaves queues and RAM at rest, so there is nothing to drain.
-        self.paused = true;
         let stopped = self.mux.listen(false).and_then(|()| self.mux.freeze());
         stopped.map_err(DEVICE.host_error("stop its listener and timer"))
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
-        self.paused = false;
         self.mux.thaw();
         let result = self.announce().and_then(|()| self.serve());
         self.quiet_if_broken(result)
@@ -308,7 +298,6 @@ impl VirtioDevice for Vsock {
 
     fn reset(&mut self) {
         self.queues = None;
-        self.paused = false;
         // A new driver has no old connections to hear of.
         self.reset = Reset::Done;
         self.stop();

@@ -145,8 +145,7 @@ impl Mux {
         self.deadlines.disarm()
     }
 
-    /// Gives every deadline the time back that it was frozen, and acts on what sockets became
-    /// ready for meanwhile.
+    /// Gives every deadline the time back that it was frozen.
     pub(super) fn thaw(&mut self) {
         if let Some(since) = self.frozen_at.take() {
             let frozen = since.elapsed();
@@ -191,22 +190,17 @@ impl Mux {
         Ok(())
     }
 
-    /// A connection's socket is ready. While frozen this is only noted.
+    /// A connection's socket is ready.
     pub(super) fn socket_ready(&mut self, token: u32, ready: EventSet) {
         if let Some(member) = self.table.get_mut(token) {
             member.connection.note_ready(ready);
-            if self.frozen_at.is_none() {
-                self.go_on(token);
-            }
+            self.go_on(token);
         }
     }
 
     /// Acts on deadlines that have passed; `true` if one of them opened the door.
     pub(super) fn timer_ready(&mut self) -> io::Result<bool> {
         let mut opened = false;
-        if self.frozen_at.is_some() {
-            return Ok(opened);
-        }
         for token in self.deadlines.take_due(Instant::now())? {
             if token == TOKEN_LISTENER {
                 self.listen(true)?;

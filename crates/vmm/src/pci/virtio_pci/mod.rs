@@ -31,7 +31,8 @@ use super::{BarRange, ConfigSpace, PciDevice};
 use crate::event_loop::{EventHandler, Registrar};
 use crate::irq::Wiring;
 use crate::virtio::{
-    Activation, ActiveQueue, DeviceError, DeviceName, GuestRam, Interrupt, SavedQueue, VirtioDevice,
+    Activation, ActiveQueue, DeviceError, DeviceName, GuestRam, Interrupt, Lifecycle, SavedQueue,
+    VirtioDevice,
 };
 
 /// Tokens from here on are kicks: this plus the queue's index.
@@ -75,8 +76,7 @@ pub struct VirtioPci {
     device: SharedVirtioDevice,
     ram: GuestRam,
     events: Registrar,
-    activated: bool,
-    paused: bool,
+    life: Lifecycle,
 }
 
 impl VirtioPci {
@@ -122,8 +122,7 @@ impl VirtioPci {
             device,
             ram,
             events,
-            activated: false,
-            paused: false,
+            life: Lifecycle::new(),
         };
         transport.move_doorbells();
         Ok(transport)
@@ -182,14 +181,16 @@ impl VirtioPci {
     fn try_activate(&mut self) -> Result<(), DeviceError> {
         let queues = self.ready_queues()?;
         let indices: Vec<u16> = queues.iter().map(|queue| queue.index).collect();
-        let mut device = Self::locked(&self.device);
-        device.activate(Activation {
+        let activation = Activation {
             ram: self.ram.clone(),
             queues,
             features: self.common.agreed_features(),
             interrupt: Arc::clone(&self.interrupt) as Arc<dyn Interrupt>,
+            run_state: self.life.run_state(),
             events: self.events.clone(),
-        })?;
+        };
+        let mut device = Self::locked(&self.device);
+        self.life.activate(&mut *device, activation)?;
         for index in indices
             .into_iter()
             .filter(|&index| !device.in_kernel(index))
@@ -204,7 +205,6 @@ impl VirtioPci {
                     source,
                 })?;
         }
-        self.activated = true;
         Ok(())
     }
 
@@ -252,8 +252,8 @@ impl VirtioPci {
             let _ = self.events.remove(kick);
             let _ = kick.read();
         }
-        Self::locked(&self.device).reset();
-        self.activated = false;
+        let mut device = Self::locked(&self.device);
+        self.life.reset(&mut *device);
     }
 
     /// The driver wrote 0 to the status: forget all it said. MSI-X is the bus's and stays.
@@ -278,24 +278,42 @@ impl VirtioPci {
 
     /// Stops the device's work; see [`VirtioDevice::pause`].
     pub fn pause(&mut self) -> Result<(), DeviceError> {
-        if self.activated && !self.paused {
-            Self::locked(&self.device).pause()?;
-        }
-        self.paused = true;
-        Ok(())
+        let paused = {
+            let mut device = Self::locked(&self.device);
+            self.life.pause(&mut *device)
+        };
+        self.contain(paused)
     }
 
     /// Lets the device go on.
     pub fn resume(&mut self) -> Result<(), DeviceError> {
-        self.paused = false;
-        if self.activated {
-            Self::locked(&self.device).resume()?;
-        }
-        Ok(())
+        let resumed = {
+            let mut device = Self::locked(&self.device);
+            self.life.resume(&mut *device)
+        };
+        self.contain(resumed)
     }
 
-    /// Everything that a transport built the same way needs to go on. Only while paused.
+    /// Keeps the driver's mistakes to its device: they break it, and the machine goes on. Errors of
+    /// the host are the caller's.
+    fn contain(&mut self, result: Result<(), DeviceError>) -> Result<(), DeviceError> {
+        match result {
+            Err(error @ (DeviceError::Driver { .. } | DeviceError::Queue { .. })) => {
+                self.fail(&error);
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    /// Everything that a transport built the same way needs to go on.
+    ///
+    /// # Errors
+    /// The device's, and [`DeviceError::State`] while the device is running.
     pub fn save(&mut self) -> Result<VirtioPciState, DeviceError> {
+        if self.life.is_running() {
+            return Err(self.name.state_error("the device is running"));
+        }
         let device = Self::locked(&self.device);
         let mut common = self.common.save();
         common.msix_vectors(self.interrupt.as_ref());
@@ -330,10 +348,10 @@ impl VirtioPci {
         self.interrupt.restore(&state.common).map_err(refuse)?;
         self.msix.restore(&state.msix).map_err(refuse)?;
         self.move_doorbells();
-        self.paused = true;
         if self.common.is_driver_ready() {
             self.try_activate()?;
-            Self::locked(&self.device).pause()?;
+            let mut device = Self::locked(&self.device);
+            self.life.pause(&mut *device)?;
         }
         Ok(())
     }
@@ -416,9 +434,7 @@ impl PciDevice for VirtioPci {
 
 impl EventHandler for VirtioPci {
     fn handle_event(&mut self, token: u32, ready: EventSet) {
-        // A kick that comes while paused is forgotten, because the device looks at every queue
-        // when it goes on; its eventfd is read, so that level-triggered epoll does not spin. The
-        // device's own events are the device's to keep: an edge is told only once.
+        // A kick is read in every state, so that level-triggered epoll does not spin.
         let queue = token.checked_sub(KICK_TOKEN);
         if let Some(queue) = queue {
             let Some(kick) = self.kicks.get(queue as usize) else {
@@ -428,14 +444,11 @@ impl EventHandler for VirtioPci {
                 return;
             }
         }
-        if !self.activated || queue.is_some() && self.paused {
-            return;
-        }
         let result = {
             let mut device = Self::locked(&self.device);
             match queue {
-                Some(queue) => device.notify_queue(queue as u16),
-                None => device.handle_event(token, ready),
+                Some(queue) => self.life.notify_queue(&mut *device, queue as u16),
+                None => self.life.handle_event(&mut *device, token, ready),
             }
         };
         if let Err(error) = result {

@@ -23,12 +23,12 @@ fn udp_segmentation_is_offered_where_the_tap_knows_it() {
 #[test]
 fn a_paused_device_touches_nothing_and_a_resumed_one_catches_up() {
     let mut rig = Rig::active(MERGE, 1);
-    rig.device(|device| device.pause()).unwrap();
+    rig.pause();
     let head = rig.queues[RX].add(&[(0x1000, 2000, WRITE)]);
     rig.arrive(0, &pattern(60));
     rig.kick(RX).unwrap();
     assert!(rig.queues[RX].take_used().is_empty());
-    rig.device(|device| device.resume()).unwrap();
+    rig.resume();
     rig.settle();
     assert_eq!(rig.queues[RX].take_used(), [(head, 72)]);
 }
@@ -42,7 +42,7 @@ fn a_restored_device_goes_on_where_the_saved_one_stopped() {
         rig.queues[RX].add(&[(0x1000 + number * 0x1000, 1000, WRITE)]);
     }
     rig.arrive(0, &pattern(60));
-    rig.device(|device| device.pause()).unwrap();
+    rig.pause();
     // Sent by the guest just before the pause, and not seen by the device.
     rig.queues[TX].add(&[(0x1000, 100, 0)]);
     let (saved, positions) = rig.device(|device| {

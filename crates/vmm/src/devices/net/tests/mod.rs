@@ -20,7 +20,7 @@ use super::*;
 use crate::event_loop::{EventHandler, EventLoop, Registrar};
 use crate::rate_limit::{Rate, RateLimits};
 use crate::virtio::testing::{CountingInterrupt, ram};
-use crate::virtio::{Activation, ActiveQueue, GuestRam, VirtioDevice};
+use crate::virtio::{Activation, ActiveQueue, GuestRam, Lifecycle, RunState, VirtioDevice};
 
 mod control;
 mod hostile;
@@ -48,11 +48,13 @@ fn config(queue_pairs: u16) -> NetConfig {
 struct Handler {
     device: Net,
     failure: Option<DeviceError>,
+    life: Lifecycle,
 }
 
 impl EventHandler for Handler {
     fn handle_event(&mut self, token: u32, ready: EventSet) {
-        if let Err(error) = self.device.handle_event(token, ready) {
+        let result = self.life.handle_event(&mut self.device, token, ready);
+        if let Err(error) = result {
             self.failure = Some(error);
         }
     }
@@ -98,6 +100,7 @@ impl Rig {
         let handler = Arc::new(Mutex::new(Handler {
             device,
             failure: None,
+            life: Lifecycle::new(),
         }));
         events.attach(&registrar, handler.clone());
         Self {
@@ -135,9 +138,12 @@ impl Rig {
             queues,
             features: self.features,
             interrupt: self.interrupt.clone(),
+            run_state: RunState::default(),
             events: self.registrar.clone(),
         };
-        self.handler.lock().unwrap().device.activate(activation)
+        let mut handler = self.handler.lock().unwrap();
+        let Handler { device, life, .. } = &mut *handler;
+        life.activate(device, activation)
     }
 
     fn device<R>(&self, act: impl FnOnce(&mut Net) -> R) -> R {
@@ -145,7 +151,21 @@ impl Rig {
     }
 
     fn kick(&self, queue: usize) -> Result<(), DeviceError> {
-        self.device(|device| device.notify_queue(queue as u16))
+        let mut handler = self.handler.lock().unwrap();
+        let Handler { device, life, .. } = &mut *handler;
+        life.notify_queue(device, queue as u16)
+    }
+
+    fn pause(&self) {
+        let mut handler = self.handler.lock().unwrap();
+        let Handler { device, life, .. } = &mut *handler;
+        life.pause(device).unwrap();
+    }
+
+    fn resume(&self) {
+        let mut handler = self.handler.lock().unwrap();
+        let Handler { device, life, .. } = &mut *handler;
+        life.resume(device).unwrap();
     }
 
     /// Runs the loop until nothing is ready.
