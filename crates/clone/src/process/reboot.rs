@@ -75,7 +75,7 @@ impl Reboot {
             return Some(Exit::Reboot);
         }
         // Before the look at the subject: what ends after it is heard of again.
-        signal.hush();
+        signal.drain();
         let subject = Arc::clone(&self.subject);
         let mut subject = match subject.try_lock() {
             Ok(subject) => subject,

@@ -149,7 +149,7 @@ struct WakeAtEnd(ExitSignal);
 
 impl Drop for WakeAtEnd {
     fn drop(&mut self) {
-        self.0.wake();
+        self.0.notify();
     }
 }
 

@@ -92,10 +92,13 @@ impl BusDevice for PowerRegisters {
 mod tests {
     use super::*;
     use crate::irq::ioapic::IoapicState;
-    use crate::irq::testing::RecordingWiring;
+    use crate::irq::testing::RecordingIrqRoutes;
 
     fn registers() -> (PowerRegisters, ExitSignal) {
-        let ioapic = Ioapic::new(Arc::new(RecordingWiring::default()), IoapicState::fresh());
+        let ioapic = Ioapic::new(
+            Arc::new(RecordingIrqRoutes::default()),
+            IoapicState::fresh(),
+        );
         let exit = ExitSignal::new().unwrap();
         (PowerRegisters::new(Arc::new(ioapic), exit.clone()), exit)
     }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use super::{MsiMessage, Wiring};
+use super::{IrqRoutes, MsiMessage};
 use crate::bus::BusDevice;
 
 /// Input pins.
@@ -71,15 +71,15 @@ impl IoapicState {
 /// The I/O APIC of a machine; shared by the guest's CPUs and the devices on its pins.
 pub struct Ioapic {
     state: Mutex<IoapicState>,
-    wiring: Arc<dyn Wiring>,
+    irq_routes: Arc<dyn IrqRoutes>,
 }
 
 impl Ioapic {
-    /// An I/O APIC in the given state, sending its messages by `wiring`.
-    pub fn new(wiring: Arc<dyn Wiring>, state: IoapicState) -> Self {
+    /// An I/O APIC in the given state, sending its messages by `irq_routes`.
+    pub fn new(irq_routes: Arc<dyn IrqRoutes>, state: IoapicState) -> Self {
         Self {
             state: Mutex::new(state.within_registers()),
-            wiring,
+            irq_routes,
         }
     }
 
@@ -109,7 +109,7 @@ impl Ioapic {
             return;
         }
         state.pending &= !(1 << pin);
-        if let Err(error) = self.wiring.signal(message_of(entry)) {
+        if let Err(error) = self.irq_routes.signal(message_of(entry)) {
             tracing::warn!(pin, %error, "the I/O APIC could not raise an interrupt");
         }
     }
@@ -190,25 +190,28 @@ impl BusDevice for Ioapic {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::irq::testing::RecordingWiring;
+    use crate::irq::testing::RecordingIrqRoutes;
 
     fn program(ioapic: &Ioapic, register: u8, value: u32) {
         ioapic.write(IOREGSEL, &[register]);
         ioapic.write(IOWIN, &value.to_le_bytes());
     }
 
-    fn ioapic() -> (Ioapic, Arc<RecordingWiring>) {
-        let wiring = Arc::new(RecordingWiring::default());
-        (Ioapic::new(wiring.clone(), IoapicState::fresh()), wiring)
+    fn ioapic() -> (Ioapic, Arc<RecordingIrqRoutes>) {
+        let irq_routes = Arc::new(RecordingIrqRoutes::default());
+        (
+            Ioapic::new(irq_routes.clone(), IoapicState::fresh()),
+            irq_routes,
+        )
     }
 
     #[test]
     fn a_pulse_becomes_the_message_of_its_entry() {
-        let (ioapic, wiring) = ioapic();
+        let (ioapic, irq_routes) = ioapic();
         program(&ioapic, 0x10 + 2 * 4 + 1, 0x0300_0000);
         program(&ioapic, 0x10 + 2 * 4, 0x0000_0041);
         ioapic.pulse(4);
-        let sent = wiring.signalled.lock().unwrap().clone();
+        let sent = irq_routes.signalled.lock().unwrap().clone();
         assert_eq!(
             sent,
             [MsiMessage {
@@ -220,34 +223,34 @@ mod tests {
 
     #[test]
     fn a_pulse_while_masked_waits_and_comes_once() {
-        let (ioapic, wiring) = ioapic();
+        let (ioapic, irq_routes) = ioapic();
         ioapic.pulse(4);
         ioapic.pulse(4);
-        assert!(wiring.signalled.lock().unwrap().is_empty());
+        assert!(irq_routes.signalled.lock().unwrap().is_empty());
         program(&ioapic, 0x10 + 2 * 4, 0x41);
         program(&ioapic, 0x10 + 2 * 4, 0x41);
-        assert_eq!(wiring.signalled.lock().unwrap().len(), 1);
+        assert_eq!(irq_routes.signalled.lock().unwrap().len(), 1);
     }
 
     #[test]
     fn the_state_comes_back_whole() {
-        let (ioapic, wiring) = ioapic();
+        let (ioapic, irq_routes) = ioapic();
         program(&ioapic, 0x10 + 2 * 9, 0x55);
         ioapic.pulse(7);
-        let copy = Ioapic::new(wiring, ioapic.save());
+        let copy = Ioapic::new(irq_routes, ioapic.save());
         assert_eq!(copy.save(), ioapic.save());
     }
 
     #[test]
     fn a_saved_state_has_no_bits_that_the_registers_lack() {
-        let (_, wiring) = ioapic();
+        let (_, irq_routes) = ioapic();
         let hostile = IoapicState {
             id: u32::MAX,
             select: 0xFF,
             entries: [u64::MAX; PIN_COUNT],
             pending: u32::MAX,
         };
-        let ioapic = Ioapic::new(wiring, hostile.clone());
+        let ioapic = Ioapic::new(irq_routes, hostile.clone());
         let built = ioapic.save();
         ioapic.restore(hostile);
         assert_eq!(ioapic.save(), built);

@@ -47,11 +47,11 @@ impl ExitSignal {
             *slot = Some(reason);
         }
         drop(slot);
-        self.wake();
+        self.notify();
     }
 
     /// Has whoever waits look again at the reason, if there is one.
-    pub fn wake(&self) {
+    pub fn notify(&self) {
         if self.get().is_some() {
             // The counter cannot overflow in the life of a machine; readable it is in any case.
             let _ = self.0.fd.write(1);
@@ -59,7 +59,7 @@ impl ExitSignal {
     }
 
     /// Takes the news, not the reason: readable again at the next one, or when woken.
-    pub fn hush(&self) {
+    pub fn drain(&self) {
         // EAGAIN: there was no news.
         let _ = self.0.fd.read();
     }
@@ -76,7 +76,7 @@ impl ExitSignal {
     /// Forgets the reason, for a machine that starts again.
     pub fn clear(&self) {
         *self.0.reason.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        self.hush();
+        self.drain();
     }
 }
 

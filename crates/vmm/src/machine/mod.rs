@@ -29,7 +29,7 @@ use crate::bus::Bus;
 use crate::devices::serial::{self, COM1_PORT, Serial};
 use crate::event_loop::{EventLoop, Registrar};
 use crate::irq::ioapic::{IOAPIC_BASE, IOAPIC_SIZE, Ioapic, PIN_COUNT};
-use crate::irq::{KvmWiring, Wiring};
+use crate::irq::{IrqRoutes, KvmIrqRoutes};
 use crate::pci::virtio_pci::{SharedVirtioDevice, VirtioPci};
 use crate::pci::{
     ECAM_BASE, ECAM_SIZE, EcamWindow, MMIO32_BASE, MMIO32_SIZE, MmioWindow, PciBus, SLOT_COUNT,
@@ -187,14 +187,14 @@ impl Machine {
         let exit = ExitSignal::new().map_err(MachineError::host("make an eventfd"))?;
         let vm = Arc::new(create_vm(&kvm)?);
         memory_slots::register(&vm, &parts.memory)?;
-        let wiring: Arc<dyn Wiring> = Arc::new(KvmWiring::new(Arc::clone(&vm)));
-        let ioapic = Arc::new(Ioapic::new(Arc::clone(&wiring), board.ioapic));
+        let irq_routes: Arc<dyn IrqRoutes> = Arc::new(KvmIrqRoutes::new(Arc::clone(&vm)));
+        let ioapic = Arc::new(Ioapic::new(Arc::clone(&irq_routes), board.ioapic));
         let serial = Serial::new(board.serial, Arc::clone(&ioapic), SERIAL_PIN, parts.console);
         let serial = Arc::new(serial.map_err(MachineError::host("make the serial console"))?);
         let power = Arc::new(PowerRegisters::new(Arc::clone(&ioapic), exit.clone()));
         power.restore(board.power_events);
         let pci = PciBus::new();
-        let transports = plug(parts.devices, &pci, &wiring, &parts.memory, events)?;
+        let transports = plug(parts.devices, &pci, &irq_routes, &parts.memory, events)?;
         let buses = Arc::new(buses(&serial, &power, &ioapic, &pci));
         let ceiling = CpuCeiling::new(&kvm, parts.vcpus)?;
         let format = StateFormat::new(&ceiling, StateFormat::xsave_capability(&vm));
@@ -418,7 +418,7 @@ pub(crate) fn boot_cpuid(kvm: &Kvm) -> Result<CpuId, MachineError> {
 fn plug(
     devices: Vec<DeviceSlot>,
     pci: &Arc<PciBus>,
-    wiring: &Arc<dyn Wiring>,
+    irq_routes: &Arc<dyn IrqRoutes>,
     memory: &GuestMemory,
     events: &mut EventLoop,
 ) -> Result<Vec<SharedTransport>, MachineError> {
@@ -426,7 +426,7 @@ fn plug(
     for (slot, DeviceSlot { device, registrar }) in (1..).zip(devices) {
         let bar = MMIO32_BASE as u32 + slot as u32 * VirtioPci::BAR_SIZE;
         let ram = memory.ram().clone();
-        let transport = VirtioPci::new(device, bar, Arc::clone(wiring), ram, registrar.clone())
+        let transport = VirtioPci::new(device, bar, Arc::clone(irq_routes), ram, registrar.clone())
             .map_err(MachineError::host("wire a device"))?;
         let transport = Arc::new(Mutex::new(transport));
         pci.insert(slot, transport.clone());

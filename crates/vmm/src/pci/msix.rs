@@ -13,7 +13,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::irq::{Gsi, MsiMessage, Wiring};
+use crate::irq::{Gsi, IrqRoutes, MsiMessage};
 
 /// Bytes of a table entry: address, data, vector control.
 pub const ENTRY_SIZE: u64 = 16;
@@ -47,18 +47,18 @@ struct Vector {
 
 /// The MSI-X table of a function.
 pub struct MsixTable {
-    wiring: Arc<dyn Wiring>,
+    irq_routes: Arc<dyn IrqRoutes>,
     control: u16,
     vectors: Vec<Vector>,
 }
 
 impl MsixTable {
     /// A table of `count` vectors, all masked, as after a reset.
-    pub fn new(wiring: Arc<dyn Wiring>, count: u16) -> io::Result<Self> {
+    pub fn new(irq_routes: Arc<dyn IrqRoutes>, count: u16) -> io::Result<Self> {
         let vector = |_| {
             Ok(Vector {
                 fd: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
-                gsi: wiring.allocate()?,
+                gsi: irq_routes.allocate()?,
                 message: MsiMessage::default(),
                 masked: true,
                 connected: false,
@@ -66,7 +66,7 @@ impl MsixTable {
         };
         let vectors = (0..count).map(vector).collect::<io::Result<_>>()?;
         Ok(Self {
-            wiring,
+            irq_routes,
             control: 0,
             vectors,
         })
@@ -143,10 +143,10 @@ impl MsixTable {
         let open = self.control & (CONTROL_ENABLE | CONTROL_FUNCTION_MASK) == CONTROL_ENABLE;
         let vector = &mut self.vectors[index];
         let result = if open && !vector.masked {
-            let routed = self.wiring.set_route(vector.gsi, vector.message);
-            routed.and_then(|()| vector.connect(self.wiring.as_ref()))
+            let routed = self.irq_routes.set_route(vector.gsi, vector.message);
+            routed.and_then(|()| vector.connect(self.irq_routes.as_ref()))
         } else {
-            vector.disconnect(self.wiring.as_ref())
+            vector.disconnect(self.irq_routes.as_ref())
         };
         if let Err(error) = result {
             tracing::warn!(vector = index, %error, "MSI-X vector could not be wired");
@@ -204,17 +204,17 @@ impl MsixTable {
 }
 
 impl Vector {
-    fn connect(&mut self, wiring: &dyn Wiring) -> io::Result<()> {
+    fn connect(&mut self, irq_routes: &dyn IrqRoutes) -> io::Result<()> {
         if !self.connected {
-            wiring.connect(&self.fd, self.gsi)?;
+            irq_routes.connect(&self.fd, self.gsi)?;
             self.connected = true;
         }
         Ok(())
     }
 
-    fn disconnect(&mut self, wiring: &dyn Wiring) -> io::Result<()> {
+    fn disconnect(&mut self, irq_routes: &dyn IrqRoutes) -> io::Result<()> {
         if self.connected {
-            wiring.disconnect(&self.fd, self.gsi)?;
+            irq_routes.disconnect(&self.fd, self.gsi)?;
             self.connected = false;
         }
         Ok(())
@@ -242,11 +242,11 @@ fn encode(vector: &Vector) -> [u8; ENTRY_SIZE as usize] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::irq::testing::RecordingWiring;
+    use crate::irq::testing::RecordingIrqRoutes;
 
-    fn table() -> (MsixTable, Arc<RecordingWiring>) {
-        let wiring = Arc::new(RecordingWiring::default());
-        (MsixTable::new(wiring.clone(), 3).unwrap(), wiring)
+    fn table() -> (MsixTable, Arc<RecordingIrqRoutes>) {
+        let irq_routes = Arc::new(RecordingIrqRoutes::default());
+        (MsixTable::new(irq_routes.clone(), 3).unwrap(), irq_routes)
     }
 
     fn program(table: &mut MsixTable, vector: u64, address: u64, data: u32, masked: bool) {
@@ -257,20 +257,20 @@ mod tests {
 
     #[test]
     fn a_vector_is_wired_only_while_enabled_and_unmasked() {
-        let (mut table, wiring) = table();
+        let (mut table, irq_routes) = table();
         program(&mut table, 1, 0xFEE0_1000, 0x31, false);
-        assert!(wiring.connected.lock().unwrap().is_empty());
+        assert!(irq_routes.connected.lock().unwrap().is_empty());
         table.set_control(CONTROL_ENABLE);
-        assert_eq!(*wiring.connected.lock().unwrap(), [25]);
+        assert_eq!(*irq_routes.connected.lock().unwrap(), [25]);
         assert_eq!(
-            wiring.routes.lock().unwrap()[&25],
+            irq_routes.routes.lock().unwrap()[&25],
             MsiMessage {
                 address: 0xFEE0_1000,
                 data: 0x31
             }
         );
         table.set_control(CONTROL_ENABLE | CONTROL_FUNCTION_MASK);
-        assert!(wiring.connected.lock().unwrap().is_empty());
+        assert!(irq_routes.connected.lock().unwrap().is_empty());
     }
 
     #[test]
@@ -300,8 +300,8 @@ mod tests {
 
     #[test]
     fn a_state_with_other_vectors_is_refused() {
-        let (table, wiring) = table();
-        let mut smaller = MsixTable::new(wiring, 2).unwrap();
+        let (table, irq_routes) = table();
+        let mut smaller = MsixTable::new(irq_routes, 2).unwrap();
         assert!(smaller.restore(&table.save()).is_err());
     }
 }

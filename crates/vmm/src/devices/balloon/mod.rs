@@ -138,7 +138,7 @@ impl Balloon {
     pub fn refresh_stats(&mut self) -> Result<(), DeviceError> {
         match &mut self.queues {
             Some(queues) if queues.run_state.is_running() => {
-                queues.ask_stats(&mut self.state.stats_buffer)
+                queues.request_stats(&mut self.state.stats_buffer)
             }
             _ => Ok(()),
         }
@@ -187,10 +187,10 @@ impl Balloon {
     /// Tells the driver to read its configuration space, now or when it runs again.
     fn change_config(&mut self) {
         self.state.config_changed = true;
-        self.tell_config();
+        self.signal_config_change();
     }
 
-    fn tell_config(&mut self) {
+    fn signal_config_change(&mut self) {
         if let Some(queues) = &self.queues
             && queues.run_state.is_running()
             && self.state.config_changed
@@ -200,10 +200,10 @@ impl Balloon {
         }
     }
 
-    fn watch_timer(&self) -> Result<(), DeviceError> {
+    fn register_timer(&self) -> Result<(), DeviceError> {
         if let Some(queues) = &self.queues {
             let added = queues.events.add(&self.timer, TOKEN_TIMER, EventSet::IN);
-            added.map_err(DEVICE.host_error("watch its timer"))?;
+            added.map_err(DEVICE.host_error("wait for its timer"))?;
         }
         Ok(())
     }
@@ -235,7 +235,7 @@ impl Balloon {
 
     /// Looks at everything: work may have come while nobody looked.
     fn serve_all(&mut self) -> Result<(), DeviceError> {
-        self.tell_config();
+        self.signal_config_change();
         Role::ALL.into_iter().try_for_each(|role| self.serve(role))
     }
 
@@ -287,7 +287,7 @@ impl VirtioDevice for Balloon {
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         self.queues = Some(Queues::new(activation)?);
-        self.watch_timer()?;
+        self.register_timer()?;
         self.serve_all()
     }
 
@@ -308,13 +308,13 @@ impl VirtioDevice for Balloon {
         // Every call finishes what it starts: there is nothing to drain.
         if let Some(queues) = &self.queues {
             let removed = queues.events.remove(&self.timer);
-            removed.map_err(DEVICE.host_error("leave its timer alone"))?;
+            removed.map_err(DEVICE.host_error("stop waiting for its timer"))?;
         }
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
-        self.watch_timer()?;
+        self.register_timer()?;
         self.serve_all()
     }
 

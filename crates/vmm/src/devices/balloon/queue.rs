@@ -69,7 +69,7 @@ pub(super) struct Hints {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum HintPhase {
-    Asked,
+    Requested,
     Collecting,
     Complete,
 }
@@ -78,7 +78,7 @@ impl Hints {
     pub(super) fn new(round: u32, sink: Box<dyn ReleaseRanges>) -> Self {
         Self {
             round,
-            phase: HintPhase::Asked,
+            phase: HintPhase::Requested,
             sink,
         }
     }
@@ -110,7 +110,7 @@ impl Hints {
     /// The driver says which round its next pages belong to.
     fn command(&mut self, command: u32) {
         self.phase = match self.phase {
-            HintPhase::Asked if command == self.round => HintPhase::Collecting,
+            HintPhase::Requested if command == self.round => HintPhase::Collecting,
             HintPhase::Collecting if command == HINT_STOP => HintPhase::Complete,
             phase => phase,
         };
@@ -277,7 +277,7 @@ impl Queues {
     }
 
     /// Gives the `held` buffer back, which asks for statistics.
-    pub(super) fn ask_stats(&mut self, held: &mut Option<u16>) -> Result<(), DeviceError> {
+    pub(super) fn request_stats(&mut self, held: &mut Option<u16>) -> Result<(), DeviceError> {
         let Some((_, ring)) = self.rings.iter_mut().find(|(of, _)| *of == Role::Stats) else {
             return Ok(());
         };

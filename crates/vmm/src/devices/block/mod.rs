@@ -36,7 +36,7 @@ use crate::virtio::{
 };
 use in_flight::{InFlight, Pending};
 use queue::{BlockRequest, Parsed, parse};
-pub use state::{BlockConfig, BlockState, BlockStateV1, ID_BYTES, MAX_QUEUES, SeenDisk};
+pub use state::{BlockConfig, BlockState, BlockStateV1, DiskProperties, ID_BYTES, MAX_QUEUES};
 use state::{CONFIG_BYTES, QUEUE_SIZE};
 
 /// The device's name in messages.
@@ -90,7 +90,7 @@ impl Block {
         let BlockState::V1(state) = state;
         let seen = {
             let disk = lock(&disk);
-            SeenDisk {
+            DiskProperties {
                 size: disk.size(),
                 read_only: disk.is_read_only(),
                 block_size: disk.block_size(),
@@ -124,23 +124,23 @@ impl Block {
     }
 
     /// Has the event loop watch them.
-    fn watch(&self) -> Result<(), DeviceError> {
+    fn register(&self) -> Result<(), DeviceError> {
         let Some(active) = &self.active else {
             return Ok(());
         };
         for (token, fd) in self.descriptors() {
             let added = active.events.add(&fd, token, EventSet::IN);
-            added.map_err(DEVICE.host_error("watch the disk"))?;
+            added.map_err(DEVICE.host_error("wait for the disk"))?;
         }
         Ok(())
     }
 
-    fn unwatch(&self) {
+    fn unregister(&self) {
         let Some(active) = &self.active else {
             return;
         };
         for (_, fd) in self.descriptors() {
-            // They were added by `watch`; where that failed half way, or in a pause, there are
+            // They were added by `register`; where that failed half way, or in a pause, there are
             // none to remove.
             let _ = active.events.remove(&fd);
         }
@@ -390,7 +390,7 @@ impl VirtioDevice for Block {
             interrupt: activation.interrupt,
             events: activation.events,
         });
-        self.watch()?;
+        self.register()?;
         // Looked at by the event loop, not by the vCPU that is here now: the disk's thread is
         // started by the first request, and inherits from its starter what it may do.
         self.requeue_all()
@@ -423,12 +423,12 @@ impl VirtioDevice for Block {
     fn pause(&mut self) -> Result<(), DeviceError> {
         self.drain()?;
         self.held_back = false;
-        self.unwatch();
+        self.unregister();
         self.signal()
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
-        self.watch()?;
+        self.register()?;
         self.requeue_all()
     }
 
@@ -444,7 +444,7 @@ impl VirtioDevice for Block {
         }
         self.in_flight = InFlight::default();
         self.held_back = false;
-        self.unwatch();
+        self.unregister();
         self.active = None;
     }
 

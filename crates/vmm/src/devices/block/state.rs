@@ -61,12 +61,12 @@ pub struct BlockStateV1 {
     /// The limits.
     pub limits: RateLimits,
     /// What the guest was told of the disk; `None` before a disk was attached.
-    pub disk: Option<SeenDisk>,
+    pub disk: Option<DiskProperties>,
 }
 
 /// The properties of a disk that a running guest relies on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SeenDisk {
+pub struct DiskProperties {
     /// Its size in bytes.
     pub size: u64,
     /// Whether it takes no writes.
@@ -111,7 +111,7 @@ impl BlockState {
 
 impl BlockStateV1 {
     /// Fits the state to the disk: a new device learns of it, a saved one must have seen the same.
-    pub(super) fn attach(mut self, disk: SeenDisk) -> Result<Self, DeviceError> {
+    pub(super) fn attach(mut self, disk: DiskProperties) -> Result<Self, DeviceError> {
         if !(1..=MAX_QUEUES).contains(&self.queues) {
             return Err(DEVICE.state_error(format_args!("{} queues", self.queues)));
         }
@@ -157,7 +157,7 @@ impl BlockStateV1 {
 
     /// The configuration space, little endian.
     pub(super) fn config_space(&self) -> [u8; CONFIG_BYTES] {
-        let disk = self.disk.unwrap_or(SeenDisk {
+        let disk = self.disk.unwrap_or(DiskProperties {
             size: 0,
             read_only: true,
             block_size: SECTOR as u32,

@@ -69,9 +69,9 @@ impl Counters {
 /// What the device and its handles share.
 pub(super) struct Shared {
     pub(super) counters: Counters,
-    /// The link as it should be; the device follows when `wake` tells it to.
+    /// The link as it should be; the device follows when `link_changed` tells it to.
     link_up: AtomicBool,
-    wake: EventFd,
+    link_changed: EventFd,
 }
 
 impl Shared {
@@ -79,7 +79,7 @@ impl Shared {
         Ok(Arc::new(Self {
             counters: Counters::default(),
             link_up: AtomicBool::new(link_up),
-            wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            link_changed: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
         }))
     }
 
@@ -87,8 +87,8 @@ impl Shared {
         self.link_up.load(Ordering::Acquire)
     }
 
-    pub(super) fn wake(&self) -> &EventFd {
-        &self.wake
+    pub(super) fn link_changed(&self) -> &EventFd {
+        &self.link_changed
     }
 }
 
@@ -104,7 +104,7 @@ impl NetHandle {
     /// Where the device cannot be woken, which would be the kernel's fault.
     pub fn set_link(&self, up: bool) -> io::Result<()> {
         self.0.link_up.store(up, Ordering::Release);
-        self.0.wake.write(1)
+        self.0.link_changed.write(1)
     }
 
     /// Whether the link is, or is about to be, up.

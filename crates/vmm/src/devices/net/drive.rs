@@ -12,7 +12,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::control::{self, Command};
 use super::features::{self, has};
-use super::pair::{Lent, Rings, Shares};
+use super::pair::{DriverContext, QueuePairShared, Rings};
 use super::{Active, DEVICE, Net, token};
 use crate::virtio::{Activation, ActiveQueue, DeviceError, ServedQueue};
 
@@ -57,7 +57,7 @@ impl Net {
             return Ok(());
         };
         let mut pairs = self.pairs.iter_mut();
-        pairs.try_for_each(|pair| pair.stop(&active.lent))
+        pairs.try_for_each(|pair| pair.stop(&active.context))
     }
 
     /// Brings every pair of a running device into the state that link and driver ask for.
@@ -70,13 +70,13 @@ impl Net {
         for (number, pair) in self.pairs.iter_mut().enumerate() {
             let used = number < usize::from(self.state.active_pairs);
             if !(used && running) {
-                pair.stop(&active.lent)?;
+                pair.stop(&active.context)?;
             }
             if several {
                 pair.set_attached(used)?;
             }
             if used && running {
-                pair.start(&active.lent)?;
+                pair.start(&active.context)?;
             }
         }
         Ok(())
@@ -121,8 +121,8 @@ impl Net {
         let Some(mut control) = active.control.take() else {
             return Ok(());
         };
-        let (ram, features) = (active.lent.ram.clone(), active.lent.features);
-        let interrupt = Arc::clone(&active.lent.interrupt);
+        let (ram, features) = (active.context.ram.clone(), active.context.features);
+        let interrupt = Arc::clone(&active.context.interrupt);
         let served = control::serve(&mut control, &ram, &*interrupt, |command| {
             self.execute(command, features)
         });
@@ -132,14 +132,14 @@ impl Net {
         served
     }
 
-    fn follow_link(&mut self) -> Result<(), DeviceError> {
-        // A wake-up that was already taken leaves nothing to read.
-        let _ = self.shared.wake().read();
+    fn apply_link_change(&mut self) -> Result<(), DeviceError> {
+        // A link_changed-up that was already taken leaves nothing to read.
+        let _ = self.shared.link_changed().read();
         self.apply()?;
         if self.shared.link_up() != self.state.link_up {
             self.state.link_up = self.shared.link_up();
             if let Some(active) = &self.active {
-                active.lent.interrupt.signal_config();
+                active.context.interrupt.signal_config();
             }
         }
         Ok(())
@@ -149,21 +149,21 @@ impl Net {
         let Some(active) = &self.active else {
             return Ok(());
         };
-        if self.control_index(active.lent.features) == Some(index) {
+        if self.control_index(active.context.features) == Some(index) {
             return self.serve_control();
         }
         let Some(pair) = self.pairs.get_mut(usize::from(index / 2)) else {
             return Ok(());
         };
-        let mut shares = Shares {
+        let mut shared = QueuePairShared {
             counters: &self.shared.counters,
             rx_limiter: self.rx_limiter.as_mut(),
             tx_limiter: self.tx_limiter.as_mut(),
         };
         if index.is_multiple_of(2) {
-            pair.receive(&active.lent, &mut shares)
+            pair.receive(&active.context, &mut shared)
         } else {
-            pair.transmit(&active.lent, &mut shares)
+            pair.transmit(&active.context, &mut shared)
         }
     }
 
@@ -172,16 +172,16 @@ impl Net {
             return Ok(());
         };
         if event == token::LINK {
-            return self.follow_link();
+            return self.apply_link_change();
         }
-        let mut shares = Shares {
+        let mut shared = QueuePairShared {
             counters: &self.shared.counters,
             rx_limiter: self.rx_limiter.as_mut(),
             tx_limiter: self.tx_limiter.as_mut(),
         };
         let fired = match event {
-            token::RX_LIMIT => shares.rx_limiter.as_mut(),
-            token::TX_LIMIT => shares.tx_limiter.as_mut(),
+            token::RX_LIMIT => shared.rx_limiter.as_mut(),
+            token::TX_LIMIT => shared.tx_limiter.as_mut(),
             _ => None,
         };
         if let Some(limiter) = fired {
@@ -191,11 +191,11 @@ impl Net {
         }
         for (pair, number) in self.pairs.iter_mut().zip(0..) {
             if event == token::RX_LIMIT {
-                pair.receive(&active.lent, &mut shares)?;
+                pair.receive(&active.context, &mut shared)?;
             } else if event == token::TX_LIMIT {
-                pair.transmit(&active.lent, &mut shares)?;
+                pair.transmit(&active.context, &mut shared)?;
             } else if event == token::port(number) {
-                return pair.port_ready(ready, &active.lent, &mut shares);
+                return pair.port_ready(ready, &active.context, &mut shared);
             } else if event == token::vhost(number) && pair.vhost_has_failed() {
                 return Err(DEVICE.driver_error("vhost-net found a ring or a buffer broken"));
             }
@@ -208,10 +208,10 @@ impl Net {
         let Some(active) = &self.active else {
             return Ok(());
         };
-        let events = &active.lent.events;
+        let events = &active.context.events;
         let wait = DEVICE.host_error("wait for its link and limits");
         events
-            .add(self.shared.wake(), token::LINK, EventSet::IN)
+            .add(self.shared.link_changed(), token::LINK, EventSet::IN)
             .map_err(wait)?;
         let limiters = [
             (&self.rx_limiter, token::RX_LIMIT),
@@ -231,9 +231,9 @@ impl Net {
             return;
         };
         // Those that are not waited for now are no loss.
-        let _ = active.lent.events.remove(self.shared.wake());
+        let _ = active.context.events.remove(self.shared.link_changed());
         for limiter in [&self.rx_limiter, &self.tx_limiter].into_iter().flatten() {
-            let _ = active.lent.events.remove(limiter);
+            let _ = active.context.events.remove(limiter);
         }
     }
 
@@ -243,7 +243,7 @@ impl Net {
             return;
         };
         for pair in &mut self.pairs {
-            if let Err(error) = pair.stop(&active.lent) {
+            if let Err(error) = pair.stop(&active.context) {
                 tracing::warn!(%error, "a queue pair did not stop in order");
             }
         }
@@ -276,7 +276,7 @@ impl Net {
         }
         self.state.announce &= has(features, VIRTIO_NET_F_GUEST_ANNOUNCE);
         self.active = Some(Active {
-            lent: Lent {
+            context: DriverContext {
                 ram,
                 features,
                 interrupt: Arc::clone(&interrupt),

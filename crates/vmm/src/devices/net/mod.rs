@@ -42,7 +42,7 @@ pub use tap::{Port, TAP_IOCTLS, Tap, TapError};
 use crate::rate_limit::{RateLimiter, RateLimits};
 use crate::virtio::{Activation, DeviceError, DeviceName, ServedQueue, VirtioDevice};
 use counters::Shared;
-use pair::{Lent, Pair};
+use pair::{DriverContext, Pair};
 use vhost::VhostNet;
 
 const DEVICE: DeviceName = DeviceName::new("net");
@@ -85,7 +85,7 @@ pub struct Net {
 
 /// What a driver set up.
 struct Active {
-    lent: Lent,
+    context: DriverContext,
     control: Option<ServedQueue>,
 }
 
@@ -205,7 +205,7 @@ impl VirtioDevice for Net {
         let features = self
             .active
             .as_ref()
-            .map_or(0, |active| active.lent.features);
+            .map_or(0, |active| active.context.features);
         self.control_index(features) != Some(queue)
             && self
                 .pairs

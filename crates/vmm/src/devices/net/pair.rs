@@ -15,8 +15,8 @@ use crate::virtio::{DeviceError, GuestRam, Interrupt, ServedQueue, Stopped};
 
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
-/// What the transport lent at activation and every pair needs.
-pub(super) struct Lent {
+/// What the transport context at activation and every pair needs.
+pub(super) struct DriverContext {
     pub(super) ram: GuestRam,
     pub(super) features: u64,
     pub(super) interrupt: Arc<dyn Interrupt>,
@@ -24,7 +24,7 @@ pub(super) struct Lent {
 }
 
 /// What all pairs of a device share on the userspace path.
-pub(super) struct Shares<'a> {
+pub(super) struct QueuePairShared<'a> {
     pub(super) counters: &'a Counters,
     pub(super) rx_limiter: Option<&'a mut RateLimiter>,
     pub(super) tx_limiter: Option<&'a mut RateLimiter>,
@@ -43,7 +43,7 @@ enum Path {
     Userspace {
         receiver: Receiver,
         /// What is waited for on the port.
-        watched: EventSet,
+        interest: EventSet,
     },
 }
 
@@ -106,29 +106,31 @@ impl Pair {
     }
 
     /// Sets the pair to work, if it has rings and does not work already.
-    pub(super) fn start(&mut self, lent: &Lent) -> Result<(), DeviceError> {
+    pub(super) fn start(&mut self, context: &DriverContext) -> Result<(), DeviceError> {
         let (Path::Stopped, Some(rings)) = (&self.path, &self.rings) else {
             return Ok(());
         };
         if let Some(vhost) = &mut self.vhost {
-            lent.events
+            context
+                .events
                 .add(vhost.errors(), token::vhost(self.number), EventSet::IN)
                 .map_err(DEVICE.host_error("wait for vhost-net's errors"))?;
             self.path = Path::Kernel;
             let with = Start {
-                ram: &lent.ram,
-                features: lent.features,
-                interrupt: &*lent.interrupt,
+                ram: &context.ram,
+                features: context.features,
+                interrupt: &*context.interrupt,
                 tap: self.port.file(),
             };
             vhost.start(&rings.rx, &rings.tx, &with)?;
         } else {
-            lent.events
+            context
+                .events
                 .add(self.port.file(), token::port(self.number), EventSet::IN)
                 .map_err(DEVICE.host_error("wait for the tap"))?;
             self.path = Path::Userspace {
-                receiver: Receiver::new(features::has(lent.features, VIRTIO_NET_F_MRG_RXBUF)),
-                watched: EventSet::IN,
+                receiver: Receiver::new(features::has(context.features, VIRTIO_NET_F_MRG_RXBUF)),
+                interest: EventSet::IN,
             };
         }
         // A kick may have been lost while nobody listened (or before a restore).
@@ -137,21 +139,21 @@ impl Pair {
     }
 
     /// Stops work; afterwards the rings are at rest and their positions true.
-    pub(super) fn stop(&mut self, lent: &Lent) -> Result<(), DeviceError> {
+    pub(super) fn stop(&mut self, context: &DriverContext) -> Result<(), DeviceError> {
         match std::mem::replace(&mut self.path, Path::Stopped) {
             Path::Stopped => Ok(()),
             Path::Kernel => {
                 let (Some(vhost), Some(rings)) = (&mut self.vhost, &mut self.rings) else {
                     return Ok(());
                 };
-                let stopped = vhost.stop(&lent.ram, &mut rings.rx, &mut rings.tx);
-                let removed = lent
+                let stopped = vhost.stop(&context.ram, &mut rings.rx, &mut rings.tx);
+                let removed = context
                     .events
                     .remove(vhost.errors())
                     .map_err(DEVICE.host_error("stop waiting for vhost-net's errors"));
                 stopped.and(removed)
             }
-            Path::Userspace { .. } => lent
+            Path::Userspace { .. } => context
                 .events
                 .remove(self.port.file())
                 .map_err(DEVICE.host_error("stop waiting for the tap")),
@@ -162,14 +164,14 @@ impl Pair {
     pub(super) fn port_ready(
         &mut self,
         ready: EventSet,
-        lent: &Lent,
-        shares: &mut Shares<'_>,
+        context: &DriverContext,
+        shared: &mut QueuePairShared<'_>,
     ) -> Result<(), DeviceError> {
         if ready.contains(EventSet::IN) {
-            self.receive(lent, shares)?;
+            self.receive(context, shared)?;
         }
         if ready.contains(EventSet::OUT) {
-            self.transmit(lent, shares)?;
+            self.transmit(context, shared)?;
         }
         if ready.intersects(EventSet::ERROR | EventSet::HANG_UP)
             && !matches!(self.path, Path::Stopped)
@@ -183,58 +185,64 @@ impl Pair {
     /// Moves frames to the guest.
     pub(super) fn receive(
         &mut self,
-        lent: &Lent,
-        shares: &mut Shares<'_>,
+        context: &DriverContext,
+        shared: &mut QueuePairShared<'_>,
     ) -> Result<(), DeviceError> {
         let (Path::Userspace { receiver, .. }, Some(rings)) = (&mut self.path, &mut self.rings)
         else {
             return Ok(());
         };
         let direction = Direction {
-            ram: &lent.ram,
-            interrupt: &*lent.interrupt,
+            ram: &context.ram,
+            interrupt: &*context.interrupt,
             port: self.port.file(),
-            counters: shares.counters,
-            limiter: shares.rx_limiter.as_deref_mut(),
+            counters: shared.counters,
+            limiter: shared.rx_limiter.as_deref_mut(),
         };
         let stopped = receiver.receive(&mut rings.rx, direction)?;
         // Out of buffers, the tap is left alone until the guest kicks, and at the limit until the
         // timer fires; else its readiness calls again, also for what is left over the budget.
         let more = matches!(stopped, Stopped::Budget | Stopped::Blocked);
-        self.watch(lent, EventSet::IN, more)
+        self.set_interest(context, EventSet::IN, more)
     }
 
     /// Moves frames from the guest.
     pub(super) fn transmit(
         &mut self,
-        lent: &Lent,
-        shares: &mut Shares<'_>,
+        context: &DriverContext,
+        shared: &mut QueuePairShared<'_>,
     ) -> Result<(), DeviceError> {
         let (Path::Userspace { .. }, Some(rings)) = (&self.path, &mut self.rings) else {
             return Ok(());
         };
         let direction = Direction {
-            ram: &lent.ram,
-            interrupt: &*lent.interrupt,
+            ram: &context.ram,
+            interrupt: &*context.interrupt,
             port: self.port.file(),
-            counters: shares.counters,
-            limiter: shares.tx_limiter.as_deref_mut(),
+            counters: shared.counters,
+            limiter: shared.tx_limiter.as_deref_mut(),
         };
         let stopped = transmit(&mut rings.tx, direction)?;
-        self.watch(lent, EventSet::OUT, stopped == Stopped::Blocked)
+        self.set_interest(context, EventSet::OUT, stopped == Stopped::Blocked)
     }
 
-    fn watch(&mut self, lent: &Lent, what: EventSet, wanted: bool) -> Result<(), DeviceError> {
-        let Path::Userspace { watched, .. } = &mut self.path else {
+    fn set_interest(
+        &mut self,
+        context: &DriverContext,
+        what: EventSet,
+        wanted: bool,
+    ) -> Result<(), DeviceError> {
+        let Path::Userspace { interest, .. } = &mut self.path else {
             return Ok(());
         };
-        let mut next = *watched;
+        let mut next = *interest;
         next.set(what, wanted);
-        if next != *watched {
-            lent.events
+        if next != *interest {
+            context
+                .events
                 .modify(self.port.file(), token::port(self.number), next)
                 .map_err(DEVICE.host_error("wait for the tap"))?;
-            *watched = next;
+            *interest = next;
         }
         Ok(())
     }

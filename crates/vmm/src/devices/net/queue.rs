@@ -60,7 +60,7 @@ impl<'a> Direction<'a> {
 }
 
 /// A chain that a frame is received into.
-struct Taken {
+struct FrameChain {
     head: u16,
     len: usize,
 }
@@ -74,7 +74,7 @@ pub(super) struct Receiver {
     /// Receives the end of a frame that is longer than the room taken out for it.
     tail: Box<[u8]>,
     /// The chains of the frame in hand. Kept, as its allocation serves every frame.
-    taken: Vec<Taken>,
+    taken: Vec<FrameChain>,
 }
 
 impl Receiver {
@@ -245,7 +245,7 @@ impl Receiver {
         if chain.writable_len() < HEADER_LEN {
             return Err(queue.driver_error("a receive buffer is smaller than a header"));
         }
-        self.taken.push(Taken {
+        self.taken.push(FrameChain {
             head: chain.head(),
             len: chain.writable_len(),
         });

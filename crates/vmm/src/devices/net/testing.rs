@@ -26,17 +26,17 @@ pub const INDIRECT: u16 = 4;
 /// A port whose frames come from and go to a socket.
 pub struct SocketPort {
     file: File,
-    asked: Arc<Asked>,
+    settings: Arc<PortSettings>,
 }
 
 /// What the device asked of a [`SocketPort`].
-pub struct Asked {
+pub struct PortSettings {
     offloads: AtomicU32,
     attached: AtomicBool,
     refuse_offloads: Mutex<Option<u32>>,
 }
 
-impl Asked {
+impl PortSettings {
     /// The offloads last set.
     pub fn offloads(&self) -> u32 {
         self.offloads.load(Ordering::SeqCst)
@@ -61,14 +61,14 @@ impl SocketPort {
     ///
     /// # Errors
     /// The kernel's answer where it makes no sockets.
-    pub fn pair() -> io::Result<(Self, File, Arc<Asked>)> {
+    pub fn pair() -> io::Result<(Self, File, Arc<PortSettings>)> {
         let (near, far) = socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
             SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
             None,
         )?;
-        let asked = Arc::new(Asked {
+        let settings = Arc::new(PortSettings {
             offloads: AtomicU32::new(0),
             attached: AtomicBool::new(true),
             refuse_offloads: Mutex::new(None),
@@ -76,9 +76,9 @@ impl SocketPort {
         let file = |fd: OwnedFd| File::from(fd);
         let port = Self {
             file: file(near),
-            asked: Arc::clone(&asked),
+            settings: Arc::clone(&settings),
         };
-        Ok((port, file(far), asked))
+        Ok((port, file(far), settings))
     }
 }
 
@@ -89,19 +89,19 @@ impl Port for SocketPort {
 
     fn set_offloads(&self, flags: u32) -> io::Result<()> {
         let refused = self
-            .asked
+            .settings
             .refuse_offloads
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         if refused.is_some_and(|refused| refused & flags != 0) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
-        self.asked.offloads.store(flags, Ordering::SeqCst);
+        self.settings.offloads.store(flags, Ordering::SeqCst);
         Ok(())
     }
 
     fn set_attached(&self, attached: bool) -> io::Result<()> {
-        self.asked.attached.store(attached, Ordering::SeqCst);
+        self.settings.attached.store(attached, Ordering::SeqCst);
         Ok(())
     }
 }

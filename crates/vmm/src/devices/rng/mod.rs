@@ -71,10 +71,10 @@ impl Rng {
         })
     }
 
-    fn watch_timer(&self) -> Result<(), DeviceError> {
+    fn register_timer(&self) -> Result<(), DeviceError> {
         if let (Some(active), Some((_, timer))) = (&self.active, &self.bucket) {
             let added = active.events.add(timer, TOKEN_TIMER, EventSet::IN);
-            added.map_err(DEVICE.host_error("watch its timer"))?;
+            added.map_err(DEVICE.host_error("wait for its timer"))?;
         }
         Ok(())
     }
@@ -190,7 +190,7 @@ impl VirtioDevice for Rng {
             interrupt: activation.interrupt,
             events: activation.events,
         });
-        self.watch_timer()?;
+        self.register_timer()?;
         self.serve()
     }
 
@@ -209,13 +209,13 @@ impl VirtioDevice for Rng {
         // Every call finishes what it starts: there is nothing to drain.
         if let (Some(active), Some((_, timer))) = (&self.active, &self.bucket) {
             let removed = active.events.remove(timer);
-            removed.map_err(DEVICE.host_error("leave its timer alone"))?;
+            removed.map_err(DEVICE.host_error("stop waiting for its timer"))?;
         }
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
-        self.watch_timer()?;
+        self.register_timer()?;
         self.serve()
     }
 

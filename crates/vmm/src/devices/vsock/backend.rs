@@ -50,8 +50,8 @@ impl GuestConnector for PathConnector {
 pub(super) enum Accepted {
     /// A new, non-blocking stream.
     Stream(UnixStream),
-    /// Nobody waits.
-    Nobody,
+    /// NoConnection waits.
+    NoConnection,
     /// The process has no file descriptors left: try again later.
     NoDescriptors,
 }
@@ -62,7 +62,7 @@ pub(super) fn accept(listener: &UnixListener) -> io::Result<Accepted> {
         return match rustix::net::accept_with(listener, flags) {
             Ok(stream) => Ok(Accepted::Stream(UnixStream::from(stream))),
             Err(Errno::INTR | Errno::CONNABORTED) => continue,
-            Err(Errno::AGAIN) => Ok(Accepted::Nobody),
+            Err(Errno::AGAIN) => Ok(Accepted::NoConnection),
             Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
                 Ok(Accepted::NoDescriptors)
             }

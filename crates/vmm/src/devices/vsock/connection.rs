@@ -68,7 +68,7 @@ pub(super) struct Connection {
     /// In the queue of connections that have something for the guest.
     pub(super) queued: bool,
     /// The socket is watched for room to write.
-    pub(super) watching_room: bool,
+    pub(super) awaits_room: bool,
 
     // From the host to the guest.
     /// The socket may have data: reading it has not said otherwise yet.
@@ -86,16 +86,16 @@ pub(super) struct Connection {
     buf_alloc: u32,
     forwarded: Wrapping<u32>,
     /// The `forwarded` that the guest has heard of.
-    forwarded_told: Wrapping<u32>,
+    forwarded_reported: Wrapping<u32>,
     /// The directions that the guest has ended.
     guest_shutdown: u32,
     /// The host's socket was told that no more will come.
     write_ended: bool,
 
     // Owed to the guest.
-    owes_opening: Option<u16>,
-    owes_credit: bool,
-    owed_shutdown: u32,
+    pending_opening: Option<u16>,
+    pending_credit: bool,
+    pending_shutdown: u32,
     sent_shutdown: u32,
 }
 
@@ -107,7 +107,7 @@ impl Connection {
             phase: Phase::Greeting,
             ports: Ports::default(),
             queued: false,
-            watching_room: false,
+            awaits_room: false,
             readable: false,
             ended: false,
             hung_up: false,
@@ -117,12 +117,12 @@ impl Connection {
             buffer: VecDeque::new(),
             buf_alloc,
             forwarded: Wrapping(0),
-            forwarded_told: Wrapping(0),
+            forwarded_reported: Wrapping(0),
             guest_shutdown: 0,
             write_ended: false,
-            owes_opening: None,
-            owes_credit: false,
-            owed_shutdown: 0,
+            pending_opening: None,
+            pending_credit: false,
+            pending_shutdown: 0,
             sent_shutdown: 0,
         }
     }
@@ -135,8 +135,8 @@ impl Connection {
             guest: request.src_port,
         };
         connection.phase = Phase::Established;
-        connection.owes_opening = Some(op::RESPONSE);
-        connection.learn_credit(request);
+        connection.pending_opening = Some(op::RESPONSE);
+        connection.update_credit(request);
         connection
     }
 
@@ -144,7 +144,7 @@ impl Connection {
     pub(super) fn request(&mut self, ports: Ports) {
         self.ports = ports;
         self.phase = Phase::Connecting;
-        self.owes_opening = Some(op::REQUEST);
+        self.pending_opening = Some(op::REQUEST);
         // Data may have come with the port.
         self.readable = true;
     }
@@ -155,13 +155,13 @@ impl Connection {
     }
 
     /// Whether the host still has to get what the guest sent before it was done.
-    pub(super) fn lingers(&self) -> bool {
+    pub(super) fn is_draining(&self) -> bool {
         self.phase == Phase::Draining && !self.buffer.is_empty() && !self.hung_up
     }
 
     /// Whether the guest has heard of it, or is waiting to.
-    pub(super) fn guest_knows(&self) -> bool {
-        self.phase != Phase::Greeting && self.owes_opening != Some(op::REQUEST)
+    pub(super) fn is_known_to_guest(&self) -> bool {
+        self.phase != Phase::Greeting && self.pending_opening != Some(op::REQUEST)
     }
 
     /// Whether data waits for room in the host's socket.
@@ -190,18 +190,18 @@ impl Connection {
     }
 
     /// Acts on what was noted: flushes, and looks whether the host is gone.
-    pub(super) fn go_on(&mut self) -> Outcome {
+    pub(super) fn advance(&mut self) -> Outcome {
         self.flush();
         match self.phase {
             Phase::Greeting if self.hung_up => Outcome::Close,
-            Phase::Connecting if self.hung_up => match self.owes_opening {
+            Phase::Connecting if self.hung_up => match self.pending_opening {
                 Some(_) => Outcome::Close,
                 None => Outcome::Reset,
             },
             Phase::Draining if self.hung_up || self.buffer.is_empty() => Outcome::Close,
             _ => {
                 if self.hung_up && (self.ended || self.guest_shutdown & SHUTDOWN_RECEIVE != 0) {
-                    self.owed_shutdown = SHUTDOWN_BOTH;
+                    self.pending_shutdown = SHUTDOWN_BOTH;
                 }
                 Outcome::Keep
             }
@@ -210,22 +210,24 @@ impl Connection {
 
     /// Takes a packet of the guest; `payload` holds exactly `header.len` bytes for `RW`.
     pub(super) fn receive(&mut self, header: &Header, payload: Reader<'_, '_>) -> Outcome {
-        self.learn_credit(header);
+        self.update_credit(header);
         match (self.phase, header.op) {
-            (_, op::RST) => self.over_for_guest(Outcome::Close),
-            (Phase::Connecting, op::RESPONSE) if self.owes_opening.is_none() => self.established(),
+            (_, op::RST) => self.close_by_guest(Outcome::Close),
+            (Phase::Connecting, op::RESPONSE) if self.pending_opening.is_none() => {
+                self.established()
+            }
             (Phase::Established, op::RW) => self.data(header.len, payload),
             (Phase::Established, op::SHUTDOWN) => self.shutdown(header.flags),
             (Phase::Established, op::CREDIT_UPDATE) => Outcome::Keep,
             (Phase::Established, op::CREDIT_REQUEST) => {
-                self.owes_credit = true;
+                self.pending_credit = true;
                 Outcome::Keep
             }
             _ => Outcome::Reset,
         }
     }
 
-    fn learn_credit(&mut self, header: &Header) {
+    fn update_credit(&mut self, header: &Header) {
         self.peer_buf_alloc = header.buf_alloc;
         self.peer_fwd_cnt = Wrapping(header.fwd_cnt);
     }
@@ -241,7 +243,7 @@ impl Connection {
         match self.stream.write(line.as_bytes()) {
             Ok(written) if written == line.len() => {
                 self.phase = Phase::Established;
-                self.go_on()
+                self.advance()
             }
             // Nothing was written to it before: it has room unless the host is gone.
             _ => Outcome::Reset,
@@ -255,7 +257,7 @@ impl Connection {
         }
         for segment in payload.segments() {
             let mut rest = segment.slice;
-            while !rest.is_empty() && self.buffer.is_empty() && !self.host_takes_nothing() {
+            while !rest.is_empty() && self.buffer.is_empty() && !self.host_receives_no_more() {
                 match retry(|| (&self.stream).write_volatile(&rest)) {
                     Ok(written) => {
                         self.forwarded += written as u32;
@@ -265,10 +267,10 @@ impl Connection {
                         }
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                    Err(_) => self.host_left(),
+                    Err(_) => self.drop_host_data(),
                 }
             }
-            if self.host_takes_nothing() {
+            if self.host_receives_no_more() {
                 self.forwarded += rest.len() as u32;
             } else {
                 let mut chunk = [0; 4096];
@@ -284,33 +286,33 @@ impl Connection {
         Outcome::Keep
     }
 
-    fn host_takes_nothing(&self) -> bool {
-        (self.owed_shutdown | self.sent_shutdown) & SHUTDOWN_RECEIVE != 0
+    fn host_receives_no_more(&self) -> bool {
+        (self.pending_shutdown | self.sent_shutdown) & SHUTDOWN_RECEIVE != 0
     }
 
     /// Writing failed for good: what is left for the host is dropped, and the guest told.
-    fn host_left(&mut self) {
+    fn drop_host_data(&mut self) {
         self.forwarded += self.buffer.len() as u32;
         self.buffer = VecDeque::new();
-        self.owed_shutdown |= SHUTDOWN_RECEIVE;
+        self.pending_shutdown |= SHUTDOWN_RECEIVE;
     }
 
     fn shutdown(&mut self, flags: u32) -> Outcome {
         let new = flags & SHUTDOWN_BOTH & !self.guest_shutdown;
         self.guest_shutdown |= new;
         if self.guest_shutdown == SHUTDOWN_BOTH {
-            return self.over_for_guest(Outcome::Reset);
+            return self.close_by_guest(Outcome::Reset);
         }
         if new & SHUTDOWN_RECEIVE != 0 {
             // The host's next write fails, as it would on a socket of its own kind. An error
             // means that it has left already, which its socket tells as an event.
             let _ = self.stream.shutdown(Shutdown::Read);
         }
-        self.go_on()
+        self.advance()
     }
 
     /// The guest is done with it. `answer` is what it gets; what it sent still goes to the host.
-    fn over_for_guest(&mut self, answer: Outcome) -> Outcome {
+    fn close_by_guest(&mut self, answer: Outcome) -> Outcome {
         if self.phase == Phase::Established {
             self.flush();
             if !self.buffer.is_empty() {
@@ -329,7 +331,7 @@ impl Connection {
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => self.host_left(),
+                Err(_) => self.drop_host_data(),
             }
         }
         // Thousands of idle connections must not keep the memory of one busy moment.
@@ -345,9 +347,9 @@ impl Connection {
     pub(super) fn has_packet(&self) -> bool {
         match self.phase {
             Phase::Greeting | Phase::Draining => false,
-            Phase::Connecting => self.owes_opening.is_some(),
+            Phase::Connecting => self.pending_opening.is_some(),
             Phase::Established => {
-                self.owes_opening.is_some()
+                self.pending_opening.is_some()
                     || self.new_shutdown() != 0
                     || self.can_read()
                     || self.credit_is_due()
@@ -356,7 +358,7 @@ impl Connection {
     }
 
     fn new_shutdown(&self) -> u32 {
-        self.owed_shutdown & !self.sent_shutdown
+        self.pending_shutdown & !self.sent_shutdown
     }
 
     fn can_read(&self) -> bool {
@@ -367,14 +369,14 @@ impl Connection {
     }
 
     fn credit_is_due(&self) -> bool {
-        let untold = (self.forwarded - self.forwarded_told).0;
-        self.owes_credit
+        let untold = (self.forwarded - self.forwarded_reported).0;
+        self.pending_credit
             || (untold >= self.buf_alloc / 2 && self.guest_shutdown & SHUTDOWN_SEND == 0)
     }
 
     /// The next packet for the guest; data is read into `room`. Context ids are not filled in.
     pub(super) fn next_packet(&mut self, room: &Writer<'_, '_>) -> Option<Header> {
-        if let Some(opening) = self.owes_opening.take() {
+        if let Some(opening) = self.pending_opening.take() {
             return Some(self.header(opening));
         }
         if self.phase != Phase::Established {
@@ -392,7 +394,7 @@ impl Connection {
             });
         }
         if self.new_shutdown() != 0 {
-            self.sent_shutdown |= self.owed_shutdown;
+            self.sent_shutdown |= self.pending_shutdown;
             return Some(Header {
                 flags: self.sent_shutdown,
                 ..self.header(op::SHUTDOWN)
@@ -433,7 +435,7 @@ impl Connection {
 
     fn end_of_host_data(&mut self) {
         self.ended = true;
-        self.owed_shutdown |= if self.hung_up {
+        self.pending_shutdown |= if self.hung_up {
             SHUTDOWN_BOTH
         } else {
             SHUTDOWN_SEND
@@ -441,8 +443,8 @@ impl Connection {
     }
 
     fn header(&mut self, op: u16) -> Header {
-        self.owes_credit = false;
-        self.forwarded_told = self.forwarded;
+        self.pending_credit = false;
+        self.forwarded_reported = self.forwarded;
         Header {
             src_port: self.ports.host,
             dst_port: self.ports.guest,

@@ -53,7 +53,7 @@ const EVENT_QUEUE: u16 = 2;
 /// How long a restored guest may take to hear that its connections are gone before hosts are let
 /// in all the same: its driver may be one that looks at no events. Long, because a driver that is
 /// only slow, on a busy host, takes the connections of those who were let in for old ones.
-const RESET_PATIENCE: Duration = Duration::from_secs(5);
+const RESET_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What one device may use of the host.
 #[derive(Clone, Debug)]
@@ -106,26 +106,26 @@ impl VsockResources {
 
 /// How far a restored guest is in learning that its connections are gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Reset {
+enum TransportReset {
     /// It need not know, or does: hosts are let in.
     Done,
     /// The event waits for a buffer.
-    Due,
+    Pending,
     /// The event is under way: the driver moves on from this position when it has dealt with it.
     /// Hosts are let in before that only when it took too long.
-    Told { position: u16, overdue: bool },
+    Announced { position: u16, overdue: bool },
 }
 
-impl Reset {
-    fn lets_hosts_in(self) -> bool {
-        matches!(self, Self::Done | Self::Told { overdue: true, .. })
+impl TransportReset {
+    fn admits_hosts(self) -> bool {
+        matches!(self, Self::Done | Self::Announced { overdue: true, .. })
     }
 }
 
 /// The vsock device.
 pub struct Vsock {
     mux: Mux,
-    reset: Reset,
+    reset: TransportReset,
     queues: Option<Queues>,
 }
 
@@ -140,9 +140,9 @@ impl Vsock {
         Ok(Self {
             mux,
             reset: if state.transport_reset {
-                Reset::Due
+                TransportReset::Pending
             } else {
-                Reset::Done
+                TransportReset::Done
             },
             queues: None,
         })
@@ -164,7 +164,7 @@ impl Vsock {
 
     /// A broken device is not called any more: its sockets must not wake the loop for nothing,
     /// nor keep hosts waiting.
-    fn quiet_if_broken(&mut self, result: Result<(), DeviceError>) -> Result<(), DeviceError> {
+    fn stop_if_broken(&mut self, result: Result<(), DeviceError>) -> Result<(), DeviceError> {
         if result.is_err() {
             self.stop();
         }
@@ -182,15 +182,15 @@ impl Vsock {
         let Some(queues) = &mut self.queues else {
             return Ok(());
         };
-        if self.reset == Reset::Due
+        if self.reset == TransportReset::Pending
             && let Some(position) = queues.announce_reset()?
         {
-            self.reset = Reset::Told {
+            self.reset = TransportReset::Announced {
                 position,
                 overdue: false,
             };
         }
-        if let Reset::Told { position, overdue } = self.reset
+        if let TransportReset::Announced { position, overdue } = self.reset
             && queues.passed(position)?
         {
             if overdue {
@@ -198,11 +198,11 @@ impl Vsock {
                 // hosts would wait for ever.
                 self.mux.end_all();
             }
-            self.reset = Reset::Done;
+            self.reset = TransportReset::Done;
         }
         self.mux
-            .listen(self.reset.lets_hosts_in())
-            .map_err(DEVICE.host_error("watch its listener"))
+            .listen(self.reset.admits_hosts())
+            .map_err(DEVICE.host_error("wait for its listener"))
     }
 }
 
@@ -240,7 +240,7 @@ impl VirtioDevice for Vsock {
         };
         self.mux
             .start(activation.events)
-            .map_err(DEVICE.host_error("watch its timer"))?;
+            .map_err(DEVICE.host_error("wait for its timer"))?;
         self.queues = Some(Queues {
             ram: activation.ram,
             rx,
@@ -248,28 +248,28 @@ impl VirtioDevice for Vsock {
             event,
             interrupt: activation.interrupt,
         });
-        if self.reset != Reset::Done {
-            self.mux.expect_listening(RESET_PATIENCE);
+        if self.reset != TransportReset::Done {
+            self.mux.listen_within(RESET_TIMEOUT);
         }
         let result = self.announce().and_then(|()| self.serve());
-        self.quiet_if_broken(result)
+        self.stop_if_broken(result)
     }
 
     fn notify_queue(&mut self, queue: u16) -> Result<(), DeviceError> {
-        let announced = if queue == EVENT_QUEUE && self.reset != Reset::Done {
+        let announced = if queue == EVENT_QUEUE && self.reset != TransportReset::Done {
             self.announce()
         } else {
             Ok(())
         };
         let result = announced.and_then(|()| self.serve());
-        self.quiet_if_broken(result)
+        self.stop_if_broken(result)
     }
 
     fn handle_event(&mut self, token: u32, ready: EventSet) -> Result<(), DeviceError> {
         let result = match token {
             TOKEN_LISTENER => self.mux.accept(),
             TOKEN_TIMER => self.mux.timer_ready().map(|opened| {
-                if let Reset::Told { overdue, .. } = &mut self.reset {
+                if let TransportReset::Announced { overdue, .. } = &mut self.reset {
                     *overdue |= opened;
                 }
             }),
@@ -281,25 +281,25 @@ impl VirtioDevice for Vsock {
         let result = result
             .map_err(DEVICE.host_error("wait on its sockets"))
             .and_then(|()| self.serve());
-        self.quiet_if_broken(result)
+        self.stop_if_broken(result)
     }
 
     fn pause(&mut self) -> Result<(), DeviceError> {
         // Every call leaves queues and RAM at rest, so there is nothing to drain.
-        let stopped = self.mux.listen(false).and_then(|()| self.mux.freeze());
+        let stopped = self.mux.listen(false).and_then(|()| self.mux.pause());
         stopped.map_err(DEVICE.host_error("stop its listener and timer"))
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
-        self.mux.thaw();
+        self.mux.resume();
         let result = self.announce().and_then(|()| self.serve());
-        self.quiet_if_broken(result)
+        self.stop_if_broken(result)
     }
 
     fn reset(&mut self) {
         self.queues = None;
         // A new driver has no old connections to hear of.
-        self.reset = Reset::Done;
+        self.reset = TransportReset::Done;
         self.stop();
     }
 
@@ -318,7 +318,7 @@ impl VirtioDevice for Vsock {
         VsockState {
             guest_cid: self.mux.guest_cid(),
             next_host_port: self.mux.next_host_port(),
-            transport_reset: self.queues.is_some() || self.reset != Reset::Done,
+            transport_reset: self.queues.is_some() || self.reset != TransportReset::Done,
         }
         .encode()
     }

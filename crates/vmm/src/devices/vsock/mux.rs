@@ -30,7 +30,7 @@ const MAX_REPLIES: usize = 256;
 /// Connections accepted before others have their turn.
 const MAX_ACCEPTS: usize = 64;
 /// How long to leave the listener alone when the process is out of file descriptors.
-const RELISTEN: Duration = Duration::from_millis(100);
+const RELISTEN_DELAY: Duration = Duration::from_millis(100);
 
 /// See the module.
 pub(super) struct Mux {
@@ -47,7 +47,7 @@ pub(super) struct Mux {
     listening: bool,
     deadlines: Deadlines,
     events: Option<Registrar>,
-    frozen_at: Option<Instant>,
+    paused_at: Option<Instant>,
 }
 
 impl Mux {
@@ -74,7 +74,7 @@ impl Mux {
             listening: false,
             deadlines: Deadlines::new()?,
             events: None,
-            frozen_at: None,
+            paused_at: None,
         })
     }
 
@@ -94,7 +94,7 @@ impl Mux {
     pub(super) fn start(&mut self, events: Registrar) -> io::Result<()> {
         events.add(self.deadlines.timer(), TOKEN_TIMER, EventSet::IN)?;
         self.events = Some(events);
-        self.frozen_at = None;
+        self.paused_at = None;
         Ok(())
     }
 
@@ -105,7 +105,7 @@ impl Mux {
         self.replies.clear();
         self.ready.clear();
         self.deadlines.clear();
-        self.frozen_at = None;
+        self.paused_at = None;
         if let Some(events) = self.events.take() {
             events.remove(self.deadlines.timer())?;
         }
@@ -133,33 +133,32 @@ impl Mux {
         Ok(())
     }
 
-    /// Opens the door after `patience` at the latest.
-    pub(super) fn expect_listening(&mut self, patience: Duration) {
-        self.deadlines
-            .add(Instant::now() + patience, TOKEN_LISTENER);
+    /// Opens the door after `timeout` at the latest.
+    pub(super) fn listen_within(&mut self, timeout: Duration) {
+        self.deadlines.add(Instant::now() + timeout, TOKEN_LISTENER);
     }
 
     /// Stops the clock of all deadlines.
-    pub(super) fn freeze(&mut self) -> io::Result<()> {
-        self.frozen_at = Some(Instant::now());
+    pub(super) fn pause(&mut self) -> io::Result<()> {
+        self.paused_at = Some(Instant::now());
         self.deadlines.disarm()
     }
 
-    /// Gives every deadline the time back that it was frozen.
-    pub(super) fn thaw(&mut self) {
-        if let Some(since) = self.frozen_at.take() {
-            let frozen = since.elapsed();
-            self.deadlines.delay(frozen);
+    /// Gives every deadline the time back that it was paused.
+    pub(super) fn resume(&mut self) {
+        if let Some(since) = self.paused_at.take() {
+            let paused = since.elapsed();
+            self.deadlines.delay(paused);
             for token in self.table.tokens() {
                 if let Some(member) = self.table.get_mut(token)
                     && let Some((_, at)) = &mut member.deadline
                 {
-                    *at += frozen;
+                    *at += paused;
                 }
             }
         }
         for token in self.table.tokens() {
-            self.go_on(token);
+            self.advance(token);
         }
     }
 
@@ -167,18 +166,18 @@ impl Mux {
     pub(super) fn accept(&mut self) -> io::Result<()> {
         for _ in 0..MAX_ACCEPTS {
             match backend::accept(&self.listener)? {
-                Accepted::Nobody => break,
+                Accepted::NoConnection => break,
                 Accepted::NoDescriptors => {
                     tracing::warn!("vsock: no file descriptors left for new connections");
                     self.listen(false)?;
                     self.deadlines
-                        .add(Instant::now() + RELISTEN, TOKEN_LISTENER);
+                        .add(Instant::now() + RELISTEN_DELAY, TOKEN_LISTENER);
                     break;
                 }
                 Accepted::Stream(stream) => match self.table.next_grant() {
                     Some(grant) => {
                         let token = self.table.insert(Connection::from_host(stream, grant));
-                        self.watch(token);
+                        self.register(token);
                     }
                     None => tracing::warn!(
                         limit = self.limits.max_connections,
@@ -194,7 +193,7 @@ impl Mux {
     pub(super) fn socket_ready(&mut self, token: u32, ready: EventSet) {
         if let Some(member) = self.table.get_mut(token) {
             member.connection.note_ready(ready);
-            self.go_on(token);
+            self.advance(token);
         }
     }
 
@@ -227,7 +226,7 @@ impl Mux {
     /// Takes a packet of the guest; `payload` holds exactly its data.
     pub(super) fn receive(&mut self, header: &Header, payload: Reader<'_, '_>) {
         if header.src_cid != self.guest_cid {
-            // Nobody the answer could go to (5.10.6.4: a driver uses its own context id).
+            // NoConnection the answer could go to (5.10.6.4: a driver uses its own context id).
             tracing::debug!(?header, "vsock: packet from another context id dropped");
             return;
         }
@@ -266,7 +265,7 @@ impl Mux {
                 let connection = Connection::from_guest(stream, grant, request);
                 let token = self.table.insert(connection);
                 self.table.bind(token, ports);
-                self.watch(token);
+                self.register(token);
             }
             Err(error) => {
                 tracing::debug!(port = ports.host, %error, "vsock: the guest's connection is refused");
@@ -306,7 +305,7 @@ impl Mux {
 
     /// Registers a new connection's socket. Edge-triggered: sockets whose data the guest has no
     /// room for must not wake the loop again and again.
-    fn watch(&mut self, token: u32) {
+    fn register(&mut self, token: u32) {
         let interest = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
         let (Some(member), Some(events)) = (self.table.get_mut(token), &self.events) else {
             return;
@@ -314,18 +313,18 @@ impl Mux {
         let outcome = match events.add(&member.connection.stream, token, interest) {
             Ok(()) => Outcome::Keep,
             Err(error) => {
-                tracing::warn!(%error, "vsock: cannot watch a connection");
+                tracing::warn!(%error, "vsock: cannot wait for a connection");
                 Outcome::Reset
             }
         };
         self.settle(token, outcome);
     }
 
-    fn go_on(&mut self, token: u32) {
+    fn advance(&mut self, token: u32) {
         let Some(member) = self.table.get_mut(token) else {
             return;
         };
-        let mut outcome = member.connection.go_on();
+        let mut outcome = member.connection.advance();
         if outcome == Outcome::Keep && member.connection.phase == Phase::Greeting {
             outcome = match backend::read_greeting(&member.connection.stream) {
                 Greeting::Incomplete => Outcome::Keep,
@@ -359,22 +358,22 @@ impl Mux {
         };
         let connection = &mut member.connection;
         if outcome != Outcome::Keep {
-            if outcome == Outcome::Reset && connection.guest_knows() {
+            if outcome == Outcome::Reset && connection.is_known_to_guest() {
                 self.replies
                     .push_back(reset(self.guest_cid, connection.ports));
             }
-            if !connection.lingers() {
+            if !connection.is_draining() {
                 self.remove(token);
                 return;
             }
             let ports = connection.ports;
             self.table.unbind(token, ports);
         }
-        self.queue_and_watch(token);
+        self.queue_and_register(token);
         self.set_deadline(token);
     }
 
-    fn queue_and_watch(&mut self, token: u32) {
+    fn queue_and_register(&mut self, token: u32) {
         let (Some(member), Some(events)) = (self.table.get_mut(token), &self.events) else {
             return;
         };
@@ -384,14 +383,14 @@ impl Mux {
             self.ready.push_back(token);
         }
         let wants_room = connection.wants_room();
-        if wants_room != connection.watching_room {
+        if wants_room != connection.awaits_room {
             let mut interest = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
             interest.set(EventSet::OUT, wants_room);
             match events.modify(&connection.stream, token, interest) {
-                Ok(()) => connection.watching_room = wants_room,
+                Ok(()) => connection.awaits_room = wants_room,
                 Err(error) => {
-                    tracing::warn!(%error, "vsock: cannot watch a connection");
-                    if connection.guest_knows() && connection.phase != Phase::Draining {
+                    tracing::warn!(%error, "vsock: cannot wait for a connection");
+                    if connection.is_known_to_guest() && connection.phase != Phase::Draining {
                         self.replies
                             .push_back(reset(self.guest_cid, connection.ports));
                     }
@@ -413,12 +412,12 @@ impl Mux {
             self.deadlines.remove(at, token);
         }
         if let Some(wait) = wait {
-            let patience = match wait {
+            let timeout = match wait {
                 Wait::Greeting => self.limits.greeting_timeout,
                 Wait::Response => self.limits.connect_timeout,
                 Wait::Close => self.limits.close_timeout,
             };
-            let at = Instant::now() + patience;
+            let at = Instant::now() + timeout;
             member.deadline = Some((wait, at));
             self.deadlines.add(at, token);
         }

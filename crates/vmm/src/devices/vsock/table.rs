@@ -23,7 +23,7 @@ const MAX_BUFFER: u32 = 256 << 10;
 /// A connection gets at most this part of what is left beyond everybody's minimum.
 const SHARE: u64 = 32;
 
-/// A connection in the table, with when its patience ends.
+/// A connection in the table, with when its timeout ends.
 pub(super) struct Member {
     pub(super) connection: Connection,
     pub(super) deadline: Option<(Wait, Instant)>,

@@ -29,7 +29,7 @@ use super::config::ConfigState;
 use super::msix::{MsixState, MsixTable};
 use super::{BarRange, ConfigSpace, PciDevice};
 use crate::event_loop::{EventHandler, Registrar};
-use crate::irq::Wiring;
+use crate::irq::IrqRoutes;
 use crate::virtio::{
     Activation, ActiveQueue, DeviceError, DeviceName, GuestRam, Interrupt, Lifecycle, SavedQueue,
     VirtioDevice,
@@ -72,7 +72,7 @@ pub struct VirtioPci {
     kicks: Vec<EventFd>,
     /// Where the doorbells are at present, so that they can follow the BAR.
     doorbells_at: Option<u64>,
-    wiring: Arc<dyn Wiring>,
+    irq_routes: Arc<dyn IrqRoutes>,
     device: SharedVirtioDevice,
     ram: GuestRam,
     events: Registrar,
@@ -85,7 +85,7 @@ impl VirtioPci {
     pub fn new(
         device: SharedVirtioDevice,
         bar_address: u32,
-        wiring: Arc<dyn Wiring>,
+        irq_routes: Arc<dyn IrqRoutes>,
         ram: GuestRam,
         events: Registrar,
     ) -> io::Result<Self> {
@@ -100,7 +100,7 @@ impl VirtioPci {
         };
         let queues = sizes.len() as u16;
         // One vector for configuration changes and one for each queue.
-        let msix = MsixTable::new(Arc::clone(&wiring), queues + 1)?;
+        let msix = MsixTable::new(Arc::clone(&irq_routes), queues + 1)?;
         let (config, layout) =
             layout::configuration(device_type, bar_address, queues, msix.control());
         let kicks: Vec<EventFd> = sizes
@@ -118,7 +118,7 @@ impl VirtioPci {
             interrupt,
             kicks,
             doorbells_at: None,
-            wiring,
+            irq_routes,
             device,
             ram,
             events,
@@ -158,11 +158,11 @@ impl VirtioPci {
         }
         for (queue, kick) in (0u64..).zip(&self.kicks) {
             let offset = queue * layout::NOTIFY_STRIDE;
-            let unwatched = self
+            let unregistered = self
                 .doorbells_at
-                .map(|at| self.wiring.unwatch(at + offset, kick));
-            let watched = now.map(|at| self.wiring.watch(at + offset, kick));
-            for result in [unwatched, watched].into_iter().flatten() {
+                .map(|at| self.irq_routes.unregister_ioeventfd(at + offset, kick));
+            let registered = now.map(|at| self.irq_routes.register_ioeventfd(at + offset, kick));
+            for result in [unregistered, registered].into_iter().flatten() {
                 if let Err(error) = result {
                     tracing::warn!(device = %self.name, queue, %error, "doorbell could not be moved");
                 }
@@ -248,7 +248,7 @@ impl VirtioPci {
 
     fn stop_device(&mut self) {
         for kick in &self.kicks {
-            // Not watched (never activated, or served by the kernel): nothing to stop.
+            // Not registered (never activated, or served by the kernel): nothing to stop.
             let _ = self.events.remove(kick);
             let _ = kick.read();
         }

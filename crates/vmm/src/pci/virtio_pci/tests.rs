@@ -1,6 +1,6 @@
 use super::*;
 use crate::event_loop::EventLoop;
-use crate::irq::testing::RecordingWiring;
+use crate::irq::testing::RecordingIrqRoutes;
 use crate::virtio::testing::ram;
 
 /// Remembers what it was called for.
@@ -59,9 +59,15 @@ fn witness() -> (Arc<Mutex<Witness>>, VirtioPci) {
     let device = Arc::new(Mutex::new(Witness::default()));
     let mut events = EventLoop::new().unwrap();
     let registrar = events.reserve();
-    let wiring = Arc::new(RecordingWiring::default());
-    let mut transport =
-        VirtioPci::new(device.clone(), 0xC000_0000, wiring, ram(4096), registrar).unwrap();
+    let irq_routes = Arc::new(RecordingIrqRoutes::default());
+    let mut transport = VirtioPci::new(
+        device.clone(),
+        0xC000_0000,
+        irq_routes,
+        ram(4096),
+        registrar,
+    )
+    .unwrap();
     transport.activate();
     (device, transport)
 }

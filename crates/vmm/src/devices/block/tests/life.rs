@@ -186,7 +186,7 @@ fn the_first_version_of_the_state_is_still_understood() {
                 burst: 10,
             }),
         },
-        disk: Some(SeenDisk {
+        disk: Some(DiskProperties {
             size: 1 << 20,
             read_only: true,
             block_size: 4096,

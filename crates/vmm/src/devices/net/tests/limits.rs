@@ -65,7 +65,7 @@ fn nothing_of_a_paused_device_wakes_the_event_loop() {
 
 #[test]
 fn a_limited_device_takes_no_vhost() {
-    let (port, _wire, _asked) = SocketPort::pair().unwrap();
+    let (port, _wire, _settings) = SocketPort::pair().unwrap();
     let state = NetState::fresh(NetConfig {
         limits: RateLimits {
             bytes: Some(Rate::per_second(1000)),

@@ -15,7 +15,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::MAX_FRAME;
-use super::testing::{Asked, DriverQueue, INDIRECT, NEXT, SocketPort, WRITE};
+use super::testing::{DriverQueue, INDIRECT, NEXT, PortSettings, SocketPort, WRITE};
 use super::*;
 use crate::event_loop::{EventHandler, EventLoop, Registrar};
 use crate::rate_limit::{Rate, RateLimits};
@@ -69,7 +69,7 @@ struct Rig {
     queues: Vec<DriverQueue>,
     kicks: Vec<EventFd>,
     wires: Vec<File>,
-    asked: Vec<Arc<Asked>>,
+    settings: Vec<Arc<PortSettings>>,
     interrupt: Arc<CountingInterrupt>,
     features: u64,
 }
@@ -81,12 +81,12 @@ impl Rig {
 
     fn with_state(features: u64, pairs: u16, state: NetState) -> Self {
         let mut ports: Vec<Box<dyn Port>> = Vec::new();
-        let (mut wires, mut asked) = (Vec::new(), Vec::new());
+        let (mut wires, mut settings) = (Vec::new(), Vec::new());
         for _ in 0..pairs {
             let (port, wire, questions) = SocketPort::pair().unwrap();
             ports.push(Box::new(port));
             wires.push(wire);
-            asked.push(questions);
+            settings.push(questions);
         }
         let vhost = Vec::new();
         let device = Net::new(NetResources { ports, vhost }, state).unwrap();
@@ -111,7 +111,7 @@ impl Rig {
             queues,
             kicks: Vec::new(),
             wires,
-            asked,
+            settings,
             interrupt: CountingInterrupt::shared(),
             features,
         }

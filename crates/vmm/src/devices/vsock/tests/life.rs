@@ -119,7 +119,7 @@ fn a_late_driver_keeps_hosts_out_for_a_while_and_then_ends_who_was_let_in() {
     parent.connect(5);
     let mut clone = parent.restore();
     let mut host = clone.host(5);
-    let deadline = std::time::Instant::now() + 5 * RESET_PATIENCE;
+    let deadline = std::time::Instant::now() + 5 * RESET_TIMEOUT;
     let request = loop {
         clone.rig.wait();
         if let Some((packet, _)) = clone.recv() {
