@@ -1,7 +1,8 @@
-//! The I/O APIC: 24 pins, each with a redirection entry that says which interrupt it becomes.
+//! The I/O APIC: 24 pins, each with a redirection entry that selects the pin's interrupt.
 //!
-//! Only edges are raised here ([`Ioapic::pulse`]); ACPI tells the guest so. A pin that is pulsed
-//! while masked stays pending until it is unmasked, as an edge-triggered input of the real part.
+//! Pins only have edges here ([`Ioapic::pulse`]), as ACPI tells the guest. A pin that is pulsed
+//! while it is masked stays pending until it is unmasked, as an edge-triggered input of the real
+//! part does.
 //!
 //! Source: Intel 82093AA datasheet, section 3.
 
@@ -12,11 +13,11 @@ use serde::{Deserialize, Serialize};
 use super::{IrqRoutes, MsiMessage};
 use crate::bus::BusDevice;
 
-/// Input pins.
+/// The number of input pins.
 pub const PIN_COUNT: usize = 24;
-/// Where the guest finds it (guest-physical).
+/// The guest-physical address of the I/O APIC.
 pub const IOAPIC_BASE: u64 = 0xFEC0_0000;
-/// Bytes of its register window.
+/// The size of its register window in bytes.
 pub const IOAPIC_SIZE: u64 = 0x1000;
 
 const IOREGSEL: u64 = 0x00;
@@ -32,12 +33,12 @@ const VERSION: u32 = 0x11 | (PIN_COUNT as u32 - 1) << 16;
 const ENTRY_MASKED: u64 = 1 << 16;
 /// Delivery status and remote IRR: read-only, and always 0 for edges delivered at once.
 const ENTRY_READ_ONLY: u64 = 1 << 12 | 1 << 14;
-/// Vector, delivery, polarity, trigger, mask; and the destination. The rest is reserved.
+/// The bits for vector, delivery, polarity, trigger, mask and destination. The others are reserved.
 const ENTRY_DEFINED: u64 = 0x1_FFFF | 0xFF << 56;
-/// The bits of its id.
+/// The bits of the id register.
 const ID_BITS: u32 = 0x0F00_0000;
 
-/// What is saved of it.
+/// The saved state of the I/O APIC.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IoapicState {
     id: u32,
@@ -58,7 +59,7 @@ impl IoapicState {
         }
     }
 
-    /// The same with only the bits that the registers have, which a saved state may not keep to.
+    /// The same state with only the bits that the registers have. A saved state may have others.
     fn within_registers(mut self) -> Self {
         self.id &= ID_BITS;
         self.pending &= (1 << PIN_COUNT) - 1;
@@ -75,7 +76,7 @@ pub struct Ioapic {
 }
 
 impl Ioapic {
-    /// An I/O APIC in the given state, sending its messages by `irq_routes`.
+    /// An I/O APIC in the given state, which sends its messages by `irq_routes`.
     pub fn new(irq_routes: Arc<dyn IrqRoutes>, state: IoapicState) -> Self {
         Self {
             state: Mutex::new(state.within_registers()),
@@ -83,7 +84,7 @@ impl Ioapic {
         }
     }
 
-    /// Its present state.
+    /// The present state.
     pub fn save(&self) -> IoapicState {
         self.state
             .lock()
@@ -91,12 +92,12 @@ impl Ioapic {
             .clone()
     }
 
-    /// Puts it back into `state`.
+    /// Puts the I/O APIC into `state`.
     pub fn restore(&self, state: IoapicState) {
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state.within_registers();
     }
 
-    /// A rising edge on `pin`.
+    /// Raises an edge on `pin`.
     pub fn pulse(&self, pin: usize) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.pending |= 1 << pin;

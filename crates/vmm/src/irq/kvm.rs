@@ -16,11 +16,11 @@ use vmm_sys_util::eventfd::EventFd;
 use super::ioapic::PIN_COUNT;
 use super::{Gsi, IrqRoutes, MsiMessage};
 
-/// Lines that KVM's routing table can hold (`KVM_MAX_IRQ_ROUTES` on x86).
+/// The number of lines that KVM's routing table can hold (`KVM_MAX_IRQ_ROUTES` on x86).
 const MAX_ROUTES: u32 = 4096;
 
-/// The irq_routes of a VM. Lines below [`PIN_COUNT`] are the I/O APIC's pins, which need no route:
-/// their messages are sent by `signal`.
+/// The interrupt routes of a VM. Lines below [`PIN_COUNT`] are the I/O APIC's pins, which need no
+/// route: their messages are sent by `signal`.
 pub struct KvmIrqRoutes {
     vm: Arc<VmFd>,
     table: Mutex<Table>,
@@ -32,7 +32,7 @@ struct Table {
 }
 
 impl KvmIrqRoutes {
-    /// The irq_routes of `vm`, which must have a split irqchip.
+    /// The interrupt routes of `vm`, which must have a split irqchip.
     pub fn new(vm: Arc<VmFd>) -> Self {
         let table = Table {
             next: PIN_COUNT as u32,
@@ -45,7 +45,7 @@ impl KvmIrqRoutes {
     }
 }
 
-/// KVM takes the routing table whole.
+/// The whole routing table, which is what KVM takes.
 fn routing_table(routes: &BTreeMap<u32, MsiMessage>) -> io::Result<KvmIrqRouting> {
     let entries: Vec<_> = routes
         .iter()
@@ -94,7 +94,8 @@ impl IrqRoutes for KvmIrqRoutes {
     }
 
     fn signal(&self, message: MsiMessage) -> io::Result<()> {
-        // The count of CPUs that took it: 0 where the guest blocked it, which is its own affair.
+        // The result is the number of CPUs that took the message. It is 0 where the guest blocked
+        // it, which is not an error.
         self.vm.signal_msi(kvm_msi {
             address_lo: message.address as u32,
             address_hi: (message.address >> 32) as u32,

@@ -1,9 +1,9 @@
 //! Interrupts and doorbells between devices and the guest.
 //!
-//! [`IrqRoutes`] is all that the rest of the machine knows of KVM's interrupt interface: message
-//! signalled interrupts through irqfds, and eventfds behind guest addresses (ioeventfd). The local
-//! APICs live in KVM; the I/O APIC ([`ioapic`]) lives here, because with KVM's split irqchip only
-//! the pins that need one (serial port, ACPI events) pay for it. There is no PIC and no PIT.
+//! [`IrqRoutes`] hides KVM's interrupt interface from the rest of the machine: message signalled
+//! interrupts through irqfds, and eventfds behind guest addresses (ioeventfd). KVM has the local
+//! APICs; the I/O APIC ([`ioapic`]) is implemented here (KVM's split irqchip). There is no PIC and
+//! no PIT.
 
 pub mod ioapic;
 mod kvm;
@@ -30,33 +30,32 @@ pub struct MsiMessage {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Gsi(pub u32);
 
-/// How devices reach the guest's CPUs, and how its writes reach devices. KVM in a machine
-/// ([`KvmIrqRoutes`]), a recorder in tests.
+/// The routes by which devices interrupt the guest's CPUs, and by which the guest's writes reach
+/// devices. A machine uses KVM ([`KvmIrqRoutes`]), and tests a recorder.
 pub trait IrqRoutes: Send + Sync {
-    /// A line that nobody else uses.
+    /// Allocates a line that has no other user.
     fn allocate(&self) -> io::Result<Gsi>;
 
-    /// Sets the message that `gsi` stands for.
+    /// Sets the message that `gsi` raises.
     fn set_route(&self, gsi: Gsi, message: MsiMessage) -> io::Result<()>;
 
-    /// From now on a write to `fd` raises `gsi`; a write made before counts.
+    /// Makes a write to `fd` raise `gsi`. A write that was made before counts as well.
     fn connect(&self, fd: &EventFd, gsi: Gsi) -> io::Result<()>;
 
     /// Undoes [`IrqRoutes::connect`]; writes then stay pending in `fd`.
     fn disconnect(&self, fd: &EventFd, gsi: Gsi) -> io::Result<()>;
 
-    /// Raises an interrupt now.
+    /// Raises an interrupt at once.
     fn signal(&self, message: MsiMessage) -> io::Result<()>;
 
-    /// From now on the guest's writes to `address`, of any size and value, are counted in `fd` and
-    /// do not leave the kernel.
+    /// Has the kernel count the guest's writes to `address`, of any size and value, in `fd`.
     fn register_ioeventfd(&self, address: u64, fd: &EventFd) -> io::Result<()>;
 
     /// Undoes [`IrqRoutes::register_ioeventfd`].
     fn unregister_ioeventfd(&self, address: u64, fd: &EventFd) -> io::Result<()>;
 }
 
-/// A irq_routes that records instead of raising, for tests of everything above it.
+/// Routes that record interrupts instead of raising them, for tests.
 #[cfg(test)]
 pub(crate) mod testing {
     use std::collections::BTreeMap;

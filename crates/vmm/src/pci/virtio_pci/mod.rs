@@ -1,8 +1,8 @@
 //! Virtio over PCI: the transport between a guest's driver and a [`VirtioDevice`].
 //!
-//! One memory BAR holds everything: the common configuration, the device's own, a doorbell per
-//! queue (an ioeventfd: a kick never leaves the kernel) and the MSI-X table. There is no legacy
-//! interface and no INTx.
+//! One memory BAR holds everything: the common configuration, the device's own configuration, a
+//! doorbell per queue (an ioeventfd, so a kick does not leave the kernel) and the MSI-X table.
+//! There is no legacy interface and no INTx.
 //!
 //! Locks: the transport's own lock is taken by vCPU threads (registers) and by the event loop
 //! (kicks, events); the device's lock is taken inside it, and by the control socket alone.
@@ -35,13 +35,14 @@ use crate::virtio::{
     VirtioDevice,
 };
 
-/// Tokens from here on are kicks: this plus the queue's index.
+/// The first token of kicks; the queue's index is added.
 const KICK_TOKEN: u32 = 0x8000_0000;
 
-/// A device as the transport shares it with whoever controls it (the balloon's target, say).
+/// A device, shared by its transport and by what controls it (to set the balloon's target, for
+/// example).
 pub type SharedVirtioDevice = Arc<Mutex<dyn VirtioDevice>>;
 
-/// What is saved of a transport and the device behind it.
+/// The saved state of a transport and of the device behind it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VirtioPciState {
     device_type: u32,
@@ -63,14 +64,14 @@ impl VirtioPciState {
 pub struct VirtioPci {
     name: DeviceName,
     config: ConfigSpace,
-    /// Its configuration space when it was new.
+    /// The configuration space of the new device.
     power_on: ConfigState,
     layout: layout::Capabilities,
     msix: MsixTable,
     common: CommonConfig,
     interrupt: Arc<PciInterrupt>,
     kicks: Vec<EventFd>,
-    /// Where the doorbells are at present, so that they can follow the BAR.
+    /// The present address of the doorbells, which follow the BAR.
     doorbells_at: Option<u64>,
     irq_routes: Arc<dyn IrqRoutes>,
     device: SharedVirtioDevice,
@@ -128,7 +129,7 @@ impl VirtioPci {
         Ok(transport)
     }
 
-    /// Bytes of the one BAR.
+    /// The size of the one BAR in bytes.
     pub const BAR_SIZE: u32 = layout::BAR_SIZE;
 
     /// The device behind this transport.
@@ -146,7 +147,7 @@ impl VirtioPci {
         device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts the doorbells where the BAR is now.
+    /// Moves the doorbells to the BAR's present address.
     fn move_doorbells(&mut self) {
         let now = self
             .config
@@ -164,14 +165,14 @@ impl VirtioPci {
             let registered = now.map(|at| self.irq_routes.register_ioeventfd(at + offset, kick));
             for result in [unregistered, registered].into_iter().flatten() {
                 if let Err(error) = result {
-                    tracing::warn!(device = %self.name, queue, %error, "doorbell could not be moved");
+                    tracing::warn!(device = %self.name, queue, %error, "a doorbell could not be moved");
                 }
             }
         }
         self.doorbells_at = now;
     }
 
-    /// The driver is ready, or was when the state was saved.
+    /// Activates the device: its driver is ready, or was when the state was saved.
     fn activate(&mut self) {
         if let Err(error) = self.try_activate() {
             self.fail(&error);
@@ -201,7 +202,7 @@ impl VirtioPci {
                 .add(kick, token, EventSet::IN)
                 .map_err(|source| DeviceError::Host {
                     device: self.name,
-                    action: "watch a queue",
+                    action: "wait for a queue",
                     source,
                 })?;
         }
@@ -238,9 +239,10 @@ impl VirtioPci {
             .collect()
     }
 
-    /// The device cannot go on: the guest is told so and may reset it. The VM lives.
+    /// Marks the device as broken, which the guest is told so that it may reset the device. The VM
+    /// runs on.
     fn fail(&mut self, error: &DeviceError) {
-        tracing::warn!(device = %self.name, %error, "device broken until the driver resets it");
+        tracing::warn!(device = %self.name, %error, "the device is broken until its driver resets it");
         self.stop_device();
         self.common.set_needs_reset();
         self.interrupt.signal_config();
@@ -256,14 +258,15 @@ impl VirtioPci {
         self.life.reset(&mut *device);
     }
 
-    /// The driver wrote 0 to the status: forget all it said. MSI-X is the bus's and stays.
+    /// The driver wrote 0 to the status, so its settings are dropped. Those of MSI-X belong to the
+    /// bus and stay.
     fn reset_by_driver(&mut self) {
         self.stop_device();
         self.common.reset();
         self.interrupt.reset();
     }
 
-    /// The machine is reset: as after power-on.
+    /// Returns to the state after power-on, when the machine is reset.
     pub fn reset(&mut self) -> Result<(), DeviceError> {
         self.reset_by_driver();
         self.msix.reset();
@@ -285,7 +288,7 @@ impl VirtioPci {
         self.contain(paused)
     }
 
-    /// Lets the device go on.
+    /// Resumes the device's work; see [`VirtioDevice::resume`].
     pub fn resume(&mut self) -> Result<(), DeviceError> {
         let resumed = {
             let mut device = Self::locked(&self.device);
@@ -306,7 +309,7 @@ impl VirtioPci {
         }
     }
 
-    /// Everything that a transport built the same way needs to go on.
+    /// The state of the transport and of its device, from which both can be restored.
     ///
     /// # Errors
     /// The device's, and [`DeviceError::State`] while the device is running.
@@ -329,8 +332,8 @@ impl VirtioPci {
         })
     }
 
-    /// Takes a saved state over. The device must have been built from [`VirtioPciState::device`].
-    /// It is left paused: [`VirtioPci::resume`] lets it go on.
+    /// Restores a saved state. The device must have been built from [`VirtioPciState::device`]. It
+    /// is paused afterwards, until [`VirtioPci::resume`].
     pub fn restore(&mut self, state: &VirtioPciState) -> Result<(), DeviceError> {
         let refuse = |reason| DeviceError::State {
             device: self.name,
@@ -409,7 +412,7 @@ impl PciDevice for VirtioPci {
             layout::Region::Device(at) => Self::locked(&self.device).read_config(at, data),
             layout::Region::MsixTable(at) => self.msix.read_table(at, data),
             layout::Region::MsixPending(at) => self.msix.read_pending(at, data),
-            // Without INTx there is no interrupt status to tell.
+            // Without INTx there is no interrupt status to read.
             layout::Region::Isr | layout::Region::Notify(_) | layout::Region::Nothing => {}
         }
     }
@@ -420,8 +423,8 @@ impl PciDevice for VirtioPci {
             layout::Region::Device(at) => Self::locked(&self.device).write_config(at, data),
             layout::Region::MsixTable(at) => self.msix.write_table(at, data),
             layout::Region::Notify(at) => {
-                // Only accesses that KVM did not take for a doorbell come here: across one, or
-                // through the configuration window.
+                // Only accesses that KVM did not take for a doorbell come here: those across one,
+                // or through the configuration window.
                 let queue = (at / layout::NOTIFY_STRIDE) as usize;
                 if let Some(kick) = self.kicks.get(queue) {
                     let _ = kick.write(1);
