@@ -1,4 +1,4 @@
-//! The life of a virtio device, and what its transport lends it.
+//! The contract between a virtio device and its transport.
 
 use std::sync::Arc;
 
@@ -9,7 +9,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{DeviceError, DeviceName, GuestRam, RunState};
 use crate::event_loop::Registrar;
 
-/// How a device interrupts the guest. Implemented by the transport; in tests by a counter.
+/// The way in which a device interrupts the guest. The transport implements it, and tests use a
+/// counter.
 pub trait Interrupt: Send + Sync {
     /// Used buffers were added to `queue`. The caller has already asked
     /// `Queue::needs_notification`.
@@ -25,20 +26,20 @@ pub trait Interrupt: Send + Sync {
 
 /// A queue that the driver has set up, as handed to the device.
 pub struct ActiveQueue {
-    /// Its index in the device.
+    /// The queue's index in the device.
     pub index: u16,
-    /// The rings, validated against RAM.
+    /// The rings, which lie in RAM.
     pub queue: Queue,
     /// Written by KVM when the driver kicks the queue. The transport waits on it and calls
-    /// [`VirtioDevice::notify_queue`], unless the device said [`VirtioDevice::in_kernel`].
+    /// [`VirtioDevice::notify_queue`], unless [`VirtioDevice::in_kernel`] is true for the queue.
     pub kick: EventFd,
 }
 
-/// What a device is lent when the driver is ready (`DRIVER_OK`).
+/// The resources that a device gets when its driver is ready (`DRIVER_OK`), until it is reset.
 pub struct Activation {
     /// Guest RAM.
     pub ram: GuestRam,
-    /// The queues that the driver enabled, in order; those left out were not enabled.
+    /// The queues that the driver has enabled, in order.
     pub queues: Vec<ActiveQueue>,
     /// The features both sides agreed on.
     pub features: u64,
@@ -46,8 +47,8 @@ pub struct Activation {
     pub interrupt: Arc<dyn Interrupt>,
     /// Whether the device is running, for calls that reach it past the transport.
     pub run_state: RunState,
-    /// For the device's own file descriptors. Tokens are the device's own affair, below
-    /// `0x8000_0000`; their events come to [`VirtioDevice::handle_event`].
+    /// Registers the device's own file descriptors. The device chooses tokens below `0x8000_0000`;
+    /// their events come to [`VirtioDevice::handle_event`].
     pub events: Registrar,
 }
 
@@ -73,13 +74,14 @@ pub trait VirtioDevice: Send {
     /// The features offered. The transport adds `VIRTIO_F_VERSION_1` and acknowledges no others.
     fn features(&self) -> u64;
 
-    /// The largest size of each queue (powers of two); its length is the number of queues.
+    /// The largest size of each queue (a power of two). The length of the list is the number of
+    /// queues.
     fn queue_max_sizes(&self) -> Vec<u16>;
 
     /// Reads the device's configuration space; bytes past its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
-    /// Writes the device's configuration space; by default nothing in it is writable.
+    /// Writes the device's configuration space. By default it is not writable.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     /// Whether `queue` is served by the kernel (vhost), so that the transport must leave its kicks
@@ -88,7 +90,7 @@ pub trait VirtioDevice: Send {
         false
     }
 
-    /// The driver is ready, or a saved device comes back to life: take the queues and start.
+    /// The driver is ready, or the device is restored: it takes the queues and starts.
     ///
     /// At restore the device was built from its state and the queues carry their saved positions;
     /// it must look at each queue for work that was left (a kick may have been lost).
@@ -113,12 +115,12 @@ pub trait VirtioDevice: Send {
     /// work that came meanwhile.
     fn resume(&mut self) -> Result<(), DeviceError>;
 
-    /// Forgets the driver: drops what [`VirtioDevice::activate`] lent and waits for what was in
-    /// flight. The device can be activated again. Host resources stay open.
+    /// Forgets the driver: drops the resources of [`VirtioDevice::activate`] after requests in
+    /// flight are over. The device can be activated again. Host resources stay open.
     fn reset(&mut self);
 
-    /// The queues lent at activation, with their present positions; empty when not activated.
-    /// Exact only while paused.
+    /// The queues of the activation with their present positions, or none while the device is idle.
+    /// The positions are exact only while the device is paused.
     fn queues(&self) -> Vec<(u16, &Queue)>;
 
     /// The device's own state beyond its queues, as an encoded versioned value of its `state.rs`.

@@ -1,5 +1,5 @@
 //! A driver for device tests: the guest's side of the queues, and a [`Rig`] in which a device runs
-//! with plain RAM, a real event loop and no KVM.
+//! with plain RAM, an event loop and no KVM.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -155,17 +155,17 @@ impl DriverQueue {
     }
 }
 
-/// A device and what the transport would do with it.
+/// A device with the transport's part of its life.
 pub struct Shell<D> {
     /// The device.
     pub device: D,
-    /// The first error of an event; after it the device hears nothing more.
+    /// The first error of an event. The device is not called after it.
     pub error: Option<DeviceError>,
     kicks: Vec<EventFd>,
     life: Lifecycle,
 }
 
-/// Tokens from here on are the transport's, for kicks.
+/// The first token of the transport's own, for kicks.
 const KICK: u32 = 0x8000_0000;
 
 impl<D: VirtioDevice> EventHandler for Shell<D> {
@@ -186,7 +186,7 @@ impl<D: VirtioDevice> EventHandler for Shell<D> {
     }
 }
 
-/// A device at work.
+/// A running device with its driver.
 pub struct Rig<D> {
     /// Guest RAM; the rings lie at its beginning, below [`Rig::buffers`].
     pub ram: GuestRam,

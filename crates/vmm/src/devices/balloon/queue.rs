@@ -1,7 +1,6 @@
-//! What the driver asks on the five queues (VIRTIO 1.3, 5.5.2 and 5.5.6).
+//! The driver's requests on the five queues (VIRTIO 1.3, 5.5.2 and 5.5.6).
 //!
-//! Every page number and range is the guest's word: nothing outside RAM is ever passed on. Work is
-//! bounded per call; a queue with more to do kicks itself, so that others get their turn.
+//! Page numbers and ranges come from the guest, and only those in RAM are ever passed on.
 
 use std::sync::Arc;
 
@@ -20,17 +19,17 @@ use crate::virtio::{
     Served, ServedQueue, Turn,
 };
 
-/// Requests handled on one queue, and the memory that they are about, before others have their
-/// turn. The host's work grows with the pages: each may be a system call.
+/// The requests that one call serves on one queue, and the bytes of memory that they name. The
+/// host's work grows with the pages, as each may cost a system call.
 const BUDGET: Budget = Budget::new(64, 256 << 20);
-/// Page numbers in one request. Linux sends 256, others up to a few thousand.
+/// The most page numbers in one request. Linux sends 256, others up to a few thousand.
 pub(super) const MAX_PAGES: usize = 16 << 10;
-/// The most memory that one report is about. Linux sends up to 128 MiB.
+/// The most memory that one report may name, in bytes. Linux reports up to 128 MiB.
 const MAX_REPORT: u64 = 1 << 30;
-/// The driver's word that a round of hinting is over.
+/// The driver's command that ends a round of hinting.
 const HINT_STOP: u32 = 0;
 
-/// What a queue is for.
+/// The purpose of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
     Inflate,
@@ -41,7 +40,7 @@ pub(super) enum Role {
 }
 
 impl Role {
-    /// In the order of the specification's queue numbers.
+    /// All roles, in the order of the specification's queue numbers.
     pub(super) const ALL: [Self; 5] = [
         Self::Inflate,
         Self::Deflate,
@@ -87,7 +86,7 @@ impl Hints {
         self.phase == HintPhase::Complete
     }
 
-    /// Takes a command of the driver, or free pages.
+    /// Handles a command of the driver, or free pages.
     fn take(
         &mut self,
         queue: &ServedQueue,
@@ -107,7 +106,7 @@ impl Hints {
         Ok(())
     }
 
-    /// The driver says which round its next pages belong to.
+    /// Handles the driver's command that names the round of its next pages.
     fn command(&mut self, command: u32) {
         self.phase = match self.phase {
             HintPhase::Requested if command == self.round => HintPhase::Collecting,
@@ -117,7 +116,7 @@ impl Hints {
     }
 }
 
-/// What the driver lent at activation.
+/// The resources of the activation.
 pub(super) struct Queues {
     pub(super) ram: GuestRam,
     pub(super) interrupt: Arc<dyn Interrupt>,
@@ -139,8 +138,8 @@ impl Queues {
                 roles.len()
             )));
         }
-        // In order, the queues are the agreed roles, whether the driver numbers them as the
-        // specification does or, as Linux, without gaps.
+        // The queues are those of the agreed roles, in order, whether the driver numbers them as
+        // the specification does or without gaps, as Linux does.
         let queues = activation.queues.into_iter();
         let ring = |queue| ServedQueue::new(DEVICE, queue, event_idx);
         Ok(Self {
@@ -165,7 +164,7 @@ impl Queues {
         self.rings.iter().map(|(_, ring)| ring.indexed()).collect()
     }
 
-    /// Hands the requests of a queue to `handler`. A queue that was not agreed on has none.
+    /// Passes the requests of a queue to `handler`. A queue that was not agreed on has none.
     fn serve<'m>(
         ram: &'m GuestRam,
         interrupt: &dyn Interrupt,
@@ -182,7 +181,7 @@ impl Queues {
     }
 
     /// As [`Queues::serve`], for requests that are finished at once. `work` returns the bytes of
-    /// memory that a request is about.
+    /// memory that a request names.
     fn serve_at_once(
         &mut self,
         role: Role,
@@ -289,21 +288,23 @@ impl Queues {
     }
 }
 
-/// The memory that a request's whole list of pages is about, doubles included.
+/// The memory that a request's list of pages names in bytes, with pages that are listed twice.
 fn listed_bytes(chain: &DescriptorChain<'_>) -> u64 {
     chain.readable_len() as u64 / 4 * PAGE
 }
 
-/// The memory that a report is about.
+/// The memory that a report names, in bytes.
 fn reported_bytes(queue: &ServedQueue, chain: &DescriptorChain<'_>) -> Result<u64, DeviceError> {
     let bytes = chain.writable_len() as u64;
     match bytes <= MAX_REPORT {
         true => Ok(bytes),
-        false => Err(queue.driver_error(format_args!("a report of {bytes} bytes of free memory"))),
+        false => Err(queue.driver_error(format_args!(
+            "a report names {bytes} bytes of free memory, which is too much"
+        ))),
     }
 }
 
-/// The pages that a request lists by number, as runs: sorted, apart, inside RAM.
+/// The pages that a request lists by number, as runs that are sorted, disjoint and inside RAM.
 fn page_runs(
     ram: &GuestRam,
     queue: &ServedQueue,
@@ -311,7 +312,7 @@ fn page_runs(
 ) -> Result<Vec<GuestRange>, DeviceError> {
     let len = chain.readable_len();
     if len == 0 || len / 4 > MAX_PAGES || !len.is_multiple_of(4) {
-        return Err(queue.driver_error(format_args!("{len} bytes are no list of pages")));
+        return Err(queue.driver_error(format_args!("{len} bytes are not a list of pages")));
     }
     let mut bytes = vec![0; len];
     let read = chain.reader().read_exact(&mut bytes);
@@ -335,8 +336,8 @@ fn page_runs(
     }
 }
 
-/// The whole pages of the writable buffers, as runs: sorted and apart. They are inside RAM, as the
-/// chain was validated.
+/// The whole pages of the writable buffers, as runs that are sorted and disjoint. They are inside
+/// RAM, because the chain was validated.
 fn buffer_runs(chain: &DescriptorChain<'_>) -> Vec<GuestRange> {
     let mut stretches: Vec<(u64, u64)> = chain
         .writer()
@@ -357,7 +358,7 @@ fn buffer_runs(chain: &DescriptorChain<'_>) -> Vec<GuestRange> {
     runs
 }
 
-/// Adds a stretch that starts no earlier than the last run does, joining the two if they touch.
+/// Adds a range that starts no earlier than the last run does. The two are joined if they touch.
 fn push_run(runs: &mut Vec<GuestRange>, start: u64, len: u64) {
     if let Some(last) = runs.last_mut()
         && start <= last.start.0 + last.len

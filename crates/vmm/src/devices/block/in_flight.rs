@@ -1,8 +1,8 @@
-//! The requests that the disk has, by the tags under which it answers them.
+//! The requests that the disk is working on, by the tags under which it completes them.
 
 use vm_memory::GuestAddress;
 
-/// A request of the guest that the disk has.
+/// A request of the guest that the disk is working on.
 pub(super) struct Pending {
     /// The queue's place in the list of active queues.
     pub(super) slot: usize,
@@ -18,7 +18,7 @@ pub(super) struct Pending {
     pub(super) flush: bool,
 }
 
-/// All requests that the disk has.
+/// All requests that the disk is working on.
 #[derive(Default)]
 pub(super) struct InFlight {
     requests: Vec<Option<Pending>>,
@@ -48,13 +48,13 @@ impl InFlight {
         self.requests.len() as u64 - 1
     }
 
-    /// Whether a flush must follow the request. Asked once: the answer is `false` afterwards.
+    /// Whether a flush must follow the request. Further calls return `false`.
     pub(super) fn take_flush(&mut self, tag: u64) -> bool {
         let request = self.requests.get_mut(tag as usize).and_then(Option::as_mut);
         request.is_some_and(|pending| std::mem::take(&mut pending.flush))
     }
 
-    /// Removes a request that is over.
+    /// Removes a request that is complete.
     pub(super) fn remove(&mut self, tag: u64) -> Option<Pending> {
         let pending = self.requests.get_mut(tag as usize)?.take()?;
         self.free.push(tag as usize);

@@ -1,8 +1,9 @@
 //! The virtio block device: a disk ([`clone_disk::Disk`]) as the guest sees it.
 //!
-//! Requests of a kick go to the disk together, and answers that are there at once (the page cache
-//! is often quick) cost no second wake-up. Formats, layers and files are `clone-disk`'s affair.
-//! Where the driver does not know flushes, every change is flushed before it is answered.
+//! All requests of one notification go to the disk together, and requests that are complete at once
+//! (from the page cache, for example) cost no second event. Image formats, layers and files are
+//! handled by `clone-disk`. Where the driver has no flushes, every change is flushed before it is
+//! completed.
 //!
 //! Source: VIRTIO 1.3, 5.2.
 
@@ -39,29 +40,31 @@ use queue::{BlockRequest, Parsed, parse};
 pub use state::{BlockConfig, BlockState, BlockStateV1, DiskProperties, ID_BYTES, MAX_QUEUES};
 use state::{CONFIG_BYTES, QUEUE_SIZE};
 
-/// The device's name in messages.
+/// The name that errors give the device.
 const DEVICE: DeviceName = DeviceName::new("block");
-/// What guests address.
+/// The unit of addresses in requests, in bytes.
 const SECTOR: u64 = 512;
-/// Work of one call: a guest that never stops must not hold the event loop.
+/// The work of one call: a guest that sends requests without a pause must not hold up the event
+/// loop.
 const BUDGET: Budget = Budget::new(4 * QUEUE_SIZE as usize, 16 << 20);
-/// Bytes that the disk has at a time, beside those of one request: a pause waits for them.
+/// The most bytes that the disk works on at a time, besides those of one request. A pause waits for
+/// them.
 const MAX_IN_FLIGHT: u64 = 64 << 20;
 
 /// The token of the rate limiter's timer.
 const TOKEN_TIMER: u32 = 0;
-/// The tokens of the disk's descriptors start here.
+/// The first token of the disk's descriptors.
 const TOKEN_DISK: u32 = 1;
 
-/// A disk that a device serves and that others (snapshots) freeze while the device is paused. The
-/// lock is held for the length of one call, by the event loop while the machine runs.
+/// A disk that a device serves, and that a snapshot freezes while the device is paused. The lock is
+/// held for one call at a time, by the event loop while the machine runs.
 pub type SharedDisk = Arc<Mutex<Disk>>;
 
-/// What a driver set up.
+/// The resources of the activation.
 struct Active {
     ram: GuestRam,
     queues: Vec<ServedQueue>,
-    /// Whether the driver knows flushes, so that a change may be answered before it is durable.
+    /// Whether the driver has flushes, so that a change may be completed before it is durable.
     writeback: bool,
     interrupt: Arc<dyn Interrupt>,
     events: Registrar,
@@ -75,17 +78,18 @@ pub struct Block {
     limiter: Option<RateLimiter>,
     active: Option<Active>,
     in_flight: InFlight,
-    /// A request waits until the disk has fewer.
+    /// Whether a request waits until the disk has fewer.
     held_back: bool,
     completions: Vec<Completion>,
 }
 
 impl Block {
-    /// A device for `disk`, new or saved. A saved state must have seen a disk of the same size
-    /// and access.
+    /// A device for `disk`, new or saved. The disk of a saved state must have had the same size and
+    /// access.
     ///
     /// # Errors
-    /// [`DeviceError::State`] where they do not fit, [`DeviceError::Host`] without a timer.
+    /// [`DeviceError::State`] where disk and state do not fit, [`DeviceError::Host`] where there is
+    /// no timer.
     pub fn new(disk: SharedDisk, state: BlockState) -> Result<Self, DeviceError> {
         let BlockState::V1(state) = state;
         let seen = {
@@ -116,14 +120,14 @@ impl Block {
         &self.disk
     }
 
-    /// The descriptors of ours that the event loop watches, with their tokens.
+    /// The descriptors that are registered in the event loop, with their tokens.
     fn descriptors(&self) -> Vec<(u32, RawFd)> {
         let timer = self.limiter.iter().map(|l| (TOKEN_TIMER, l.as_raw_fd()));
         let fds = lock(&self.disk).wake_fds();
         timer.chain((TOKEN_DISK..).zip(fds)).collect()
     }
 
-    /// Has the event loop watch them.
+    /// Registers the device's descriptors in the event loop.
     fn register(&self) -> Result<(), DeviceError> {
         let Some(active) = &self.active else {
             return Ok(());
@@ -140,13 +144,14 @@ impl Block {
             return;
         };
         for (_, fd) in self.descriptors() {
-            // They were added by `register`; where that failed half way, or in a pause, there are
-            // none to remove.
+            // They were added by `register`. They are missing where that failed, and during a
+            // pause.
             let _ = active.events.remove(&fd);
         }
     }
 
-    /// Takes what is in the queue `slot`, hands it to the disk, and answers what is ready.
+    /// Takes the requests of the queue `slot`, passes them to the disk, and completes those that
+    /// are done.
     fn serve(&mut self, slot: usize) -> Result<(), DeviceError> {
         let mut budget = BUDGET;
         loop {
@@ -179,7 +184,8 @@ impl Block {
         active.queues[slot].take(&active.ram, &mut turn, &mut submission)
     }
 
-    /// Decides what follows after requests were taken. Returns whether to take more at once.
+    /// Acts on the reason for which no more requests were taken. Returns whether to take more at
+    /// once.
     fn settle(
         &mut self,
         slot: usize,
@@ -192,7 +198,7 @@ impl Block {
         if stopped != Stopped::Blocked {
             return active.queues[slot].settle(&active.ram, stopped, budget);
         }
-        // What the disk finishes calls for the rest; the disk may have finished all already.
+        // The disk's next completion continues the work, unless the disk has completed all already.
         if self.in_flight.bytes() > 0 {
             self.held_back = true;
             return Ok(false);
@@ -201,7 +207,7 @@ impl Block {
         Ok(true)
     }
 
-    /// Starts what the disk was given, and answers the guest's requests that are over.
+    /// Starts the disk's new requests, and gives the complete ones back to the guest.
     fn poll(&mut self) -> Result<(), DeviceError> {
         let mut completions = std::mem::take(&mut self.completions);
         lock(&self.disk)
@@ -212,10 +218,10 @@ impl Block {
         Ok(())
     }
 
-    /// Waits for all that the disk was given.
+    /// Waits for all of the disk's requests.
     fn drain(&mut self) -> Result<(), DeviceError> {
         let mut completions = Vec::new();
-        // More than one round where flushes follow changes.
+        // Flushes that follow changes take a further round.
         while self.in_flight.len() > 0 {
             lock(&self.disk)
                 .drain(&mut completions)
@@ -247,7 +253,7 @@ impl Block {
             active.queues[pending.slot].push_used(&active.ram, pending.head, written)?;
         }
         if flushes {
-            // Their answers come by the disk's descriptors, or right now.
+            // They complete by the disk's descriptors, or at once.
             let mut more = Vec::new();
             lock(&self.disk)
                 .poll(&mut more)
@@ -285,7 +291,7 @@ impl Block {
     }
 }
 
-/// Hands the requests of one queue to the disk.
+/// Passes the requests of one queue to the disk.
 struct Submission<'a> {
     /// The queue's place in the list of active queues.
     slot: usize,
@@ -343,7 +349,7 @@ impl<'m> RequestHandler<'m> for Submission<'_> {
 impl Submission<'_> {
     fn submit(&mut self, pending: Pending, request: Request) -> Result<(), DeviceError> {
         if self.in_flight.len() >= self.capacity {
-            return Err(DEVICE.driver_error("more requests than its queues hold"));
+            return Err(DEVICE.driver_error("it has more requests in flight than its queues hold"));
         }
         let tag = self.in_flight.insert(pending);
         self.disk.submit(tag, request);
@@ -391,8 +397,8 @@ impl VirtioDevice for Block {
             events: activation.events,
         });
         self.register()?;
-        // Looked at by the event loop, not by the vCPU that is here now: the disk's thread is
-        // started by the first request, and inherits from its starter what it may do.
+        // The event loop serves the queues, and not the vCPU thread that runs this: the disk's
+        // thread is started by the first request, and inherits its rights from the starting thread.
         self.requeue_all()
     }
 
@@ -434,11 +440,11 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self) {
         if let Err(error) = self.drain() {
-            // The driver is gone, or broke the rings that the answers belong in.
-            tracing::debug!(%error, "answers lost in a reset of a block device");
+            // The driver is gone, or has broken the rings that completions are written to.
+            tracing::debug!(%error, "completions were lost in a reset of a block device");
             let drained = lock(&self.disk).drain(&mut self.completions);
             if let Err(error) = drained {
-                tracing::error!(%error, "a disk does not come to rest");
+                tracing::error!(%error, "a disk could not complete its requests");
             }
             self.completions.clear();
         }
@@ -462,7 +468,7 @@ impl VirtioDevice for Block {
 }
 
 impl Drop for Block {
-    /// The disk may live on elsewhere: what it has of this device's RAM must be over.
+    /// Waits for requests on this device's RAM, because others may keep the disk.
     fn drop(&mut self) {
         self.reset();
     }
@@ -471,7 +477,7 @@ impl Drop for Block {
 /// Writes a request's status. Its address was in RAM when the request was parsed.
 fn write_status(ram: &GuestRam, status: GuestAddress, code: u32) -> Result<(), DeviceError> {
     ram.write_obj(code as u8, status)
-        .map_err(|_| DEVICE.driver_error("a status outside of RAM"))
+        .map_err(|_| DEVICE.driver_error("the status byte of a request is outside RAM"))
 }
 
 fn status_of(error: &io::Error) -> u32 {
@@ -482,6 +488,6 @@ fn status_of(error: &io::Error) -> u32 {
 }
 
 fn lock(disk: &SharedDisk) -> MutexGuard<'_, Disk> {
-    // A panic elsewhere while holding it is not ours to judge; the disk checks its own state.
+    // The disk checks its own state, so it can be used after a panic of another holder of the lock.
     disk.lock().unwrap_or_else(PoisonError::into_inner)
 }

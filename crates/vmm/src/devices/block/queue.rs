@@ -1,4 +1,4 @@
-//! The guest's requests: validated descriptor chains, parsed. There are no files and no KVM in here.
+//! The guest's requests: validated descriptor chains, parsed. This does not depend on files or KVM.
 //!
 //! Source: VIRTIO 1.3, 5.2.6 (device operation).
 
@@ -18,7 +18,7 @@ use crate::virtio::{DescriptorChain, DeviceError, Reader, ServedQueue, Writer};
 const HEADER_BYTES: usize = 16;
 /// A range to discard or to zero: sector, number of sectors, flags.
 const RANGE_BYTES: usize = 16;
-/// The flag of a range that allows giving its space back.
+/// The flag of a range that allows releasing its space.
 const FLAG_UNMAP: u32 = 1;
 
 /// A parsed chain.
@@ -93,9 +93,9 @@ pub(super) fn parse<'c, 'm>(
 ) -> Result<Parsed<'c, 'm>, DeviceError> {
     let mut data_out = chain.reader();
     let Ok(header) = data_out.read_array::<HEADER_BYTES>() else {
-        return Err(queue.driver_error("a request without a whole header"));
+        return Err(queue.driver_error("a request has no complete header"));
     };
-    let no_status = || queue.driver_error("a request without room for its status");
+    let no_status = || queue.driver_error("a request has no room for its status");
     let data_in_len = chain.writable_len().checked_sub(1).ok_or_else(no_status)?;
     let (data_in, status) = chain
         .writer()

@@ -1,5 +1,5 @@
-//! The control queue: how a driver picks its queue pairs and offloads and says that it has
-//! announced itself.
+//! The control queue, by which a driver chooses its queue pairs and offloads and acknowledges that
+//! it has announced itself.
 //!
 //! Source: VIRTIO 1.3, 5.1.6.5 (control virtqueue).
 
@@ -14,17 +14,17 @@ use crate::virtio::{
     DescriptorChain, DeviceError, GuestRam, Interrupt, Reader, Served, ServedQueue, Turn,
 };
 
-/// Commands carried out by one call.
+/// The commands that one call carries out.
 const BUDGET: Budget = Budget::new(16, u64::MAX);
 
-/// What a driver may ask for.
+/// A command of the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Command {
-    /// It has announced itself.
+    /// The driver has announced itself.
     AnnounceAck,
-    /// It uses this many queue pairs from now on.
+    /// The driver uses this number of queue pairs from now on.
     SetQueuePairs(u16),
-    /// It wants these offloads of those it negotiated (feature bits).
+    /// The driver wants these of the offloads that it negotiated (feature bits).
     SetGuestOffloads(u64),
 }
 

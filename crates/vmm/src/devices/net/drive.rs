@@ -1,5 +1,5 @@
-//! What the device does once a driver is there: queues taken, kicks and events served, pairs
-//! started and stopped as pause, link and driver ask.
+//! The device's work while it is active: it takes the queues, serves kicks and events, and starts
+//! and stops queue pairs as pauses, the link and the driver demand.
 
 use std::sync::Arc;
 
@@ -60,7 +60,8 @@ impl Net {
         pairs.try_for_each(|pair| pair.stop(&active.context))
     }
 
-    /// Brings every pair of a running device into the state that link and driver ask for.
+    /// Starts and stops the pairs of a running device, and steers frames to them, as the link and
+    /// the driver demand.
     pub(super) fn apply(&mut self) -> Result<(), DeviceError> {
         let Some(active) = &self.active else {
             return Ok(());
@@ -133,7 +134,7 @@ impl Net {
     }
 
     fn apply_link_change(&mut self) -> Result<(), DeviceError> {
-        // A link_changed-up that was already taken leaves nothing to read.
+        // There is nothing to read where the event was handled before.
         let _ = self.shared.link_changed().read();
         self.apply()?;
         if self.shared.link_up() != self.state.link_up {
@@ -203,7 +204,7 @@ impl Net {
         Ok(())
     }
 
-    /// Waits for what is not a pair's: the link's switch and the limits' timers.
+    /// Registers the eventfd of the link and the timers of the rate limits.
     pub(super) fn listen(&self) -> Result<(), DeviceError> {
         let Some(active) = &self.active else {
             return Ok(());
@@ -225,32 +226,32 @@ impl Net {
         Ok(())
     }
 
-    /// Stops waiting for them: while paused nobody would take their events.
+    /// Unregisters them, because nobody takes their events during a pause.
     pub(super) fn stop_listening(&self) {
         let Some(active) = &self.active else {
             return;
         };
-        // Those that are not waited for now are no loss.
+        // Descriptors that are not registered need no removal.
         let _ = active.context.events.remove(self.shared.link_changed());
         for limiter in [&self.rx_limiter, &self.tx_limiter].into_iter().flatten() {
             let _ = active.context.events.remove(limiter);
         }
     }
 
-    /// Leaves nothing waiting in the event loop and nothing running in the kernel.
+    /// Stops all pairs and unregisters all descriptors.
     pub(super) fn halt(&mut self) {
         let Some(active) = &self.active else {
             return;
         };
         for pair in &mut self.pairs {
             if let Err(error) = pair.stop(&active.context) {
-                tracing::warn!(%error, "a queue pair did not stop in order");
+                tracing::warn!(%error, "a queue pair could not be stopped");
             }
         }
         self.stop_listening();
     }
 
-    /// A device that failed must not be called by its own descriptors again.
+    /// Stops a device that has failed, so that its descriptors do not keep the event loop busy.
     pub(super) fn halt_on_error(
         &mut self,
         result: Result<(), DeviceError>,

@@ -1,12 +1,11 @@
 //! The network device: Ethernet frames between the guest and a tap of the host.
 //!
-//! Two data paths serve the queue pairs. With an open `/dev/vhost-net` per pair the host kernel
-//! does (`vhost.rs`); without, the event loop does (`queue.rs`). Both move frames without a copy
-//! of ours, offer the same features and leave the same state behind, so a device may be saved
-//! under one and restored under the other. Control queue, link state and configuration are
-//! served here in either case.
+//! Two data paths serve the queue pairs: the host kernel, with an open `/dev/vhost-net` per pair
+//! (`vhost.rs`), or the event loop (`queue.rs`). Neither path copies frames in the VMM. Both offer
+//! the same features and have the same state, so a device may be saved with one path and restored
+//! with the other. Control queue, link state and configuration are served here in either case.
 //!
-//! Taps, bridges and addresses are made by the launcher; this takes queues that are open.
+//! The launcher makes taps, bridges and addresses; this device gets queues of a tap that are open.
 //!
 //! Source: VIRTIO 1.3, 5.1 (network device).
 
@@ -64,7 +63,7 @@ mod token {
     }
 }
 
-/// The host's side of a network device, all of it already open.
+/// The host's resources of a network device, which are open already.
 pub struct NetResources {
     /// One port per queue pair: the queues of one tap.
     pub ports: Vec<Box<dyn Port>>,
@@ -83,7 +82,7 @@ pub struct Net {
     active: Option<Active>,
 }
 
-/// What a driver set up.
+/// The resources of the activation.
 struct Active {
     context: DriverContext,
     control: Option<ServedQueue>,
@@ -149,7 +148,7 @@ impl Net {
         })
     }
 
-    /// A handle for the rest of the process: link and counters.
+    /// A handle for the link and the counters, for the rest of the process.
     pub fn handle(&self) -> NetHandle {
         NetHandle(Arc::clone(&self.shared))
     }
@@ -263,7 +262,8 @@ impl VirtioDevice for Net {
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
         let state = NetStateV1 {
             link_up: self.shared.link_up(),
-            // Whoever is built from this wakes up elsewhere: bridges must learn where.
+            // A device that is built from this state may be on another host, and bridges must learn
+            // of that.
             announce: self.active.is_some(),
             ..self.state.clone()
         };

@@ -15,7 +15,7 @@ use crate::virtio::{DeviceError, GuestRam, Interrupt, ServedQueue, Stopped};
 
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
-/// What the transport context at activation and every pair needs.
+/// The resources of the activation that every pair needs.
 pub(super) struct DriverContext {
     pub(super) ram: GuestRam,
     pub(super) features: u64,
@@ -23,7 +23,7 @@ pub(super) struct DriverContext {
     pub(super) events: Registrar,
 }
 
-/// What all pairs of a device share on the userspace path.
+/// The counters and rate limits that all pairs of a device share on the userspace path.
 pub(super) struct QueuePairShared<'a> {
     pub(super) counters: &'a Counters,
     pub(super) rx_limiter: Option<&'a mut RateLimiter>,
@@ -42,7 +42,7 @@ enum Path {
     Kernel,
     Userspace {
         receiver: Receiver,
-        /// What is waited for on the port.
+        /// The events that are waited for on the port.
         interest: EventSet,
     },
 }
@@ -74,7 +74,7 @@ impl Pair {
         &*self.port
     }
 
-    /// Whether vhost serves the pair when it runs.
+    /// Whether vhost serves the pair.
     pub(super) fn in_kernel(&self) -> bool {
         self.vhost.is_some()
     }
@@ -89,7 +89,7 @@ impl Pair {
         self.rings.as_ref()
     }
 
-    /// Takes the rings, or takes them away.
+    /// Sets or removes the rings.
     pub(super) fn set_rings(&mut self, rings: Option<Rings>) {
         self.rings = rings;
     }
@@ -105,7 +105,7 @@ impl Pair {
         Ok(())
     }
 
-    /// Sets the pair to work, if it has rings and does not work already.
+    /// Starts the pair, if it has rings and is stopped.
     pub(super) fn start(&mut self, context: &DriverContext) -> Result<(), DeviceError> {
         let (Path::Stopped, Some(rings)) = (&self.path, &self.rings) else {
             return Ok(());
@@ -133,12 +133,12 @@ impl Pair {
                 interest: EventSet::IN,
             };
         }
-        // A kick may have been lost while nobody listened (or before a restore).
+        // A kick may have been lost while the pair was stopped (or before a restore).
         rings.rx.requeue()?;
         rings.tx.requeue()
     }
 
-    /// Stops work; afterwards the rings are at rest and their positions true.
+    /// Stops the pair. Afterwards the rings are at rest and their positions are true.
     pub(super) fn stop(&mut self, context: &DriverContext) -> Result<(), DeviceError> {
         match std::mem::replace(&mut self.path, Path::Stopped) {
             Path::Stopped => Ok(()),
@@ -160,7 +160,7 @@ impl Pair {
         }
     }
 
-    /// The port is ready for what is waited for.
+    /// Handles an event of the port.
     pub(super) fn port_ready(
         &mut self,
         ready: EventSet,
@@ -200,8 +200,9 @@ impl Pair {
             limiter: shared.rx_limiter.as_deref_mut(),
         };
         let stopped = receiver.receive(&mut rings.rx, direction)?;
-        // Out of buffers, the tap is left alone until the guest kicks, and at the limit until the
-        // timer fires; else its readiness calls again, also for what is left over the budget.
+        // Without buffers the tap is not waited for until the guest kicks, and at the limit not
+        // until the timer fires. Otherwise a readable tap calls again, also for frames beyond the
+        // budget.
         let more = matches!(stopped, Stopped::Budget | Stopped::Blocked);
         self.set_interest(context, EventSet::IN, more)
     }

@@ -1,6 +1,6 @@
 //! The userspace data path of one queue pair: frames between the port and the guest's buffers.
 //!
-//! There is no KVM and no event loop in here. Each call moves a bounded number of frames and
+//! This does not depend on KVM or the event loop. Each call moves a bounded number of frames and
 //! returns why it stopped; `pair.rs` decides what to wait for then.
 //!
 //! Source: VIRTIO 1.3, 5.1.6 (device operation).
@@ -73,7 +73,7 @@ pub(super) struct Receiver {
     expected: usize,
     /// Receives the end of a frame that is longer than the room taken out for it.
     tail: Box<[u8]>,
-    /// The chains of the frame in hand. Kept, as its allocation serves every frame.
+    /// The chains of the present frame. The allocation is kept for further frames.
     taken: Vec<FrameChain>,
 }
 
@@ -192,7 +192,7 @@ impl<'m> ReceiveFrames<'_, 'm> {
         len: usize,
     ) -> Result<bool, DeviceError> {
         let room = self.room.len();
-        // A frame that fills all the room there is may have been cut.
+        // A frame that fills all the room may have been cut.
         if len < HEADER_LEN || len >= room + self.receiver.tail.len() {
             return Ok(false);
         }
@@ -327,7 +327,7 @@ impl<'m> RequestHandler<'m> for TransmitFrames<'_, 'm> {
     }
 }
 
-/// Sends one frame, or counts it as dropped where the port has an objection to it alone.
+/// Sends one frame, or counts it as dropped where the port refuses this frame only.
 fn send(frame: &IoVec<'_>, port: &File, counters: &Counters) -> io::Result<()> {
     if frame.len() > MAX_FRAME {
         counters.transmit_dropped();

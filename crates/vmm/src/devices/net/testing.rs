@@ -1,4 +1,4 @@
-//! What tests and fuzz targets of the network device share: a port that is a pair of sockets, and
+//! Helpers of tests and fuzz targets of the network device: a port that is a pair of sockets, and
 //! the driver's side of a queue.
 
 use std::fs::File;
@@ -29,7 +29,7 @@ pub struct SocketPort {
     settings: Arc<PortSettings>,
 }
 
-/// What the device asked of a [`SocketPort`].
+/// The settings that the device has made on a [`SocketPort`].
 pub struct PortSettings {
     offloads: AtomicU32,
     attached: AtomicBool,
@@ -57,10 +57,10 @@ impl PortSettings {
 }
 
 impl SocketPort {
-    /// The port, its far end, and what will be asked of it.
+    /// Makes a port. Returns it with its far end and its settings.
     ///
     /// # Errors
-    /// The kernel's answer where it makes no sockets.
+    /// The kernel's error where it makes no sockets.
     pub fn pair() -> io::Result<(Self, File, Arc<PortSettings>)> {
         let (near, far) = socketpair(
             AddressFamily::UNIX,
@@ -132,12 +132,12 @@ impl DriverQueue {
         }
     }
 
-    /// Where the available ring is.
+    /// The address of the available ring.
     pub fn avail_ring(&self) -> u64 {
         self.base + 0x4000
     }
 
-    /// Where the used ring is.
+    /// The address of the used ring.
     pub fn used_ring(&self) -> u64 {
         self.base + 0x5000
     }
@@ -145,7 +145,7 @@ impl DriverQueue {
     /// The queue as a transport hands it to the device, and a copy of its kick.
     ///
     /// # Panics
-    /// Where the kernel makes no eventfd.
+    /// Panics where the kernel makes no eventfd.
     pub fn activate(&self, index: u16) -> (ActiveQueue, EventFd) {
         let mut queue = Queue::new(self.size).expect("a power of two");
         queue.set_desc_table_address(Some(self.base as u32), Some((self.base >> 32) as u32));

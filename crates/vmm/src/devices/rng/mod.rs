@@ -1,8 +1,8 @@
-//! Random bytes for the guest: virtio entropy device (VIRTIO 1.3, 5.4), fed by the host kernel's
+//! The entropy device (VIRTIO 1.3, 5.4), which gives the guest random bytes of the host kernel's
 //! generator.
 //!
-//! Nothing is kept between requests, so a restored or forked guest gets bytes that no sibling
-//! gets. `limit` bounds what a guest may draw; this file is the device.
+//! No bytes are kept between requests, so a restored or forked guest gets bytes that no other guest
+//! gets. `limit` bounds the bytes that a guest may draw; this file is the device.
 
 mod limit;
 mod state;
@@ -35,9 +35,10 @@ use crate::virtio::{
 const DEVICE: DeviceName = DeviceName::new("rng");
 const QUEUE_SIZE: u16 = 64;
 
-/// The most bytes that one request gets; a longer one is cut, as the specification allows.
+/// The most bytes that one request gets. A longer request is filled in part, as the specification
+/// allows.
 const MAX_REQUEST: usize = 64 << 10;
-/// Requests handled before others have their turn.
+/// The requests that one call serves.
 const BUDGET: Budget = Budget::new(32, u64::MAX);
 
 const TOKEN_TIMER: u32 = 0;
@@ -56,7 +57,7 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// Builds the device; with a `limit` it makes a timer.
+    /// Builds the device. With a `limit` this makes a timer.
     pub fn new(limit: Option<RateLimit>, _state: RngState) -> Result<Self, DeviceError> {
         let bucket = match limit {
             Some(limit) => {
@@ -81,7 +82,7 @@ impl Rng {
 
     fn serve(&mut self) -> Result<(), DeviceError> {
         let result = self.answer_requests();
-        // A broken device is not called any more: its timer must not wake the loop for nothing.
+        // A broken device is not called any more, so its timer must not keep the event loop busy.
         if let (Err(_), Some((_, timer))) = (&result, &self.bucket) {
             timer
                 .disarm()
@@ -114,7 +115,7 @@ fn answer_request(
     bucket: Option<&mut (Bucket, Timer)>,
 ) -> Result<Served, DeviceError> {
     if chain.readable_len() > 0 || chain.writable_len() == 0 {
-        return Err(queue.driver_error("a request has no room or brings data"));
+        return Err(queue.driver_error("a request has no writable buffer, or a readable one"));
     }
     let wanted = chain.writable_len().min(MAX_REQUEST);
     let Some(len) = draw(wanted, bucket)? else {
@@ -223,7 +224,7 @@ impl VirtioDevice for Rng {
         if let (Some(active), Some((_, timer))) = (self.active.take(), &self.bucket)
             && let Err(error) = active.events.remove(timer)
         {
-            tracing::error!(%error, "rng: cannot leave the event loop");
+            tracing::error!(%error, "rng: cannot be unregistered from the event loop");
         }
     }
 

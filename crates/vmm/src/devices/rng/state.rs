@@ -1,4 +1,5 @@
-//! What an entropy device remembers: nothing, by design. The version is there for the day it does.
+//! The saved state of an entropy device, which is empty by design. The version allows for content
+//! later.
 
 use serde::{Deserialize, Serialize};
 
@@ -27,7 +28,7 @@ impl RngState {
         Self {}
     }
 
-    /// Encodes it with its version.
+    /// Encodes the state with its version.
     pub fn encode(&self) -> Result<Vec<u8>, DeviceError> {
         SavedRng::V1(self.clone()).to_bytes()
     }

@@ -1,9 +1,9 @@
 //! One stream between a Unix socket of the host and a socket of the guest: its phases, credit in
 //! both directions (VIRTIO 1.3, 5.10.6.3) and the end of each direction (5.10.6.4).
 //!
-//! Data goes straight between the socket and guest memory. Only what the host's socket does not
-//! take at once is buffered, and never more than the credit the guest was given. Who it belongs
-//! to, when it is its turn and how long it may take is the business of `mux`.
+//! Data moves directly between the socket and guest memory. Only data that the host's socket does
+//! not take at once is buffered, and never more than the guest's credit. `mux` keeps the ports, the
+//! order of turns and the timeouts.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -17,38 +17,39 @@ use vmm_sys_util::epoll::EventSet;
 use super::packet::{Header, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
 use crate::virtio::{Reader, Writer};
 
-/// The two ports that name a connection.
+/// The two ports that identify a connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Ports {
     pub(super) host: u32,
     pub(super) guest: u32,
 }
 
-/// Where a connection is in its life.
+/// The phase of a connection's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// Accepted from the host; which port it wants is not yet known.
+    /// The host has connected, and the port that it wants is not known yet.
     Greeting,
-    /// Waits for the guest's answer.
+    /// The connection waits for the guest's answer.
     Connecting,
-    /// Both sides talk.
+    /// Both sides may send.
     Established,
-    /// Over for the guest; what it sent is still on its way into the host's socket.
+    /// The guest has closed the connection, and some of its data has not reached the host's socket
+    /// yet.
     Draining,
 }
 
-/// What is to become of a connection after something happened to it.
+/// The consequence of an event for a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// It lives on.
+    /// The connection stays open.
     Keep,
-    /// It is over, and the guest knows or never heard of it.
+    /// The connection is closed, and the guest knows this or never knew the connection.
     Close,
-    /// It is over, and the guest must be told.
+    /// The connection is closed, and the guest must be told.
     Reset,
 }
 
-/// What a connection waits for that must not take for ever.
+/// What a connection waits for with a timeout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wait {
     /// The host's line that names the port.
@@ -65,34 +66,34 @@ pub(super) struct Connection {
     pub(super) stream: UnixStream,
     pub(super) phase: Phase,
     pub(super) ports: Ports,
-    /// In the queue of connections that have something for the guest.
+    /// Whether the connection is in the queue of those that have something for the guest.
     pub(super) queued: bool,
-    /// The socket is watched for room to write.
+    /// Whether the event loop waits for room to write in the socket.
     pub(super) awaits_room: bool,
 
-    // From the host to the guest.
-    /// The socket may have data: reading it has not said otherwise yet.
+    // These fields are for data from the host to the guest.
+    /// The socket may have data: no read has shown otherwise yet.
     readable: bool,
     /// The socket's data has been read to its end.
     ended: bool,
-    /// The host closed its socket: it will neither send nor take anything.
+    /// The host has closed its socket, and will neither send nor receive.
     hung_up: bool,
     peer_buf_alloc: u32,
     peer_fwd_cnt: Wrapping<u32>,
     sent: Wrapping<u32>,
 
-    // From the guest to the host.
+    // These fields are for data from the guest to the host.
     buffer: VecDeque<u8>,
     buf_alloc: u32,
     forwarded: Wrapping<u32>,
-    /// The `forwarded` that the guest has heard of.
+    /// The value of `forwarded` that was last sent to the guest.
     forwarded_reported: Wrapping<u32>,
     /// The directions that the guest has ended.
     guest_shutdown: u32,
-    /// The host's socket was told that no more will come.
+    /// Whether the host's socket was shut down for writing.
     write_ended: bool,
 
-    // Owed to the guest.
+    // These fields are for packets that the guest has yet to get.
     pending_opening: Option<u16>,
     pending_credit: bool,
     pending_shutdown: u32,
@@ -140,7 +141,7 @@ impl Connection {
         connection
     }
 
-    /// The host named the port it wants: a request is due.
+    /// The host has named the port that it wants: a request must be sent to the guest.
     pub(super) fn request(&mut self, ports: Ports) {
         self.ports = ports;
         self.phase = Phase::Connecting;
@@ -149,17 +150,17 @@ impl Connection {
         self.readable = true;
     }
 
-    /// The bytes of buffer that were granted to it.
+    /// The size of the buffer that the connection was granted, in bytes.
     pub(super) fn buf_alloc(&self) -> u32 {
         self.buf_alloc
     }
 
-    /// Whether the host still has to get what the guest sent before it was done.
+    /// Whether data that the guest sent before it closed the connection has yet to reach the host.
     pub(super) fn is_draining(&self) -> bool {
         self.phase == Phase::Draining && !self.buffer.is_empty() && !self.hung_up
     }
 
-    /// Whether the guest has heard of it, or is waiting to.
+    /// Whether the guest knows of the connection.
     pub(super) fn is_known_to_guest(&self) -> bool {
         self.phase != Phase::Greeting && self.pending_opening != Some(op::REQUEST)
     }
@@ -169,7 +170,7 @@ impl Connection {
         !self.buffer.is_empty()
     }
 
-    /// What it waits for that must not take for ever.
+    /// What the connection waits for with a timeout.
     pub(super) fn waits_for(&self) -> Option<Wait> {
         match self.phase {
             Phase::Greeting => Some(Wait::Greeting),
@@ -179,7 +180,7 @@ impl Connection {
         }
     }
 
-    /// Takes note of what the host's socket is ready for. Touches nothing else.
+    /// Notes what the host's socket is ready for, and changes nothing else.
     pub(super) fn note_ready(&mut self, ready: EventSet) {
         if ready.intersects(EventSet::HANG_UP | EventSet::ERROR) {
             self.hung_up = true;
@@ -189,7 +190,7 @@ impl Connection {
         }
     }
 
-    /// Acts on what was noted: flushes, and looks whether the host is gone.
+    /// Acts on what was noted: flushes the buffer, and checks whether the host is gone.
     pub(super) fn advance(&mut self) -> Outcome {
         self.flush();
         match self.phase {
@@ -208,7 +209,7 @@ impl Connection {
         }
     }
 
-    /// Takes a packet of the guest; `payload` holds exactly `header.len` bytes for `RW`.
+    /// Handles a packet of the guest. `payload` has exactly `header.len` bytes for `RW`.
     pub(super) fn receive(&mut self, header: &Header, payload: Reader<'_, '_>) -> Outcome {
         self.update_credit(header);
         match (self.phase, header.op) {
@@ -232,7 +233,7 @@ impl Connection {
         self.peer_fwd_cnt = Wrapping(header.fwd_cnt);
     }
 
-    /// Bytes that the guest has room for. A guest that counts wrongly only starves itself.
+    /// The bytes that the guest has room for. A guest that counts wrongly only harms itself.
     fn credit(&self) -> u32 {
         let in_flight = (self.sent - self.peer_fwd_cnt).0;
         self.peer_buf_alloc.saturating_sub(in_flight)
@@ -245,7 +246,7 @@ impl Connection {
                 self.phase = Phase::Established;
                 self.advance()
             }
-            // Nothing was written to it before: it has room unless the host is gone.
+            // Nothing was written to the socket before, so it has room unless the host is gone.
             _ => Outcome::Reset,
         }
     }
@@ -290,7 +291,8 @@ impl Connection {
         (self.pending_shutdown | self.sent_shutdown) & SHUTDOWN_RECEIVE != 0
     }
 
-    /// Writing failed for good: what is left for the host is dropped, and the guest told.
+    /// Drops the data that is left for the host after writing has failed for good, and tells the
+    /// guest.
     fn drop_host_data(&mut self) {
         self.forwarded += self.buffer.len() as u32;
         self.buffer = VecDeque::new();
@@ -304,14 +306,15 @@ impl Connection {
             return self.close_by_guest(Outcome::Reset);
         }
         if new & SHUTDOWN_RECEIVE != 0 {
-            // The host's next write fails, as it would on a socket of its own kind. An error
-            // means that it has left already, which its socket tells as an event.
+            // The host's next write fails, as it would on a socket of its own kind. An error means
+            // that the host is gone already, which its socket reports as an event.
             let _ = self.stream.shutdown(Shutdown::Read);
         }
         self.advance()
     }
 
-    /// The guest is done with it. `answer` is what it gets; what it sent still goes to the host.
+    /// The guest has closed the connection, and gets `answer`. Data that it sent before still goes
+    /// to the host.
     fn close_by_guest(&mut self, answer: Outcome) -> Outcome {
         if self.phase == Phase::Established {
             self.flush();
@@ -334,16 +337,17 @@ impl Connection {
                 Err(_) => self.drop_host_data(),
             }
         }
-        // Thousands of idle connections must not keep the memory of one busy moment.
+        // Thousands of idle connections must not keep the memory of a busy moment.
         self.buffer = VecDeque::new();
         if self.guest_shutdown & SHUTDOWN_SEND != 0 && !self.write_ended {
-            // Once only: it wakes its own socket. As above, it fails only where the host has left.
+            // This is done only once, as it makes its own socket ready. It fails only where the
+            // host is gone.
             let _ = self.stream.shutdown(Shutdown::Write);
             self.write_ended = true;
         }
     }
 
-    /// Whether it has, or may have, a packet for the guest now.
+    /// Whether the connection has, or may have, a packet for the guest now.
     pub(super) fn has_packet(&self) -> bool {
         match self.phase {
             Phase::Greeting | Phase::Draining => false,
@@ -374,7 +378,7 @@ impl Connection {
             || (untold >= self.buf_alloc / 2 && self.guest_shutdown & SHUTDOWN_SEND == 0)
     }
 
-    /// The next packet for the guest; data is read into `room`. Context ids are not filled in.
+    /// The next packet for the guest. Data is read into `room`. Context ids are not filled in.
     pub(super) fn next_packet(&mut self, room: &Writer<'_, '_>) -> Option<Header> {
         if let Some(opening) = self.pending_opening.take() {
             return Some(self.header(opening));
@@ -403,7 +407,7 @@ impl Connection {
         self.credit_is_due().then(|| self.header(op::CREDIT_UPDATE))
     }
 
-    /// Reads as much as the guest has room and credit for; 0 where there is nothing (more).
+    /// Reads as much as the guest has room and credit for. Returns 0 where there is no data.
     fn read(&mut self, room: &Writer<'_, '_>) -> u32 {
         let mut total = 0;
         for segment in room.segments() {
@@ -456,7 +460,7 @@ impl Connection {
     }
 }
 
-/// Calls again while a signal interrupts.
+/// Repeats a call that a signal interrupts.
 fn retry(mut call: impl FnMut() -> Result<usize, VolatileMemoryError>) -> io::Result<usize> {
     loop {
         match call() {

@@ -1,16 +1,17 @@
 //! Streams between host and guest: virtio-vsock (VIRTIO 1.3, 5.10), served in user space.
 //!
-//! **From the host**: connect to the VM's Unix socket, write `CONNECT <port>\n`, read
-//! `OK <host port>\n`, and the stream is the guest's. A refusal closes the socket without a word.
-//! **From the guest**: by default every connection is refused; a [`GuestConnector`] lets them
-//! through. Context ids lead nowhere but to this VM's own socket, so every guest may have the same.
+//! **From the host**: connect to the VM's Unix socket, write `CONNECT <port>\n`, read `OK <host
+//! port>\n`, and the stream is the guest's. A refusal closes the socket without an answer.
+//! **From the guest**: by default every connection is refused; a [`GuestConnector`] allows them. A
+//! context id only leads to this VM's own socket, so every guest may have the same.
 //!
 //! **Save and restore**: connections belong to processes of the host and end where a guest is
-//! restored. Its driver is told at once (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`), and hosts are let
-//! in only when it has heard: else the driver might take a new connection for an old one and
-//! reset it. A pause, on the other hand, ends nothing and stops the clock of every timeout.
+//! restored. Its driver is told at once (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`), and hosts are
+//! admitted only after the driver has handled this: otherwise it might take a new connection for an
+//! old one and reset it. A pause ends no connection, and stops the clock of every timeout.
 //!
-//! `connection` is one stream; `mux` all of them; `queue` moves packets; this file is the device.
+//! `connection` is one stream, `mux` has all of them, `queue` moves packets, and this file is the
+//! device.
 
 mod backend;
 mod connection;
@@ -50,12 +51,12 @@ const QUEUE_SIZE: u16 = 256;
 const QUEUES: u16 = 3;
 const EVENT_QUEUE: u16 = 2;
 
-/// How long a restored guest may take to hear that its connections are gone before hosts are let
-/// in all the same: its driver may be one that looks at no events. Long, because a driver that is
-/// only slow, on a busy host, takes the connections of those who were let in for old ones.
+/// The time after which hosts are admitted although a restored guest has not handled the loss of
+/// its connections, as its driver may not look at events at all. It is long, because a driver that
+/// is only slow, on a busy host, takes connections that are admitted early for old ones.
 const RESET_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What one device may use of the host.
+/// Limits on the host's resources that one device may use.
 #[derive(Clone, Debug)]
 pub struct VsockLimits {
     /// Connections at a time, a file descriptor each; at most 65,536.
@@ -83,18 +84,18 @@ impl Default for VsockLimits {
     }
 }
 
-/// What a vsock device is built on.
+/// The host's resources of a vsock device.
 pub struct VsockResources {
     /// The VM's Unix socket, bound and listening.
     pub listener: UnixListener,
-    /// Where the guest's own connections go; `None` refuses them all.
+    /// Connects the guest's own streams; `None` refuses them all.
     pub connector: Option<Box<dyn GuestConnector>>,
     /// Bounds and timeouts.
     pub limits: VsockLimits,
 }
 
 impl VsockResources {
-    /// Only hosts connect, with the usual limits.
+    /// Resources with which only hosts may connect, with the usual limits.
     pub fn new(listener: UnixListener) -> Self {
         Self {
             listener,
@@ -104,15 +105,15 @@ impl VsockResources {
     }
 }
 
-/// How far a restored guest is in learning that its connections are gone.
+/// The progress of telling a restored guest that its connections are gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum TransportReset {
-    /// It need not know, or does: hosts are let in.
+    /// The guest knows, or need not know. Hosts are admitted.
     Done,
-    /// The event waits for a buffer.
+    /// The event waits for a buffer of the driver.
     Pending,
-    /// The event is under way: the driver moves on from this position when it has dealt with it.
-    /// Hosts are let in before that only when it took too long.
+    /// The event was sent. The driver's position in the queue changes when it has handled the
+    /// event. Hosts are admitted before that only when it is overdue.
     Announced { position: u16, overdue: bool },
 }
 
@@ -132,7 +133,7 @@ pub struct Vsock {
 impl Vsock {
     /// Builds the device from its state, [`VsockState::fresh`] or a decoded one.
     ///
-    /// Makes a timer; all else that it needs of the host is in `resources`.
+    /// This makes a timer. All other resources of the host are in `resources`.
     pub fn new(resources: VsockResources, state: VsockState) -> Result<Self, DeviceError> {
         state.check()?;
         let mux = Mux::new(resources, state.guest_cid, state.next_host_port)
@@ -148,12 +149,12 @@ impl Vsock {
         })
     }
 
-    /// Connections at present, those that are still being opened or closed included.
+    /// The number of connections, including those that are being opened or closed.
     pub fn connections(&self) -> usize {
         self.mux.connections()
     }
 
-    /// Works off everything there is to do.
+    /// Moves all packets that are waiting.
     fn serve(&mut self) -> Result<(), DeviceError> {
         let Some(queues) = &mut self.queues else {
             return Ok(());
@@ -162,8 +163,8 @@ impl Vsock {
         self.mux.arm().map_err(DEVICE.host_error("arm its timer"))
     }
 
-    /// A broken device is not called any more: its sockets must not wake the loop for nothing,
-    /// nor keep hosts waiting.
+    /// Stops a device that is broken and will not be called any more: its sockets must neither keep
+    /// the event loop busy nor keep hosts waiting.
     fn stop_if_broken(&mut self, result: Result<(), DeviceError>) -> Result<(), DeviceError> {
         if result.is_err() {
             self.stop();
@@ -173,11 +174,11 @@ impl Vsock {
 
     fn stop(&mut self) {
         if let Err(error) = self.mux.stop() {
-            tracing::error!(%error, "vsock: cannot leave the event loop");
+            tracing::error!(%error, "vsock: cannot be unregistered from the event loop");
         }
     }
 
-    /// Brings the announcement of a reset forward as far as the driver allows.
+    /// Continues the announcement of a reset as far as the driver allows.
     fn announce(&mut self) -> Result<(), DeviceError> {
         let Some(queues) = &mut self.queues else {
             return Ok(());
@@ -194,8 +195,8 @@ impl Vsock {
             && queues.passed(position)?
         {
             if overdue {
-                // The driver has closed what was opened meanwhile, and sends nothing of that: the
-                // hosts would wait for ever.
+                // The driver has closed the connections that were opened meanwhile without a
+                // packet, so their hosts would wait for ever.
                 self.mux.end_all();
             }
             self.reset = TransportReset::Done;
@@ -298,7 +299,7 @@ impl VirtioDevice for Vsock {
 
     fn reset(&mut self) {
         self.queues = None;
-        // A new driver has no old connections to hear of.
+        // A new driver has no old connections that it must be told of.
         self.reset = TransportReset::Done;
         self.stop();
     }

@@ -1,5 +1,5 @@
-//! All connections of a device: which packet belongs to which, whose turn it is, and how long
-//! each may wait. Knows nothing of queues: packets come in with [`Mux::receive`] and go out with
+//! All connections of a device: it assigns packets to connections, and keeps the order of turns and
+//! the timeouts. It does not depend on queues: packets come in by [`Mux::receive`] and go out by
 //! [`Mux::next_packet`].
 
 use std::collections::VecDeque;
@@ -23,24 +23,25 @@ pub(super) const TOKEN_LISTENER: u32 = 0;
 /// The timer's token.
 pub(super) const TOKEN_TIMER: u32 = 1;
 
-/// Ports of the host's side lie from here to twice this.
+/// The ports of the host's side are from this number to twice this number.
 const HOST_PORTS: u32 = 1 << 30;
-/// Resets that may wait for receive buffers before the guest's own packets have to wait.
+/// The number of resets that may wait for receive buffers before the guest's own packets have to
+/// wait.
 const MAX_REPLIES: usize = 256;
-/// Connections accepted before others have their turn.
+/// The number of connections that are accepted before other handlers have their turn.
 const MAX_ACCEPTS: usize = 64;
-/// How long to leave the listener alone when the process is out of file descriptors.
+/// The time for which no connection is accepted after the process ran out of file descriptors.
 const RELISTEN_DELAY: Duration = Duration::from_millis(100);
 
-/// See the module.
+/// All connections of a device; see the module.
 pub(super) struct Mux {
     guest_cid: u64,
     next_host_port: u32,
     limits: VsockLimits,
     table: Table,
-    /// Resets for packets of no connection, and of connections that are gone.
+    /// The resets for packets of no connection, and of closed connections.
     replies: VecDeque<Header>,
-    /// Connections that may have a packet, each once, in the order of their turns.
+    /// The connections that may have a packet, each once, in the order of their turns.
     ready: VecDeque<u32>,
     connector: Option<Box<dyn GuestConnector>>,
     listener: UnixListener,
@@ -90,7 +91,7 @@ impl Mux {
         self.table.len()
     }
 
-    /// Starts: timers run, sockets are watched. The listener waits for [`Mux::listen`].
+    /// Registers the timer. The listener is registered by [`Mux::listen`].
     pub(super) fn start(&mut self, events: Registrar) -> io::Result<()> {
         events.add(self.deadlines.timer(), TOKEN_TIMER, EventSet::IN)?;
         self.events = Some(events);
@@ -98,7 +99,7 @@ impl Mux {
         Ok(())
     }
 
-    /// Ends every connection and forgets the loop.
+    /// Closes every connection and unregisters from the event loop.
     pub(super) fn stop(&mut self) -> io::Result<()> {
         let unlistened = self.listen(false);
         self.end_all();
@@ -112,14 +113,15 @@ impl Mux {
         unlistened
     }
 
-    /// Ends every connection; their hosts see the end of the stream.
+    /// Closes every connection. Their hosts see the end of the stream.
     pub(super) fn end_all(&mut self) {
         for token in self.table.tokens() {
             self.remove(token);
         }
     }
 
-    /// Opens or closes the door for hosts; who comes meanwhile waits in the listener's backlog.
+    /// Starts or stops accepting hosts. Hosts that connect meanwhile wait in the listener's
+    /// backlog.
     pub(super) fn listen(&mut self, on: bool) -> io::Result<()> {
         let Some(events) = &self.events else {
             return Ok(());
@@ -133,7 +135,7 @@ impl Mux {
         Ok(())
     }
 
-    /// Opens the door after `timeout` at the latest.
+    /// Starts accepting hosts after `timeout` at the latest.
     pub(super) fn listen_within(&mut self, timeout: Duration) {
         self.deadlines.add(Instant::now() + timeout, TOKEN_LISTENER);
     }
@@ -144,7 +146,7 @@ impl Mux {
         self.deadlines.disarm()
     }
 
-    /// Gives every deadline the time back that it was paused.
+    /// Restarts the clock: moves all deadlines by the length of the pause.
     pub(super) fn resume(&mut self) {
         if let Some(since) = self.paused_at.take() {
             let paused = since.elapsed();
@@ -162,7 +164,7 @@ impl Mux {
         }
     }
 
-    /// Accepts hosts that wait.
+    /// Accepts the hosts that wait.
     pub(super) fn accept(&mut self) -> io::Result<()> {
         for _ in 0..MAX_ACCEPTS {
             match backend::accept(&self.listener)? {
@@ -197,7 +199,7 @@ impl Mux {
         }
     }
 
-    /// Acts on deadlines that have passed; `true` if one of them opened the door.
+    /// Acts on deadlines that have passed. Returns `true` if hosts are accepted from now on.
     pub(super) fn timer_ready(&mut self) -> io::Result<bool> {
         let mut opened = false;
         for token in self.deadlines.take_due(Instant::now())? {
@@ -213,20 +215,20 @@ impl Mux {
         Ok(opened)
     }
 
-    /// Makes the timer fire when the next deadline passes. Call when done with an event.
+    /// Sets the timer for the next deadline. It is called at the end of every event.
     pub(super) fn arm(&mut self) -> io::Result<()> {
         self.deadlines.arm(Instant::now())
     }
 
-    /// Whether the guest's packets must wait because too many answers to them do.
+    /// Whether the guest's packets must wait because too many answers to them are waiting.
     pub(super) fn is_congested(&self) -> bool {
         self.replies.len() >= MAX_REPLIES
     }
 
-    /// Takes a packet of the guest; `payload` holds exactly its data.
+    /// Handles a packet of the guest. `payload` has exactly its data.
     pub(super) fn receive(&mut self, header: &Header, payload: Reader<'_, '_>) {
         if header.src_cid != self.guest_cid {
-            // NoConnection the answer could go to (5.10.6.4: a driver uses its own context id).
+            // There is no receiver for an answer (5.10.6.4: a driver uses its own context id).
             tracing::debug!(?header, "vsock: packet from another context id dropped");
             return;
         }
@@ -274,12 +276,12 @@ impl Mux {
         }
     }
 
-    /// Whether [`Mux::next_packet`] may have one.
+    /// Whether [`Mux::next_packet`] may return a packet.
     pub(super) fn has_packets(&self) -> bool {
         !self.replies.is_empty() || !self.ready.is_empty()
     }
 
-    /// The next packet for the guest, its data already in `room`.
+    /// The next packet for the guest, with its data in `room`.
     pub(super) fn next_packet(&mut self, room: &Writer<'_, '_>) -> Option<Header> {
         if let Some(reply) = self.replies.pop_front() {
             return Some(reply);
@@ -303,8 +305,8 @@ impl Mux {
         None
     }
 
-    /// Registers a new connection's socket. Edge-triggered: sockets whose data the guest has no
-    /// room for must not wake the loop again and again.
+    /// Registers a new connection's socket. It is edge-triggered, because a socket whose data the
+    /// guest has no room for must not keep the event loop busy.
     fn register(&mut self, token: u32) {
         let interest = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
         let (Some(member), Some(events)) = (self.table.get_mut(token), &self.events) else {
@@ -336,7 +338,7 @@ impl Mux {
     }
 
     fn host_connects(&mut self, token: u32, guest: u32) -> Outcome {
-        // At most one port per connection is taken, so this ends.
+        // At most one port per connection is taken, so the loop ends.
         let ports = loop {
             let host = self.next_host_port;
             self.next_host_port = HOST_PORTS | host.wrapping_add(1) & (HOST_PORTS - 1);
@@ -351,7 +353,7 @@ impl Mux {
         Outcome::Keep
     }
 
-    /// Brings everything about a connection in line after it changed.
+    /// Updates the queue, the registration and the deadline of a connection after it has changed.
     fn settle(&mut self, token: u32, outcome: Outcome) {
         let Some(member) = self.table.get_mut(token) else {
             return;
@@ -431,7 +433,7 @@ impl Mux {
             self.deadlines.remove(at, token);
         }
         if let Some(events) = &self.events {
-            // Closing the socket, which follows, removes it as well.
+            // Closing the socket, which follows, unregisters it as well.
             let _ = events.remove(&member.connection.stream);
         }
     }

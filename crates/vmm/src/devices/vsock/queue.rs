@@ -1,7 +1,6 @@
 //! The three queues: packets for the guest, packets from it, and events (VIRTIO 1.3, 5.10.2).
 //!
-//! Work is bounded per call: after [`BUDGET`] packets the queues kick themselves, so that other
-//! devices get their turn. Interrupts are raised once per call.
+//! Work is bounded per call by [`BUDGET`]. Interrupts are raised once per call.
 
 use std::sync::Arc;
 
@@ -13,13 +12,13 @@ use crate::virtio::{
     Stopped, Turn,
 };
 
-/// Packets handled in each direction, and their data, before others have their turn.
+/// The packets in each direction that one call handles, and the bytes of their data.
 const BUDGET: Budget = Budget::new(256, 8 << 20);
 
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`: all connections are gone.
 const EVENT_TRANSPORT_RESET: [u8; 4] = [0; 4];
 
-/// What the driver lent at activation.
+/// The resources of the activation.
 pub(super) struct Queues {
     pub(super) ram: GuestRam,
     pub(super) rx: ServedQueue,
@@ -29,9 +28,9 @@ pub(super) struct Queues {
 }
 
 impl Queues {
-    /// Moves packets both ways until there is nothing left, no room, or enough done.
+    /// Moves packets both ways until none is left, there is no room, or the budget is spent.
     pub(super) fn serve(&mut self, mux: &mut Mux) -> Result<(), DeviceError> {
-        // One each: a guest that floods one direction must not starve the other.
+        // Each direction has its own budget: a guest that floods one must not starve the other.
         let (mut tx_budget, mut rx_budget) = (BUDGET, BUDGET);
         loop {
             let mut turn = Turn::new(&mut tx_budget);
@@ -56,13 +55,13 @@ impl Queues {
     }
 
     /// Tells the guest that its connections are gone. Returns the driver's position in the event
-    /// queue just before it could know, or `None` where it lent no buffer yet.
+    /// queue just before that, or `None` where the driver has queued no buffer yet.
     pub(super) fn announce_reset(&mut self) -> Result<Option<u16>, DeviceError> {
         let chain = match self.event.pop(&self.ram)? {
             Some(chain) => chain,
             None => {
                 if self.event.enable_notification(&self.ram)? {
-                    // One came in between: it is looked at when others had their turn.
+                    // A buffer came in between. It is used after other handlers had their turn.
                     self.event.requeue()?;
                 }
                 return Ok(None);
@@ -78,8 +77,8 @@ impl Queues {
         Ok(Some(position))
     }
 
-    /// Whether the driver went past `position` in the event queue; if not, it will kick when it
-    /// does.
+    /// Whether the driver has passed `position` in the event queue. If not, it will notify the
+    /// device when it does.
     pub(super) fn passed(&mut self, position: u16) -> Result<bool, DeviceError> {
         if self.event.driver_position(&self.ram)? != position {
             return Ok(true);
@@ -88,7 +87,7 @@ impl Queues {
     }
 }
 
-/// Takes the guest's packets.
+/// Handles the guest's packets.
 struct FromGuest<'a>(&'a mut Mux);
 
 impl<'m> RequestHandler<'m> for FromGuest<'_> {

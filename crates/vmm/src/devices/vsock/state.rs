@@ -1,4 +1,4 @@
-//! What a vsock device remembers across save and restore: little, because connections end there.
+//! The saved state of a vsock device. It is small, because connections end at a restore.
 
 use serde::{Deserialize, Serialize};
 
@@ -25,10 +25,11 @@ impl VersionedState for SavedVsock {
 pub struct VsockState {
     /// The guest's context id (3 to 2^32 - 2).
     pub guest_cid: u64,
-    /// The next port for the host's side. Goes on after a restore, so that what the guest still
-    /// sends on connections of its former life cannot be taken for a new one.
+    /// The next port for the host's side. It is not reset by a restore, so that packets which the
+    /// guest still sends on connections from before cannot be taken for a new connection's.
     pub next_host_port: u32,
-    /// The guest had connections, or might have: tell it at once that they are gone.
+    /// Whether the guest may have had connections, so that it must be told at once that they are
+    /// gone.
     pub transport_reset: bool,
 }
 
@@ -42,7 +43,7 @@ impl VsockState {
         }
     }
 
-    /// Encodes it with its version.
+    /// Encodes the state with its version.
     pub fn encode(&self) -> Result<Vec<u8>, DeviceError> {
         SavedVsock::V1(self.clone()).to_bytes()
     }
