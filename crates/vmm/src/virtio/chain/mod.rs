@@ -74,7 +74,7 @@ impl<'m> DescriptorChain<'m> {
     pub fn new() -> Self {
         Self {
             head: 0,
-            segments: Vec::with_capacity(32),
+            segments: Vec::with_capacity(20),
             readable_segments: 0,
             readable_len: 0,
             writable_len: 0,
@@ -163,24 +163,31 @@ impl<'m> DescriptorChain<'m> {
         ram: &'m GuestRam,
         descriptor: &Descriptor,
     ) -> Result<(), ChainError> {
-        let (address, len) = (descriptor.addr(), descriptor.len());
-        let outside = |_| ChainError::OutsideRam {
-            address: address.0,
-            len,
-        };
-        let mut at = address.0;
-        for slice in GuestMemoryBackend::get_slices(ram, address, len as usize) {
-            let slice = slice.map_err(outside)?;
-            // A buffer that crosses from one region of RAM into the next counts for each.
-            if self.segments.len() == MAX_DESCRIPTORS {
-                return Err(ChainError::TooMany);
-            }
-            self.segments.push(Segment {
-                address: GuestAddress(at),
-                slice,
-            });
-            at += slice.len() as u64;
+        let (mut address, len) = (descriptor.addr(), descriptor.len());
+        // Nearly every buffer lies in one region of RAM, and is found by one look.
+        if let Ok(slice) = ram.get_slice(address, len as usize) {
+            return self.push_segment(Segment { address, slice });
         }
+        for slice in GuestMemoryBackend::get_slices(ram, address, len as usize) {
+            let slice = slice.map_err(|_| ChainError::OutsideRam {
+                address: descriptor.addr().0,
+                len,
+            })?;
+            self.push_segment(Segment { address, slice })?;
+            address = GuestAddress(address.0 + slice.len() as u64);
+        }
+        Ok(())
+    }
+
+    /// Adds a segment. A buffer that crosses from one region of RAM into the next has several.
+    fn push_segment(&mut self, segment: Segment<'m>) -> Result<(), ChainError> {
+        if segment.slice.is_empty() {
+            return Ok(());
+        }
+        if self.segments.len() == MAX_DESCRIPTORS {
+            return Err(ChainError::TooMany);
+        }
+        self.segments.push(segment);
         Ok(())
     }
 }
