@@ -322,10 +322,9 @@ impl VirtioDevice for Balloon {
     }
 
     fn reset(&mut self) {
-        if let Some(queues) = self.queues.take()
-            && let Err(error) = queues.events.remove(&self.timer)
-        {
-            tracing::error!(%error, "balloon: cannot be unregistered from the event loop");
+        if let Some(queues) = self.queues.take() {
+            // In a pause it is not registered.
+            let _ = queues.events.remove(&self.timer);
         }
         self.hints = None;
         self.stats = None;

@@ -221,10 +221,9 @@ impl VirtioDevice for Rng {
     }
 
     fn reset(&mut self) {
-        if let (Some(active), Some((_, timer))) = (self.active.take(), &self.bucket)
-            && let Err(error) = active.events.remove(timer)
-        {
-            tracing::error!(%error, "rng: cannot be unregistered from the event loop");
+        if let (Some(active), Some((_, timer))) = (self.active.take(), &self.bucket) {
+            // In a pause it is not registered.
+            let _ = active.events.remove(timer);
         }
     }
 

@@ -106,6 +106,19 @@ fn the_device_starts_afresh_after_a_reset() {
 }
 
 #[test]
+fn a_device_that_is_reset_in_a_pause_starts_afresh() {
+    let mut rig = rig(Some(RateLimit {
+        bytes: NonZeroU32::MAX,
+        interval: Duration::from_secs(1),
+    }));
+    rig.pause();
+    rig.device(|shell| shell.device.reset());
+    rig.activate_again();
+    let at = rig.buffers();
+    assert_eq!(draw(&mut rig, at, 8).len(), 8);
+}
+
+#[test]
 fn requests_without_room_or_outside_ram_break_the_device() {
     for bad in [
         &[(0x8_0000, 8, false)][..],
