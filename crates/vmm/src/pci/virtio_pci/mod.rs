@@ -297,15 +297,16 @@ impl VirtioPci {
         self.contain(resumed)
     }
 
-    /// Keeps the driver's mistakes to its device: they break it, and the machine goes on. Errors of
-    /// the host are the caller's.
+    /// Breaks the device on an error. The machine goes on after the driver's mistakes; errors of the
+    /// host are the caller's as well.
     fn contain(&mut self, result: Result<(), DeviceError>) -> Result<(), DeviceError> {
-        match result {
-            Err(error @ (DeviceError::Driver { .. } | DeviceError::Queue { .. })) => {
-                self.fail(&error);
-                Ok(())
-            }
-            result => result,
+        let Err(error) = result else {
+            return Ok(());
+        };
+        self.fail(&error);
+        match error {
+            DeviceError::Driver { .. } | DeviceError::Queue { .. } => Ok(()),
+            DeviceError::Host { .. } | DeviceError::State { .. } => Err(error),
         }
     }
 
