@@ -7,7 +7,7 @@ use clone_vmm::devices::net::{Net, NetConfig, NetResources, NetState, Port};
 use clone_vmm::rate_limit::RateLimits;
 
 libfuzzer_sys::fuzz_target!(|steps: Vec<Step>| {
-    let (port, _far, _asked) = SocketPort::pair().expect("sockets");
+    let (port, _far, _settings) = SocketPort::pair().expect("sockets");
     let config = NetConfig {
         mac: [2, 0, 0, 0, 0, 1],
         mtu: Some(1400),

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use arbitrary::Arbitrary;
 use clone_vmm::devices::rng::{Rng, RngState};
 use clone_vmm::event_loop::EventLoop;
-use clone_vmm::irq::{Gsi, MsiMessage, Wiring};
+use clone_vmm::irq::{Gsi, IrqRoutes, MsiMessage};
 use clone_vmm::pci::PciDevice;
 use clone_vmm::pci::virtio_pci::VirtioPci;
 use clone_vmm::virtio::testing::ram;
@@ -26,7 +26,7 @@ struct Nowhere {
     doorbells: Mutex<Vec<u64>>,
 }
 
-impl Wiring for Nowhere {
+impl IrqRoutes for Nowhere {
     fn allocate(&self) -> io::Result<Gsi> {
         let mut next = self.gsi.lock().expect("no panic before");
         *next += 1;
@@ -44,7 +44,7 @@ impl Wiring for Nowhere {
     fn signal(&self, _message: MsiMessage) -> io::Result<()> {
         Ok(())
     }
-    fn watch(&self, address: u64, _fd: &EventFd) -> io::Result<()> {
+    fn register_ioeventfd(&self, address: u64, _fd: &EventFd) -> io::Result<()> {
         let mut doorbells = self.doorbells.lock().expect("no panic before");
         // KVM refuses a second doorbell at one place.
         assert!(
@@ -54,7 +54,7 @@ impl Wiring for Nowhere {
         doorbells.push(address);
         Ok(())
     }
-    fn unwatch(&self, address: u64, _fd: &EventFd) -> io::Result<()> {
+    fn unregister_ioeventfd(&self, address: u64, _fd: &EventFd) -> io::Result<()> {
         let mut doorbells = self.doorbells.lock().expect("no panic before");
         let before = doorbells.len();
         doorbells.retain(|&other| other != address);

@@ -42,7 +42,7 @@ impl Reboot {
             return Some(Exit::Reboot);
         }
         // Before the look at the subject: what ends after it is heard of again.
-        signal.hush();
+        signal.drain();
         let subject = Arc::clone(&self.subject);
         let mut subject = match subject.try_lock() {
             Ok(subject) => subject,
@@ -83,7 +83,7 @@ fn boot_again(
     kernel: &mut Kernel,
     run: bool,
 ) -> Result<(), MachineError> {
-    machine.reset()?;
+    machine.pause()?.reset()?;
     subject.lineage.renewed(Arc::clone(machine.memory()));
     machine.boot(kernel)?;
     // It may have been paused in the very moment it asked.

@@ -235,7 +235,7 @@ impl Subject {
         times: &mut SnapshotTimes,
     ) -> Result<Paused> {
         let mut watch = Stopwatch::start();
-        machine.pause().map_err(machine_error)?;
+        let mut machine = machine.pause().map_err(machine_error)?;
         watch.lap(&mut times.stop_us);
         if machine.exit().is_some() {
             // Its next instruction is the end: nothing of use could be forked from it.

@@ -141,7 +141,7 @@ struct WakeAtEnd(ExitSignal);
 
 impl Drop for WakeAtEnd {
     fn drop(&mut self) {
-        self.0.wake();
+        self.0.notify();
     }
 }
 
@@ -302,7 +302,7 @@ impl VmControl for VmHandle {
 
     fn pause(&mut self) -> Result<(), ApiError> {
         self.check_alive()?;
-        locked(&self.machine).pause().map_err(machine_error)
+        locked(&self.machine).pause().map(drop).map_err(machine_error)
     }
 
     fn resume(&mut self) -> Result<(), ApiError> {
@@ -408,7 +408,10 @@ impl VmControl for VmHandle {
         // From now on it is nobody's but its own.
         let _ = rustix::process::set_parent_process_death_signal(None);
         let mut machine = locked(&self.machine);
-        machine.set_time(&time).map_err(machine_error)?;
+        let paused = machine.pause();
+        paused
+            .and_then(|mut paused| paused.set_time(&time))
+            .map_err(machine_error)?;
         machine.resume().map_err(machine_error)?;
         timeline(&self.timeline).reach(StartStage::Resumed);
         Ok(())

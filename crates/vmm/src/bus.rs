@@ -1,17 +1,19 @@
-//! Where a guest's port and memory-mapped accesses go: address ranges and the parts behind them.
+//! The buses that dispatch a guest's port and memory-mapped accesses to the device at their
+//! address.
 //!
-//! A bus is fixed once the machine is assembled, so vCPU threads read it without a lock; what can
-//! move (PCI BARs) is dispatched by the PCI bus behind one fixed window.
+//! A bus is fixed once the machine is assembled, so vCPU threads read it without a lock. PCI BARs,
+//! which can move, are dispatched by the PCI bus behind one fixed window.
 
 use std::sync::Arc;
 
-/// Something that answers a range of addresses. Offsets count from the range's start; accesses of
-/// any size and offset must be survived, because the guest chooses them.
+/// A device that answers a range of addresses. Offsets count from the start of the range. The guest
+/// chooses the size and offset of an access, so a device must handle all of them.
 pub trait BusDevice: Send + Sync {
-    /// Fills `data` from `offset`. Bytes left alone read as the bus filled them (all ones).
+    /// Fills `data` from `offset`. Bytes that are not written keep the value that the bus put there
+    /// (all ones).
     fn read(&self, offset: u64, data: &mut [u8]);
 
-    /// Takes the guest's write.
+    /// Handles a write of the guest.
     fn write(&self, offset: u64, data: &[u8]);
 }
 
@@ -31,7 +33,8 @@ impl Bus {
     /// Puts `device` at `start`, for `size` bytes.
     ///
     /// # Panics
-    /// When the range overlaps another: assembly is ours, not the guest's, so that is a bug.
+    /// Panics when the range overlaps another, which is a bug of the VMM and not a mistake of the
+    /// guest.
     pub fn insert(&mut self, start: u64, size: u64, device: Arc<dyn BusDevice>) {
         let at = self.ranges.partition_point(|range| range.start < start);
         let free_below = at == 0 || self.ranges[at - 1].start + self.ranges[at - 1].size <= start;
@@ -58,7 +61,7 @@ impl Bus {
         (end <= range.size).then_some((range.device.as_ref(), offset))
     }
 
-    /// Answers a read; addresses that nobody owns read as all ones, as on a PC.
+    /// Handles a read. Addresses without a device read as all ones, as on a PC.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xFF);
         if let Some((device, offset)) = self.find(address, data.len()) {
@@ -66,7 +69,7 @@ impl Bus {
         }
     }
 
-    /// Passes a write on; to addresses that nobody owns it is lost, as on a PC.
+    /// Handles a write. Writes to addresses without a device are ignored, as on a PC.
     pub fn write(&self, address: u64, data: &[u8]) {
         if let Some((device, offset)) = self.find(address, data.len()) {
             device.write(offset, data);
@@ -74,8 +77,8 @@ impl Bus {
     }
 }
 
-/// Copies as much of `value` as `data` takes and zeroes the rest: a register narrower or wider than
-/// the access.
+/// Copies as much of `value` as `data` takes and zeroes the rest, for a register that is narrower
+/// or wider than the access.
 pub(crate) fn fill(data: &mut [u8], value: &[u8]) {
     let len = data.len().min(value.len());
     data[..len].copy_from_slice(&value[..len]);

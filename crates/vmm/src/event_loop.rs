@@ -1,8 +1,8 @@
-//! The one event loop of a VM: every device, the control socket and timers wait here.
+//! The one event loop of a VM, which serves every device, the control socket and timers.
 //!
 //! A handler gets a slot in the loop and a [`Registrar`] for it, with which it adds, changes and
 //! removes file descriptors from any thread (epoll allows it). Events carry the slot and a token
-//! that the handler chose. What an event means is left to the handler.
+//! that the handler chose. The handler decides what an event means.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -10,21 +10,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-/// Events taken from the kernel in one wait: enough that a busy device does not starve others.
+/// The most events that are taken from the kernel in one wait. It is large enough that a busy
+/// device does not starve others.
 const BATCH: usize = 32;
 
-/// Something that waits in the loop.
+/// A handler of events of the loop.
 pub trait EventHandler: Send {
     /// One of this handler's file descriptors is ready.
     ///
-    /// `token` is the number it was registered with. Events may be spurious (the descriptor may
-    /// have been removed while its event was under way), so a handler must read without blocking.
-    /// Closing a file descriptor without [`Registrar::remove`] is allowed only where no duplicate
-    /// of it lives on.
+    /// `token` is the number it was registered with. Events may be spurious, because the descriptor
+    /// may have been removed after the kernel reported it, so a handler must read without blocking.
+    /// A file descriptor may be closed without [`Registrar::remove`] only where it has no
+    /// duplicate.
     fn handle_event(&mut self, token: u32, ready: EventSet);
 }
 
-/// A handler as the loop holds it: shared with the vCPU threads that reach the same device.
+/// A handler, which the loop shares with the vCPU threads that reach the same device.
 pub type SharedHandler = Arc<Mutex<dyn EventHandler>>;
 
 /// The right to register file descriptors for one handler. Cheap to clone, usable on any thread.
@@ -35,17 +36,17 @@ pub struct Registrar {
 }
 
 impl Registrar {
-    /// Watches `fd`; its events reach the handler with `token`.
+    /// Registers `fd`. Its events reach the handler with `token`.
     pub fn add(&self, fd: &impl AsRawFd, token: u32, interest: EventSet) -> io::Result<()> {
         self.ctl(ControlOperation::Add, fd, token, interest)
     }
 
-    /// Changes what is watched on a `fd` that was added.
+    /// Changes the events that are waited for on a registered `fd`.
     pub fn modify(&self, fd: &impl AsRawFd, token: u32, interest: EventSet) -> io::Result<()> {
         self.ctl(ControlOperation::Modify, fd, token, interest)
     }
 
-    /// Stops watching `fd`.
+    /// Unregisters `fd`.
     pub fn remove(&self, fd: &impl AsRawFd) -> io::Result<()> {
         self.ctl(ControlOperation::Delete, fd, 0, EventSet::empty())
     }
@@ -63,7 +64,7 @@ impl Registrar {
     }
 }
 
-/// The loop itself; lives on the VM's main thread.
+/// The event loop, which runs on the VM's main thread.
 pub struct EventLoop {
     epoll: Arc<Epoll>,
     handlers: Vec<Option<SharedHandler>>,
@@ -78,8 +79,8 @@ impl EventLoop {
         })
     }
 
-    /// Reserves a slot: its registrar may be used at once, its handler follows with
-    /// [`EventLoop::attach`]. (A device needs its registrar to be built.)
+    /// Reserves a slot. Its registrar may be used at once, because a device needs it to be built;
+    /// the handler follows by [`EventLoop::attach`].
     pub fn reserve(&mut self) -> Registrar {
         let slot = self.handlers.len() as u32;
         self.handlers.push(None);
@@ -94,14 +95,15 @@ impl EventLoop {
         self.handlers[registrar.slot as usize] = Some(handler);
     }
 
-    /// Takes the handler out of its slot; events still under way are dropped.
+    /// Removes the handler from its slot. Events that the kernel has reported already are dropped.
     pub fn detach(&mut self, registrar: &Registrar) {
         self.handlers[registrar.slot as usize] = None;
     }
 
-    /// Waits for events (`timeout_ms` of -1 waits for ever) and hands them out, once.
+    /// Waits for events once (for ever with a `timeout_ms` of -1) and passes them to their
+    /// handlers.
     ///
-    /// Returns how many were handled; an interruption by a signal counts as none.
+    /// Returns the number of events. An interruption by a signal counts as none.
     pub fn run_once(&mut self, timeout_ms: i32) -> io::Result<usize> {
         let mut events = [EpollEvent::default(); BATCH];
         let ready = match self.epoll.wait(timeout_ms, &mut events) {
@@ -115,8 +117,8 @@ impl EventLoop {
             let Some(Some(handler)) = self.handlers.get(slot) else {
                 continue;
             };
-            // A poisoned lock means a device panicked in another thread: its state is suspect, but
-            // the handler must still run so that the VM can be stopped in order.
+            // A poisoned lock means that a device panicked in another thread. Its state is suspect,
+            // but the handler must still run so that the VM can be stopped in order.
             let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
             handler.handle_event(token, event.event_set());
         }

@@ -16,6 +16,7 @@ pub mod machine;
 pub mod pci;
 pub mod rate_limit;
 pub mod snapshot;
+pub mod state_codec;
 pub mod timer;
 pub mod vcpu;
 pub mod virtio;

@@ -1,8 +1,8 @@
 //! Limits on bytes and operations per second, for devices.
 //!
-//! A token bucket may be overdrawn by one request, however large: the next then waits until the
-//! debt is paid. So no request is too large for its limit, and the rate holds on average. Time is
-//! passed in, which makes the buckets testable; the timer only wakes the event loop.
+//! A token bucket may be overdrawn by one request of any size; the next request then waits until
+//! the debt is paid. So no request is too large for its limit, and the rate holds on average.
+//! Callers pass the time, which makes the buckets testable; the timer only notifies the event loop.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -11,20 +11,20 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
 
-/// The shortest sleep: limits are kept in steps of this, not by a timer for each request.
+/// The shortest wait. Requests are let through in steps of it, not with a timer for each request.
 const STEP: Duration = Duration::from_millis(1);
 
 /// A limit on one quantity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rate {
-    /// Units (bytes or operations) each second; 0 means no limit.
+    /// The units (bytes or operations) per second. 0 means no limit.
     pub per_second: u64,
-    /// Units that may be used at once after a rest.
+    /// The units that may be used at once after a time of rest.
     pub burst: u64,
 }
 
 impl Rate {
-    /// A rate whose burst is what it gives in a tenth of a second.
+    /// A rate with a burst of a tenth of a second's units.
     pub fn per_second(per_second: u64) -> Self {
         Self {
             per_second,
@@ -46,7 +46,7 @@ pub struct RateLimits {
 #[derive(Debug)]
 struct TokenBucket {
     rate: Rate,
-    /// In billionths of a unit; negative is debt.
+    /// The tokens in billionths of a unit. A negative number is a debt.
     tokens: i128,
     filled_at: Instant,
 }
@@ -62,12 +62,13 @@ impl TokenBucket {
         }
     }
 
-    /// Fills up to `now`; says how long until a request may pass, zero for at once.
+    /// Fills the bucket up to `now`. Returns the time until a request may pass, which is zero where
+    /// it may pass at once.
     fn wait(&mut self, now: Instant) -> Duration {
         let passed = now.saturating_duration_since(self.filled_at);
         self.filled_at = now;
         let rate = i128::from(self.rate.per_second);
-        // Nanoseconds since the start of the process times a 64-bit rate fit.
+        // Nanoseconds since the start of the process times a 64-bit rate fit into 128 bits.
         let gained = passed.as_nanos() as i128 * rate;
         self.tokens = (self.tokens + gained).min(i128::from(self.rate.burst) * NANOS);
         if self.tokens > 0 || rate == 0 {
@@ -84,7 +85,7 @@ impl TokenBucket {
     }
 }
 
-/// Limits with a timer that tells when to go on.
+/// Limits, with a timer that is due when the next request may pass.
 #[derive(Debug)]
 pub struct RateLimiter {
     bytes: Option<TokenBucket>,
@@ -94,7 +95,7 @@ pub struct RateLimiter {
 }
 
 impl RateLimiter {
-    /// A limiter with full buckets; `None` where there is nothing to limit.
+    /// A limiter with full buckets, or `None` where there is nothing to limit.
     ///
     /// # Errors
     /// The host has no timer left.
@@ -142,7 +143,7 @@ impl RateLimiter {
         Ok(wait.is_zero())
     }
 
-    /// Takes one operation of `bytes`.
+    /// Takes one operation of `bytes` out of the buckets.
     pub fn charge(&mut self, bytes: u64) {
         if let Some(bucket) = &mut self.bytes {
             bucket.take(bytes);
@@ -152,10 +153,10 @@ impl RateLimiter {
         }
     }
 
-    /// The timer fired.
+    /// Acknowledges that the timer was due.
     ///
     /// # Errors
-    /// The host's.
+    /// Where the timer cannot be read.
     pub fn acknowledge(&mut self) -> io::Result<()> {
         if std::mem::take(&mut self.armed) {
             self.timer.wait()?;
@@ -174,7 +175,7 @@ impl AsRawFd for RateLimiter {
 mod tests {
     use super::*;
 
-    /// Requests of `bytes` that pass in `seconds`, asked every millisecond.
+    /// The number of requests of `bytes` that pass in `seconds`, tried every millisecond.
     fn passed(limits: RateLimits, bytes: u64, seconds: u64) -> u64 {
         let start = Instant::now();
         let mut limiter = RateLimiter::new(limits, start).unwrap().unwrap();

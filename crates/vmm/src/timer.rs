@@ -1,4 +1,4 @@
-//! A timer that the event loop can wait on: a thin coat over timerfd.
+//! A timer that the event loop can wait on, over timerfd.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -9,14 +9,15 @@ use rustix::time::{
     timerfd_settime,
 };
 
-/// A monotonic timer, off until armed. Readable (`EPOLLIN`) once due, until [`Timer::take`].
+/// A monotonic timer, which is off until it is armed. It is readable (`EPOLLIN`) from the time when
+/// it is due until [`Timer::take`].
 #[derive(Debug)]
 pub struct Timer {
     fd: OwnedFd,
 }
 
 impl Timer {
-    /// A timer that is off. Makes a file descriptor: build it before the process is jailed.
+    /// A timer that is off. It has a file descriptor, so it is made before the process is jailed.
     pub fn new() -> io::Result<Self> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         Ok(Self {
@@ -24,12 +25,12 @@ impl Timer {
         })
     }
 
-    /// Becomes due once, after `delay` (at least a nanosecond).
+    /// Makes the timer due once, after `delay` (at least a nanosecond).
     pub fn arm_once(&self, delay: Duration) -> io::Result<()> {
         self.set(delay.max(Duration::from_nanos(1)), Duration::ZERO)
     }
 
-    /// Becomes due every `interval`, first after one interval; zero switches the timer off.
+    /// Makes the timer due every `interval`, first after one interval. Zero switches the timer off.
     pub fn arm_every(&self, interval: Duration) -> io::Result<()> {
         self.set(interval, interval)
     }
@@ -39,7 +40,7 @@ impl Timer {
         self.set(Duration::ZERO, Duration::ZERO)
     }
 
-    /// Takes note that the timer was due; `false` if it was not.
+    /// Acknowledges that the timer was due. Returns `false` if it was not.
     pub fn take(&self) -> io::Result<bool> {
         let mut expirations = [0; 8];
         match rustix::io::read(&self.fd, &mut expirations) {

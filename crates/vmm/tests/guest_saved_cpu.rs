@@ -28,12 +28,18 @@ fn parts() -> Parts {
 /// The state of a machine that was just made.
 fn saved() -> MachineState {
     let mut events = EventLoop::new().unwrap();
-    Machine::new(parts(), &mut events).unwrap().save().unwrap()
+    Machine::new(parts(), &mut events)
+        .unwrap()
+        .pause()
+        .unwrap()
+        .save()
+        .unwrap()
 }
 
 fn restore(state: MachineState) -> Result<MachineState, MachineError> {
     let mut events = EventLoop::new().unwrap();
-    Machine::restore(parts(), state, &mut events).map(|mut machine| machine.save().unwrap())
+    Machine::restore(parts(), state, &mut events)
+        .map(|mut machine| machine.pause().unwrap().save().unwrap())
 }
 
 /// The refusal of a machine whose CPU `id` was changed.

@@ -30,7 +30,7 @@ pub(super) fn dsdt() -> Sdt {
     dsdt
 }
 
-/// A term in its encoded form, which borrows nothing.
+/// A term in its encoded form, which has no borrowed parts.
 struct Encoded(Vec<u8>);
 
 impl Aml for Encoded {
@@ -150,7 +150,7 @@ fn generation_id(blocks: &mut Vec<u8>) {
     .to_aml_bytes(blocks);
 }
 
-/// `_EVT` reads the register of pending events, which clears it, and passes each on.
+/// `_EVT` reads the register of pending events, which clears it, and notifies each device.
 fn event_device(blocks: &mut Vec<u8>) {
     let resources = encode(&ResourceTemplate::new(vec![&edge(EVENT_PIN)]));
     let registers = Field::new(
@@ -194,7 +194,7 @@ fn event_device(blocks: &mut Vec<u8>) {
     .to_aml_bytes(blocks);
 }
 
-/// `\_S5`: the value that the sleep control register takes for "off".
+/// `\_S5`: the value of the sleep control register that powers the machine off.
 fn poweroff(blocks: &mut Vec<u8>) {
     Name::new(
         "_S5_".into(),

@@ -27,8 +27,8 @@ const OEM_ID: [u8; 6] = *b"CLONE ";
 const OEM_TABLE_ID: [u8; 8] = *b"CLONEVM ";
 const OEM_REVISION: u32 = 1;
 const LAPIC_BASE: u32 = 0xFEE0_0000;
-/// No VGA and no CMOS clock to probe for; no 8042 either, whose bit stays clear (FADT,
-/// IAPC_BOOT_ARCH).
+/// The guest must not probe for VGA or a CMOS clock. There is no 8042 either, whose bit stays clear
+/// (FADT, IAPC_BOOT_ARCH).
 const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
 
 /// The I/O APIC pin of the Generic Event Device.
@@ -39,7 +39,7 @@ pub const SERIAL_PIN: usize = 4;
 /// Writes all tables for `vcpus` CPUs into RAM; returns the address of the root pointer.
 ///
 /// # Panics
-/// When the tables outgrow their place: their size depends on us alone.
+/// Panics when the tables outgrow their place. Their size depends on the VMM alone.
 pub fn write_tables(ram: &GuestRam, vcpus: u8) -> Result<u64, GuestMemoryError> {
     let mut writer = Writer {
         ram,
@@ -124,7 +124,7 @@ fn mcfg() -> MCFG {
     mcfg
 }
 
-/// An empty DSDT to be filled with definition blocks.
+/// An empty DSDT, to which definition blocks are added.
 fn empty_dsdt() -> Sdt {
     const HEADER_LEN: u32 = 36;
     Sdt::new(*b"DSDT", HEADER_LEN, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION)

@@ -7,9 +7,9 @@ use crate::bus::BusDevice;
 use crate::irq::ioapic::Ioapic;
 use crate::machine::{Exit, ExitSignal};
 
-/// First port of the register block.
+/// The first port of the register block.
 pub const PORT_BASE: u16 = 0x600;
-/// Ports in it.
+/// The number of ports in the block.
 pub const PORT_SIZE: u64 = 8;
 /// `SLEEP_CONTROL_REG` (ACPI 6.5, 4.8.3.7).
 pub const SLEEP_CONTROL_PORT: u16 = PORT_BASE;
@@ -17,12 +17,12 @@ pub const SLEEP_CONTROL_PORT: u16 = PORT_BASE;
 pub const SLEEP_STATUS_PORT: u16 = PORT_BASE + 1;
 /// `RESET_REG`.
 pub const RESET_PORT: u16 = PORT_BASE + 2;
-/// Pending events of the event device, a bit each; reading clears them.
+/// The pending events of the event device, one bit each. Reading clears them.
 pub const EVENT_PORT: u16 = PORT_BASE + 4;
 
-/// What the guest writes to [`RESET_PORT`].
+/// The value that the guest writes to [`RESET_PORT`].
 pub const RESET_VALUE: u8 = 0x42;
-/// The sleep type that means off (`\_S5`).
+/// The sleep type for power-off (`\_S5`).
 pub const SLEEP_TYPE_OFF: u8 = 5;
 const SLEEP_ENABLE: u8 = 1 << 5;
 const SLEEP_TYPE_SHIFT: u8 = 2;
@@ -32,7 +32,7 @@ pub const EVENT_POWER_BUTTON: u8 = 1 << 0;
 /// The generation id changed.
 pub const EVENT_GENERATION: u8 = 1 << 1;
 
-/// The register block of a machine.
+/// The ACPI register block of a machine.
 pub struct PowerRegisters {
     pending: Mutex<u8>,
     ioapic: Arc<Ioapic>,
@@ -49,7 +49,7 @@ impl PowerRegisters {
         }
     }
 
-    /// Tells the guest of `events` (bits).
+    /// Notifies the guest of `events`, one bit each.
     pub fn raise(&self, events: u8) {
         *self.pending.lock().unwrap_or_else(PoisonError::into_inner) |= events;
         self.ioapic.pulse(EVENT_PIN);
@@ -60,7 +60,7 @@ impl PowerRegisters {
         *self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts saved pending events back, without another interrupt (that one is in the I/O APIC).
+    /// Restores saved pending events without another interrupt, which is in the I/O APIC's state.
     pub fn restore(&self, pending: u8) {
         *self.pending.lock().unwrap_or_else(PoisonError::into_inner) = pending;
     }
@@ -92,10 +92,13 @@ impl BusDevice for PowerRegisters {
 mod tests {
     use super::*;
     use crate::irq::ioapic::IoapicState;
-    use crate::irq::testing::RecordingWiring;
+    use crate::irq::testing::RecordingIrqRoutes;
 
     fn registers() -> (PowerRegisters, ExitSignal) {
-        let ioapic = Ioapic::new(Arc::new(RecordingWiring::default()), IoapicState::fresh());
+        let ioapic = Ioapic::new(
+            Arc::new(RecordingIrqRoutes::default()),
+            IoapicState::fresh(),
+        );
         let exit = ExitSignal::new().unwrap();
         (PowerRegisters::new(Arc::new(ioapic), exit.clone()), exit)
     }

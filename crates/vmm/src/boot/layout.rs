@@ -1,4 +1,4 @@
-//! The first megabyte as the guest finds it, and the map of memory that it is told.
+//! The layout of the first megabyte, and the memory map that the guest is given.
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
@@ -21,16 +21,16 @@ const LOW_RAM_END: u64 = 0x9_FC00;
 pub const ACPI_TABLES: u64 = 0xE_0000;
 /// The virtual machine generation id, on a page of its own so that a fork touches only that.
 pub const VMGENID_ADDRESS: u64 = 0xF_F000;
-/// From here on RAM is the guest's without exception.
+/// From here on all RAM is for the guest to use.
 pub const RESERVED_END: u64 = 0x10_0000;
 
-/// What a range of the map is. The numbers are those of e820 and of PVH alike.
+/// The kind of a range of the map. The numbers are those of e820 and of PVH.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum MemoryKind {
-    /// For the guest to use.
+    /// The guest may use the range.
     Ram = 1,
-    /// Not for the guest to allocate.
+    /// The guest must not allocate the range.
     Reserved = 2,
 }
 
@@ -38,7 +38,7 @@ pub enum MemoryKind {
 pub struct MemoryMap(pub Vec<(u64, u64, MemoryKind)>);
 
 impl MemoryMap {
-    /// The map of a machine with this RAM.
+    /// The memory map of a machine with this RAM.
     pub fn of(ram: &GuestRam) -> Self {
         let mut map = vec![
             (0, LOW_RAM_END, MemoryKind::Ram),

@@ -8,15 +8,15 @@ use super::layout::{BOOT_PARAMS, CMDLINE, MemoryMap, PAGE_TABLES};
 use super::{BootError, Initrd};
 use crate::virtio::GuestRam;
 
-/// Where a bzImage says `HdrS`.
+/// The offset of the magic number `HdrS` in a bzImage.
 pub(super) const HEADER_MAGIC_OFFSET: u64 = 0x202;
-/// The 64-bit entry point lies here behind the protected-mode kernel's start.
+/// The offset of the 64-bit entry point from the start of the protected-mode kernel.
 const ENTRY_64: u64 = 0x200;
 /// `XLF_KERNEL_64` in `xloadflags`: there is a 64-bit entry point.
 const XLF_KERNEL_64: u16 = 1;
 /// The first protocol version with `xloadflags`.
 const PROTOCOL_2_12: u16 = 0x020C;
-/// "Undefined" boot loader, for boot loaders without a number of their own.
+/// The type of boot loaders without a number of their own ("undefined").
 const LOADER_UNDEFINED: u8 = 0xFF;
 const PAGE_PRESENT_WRITABLE: u64 = 0b11;
 const PAGE_LARGE: u64 = 1 << 7;

@@ -1,9 +1,9 @@
 //! Direct boot of Linux: puts the kernel, its initrd, its command line and the description of the
-//! machine into RAM, and says with which registers the first CPU starts. No firmware runs.
+//! machine into RAM, and returns the registers with which the first CPU starts. No firmware runs.
 //!
 //! An ELF `vmlinux` with a Xen note is entered by the PVH protocol ([`pvh`]), anything else by
-//! Linux's 64-bit protocol ([`linux64`]). ACPI tables come from `acpi`, registers are set by
-//! `vcpu`. KASLR is the decompressor's work, so only a bzImage has it.
+//! Linux's 64-bit protocol ([`linux64`]). ACPI tables are written by `acpi`, and registers are set
+//! by `vcpu`. KASLR is done by the decompressor, so only a bzImage has it.
 //!
 //! Source: Linux `Documentation/arch/x86/boot.rst`; Xen `docs/misc/pvh.pandoc`.
 
@@ -24,28 +24,28 @@ pub use layout::{ACPI_TABLES, MemoryKind, MemoryMap, RESERVED_END, VMGENID_ADDRE
 /// The longest command line that Linux takes on x86, its final zero included (bytes).
 pub const CMDLINE_MAX: usize = 2048;
 
-/// Why a kernel could not be put into RAM.
+/// The reason for which a kernel could not be loaded into RAM.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// The kernel file could not be read.
     #[error("cannot read the kernel: {0}")]
     ReadKernel(#[source] io::Error),
-    /// Neither an ELF file nor a bzImage.
+    /// The file is neither an ELF file nor a bzImage.
     #[error("the kernel is neither an ELF vmlinux nor a bzImage")]
     UnknownKernel,
     /// The loader refused the kernel.
     #[error("the kernel cannot be loaded: {0}")]
     LoadKernel(#[source] linux_loader::loader::Error),
-    /// A kernel for 32-bit CPUs or one too old.
+    /// The kernel is for 32-bit CPUs or too old.
     #[error("the kernel has no 64-bit entry point (boot protocol 2.12 or newer is needed)")]
     NoEntry,
     /// The initrd could not be read.
     #[error("cannot read the initrd: {0}")]
     ReadInitrd(#[source] io::Error),
-    /// Kernel and initrd do not fit.
+    /// The kernel and the initrd do not fit into RAM.
     #[error("RAM of {ram_mib} MiB is too small for the kernel and an initrd of {initrd_mib} MiB")]
     TooSmall {
-        /// RAM below 4 GiB.
+        /// The size of RAM below 4 GiB.
         ram_mib: u64,
         /// The initrd's size.
         initrd_mib: u64,
@@ -58,28 +58,28 @@ pub enum BootError {
     Write(#[source] vm_memory::GuestMemoryError),
 }
 
-/// How the first CPU is started.
+/// The way in which the first CPU is started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
     /// 32-bit protected mode, paging off; `ebx` points to the start info.
     Pvh {
         /// The entry point.
         rip: u64,
-        /// Where the start info lies.
+        /// The address of the start info.
         start_info: u64,
     },
     /// 64-bit mode with the first GiB mapped one to one; `rsi` points to the boot parameters.
     Linux64 {
         /// The entry point.
         rip: u64,
-        /// Where the boot parameters lie.
+        /// The address of the boot parameters.
         boot_params: u64,
-        /// The page tables' root.
+        /// The address of the top page table.
         page_tables: u64,
     },
 }
 
-/// What to boot.
+/// The kernel to boot, with its parameters.
 pub struct BootSource<'a> {
     /// An ELF `vmlinux` or a bzImage.
     pub kernel: &'a mut File,
@@ -87,18 +87,18 @@ pub struct BootSource<'a> {
     pub initrd: Option<&'a mut File>,
     /// The kernel's command line.
     pub cmdline: &'a str,
-    /// Where the ACPI root pointer was put.
+    /// The address of the ACPI root pointer.
     pub rsdp: u64,
 }
 
-/// Where the initrd was put.
+/// The place of the initrd in RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Initrd {
     start: u64,
     size: u64,
 }
 
-/// Loads all of it into `ram` and returns how to start.
+/// Loads all parts into `ram` and returns how to start the first CPU.
 pub fn load(ram: &GuestRam, source: BootSource<'_>) -> Result<Entry, BootError> {
     let kernel = load_kernel(ram, source.kernel)?;
     let initrd = match source.initrd {
@@ -147,7 +147,7 @@ fn load_kernel(ram: &GuestRam, file: &mut File) -> Result<KernelLoaderResult, Bo
     }
 }
 
-/// Puts the initrd as high as the kernel can reach, away from the kernel itself.
+/// Loads the initrd at the highest address that the kernel can reach, away from the kernel itself.
 fn load_initrd(
     ram: &GuestRam,
     file: &mut File,

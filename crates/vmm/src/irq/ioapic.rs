@@ -1,7 +1,8 @@
-//! The I/O APIC: 24 pins, each with a redirection entry that says which interrupt it becomes.
+//! The I/O APIC: 24 pins, each with a redirection entry that selects the pin's interrupt.
 //!
-//! Only edges are raised here ([`Ioapic::pulse`]); ACPI tells the guest so. A pin that is pulsed
-//! while masked stays pending until it is unmasked, as an edge-triggered input of the real part.
+//! Pins only have edges here ([`Ioapic::pulse`]), as ACPI tells the guest. A pin that is pulsed
+//! while it is masked stays pending until it is unmasked, as an edge-triggered input of the real
+//! part does.
 //!
 //! Source: Intel 82093AA datasheet, section 3.
 
@@ -9,14 +10,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use super::{MsiMessage, Wiring};
+use super::{IrqRoutes, MsiMessage};
 use crate::bus::BusDevice;
 
-/// Input pins.
+/// The number of input pins.
 pub const PIN_COUNT: usize = 24;
-/// Where the guest finds it (guest-physical).
+/// The guest-physical address of the I/O APIC.
 pub const IOAPIC_BASE: u64 = 0xFEC0_0000;
-/// Bytes of its register window.
+/// The size of its register window in bytes.
 pub const IOAPIC_SIZE: u64 = 0x1000;
 
 const IOREGSEL: u64 = 0x00;
@@ -32,12 +33,12 @@ const VERSION: u32 = 0x11 | (PIN_COUNT as u32 - 1) << 16;
 const ENTRY_MASKED: u64 = 1 << 16;
 /// Delivery status and remote IRR: read-only, and always 0 for edges delivered at once.
 const ENTRY_READ_ONLY: u64 = 1 << 12 | 1 << 14;
-/// Vector, delivery, polarity, trigger, mask; and the destination. The rest is reserved.
+/// The bits for vector, delivery, polarity, trigger, mask and destination. The others are reserved.
 const ENTRY_DEFINED: u64 = 0x1_FFFF | 0xFF << 56;
-/// The bits of its id.
+/// The bits of the id register.
 const ID_BITS: u32 = 0x0F00_0000;
 
-/// What is saved of it.
+/// The saved state of the I/O APIC.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IoapicState {
     id: u32,
@@ -58,7 +59,7 @@ impl IoapicState {
         }
     }
 
-    /// The same with only the bits that the registers have, which a saved state may not keep to.
+    /// The same state with only the bits that the registers have. A saved state may have others.
     fn within_registers(mut self) -> Self {
         self.id &= ID_BITS;
         self.pending &= (1 << PIN_COUNT) - 1;
@@ -71,19 +72,19 @@ impl IoapicState {
 /// The I/O APIC of a machine; shared by the guest's CPUs and the devices on its pins.
 pub struct Ioapic {
     state: Mutex<IoapicState>,
-    wiring: Arc<dyn Wiring>,
+    irq_routes: Arc<dyn IrqRoutes>,
 }
 
 impl Ioapic {
-    /// An I/O APIC in the given state, sending its messages by `wiring`.
-    pub fn new(wiring: Arc<dyn Wiring>, state: IoapicState) -> Self {
+    /// An I/O APIC in the given state, which sends its messages by `irq_routes`.
+    pub fn new(irq_routes: Arc<dyn IrqRoutes>, state: IoapicState) -> Self {
         Self {
             state: Mutex::new(state.within_registers()),
-            wiring,
+            irq_routes,
         }
     }
 
-    /// Its present state.
+    /// The present state.
     pub fn save(&self) -> IoapicState {
         self.state
             .lock()
@@ -91,12 +92,12 @@ impl Ioapic {
             .clone()
     }
 
-    /// Puts it back into `state`.
+    /// Puts the I/O APIC into `state`.
     pub fn restore(&self, state: IoapicState) {
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state.within_registers();
     }
 
-    /// A rising edge on `pin`.
+    /// Raises an edge on `pin`.
     pub fn pulse(&self, pin: usize) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.pending |= 1 << pin;
@@ -109,7 +110,7 @@ impl Ioapic {
             return;
         }
         state.pending &= !(1 << pin);
-        if let Err(error) = self.wiring.signal(message_of(entry)) {
+        if let Err(error) = self.irq_routes.signal(message_of(entry)) {
             tracing::warn!(pin, %error, "the I/O APIC could not raise an interrupt");
         }
     }
@@ -190,25 +191,28 @@ impl BusDevice for Ioapic {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::irq::testing::RecordingWiring;
+    use crate::irq::testing::RecordingIrqRoutes;
 
     fn program(ioapic: &Ioapic, register: u8, value: u32) {
         ioapic.write(IOREGSEL, &[register]);
         ioapic.write(IOWIN, &value.to_le_bytes());
     }
 
-    fn ioapic() -> (Ioapic, Arc<RecordingWiring>) {
-        let wiring = Arc::new(RecordingWiring::default());
-        (Ioapic::new(wiring.clone(), IoapicState::fresh()), wiring)
+    fn ioapic() -> (Ioapic, Arc<RecordingIrqRoutes>) {
+        let irq_routes = Arc::new(RecordingIrqRoutes::default());
+        (
+            Ioapic::new(irq_routes.clone(), IoapicState::fresh()),
+            irq_routes,
+        )
     }
 
     #[test]
     fn a_pulse_becomes_the_message_of_its_entry() {
-        let (ioapic, wiring) = ioapic();
+        let (ioapic, irq_routes) = ioapic();
         program(&ioapic, 0x10 + 2 * 4 + 1, 0x0300_0000);
         program(&ioapic, 0x10 + 2 * 4, 0x0000_0041);
         ioapic.pulse(4);
-        let sent = wiring.signalled.lock().unwrap().clone();
+        let sent = irq_routes.signalled.lock().unwrap().clone();
         assert_eq!(
             sent,
             [MsiMessage {
@@ -220,34 +224,34 @@ mod tests {
 
     #[test]
     fn a_pulse_while_masked_waits_and_comes_once() {
-        let (ioapic, wiring) = ioapic();
+        let (ioapic, irq_routes) = ioapic();
         ioapic.pulse(4);
         ioapic.pulse(4);
-        assert!(wiring.signalled.lock().unwrap().is_empty());
+        assert!(irq_routes.signalled.lock().unwrap().is_empty());
         program(&ioapic, 0x10 + 2 * 4, 0x41);
         program(&ioapic, 0x10 + 2 * 4, 0x41);
-        assert_eq!(wiring.signalled.lock().unwrap().len(), 1);
+        assert_eq!(irq_routes.signalled.lock().unwrap().len(), 1);
     }
 
     #[test]
     fn the_state_comes_back_whole() {
-        let (ioapic, wiring) = ioapic();
+        let (ioapic, irq_routes) = ioapic();
         program(&ioapic, 0x10 + 2 * 9, 0x55);
         ioapic.pulse(7);
-        let copy = Ioapic::new(wiring, ioapic.save());
+        let copy = Ioapic::new(irq_routes, ioapic.save());
         assert_eq!(copy.save(), ioapic.save());
     }
 
     #[test]
     fn a_saved_state_has_no_bits_that_the_registers_lack() {
-        let (_, wiring) = ioapic();
+        let (_, irq_routes) = ioapic();
         let hostile = IoapicState {
             id: u32::MAX,
             select: 0xFF,
             entries: [u64::MAX; PIN_COUNT],
             pending: u32::MAX,
         };
-        let ioapic = Ioapic::new(wiring, hostile.clone());
+        let ioapic = Ioapic::new(irq_routes, hostile.clone());
         let built = ioapic.save();
         ioapic.restore(hostile);
         assert_eq!(ioapic.save(), built);

@@ -1,4 +1,4 @@
-//! [`Wiring`] over KVM: GSI routing, irqfd, ioeventfd, `KVM_SIGNAL_MSI`.
+//! [`IrqRoutes`] over KVM: GSI routing, irqfd, ioeventfd, `KVM_SIGNAL_MSI`.
 //!
 //! Source: Linux `Documentation/virt/kvm/api.rst`.
 
@@ -14,14 +14,14 @@ use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ioapic::PIN_COUNT;
-use super::{Gsi, MsiMessage, Wiring};
+use super::{Gsi, IrqRoutes, MsiMessage};
 
-/// Lines that KVM's routing table can hold (`KVM_MAX_IRQ_ROUTES` on x86).
+/// The number of lines that KVM's routing table can hold (`KVM_MAX_IRQ_ROUTES` on x86).
 const MAX_ROUTES: u32 = 4096;
 
-/// The wiring of a VM. Lines below [`PIN_COUNT`] are the I/O APIC's pins, which need no route:
-/// their messages are sent by `signal`.
-pub struct KvmWiring {
+/// The interrupt routes of a VM. Lines below [`PIN_COUNT`] are the I/O APIC's pins, which need no
+/// route: their messages are sent by `signal`.
+pub struct KvmIrqRoutes {
     vm: Arc<VmFd>,
     table: Mutex<Table>,
 }
@@ -31,8 +31,8 @@ struct Table {
     routes: BTreeMap<u32, MsiMessage>,
 }
 
-impl KvmWiring {
-    /// The wiring of `vm`, which must have a split irqchip.
+impl KvmIrqRoutes {
+    /// The interrupt routes of `vm`, which must have a split irqchip.
     pub fn new(vm: Arc<VmFd>) -> Self {
         let table = Table {
             next: PIN_COUNT as u32,
@@ -45,7 +45,7 @@ impl KvmWiring {
     }
 }
 
-/// KVM takes the routing table whole.
+/// The whole routing table, which is what KVM takes.
 fn routing_table(routes: &BTreeMap<u32, MsiMessage>) -> io::Result<KvmIrqRouting> {
     let entries: Vec<_> = routes
         .iter()
@@ -66,7 +66,7 @@ fn routing_table(routes: &BTreeMap<u32, MsiMessage>) -> io::Result<KvmIrqRouting
     KvmIrqRouting::from_entries(&entries).map_err(|_| io::Error::from_raw_os_error(libc::ENOSPC))
 }
 
-impl Wiring for KvmWiring {
+impl IrqRoutes for KvmIrqRoutes {
     fn allocate(&self) -> io::Result<Gsi> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         if table.next == MAX_ROUTES {
@@ -94,7 +94,8 @@ impl Wiring for KvmWiring {
     }
 
     fn signal(&self, message: MsiMessage) -> io::Result<()> {
-        // The count of CPUs that took it: 0 where the guest blocked it, which is its own affair.
+        // The result is the number of CPUs that took the message. It is 0 where the guest blocked
+        // it, which is not an error.
         self.vm.signal_msi(kvm_msi {
             address_lo: message.address as u32,
             address_hi: (message.address >> 32) as u32,
@@ -104,13 +105,13 @@ impl Wiring for KvmWiring {
         Ok(())
     }
 
-    fn watch(&self, address: u64, fd: &EventFd) -> io::Result<()> {
+    fn register_ioeventfd(&self, address: u64, fd: &EventFd) -> io::Result<()> {
         Ok(self
             .vm
             .register_ioevent(fd, &IoEventAddress::Mmio(address), NoDatamatch)?)
     }
 
-    fn unwatch(&self, address: u64, fd: &EventFd) -> io::Result<()> {
+    fn unregister_ioeventfd(&self, address: u64, fd: &EventFd) -> io::Result<()> {
         Ok(self
             .vm
             .unregister_ioevent(fd, &IoEventAddress::Mmio(address), NoDatamatch)?)

@@ -1,9 +1,9 @@
 //! Interrupts and doorbells between devices and the guest.
 //!
-//! [`Wiring`] is all that the rest of the machine knows of KVM's interrupt interface: message
-//! signalled interrupts through irqfds, and eventfds behind guest addresses (ioeventfd). The local
-//! APICs live in KVM; the I/O APIC ([`ioapic`]) lives here, because with KVM's split irqchip only
-//! the pins that need one (serial port, ACPI events) pay for it. There is no PIC and no PIT.
+//! [`IrqRoutes`] hides KVM's interrupt interface from the rest of the machine: message signalled
+//! interrupts through irqfds, and eventfds behind guest addresses (ioeventfd). KVM has the local
+//! APICs; the I/O APIC ([`ioapic`]) is implemented here (KVM's split irqchip). There is no PIC and
+//! no PIT.
 
 pub mod ioapic;
 mod kvm;
@@ -13,7 +13,7 @@ use std::io;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
-pub use kvm::KvmWiring;
+pub use kvm::KvmIrqRoutes;
 
 /// A message signalled interrupt: a write of `data` to `address`.
 ///
@@ -30,33 +30,32 @@ pub struct MsiMessage {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Gsi(pub u32);
 
-/// How devices reach the guest's CPUs, and how its writes reach devices. KVM in a machine
-/// ([`KvmWiring`]), a recorder in tests.
-pub trait Wiring: Send + Sync {
-    /// A line that nobody else uses.
+/// The routes by which devices interrupt the guest's CPUs, and by which the guest's writes reach
+/// devices. A machine uses KVM ([`KvmIrqRoutes`]), and tests a recorder.
+pub trait IrqRoutes: Send + Sync {
+    /// Allocates a line that has no other user.
     fn allocate(&self) -> io::Result<Gsi>;
 
-    /// Sets the message that `gsi` stands for.
+    /// Sets the message that `gsi` raises.
     fn set_route(&self, gsi: Gsi, message: MsiMessage) -> io::Result<()>;
 
-    /// From now on a write to `fd` raises `gsi`; a write made before counts.
+    /// Makes a write to `fd` raise `gsi`. A write that was made before counts as well.
     fn connect(&self, fd: &EventFd, gsi: Gsi) -> io::Result<()>;
 
-    /// Undoes [`Wiring::connect`]; writes then stay pending in `fd`.
+    /// Undoes [`IrqRoutes::connect`]; writes then stay pending in `fd`.
     fn disconnect(&self, fd: &EventFd, gsi: Gsi) -> io::Result<()>;
 
-    /// Raises an interrupt now.
+    /// Raises an interrupt at once.
     fn signal(&self, message: MsiMessage) -> io::Result<()>;
 
-    /// From now on the guest's writes to `address`, of any size and value, are counted in `fd` and
-    /// do not leave the kernel.
-    fn watch(&self, address: u64, fd: &EventFd) -> io::Result<()>;
+    /// Has the kernel count the guest's writes to `address`, of any size and value, in `fd`.
+    fn register_ioeventfd(&self, address: u64, fd: &EventFd) -> io::Result<()>;
 
-    /// Undoes [`Wiring::watch`].
-    fn unwatch(&self, address: u64, fd: &EventFd) -> io::Result<()>;
+    /// Undoes [`IrqRoutes::register_ioeventfd`].
+    fn unregister_ioeventfd(&self, address: u64, fd: &EventFd) -> io::Result<()>;
 }
 
-/// A wiring that records instead of raising, for tests of everything above it.
+/// Routes that record interrupts instead of raising them, for tests.
 #[cfg(test)]
 pub(crate) mod testing {
     use std::collections::BTreeMap;
@@ -65,15 +64,15 @@ pub(crate) mod testing {
     use super::*;
 
     #[derive(Default)]
-    pub(crate) struct RecordingWiring {
+    pub(crate) struct RecordingIrqRoutes {
         pub(crate) routes: Mutex<BTreeMap<u32, MsiMessage>>,
         pub(crate) connected: Mutex<Vec<u32>>,
         pub(crate) signalled: Mutex<Vec<MsiMessage>>,
-        pub(crate) watched: Mutex<Vec<u64>>,
+        pub(crate) registered: Mutex<Vec<u64>>,
         next: Mutex<u32>,
     }
 
-    impl Wiring for RecordingWiring {
+    impl IrqRoutes for RecordingIrqRoutes {
         fn allocate(&self) -> io::Result<Gsi> {
             let mut next = self.next.lock().unwrap();
             *next += 1;
@@ -98,12 +97,12 @@ pub(crate) mod testing {
             self.signalled.lock().unwrap().push(message);
             Ok(())
         }
-        fn watch(&self, address: u64, _fd: &EventFd) -> io::Result<()> {
-            self.watched.lock().unwrap().push(address);
+        fn register_ioeventfd(&self, address: u64, _fd: &EventFd) -> io::Result<()> {
+            self.registered.lock().unwrap().push(address);
             Ok(())
         }
-        fn unwatch(&self, address: u64, _fd: &EventFd) -> io::Result<()> {
-            self.watched
+        fn unregister_ioeventfd(&self, address: u64, _fd: &EventFd) -> io::Result<()> {
+            self.registered
                 .lock()
                 .unwrap()
                 .retain(|&other| other != address);

@@ -1,4 +1,4 @@
-//! Why a machine ended, told from any thread to the event loop.
+//! The reason for which a machine ended, sent from any thread to the event loop.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -6,22 +6,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Why a machine ended.
+/// The reason for which a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Exit {
     /// The guest switched itself off.
     PowerOff,
-    /// The guest asked for a reset. Who runs the machine may grant it ([`Machine::reset`]).
-    ///
-    /// [`Machine::reset`]: super::Machine::reset
+    /// The guest asked for a reset. The caller may honour this by calling
+    /// [`PausedMachine::reset`](super::PausedMachine::reset).
     Reboot,
-    /// The guest can not go on: a triple fault, say. In words.
+    /// The guest cannot run any more, for the given reason: after a triple fault, for example.
     Crash(String),
-    /// We ended it.
+    /// The caller ended the machine.
     Killed,
 }
 
-/// Where the first reason to end is kept; a wish to reboot gives way to any other. Cheap to clone.
+/// Holds the first reason to end that is sent; any other reason replaces a reboot. Clones are cheap
+/// and share the reason.
 #[derive(Clone)]
 pub struct ExitSignal(Arc<Inner>);
 
@@ -31,7 +31,7 @@ struct Inner {
 }
 
 impl ExitSignal {
-    /// A signal that nobody has sent yet.
+    /// A signal without a reason.
     pub fn new() -> io::Result<Self> {
         let fd = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         Ok(Self(Arc::new(Inner {
@@ -40,32 +40,35 @@ impl ExitSignal {
         })))
     }
 
-    /// Ends the machine. Only the first reason counts, but who asked for a reboot can still be
-    /// ended.
+    /// Ends the machine. Only the first reason counts, except that a machine which waits for its
+    /// reboot can still be ended.
     pub fn send(&self, reason: Exit) {
         let mut slot = self.0.reason.lock().unwrap_or_else(PoisonError::into_inner);
         if matches!(*slot, None | Some(Exit::Reboot)) {
             *slot = Some(reason);
         }
         drop(slot);
-        self.wake();
+        self.notify();
     }
 
-    /// Has whoever waits look again at the reason, if there is one.
-    pub fn wake(&self) {
+    /// Makes the eventfd readable again if there is a reason, so that the event loop looks at it
+    /// again.
+    pub fn notify(&self) {
         if self.get().is_some() {
-            // The counter cannot overflow in the life of a machine; readable it is in any case.
+            // The counter cannot overflow in the life of a machine, and the eventfd is readable in
+            // any case.
             let _ = self.0.fd.write(1);
         }
     }
 
-    /// Takes the news, not the reason: readable again at the next one, or when woken.
-    pub fn hush(&self) {
-        // EAGAIN: there was no news.
+    /// Drains the eventfd without clearing the reason. It is readable again after the next reason
+    /// or [`ExitSignal::notify`].
+    pub fn drain(&self) {
+        // EAGAIN means that there was nothing to drain.
         let _ = self.0.fd.read();
     }
 
-    /// The reason, once there is one.
+    /// The reason, or `None` while the machine has not ended.
     pub fn get(&self) -> Option<Exit> {
         self.0
             .reason
@@ -74,14 +77,14 @@ impl ExitSignal {
             .clone()
     }
 
-    /// Forgets the reason, for a machine that starts again.
+    /// Clears the reason, for a machine that starts again.
     pub fn clear(&self) {
         *self.0.reason.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        self.hush();
+        self.drain();
     }
 }
 
-/// Readable once there is a reason.
+/// The eventfd, which is readable once there is a reason.
 impl AsRawFd for ExitSignal {
     fn as_raw_fd(&self) -> RawFd {
         self.0.fd.as_raw_fd()

@@ -6,7 +6,7 @@ use kvm_ioctls::VmFd;
 
 use super::MachineError;
 
-/// Registers each piece of RAM as a slot.
+/// Registers each region of RAM as a slot.
 pub(super) fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), MachineError> {
     for (slot, region) in (0..).zip(memory.regions()) {
         let region = kvm_userspace_memory_region {
@@ -16,8 +16,8 @@ pub(super) fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), MachineErr
             memory_size: region.size,
             userspace_addr: region.host_address,
         };
-        // SAFETY: the range is mapped, and stays so until after the VM is gone: the machine drops
-        // its CPUs and its VM before its memory.
+        // SAFETY: the range is mapped, and stays mapped until after the VM is closed, because the
+        // machine drops its CPUs and its VM before its memory.
         unsafe { vm.set_user_memory_region(region) }
             .map_err(MachineError::kvm("give the guest its RAM"))?;
     }

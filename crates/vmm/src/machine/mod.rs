@@ -1,8 +1,8 @@
-//! The machine: RAM, CPUs, interrupts, buses and devices put together, and its life.
+//! The machine: RAM, CPUs, interrupts, buses and devices, assembled, and its life cycle.
 //!
-//! [`Machine::new`] assembles, [`Machine::boot`] loads a kernel, [`Machine::resume`] lets it run.
-//! The machine's devices wait in an [`EventLoop`] that the caller runs. Save and restore walk the
-//! devices' common contract, never a list of kinds.
+//! [`Machine::new`] assembles a machine, [`Machine::boot`] loads a kernel, and [`Machine::resume`]
+//! runs the guest. The machine's devices are handlers of an [`EventLoop`] that the caller runs.
+//! Save and restore use the contract that all devices share, so they name no kind of device.
 
 mod exit;
 mod memory_slots;
@@ -29,7 +29,7 @@ use crate::bus::Bus;
 use crate::devices::serial::{self, COM1_PORT, Serial};
 use crate::event_loop::{EventLoop, Registrar};
 use crate::irq::ioapic::{IOAPIC_BASE, IOAPIC_SIZE, Ioapic, PIN_COUNT};
-use crate::irq::{KvmWiring, Wiring};
+use crate::irq::{IrqRoutes, KvmIrqRoutes};
 use crate::pci::virtio_pci::{SharedVirtioDevice, VirtioPci};
 use crate::pci::{
     ECAM_BASE, ECAM_SIZE, EcamWindow, MMIO32_BASE, MMIO32_SIZE, MmioWindow, PciBus, SLOT_COUNT,
@@ -45,7 +45,7 @@ pub const MAX_VCPUS: u8 = 32;
 /// What went wrong with a machine.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
-    /// KVM refused something.
+    /// KVM refused a request.
     #[error("KVM: cannot {action}: {source}")]
     Kvm {
         /// What was tried.
@@ -57,28 +57,28 @@ pub enum MachineError {
     #[error("this host's KVM lacks {0}")]
     Missing(&'static str),
     /// More CPUs or devices than the machine has room for.
-    #[error("{what}: {asked} asked for, {limit} possible")]
+    #[error("{asked} {what} were asked for, and {limit} are possible")]
     TooMany {
-        /// Of what.
+        /// The kind of thing that there are too many of.
         what: &'static str,
         /// How many were asked for.
         asked: usize,
-        /// How many there can be.
+        /// The most that there can be.
         limit: usize,
     },
-    /// A CPU.
+    /// A CPU failed.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
-    /// The kernel.
+    /// The kernel could not be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// A device.
+    /// A device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// RAM.
+    /// RAM could not be set up.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// The host refused a file descriptor or the like.
+    /// The host refused a resource, such as a file descriptor.
     #[error("cannot {action}: {source}")]
     Host {
         /// What was tried.
@@ -105,11 +105,11 @@ impl MachineError {
 pub struct DeviceSlot {
     /// The device.
     pub device: SharedVirtioDevice,
-    /// Its place in the event loop.
+    /// The device's slot in the event loop.
     pub registrar: Registrar,
 }
 
-/// What a machine is made from. All host resources are open already.
+/// The parts that a machine is assembled from. All host resources are open already.
 pub struct Parts {
     /// `/dev/kvm`.
     pub kvm: Kvm,
@@ -117,15 +117,15 @@ pub struct Parts {
     pub memory: GuestMemory,
     /// CPUs, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
-    /// Where the serial console prints. Must not block.
+    /// Receives what the serial console prints. It must not block.
     pub console: serial::Output,
     /// The virtio devices, in slot order from slot 1.
     pub devices: Vec<DeviceSlot>,
-    /// Confines each vCPU thread before it runs the guest (seccomp).
+    /// Confines each vCPU thread (by seccomp) before it runs the guest.
     pub confine_vcpu: Arc<dyn Fn() -> io::Result<()> + Send + Sync>,
 }
 
-/// What a machine boots.
+/// The kernel that a machine boots.
 pub struct Kernel {
     /// An ELF `vmlinux` or a bzImage.
     pub image: File,
@@ -137,7 +137,7 @@ pub struct Kernel {
 
 type SharedTransport = Arc<Mutex<VirtioPci>>;
 
-/// A virtual machine. Owned by the event loop's thread.
+/// A virtual machine, owned by the event loop's thread.
 ///
 /// Fields drop in order: CPUs stop before the memory that they run in is unmapped.
 pub struct Machine {
@@ -153,18 +153,31 @@ pub struct Machine {
     running: bool,
 }
 
+/// A machine that is paused, and stays so while this exists. Only a paused machine can be saved,
+/// reset, or set to another time.
+pub struct PausedMachine<'m>(&'m mut Machine);
+
+impl std::ops::Deref for PausedMachine<'_> {
+    type Target = Machine;
+
+    fn deref(&self) -> &Machine {
+        self.0
+    }
+}
+
 fn locked(transport: &SharedTransport) -> MutexGuard<'_, VirtioPci> {
     // A panic in a device leaves it suspect, but pausing and dropping it is still right.
     transport.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Machine {
-    /// Assembles a machine, paused before its first instruction. Its devices wait in `events`.
+    /// Assembles a machine, which is paused before its first instruction. Its devices become
+    /// handlers of `events`.
     pub fn new(parts: Parts, events: &mut EventLoop) -> Result<Self, MachineError> {
         Self::assemble(parts, BoardState::fresh(), events)
     }
 
-    /// The part that is the same at boot and at restore.
+    /// Assembles a machine, at boot and at restore alike.
     fn assemble(
         parts: Parts,
         board: BoardState,
@@ -175,14 +188,14 @@ impl Machine {
         let exit = ExitSignal::new().map_err(MachineError::host("make an eventfd"))?;
         let vm = Arc::new(create_vm(&kvm)?);
         memory_slots::register(&vm, &parts.memory)?;
-        let wiring: Arc<dyn Wiring> = Arc::new(KvmWiring::new(Arc::clone(&vm)));
-        let ioapic = Arc::new(Ioapic::new(Arc::clone(&wiring), board.ioapic));
+        let irq_routes: Arc<dyn IrqRoutes> = Arc::new(KvmIrqRoutes::new(Arc::clone(&vm)));
+        let ioapic = Arc::new(Ioapic::new(Arc::clone(&irq_routes), board.ioapic));
         let serial = Serial::new(board.serial, Arc::clone(&ioapic), SERIAL_PIN, parts.console);
         let serial = Arc::new(serial.map_err(MachineError::host("make the serial console"))?);
         let power = Arc::new(PowerRegisters::new(Arc::clone(&ioapic), exit.clone()));
         power.restore(board.power_events);
         let pci = PciBus::new();
-        let transports = plug(parts.devices, &pci, &wiring, &parts.memory, events)?;
+        let transports = plug(parts.devices, &pci, &irq_routes, &parts.memory, events)?;
         let buses = Arc::new(buses(&serial, &power, &ioapic, &pci));
         let ceiling = CpuCeiling::new(&kvm, parts.vcpus)?;
         let format = StateFormat::new(&ceiling, StateFormat::xsave_capability(&vm));
@@ -214,7 +227,7 @@ impl Machine {
         })
     }
 
-    /// Puts a kernel into RAM and the first CPU at its entry.
+    /// Loads a kernel into RAM and sets the first CPU to the kernel's entry point.
     pub fn boot(&mut self, kernel: &mut Kernel) -> Result<(), MachineError> {
         let ram = self.memory.ram();
         let rsdp = acpi::write_tables(ram, self.vcpus.len() as u8).map_err(BootError::Write)?;
@@ -229,12 +242,20 @@ impl Machine {
     }
 
     /// Stops everything: afterwards nothing changes RAM, and the state can be saved. Does nothing
-    /// when it is paused already.
-    pub fn pause(&mut self) -> Result<(), MachineError> {
-        if !self.running {
-            return Ok(());
+    /// when the machine is paused already. It stays paused until [`Machine::resume`].
+    ///
+    /// # Errors
+    /// Where a device cannot come to rest.
+    pub fn pause(&mut self) -> Result<PausedMachine<'_>, MachineError> {
+        if self.running {
+            self.stop()?;
         }
-        // All are asked before the first is waited for, so that they stop side by side.
+        Ok(PausedMachine(self))
+    }
+
+    fn stop(&mut self) -> Result<(), MachineError> {
+        // All CPUs are asked to park before the first is waited for, so that they stop at the same
+        // time.
         self.vcpus.iter().for_each(Vcpu::park);
         self.vcpus.iter().for_each(Vcpu::wait_parked);
         self.running = false;
@@ -244,7 +265,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Lets everything go on. Does nothing when it runs already.
+    /// Resumes the machine's devices and vCPUs. Does nothing when the machine is running already.
     pub fn resume(&mut self) -> Result<(), MachineError> {
         if self.running {
             return Ok(());
@@ -257,34 +278,36 @@ impl Machine {
         Ok(())
     }
 
-    /// Whether its CPUs run.
+    /// Whether the machine is running.
     pub fn is_running(&self) -> bool {
         self.running
     }
 
-    /// Why the machine ended, once it has. [`Machine::exit_signal`] wakes an event loop.
+    /// The reason for which the machine ended, or `None` before that. [`Machine::exit_signal`]
+    /// notifies an event loop of it.
     pub fn exit(&self) -> Option<Exit> {
         self.exit.get()
     }
 
-    /// Readable once the machine has ended; anybody may end it.
+    /// The signal that is readable once the machine has ended. Any holder of it may end the
+    /// machine.
     pub fn exit_signal(&self) -> ExitSignal {
         self.exit.clone()
     }
 
-    /// When its guest first ran, here and not where it may have been saved.
+    /// The time at which the guest first ran in this machine, which is later than at its save.
     pub fn entry_time(&self) -> EntryTime {
         self.entry_time.clone()
     }
 
-    /// Presses the power button: asks the guest to switch itself off.
+    /// Presses the power button, which asks the guest to switch itself off.
     pub fn press_power_button(&self) {
         self.power.raise(EVENT_POWER_BUTTON);
     }
 
-    /// Gives the guest a new generation id: it learns that it is not the one it was (a clone, or
-    /// restored) and draws new random numbers. Source: Microsoft's "Virtual Machine Generation
-    /// ID", Linux `drivers/virt/vmgenid.c`.
+    /// Gives the guest a new generation id, by which it learns that it is a clone or was restored,
+    /// and draws new random numbers. Source: Microsoft's "Virtual Machine Generation ID", Linux
+    /// `drivers/virt/vmgenid.c`.
     ///
     /// # Errors
     /// [`MachineError::State`] where the machine has no RAM there.
@@ -292,16 +315,16 @@ impl Machine {
         let ram = self.memory.ram();
         ram.write_slice(&id, GuestAddress(VMGENID_ADDRESS))
             .map_err(|error| {
-                MachineError::State(format!("no place for a generation id: {error}"))
+                MachineError::State(format!("RAM has no place for a generation id: {error}"))
             })?;
         self.power.raise(EVENT_GENERATION);
         Ok(())
     }
 
-    /// Has KVM map pages of RAM that the guest will soon touch, where KVM can do that ahead.
+    /// Asks KVM to map pages of RAM that the guest will soon touch, where KVM can map pages ahead.
     ///
     /// # Errors
-    /// KVM's, other than that it cannot.
+    /// Those of KVM, except that KVM cannot map pages ahead.
     pub fn pre_fault(&self, pages: &PageSet) -> Result<(), MachineError> {
         let layout = self.memory.layout();
         let ranges = layout.ranges().flat_map(|ram| {
@@ -313,16 +336,16 @@ impl Machine {
                 (!pages.is_empty()).then(|| at(pages.start)..at(pages.end))
             })
         });
-        // Any CPU will do: they share what is mapped.
+        // Any CPU will do, because all share what is mapped.
         Ok(self.vcpus[0].pre_fault(ranges.collect())?)
     }
 
-    /// The serial console, to type into.
+    /// The serial console, by which input reaches the guest.
     pub fn serial(&self) -> Arc<Serial> {
         Arc::clone(&self.serial)
     }
 
-    /// Guest RAM. Whoever keeps it may read it while the machine runs.
+    /// Guest RAM. A holder of it may read it while the machine runs.
     pub fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
     }
@@ -348,7 +371,7 @@ fn check_limits(parts: &Parts) -> Result<(), MachineError> {
     Ok(())
 }
 
-/// A VM with in-kernel local APICs and nothing else of a PC's interrupt hardware.
+/// Creates a VM with in-kernel local APICs and no other interrupt hardware of a PC.
 fn create_vm(kvm: &Kvm) -> Result<VmFd, MachineError> {
     for (capability, name) in [
         (Cap::SplitIrqchip, "a split irqchip (KVM_CAP_SPLIT_IRQCHIP)"),
@@ -395,11 +418,11 @@ pub(crate) fn boot_cpuid(kvm: &Kvm) -> Result<CpuId, MachineError> {
     Ok(cpuid_of(&vcpu)?)
 }
 
-/// Gives each device a slot and a BAR, in order.
+/// Puts each device into a slot, with a BAR, in order.
 fn plug(
     devices: Vec<DeviceSlot>,
     pci: &Arc<PciBus>,
-    wiring: &Arc<dyn Wiring>,
+    irq_routes: &Arc<dyn IrqRoutes>,
     memory: &GuestMemory,
     events: &mut EventLoop,
 ) -> Result<Vec<SharedTransport>, MachineError> {
@@ -407,8 +430,8 @@ fn plug(
     for (slot, DeviceSlot { device, registrar }) in (1..).zip(devices) {
         let bar = MMIO32_BASE as u32 + slot as u32 * VirtioPci::BAR_SIZE;
         let ram = memory.ram().clone();
-        let transport = VirtioPci::new(device, bar, Arc::clone(wiring), ram, registrar.clone())
-            .map_err(MachineError::host("wire a device"))?;
+        let transport = VirtioPci::new(device, bar, Arc::clone(irq_routes), ram, registrar.clone())
+            .map_err(MachineError::host("connect a device"))?;
         let transport = Arc::new(Mutex::new(transport));
         pci.insert(slot, transport.clone());
         events.attach(&registrar, transport.clone());

@@ -1,41 +1,42 @@
-//! A reset: the machine as after power-on, in place.
+//! A reset, which puts the machine into the state after power-on, in place.
 //!
-//! Walks the same contract as save and restore: each device forgets its driver
-//! ([`VirtioPci::reset`](crate::pci::virtio_pci::VirtioPci::reset)), and what is soldered on and the
-//! CPUs are put into the states that they are built from. Host resources stay open, and disks keep
-//! their content. No new KVM object is made, so a process in its jail can do it.
+//! It uses the contract of save and restore: each device forgets its driver
+//! ([`VirtioPci::reset`](crate::pci::virtio_pci::VirtioPci::reset)), and the board's devices and
+//! the CPUs are put into the states that they are built from. Host resources stay open, and disks
+//! keep their content. No new KVM object is created, so a reset works inside the jail.
 
 use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{BoardState, Machine, MachineError, locked};
+use super::{BoardState, Machine, MachineError, PausedMachine, locked};
 use crate::vcpu::Vcpu;
 
-/// Where a PC's firmware is told what kind of restart is wanted: the BIOS data area's reset flag.
+/// The reset flag in the BIOS data area, which tells a PC's firmware what kind of restart is
+/// wanted.
 const RESET_FLAG: GuestAddress = GuestAddress(0x472);
-/// No memory test, please. Linux leaves this where it panics, if it was booted with
-/// `reboot=panic_warm`, and 0 where it was asked to reboot (`arch/x86/kernel/reboot.c`).
+/// The value that asks for a restart without a memory test. Linux leaves it where it panics, if it
+/// was booted with `reboot=panic_warm`, and 0 where it was asked to reboot
+/// (`arch/x86/kernel/reboot.c`).
 const WARM: u16 = 0x1234;
 
 impl Machine {
-    /// Whether a guest that asked for a reset said that it wants a warm one: with
-    /// `reboot=panic_warm` on its command line, that it panicked. Only before [`Machine::reset`].
+    /// Whether a guest that asked for a reset wants a warm one. With `reboot=panic_warm` on its
+    /// command line this means that the guest panicked. [`PausedMachine::reset`] clears the answer.
     pub fn asked_for_warm_reset(&self) -> bool {
         let flag = self.memory.ram().read_obj::<u16>(RESET_FLAG);
         flag.is_ok_and(|flag| flag == WARM)
     }
+}
 
-    /// Puts a paused machine back to what it was at power-on, with RAM all zero; its reason to end
-    /// is forgotten. [`Machine::boot`] and [`Machine::resume`] follow.
+impl PausedMachine<'_> {
+    /// Puts the machine back to what it was at power-on, with RAM all zero. Its reason to end is
+    /// forgotten. [`Machine::boot`] and [`Machine::resume`] follow.
     ///
     /// # Errors
-    /// Where KVM or the host refuses, or the machine is running. It is of no use then.
+    /// Where KVM or the host refuses. The machine is of no use then.
     pub fn reset(&mut self) -> Result<(), MachineError> {
-        if self.running {
-            return Err(MachineError::State("the machine is running".to_owned()));
-        }
-        // Devices first: afterwards nothing of the host touches RAM.
+        // Devices come first: afterwards no part of the host touches RAM.
         for transport in &self.transports {
             locked(transport).reset()?;
         }
@@ -50,7 +51,7 @@ impl Machine {
         self.power.restore(power_events);
         self.ioapic.restore(ioapic);
         self.vcpus.iter().try_for_each(Vcpu::reset)?;
-        self.memory = Arc::new(self.memory.renewed()?);
+        self.0.memory = Arc::new(self.memory.renewed()?);
         self.exit.clear();
         Ok(())
     }

@@ -1,25 +1,25 @@
-//! The whole of a machine's state but its RAM and its disks' content: saved, and a machine made
-//! from it.
+//! The state of a machine without its RAM and the content of its disks: how it is saved, and how a
+//! machine is made from it.
 
 use kvm_bindings::kvm_clock_data;
 use serde::{Deserialize, Serialize};
 
-use super::{Machine, MachineError, Parts, locked};
+use super::{Machine, MachineError, Parts, PausedMachine, locked};
 use crate::devices::serial::SerialState;
 use crate::event_loop::EventLoop;
 use crate::irq::ioapic::IoapicState;
 use crate::pci::virtio_pci::VirtioPciState;
 use crate::vcpu::VcpuState;
 
-/// The longest that a VM can have run: beyond it the host's own arithmetic would overflow.
+/// The longest time that a VM can have run. Beyond it the host's own arithmetic would overflow.
 const MAX_CLOCK_NS: u64 = i64::MAX as u64;
 
 /// The state of a paused machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MachineState {
-    /// CPUs, in order.
+    /// The CPUs, in order.
     pub vcpus: Vec<VcpuState>,
-    /// What is soldered on.
+    /// The devices that every machine has.
     pub board: BoardState,
     /// The VM's clock.
     pub clock: VmClock,
@@ -39,7 +39,7 @@ pub struct BoardState {
 }
 
 impl BoardState {
-    /// After power-on.
+    /// The state after power-on.
     pub fn fresh() -> Self {
         Self {
             ioapic: IoapicState::fresh(),
@@ -74,15 +74,12 @@ impl MachineState {
     }
 }
 
-impl Machine {
-    /// The state of a paused machine.
+impl PausedMachine<'_> {
+    /// The machine's state.
     ///
     /// # Errors
-    /// Where KVM or a device cannot tell its state, and where the machine is running.
+    /// Where the state of KVM or of a device cannot be read.
     pub fn save(&mut self) -> Result<MachineState, MachineError> {
-        if self.running {
-            return Err(MachineError::State("the machine is running".to_owned()));
-        }
         let vcpus = self
             .vcpus
             .iter()
@@ -111,12 +108,29 @@ impl Machine {
         })
     }
 
-    /// Makes a machine that goes on where `state` was saved, paused. `parts.memory` holds RAM as
-    /// it was then, and each device was built from its part of the state
-    /// ([`VirtioPciState::device`]).
+    /// Sets the machine back to a point in its guest's time: a machine that was restored some time
+    /// before it runs would otherwise find that time gone.
     ///
     /// # Errors
-    /// [`MachineError::State`] and its kin where the state does not fit these parts or this host.
+    /// Those of KVM.
+    pub fn set_time(&mut self, time: &GuestTime) -> Result<(), MachineError> {
+        self.0.set_clock(time.clock)?;
+        for (vcpu, tsc) in self.vcpus.iter().zip(&time.tscs) {
+            if let Some(tsc) = *tsc {
+                vcpu.set_tsc(tsc)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Machine {
+    /// Makes a machine that is paused where `state` was saved. `parts.memory` holds RAM as it was
+    /// then, and each device was built from its part of the state ([`VirtioPciState::device`]).
+    ///
+    /// # Errors
+    /// [`MachineError::State`], [`MachineError::Vcpu`] or [`MachineError::Device`] where the state
+    /// does not fit these parts or this host.
     pub fn restore(
         parts: Parts,
         state: MachineState,
@@ -125,7 +139,7 @@ impl Machine {
         let fits = |what: &str, saved: usize, here: usize| match saved == here {
             true => Ok(()),
             false => Err(MachineError::State(format!(
-                "it is of a machine with {saved} {what}, and this one has {here}"
+                "it was saved from a machine with {saved} {what}, and this machine has {here}"
             ))),
         };
         fits("vCPUs", state.vcpus.len(), usize::from(parts.vcpus))?;
@@ -136,8 +150,8 @@ impl Machine {
         }
         let mut machine = Self::assemble(parts, state.board, events)?;
         machine.set_clock(state.clock)?;
-        // CPUs before devices: a device that finds work may interrupt at once, and a local APIC
-        // that is restored forgets what came before.
+        // CPUs come before devices: a device that finds work may interrupt at once, and the restore
+        // of a local APIC overwrites interrupts that came before.
         for (vcpu, saved) in machine.vcpus.iter().zip(state.vcpus) {
             vcpu.restore(saved)?;
         }
@@ -147,23 +161,8 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Sets a paused machine back to a point in its guest's time: one that was restored some time
-    /// before it runs would otherwise find that time gone.
-    ///
-    /// # Errors
-    /// KVM's.
-    pub fn set_time(&mut self, time: &GuestTime) -> Result<(), MachineError> {
-        self.set_clock(time.clock)?;
-        for (vcpu, tsc) in self.vcpus.iter().zip(&time.tscs) {
-            if let Some(tsc) = *tsc {
-                vcpu.set_tsc(tsc)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Sets the time that the VM has run. Without KVM's wish to add the real time that has passed:
-    /// the guest's monotonic clock goes on where it stopped.
+    /// Sets the time that the VM has run. KVM is not asked to add the real time that has passed, so
+    /// the guest's monotonic clock continues where it stopped.
     fn set_clock(&mut self, clock: VmClock) -> Result<(), MachineError> {
         let clock = kvm_clock_data {
             clock: clock.nanoseconds,

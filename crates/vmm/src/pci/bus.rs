@@ -1,4 +1,4 @@
-//! The bus itself: slots, and the two windows through which the guest reaches them.
+//! The PCI bus: its slots, and the two windows through which the guest reaches them.
 
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -7,7 +7,7 @@ use crate::bus::BusDevice;
 
 type SharedDevice = Arc<Mutex<dyn PciDevice>>;
 
-/// What answers at an address of the memory window.
+/// The device and the BAR at an address of the memory window.
 struct Placed {
     bar: BarRange,
     device: SharedDevice,
@@ -32,10 +32,11 @@ impl PciBus {
         })
     }
 
-    /// Puts `device` into `slot`. The seam for hotplug: it may be called while the guest runs.
+    /// Puts `device` into `slot`. This may be called while the guest runs, which is meant for
+    /// hotplug.
     ///
     /// # Panics
-    /// When the slot is taken or beyond the bus: slots are given out by us.
+    /// Panics when the slot is taken or beyond the bus, because the VMM itself assigns slots.
     pub fn insert(&self, slot: usize, device: SharedDevice) {
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
         assert!(slots[slot].is_none(), "PCI slot {slot} is taken");
@@ -139,12 +140,13 @@ impl BusDevice for MmioWindow {
     }
 }
 
-/// The host bridge: there so that the guest finds the bus as on a PC. It has no state.
+/// The host bridge, by which the guest finds the bus as on a PC. It has no state.
 struct HostBridge(ConfigSpace);
 
 impl HostBridge {
     fn new() -> Self {
-        // The generic host bridge ids of the vendor whose virtio devices sit behind it.
+        // These are the generic host bridge ids of the vendor whose virtio devices are behind the
+        // bridge.
         Self(ConfigSpace::new(Identity {
             vendor: 0x1B36,
             device: 0x0008,

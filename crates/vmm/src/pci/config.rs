@@ -7,7 +7,7 @@ use crate::bus;
 
 const COMMAND: usize = 0x04;
 const COMMAND_MEMORY: u8 = 1 << 1;
-/// What the guest may switch in COMMAND: memory decoding, bus mastering, INTx disable.
+/// The bits of COMMAND that the guest may change: memory decoding, bus mastering, INTx disable.
 const COMMAND_WRITABLE: [u8; 2] = [0b0000_0110, 0b0000_0100];
 const STATUS: usize = 0x06;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
@@ -16,46 +16,47 @@ const BAR_COUNT: usize = 6;
 const CAPABILITIES_POINTER: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3C;
 const FIRST_CAPABILITY: usize = 0x40;
-/// Registers that this space has; beyond it everything reads as zero.
+/// The bytes of registers that the space has. Beyond them everything reads as zero.
 pub const CONFIG_SIZE: usize = 256;
 
-/// What a function says it is.
+/// The identity of a function.
 #[derive(Clone, Copy, Debug)]
 pub struct Identity {
-    /// Vendor id.
+    /// The vendor id.
     pub vendor: u16,
-    /// Device id.
+    /// The device id.
     pub device: u16,
-    /// Subsystem vendor id.
+    /// The subsystem vendor id.
     pub subsystem_vendor: u16,
-    /// Subsystem id.
+    /// The subsystem id.
     pub subsystem: u16,
-    /// Class code: base class, subclass, programming interface from the top byte down.
+    /// The class code: base class, subclass, programming interface from the top byte down.
     pub class: u32,
-    /// Revision.
+    /// The revision.
     pub revision: u8,
 }
 
-/// A BAR as it answers now.
+/// A BAR that answers now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BarRange {
-    /// Which of the six.
+    /// The number of the BAR, 0 to 5.
     pub index: u8,
-    /// Where it starts (guest-physical).
+    /// The guest-physical address of its first byte.
     pub address: u64,
     /// Its size in bytes, a power of two.
     pub size: u64,
 }
 
 impl BarRange {
-    /// The offset of an access that lies wholly within this BAR.
+    /// The offset of an access in this BAR, or `None` where the access does not lie wholly within
+    /// it.
     pub fn offset_of(&self, address: u64, len: usize) -> Option<u64> {
         let offset = address.checked_sub(self.address)?;
         (offset.checked_add(len as u64)? <= self.size).then_some(offset)
     }
 }
 
-/// What is saved of a configuration space: the registers. Masks and sizes follow from the device.
+/// The saved state of a configuration space: its registers. Masks and sizes follow from the device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConfigState {
     registers: Vec<u8>,
@@ -67,7 +68,7 @@ pub struct ConfigSpace {
     writable: [u8; CONFIG_SIZE],
     bar_sizes: [u64; BAR_COUNT],
     next_capability: usize,
-    /// Where the pointer to the next capability goes.
+    /// The offset of the pointer to the next capability.
     last_link: usize,
 }
 
@@ -103,7 +104,7 @@ impl ConfigSpace {
         self.set(at, &address.to_le_bytes());
         self.writable[at..at + 4].copy_from_slice(&(!(size - 1)).to_le_bytes());
         self.bar_sizes[usize::from(index)] = u64::from(size);
-        // Decoding is on from the start, as after a firmware.
+        // Decoding is on from the start, as firmware would leave it.
         self.registers[COMMAND] |= COMMAND_MEMORY;
     }
 
@@ -135,7 +136,7 @@ impl ConfigSpace {
         bus::read_at(&self.registers, u64::from(offset), data);
     }
 
-    /// Writes what the masks allow; the rest is lost, as on hardware.
+    /// Writes the bits that the masks allow. Other bits are ignored, as on hardware.
     pub fn write(&mut self, offset: u16, data: &[u8]) {
         let start = usize::from(offset);
         for (at, &value) in (start..CONFIG_SIZE).zip(data) {
@@ -181,8 +182,8 @@ impl ConfigSpace {
         }
     }
 
-    /// Takes saved registers over where the guest could have written them; what is fixed must be
-    /// the same, for else the guest's drivers would face another device.
+    /// Restores the registers that the guest can write. All others must be the same as in the saved
+    /// state, because the guest's drivers rely on them.
     pub fn restore(&mut self, state: &ConfigState) -> Result<(), String> {
         if state.registers.len() != CONFIG_SIZE {
             return Err(format!(

@@ -1,9 +1,9 @@
 //! PCI: one bus behind a host bridge, reached by memory-mapped configuration (ECAM), with message
 //! signalled interrupts only.
 //!
-//! [`PciDevice`] is what a device on the bus must do; [`PciBus`] dispatches configuration and BAR
-//! accesses to the device in a slot. Addresses are given out by us before the guest runs (there is
-//! no firmware), and the guest may move them. Virtio's transport is in [`virtio_pci`].
+//! [`PciDevice`] is the contract of a device on the bus; [`PciBus`] dispatches configuration and
+//! BAR accesses to the device in a slot. The VMM assigns addresses before the guest runs (there is
+//! no firmware), and the guest may change them. Virtio's transport is in [`virtio_pci`].
 //!
 //! Source: PCI Local Bus Specification 3.0; PCI Express Base Specification, 7.2.2 (ECAM).
 
@@ -23,7 +23,7 @@ pub const MMIO32_SIZE: u64 = 0x2000_0000;
 pub const ECAM_BASE: u64 = 0xE000_0000;
 /// Its size: one bus of 32 slots and 8 functions, 4 KiB each.
 pub const ECAM_SIZE: u64 = 1 << 20;
-// The windows lie where RAM never does, and do not overlap each other: else it does not compile.
+// The windows do not overlap each other and lie outside RAM, or the crate does not compile.
 const _: () = {
     use clone_memory::layout::{PCI_HOLE_END, PCI_HOLE_START};
     assert!(PCI_HOLE_START <= MMIO32_BASE && MMIO32_BASE + MMIO32_SIZE <= ECAM_BASE);
@@ -31,7 +31,7 @@ const _: () = {
     assert!(crate::irq::ioapic::IOAPIC_BASE < PCI_HOLE_END);
 };
 
-/// Slots on the bus; slot 0 is the host bridge.
+/// The number of slots on the bus. Slot 0 is the host bridge.
 pub const SLOT_COUNT: usize = 32;
 
 /// A device on the bus. Called under its lock, from vCPU threads.
@@ -42,7 +42,7 @@ pub trait PciDevice: Send {
     /// Writes its configuration space; bounds as above.
     fn config_write(&mut self, offset: u16, data: &[u8]);
 
-    /// The BARs that answer at present: none while memory decoding is off.
+    /// The BARs that answer now: none while memory decoding is off.
     fn bars(&self) -> Vec<BarRange>;
 
     /// Reads within BAR `index`; the access lies within the BAR.

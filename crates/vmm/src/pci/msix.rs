@@ -1,9 +1,9 @@
 //! MSI-X: a table of messages, one per vector, each raised through an eventfd.
 //!
 //! A vector's eventfd is connected to KVM (irqfd) exactly while the vector is unmasked. A device
-//! writes to the eventfd in any case; what it wrote while the vector was masked stays in the
-//! eventfd's counter and is raised when KVM is connected again. So there are no pending bits to
-//! keep, and vhost can be given the eventfd and needs to know nothing of masks.
+//! writes to the eventfd in any case. A write that was made while the vector was masked stays in
+//! the eventfd's counter, and is raised when KVM is connected again. So no pending bits are kept,
+//! and vhost can use the eventfd without knowing of masks.
 //!
 //! Source: PCI Local Bus Specification 3.0, 6.8.2.
 
@@ -13,24 +13,24 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::irq::{Gsi, MsiMessage, Wiring};
+use crate::irq::{Gsi, IrqRoutes, MsiMessage};
 
-/// Bytes of a table entry: address, data, vector control.
+/// The size of a table entry in bytes: address, data, vector control.
 pub const ENTRY_SIZE: u64 = 16;
 const VECTOR_CONTROL: usize = 12;
 const CONTROL_ENABLE: u16 = 1 << 15;
 const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
 
-/// What is saved of a vector.
+/// The saved state of a vector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct VectorState {
     message: MsiMessage,
     masked: bool,
-    /// Raised while it could not be delivered.
+    /// Whether the vector was raised while it could not be delivered.
     pending: bool,
 }
 
-/// What is saved of a table.
+/// The saved state of a table.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MsixState {
     control: u16,
@@ -47,18 +47,18 @@ struct Vector {
 
 /// The MSI-X table of a function.
 pub struct MsixTable {
-    wiring: Arc<dyn Wiring>,
+    irq_routes: Arc<dyn IrqRoutes>,
     control: u16,
     vectors: Vec<Vector>,
 }
 
 impl MsixTable {
     /// A table of `count` vectors, all masked, as after a reset.
-    pub fn new(wiring: Arc<dyn Wiring>, count: u16) -> io::Result<Self> {
+    pub fn new(irq_routes: Arc<dyn IrqRoutes>, count: u16) -> io::Result<Self> {
         let vector = |_| {
             Ok(Vector {
                 fd: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
-                gsi: wiring.allocate()?,
+                gsi: irq_routes.allocate()?,
                 message: MsiMessage::default(),
                 masked: true,
                 connected: false,
@@ -66,7 +66,7 @@ impl MsixTable {
         };
         let vectors = (0..count).map(vector).collect::<io::Result<_>>()?;
         Ok(Self {
-            wiring,
+            irq_routes,
             control: 0,
             vectors,
         })
@@ -102,8 +102,8 @@ impl MsixTable {
         crate::bus::read_at(&encode(vector), offset % ENTRY_SIZE, data);
     }
 
-    /// Writes the table: aligned accesses of 4 or 8 bytes, as the specification demands of the
-    /// driver; others are ignored.
+    /// Writes the table. Accesses must be aligned and of 4 or 8 bytes, as the specification
+    /// demands; others are ignored.
     pub fn write_table(&mut self, offset: u64, data: &[u8]) {
         let index = (offset / ENTRY_SIZE) as usize;
         let at = (offset % ENTRY_SIZE) as usize;
@@ -124,9 +124,9 @@ impl MsixTable {
         self.update(index);
     }
 
-    /// Reads the pending bits: what a vector holds back while it is masked.
+    /// Reads the pending bits, of the vectors that were raised while they are masked.
     ///
-    /// The counter can only be read by taking it, so it is put back at once.
+    /// Reading a counter clears it, so it is written back at once.
     pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
         let mut bits = vec![0u8; self.vectors.len().div_ceil(64) * 8];
         for (index, vector) in self.vectors.iter().enumerate() {
@@ -137,23 +137,23 @@ impl MsixTable {
         crate::bus::read_at(&bits, offset, data);
     }
 
-    /// Brings KVM in line with the vector's mask and message. A refusal by KVM leaves the vector
-    /// disconnected: the guest loses its own interrupts, nobody else's.
+    /// Updates KVM with the vector's mask and message. If KVM refuses, the vector stays
+    /// disconnected, and the guest loses only its own interrupts.
     fn update(&mut self, index: usize) {
         let open = self.control & (CONTROL_ENABLE | CONTROL_FUNCTION_MASK) == CONTROL_ENABLE;
         let vector = &mut self.vectors[index];
         let result = if open && !vector.masked {
-            let routed = self.wiring.set_route(vector.gsi, vector.message);
-            routed.and_then(|()| vector.connect(self.wiring.as_ref()))
+            let routed = self.irq_routes.set_route(vector.gsi, vector.message);
+            routed.and_then(|()| vector.connect(self.irq_routes.as_ref()))
         } else {
-            vector.disconnect(self.wiring.as_ref())
+            vector.disconnect(self.irq_routes.as_ref())
         };
         if let Err(error) = result {
-            tracing::warn!(vector = index, %error, "MSI-X vector could not be wired");
+            tracing::warn!(vector = index, %error, "MSI-X vector could not be connected");
         }
     }
 
-    /// The table, to be saved. Exact only while the devices and the vCPUs are paused.
+    /// The state to be saved. It is exact only while the devices and the vCPUs are paused.
     pub fn save(&self) -> MsixState {
         let vector = |vector: &Vector| VectorState {
             message: vector.message,
@@ -166,7 +166,7 @@ impl MsixTable {
         }
     }
 
-    /// Puts a saved table in place and wires it.
+    /// Restores a saved table and connects its vectors.
     pub fn restore(&mut self, state: &MsixState) -> Result<(), String> {
         if state.vectors.len() != self.vectors.len() {
             return Err(format!(
@@ -189,7 +189,7 @@ impl MsixTable {
         Ok(())
     }
 
-    /// Back to the state after power-on; what was pending is dropped.
+    /// Returns to the state after power-on. Pending interrupts are dropped.
     pub fn reset(&mut self) {
         for vector in &mut self.vectors {
             vector.masked = true;
@@ -197,34 +197,35 @@ impl MsixTable {
         }
         self.set_control(0);
         for vector in &self.vectors {
-            // Empty counters answer EAGAIN, which is what we want.
+            // Empty counters return EAGAIN, which is no error here.
             let _ = vector.fd.read();
         }
     }
 }
 
 impl Vector {
-    fn connect(&mut self, wiring: &dyn Wiring) -> io::Result<()> {
+    fn connect(&mut self, irq_routes: &dyn IrqRoutes) -> io::Result<()> {
         if !self.connected {
-            wiring.connect(&self.fd, self.gsi)?;
+            irq_routes.connect(&self.fd, self.gsi)?;
             self.connected = true;
         }
         Ok(())
     }
 
-    fn disconnect(&mut self, wiring: &dyn Wiring) -> io::Result<()> {
+    fn disconnect(&mut self, irq_routes: &dyn IrqRoutes) -> io::Result<()> {
         if self.connected {
-            wiring.disconnect(&self.fd, self.gsi)?;
+            irq_routes.disconnect(&self.fd, self.gsi)?;
             self.connected = false;
         }
         Ok(())
     }
 
-    /// While connected KVM takes the counter at once, so only a disconnected vector can be pending.
+    /// KVM takes the counter of a connected vector at once, so only a disconnected vector can be
+    /// pending.
     fn is_pending(&self) -> bool {
         let pending = !self.connected && self.fd.read().is_ok();
         if pending {
-            // It was readable, so its counter is 0 now and one more cannot overflow it.
+            // The eventfd was readable, so its counter is 0 now and a write cannot overflow it.
             let _ = self.fd.write(1);
         }
         pending
@@ -242,11 +243,11 @@ fn encode(vector: &Vector) -> [u8; ENTRY_SIZE as usize] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::irq::testing::RecordingWiring;
+    use crate::irq::testing::RecordingIrqRoutes;
 
-    fn table() -> (MsixTable, Arc<RecordingWiring>) {
-        let wiring = Arc::new(RecordingWiring::default());
-        (MsixTable::new(wiring.clone(), 3).unwrap(), wiring)
+    fn table() -> (MsixTable, Arc<RecordingIrqRoutes>) {
+        let irq_routes = Arc::new(RecordingIrqRoutes::default());
+        (MsixTable::new(irq_routes.clone(), 3).unwrap(), irq_routes)
     }
 
     fn program(table: &mut MsixTable, vector: u64, address: u64, data: u32, masked: bool) {
@@ -257,20 +258,20 @@ mod tests {
 
     #[test]
     fn a_vector_is_wired_only_while_enabled_and_unmasked() {
-        let (mut table, wiring) = table();
+        let (mut table, irq_routes) = table();
         program(&mut table, 1, 0xFEE0_1000, 0x31, false);
-        assert!(wiring.connected.lock().unwrap().is_empty());
+        assert!(irq_routes.connected.lock().unwrap().is_empty());
         table.set_control(CONTROL_ENABLE);
-        assert_eq!(*wiring.connected.lock().unwrap(), [25]);
+        assert_eq!(*irq_routes.connected.lock().unwrap(), [25]);
         assert_eq!(
-            wiring.routes.lock().unwrap()[&25],
+            irq_routes.routes.lock().unwrap()[&25],
             MsiMessage {
                 address: 0xFEE0_1000,
                 data: 0x31
             }
         );
         table.set_control(CONTROL_ENABLE | CONTROL_FUNCTION_MASK);
-        assert!(wiring.connected.lock().unwrap().is_empty());
+        assert!(irq_routes.connected.lock().unwrap().is_empty());
     }
 
     #[test]
@@ -300,8 +301,8 @@ mod tests {
 
     #[test]
     fn a_state_with_other_vectors_is_refused() {
-        let (table, wiring) = table();
-        let mut smaller = MsixTable::new(wiring, 2).unwrap();
+        let (table, irq_routes) = table();
+        let mut smaller = MsixTable::new(irq_routes, 2).unwrap();
         assert!(smaller.restore(&table.save()).is_err());
     }
 }

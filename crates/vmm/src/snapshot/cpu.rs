@@ -1,8 +1,8 @@
 //! The CPU features that a snapshot needs, in a form that people and schedulers can read.
 //!
-//! A guest has looked at CPUID once and for all and uses what it found, so a host must offer all
-//! features of the saved CPUs. More do no harm: the guest goes on seeing its own CPUID. Schedulers
-//! compare profiles to choose a host; the CPU states themselves are judged by
+//! A guest reads CPUID once and uses the features that it found, so a host must offer all features
+//! of the saved CPUs. Further features do no harm, because the guest still sees its own CPUID.
+//! Schedulers compare profiles to choose a host; the CPU states themselves are checked by
 //! [`CpuCeiling`](crate::vcpu::CpuCeiling) when a machine is restored, whatever a profile claims.
 
 use std::collections::BTreeMap;
@@ -21,11 +21,11 @@ use crate::vcpu::{VcpuState, vendor};
 pub struct CpuProfile {
     /// As in `GenuineIntel`.
     pub vendor: String,
-    /// Feature bits by leaf and register.
+    /// The feature bits by leaf and register.
     pub features: BTreeMap<String, u32>,
 }
 
-/// What a host lacks for a guest.
+/// The reason for which a host cannot run a guest.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Mismatch {
     /// The CPU of another maker behaves differently in ways that no bit shows.

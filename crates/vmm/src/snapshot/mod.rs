@@ -1,11 +1,12 @@
-//! A machine's state as bytes that can be kept, sent to another host, and read from a hostile hand.
+//! A machine's state as bytes that can be kept, sent to another host, and read from an untrusted
+//! source.
 //!
 //! A file of sections: a magic number and a version, then for each section its name, length and
 //! checksum, and its content, a value in postcard's encoding. A reader refuses a newer version, a
-//! section that it does not know, and anything cut, changed or left over. Inside a section no
-//! field is ever added: a new version of the file is.
+//! section that it does not know, and anything cut, changed or left over. A section never gets a
+//! new field: the file gets a new version.
 //!
-//! RAM is left to `clone-memory`, disks to `clone-disk`, and what belongs together to `clone`.
+//! RAM is handled by `clone-memory` and disks by `clone-disk`; `clone` keeps what belongs together.
 
 mod cpu;
 
@@ -16,6 +17,7 @@ use serde::de::DeserializeOwned;
 
 use crate::machine::{BoardState, MachineState, VmClock};
 use crate::pci::virtio_pci::VirtioPciState;
+use crate::state_codec;
 use crate::vcpu::VcpuState;
 
 const MAGIC: [u8; 8] = *b"CLNSTATE";
@@ -25,56 +27,56 @@ const VERSION: u32 = 1;
 pub const MAX_BYTES: u64 = 16 << 20;
 const HASH_BYTES: usize = 32;
 
-/// Why bytes are no state of a machine.
+/// The reason for which bytes are not a machine's state.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SnapshotError {
-    /// Something else.
-    #[error("it is no machine state: the first bytes are not `CLNSTATE`")]
+    /// The bytes do not begin as a state does.
+    #[error("it is not a machine state: the first bytes are not `CLNSTATE`")]
     NotAState,
-    /// From the future.
-    #[error("it is of format {found}, and the newest that this version reads is {VERSION}")]
+    /// The format version is newer than this build can read.
+    #[error("its format version is {found}, and the newest that this build reads is {VERSION}")]
     TooNew {
-        /// The version it says.
+        /// The version in the file.
         found: u32,
     },
-    /// Not all of it is there.
-    #[error("it is cut short, in section `{section}`")]
+    /// The file ends within a section.
+    #[error("it ends within section `{section}`")]
     Cut {
-        /// Where.
+        /// The section.
         section: &'static str,
     },
-    /// Another section than the one that comes here.
+    /// Another section stands in the place of this one.
     #[error("section `{wanted}` is missing")]
     Missing {
-        /// Which should come.
+        /// The missing section.
         wanted: &'static str,
     },
-    /// A flipped bit, or worse.
+    /// The checksum of a section is wrong.
     #[error("section `{section}` is damaged: its checksum is wrong")]
     Damaged {
-        /// Which.
+        /// The section.
         section: &'static str,
     },
-    /// The checksum is right, and still it is nothing that we wrote.
-    #[error("section `{section}` does not make sense: {reason}")]
+    /// The checksum of a section is right, but its content cannot be decoded.
+    #[error("section `{section}` is invalid: {reason}")]
     Nonsense {
-        /// Which.
+        /// The section.
         section: &'static str,
-        /// The decoder's objection.
+        /// The decoder's error.
         reason: String,
     },
-    /// More than a state.
+    /// Bytes follow the last section.
     #[error("{bytes} bytes follow its end")]
     TooLong {
-        /// How many.
+        /// The number of bytes.
         bytes: usize,
     },
-    /// The encoder failed.
+    /// A section could not be encoded.
     #[error("cannot encode section `{section}`: {reason}")]
     Encode {
-        /// Which.
+        /// The section.
         section: &'static str,
-        /// Its objection.
+        /// The encoder's error.
         reason: String,
     },
 }
@@ -96,8 +98,8 @@ pub fn encode(state: &MachineState) -> Result<Vec<u8>, SnapshotError> {
 /// Decodes what [`encode`] wrote, here or elsewhere.
 ///
 /// # Errors
-/// [`SnapshotError`], with the section. Whether the state fits a machine is for
-/// [`crate::machine::Machine::restore`] and KVM to say.
+/// [`SnapshotError`], with the section. [`crate::machine::Machine::restore`] and KVM decide whether
+/// the state fits a machine.
 pub fn decode(bytes: &[u8]) -> Result<MachineState, SnapshotError> {
     let rest = bytes.strip_prefix(&MAGIC).ok_or(SnapshotError::NotAState)?;
     let (version, mut rest) = take::<4>(rest, "header")?;
@@ -133,7 +135,7 @@ fn put(
     name: &'static str,
     value: &impl Serialize,
 ) -> Result<(), SnapshotError> {
-    let content = postcard::to_stdvec(value).map_err(|error| SnapshotError::Encode {
+    let content = state_codec::encode(value).map_err(|error| SnapshotError::Encode {
         section: name,
         reason: error.to_string(),
     })?;
@@ -162,7 +164,7 @@ fn section<T: DeserializeOwned>(rest: &mut &[u8], name: &'static str) -> Result<
     }
     let (len, after) = take::<8>(after, name)?;
     let (hash, after) = take::<HASH_BYTES>(after, name)?;
-    // A length beyond what is there is never used to reserve anything.
+    // A length beyond the bytes that are there is never used to reserve memory.
     let (content, after) = usize::try_from(u64::from_le_bytes(len))
         .ok()
         .and_then(|len| after.split_at_checked(len))
@@ -170,15 +172,10 @@ fn section<T: DeserializeOwned>(rest: &mut &[u8], name: &'static str) -> Result<
     if blake3::hash(content).as_bytes() != &hash {
         return Err(SnapshotError::Damaged { section: name });
     }
-    let nonsense = |reason: String| SnapshotError::Nonsense {
+    let value = state_codec::decode(content).map_err(|error| SnapshotError::Nonsense {
         section: name,
-        reason,
-    };
-    let (value, left) =
-        postcard::take_from_bytes(content).map_err(|error| nonsense(error.to_string()))?;
-    if !left.is_empty() {
-        return Err(nonsense(format!("{} bytes too many", left.len())));
-    }
+        reason: error.to_string(),
+    })?;
     *rest = after;
     Ok(value)
 }

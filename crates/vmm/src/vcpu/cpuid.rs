@@ -1,37 +1,37 @@
-//! What each CPU says it is: the host's features as KVM offers them, with this machine's topology.
+//! The CPUID of each CPU: the host's features as KVM offers them, with this machine's topology.
 //!
 //! Source: Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E; Linux
 //! `Documentation/virt/kvm/x86/cpuid.rst`.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
-/// Leaf 1 ECX: the TSC-deadline timer, which KVM's LAPIC has but does not announce by itself.
+/// Leaf 1 ECX: the TSC-deadline timer, which KVM's LAPIC has but does not report by itself.
 const TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1 EDX: several logical processors in the package.
 const HTT: u32 = 1 << 28;
-/// Leaf 1 ECX and leaf 0x8000_0001 ECX: Intel's and AMD's virtualisation. Guests get none: their
-/// state would be another to save, and a larger surface to attack.
+/// Leaf 1 ECX and leaf 0x8000_0001 ECX: Intel's and AMD's virtualisation. Guests get neither,
+/// because it would add state to save and a larger surface to attack.
 const VMX: u32 = 1 << 5;
 const SVM: u32 = 1 << 2;
-/// Leaf 0x8000_0001 ECX: AMD's own topology leaves, which we do not fill.
+/// Leaf 0x8000_0001 ECX: AMD's own topology leaves, which are not filled.
 const AMD_TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
 /// KVM's leaf, EAX: the end of an interrupt told through memory. With it one of some thirty clones
 /// stopped getting interrupts on an emulated host (and so did QEMU's guests there): in 90 forks
 /// without it none did. It saves exits only on hosts without a virtual APIC.
 const KVM_PV_EOI: u32 = 1 << 6;
 const AMD_CORE_PERFORMANCE: u32 = 1 << 23 | 1 << 24;
-/// The extended topology, which is made here and not the host's.
+/// The leaves of the extended topology, which describe this machine and not the host.
 pub(super) const TOPOLOGY_LEAVES: [u32; 2] = [0xB, 0x1F];
-/// Leaves that are all zero for guests: performance counters of Intel and AMD (a clone may run on
-/// another host's), and AMD's nested virtualisation.
+/// Leaves that are all zero for guests: the performance counters of Intel and AMD (a clone may run
+/// on a host with others), and AMD's nested virtualisation.
 const HIDDEN_LEAVES: [u32; 3] = [0xA, 0x8000_000A, 0x8000_0022];
 /// Hidden leaves that guests could read until they were hidden, and that states of that time hold.
 /// They mean nothing without the features of other leaves that no guest was ever given.
 pub(super) const ONCE_SHOWN_LEAVES: [u32; 2] = [0x8000_000A, 0x8000_0022];
 
-/// What a boot on a host that supports `supported` (`KVM_GET_SUPPORTED_CPUID`) gives CPU `id` of
-/// `count`: also the ceiling of what a saved CPU may have here.
+/// The CPUID that a boot on a host with `supported` (`KVM_GET_SUPPORTED_CPUID`) gives CPU `id` of
+/// `count`. It is also the ceiling of the features that a saved CPU may have on this host.
 ///
 /// The topology is one package of single-threaded cores: the host decides where they really run.
 pub(super) fn for_vcpu(supported: &CpuId, id: u8, count: u8) -> Vec<kvm_cpuid_entry2> {
@@ -53,7 +53,7 @@ pub(super) fn for_vcpu(supported: &CpuId, id: u8, count: u8) -> Vec<kvm_cpuid_en
     entries
 }
 
-/// Hides what no guest gets, and announces what KVM has without the host's CPU.
+/// Hides the features that no guest gets, and reports those that KVM has without the host's CPU.
 fn mask(entry: &mut kvm_cpuid_entry2) {
     match entry.function {
         1 => entry.ecx = entry.ecx & !VMX | TSC_DEADLINE | HYPERVISOR,
@@ -68,7 +68,7 @@ fn mask(entry: &mut kvm_cpuid_entry2) {
     }
 }
 
-/// Sets what a leaf says of CPU `id` among the `count` of its machine.
+/// Sets the parts of a leaf that depend on CPU `id` and the `count` of its machine.
 pub(super) fn set_topology(entry: &mut kvm_cpuid_entry2, id: u8, count: u8) {
     let cpus = u32::from(count);
     match entry.function {

@@ -1,4 +1,4 @@
-//! When a machine's guest first ran: the moment that the time of a start or a fork is measured to.
+//! The time at which a machine's guest first ran, at which the duration of a start or a fork ends.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub struct EntryTime(Arc<AtomicU64>);
 
 impl EntryTime {
-    /// When the first CPU entered the guest, in nanoseconds of the host's `CLOCK_MONOTONIC`; none
-    /// before that.
+    /// The time at which the first CPU entered the guest, in nanoseconds of the host's
+    /// `CLOCK_MONOTONIC`, or `None` before that.
     pub fn monotonic_ns(&self) -> Option<u64> {
         match self.0.load(Ordering::Relaxed) {
             0 => None,
@@ -17,10 +17,11 @@ impl EntryTime {
         }
     }
 
-    /// A CPU is about to enter. Costs one load when that was noted before.
+    /// Records that a CPU is about to enter the guest. This costs one load when a time was recorded
+    /// before.
     pub(super) fn note(&self) {
         if self.0.load(Ordering::Relaxed) == 0 {
-            // Where another CPU is first in this moment, its time is as good.
+            // Another CPU may be first in this moment; its time is as good.
             let _ =
                 self.0
                     .compare_exchange(0, monotonic_ns(), Ordering::Relaxed, Ordering::Relaxed);
@@ -28,7 +29,7 @@ impl EntryTime {
     }
 }
 
-/// Now, in nanoseconds of the host's `CLOCK_MONOTONIC`, which all processes share.
+/// The present time in nanoseconds of the host's `CLOCK_MONOTONIC`, which all processes share.
 pub fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64

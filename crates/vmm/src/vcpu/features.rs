@@ -5,7 +5,7 @@
 
 use kvm_bindings::kvm_cpuid_entry2;
 
-/// A register that CPUID answers in.
+/// A register of CPUID's result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Register {
     Eax,
@@ -40,7 +40,7 @@ impl Register {
 
 /// A register of a CPUID leaf, of which each bit is a feature.
 pub(crate) struct Word {
-    /// Its name in a template's manifest.
+    /// The word's name in a template's manifest.
     pub(crate) name: &'static str,
     pub(crate) leaf: u32,
     pub(crate) index: u32,
@@ -221,7 +221,8 @@ pub(crate) const WORDS: [Word; 24] = [
     ),
 ];
 
-/// Words whose bits have names, though a boot gives none of them: they are only ever refused.
+/// Words whose bits have names although a boot gives none of them. They are named only when a saved
+/// CPU is refused.
 const REFUSED_WORDS: [Word; 2] = [
     word(
         "8000000a.edx",
@@ -251,7 +252,7 @@ pub(crate) fn name_in(word: &str, bit: u32) -> String {
     }
 }
 
-/// The features that `bits` of a register of a leaf stand for.
+/// The names of the features in `bits` of a register of a leaf.
 pub(crate) fn names(leaf: u32, index: u32, register: Register, bits: u32) -> Vec<String> {
     if bits == 0 {
         return Vec::new();
@@ -286,7 +287,7 @@ impl Feature {
         }
     }
 
-    /// Whether a CPU of this CPUID has it.
+    /// Whether a CPU with this CPUID has the feature.
     pub(super) fn is_in(self, cpuid: &[kvm_cpuid_entry2]) -> bool {
         let entry = cpuid
             .iter()

@@ -1,7 +1,7 @@
-//! The CPUs: a thread each, which runs the guest and answers its port and memory accesses.
+//! The CPUs. Each is a thread, which runs the guest and handles its port and memory accesses.
 //!
-//! A thread is in one of three modes: running, parked (paused, or not started yet), ended. To get
-//! a thread out of the guest, its `immediate_exit` flag is set and it is sent a signal; the flag
+//! A thread has one of three modes: running, parked (paused, or not started yet) or ended. To get a
+//! thread out of the guest, its `immediate_exit` flag is set and it is sent a signal; the flag
 //! makes KVM return even if the signal came a moment too early. A thread looks at its mode only
 //! when KVM says it was interrupted, which also lets KVM finish an access that was under way, so
 //! that the state of a parked CPU is complete.
@@ -35,13 +35,13 @@ use crate::boot::Entry;
 use crate::bus::Bus;
 use crate::machine::{Exit, ExitSignal};
 
-/// A vCPU thread's stack: it only passes accesses on to devices.
+/// The stack size of a vCPU thread, which only passes accesses on to devices.
 const STACK_BYTES: usize = 128 << 10;
 
-/// What went wrong with a CPU.
+/// Errors of CPUs.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
-    /// KVM refused something.
+    /// KVM refused a request.
     #[error("KVM: cannot {action}: {source}")]
     Kvm {
         /// What was tried.
@@ -60,7 +60,7 @@ pub enum VcpuError {
         /// Its saved value.
         data: u64,
     },
-    /// The saved state is none that a CPU of this machine could have on this host.
+    /// A CPU of this machine could not have the saved state on this host.
     #[error("the saved state of CPU {vcpu} is refused: {refusal}")]
     Refused {
         /// The CPU.
@@ -68,11 +68,11 @@ pub enum VcpuError {
         /// Why.
         refusal: Refusal,
     },
-    /// No thread could be made.
+    /// The CPU's thread could not be started.
     #[error("cannot start a vCPU thread: {0}")]
     Thread(#[source] io::Error),
-    /// The thread is gone, after a panic in a device.
-    #[error("vCPU {0} is gone")]
+    /// The thread has ended after a panic in a device.
+    #[error("the thread of vCPU {0} has ended")]
     Gone(u8),
 }
 
@@ -97,7 +97,7 @@ enum Mode {
     Ended,
 }
 
-/// What others ask of a parked CPU.
+/// A request to a parked CPU.
 enum Job {
     Save(mpsc::Sender<Result<VcpuState, VcpuError>>),
     Restore(Box<VcpuState>, mpsc::Sender<Result<(), VcpuError>>),
@@ -109,7 +109,7 @@ enum Job {
 
 struct Control {
     wanted: Mode,
-    /// What the thread says of itself.
+    /// The thread's report of its own state.
     present: Mode,
     jobs: Vec<Job>,
 }
@@ -117,7 +117,7 @@ struct Control {
 struct Shared {
     id: u8,
     control: Mutex<Control>,
-    /// Notified whenever `control` changed, by either side.
+    /// Notified by either side whenever `control` has changed.
     changed: Condvar,
     exit: ExitSignal,
     format: Arc<StateFormat>,
@@ -135,7 +135,7 @@ impl Shared {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for as long as the CPU is wanted running, at most for `pause`; whether it still is.
+    /// Waits while the CPU is to run, but at most for `pause`. Returns whether it still is to run.
     fn stays_running_for(&self, pause: Duration) -> bool {
         let is_wanted = |control: &mut Control| control.wanted == Mode::Running;
         let waited = self
@@ -153,28 +153,28 @@ struct ImmediateExit(*const AtomicU8);
 // and write at any time (that is its purpose); it is only used as an atomic.
 unsafe impl Send for ImmediateExit {}
 
-/// A CPU of a machine, seen from outside its thread.
+/// A handle of a CPU, for other threads than its own.
 pub struct Vcpu {
     shared: Arc<Shared>,
     immediate_exit: ImmediateExit,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What all CPUs of a machine are made from.
+/// The parts that all CPUs of a machine share.
 pub struct VcpuContext<'a> {
     /// The VM.
     pub vm: &'a VmFd,
-    /// What the CPUs are given, and what saved ones may have.
+    /// The features that CPUs get at a boot, and the most that saved CPUs may have.
     pub ceiling: Arc<CpuCeiling>,
-    /// Where accesses go.
+    /// The buses for the CPUs' accesses.
     pub buses: Arc<Buses>,
-    /// Where the end of the machine is told.
+    /// The signal that ends the machine.
     pub exit: ExitSignal,
-    /// Where the first entry into the guest is noted.
+    /// Records the first entry into the guest.
     pub entry_time: EntryTime,
-    /// How state is saved on this host.
+    /// The format of saved CPU states on this host.
     pub format: Arc<StateFormat>,
-    /// Called first thing on the CPU's own thread, to confine it (seccomp). An error ends it.
+    /// Called first on the CPU's own thread, to confine it (by seccomp). An error ends the thread.
     pub confine: Arc<dyn Fn() -> io::Result<()> + Send + Sync>,
 }
 
@@ -247,12 +247,12 @@ impl Vcpu {
         self.job(Job::Save)
     }
 
-    /// Puts a state into a parked CPU.
+    /// Restores a state into a parked CPU.
     pub fn restore(&self, state: VcpuState) -> Result<(), VcpuError> {
         self.job(|reply| Job::Restore(Box::new(state), reply))
     }
 
-    /// Puts a parked CPU back to what it was when it was new.
+    /// Puts a parked CPU into the state that it had when it was new.
     pub fn reset(&self) -> Result<(), VcpuError> {
         self.job(Job::Reset)
     }
@@ -262,7 +262,7 @@ impl Vcpu {
         self.job(|reply| Job::SetTsc(tsc, reply))
     }
 
-    /// Has KVM map guest-physical ranges ahead of their use, as far as the host has them.
+    /// Asks KVM to map guest-physical ranges before they are used, as far as the host can.
     pub fn pre_fault(&self, ranges: Vec<Range<u64>>) -> Result<(), VcpuError> {
         self.job(|reply| Job::PreFault(ranges, reply))
     }
@@ -280,8 +280,8 @@ impl Vcpu {
         self.shared.changed.notify_all();
     }
 
-    /// Gets the thread out of the guest. Only while `control` is locked and says that the thread
-    /// runs, so that the thread, which parks and ends under the same lock, is still there.
+    /// Makes the thread leave the guest. It must be called while `control` is locked and has the
+    /// thread running: the thread parks and ends under the same lock, so it still exists.
     fn interrupt(&self) {
         // SAFETY: the page is mapped as long as the thread owns the vCPU, and it does (see above).
         unsafe { &*self.immediate_exit.0 }.store(1, Ordering::SeqCst);
@@ -326,7 +326,7 @@ fn kick_signal() -> i32 {
     libc::SIGRTMIN()
 }
 
-/// The signal only has to interrupt `KVM_RUN`.
+/// Does nothing, because the signal only has to interrupt `KVM_RUN`.
 fn install_signal_handler() {
     static INSTALLED: Once = Once::new();
     extern "C" fn nothing(_: i32) {}
@@ -345,7 +345,7 @@ fn install_signal_handler() {
 struct Worker {
     shared: Arc<Shared>,
     fd: VcpuFd,
-    /// Its state when it was new.
+    /// The state of the new CPU.
     power_on: VcpuState,
     buses: Arc<Buses>,
     entry_time: EntryTime,
@@ -364,7 +364,8 @@ impl Worker {
         }
     }
 
-    /// Waits for a reason to run, doing jobs meanwhile. False when it is time to end.
+    /// Waits until the CPU is to run, and does jobs meanwhile. Returns `false` when the thread must
+    /// end.
     fn parked(&mut self) -> bool {
         let shared = Arc::clone(&self.shared);
         let mut control = shared.lock();
@@ -386,14 +387,15 @@ impl Worker {
                 Mode::Parked => control = shared.wait(control),
             }
         }
-        // Before anybody can see that it runs, and so before anybody can set it again.
+        // The flag is cleared before others can see that the CPU runs, and so before they can set
+        // it again.
         self.fd.set_kvm_immediate_exit(0);
         control.present = Mode::Running;
         true
     }
 
     fn work(&self, job: Job) {
-        // A requester that went away does not need the answer.
+        // The requester may be gone, and then needs no answer.
         match job {
             Job::Save(reply) => {
                 let _ = reply.send(state::save(&self.fd, &self.shared.format));
@@ -420,7 +422,7 @@ impl Worker {
         }
     }
 
-    /// Runs the guest until somebody asks to park, or it cannot go on.
+    /// Runs the guest until the CPU is to park, or the guest cannot run any more.
     fn run(&mut self) {
         self.entry_time.note();
         let mut shortage = MemoryShortage::default();
@@ -434,7 +436,7 @@ impl Worker {
                 Ok(VcpuExit::IoIn(port, data)) => self.buses.ports.read(u64::from(port), data),
                 Ok(VcpuExit::MmioWrite(address, data)) => self.buses.mmio.write(address, data),
                 Ok(VcpuExit::MmioRead(address, data)) => self.buses.mmio.read(address, data),
-                // Only levels need it, and our pins are edges.
+                // Only level-triggered interrupts need it, and all pins here are edge-triggered.
                 Ok(VcpuExit::IoapicEoi(_)) => {}
                 Ok(VcpuExit::Shutdown) => return self.end(Exit::Crash("triple fault".to_owned())),
                 Ok(VcpuExit::InternalError) => {
@@ -454,12 +456,13 @@ impl Worker {
                     if control.wanted != Mode::Running {
                         return;
                     }
-                    // Under the lock: whoever asks to park from now on sets it again.
+                    // This is done under the lock: a request to park that follows sets the flag
+                    // again.
                     self.fd.set_kvm_immediate_exit(0);
                 }
-                // A CPU that the guest has not woken yet is told so by EAGAIN.
+                // KVM returns EAGAIN for a CPU that the guest has not started yet.
                 Err(error) if error.errno() == libc::EAGAIN => {}
-                // A host where many VMs start at once may lack memory for KVM at the moment.
+                // A host on which many VMs start at once may lack memory for KVM for a moment.
                 Err(error) if error.errno() == libc::ENOMEM && shortage.is_worth_waiting() => {
                     if !self.shared.stays_running_for(shortage::PAUSE) {
                         return;
@@ -481,7 +484,7 @@ impl Worker {
         }
     }
 
-    /// Where the guest was, for an error message.
+    /// The guest's position, for an error message.
     fn describe(&mut self) -> String {
         let run = self.fd.get_kvm_run();
         // SAFETY: KVM has just filled this member of the union, as the exit reason says.

@@ -1,4 +1,4 @@
-//! Having KVM map guest memory before the guest touches it, in few calls in place of an exit for
+//! Makes KVM map guest memory before the guest touches it, with few calls instead of an exit for
 //! each page.
 //!
 //! Source: Linux `Documentation/virt/kvm/api.rst`, `KVM_PRE_FAULT_MEMORY` (since 6.11).
@@ -14,8 +14,8 @@ use super::VcpuError;
 
 ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, KVMIO, 0xD5, kvm_pre_fault_memory);
 
-/// Maps `ranges` (page-aligned guest-physical addresses). A KVM that cannot is left alone: the
-/// guest's own faults will do it.
+/// Maps `ranges` (page-aligned guest-physical addresses). Where KVM cannot do this, the guest's own
+/// faults will map the pages.
 pub(super) fn pre_fault(vcpu: &VcpuFd, ranges: &[Range<u64>]) -> Result<(), VcpuError> {
     for range in ranges {
         let mut request = kvm_pre_fault_memory {
@@ -23,7 +23,7 @@ pub(super) fn pre_fault(vcpu: &VcpuFd, ranges: &[Range<u64>]) -> Result<(), Vcpu
             size: range.end - range.start,
             ..Default::default()
         };
-        // It counts down what is left, and may be interrupted in between.
+        // The call updates what is left to do, and may be interrupted in between.
         while request.size > 0 {
             // SAFETY: the structure is the one that the call reads and writes, and lives through
             // it. It only maps memory that the VM has.

@@ -15,7 +15,7 @@ const RFLAGS: u64 = 2;
 const MSR_MISC_ENABLE: u32 = 0x1A0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 const MSR_MTRR_DEF_TYPE: u32 = 0x2FF;
-/// MTRRs on, write-back by default: without firmware nobody else would say that RAM is cached.
+/// MTRRs on, write-back by default. Firmware would set this, and there is none.
 const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
 
 /// Sets CPU registers for `entry`.
@@ -51,7 +51,7 @@ pub(super) fn set(vcpu: &VcpuFd, entry: Entry) -> Result<(), kvm_ioctls::Error> 
     vcpu.set_regs(&regs)
 }
 
-/// MSRs that a firmware would have set, on every CPU.
+/// Sets the MSRs that firmware would have set, on every CPU.
 pub(super) fn set_firmware_msrs(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
     let entry = |index, data| kvm_msr_entry {
         index,
@@ -62,7 +62,7 @@ pub(super) fn set_firmware_msrs(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> 
         entry(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
         entry(MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK),
     ];
-    // One at a time: a CPU without one of them must still get the others.
+    // They are set one at a time, because a CPU without one of them must still get the others.
     for entry in entries {
         let msrs =
             Msrs::from_entries(&[entry]).map_err(|_| kvm_ioctls::Error::new(libc::ENOMEM))?;

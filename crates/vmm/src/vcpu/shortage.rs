@@ -1,24 +1,24 @@
-//! How long a CPU waits for memory that the host lacks at the moment.
+//! The time for which a CPU waits while the host lacks memory.
 //!
-//! The first `KVM_RUN` of a vCPU has KVM allocate, and on a host where many VMs start at once it may
-//! answer ENOMEM though there will be memory in a moment. A VM must not end for that, and must not
-//! hang for ever where there will be none.
+//! The first `KVM_RUN` of a vCPU has KVM allocate, and on a host where many VMs start at once it
+//! may answer ENOMEM though there will be memory in a moment. A VM must not end for that, and must
+//! not wait for ever where there will be no memory.
 
 use std::time::{Duration, Instant};
 
 /// The pause before the guest is entered again.
 pub(super) const PAUSE: Duration = Duration::from_millis(10);
-/// A CPU that could not be entered for so long ends its machine.
+/// A CPU that could not be entered for this long ends its machine.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// A time in which the host has had no memory for a CPU, where it is in one.
+/// The time since which the host has had no memory for a CPU, or `None` while it has memory.
 #[derive(Debug, Default)]
 pub(super) struct MemoryShortage {
     since: Option<Instant>,
 }
 
 impl MemoryShortage {
-    /// The host had no memory, again: whether it is worth trying once more.
+    /// The host had no memory (again). Returns whether it is worth trying once more.
     pub(super) fn is_worth_waiting(&mut self) -> bool {
         self.is_worth_waiting_at(Instant::now())
     }

@@ -1,8 +1,8 @@
-//! All that a CPU is, saved and restored.
+//! The whole state of a CPU, and how it is saved and restored.
 //!
-//! What makes the difference between a clone that runs and one that only looks alive: every MSR
-//! that KVM lists (without them the first system call dies), the LAPIC (without it no timer
-//! fires), the extended state in KVM's own size, and the order in which it all goes back.
+//! A clone only runs if all of it is restored: every MSR that KVM lists (without them the first
+//! system call fails), the LAPIC (without it no timer fires), and the extended state in KVM's own
+//! size. The order of restoring matters.
 //!
 //! Source: Linux `Documentation/virt/kvm/api.rst`.
 
@@ -20,7 +20,7 @@ use super::ceiling::{CpuCeiling, is_saved_msr};
 const MSR_TSC_DEADLINE: u32 = 0x6E0;
 /// `IA32_TSC`.
 const MSR_TSC: u32 = 0x10;
-/// How many MSRs go in one call: KVM takes at most 256.
+/// The number of MSRs in one call. KVM takes at most 256.
 const MSR_BATCH: usize = 128;
 
 /// The saved state of one CPU. Byte images are KVM's own structures.
@@ -49,7 +49,7 @@ impl VcpuState {
         tsc.map(|(_, value)| *value)
     }
 
-    /// A state with nothing in it, for tests of what holds states.
+    /// An empty state, for tests of the code that stores states.
     #[cfg(any(test, feature = "testing"))]
     pub fn blank() -> Self {
         Self {
@@ -73,7 +73,7 @@ impl VcpuState {
     }
 }
 
-/// What tests change to see it refused.
+/// Access for tests that change a state to have it refused.
 #[cfg(any(test, feature = "testing"))]
 impl VcpuState {
     /// The CPUID that the guest sees.
@@ -81,7 +81,7 @@ impl VcpuState {
         &self.cpuid
     }
 
-    /// The same, to be changed.
+    /// The CPUID that the guest sees, to be changed.
     pub fn cpuid_entries_mut(&mut self) -> &mut Vec<kvm_cpuid_entry2> {
         &mut self.cpuid
     }
@@ -97,7 +97,7 @@ impl VcpuState {
     }
 }
 
-/// How a CPU's state is saved on this host; the same for all CPUs of a machine.
+/// The format of a CPU's state on this host, which is the same for all CPUs of a machine.
 pub struct StateFormat {
     msr_indices: Vec<u32>,
     xsave_bytes: usize,
@@ -185,22 +185,22 @@ pub(super) fn restore(
     put(vcpu, state, format)
 }
 
-/// Puts a CPU that is not running back to `power_on`, its state when it was new: all but what it
-/// is (CPUID, the MSRs that report it) and its time-stamp counter, which a reset does not stop.
-/// KVM takes no other CPUID once a CPU has run.
+/// Puts a CPU that is not running back to `power_on`, its state when it was new. Its identity
+/// (CPUID and the MSRs that report it) stays, and its time-stamp counter runs on, as a reset does
+/// not stop it. KVM takes no other CPUID once a CPU has run.
 pub(super) fn reset(
     vcpu: &VcpuFd,
     power_on: &VcpuState,
     format: &StateFormat,
 ) -> Result<(), VcpuError> {
-    // KVM works off a wake-up or INIT that is under way: it must not hit the new CPU.
+    // KVM handles a pending INIT or start-up first, so that it does not reach the new CPU.
     vcpu.get_mp_state()
         .map_err(VcpuError::kvm("read the MP state"))?;
     put(vcpu, power_on, format)
 }
 
 impl VcpuState {
-    /// What [`reset`] needs of the state of a new CPU.
+    /// The part of a new CPU's state that [`reset`] needs.
     pub(super) fn into_power_on(mut self) -> Self {
         self.cpuid = Vec::new();
         self.msrs
@@ -210,7 +210,7 @@ impl VcpuState {
     }
 }
 
-/// Puts all into a CPU that it changes while it runs.
+/// Restores everything that a CPU changes while it runs.
 ///
 /// The order matters: the system registers (with the APIC base) come before the LAPIC, the LAPIC
 /// before the deadline MSR that arms its timer, pending events after all that could raise one, and
@@ -234,8 +234,8 @@ fn put(vcpu: &VcpuFd, state: &VcpuState, format: &StateFormat) -> Result<(), Vcp
         .map_err(kvm("set the debug registers"))?;
     vcpu.set_vcpu_events(&state.events)
         .map_err(kvm("set pending events"))?;
-    // The time between save and restore is no sign of a hung CPU. A guest that does not use
-    // kvmclock (yet) has no watchdog to be told so, and KVM refuses.
+    // The guest's watchdog must not take the time between save and restore for a hung CPU. KVM
+    // refuses this for a guest that does not use kvmclock, which needs it not.
     let _ = vcpu.kvmclock_ctrl();
     vcpu.set_mp_state(state.mp_state)
         .map_err(kvm("set the MP state"))
@@ -279,14 +279,15 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, VcpuErro
                 .iter()
                 .map(|entry| (entry.index, entry.data)),
         );
-        // KVM stops at the first one that this CPU does not have: leave it out and go on.
+        // KVM stops at the first MSR that this CPU does not have, which is then left out.
         rest = &rest[if read < batch.len() { read + 1 } else { read }..];
     }
     Ok(values)
 }
 
 fn write_msrs(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), VcpuError> {
-    // The TSC before everything that is relative to it; the deadline after it and the LAPIC.
+    // The TSC comes before everything that is relative to it, and the deadline after it and the
+    // LAPIC.
     let order = |&(index, _): &(u32, u64)| match index {
         MSR_TSC => 0,
         MSR_TSC_DEADLINE => 2,
@@ -313,8 +314,8 @@ fn write_msrs(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), VcpuError> {
             .map_err(VcpuError::kvm("set the MSRs"))?;
         if written < batch.len() {
             let (index, data) = batch[written];
-            // Many are readable but take only the value that they have; one that the guest set
-            // and the host refuses would be felt, so it is an error unless it is zero.
+            // Many MSRs can be read but take only the value that they have. A value that the guest
+            // has set must not be lost, so a refusal is an error unless the value is zero.
             if data != 0 && !is_host_owned(index) {
                 return Err(VcpuError::MsrRefused { index, data });
             }
@@ -334,9 +335,9 @@ fn is_host_owned(index: u32) -> bool {
     matches!(index, 0x3A | 0x8B | 0xCE | 0x10A | 0x345 | 0xC001_1029)
 }
 
-/// A deadline that passed while KVM saved it reads as 0, and the timer would never fire again:
-/// let it fire at once instead. The LAPIC's timer register (offset 0x320) tells whether the guest
-/// uses deadlines (bits 17 and 18) and wants them (bit 16 masks).
+/// A deadline that passed while KVM saved it reads as 0, and the timer would never fire again. It
+/// is made to fire at once instead. The LAPIC's timer register (offset 0x320) tells whether the
+/// guest uses deadlines (bits 17 and 18) and wants them (bit 16 masks).
 fn repair_deadline(msrs: &mut [(u32, u64)], lapic: &kvm_lapic_state) {
     let timer = lapic.regs[0x320..0x324].iter().rev();
     let timer = timer.fold(0u32, |value, &byte| value << 8 | u32::from(byte as u8));
@@ -370,7 +371,7 @@ fn xsave_from_words(words: &[u32], format: &StateFormat) -> Result<Xsave, VcpuEr
         xsave.as_fam_struct_ref().xsave.region.len(),
         xsave.as_slice().len(),
     );
-    // A larger image than this host makes is of features that it lacks.
+    // An image that is larger than this host's has features that this host lacks.
     if words.len() < fixed_len || words.len() - fixed_len > extra_len {
         return Err(VcpuError::Corrupt("extended state of another CPU"));
     }

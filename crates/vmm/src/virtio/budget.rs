@@ -1,10 +1,10 @@
-//! How much one call does for a guest's queue before the event loop goes on.
+//! The bound of the work that one call does for a guest's queue.
 //!
 //! One thread serves all devices and the control socket of a VM. A queue that has spent its budget
-//! notifies itself, so that it goes on after the others had their turn. What a guest queues costs
-//! time by its number and by its bytes, so a budget counts both.
+//! is requeued, so that it is served again after others had their turn. The time that requests cost
+//! depends on their number and their bytes, so a budget counts both.
 
-/// What is left of a call's work.
+/// The work that a call may still do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
     requests: usize,
@@ -12,18 +12,18 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// A budget of so many requests, and so many bytes in all of them. The request that exceeds
+    /// A budget of `requests` requests with `bytes` bytes in all of them. The request that exceeds
     /// the bytes is the last one.
     pub const fn new(requests: usize, bytes: u64) -> Self {
         Self { requests, bytes }
     }
 
-    /// Whether the call must end, and come back after others.
+    /// Whether the call must end and be requeued.
     pub fn is_spent(&self) -> bool {
         self.requests == 0 || self.bytes == 0
     }
 
-    /// Counts a request of `bytes`, or a look at the queue that found none.
+    /// Counts a request of `bytes`, or a look at the queue that found no request.
     pub fn spend(&mut self, bytes: u64) {
         self.requests = self.requests.saturating_sub(1);
         self.bytes = self.bytes.saturating_sub(bytes);

@@ -1,4 +1,4 @@
-//! The life of a virtio device, and what its transport lends it.
+//! The contract between a virtio device and its transport.
 
 use std::sync::Arc;
 
@@ -6,52 +6,11 @@ use virtio_queue::Queue;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::GuestRam;
+use super::{DeviceError, DeviceName, GuestRam, RunState};
 use crate::event_loop::Registrar;
 
-/// What went wrong in a device. The guest's own mistakes are not errors of the VMM: they break the
-/// device ([`VirtioDevice::notify_queue`]), nothing else.
-#[derive(Debug, thiserror::Error)]
-pub enum DeviceError {
-    /// A queue is laid out wrongly or asks for something outside RAM.
-    #[error("queue {queue} of the {device} device: {source}")]
-    Queue {
-        /// The device's name, as in [`VirtioDevice::name`].
-        device: &'static str,
-        /// The queue's index.
-        queue: u16,
-        /// What the queue code objected to.
-        source: virtio_queue::Error,
-    },
-    /// The host refused something that the device needs.
-    #[error("{device} device: cannot {action}: {source}")]
-    Host {
-        /// The device's name.
-        device: &'static str,
-        /// What was tried, as in "read the tap".
-        action: &'static str,
-        /// The host's answer.
-        source: std::io::Error,
-    },
-    /// A saved state does not fit this device.
-    #[error("{device} device: saved state refused: {reason}")]
-    State {
-        /// The device's name.
-        device: &'static str,
-        /// Why it does not fit.
-        reason: String,
-    },
-    /// The driver did what the specification forbids.
-    #[error("{device} device: the driver broke the specification: {reason}")]
-    Driver {
-        /// The device's name.
-        device: &'static str,
-        /// What it did.
-        reason: String,
-    },
-}
-
-/// How a device interrupts the guest. Implemented by the transport; in tests by a counter.
+/// The way in which a device interrupts the guest. The transport implements it, and tests use a
+/// counter.
 pub trait Interrupt: Send + Sync {
     /// Used buffers were added to `queue`. The caller has already asked
     /// `Queue::needs_notification`.
@@ -67,27 +26,29 @@ pub trait Interrupt: Send + Sync {
 
 /// A queue that the driver has set up, as handed to the device.
 pub struct ActiveQueue {
-    /// Its index in the device.
+    /// The queue's index in the device.
     pub index: u16,
-    /// The rings, validated against RAM.
+    /// The rings, which lie in RAM.
     pub queue: Queue,
     /// Written by KVM when the driver kicks the queue. The transport waits on it and calls
-    /// [`VirtioDevice::notify_queue`], unless the device said [`VirtioDevice::in_kernel`].
+    /// [`VirtioDevice::notify_queue`], unless [`VirtioDevice::in_kernel`] is true for the queue.
     pub kick: EventFd,
 }
 
-/// What a device is lent when the driver is ready (`DRIVER_OK`).
+/// The resources that a device gets when its driver is ready (`DRIVER_OK`), until it is reset.
 pub struct Activation {
     /// Guest RAM.
     pub ram: GuestRam,
-    /// The queues that the driver enabled, in order; those left out were not enabled.
+    /// The queues that the driver has enabled, in order.
     pub queues: Vec<ActiveQueue>,
     /// The features both sides agreed on.
     pub features: u64,
-    /// How to interrupt the guest.
+    /// The device's way to interrupt the guest.
     pub interrupt: Arc<dyn Interrupt>,
-    /// For the device's own file descriptors. Tokens are the device's own affair, below
-    /// `0x8000_0000`; their events come to [`VirtioDevice::handle_event`].
+    /// Whether the device is running, for calls that reach it past the transport.
+    pub run_state: RunState,
+    /// Registers the device's own file descriptors. The device chooses tokens below `0x8000_0000`;
+    /// their events come to [`VirtioDevice::handle_event`].
     pub events: Registrar,
 }
 
@@ -104,8 +65,8 @@ pub struct Activation {
 /// [`resume`]: VirtioDevice::resume
 /// [`reset`]: VirtioDevice::reset
 pub trait VirtioDevice: Send {
-    /// A short name for messages, as in "block".
-    fn name(&self) -> &'static str;
+    /// The name that errors and logs give the device.
+    fn name(&self) -> DeviceName;
 
     /// The device id of the specification (section 5), as in 2 for block.
     fn device_type(&self) -> u32;
@@ -113,13 +74,14 @@ pub trait VirtioDevice: Send {
     /// The features offered. The transport adds `VIRTIO_F_VERSION_1` and acknowledges no others.
     fn features(&self) -> u64;
 
-    /// The largest size of each queue (powers of two); its length is the number of queues.
+    /// The largest size of each queue (a power of two). The length of the list is the number of
+    /// queues.
     fn queue_max_sizes(&self) -> Vec<u16>;
 
     /// Reads the device's configuration space; bytes past its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
-    /// Writes the device's configuration space; by default nothing in it is writable.
+    /// Writes the device's configuration space. By default it is not writable.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     /// Whether `queue` is served by the kernel (vhost), so that the transport must leave its kicks
@@ -128,7 +90,7 @@ pub trait VirtioDevice: Send {
         false
     }
 
-    /// The driver is ready, or a saved device comes back to life: take the queues and start.
+    /// The driver is ready, or the device is restored: it takes the queues and starts.
     ///
     /// At restore the device was built from its state and the queues carry their saved positions;
     /// it must look at each queue for work that was left (a kick may have been lost).
@@ -140,23 +102,25 @@ pub trait VirtioDevice: Send {
     fn notify_queue(&mut self, queue: u16) -> Result<(), DeviceError>;
 
     /// One of the device's own file descriptors is ready; errors as in
-    /// [`VirtioDevice::notify_queue`]. Called while paused as well, when it must leave RAM and
-    /// queues alone and keep what the event said for [`VirtioDevice::resume`].
+    /// [`VirtioDevice::notify_queue`]. Events that come while the device is paused are kept by the
+    /// transport and follow after [`VirtioDevice::resume`].
     fn handle_event(&mut self, token: u32, ready: EventSet) -> Result<(), DeviceError>;
 
     /// Stops all work: after it returns no request is in flight, RAM and queues are at rest, and
-    /// [`VirtioDevice::queues`] tells their true positions. Host resources stay open.
+    /// [`VirtioDevice::queues`] has their true positions. Host resources stay open. Descriptors
+    /// that the loop watches by level must be removed from it, since nobody takes their events.
     fn pause(&mut self) -> Result<(), DeviceError>;
 
-    /// Goes on after a pause, looking at every queue for work that came meanwhile.
+    /// Resumes work after a pause: watches its descriptors again, and looks at every queue for
+    /// work that came meanwhile.
     fn resume(&mut self) -> Result<(), DeviceError>;
 
-    /// Forgets the driver: drops what [`VirtioDevice::activate`] lent and waits for what was in
-    /// flight. The device can be activated again. Host resources stay open.
+    /// Forgets the driver: drops the resources of [`VirtioDevice::activate`] after requests in
+    /// flight are over. The device can be activated again. Host resources stay open.
     fn reset(&mut self);
 
-    /// The queues lent at activation, with their present positions; empty when not activated.
-    /// Exact only while paused.
+    /// The queues of the activation with their present positions, or none while the device is idle.
+    /// The positions are exact only while the device is paused.
     fn queues(&self) -> Vec<(u16, &Queue)>;
 
     /// The device's own state beyond its queues, as an encoded versioned value of its `state.rs`.

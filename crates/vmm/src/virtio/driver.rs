@@ -1,5 +1,5 @@
 //! A driver for device tests: the guest's side of the queues, and a [`Rig`] in which a device runs
-//! with plain RAM, a real event loop and no KVM.
+//! with plain RAM, an event loop and no KVM.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -9,7 +9,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::testing::CountingInterrupt;
-use super::{Activation, ActiveQueue, DeviceError, GuestRam, SavedQueue, VirtioDevice};
+use super::{Activation, ActiveQueue, DeviceError, GuestRam, Lifecycle, SavedQueue, VirtioDevice};
 use crate::event_loop::{EventHandler, EventLoop, Registrar};
 
 /// `VIRTQ_DESC_F_NEXT`.
@@ -155,16 +155,17 @@ impl DriverQueue {
     }
 }
 
-/// A device and what the transport would do with it.
+/// A device with the transport's part of its life.
 pub struct Shell<D> {
     /// The device.
     pub device: D,
-    /// The first error of an event; after it the device hears nothing more.
+    /// The first error of an event. The device is not called after it.
     pub error: Option<DeviceError>,
     kicks: Vec<EventFd>,
+    life: Lifecycle,
 }
 
-/// Tokens from here on are the transport's, for kicks.
+/// The first token of the transport's own, for kicks.
 const KICK: u32 = 0x8000_0000;
 
 impl<D: VirtioDevice> EventHandler for Shell<D> {
@@ -178,14 +179,14 @@ impl<D: VirtioDevice> EventHandler for Shell<D> {
             return;
         }
         let result = match kicked {
-            Some(queue) => self.device.notify_queue(queue as u16),
-            None => self.device.handle_event(token, ready),
+            Some(queue) => self.life.notify_queue(&mut self.device, queue as u16),
+            None => self.life.handle_event(&mut self.device, token, ready),
         };
         self.error = result.err();
     }
 }
 
-/// A device at work.
+/// A running device with its driver.
 pub struct Rig<D> {
     /// Guest RAM; the rings lie at its beginning, below [`Rig::buffers`].
     pub ram: GuestRam,
@@ -259,6 +260,7 @@ impl<D: VirtioDevice + 'static> Rig<D> {
             device,
             error: None,
             kicks,
+            life: Lifecycle::new(),
         }));
         events.attach(&registrar, shell.clone());
         let rig = Self {
@@ -291,9 +293,11 @@ impl<D: VirtioDevice + 'static> Rig<D> {
                 queues,
                 features: self.features,
                 interrupt: self.interrupt.clone(),
+                run_state: shell.life.run_state(),
                 events: self.registrar.clone(),
             };
-            shell.error = shell.device.activate(activation).err();
+            let Shell { device, life, .. } = shell;
+            shell.error = life.activate(device, activation).err();
         });
     }
 
@@ -345,10 +349,22 @@ impl<D: VirtioDevice + 'static> Rig<D> {
         self.device(|shell| shell.error.as_ref().map(ToString::to_string))
     }
 
+    /// Pauses the device.
+    pub fn pause(&self) {
+        self.device(|Shell { device, life, .. }| life.pause(device))
+            .expect("a pause");
+    }
+
+    /// Resumes the device.
+    pub fn resume(&self) {
+        self.device(|Shell { device, life, .. }| life.resume(device))
+            .expect("a device that goes on");
+    }
+
     /// Pauses and saves: the device's state and its queues.
     pub fn save(&mut self) -> (Vec<u8>, Vec<SavedQueue>) {
+        self.pause();
         self.device(|shell| {
-            shell.device.pause().expect("a pause");
             let queues = shell.device.queues();
             let queues = queues.iter().map(|(_, queue)| SavedQueue::from(*queue));
             let queues = queues.collect();

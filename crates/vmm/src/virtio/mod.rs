@@ -7,16 +7,23 @@
 //! Source: OASIS Virtual I/O Device (VIRTIO) Version 1.3.
 
 pub mod budget;
+pub mod chain;
 mod device;
 #[cfg(any(test, feature = "testing"))]
 pub mod driver;
+mod error;
+mod lifecycle;
 mod queue_state;
-pub mod ring;
+mod served_queue;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
-pub use device::{Activation, ActiveQueue, DeviceError, Interrupt, VirtioDevice};
+pub use chain::{DescriptorChain, Reader, Writer};
+pub use device::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+pub use error::{DeviceError, DeviceName};
+pub use lifecycle::{Lifecycle, RunState};
 pub use queue_state::SavedQueue;
+pub use served_queue::{RequestHandler, Served, ServedQueue, Stopped, Turn};
 
 /// Guest RAM as devices see it.
 pub type GuestRam = vm_memory::GuestMemoryMmap<()>;

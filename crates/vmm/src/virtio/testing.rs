@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, GuestMemory, Permissions};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{GuestRam, Interrupt};
+use super::chain::{MAX_DESCRIPTORS, Segment};
+use super::{DescriptorChain, GuestRam, Interrupt};
 
 /// RAM of `size` bytes at address 0.
 pub fn ram(size: usize) -> GuestRam {
@@ -49,4 +50,31 @@ impl Interrupt for CountingInterrupt {
     fn queue_eventfd(&self, _queue: u16) -> Option<EventFd> {
         None
     }
+}
+
+/// Checks what [`DescriptorChain`] promises of every chain that it hands out, and reaches all of
+/// its bytes.
+///
+/// # Panics
+/// Where a promise is broken.
+pub fn check_chain(ram: &GuestRam, chain: &DescriptorChain<'_>) {
+    let (mut reader, mut writer) = (chain.reader(), chain.writer());
+    assert_eq!(reader.remaining(), chain.readable_len());
+    assert_eq!(writer.remaining(), chain.writable_len());
+    let total = chain.readable_len() + chain.writable_len();
+    assert!(u32::try_from(total).is_ok(), "{total} bytes");
+    let segments: Vec<_> = reader.segments().chain(writer.segments()).collect();
+    assert!(segments.len() <= MAX_DESCRIPTORS);
+    let sum: usize = segments.iter().map(|segment| segment.slice.len()).sum();
+    assert_eq!(sum, total);
+    for Segment { address, slice } in segments {
+        assert!(!slice.is_empty());
+        assert!(ram.check_range(address, slice.len(), Permissions::ReadWrite));
+    }
+    let mut bytes = vec![0; reader.remaining().min(64)];
+    reader
+        .read_exact(&mut bytes)
+        .expect("as many bytes as it has");
+    bytes.resize(writer.remaining().min(64), 0xEE);
+    writer.write_all(&bytes).expect("as much room as it has");
 }

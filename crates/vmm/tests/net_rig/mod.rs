@@ -13,7 +13,7 @@ use clone_vmm::event_loop::{EventHandler, EventLoop, Registrar};
 use clone_vmm::rate_limit::RateLimits;
 use clone_vmm::virtio::testing::ram;
 use clone_vmm::virtio::{
-    Activation, ActiveQueue, DeviceError, GuestRam, Interrupt, SavedQueue, VirtioDevice,
+    Activation, ActiveQueue, DeviceError, GuestRam, Interrupt, RunState, SavedQueue, VirtioDevice,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::{
@@ -193,6 +193,7 @@ impl Rig {
             queues: active,
             features: FEATURES | multi,
             interrupt: self.interrupt.clone(),
+            run_state: RunState::default(),
             events: self.registrar.clone(),
         };
         let device = &mut self.handler.lock().unwrap().device;

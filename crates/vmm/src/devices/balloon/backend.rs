@@ -1,4 +1,4 @@
-//! How memory that the guest has given up goes back to the host.
+//! Returns memory that the guest has given up to the host.
 
 use std::io;
 
@@ -9,7 +9,7 @@ use vm_memory::{
 
 use crate::virtio::GuestRam;
 
-/// A stretch of guest-physical memory, in whole 4 KiB pages.
+/// A range of guest-physical memory, in whole 4 KiB pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestRange {
     /// Its first byte.
@@ -18,10 +18,10 @@ pub struct GuestRange {
     pub len: u64,
 }
 
-/// Takes back memory whose content the guest has given up.
+/// Releases memory whose content the guest has given up.
 pub trait ReleaseRanges: Send {
-    /// Releases `ranges`: sorted, apart from each other, and inside RAM. The guest may touch them
-    /// again at any time and must find memory there, of any content it could have seen before.
+    /// Releases `ranges`, which are sorted, disjoint and inside RAM. The guest may touch them again
+    /// at any time, and must then find memory with any content that it could have seen before.
     fn release(&mut self, ranges: &[GuestRange]) -> io::Result<()>;
 }
 
@@ -33,7 +33,7 @@ pub struct DiscardRam {
 }
 
 impl DiscardRam {
-    /// For `ram`, which it keeps mapped.
+    /// Makes a releaser for `ram`, which it keeps mapped.
     pub fn new(ram: GuestRam) -> Self {
         Self { ram }
     }
@@ -68,12 +68,12 @@ fn discard(region: &impl RegionFlags, at: MemoryRegionAddress, len: u64) -> io::
     let address = region.get_host_address(at).map_err(io::Error::other)?;
     // SAFETY: `address` and `len` lie in one live mapping of guest RAM (`at + len` is held to the
     // region by the caller), which no Rust reference points into: it is only reached by volatile
-    // accesses, for which a page whose content changes is nothing new.
+    // accesses, which allow for a page whose content changes.
     unsafe { madvise(address.cast(), len as usize, advice) }?;
     Ok(())
 }
 
-/// The little of a mapping that decides how to discard.
+/// The properties of a mapping that decide how its pages are discarded.
 trait RegionFlags: GuestMemoryRegion {
     fn is_shared(&self) -> bool;
 }

@@ -1,21 +1,22 @@
-//! Taking memory from a running guest and giving it back: virtio-balloon (VIRTIO 1.3, 5.5).
+//! The balloon device, which takes memory from a running guest and gives it back: virtio-balloon
+//! (VIRTIO 1.3, 5.5).
 //!
-//! - **Balloon**: the host sets a target ([`Balloon::set_target_bytes`]), the driver fills or
-//!   empties the balloon and tells what it holds. Pages in it are released at once; taken out,
-//!   they come back at the first touch.
-//! - **Reporting**: the driver names free pages by itself, they are released.
+//! - **Balloon**: the host sets a target ([`Balloon::set_target_bytes`]), and the driver fills or
+//!   empties the balloon and reports its size. Pages in the balloon are released at once. Pages
+//!   that leave it come back at the first touch.
+//! - **Reporting**: the driver reports free pages by itself, and they are released.
 //! - **Hinting**: on request ([`Balloon::start_hinting`]) the driver names all its free pages and
-//!   leaves them alone until the end ([`Balloon::stop_hinting`]): for snapshots.
-//! - **Statistics**, as often as the host wants them.
+//!   does not use them until the end ([`Balloon::stop_hinting`]). This is for snapshots.
+//! - **Statistics**: the driver sends them as often as the host asks.
 //!
-//! A released page of a clone comes back as the template's: as good as any, since the guest has
-//! given up its content, and nothing that this guest could not see before. For the same reason
-//! `VIRTIO_BALLOON_F_PAGE_POISON` is not offered: it would promise that pages keep a pattern or come
-//! back as zeros. A driver whose kernel relies on that (`init_on_free`) then switches reporting
-//! off by itself.
+//! A released page of a clone comes back with the template's content. The guest has given up the
+//! page's content, and could see the template's before. For the same reason
+//! `VIRTIO_BALLOON_F_PAGE_POISON` is not offered: it would promise that pages keep a pattern or
+//! come back as zeros. A driver whose kernel relies on that (`init_on_free`) then switches
+//! reporting off by itself.
 //!
-//! How memory is released is left to [`ReleaseRanges`]. `queue` is what the driver asks;
-//! `stats` what it tells; this file is the device.
+//! [`ReleaseRanges`] releases the memory. `queue` has the driver's requests, `stats` the guest's
+//! statistics, and this file is the device.
 
 mod backend;
 mod queue;
@@ -28,7 +29,6 @@ pub use backend::{DiscardRam, GuestRange, ReleaseRanges};
 pub use state::{BalloonOffer, BalloonState, SavedBalloon};
 pub use stats::BalloonStats;
 
-use std::io;
 use std::time::{Duration, Instant};
 
 use virtio_bindings::bindings::virtio_ring::{
@@ -42,12 +42,13 @@ use vmm_sys_util::epoll::EventSet;
 
 use self::queue::{Hints, Queues, Role};
 use crate::timer::Timer;
-use crate::virtio::{Activation, DeviceError, VirtioDevice};
+use crate::virtio::{Activation, DeviceError, DeviceName, VirtioDevice};
 
-const NAME: &str = "balloon";
+/// The name that errors give the device.
+const DEVICE: DeviceName = DeviceName::new("balloon");
 const QUEUE_SIZE: u16 = 128;
 
-/// The balloon counts in pages of this size, whatever the guest's.
+/// The unit of the balloon, which does not depend on the guest's page size.
 const PAGE: u64 = 4096;
 
 /// `VIRTIO_BALLOON_F_STATS_VQ`.
@@ -59,9 +60,9 @@ const F_HINT: u64 = 1 << 3;
 /// `VIRTIO_BALLOON_F_REPORTING`.
 const F_REPORTING: u64 = 1 << 5;
 
-/// The hinting command that ends a round: the driver may use its pages again.
+/// The hinting command that ends a round, after which the driver may use its pages again.
 const HINT_DONE: u32 = 1;
-/// The first id of a round of hinting; those below are commands.
+/// The first id of a round of hinting. Lower numbers are commands.
 const FIRST_HINT_ROUND: u32 = 2;
 
 const TOKEN_TIMER: u32 = 0;
@@ -74,13 +75,13 @@ pub struct Balloon {
     stats: Option<(BalloonStats, Instant)>,
     timer: Timer,
     queues: Option<Queues>,
-    paused: bool,
 }
 
 impl Balloon {
-    /// Builds the device from its state, [`BalloonState::fresh`] or a decoded one. Makes a timer.
+    /// Builds the device from its state, [`BalloonState::fresh`] or a decoded one. This makes a
+    /// timer.
     pub fn new(release: Box<dyn ReleaseRanges>, state: BalloonState) -> Result<Self, DeviceError> {
-        let timer = Timer::new().map_err(|source| host("make its timer", source))?;
+        let timer = Timer::new().map_err(DEVICE.host_error("make its timer"))?;
         let mut balloon = Self {
             state,
             release,
@@ -88,10 +89,10 @@ impl Balloon {
             stats: None,
             timer,
             queues: None,
-            paused: false,
         };
         if balloon.state.hint_command >= FIRST_HINT_ROUND {
-            // Whoever asked is not here: the driver must not keep its pages for them.
+            // The round's requester does not exist any more, so the driver must not keep its pages
+            // back.
             balloon.state.hint_command = HINT_DONE;
             balloon.state.config_changed = true;
         }
@@ -101,7 +102,7 @@ impl Balloon {
 
     /// Asks the guest to give up `bytes` of its memory in all, rounded down to 4 KiB and held to
     /// the size of RAM. Returns the target that is now set. The guest follows in its own time;
-    /// [`Balloon::actual_bytes`] tells how far it is.
+    /// [`Balloon::actual_bytes`] is what it has reached.
     pub fn set_target_bytes(&mut self, bytes: u64) -> u64 {
         let most = match &self.queues {
             Some(queues) => queues.ram.iter().map(|region| region.len() / PAGE).sum(),
@@ -115,12 +116,12 @@ impl Balloon {
         self.target_bytes()
     }
 
-    /// What the guest was asked to give up, in bytes.
+    /// The memory that the guest was asked to give up, in bytes.
     pub fn target_bytes(&self) -> u64 {
         u64::from(self.state.target_pages) * PAGE
     }
 
-    /// What the guest says it has given up, in bytes.
+    /// The memory that the guest reports as given up, in bytes.
     pub fn actual_bytes(&self) -> u64 {
         u64::from(self.state.actual_pages) * PAGE
     }
@@ -139,7 +140,9 @@ impl Balloon {
     /// Asks for statistics once, now. They arrive when the guest has answered.
     pub fn refresh_stats(&mut self) -> Result<(), DeviceError> {
         match &mut self.queues {
-            Some(queues) if !self.paused => queues.ask_stats(&mut self.state.stats_buffer),
+            Some(queues) if queues.run_state.is_running() => {
+                queues.request_stats(&mut self.state.stats_buffer)
+            }
             _ => Ok(()),
         }
     }
@@ -150,12 +153,12 @@ impl Balloon {
         self.queues.as_ref().is_some_and(ring)
     }
 
-    /// Asks the driver for its free pages; `sink` gets them as they come. `false`, and nothing
-    /// asked, where the driver does not know how.
+    /// Asks the driver for its free pages, which are passed to `sink` as they come. Returns `false`
+    /// and does nothing where the driver has no hinting.
     ///
-    /// The driver leaves the pages alone until [`Balloon::stop_hinting`], but may take some back
-    /// when memory is short: a sink that only notes them must also learn of later writes. One
-    /// that releases them needs not. A round that is under way is ended.
+    /// The driver does not use the pages until [`Balloon::stop_hinting`], but may take some back
+    /// when memory is short. So a sink that only records them must also track later writes, and a
+    /// sink that releases them need not. A round that is in progress is ended.
     pub fn start_hinting(&mut self, sink: Box<dyn ReleaseRanges>) -> bool {
         if !self.can_hint() {
             return false;
@@ -176,7 +179,7 @@ impl Balloon {
         self.hints.as_ref().is_some_and(Hints::is_complete)
     }
 
-    /// Ends a round of hinting, complete or not: the driver uses its pages again.
+    /// Ends a round of hinting, complete or not. The driver may use its pages again.
     pub fn stop_hinting(&mut self) {
         if self.hints.take().is_some() {
             self.state.hint_command = HINT_DONE;
@@ -184,14 +187,15 @@ impl Balloon {
         }
     }
 
-    /// Tells the driver to read its configuration space, now or when it runs again.
+    /// Tells the driver to read its configuration space, at once or when the device is resumed.
     fn change_config(&mut self) {
         self.state.config_changed = true;
-        self.tell_config();
+        self.signal_config_change();
     }
 
-    fn tell_config(&mut self) {
-        if let Some(queues) = self.queues.as_ref().filter(|_| !self.paused)
+    fn signal_config_change(&mut self) {
+        if let Some(queues) = &self.queues
+            && queues.run_state.is_running()
             && self.state.config_changed
         {
             queues.interrupt.signal_config();
@@ -199,15 +203,23 @@ impl Balloon {
         }
     }
 
+    fn register_timer(&self) -> Result<(), DeviceError> {
+        if let Some(queues) = &self.queues {
+            let added = queues.events.add(&self.timer, TOKEN_TIMER, EventSet::IN);
+            added.map_err(DEVICE.host_error("wait for its timer"))?;
+        }
+        Ok(())
+    }
+
     fn arm_stats(&self) -> Result<(), DeviceError> {
         self.timer
             .arm_every(Duration::from_millis(self.state.stats_interval_ms))
-            .map_err(|source| host("arm its timer", source))
+            .map_err(DEVICE.host_error("arm its timer"))
     }
 
-    /// Works off one queue.
+    /// Serves one queue.
     fn serve(&mut self, role: Role) -> Result<(), DeviceError> {
-        let Some(queues) = self.queues.as_mut().filter(|_| !self.paused) else {
+        let Some(queues) = &mut self.queues else {
             return Ok(());
         };
         match role {
@@ -224,9 +236,9 @@ impl Balloon {
         }
     }
 
-    /// Looks at everything: work may have come while nobody looked.
+    /// Serves all queues, as work may have come while the device was not served.
     fn serve_all(&mut self) -> Result<(), DeviceError> {
-        self.tell_config();
+        self.signal_config_change();
         Role::ALL.into_iter().try_for_each(|role| self.serve(role))
     }
 
@@ -240,8 +252,8 @@ impl Balloon {
 }
 
 impl VirtioDevice for Balloon {
-    fn name(&self) -> &'static str {
-        NAME
+    fn name(&self) -> DeviceName {
+        DEVICE
     }
 
     fn device_type(&self) -> u32 {
@@ -262,7 +274,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
-        // Only `actual` is the driver's to write; it may come in pieces.
+        // The driver may only write `actual`, and may do so in several accesses.
         let mut config = self.config();
         for (at, &byte) in (0..).zip(data) {
             let place = offset
@@ -277,12 +289,8 @@ impl VirtioDevice for Balloon {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        activation
-            .events
-            .add(&self.timer, TOKEN_TIMER, EventSet::IN)
-            .map_err(|source| host("watch its timer", source))?;
         self.queues = Some(Queues::new(activation)?);
-        self.paused = false;
+        self.register_timer()?;
         self.serve_all()
     }
 
@@ -295,31 +303,32 @@ impl VirtioDevice for Balloon {
         let due = self
             .timer
             .take()
-            .map_err(|source| host("read its timer", source))?;
+            .map_err(DEVICE.host_error("read its timer"))?;
         if due { self.refresh_stats() } else { Ok(()) }
     }
 
     fn pause(&mut self) -> Result<(), DeviceError> {
         // Every call finishes what it starts: there is nothing to drain.
-        self.paused = true;
+        if let Some(queues) = &self.queues {
+            let removed = queues.events.remove(&self.timer);
+            removed.map_err(DEVICE.host_error("stop waiting for its timer"))?;
+        }
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
-        self.paused = false;
+        self.register_timer()?;
         self.serve_all()
     }
 
     fn reset(&mut self) {
-        if let Some(queues) = self.queues.take()
-            && let Err(error) = queues.events.remove(&self.timer)
-        {
-            tracing::error!(%error, "balloon: cannot leave the event loop");
+        if let Some(queues) = self.queues.take() {
+            // In a pause it is not registered.
+            let _ = queues.events.remove(&self.timer);
         }
-        self.paused = false;
         self.hints = None;
         self.stats = None;
-        // The next driver starts with an empty balloon, and reads the target by itself.
+        // The next driver starts with an empty balloon and reads the target by itself.
         self.state.actual_pages = 0;
         self.state.hint_command = 0;
         self.state.stats_buffer = None;
@@ -332,13 +341,5 @@ impl VirtioDevice for Balloon {
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
         self.state.encode()
-    }
-}
-
-fn host(action: &'static str, source: io::Error) -> DeviceError {
-    DeviceError::Host {
-        device: NAME,
-        action,
-        source,
     }
 }

@@ -1,7 +1,6 @@
-//! What the driver asks on the five queues (VIRTIO 1.3, 5.5.2 and 5.5.6).
+//! The driver's requests on the five queues (VIRTIO 1.3, 5.5.2 and 5.5.6).
 //!
-//! Every page number and range is the guest's word: nothing outside RAM is ever passed on. Work is
-//! bounded per call; a queue with more to do kicks itself, so that others get their turn.
+//! Page numbers and ranges come from the guest, and only those in RAM are ever passed on.
 
 use std::sync::Arc;
 
@@ -11,23 +10,26 @@ use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 use super::backend::{GuestRange, ReleaseRanges};
 use super::stats::{BalloonStats, MAX_PAIRS, PAIR};
-use super::{F_HINT, F_REPORTING, F_STATS, NAME, PAGE, host};
+use super::{DEVICE, F_HINT, F_REPORTING, F_STATS, PAGE};
 use crate::event_loop::Registrar;
 use crate::virtio::budget::Budget;
-use crate::virtio::ring::{Chain, Ring, Segment, read_prefix};
-use crate::virtio::{Activation, DeviceError, GuestRam, Interrupt};
+use crate::virtio::chain::Segment;
+use crate::virtio::{
+    Activation, DescriptorChain, DeviceError, GuestRam, Interrupt, RequestHandler, RunState,
+    Served, ServedQueue, Turn,
+};
 
-/// Requests handled on one queue, and the memory that they are about, before others have their
-/// turn. The host's work grows with the pages: each may be a system call.
+/// The requests that one call serves on one queue, and the bytes of memory that they name. The
+/// host's work grows with the pages, as each may cost a system call.
 const BUDGET: Budget = Budget::new(64, 256 << 20);
-/// Page numbers in one request. Linux sends 256, others up to a few thousand.
+/// The most page numbers in one request. Linux sends 256, others up to a few thousand.
 pub(super) const MAX_PAGES: usize = 16 << 10;
-/// The most memory that one report is about. Linux sends up to 128 MiB.
+/// The most memory that one report may name, in bytes. Linux reports up to 128 MiB.
 const MAX_REPORT: u64 = 1 << 30;
-/// The driver's word that a round of hinting is over.
+/// The driver's command that ends a round of hinting.
 const HINT_STOP: u32 = 0;
 
-/// What a queue is for.
+/// The purpose of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
     Inflate,
@@ -38,7 +40,7 @@ pub(super) enum Role {
 }
 
 impl Role {
-    /// In the order of the specification's queue numbers.
+    /// All roles, in the order of the specification's queue numbers.
     pub(super) const ALL: [Self; 5] = [
         Self::Inflate,
         Self::Deflate,
@@ -66,7 +68,7 @@ pub(super) struct Hints {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum HintPhase {
-    Asked,
+    Requested,
     Collecting,
     Complete,
 }
@@ -75,7 +77,7 @@ impl Hints {
     pub(super) fn new(round: u32, sink: Box<dyn ReleaseRanges>) -> Self {
         Self {
             round,
-            phase: HintPhase::Asked,
+            phase: HintPhase::Requested,
             sink,
         }
     }
@@ -84,22 +86,43 @@ impl Hints {
         self.phase == HintPhase::Complete
     }
 
-    /// The driver says which round its next pages belong to.
+    /// Handles a command of the driver, or free pages.
+    fn take(
+        &mut self,
+        queue: &ServedQueue,
+        chain: &DescriptorChain<'_>,
+    ) -> Result<(), DeviceError> {
+        if chain.readable_len() > 0 {
+            let command = chain
+                .reader()
+                .read_array()
+                .map_err(|_| queue.driver_error("a hinting command is shorter than 4 bytes"))?;
+            self.command(u32::from_le_bytes(command));
+        }
+        if self.phase == HintPhase::Collecting && chain.writable_len() > 0 {
+            let released = self.sink.release(&buffer_runs(chain));
+            released.map_err(DEVICE.host_error("take free pages"))?;
+        }
+        Ok(())
+    }
+
+    /// Handles the driver's command that names the round of its next pages.
     fn command(&mut self, command: u32) {
         self.phase = match self.phase {
-            HintPhase::Asked if command == self.round => HintPhase::Collecting,
+            HintPhase::Requested if command == self.round => HintPhase::Collecting,
             HintPhase::Collecting if command == HINT_STOP => HintPhase::Complete,
             phase => phase,
         };
     }
 }
 
-/// What the driver lent at activation.
+/// The resources of the activation.
 pub(super) struct Queues {
     pub(super) ram: GuestRam,
     pub(super) interrupt: Arc<dyn Interrupt>,
+    pub(super) run_state: RunState,
     pub(super) events: Registrar,
-    rings: Vec<(Role, Ring)>,
+    rings: Vec<(Role, ServedQueue)>,
 }
 
 impl Queues {
@@ -109,22 +132,20 @@ impl Queues {
         let agreed = |role: &Role| role.is_agreed(features);
         let roles: Vec<Role> = Role::ALL.into_iter().filter(agreed).collect();
         if activation.queues.len() != roles.len() {
-            return Err(DeviceError::Driver {
-                device: NAME,
-                reason: format!(
-                    "it set up {} queues where its features need {}",
-                    activation.queues.len(),
-                    roles.len()
-                ),
-            });
+            return Err(DEVICE.driver_error(format!(
+                "it set up {} queues where its features need {}",
+                activation.queues.len(),
+                roles.len()
+            )));
         }
-        // In order, the queues are the agreed roles, whether the driver numbers them as the
-        // specification does or, as Linux, without gaps.
+        // The queues are those of the agreed roles, in order, whether the driver numbers them as
+        // the specification does or without gaps, as Linux does.
         let queues = activation.queues.into_iter();
-        let ring = |queue| Ring::new(NAME, queue, event_idx);
+        let ring = |queue| ServedQueue::new(DEVICE, queue, event_idx);
         Ok(Self {
             ram: activation.ram,
             interrupt: activation.interrupt,
+            run_state: activation.run_state,
             events: activation.events,
             rings: roles.into_iter().zip(queues.map(ring)).collect(),
         })
@@ -135,141 +156,127 @@ impl Queues {
     }
 
     pub(super) fn role(&self, index: u16) -> Option<Role> {
-        let found = self.rings.iter().find(|(_, ring)| ring.queue().0 == index);
+        let found = self.rings.iter().find(|(_, ring)| ring.index() == index);
         found.map(|(role, _)| *role)
     }
 
     pub(super) fn list(&self) -> Vec<(u16, &Queue)> {
-        self.rings.iter().map(|(_, ring)| ring.queue()).collect()
+        self.rings.iter().map(|(_, ring)| ring.indexed()).collect()
     }
 
-    /// Hands the requests of a queue to `work`, which returns the bytes of memory that they are
-    /// about, and gives their buffers back. A queue that was not agreed on has none.
-    fn serve(
-        &mut self,
+    /// Passes the requests of a queue to `handler`. A queue that was not agreed on has none.
+    fn serve<'m>(
+        ram: &'m GuestRam,
+        interrupt: &dyn Interrupt,
+        rings: &mut [(Role, ServedQueue)],
         role: Role,
-        mut work: impl FnMut(&GuestRam, &Ring, &mut Chain<'_>) -> Result<u64, DeviceError>,
+        handler: &mut impl RequestHandler<'m>,
     ) -> Result<(), DeviceError> {
-        let Some((_, ring)) = self.rings.iter_mut().find(|(of, _)| *of == role) else {
+        let Some((_, queue)) = rings.iter_mut().find(|(of, _)| *of == role) else {
             return Ok(());
         };
-        ring.mute(&self.ram)?;
         let mut budget = BUDGET;
-        loop {
-            if budget.is_spent() {
-                ring.again()?;
-                break;
-            }
-            let Some(mut chain) = ring.pop(&self.ram)? else {
-                if ring.unmute(&self.ram)? {
-                    budget.spend(0);
-                    continue;
-                }
-                break;
-            };
-            budget.spend(work(&self.ram, ring, &mut chain)?);
-            ring.push_used(&self.ram, chain.head, 0)?;
-        }
-        ring.signal(&self.ram, &*self.interrupt)
+        queue.serve(ram, interrupt, &mut Turn::new(&mut budget), handler)?;
+        Ok(())
     }
 
-    /// Pages that go into the balloon.
+    /// As [`Queues::serve`], for requests that are finished at once. `work` returns the bytes of
+    /// memory that a request names.
+    fn serve_at_once(
+        &mut self,
+        role: Role,
+        mut work: impl FnMut(&ServedQueue, &DescriptorChain<'_>) -> Result<u64, DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let mut handler = |queue: &mut ServedQueue, chain: &mut DescriptorChain<'_>| {
+            let bytes = work(queue, chain)?;
+            Ok(Served::Used { written: 0, bytes })
+        };
+        let Self {
+            ram,
+            interrupt,
+            rings,
+            ..
+        } = self;
+        Self::serve(ram, &**interrupt, rings, role, &mut handler)
+    }
+
+    /// Serves the pages that go into the balloon.
     pub(super) fn inflate(&mut self, release: &mut dyn ReleaseRanges) -> Result<(), DeviceError> {
-        self.serve(Role::Inflate, |ram, ring, chain| {
-            let bytes = listed_bytes(chain);
-            let runs = page_runs(ram, ring, chain)?;
+        let ram = self.ram.clone();
+        self.serve_at_once(Role::Inflate, |queue, chain| {
+            let runs = page_runs(&ram, queue, chain)?;
             release
                 .release(&runs)
-                .map_err(|source| host("release pages of the balloon", source))?;
-            Ok(bytes)
+                .map_err(DEVICE.host_error("release pages of the balloon"))?;
+            Ok(listed_bytes(chain))
         })
     }
 
-    /// Pages that come out of it: they are there when touched.
+    /// Serves the pages that come out of the balloon: they are there when touched.
     pub(super) fn deflate(&mut self) -> Result<(), DeviceError> {
-        self.serve(Role::Deflate, |ram, ring, chain| {
-            let bytes = listed_bytes(chain);
-            page_runs(ram, ring, chain)?;
-            Ok(bytes)
+        let ram = self.ram.clone();
+        self.serve_at_once(Role::Deflate, |queue, chain| {
+            page_runs(&ram, queue, chain)?;
+            Ok(listed_bytes(chain))
         })
     }
 
-    /// Free pages that the driver reports: they are the buffers.
+    /// Serves the free pages that the driver reports: they are the buffers.
     pub(super) fn take_reports(
         &mut self,
         release: &mut dyn ReleaseRanges,
     ) -> Result<(), DeviceError> {
-        self.serve(Role::Report, |_, ring, chain| {
-            let bytes = reported_bytes(ring, chain)?;
+        self.serve_at_once(Role::Report, |queue, chain| {
+            let bytes = reported_bytes(queue, chain)?;
             release
-                .release(&buffer_runs(&chain.writable))
-                .map_err(|source| host("release free pages", source))?;
+                .release(&buffer_runs(chain))
+                .map_err(DEVICE.host_error("release free pages"))?;
             Ok(bytes)
         })
     }
 
-    /// Free pages that the driver was asked for, and its words about them.
+    /// Serves the free pages that the driver was asked for, and its commands about them.
     pub(super) fn take_hints(&mut self, hints: Option<&mut Hints>) -> Result<(), DeviceError> {
         let mut hints = hints;
-        self.serve(Role::Hint, |_, ring, chain| {
-            let bytes = reported_bytes(ring, chain)?;
-            let Some(hints) = hints.as_deref_mut() else {
-                return Ok(bytes);
-            };
-            if !chain.readable.is_empty() {
-                let mut command = [0; 4];
-                if read_prefix(&mut chain.readable, &mut command).is_none() {
-                    return Err(ring.broken("a hinting command is shorter than 4 bytes"));
-                }
-                hints.command(u32::from_le_bytes(command));
+        self.serve_at_once(Role::Hint, |queue, chain| {
+            let bytes = reported_bytes(queue, chain)?;
+            match hints.as_deref_mut() {
+                Some(hints) => hints.take(queue, chain).map(|()| bytes),
+                None => Ok(bytes),
             }
-            if hints.phase == HintPhase::Collecting && !chain.writable.is_empty() {
-                hints
-                    .sink
-                    .release(&buffer_runs(&chain.writable))
-                    .map_err(|source| host("take free pages", source))?;
-            }
-            Ok(bytes)
         })
     }
 
-    /// Statistics that came. Their buffer is `held` until the device wants more.
+    /// Takes the statistics that came. Their buffer is `held` until the device wants more.
     pub(super) fn take_stats(
         &mut self,
         held: &mut Option<u16>,
     ) -> Result<Option<BalloonStats>, DeviceError> {
-        let Some((_, ring)) = self.rings.iter_mut().find(|(of, _)| *of == Role::Stats) else {
-            return Ok(None);
-        };
+        let Self {
+            ram,
+            interrupt,
+            rings,
+            ..
+        } = self;
+        let ram = &*ram;
         let mut stats = None;
-        let mut budget = BUDGET;
-        loop {
-            if budget.is_spent() {
-                ring.again()?;
-                break;
-            }
-            budget.spend(0);
-            let Some(mut chain) = ring.pop(&self.ram)? else {
-                if ring.unmute(&self.ram)? {
-                    continue;
-                }
-                break;
-            };
-            // One buffer is held; a driver that lends more gets the older ones back.
-            if let Some(older) = held.replace(chain.head) {
-                ring.push_used(&self.ram, older, 0)?;
+        let mut handler = |queue: &mut ServedQueue, chain: &mut DescriptorChain<'_>| {
+            // One buffer is held; a driver that offers more gets the older ones back.
+            if let Some(older) = held.replace(chain.head()) {
+                queue.push_used(ram, older, 0)?;
             }
             let mut bytes = vec![0; chain.readable_len().min(PAIR * MAX_PAIRS)];
-            if read_prefix(&mut chain.readable, &mut bytes).is_some() {
+            if chain.reader().read_exact(&mut bytes).is_ok() {
                 stats = Some(BalloonStats::parse(&bytes));
             }
-        }
-        ring.signal(&self.ram, &*self.interrupt)?;
+            Ok(Served::Kept { bytes: 0 })
+        };
+        Self::serve(ram, &**interrupt, rings, Role::Stats, &mut handler)?;
         Ok(stats)
     }
 
     /// Gives the `held` buffer back, which asks for statistics.
-    pub(super) fn ask_stats(&mut self, held: &mut Option<u16>) -> Result<(), DeviceError> {
+    pub(super) fn request_stats(&mut self, held: &mut Option<u16>) -> Result<(), DeviceError> {
         let Some((_, ring)) = self.rings.iter_mut().find(|(of, _)| *of == Role::Stats) else {
             return Ok(());
         };
@@ -281,35 +288,35 @@ impl Queues {
     }
 }
 
-/// The memory that a request's whole list of pages is about, doubles included.
-fn listed_bytes(chain: &Chain<'_>) -> u64 {
+/// The memory that a request's list of pages names in bytes, with pages that are listed twice.
+fn listed_bytes(chain: &DescriptorChain<'_>) -> u64 {
     chain.readable_len() as u64 / 4 * PAGE
 }
 
-/// The memory that a report is about.
-fn reported_bytes(ring: &Ring, chain: &Chain<'_>) -> Result<u64, DeviceError> {
+/// The memory that a report names, in bytes.
+fn reported_bytes(queue: &ServedQueue, chain: &DescriptorChain<'_>) -> Result<u64, DeviceError> {
     let bytes = chain.writable_len() as u64;
     match bytes <= MAX_REPORT {
         true => Ok(bytes),
-        false => Err(ring.broken(format!("a report of {bytes} bytes of free memory"))),
+        false => Err(queue.driver_error(format_args!(
+            "a report names {bytes} bytes of free memory, which is too much"
+        ))),
     }
 }
 
-/// The pages that a request lists by number, as runs: sorted, apart, inside RAM.
+/// The pages that a request lists by number, as runs that are sorted, disjoint and inside RAM.
 fn page_runs(
     ram: &GuestRam,
-    ring: &Ring,
-    chain: &mut Chain<'_>,
+    queue: &ServedQueue,
+    chain: &DescriptorChain<'_>,
 ) -> Result<Vec<GuestRange>, DeviceError> {
-    let count = chain.readable_len() / 4;
-    if count == 0 || count > MAX_PAGES || !chain.readable_len().is_multiple_of(4) {
-        let len = chain.readable_len();
-        return Err(ring.broken(format!("{len} bytes are no list of pages")));
+    let len = chain.readable_len();
+    if len == 0 || len / 4 > MAX_PAGES || !len.is_multiple_of(4) {
+        return Err(queue.driver_error(format_args!("{len} bytes are not a list of pages")));
     }
-    let mut bytes = vec![0; count * 4];
-    if read_prefix(&mut chain.readable, &mut bytes).is_none() {
-        return Err(ring.broken("a list of pages is cut short"));
-    }
+    let mut bytes = vec![0; len];
+    let read = chain.reader().read_exact(&mut bytes);
+    read.map_err(|error| queue.driver_error(error))?;
     let mut pages: Vec<u32> = bytes
         .chunks_exact(4)
         .map(|page| u32::from_le_bytes([page[0], page[1], page[2], page[3]]))
@@ -324,16 +331,18 @@ fn page_runs(
         !ram.check_range(run.start, len, Permissions::ReadWrite)
     });
     match outside {
-        Some(run) => Err(ring.broken(format!("pages {run:x?} are not in RAM"))),
+        Some(run) => Err(queue.driver_error(format_args!("pages {run:x?} are not in RAM"))),
         None => Ok(runs),
     }
 }
 
-/// The whole pages of buffers, as runs: sorted and apart. They are inside RAM, as the ring checked.
-fn buffer_runs(buffers: &[Segment<'_>]) -> Vec<GuestRange> {
-    let mut stretches: Vec<(u64, u64)> = buffers
-        .iter()
-        .map(|buffer| (buffer.address.0, buffer.slice.len() as u64))
+/// The whole pages of the writable buffers, as runs that are sorted and disjoint. They are inside
+/// RAM, because the chain was validated.
+fn buffer_runs(chain: &DescriptorChain<'_>) -> Vec<GuestRange> {
+    let mut stretches: Vec<(u64, u64)> = chain
+        .writer()
+        .segments()
+        .map(|Segment { address, slice }| (address.0, slice.len() as u64))
         .collect();
     stretches.sort_unstable();
     let mut runs = Vec::new();
@@ -349,7 +358,7 @@ fn buffer_runs(buffers: &[Segment<'_>]) -> Vec<GuestRange> {
     runs
 }
 
-/// Adds a stretch that starts no earlier than the last run does, joining the two if they touch.
+/// Adds a range that starts no earlier than the last run does. The two are joined if they touch.
 fn push_run(runs: &mut Vec<GuestRange>, start: u64, len: u64) {
     if let Some(last) = runs.last_mut()
         && start <= last.start.0 + last.len

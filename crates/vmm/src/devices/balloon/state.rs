@@ -1,25 +1,32 @@
-//! What a balloon remembers across save and restore.
+//! The saved state of a balloon.
 
 use serde::{Deserialize, Serialize};
 
+use super::DEVICE;
 use super::{F_DEFLATE_ON_OOM, F_HINT, F_REPORTING, F_STATS};
-use crate::virtio::DeviceError;
+use crate::state_codec::VersionedState;
+use crate::virtio::{DeviceError, DeviceName};
 
-/// The saved form, by version. Never change a version: add one.
+/// The saved form. New versions are added, old ones are never changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SavedBalloon {
-    /// The first.
+    /// The first version.
     V1(BalloonState),
 }
 
-/// What the device offers its driver. Fixed for the life of the guest, restores included.
+impl VersionedState for SavedBalloon {
+    const DEVICE: DeviceName = DEVICE;
+}
+
+/// The features that the device offers its driver. They are fixed for the life of the guest, also
+/// across restores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BalloonOffer {
     /// The guest may take pages back from the balloon rather than kill a process.
     pub deflate_on_oom: bool,
-    /// Statistics of the guest's memory.
+    /// The guest sends statistics of its memory.
     pub stats: bool,
-    /// The guest names its free pages by itself, so that they are released.
+    /// The guest reports free pages by itself, so that they are released.
     pub reporting: bool,
     /// The guest names its free pages on request.
     pub hinting: bool,
@@ -49,21 +56,21 @@ impl BalloonOffer {
 /// A balloon's state. Built fresh at boot, decoded at restore. Pages are of 4 KiB.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BalloonState {
-    /// What the device offers.
+    /// The offered features.
     pub offer: BalloonOffer,
-    /// What the guest was asked to give up.
+    /// The memory that the guest was asked to give up.
     pub target_pages: u32,
-    /// What it says it has given up.
+    /// The memory that the guest reports as given up.
     pub actual_pages: u32,
-    /// The driver has yet to be told to read its configuration space.
+    /// Whether the driver has yet to be told to read its configuration space.
     pub config_changed: bool,
     /// The hinting command in the configuration space.
     pub hint_command: u32,
-    /// The last round of hinting; ids are not used again soon.
+    /// The id of the last round of hinting. Ids are not used again soon.
     pub last_hint_round: u32,
-    /// How often to ask for statistics, 0 for never.
+    /// The interval between requests for statistics, or 0 for no requests.
     pub stats_interval_ms: u64,
-    /// The chain of the statistics queue that the device holds until it asks again.
+    /// The chain of the statistics queue that the device keeps until it asks again.
     pub stats_buffer: Option<u16>,
 }
 
@@ -82,31 +89,21 @@ impl BalloonState {
         }
     }
 
-    /// Encodes it with its version.
+    /// Encodes the state with its version.
     pub fn encode(&self) -> Result<Vec<u8>, DeviceError> {
-        postcard::to_stdvec(&SavedBalloon::V1(self.clone())).map_err(refused)
+        SavedBalloon::V1(self.clone()).to_bytes()
     }
 
     /// Decodes and checks what [`BalloonState::encode`] wrote, perhaps on another host.
     pub fn decode(bytes: &[u8]) -> Result<Self, DeviceError> {
-        let (SavedBalloon::V1(state), rest) = postcard::take_from_bytes(bytes).map_err(refused)?;
-        if !rest.is_empty() {
-            return Err(refused(format_args!("{} bytes too many", rest.len())));
-        }
+        let SavedBalloon::V1(state) = SavedBalloon::from_bytes(bytes)?;
         if state
             .stats_buffer
             .is_some_and(|head| head >= super::QUEUE_SIZE)
         {
-            return Err(refused("it holds a statistics buffer that cannot exist"));
+            return Err(DEVICE.state_error("it has a statistics buffer that cannot exist"));
         }
         Ok(state)
-    }
-}
-
-fn refused(reason: impl std::fmt::Display) -> DeviceError {
-    DeviceError::State {
-        device: super::NAME,
-        reason: reason.to_string(),
     }
 }
 

@@ -4,11 +4,11 @@ use serde::Serialize;
 
 /// Bytes of one pair.
 pub(super) const PAIR: usize = 10;
-/// Pairs looked at; a driver that sends more is not read further.
+/// The most pairs that are read of one buffer.
 pub(super) const MAX_PAIRS: usize = 64;
 
-/// What the guest's kernel counts. Memory in bytes, the rest since the guest's boot; `None` where
-/// the driver does not tell.
+/// The counters of the guest's kernel. Memory is in bytes, and the others count since the guest's
+/// boot. A value is `None` where the driver does not send it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct BalloonStats {
     /// Bytes swapped in.
@@ -46,7 +46,7 @@ pub struct BalloonStats {
 }
 
 impl BalloonStats {
-    /// Reads pairs; tags that are not known, and a cut last pair, are left out.
+    /// Reads pairs. Unknown tags and an incomplete last pair are ignored.
     pub(super) fn parse(bytes: &[u8]) -> Self {
         let mut stats = Self::default();
         for pair in bytes.chunks_exact(PAIR).take(MAX_PAIRS) {

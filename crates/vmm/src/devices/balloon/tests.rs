@@ -1,5 +1,7 @@
 //! The device under a driver made of plain memory, and a host that writes down what is released.
 
+use std::io;
+
 use super::queue::MAX_PAGES;
 use super::*;
 use crate::virtio::driver::Rig;
@@ -102,12 +104,10 @@ fn a_target_reaches_the_driver_and_its_answer_comes_back() {
 #[test]
 fn a_target_set_during_a_pause_is_told_afterwards() {
     let (rig, _) = rig();
-    rig.device(|shell| {
-        shell.device.pause().unwrap();
-        shell.device.set_target_bytes(1 << 20);
-    });
+    rig.pause();
+    rig.device(|shell| shell.device.set_target_bytes(1 << 20));
     assert_eq!(rig.interrupt.config_count(), 0);
-    rig.device(|shell| shell.device.resume()).unwrap();
+    rig.resume();
     assert_eq!(rig.interrupt.config_count(), 1);
 }
 

@@ -1,11 +1,13 @@
 //! The virtio block device: a disk ([`clone_disk::Disk`]) as the guest sees it.
 //!
-//! Requests of a kick go to the disk together, and answers that are there at once (the page cache
-//! is often quick) cost no second wake-up. Formats, layers and files are `clone-disk`'s affair.
-//! Where the driver does not know flushes, every change is flushed before it is answered.
+//! All requests of one notification go to the disk together, and requests that are complete at once
+//! (from the page cache, for example) cost no second event. Image formats, layers and files are
+//! handled by `clone-disk`. Where the driver has no flushes, every change is flushed before it is
+//! completed.
 //!
 //! Source: VIRTIO 1.3, 5.2.
 
+mod in_flight;
 mod queue;
 mod state;
 #[cfg(test)]
@@ -21,46 +23,51 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::Queue;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
 
+use crate::event_loop::Registrar;
 use crate::rate_limit::RateLimiter;
 use crate::virtio::budget::Budget;
-use crate::virtio::{Activation, DeviceError, VirtioDevice};
-use queue::{Ask, Parsed, driver, parse};
-pub use state::{BlockConfig, BlockState, BlockStateV1, ID_BYTES, MAX_QUEUES, SeenDisk};
+use crate::virtio::{
+    Activation, DescriptorChain, DeviceError, DeviceName, GuestRam, Interrupt, RequestHandler,
+    Served, ServedQueue, Stopped, Turn, VirtioDevice,
+};
+use in_flight::{InFlight, Pending};
+use queue::{BlockRequest, Parsed, parse};
+pub use state::{BlockConfig, BlockState, BlockStateV1, DiskProperties, ID_BYTES, MAX_QUEUES};
 use state::{CONFIG_BYTES, QUEUE_SIZE};
 
-/// The device's name in messages.
-const DEVICE: &str = "block";
-/// What guests address.
+/// The name that errors give the device.
+const DEVICE: DeviceName = DeviceName::new("block");
+/// The unit of addresses in requests, in bytes.
 const SECTOR: u64 = 512;
-/// Work of one call: a guest that never stops must not hold the event loop.
+/// The work of one call: a guest that sends requests without a pause must not hold up the event
+/// loop.
 const BUDGET: Budget = Budget::new(4 * QUEUE_SIZE as usize, 16 << 20);
-/// Bytes that the disk has at a time, beside those of one request: a pause waits for them.
+/// The most bytes that the disk works on at a time, besides those of one request. A pause waits for
+/// them.
 const MAX_IN_FLIGHT: u64 = 64 << 20;
 
 /// The token of the rate limiter's timer.
 const TOKEN_TIMER: u32 = 0;
-/// The tokens of the disk's descriptors start here.
+/// The first token of the disk's descriptors.
 const TOKEN_DISK: u32 = 1;
 
-/// A disk that a device serves and that others (snapshots) freeze while the device is paused. The
-/// lock is held for the length of one call, by the event loop while the machine runs.
+/// A disk that a device serves, and that a snapshot freezes while the device is paused. The lock is
+/// held for one call at a time, by the event loop while the machine runs.
 pub type SharedDisk = Arc<Mutex<Disk>>;
 
-/// A request of the guest that the disk has.
-struct Pending {
-    /// The queue's place in [`Activation::queues`].
-    slot: usize,
-    head: u16,
-    status: GuestAddress,
-    written: u32,
-    /// The bytes of its data.
-    bytes: u64,
-    /// Whether a flush must follow before the answer.
-    flush: bool,
+/// The resources of the activation.
+struct Active {
+    ram: GuestRam,
+    queues: Vec<ServedQueue>,
+    /// Whether the driver has flushes, so that a change may be completed before it is durable.
+    writeback: bool,
+    interrupt: Arc<dyn Interrupt>,
+    events: Registrar,
 }
 
 /// A block device.
@@ -69,51 +76,41 @@ pub struct Block {
     state: BlockStateV1,
     config: [u8; CONFIG_BYTES],
     limiter: Option<RateLimiter>,
-    active: Option<Activation>,
-    /// Requests that the disk has, by their tag.
-    pending: Vec<Option<Pending>>,
-    free: Vec<usize>,
-    /// The bytes of all pending requests.
-    in_flight: u64,
-    /// A request waits until the disk has fewer.
+    active: Option<Active>,
+    in_flight: InFlight,
+    /// Whether a request waits until the disk has fewer.
     held_back: bool,
-    /// Used buffers were added since the guest was last told, by queue slot.
-    used: Vec<bool>,
-    paused: bool,
     completions: Vec<Completion>,
 }
 
 impl Block {
-    /// A device for `disk`, new or saved. A saved state must have seen a disk of the same size
-    /// and access.
+    /// A device for `disk`, new or saved. The disk of a saved state must have had the same size and
+    /// access.
     ///
     /// # Errors
-    /// [`DeviceError::State`] where they do not fit, [`DeviceError::Host`] without a timer.
+    /// [`DeviceError::State`] where disk and state do not fit, [`DeviceError::Host`] where there is
+    /// no timer.
     pub fn new(disk: SharedDisk, state: BlockState) -> Result<Self, DeviceError> {
         let BlockState::V1(state) = state;
         let seen = {
             let disk = lock(&disk);
-            SeenDisk {
+            DiskProperties {
                 size: disk.size(),
                 read_only: disk.is_read_only(),
                 block_size: disk.block_size(),
             }
         };
         let state = state.attach(seen)?;
-        let limiter =
-            RateLimiter::new(state.limits, Instant::now()).map_err(host("make a timer"))?;
+        let limiter = RateLimiter::new(state.limits, Instant::now())
+            .map_err(DEVICE.host_error("make a timer"))?;
         Ok(Self {
             disk,
             config: state.config_space(),
             state,
             limiter,
             active: None,
-            pending: Vec::new(),
-            free: Vec::new(),
-            in_flight: 0,
+            in_flight: InFlight::default(),
             held_back: false,
-            used: Vec::new(),
-            paused: false,
             completions: Vec::new(),
         })
     }
@@ -123,148 +120,112 @@ impl Block {
         &self.disk
     }
 
-    /// The descriptors of ours that the event loop watches, with their tokens.
+    /// The descriptors that are registered in the event loop, with their tokens.
     fn descriptors(&self) -> Vec<(u32, RawFd)> {
         let timer = self.limiter.iter().map(|l| (TOKEN_TIMER, l.as_raw_fd()));
         let fds = lock(&self.disk).wake_fds();
         timer.chain((TOKEN_DISK..).zip(fds)).collect()
     }
 
-    /// Takes what is in the queue `slot`, hands it to the disk, and answers what is ready.
+    /// Registers the device's descriptors in the event loop.
+    fn register(&self) -> Result<(), DeviceError> {
+        let Some(active) = &self.active else {
+            return Ok(());
+        };
+        for (token, fd) in self.descriptors() {
+            let added = active.events.add(&fd, token, EventSet::IN);
+            added.map_err(DEVICE.host_error("wait for the disk"))?;
+        }
+        Ok(())
+    }
+
+    fn unregister(&self) {
+        let Some(active) = &self.active else {
+            return;
+        };
+        for (_, fd) in self.descriptors() {
+            // They were added by `register`. They are missing where that failed, and during a
+            // pause.
+            let _ = active.events.remove(&fd);
+        }
+    }
+
+    /// Takes the requests of the queue `slot`, passes them to the disk, and completes those that
+    /// are done.
     fn serve(&mut self, slot: usize) -> Result<(), DeviceError> {
         let mut budget = BUDGET;
         loop {
-            self.set_notification(slot, false)?;
-            let stopped = self.take_chains(slot, &mut budget)?;
+            let stopped = self.take_requests(slot, &mut budget)?;
             self.poll()?;
-            match stopped {
-                // The timer goes on with it.
-                Stopped::Limited => break,
-                // What the disk finishes goes on with it; something may be finished already.
-                Stopped::Full if self.in_flight > 0 => {
-                    self.held_back = true;
-                    break;
-                }
-                Stopped::Full => budget.spend(0),
-                Stopped::Budget => {
-                    self.kick(slot)?;
-                    break;
-                }
-                Stopped::Empty if !self.set_notification(slot, true)? => break,
-                Stopped::Empty => budget.spend(0),
+            if !self.settle(slot, stopped, &mut budget)? {
+                return self.signal();
             }
         }
-        self.tell_guest()
     }
 
-    /// Switches the driver's kicks on or off; on returns whether there is work after all.
-    fn set_notification(&mut self, slot: usize, on: bool) -> Result<bool, DeviceError> {
-        let Some(active) = &mut self.active else {
-            return Ok(false);
-        };
-        let lent = &mut active.queues[slot];
-        let result = if on {
-            lent.queue.enable_notification(&active.ram)
-        } else {
-            lent.queue.disable_notification(&active.ram).map(|()| false)
-        };
-        result.map_err(at(lent.index))
-    }
-
-    fn take_chains(&mut self, slot: usize, budget: &mut Budget) -> Result<Stopped, DeviceError> {
+    fn take_requests(&mut self, slot: usize, budget: &mut Budget) -> Result<Stopped, DeviceError> {
         let Some(active) = &mut self.active else {
             return Ok(Stopped::Empty);
         };
-        let mut disk = lock(&self.disk);
-        let now = self.limiter.is_some().then(Instant::now);
-        let writeback = active.features >> VIRTIO_BLK_F_FLUSH & 1 != 0;
-        let ram = &active.ram;
-        let lent = &mut active.queues[slot];
-        loop {
-            if budget.is_spent() {
-                return Ok(Stopped::Budget);
-            }
-            let mut chains = lent.queue.iter(ram).map_err(at(lent.index))?;
-            let Some(chain) = chains.next() else {
-                return Ok(Stopped::Empty);
-            };
-            let parsed = parse(chain, ram)?;
-            let bytes = parsed.ask.bytes();
-            if self.in_flight > 0 && self.in_flight.saturating_add(bytes) > MAX_IN_FLIGHT {
-                lent.queue.go_to_previous_position();
-                return Ok(Stopped::Full);
-            }
-            if let (Some(limiter), Some(now)) = (&mut self.limiter, now)
-                && !limiter.admit(bytes, now).map_err(host("set a timer"))?
-            {
-                lent.queue.go_to_previous_position();
-                return Ok(Stopped::Limited);
-            }
-            budget.spend(bytes);
-            let Parsed {
-                head,
-                status,
-                ask,
-                written,
-            } = parsed;
-            let (code, written) = match ask {
-                Ask::Disk(request) => {
-                    if self.pending.len() - self.free.len()
-                        >= self.used.len() * usize::from(QUEUE_SIZE)
-                    {
-                        return Err(driver("more requests than its queues hold"));
-                    }
-                    let pending = Pending {
-                        slot,
-                        head,
-                        status,
-                        written,
-                        bytes,
-                        flush: !writeback && request.changes_disk(),
-                    };
-                    self.in_flight += bytes;
-                    let tag = insert(&mut self.pending, &mut self.free, pending);
-                    disk.submit(tag as u64, request);
-                    continue;
-                }
-                Ask::Id(pieces) => {
-                    pieces.write(ram, &self.state.id)?;
-                    (VIRTIO_BLK_S_OK, written)
-                }
-                Ask::Refuse(code) => (code, 1),
-            };
-            answer(
-                &mut lent.queue,
-                lent.index,
-                ram,
-                head,
-                status,
-                code,
-                written,
-            )?;
-            self.used[slot] = true;
-        }
+        let capacity = active.queues.len() * usize::from(QUEUE_SIZE);
+        let mut submission = Submission {
+            slot,
+            disk: lock(&self.disk),
+            ram: &active.ram,
+            in_flight: &mut self.in_flight,
+            capacity,
+            id: &self.state.id,
+            writeback: active.writeback,
+        };
+        let mut turn = Turn {
+            budget,
+            limit: self.limiter.as_mut(),
+        };
+        active.queues[slot].take(&active.ram, &mut turn, &mut submission)
     }
 
-    /// Starts what the disk was given, and answers the guest's requests that are over.
+    /// Acts on the reason for which no more requests were taken. Returns whether to take more at
+    /// once.
+    fn settle(
+        &mut self,
+        slot: usize,
+        stopped: Stopped,
+        budget: &mut Budget,
+    ) -> Result<bool, DeviceError> {
+        let Some(active) = &mut self.active else {
+            return Ok(false);
+        };
+        if stopped != Stopped::Blocked {
+            return active.queues[slot].settle(&active.ram, stopped, budget);
+        }
+        // The disk's next completion continues the work, unless the disk has completed all already.
+        if self.in_flight.bytes() > 0 {
+            self.held_back = true;
+            return Ok(false);
+        }
+        budget.spend(0);
+        Ok(true)
+    }
+
+    /// Starts the disk's new requests, and gives the complete ones back to the guest.
     fn poll(&mut self) -> Result<(), DeviceError> {
         let mut completions = std::mem::take(&mut self.completions);
         lock(&self.disk)
             .poll(&mut completions)
-            .map_err(host("use the disk"))?;
+            .map_err(DEVICE.host_error("use the disk"))?;
         self.answer_all(&mut completions)?;
         self.completions = completions;
         Ok(())
     }
 
-    /// Waits for all that the disk was given.
+    /// Waits for all of the disk's requests.
     fn drain(&mut self) -> Result<(), DeviceError> {
         let mut completions = Vec::new();
-        // More than one round where flushes follow changes.
-        while self.pending.len() > self.free.len() {
+        // Flushes that follow changes take a further round.
+        while self.in_flight.len() > 0 {
             lock(&self.disk)
                 .drain(&mut completions)
-                .map_err(host("use the disk"))?;
+                .map_err(DEVICE.host_error("use the disk"))?;
             self.answer_all(&mut completions)?;
         }
         Ok(())
@@ -276,73 +237,53 @@ impl Block {
         };
         let mut flushes = false;
         for Completion { tag, result } in completions.drain(..) {
-            let Some(entry) = self.pending.get_mut(tag as usize) else {
-                continue;
-            };
-            if let (Some(pending), Ok(())) = (entry.as_mut(), &result)
-                && std::mem::take(&mut pending.flush)
-            {
+            if result.is_ok() && self.in_flight.take_flush(tag) {
                 lock(&self.disk).submit(tag, Request::Flush);
                 flushes = true;
                 continue;
             }
-            let Some(pending) = entry.take() else {
+            let Some(pending) = self.in_flight.remove(tag) else {
                 continue;
             };
-            self.free.push(tag as usize);
-            self.in_flight -= pending.bytes;
             let (code, written) = match &result {
                 Ok(()) => (VIRTIO_BLK_S_OK, pending.written),
                 Err(error) => (status_of(error), 1),
             };
-            let lent = &mut active.queues[pending.slot];
-            answer(
-                &mut lent.queue,
-                lent.index,
-                &active.ram,
-                pending.head,
-                pending.status,
-                code,
-                written,
-            )?;
-            self.used[pending.slot] = true;
+            write_status(&active.ram, pending.status, code)?;
+            active.queues[pending.slot].push_used(&active.ram, pending.head, written)?;
         }
         if flushes {
-            // Their answers come by the disk's descriptors, or right now.
+            // They complete by the disk's descriptors, or at once.
             let mut more = Vec::new();
             lock(&self.disk)
                 .poll(&mut more)
-                .map_err(host("use the disk"))?;
+                .map_err(DEVICE.host_error("use the disk"))?;
             return self.answer_all(&mut more);
         }
         Ok(())
     }
 
     /// Interrupts the guest for queues with new used buffers, where it wants that.
-    fn tell_guest(&mut self) -> Result<(), DeviceError> {
+    fn signal(&mut self) -> Result<(), DeviceError> {
         let Some(active) = &mut self.active else {
             return Ok(());
         };
-        for (lent, used) in active.queues.iter_mut().zip(&mut self.used) {
-            if !std::mem::take(used) {
-                continue;
-            }
-            let wanted = lent.queue.needs_notification(&active.ram);
-            if wanted.map_err(at(lent.index))? {
-                active.interrupt.signal_queue(lent.index);
-            }
-        }
-        Ok(())
+        let Active {
+            ram,
+            queues,
+            interrupt,
+            ..
+        } = active;
+        let mut queues = queues.iter_mut();
+        queues.try_for_each(|queue| queue.signal(ram, &**interrupt))
     }
 
-    /// Makes the event loop come back to a queue.
-    fn kick(&self, slot: usize) -> Result<(), DeviceError> {
-        self.active.as_ref().map_or(Ok(()), |active| {
-            active.queues[slot]
-                .kick
-                .write(1)
-                .map_err(host("kick a queue"))
-        })
+    /// Makes the event loop come back to every queue.
+    fn requeue_all(&self) -> Result<(), DeviceError> {
+        let active = self.active.iter();
+        active
+            .flat_map(|active| &active.queues)
+            .try_for_each(ServedQueue::requeue)
     }
 
     fn slots(&self) -> std::ops::Range<usize> {
@@ -350,30 +291,74 @@ impl Block {
     }
 }
 
-/// Why a call stopped taking chains.
-enum Stopped {
-    /// There are none.
-    Empty,
-    /// It took its share.
-    Budget,
-    /// The rate limit holds the next one back.
-    Limited,
-    /// The disk has enough to do.
-    Full,
+/// Passes the requests of one queue to the disk.
+struct Submission<'a> {
+    /// The queue's place in the list of active queues.
+    slot: usize,
+    disk: MutexGuard<'a, Disk>,
+    ram: &'a GuestRam,
+    in_flight: &'a mut InFlight,
+    /// The most requests that the queues can hold.
+    capacity: usize,
+    id: &'a [u8; ID_BYTES],
+    writeback: bool,
 }
 
-impl Ask {
-    /// The bytes that count towards a rate limit.
-    fn bytes(&self) -> u64 {
-        match self {
-            Self::Disk(request) => request.data_len(),
-            Self::Id(_) | Self::Refuse(_) => 0,
+impl<'m> RequestHandler<'m> for Submission<'_> {
+    fn handle(
+        &mut self,
+        queue: &mut ServedQueue,
+        chain: &mut DescriptorChain<'m>,
+    ) -> Result<Served, DeviceError> {
+        let Parsed {
+            status,
+            request,
+            written,
+        } = parse(queue, chain)?;
+        let (bytes, in_flight) = (request.bytes(), self.in_flight.bytes());
+        if in_flight > 0 && in_flight.saturating_add(bytes) > MAX_IN_FLIGHT {
+            return Ok(Served::Blocked);
         }
+        let (code, written) = match request {
+            BlockRequest::Disk(request) => {
+                let pending = Pending {
+                    slot: self.slot,
+                    head: chain.head(),
+                    status,
+                    written,
+                    bytes,
+                    flush: !self.writeback && request.changes_disk(),
+                };
+                return self
+                    .submit(pending, request)
+                    .map(|()| Served::Kept { bytes });
+            }
+            BlockRequest::Id(mut room) => {
+                let len = room.remaining().min(self.id.len());
+                let put = room.write_all(&self.id[..len]);
+                put.map_err(|error| queue.driver_error(error))?;
+                (VIRTIO_BLK_S_OK, written)
+            }
+            BlockRequest::Refuse(code) => (code, 1),
+        };
+        write_status(self.ram, status, code)?;
+        Ok(Served::Used { written, bytes })
+    }
+}
+
+impl Submission<'_> {
+    fn submit(&mut self, pending: Pending, request: Request) -> Result<(), DeviceError> {
+        if self.in_flight.len() >= self.capacity {
+            return Err(DEVICE.driver_error("it has more requests in flight than its queues hold"));
+        }
+        let tag = self.in_flight.insert(pending);
+        self.disk.submit(tag, request);
+        Ok(())
     }
 }
 
 impl VirtioDevice for Block {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> DeviceName {
         DEVICE
     }
 
@@ -400,28 +385,30 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        for (token, fd) in self.descriptors() {
-            activation
-                .events
-                .add(&fd, token, EventSet::IN)
-                .map_err(host("watch the disk"))?;
-        }
-        self.used = vec![false; activation.queues.len()];
-        self.active = Some(activation);
-        self.paused = false;
-        // Looked at by the event loop, not by the vCPU that is here now: the disk's thread is
-        // started by the first request, and inherits from its starter what it may do.
-        self.slots().try_for_each(|slot| self.kick(slot))
+        let event_idx = activation.features >> VIRTIO_RING_F_EVENT_IDX & 1 != 0;
+        let queues = activation.queues.into_iter();
+        self.active = Some(Active {
+            ram: activation.ram,
+            queues: queues
+                .map(|queue| ServedQueue::new(DEVICE, queue, event_idx))
+                .collect(),
+            writeback: activation.features >> VIRTIO_BLK_F_FLUSH & 1 != 0,
+            interrupt: activation.interrupt,
+            events: activation.events,
+        });
+        self.register()?;
+        // The event loop serves the queues, and not the vCPU thread that runs this: the disk's
+        // thread is started by the first request, and inherits its rights from the starting thread.
+        self.requeue_all()
     }
 
     fn notify_queue(&mut self, queue: u16) -> Result<(), DeviceError> {
-        if self.paused {
-            return Ok(());
-        }
-        let slot = self
-            .active
-            .as_ref()
-            .and_then(|active| active.queues.iter().position(|lent| lent.index == queue));
+        let slot = self.active.as_ref().and_then(|active| {
+            active
+                .queues
+                .iter()
+                .position(|served| served.index() == queue)
+        });
         slot.map_or(Ok(()), |slot| self.serve(slot))
     }
 
@@ -429,55 +416,49 @@ impl VirtioDevice for Block {
         if token != TOKEN_TIMER {
             self.poll()?;
             if !std::mem::take(&mut self.held_back) {
-                return self.tell_guest();
+                return self.signal();
             }
         } else if let Some(limiter) = &mut self.limiter {
-            limiter.acknowledge().map_err(host("read a timer"))?;
-        }
-        if self.paused {
-            return self.tell_guest();
+            limiter
+                .acknowledge()
+                .map_err(DEVICE.host_error("read a timer"))?;
         }
         self.slots().try_for_each(|slot| self.serve(slot))
     }
 
     fn pause(&mut self) -> Result<(), DeviceError> {
-        self.paused = true;
         self.drain()?;
-        self.tell_guest()
+        self.held_back = false;
+        self.unregister();
+        self.signal()
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
-        self.paused = false;
-        self.slots().try_for_each(|slot| self.kick(slot))
+        self.register()?;
+        self.requeue_all()
     }
 
     fn reset(&mut self) {
         if let Err(error) = self.drain() {
-            // The driver is gone, or broke the rings that the answers belong in.
-            tracing::debug!(%error, "answers lost in a reset of a block device");
+            // The driver is gone, or has broken the rings that completions are written to.
+            tracing::debug!(%error, "completions were lost in a reset of a block device");
             let drained = lock(&self.disk).drain(&mut self.completions);
             if let Err(error) = drained {
-                tracing::error!(%error, "a disk does not come to rest");
+                tracing::error!(%error, "a disk could not complete its requests");
             }
             self.completions.clear();
         }
-        self.pending.clear();
-        self.free.clear();
-        self.in_flight = 0;
+        self.in_flight = InFlight::default();
         self.held_back = false;
-        if let Some(active) = self.active.take() {
-            for (_, fd) in self.descriptors() {
-                // It was added by `activate`; where that failed half way there is none to remove.
-                let _ = active.events.remove(&fd);
-            }
-        }
+        self.unregister();
+        self.active = None;
     }
 
     fn queues(&self) -> Vec<(u16, &Queue)> {
         self.active
             .iter()
             .flat_map(|active| &active.queues)
-            .map(|lent| (lent.index, &lent.queue))
+            .map(ServedQueue::indexed)
             .collect()
     }
 
@@ -487,25 +468,16 @@ impl VirtioDevice for Block {
 }
 
 impl Drop for Block {
-    /// The disk may live on elsewhere: what it has of this device's RAM must be over.
+    /// Waits for requests on this device's RAM, because others may keep the disk.
     fn drop(&mut self) {
         self.reset();
     }
 }
 
-/// Puts the status and the used element of a chain into RAM.
-fn answer(
-    queue: &mut Queue,
-    index: u16,
-    ram: &crate::virtio::GuestRam,
-    head: u16,
-    status: GuestAddress,
-    code: u32,
-    written: u32,
-) -> Result<(), DeviceError> {
+/// Writes a request's status. Its address was in RAM when the request was parsed.
+fn write_status(ram: &GuestRam, status: GuestAddress, code: u32) -> Result<(), DeviceError> {
     ram.write_obj(code as u8, status)
-        .map_err(|_| driver("a status outside of RAM"))?;
-    queue.add_used(ram, head, written).map_err(at(index))
+        .map_err(|_| DEVICE.driver_error("the status byte of a request is outside RAM"))
 }
 
 fn status_of(error: &io::Error) -> u32 {
@@ -515,32 +487,7 @@ fn status_of(error: &io::Error) -> u32 {
     }
 }
 
-fn insert(entries: &mut Vec<Option<Pending>>, free: &mut Vec<usize>, pending: Pending) -> usize {
-    if let Some(index) = free.pop() {
-        entries[index] = Some(pending);
-        return index;
-    }
-    entries.push(Some(pending));
-    entries.len() - 1
-}
-
 fn lock(disk: &SharedDisk) -> MutexGuard<'_, Disk> {
-    // A panic elsewhere while holding it is not ours to judge; the disk checks its own state.
+    // The disk checks its own state, so it can be used after a panic of another holder of the lock.
     disk.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn at(queue: u16) -> impl FnOnce(virtio_queue::Error) -> DeviceError {
-    move |source| DeviceError::Queue {
-        device: DEVICE,
-        queue,
-        source,
-    }
-}
-
-fn host(action: &'static str) -> impl FnOnce(io::Error) -> DeviceError {
-    move |source| DeviceError::Host {
-        device: DEVICE,
-        action,
-        source,
-    }
 }

@@ -1,243 +1,175 @@
-//! What the guest asks: descriptor chains parsed into requests. No files and no KVM in here.
+//! The guest's requests: validated descriptor chains, parsed. This does not depend on files or KVM.
 //!
-//! Source: VIRTIO 1.3, 5.2.6 (device operation) and 2.7 (split virtqueues).
+//! Source: VIRTIO 1.3, 5.2.6 (device operation).
 
 use clone_disk::{Buffer, Buffers, Request};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::GuestAddress;
 
-use super::state::{MAX_ZERO_SECTORS, QUEUE_SIZE, SEG_MAX, SIZE_MAX};
-use super::{DEVICE, SECTOR};
-use crate::virtio::{DeviceError, GuestRam};
+use super::SECTOR;
+use super::state::{MAX_ZERO_SECTORS, SEG_MAX, SIZE_MAX};
+use crate::virtio::chain::Segment;
+use crate::virtio::{DescriptorChain, DeviceError, Reader, ServedQueue, Writer};
 
 /// The header of every request: type, reserved, sector.
-const HEADER_BYTES: u64 = 16;
+const HEADER_BYTES: usize = 16;
 /// A range to discard or to zero: sector, number of sectors, flags.
-const RANGE_BYTES: u64 = 16;
-/// The flag of a range that allows giving its space back.
+const RANGE_BYTES: usize = 16;
+/// The flag of a range that allows releasing its space.
 const FLAG_UNMAP: u32 = 1;
 
-/// A chain, understood.
-pub(super) struct Parsed {
-    /// The chain's head, for the used ring.
-    pub(super) head: u16,
-    /// Where the status byte goes.
+/// A parsed chain.
+pub(super) struct Parsed<'c, 'm> {
+    /// The address of the status byte, which lies in RAM.
     pub(super) status: GuestAddress,
-    /// What is asked.
-    pub(super) ask: Ask,
-    /// Bytes that the device writes if it succeeds, with the status byte.
+    /// The request.
+    pub(super) request: BlockRequest<'c, 'm>,
+    /// The bytes that the device writes if the request succeeds, with the status byte.
     pub(super) written: u32,
 }
 
-/// What a chain asks.
-pub(super) enum Ask {
-    /// Something of the disk.
+/// The request of a chain.
+pub(super) enum BlockRequest<'c, 'm> {
+    /// A request for the disk.
     Disk(Request),
-    /// The id string, into this memory.
-    Id(Pieces),
-    /// Something that is answered at once with this status.
+    /// The id string is to be written into this room.
+    Id(Writer<'c, 'm>),
+    /// A request that is answered at once with this status.
     Refuse(u32),
 }
 
-/// Guest memory, as addresses and lengths in order.
-#[derive(Default)]
-pub(super) struct Pieces(Vec<(GuestAddress, u32)>);
-
-impl Pieces {
-    fn len(&self) -> u64 {
-        self.0.iter().map(|(_, len)| u64::from(*len)).sum()
-    }
-
-    /// Whether the data of a request keeps to the limits that the configuration space names.
-    fn is_within_limits(&self) -> bool {
-        self.0.len() <= SEG_MAX as usize && self.0.iter().all(|(_, len)| *len <= SIZE_MAX)
-    }
-
-    /// Cuts off all after the first `len` bytes, and returns it.
-    fn split_off(&mut self, mut len: u64) -> Self {
-        for index in 0..self.0.len() {
-            let (address, size) = self.0[index];
-            if len < u64::from(size) {
-                let mut rest = self.0.split_off(index);
-                // Less than `size`, which is 32 bits.
-                let kept = len as u32;
-                if kept > 0 {
-                    self.0.push((address, kept));
-                }
-                rest[0] = (GuestAddress(address.0.wrapping_add(len)), size - kept);
-                return Self(rest);
-            }
-            len -= u64::from(size);
+impl BlockRequest<'_, '_> {
+    /// The bytes that count towards budgets and rate limits.
+    pub(super) fn bytes(&self) -> u64 {
+        match self {
+            Self::Disk(request) => request.data_len(),
+            Self::Id(_) | Self::Refuse(_) => 0,
         }
-        Self::default()
-    }
-
-    /// Reads as much as fits into `bytes`.
-    fn read(&self, ram: &GuestRam, bytes: &mut [u8]) -> Result<(), DeviceError> {
-        let mut rest = bytes;
-        for (address, len) in &self.0 {
-            let (part, after) = rest.split_at_mut(rest.len().min(*len as usize));
-            ram.read_slice(part, *address)
-                .map_err(|_| outside(*address))?;
-            rest = after;
-        }
-        Ok(())
-    }
-
-    /// Writes `bytes` as far as they fit.
-    pub(super) fn write(&self, ram: &GuestRam, bytes: &[u8]) -> Result<(), DeviceError> {
-        let mut rest = bytes;
-        for (address, len) in &self.0 {
-            let (part, after) = rest.split_at(rest.len().min(*len as usize));
-            ram.write_slice(part, *address)
-                .map_err(|_| outside(*address))?;
-            rest = after;
-        }
-        Ok(())
-    }
-
-    /// The host's view of it.
-    fn buffers(&self, ram: &GuestRam) -> Result<Buffers, DeviceError> {
-        let mut buffers = Buffers::default();
-        for (address, len) in &self.0 {
-            for slice in GuestMemoryBackend::get_slices(ram, *address, *len as usize) {
-                let slice = slice.map_err(|_| outside(*address))?;
-                // SAFETY: the device keeps its handle on the RAM until every request is over, and
-                // RAM is never a Rust reference.
-                buffers.push(unsafe { Buffer::new(slice.ptr_guard_mut().as_ptr(), slice.len()) });
-            }
-        }
-        Ok(buffers)
     }
 }
 
-/// Understands a chain.
+/// The data of a request: guest memory in order.
+#[derive(Default)]
+struct GuestIoVec<'m>(Vec<Segment<'m>>);
+
+impl<'m> GuestIoVec<'m> {
+    fn new(segments: impl Iterator<Item = Segment<'m>>) -> Self {
+        Self(segments.collect())
+    }
+
+    fn len(&self) -> u64 {
+        let lengths = self.0.iter().map(|segment| segment.slice.len() as u64);
+        lengths.sum()
+    }
+
+    /// Whether the data keeps to the limits that the configuration space names.
+    fn is_within_limits(&self) -> bool {
+        let fits = |segment: &Segment<'_>| segment.slice.len() <= SIZE_MAX as usize;
+        self.0.len() <= SEG_MAX as usize && self.0.iter().all(fits)
+    }
+
+    /// The host's view of the memory.
+    fn buffers(&self) -> Buffers {
+        let mut buffers = Buffers::default();
+        for Segment { slice, .. } in &self.0 {
+            // SAFETY: the device keeps its handle on the RAM until every request is over, and RAM
+            // is never a Rust reference.
+            buffers.push(unsafe { Buffer::new(slice.ptr_guard_mut().as_ptr(), slice.len()) });
+        }
+        buffers
+    }
+}
+
+/// Parses a chain.
 ///
 /// # Errors
-/// [`DeviceError::Driver`] where it is not a request at all: then the device must stop.
-pub(super) fn parse(
-    chain: DescriptorChain<&GuestRam>,
-    ram: &GuestRam,
-) -> Result<Parsed, DeviceError> {
-    let head = chain.head_index();
-    let (mut readable, mut writable) = collect(chain)?;
-    let data_out = readable.split_off(HEADER_BYTES);
-    if readable.len() < HEADER_BYTES {
-        return Err(driver("a request without a whole header"));
-    }
-    let Some(data_in_len) = writable.len().checked_sub(1) else {
-        return Err(driver("a request without room for its status"));
+/// [`DeviceError::Driver`] where the chain is not a request at all: then the device must stop.
+pub(super) fn parse<'c, 'm>(
+    queue: &ServedQueue,
+    chain: &'c DescriptorChain<'m>,
+) -> Result<Parsed<'c, 'm>, DeviceError> {
+    let mut data_out = chain.reader();
+    let Ok(header) = data_out.read_array::<HEADER_BYTES>() else {
+        return Err(queue.driver_error("a request has no complete header"));
     };
-    let status = writable.split_off(data_in_len).0[0].0;
-    // A status that cannot be written must not be found out when the request is over.
-    if !GuestMemoryBackend::address_in_range(ram, status) {
-        return Err(outside(status));
-    }
-    let mut header = [0; HEADER_BYTES as usize];
-    readable.read(ram, &mut header)?;
-    let kind = u32_at(&header, 0);
+    let no_status = || queue.driver_error("a request has no room for its status");
+    let data_in_len = chain.writable_len().checked_sub(1).ok_or_else(no_status)?;
+    let (data_in, status) = chain
+        .writer()
+        .split_at(data_in_len)
+        .map_err(|_| no_status())?;
+    let status = status.address().ok_or_else(no_status)?;
     let sector = u64_at(&header, 8);
     let mut written = 1;
-    let ask = match kind {
+    let request = match u32_at(&header, 0) {
         VIRTIO_BLK_T_IN => {
             written += data_in_len;
-            transfer(sector, &writable, ram, |offset, buffers| Request::Read {
+            let data = GuestIoVec::new(data_in.segments());
+            transfer(sector, &data, |offset, buffers| Request::Read {
                 offset,
                 buffers,
-            })?
+            })
         }
-        VIRTIO_BLK_T_OUT => transfer(sector, &data_out, ram, |offset, buffers| Request::Write {
-            offset,
-            buffers,
-        })?,
-        VIRTIO_BLK_T_FLUSH => Ask::Disk(Request::Flush),
+        VIRTIO_BLK_T_OUT => {
+            let data = GuestIoVec::new(data_out.segments());
+            transfer(sector, &data, |offset, buffers| Request::Write {
+                offset,
+                buffers,
+            })
+        }
+        VIRTIO_BLK_T_FLUSH => BlockRequest::Disk(Request::Flush),
         VIRTIO_BLK_T_GET_ID => {
-            written += data_in_len.min(super::state::ID_BYTES as u64);
-            Ask::Id(writable)
+            written += data_in_len.min(super::state::ID_BYTES);
+            BlockRequest::Id(data_in)
         }
-        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => zero(kind, &data_out, ram)?,
-        _ => Ask::Refuse(VIRTIO_BLK_S_UNSUPP),
+        kind @ (VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES) => zero(kind, data_out),
+        _ => BlockRequest::Refuse(VIRTIO_BLK_S_UNSUPP),
     };
     Ok(Parsed {
-        head,
         status,
-        ask,
-        // A chain is at most 2^32 - 1 bytes long, as the queue code makes sure.
+        request,
+        // A chain has at most 2^32 - 1 bytes, as its type guarantees.
         written: u32::try_from(written).unwrap_or(u32::MAX),
     })
 }
 
-/// The memory that the device may read, and that it may write.
-fn collect(chain: DescriptorChain<&GuestRam>) -> Result<(Pieces, Pieces), DeviceError> {
-    let (mut readable, mut writable) = (Pieces::default(), Pieces::default());
-    let mut complete = false;
-    for (count, descriptor) in chain.enumerate() {
-        // Also bounds indirect tables, which may be longer than the queue.
-        if count >= usize::from(QUEUE_SIZE) {
-            return Err(driver("more segments than there may be"));
-        }
-        complete = !descriptor.has_next();
-        if descriptor.len() == 0 {
-            continue;
-        }
-        let pieces = if descriptor.is_write_only() {
-            &mut writable
-        } else {
-            &mut readable
-        };
-        pieces.0.push((descriptor.addr(), descriptor.len()));
-    }
-    // The queue code ends a chain where it loops, leaves RAM or is otherwise broken.
-    if !complete {
-        return Err(driver("a chain that loops or leads nowhere"));
-    }
-    Ok((readable, writable))
-}
-
 fn transfer(
     sector: u64,
-    data: &Pieces,
-    ram: &GuestRam,
+    data: &GuestIoVec<'_>,
     request: impl FnOnce(u64, Buffers) -> Request,
-) -> Result<Ask, DeviceError> {
-    let buffers = data.buffers(ram)?;
-    if !data.is_within_limits() {
-        return Ok(Ask::Refuse(VIRTIO_BLK_S_IOERR));
+) -> BlockRequest<'static, 'static> {
+    let offset = sector.checked_mul(SECTOR);
+    match offset.filter(|_| data.is_within_limits() && data.len().is_multiple_of(SECTOR)) {
+        Some(offset) => BlockRequest::Disk(request(offset, data.buffers())),
+        None => BlockRequest::Refuse(VIRTIO_BLK_S_IOERR),
     }
-    let Some(offset) = sector.checked_mul(SECTOR) else {
-        return Ok(Ask::Refuse(VIRTIO_BLK_S_IOERR));
-    };
-    if !data.len().is_multiple_of(SECTOR) {
-        return Ok(Ask::Refuse(VIRTIO_BLK_S_IOERR));
-    }
-    Ok(Ask::Disk(request(offset, buffers)))
 }
 
-/// A discard or a zeroing; one range, as the configuration space allows.
-fn zero(kind: u32, data: &Pieces, ram: &GuestRam) -> Result<Ask, DeviceError> {
-    let mut range = [0; RANGE_BYTES as usize];
-    if data.len() != RANGE_BYTES {
-        return Ok(Ask::Refuse(VIRTIO_BLK_S_IOERR));
+/// A discard or a zeroing of one range, as the configuration space allows.
+fn zero(kind: u32, mut data: Reader<'_, '_>) -> BlockRequest<'static, 'static> {
+    if data.remaining() != RANGE_BYTES {
+        return BlockRequest::Refuse(VIRTIO_BLK_S_IOERR);
     }
-    data.read(ram, &mut range)?;
+    let Ok(range) = data.read_array::<RANGE_BYTES>() else {
+        return BlockRequest::Refuse(VIRTIO_BLK_S_IOERR);
+    };
     let (sector, count, flags) = (u64_at(&range, 0), u32_at(&range, 8), u32_at(&range, 12));
     let discard = kind == VIRTIO_BLK_T_DISCARD;
     let known = if discard { 0 } else { FLAG_UNMAP };
     if flags & !known != 0 {
-        return Ok(Ask::Refuse(VIRTIO_BLK_S_UNSUPP));
+        return BlockRequest::Refuse(VIRTIO_BLK_S_UNSUPP);
     }
     let Some(offset) = sector.checked_mul(SECTOR) else {
-        return Ok(Ask::Refuse(VIRTIO_BLK_S_IOERR));
+        return BlockRequest::Refuse(VIRTIO_BLK_S_IOERR);
     };
     if count > MAX_ZERO_SECTORS {
-        return Ok(Ask::Refuse(VIRTIO_BLK_S_IOERR));
+        return BlockRequest::Refuse(VIRTIO_BLK_S_IOERR);
     }
     let len = u64::from(count) * SECTOR;
-    Ok(Ask::Disk(if discard {
+    BlockRequest::Disk(if discard {
         Request::Discard { offset, len }
     } else {
         Request::WriteZeroes {
@@ -245,7 +177,7 @@ fn zero(kind: u32, data: &Pieces, ram: &GuestRam) -> Result<Ask, DeviceError> {
             len,
             unmap: flags & FLAG_UNMAP != 0,
         }
-    }))
+    })
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -258,15 +190,4 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     let mut field = [0; 8];
     field.copy_from_slice(&bytes[at..at + 8]);
     u64::from_le_bytes(field)
-}
-
-pub(super) fn driver(reason: impl Into<String>) -> DeviceError {
-    DeviceError::Driver {
-        device: DEVICE,
-        reason: reason.into(),
-    }
-}
-
-fn outside(address: GuestAddress) -> DeviceError {
-    driver(format!("a buffer at {:#x} is outside of RAM", address.0))
 }

@@ -1,4 +1,4 @@
-//! What of a block device is saved and restored, and its configuration space.
+//! The saved state and the configuration space of a block device.
 //!
 //! Source: VIRTIO 1.3, 5.2.3 (feature bits) and 5.2.4 (configuration layout).
 
@@ -12,29 +12,32 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use super::{DEVICE, SECTOR};
 use crate::rate_limit::RateLimits;
-use crate::virtio::DeviceError;
+use crate::state_codec::VersionedState;
+use crate::virtio::{DeviceError, DeviceName};
 
-/// The most queues that a device may have: one per vCPU of the largest machine.
+/// The most queues that a device may have, which is one per vCPU of the largest machine.
 pub const MAX_QUEUES: u16 = 32;
 /// The length of a device's id string in bytes.
 pub const ID_BYTES: usize = 20;
 /// The size of each queue.
 pub(super) const QUEUE_SIZE: u16 = 256;
-/// Data segments of a request: a queue's worth, without header and status.
+/// The most data segments of a request: the size of a queue, without header and status.
 pub(super) const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
-/// The longest segment in bytes. Templates hold guests that know it: it can grow and never shrink.
+/// The longest segment in bytes. It may grow and never shrink, because guests in templates rely on
+/// it.
 pub(super) const SIZE_MAX: u32 = 1 << 20;
-/// The longest discard or zeroing in sectors: 1 GiB, so that a pause never waits long for one.
+/// The longest discard or zeroing in sectors. It is 1 GiB, so that a pause does not wait long for
+/// one.
 pub(super) const MAX_ZERO_SECTORS: u32 = 1 << 21;
 
-/// What a new block device is to be.
+/// The configuration of a new block device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BlockConfig {
-    /// What the guest reads as the disk's serial number; cut at [`ID_BYTES`].
+    /// The disk's serial number, which is cut at [`ID_BYTES`].
     pub id: String,
-    /// Queues, 1 to [`MAX_QUEUES`]; 0 stands for 1.
+    /// The number of queues, 1 to [`MAX_QUEUES`]; 0 stands for 1.
     pub queues: u16,
-    /// Limits on what the guest reads and writes together.
+    /// The limits on the guest's reads and writes together.
     pub limits: RateLimits,
 }
 
@@ -43,6 +46,10 @@ pub struct BlockConfig {
 pub enum BlockState {
     /// The first version.
     V1(BlockStateV1),
+}
+
+impl VersionedState for BlockState {
+    const DEVICE: DeviceName = DEVICE;
 }
 
 /// The first version of a block device's state. The buckets of its limits are not saved: a
@@ -55,18 +62,18 @@ pub struct BlockStateV1 {
     pub queues: u16,
     /// The limits.
     pub limits: RateLimits,
-    /// What the guest was told of the disk; `None` before a disk was attached.
-    pub disk: Option<SeenDisk>,
+    /// The disk's properties that the guest knows, or `None` before a disk was attached.
+    pub disk: Option<DiskProperties>,
 }
 
 /// The properties of a disk that a running guest relies on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SeenDisk {
+pub struct DiskProperties {
     /// Its size in bytes.
     pub size: u64,
-    /// Whether it takes no writes.
+    /// Whether the disk is read-only.
     pub read_only: bool,
-    /// The unit that is cheapest to write, in bytes.
+    /// The unit in bytes that is cheapest to write.
     pub block_size: u32,
 }
 
@@ -84,7 +91,7 @@ impl BlockState {
         })
     }
 
-    /// The same state with other limits: they are the running host's to choose.
+    /// The same state with other limits, which the host that runs the guest chooses.
     #[must_use]
     pub fn with_limits(self, limits: RateLimits) -> Self {
         let Self::V1(v1) = self;
@@ -94,26 +101,29 @@ impl BlockState {
     /// Decodes a saved state.
     ///
     /// # Errors
-    /// [`DeviceError::State`] where it is none.
+    /// [`DeviceError::State`] where `bytes` are no such state.
     pub fn decode(bytes: &[u8]) -> Result<Self, DeviceError> {
-        postcard::from_bytes(bytes).map_err(|error| refused(error.to_string()))
+        Self::from_bytes(bytes)
     }
 
     pub(super) fn encode(&self) -> Result<Vec<u8>, DeviceError> {
-        postcard::to_stdvec(self).map_err(|error| refused(error.to_string()))
+        self.to_bytes()
     }
 }
 
 impl BlockStateV1 {
-    /// Fits the state to the disk: a new device learns of it, a saved one must have seen the same.
-    pub(super) fn attach(mut self, disk: SeenDisk) -> Result<Self, DeviceError> {
+    /// Attaches a disk. A new device takes its properties; a saved device must have had the same.
+    pub(super) fn attach(mut self, disk: DiskProperties) -> Result<Self, DeviceError> {
         if !(1..=MAX_QUEUES).contains(&self.queues) {
-            return Err(refused(format!("{} queues", self.queues)));
+            return Err(DEVICE.state_error(format_args!(
+                "it has {} queues, and 1 to {MAX_QUEUES} are possible",
+                self.queues
+            )));
         }
         if let Some(seen) = self.disk {
             if (seen.size, seen.read_only) != (disk.size, disk.read_only) {
-                return Err(refused(format!(
-                    "the guest knows a disk of {} bytes ({}), this one has {} ({})",
+                return Err(DEVICE.state_error(format_args!(
+                    "the guest knows a disk of {} bytes ({}), and this disk has {} bytes ({})",
                     seen.size,
                     access(seen.read_only),
                     disk.size,
@@ -152,7 +162,7 @@ impl BlockStateV1 {
 
     /// The configuration space, little endian.
     pub(super) fn config_space(&self) -> [u8; CONFIG_BYTES] {
-        let disk = self.disk.unwrap_or(SeenDisk {
+        let disk = self.disk.unwrap_or(DiskProperties {
             size: 0,
             read_only: true,
             block_size: SECTOR as u32,
@@ -174,22 +184,15 @@ impl BlockStateV1 {
         put(44, &sectors_per_block.to_le_bytes());
         put(48, &MAX_ZERO_SECTORS.to_le_bytes());
         put(52, &1u32.to_le_bytes());
-        // A zeroing may give space back.
+        // A zeroing may release space.
         put(56, &[1]);
         space
     }
 }
 
-/// The length of the configuration space: as far as the zeroing limits.
+/// The length of the configuration space, which ends with the limits of zeroing.
 pub(super) const CONFIG_BYTES: usize = 60;
 
 fn access(read_only: bool) -> &'static str {
     if read_only { "read-only" } else { "writable" }
-}
-
-fn refused(reason: String) -> DeviceError {
-    DeviceError::State {
-        device: DEVICE,
-        reason,
-    }
 }

@@ -1,110 +1,71 @@
-//! The control queue: how a driver picks its queue pairs and offloads and says that it has
-//! announced itself.
+//! The control queue, by which a driver chooses its queue pairs and offloads and acknowledges that
+//! it has announced itself.
 //!
 //! Source: VIRTIO 1.3, 5.1.6.5 (control virtqueue).
-
-use std::io::{Read, Write};
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_GUEST_OFFLOADS,
     VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
     VIRTIO_NET_ERR, VIRTIO_NET_OK,
 };
-use virtio_queue::{DescriptorChain, QueueT};
 
-use super::queue::{Moved, Stopped, at, broken_rule, next_chain};
-use crate::virtio::{ActiveQueue, DeviceError, GuestRam};
+use crate::virtio::budget::Budget;
+use crate::virtio::{
+    DescriptorChain, DeviceError, GuestRam, Interrupt, Reader, Served, ServedQueue, Turn,
+};
 
-/// Commands carried out by one call.
-const BUDGET: usize = 16;
+/// The commands that one call carries out.
+const BUDGET: Budget = Budget::new(16, u64::MAX);
 
-/// What a driver may ask for.
+/// A command of the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Command {
-    /// It has announced itself.
+    /// The driver has announced itself.
     AnnounceAck,
-    /// It uses this many queue pairs from now on.
+    /// The driver uses this number of queue pairs from now on.
     SetQueuePairs(u16),
-    /// It wants these offloads of those it negotiated (feature bits).
+    /// The driver wants these of the offloads that it negotiated (feature bits).
     SetGuestOffloads(u64),
 }
 
-/// Carries out the commands in the queue: `execute` says whether the device does what is asked.
+/// Carries out the commands in the queue. `execute` returns whether the device does what is asked.
 pub(super) fn serve(
-    active: &mut ActiveQueue,
+    queue: &mut ServedQueue,
     ram: &GuestRam,
+    interrupt: &dyn Interrupt,
     mut execute: impl FnMut(Command) -> Result<bool, DeviceError>,
-) -> Result<Moved, DeviceError> {
-    let index = active.index;
-    let queue = &mut active.queue;
-    let mut any_used = false;
-    let mut stopped = Stopped::Budget;
-    queue.disable_notification(ram).map_err(at(index))?;
-    let mut left = BUDGET;
-    while left > 0 {
-        let Some(chain) = next_chain(queue, index, ram)? else {
-            if queue.enable_notification(ram).map_err(at(index))? {
-                left -= 1;
-                continue;
-            }
-            stopped = Stopped::NoBuffers;
-            break;
-        };
-        left -= 1;
-        let head = chain.head_index();
-        let done = match parse(chain.clone(), ram).map_err(at(index))? {
+) -> Result<(), DeviceError> {
+    let mut handler = |queue: &mut ServedQueue, chain: &mut DescriptorChain<'_>| {
+        let done = match parse(chain.reader()) {
             Some(command) => execute(command)?,
             None => false,
         };
-        acknowledge(chain, ram, index, done)?;
-        queue.add_used(ram, head, 1).map_err(at(index))?;
-        any_used = true;
-    }
-    let interrupt = any_used && queue.needs_notification(ram).map_err(at(index))?;
-    Ok(Moved { stopped, interrupt })
+        let status = if done { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
+        let answered = chain.writer().write_all(&[status as u8]);
+        answered.map_err(|_| queue.driver_error("a control command has no room for its answer"))?;
+        Ok(Served::Used {
+            written: 1,
+            bytes: 0,
+        })
+    };
+    let mut budget = BUDGET;
+    queue.serve(ram, interrupt, &mut Turn::new(&mut budget), &mut handler)?;
+    Ok(())
 }
 
-/// Reads a command; `None` where it is cut short or one that was not offered.
-fn parse(
-    chain: DescriptorChain<&GuestRam>,
-    ram: &GuestRam,
-) -> Result<Option<Command>, virtio_queue::Error> {
-    let mut reader = chain.reader(ram)?;
-    let mut class_and_command = [0; 2];
-    if reader.read_exact(&mut class_and_command).is_err() {
-        return Ok(None);
-    }
-    let [class, command] = class_and_command.map(u32::from);
-    Ok(match (class, command) {
+/// Reads a command. Returns `None` where it is cut short or is not one that was offered.
+fn parse(mut reader: Reader<'_, '_>) -> Option<Command> {
+    let [class, command] = reader.read_array().ok()?;
+    match (u32::from(class), u32::from(command)) {
         (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK) => Some(Command::AnnounceAck),
         (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET) => {
-            let mut pairs = [0; 2];
-            reader
-                .read_exact(&mut pairs)
-                .ok()
-                .map(|()| Command::SetQueuePairs(u16::from_le_bytes(pairs)))
+            let pairs = reader.read_array().ok()?;
+            Some(Command::SetQueuePairs(u16::from_le_bytes(pairs)))
         }
         (VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET) => {
-            let mut offloads = [0; 8];
-            reader
-                .read_exact(&mut offloads)
-                .ok()
-                .map(|()| Command::SetGuestOffloads(u64::from_le_bytes(offloads)))
+            let offloads = reader.read_array().ok()?;
+            Some(Command::SetGuestOffloads(u64::from_le_bytes(offloads)))
         }
         _ => None,
-    })
-}
-
-fn acknowledge(
-    chain: DescriptorChain<&GuestRam>,
-    ram: &GuestRam,
-    index: u16,
-    done: bool,
-) -> Result<(), DeviceError> {
-    let status = if done { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
-    chain
-        .writer(ram)
-        .map_err(at(index))?
-        .write_all(&[status as u8])
-        .map_err(|_| broken_rule("a control command has no room for its answer"))
+    }
 }

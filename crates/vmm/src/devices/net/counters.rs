@@ -1,4 +1,5 @@
-//! What a network device counts, and the handle by which the rest of the process reaches it.
+//! The counters of a network device, and the handle by which the rest of the process reaches the
+//! device.
 
 use std::io;
 use std::sync::Arc;
@@ -6,19 +7,19 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Frames and bytes moved by the userspace path. vhost's do not pass here: the tap's own
-/// statistics count them.
+/// Frames and bytes that the userspace path has moved. Those of vhost are counted by the tap's own
+/// statistics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NetCounts {
     /// Frames given to the guest.
     pub rx_frames: u64,
-    /// Their bytes, without the virtio header.
+    /// The bytes of these frames, without the virtio header.
     pub rx_bytes: u64,
     /// Frames for which the guest had no room.
     pub rx_dropped: u64,
     /// Frames taken from the guest.
     pub tx_frames: u64,
-    /// Their bytes, without the virtio header.
+    /// The bytes of these frames, without the virtio header.
     pub tx_bytes: u64,
     /// Frames of the guest that the tap refused.
     pub tx_dropped: u64,
@@ -34,7 +35,7 @@ pub(super) struct Counters {
     tx_dropped: AtomicU64,
 }
 
-// Counters are read for show only: no order with anything else is needed.
+// The counters need no order with other memory accesses, because they are only shown.
 impl Counters {
     pub(super) fn received(&self, bytes: usize) {
         self.rx_frames.fetch_add(1, Ordering::Relaxed);
@@ -66,12 +67,12 @@ impl Counters {
     }
 }
 
-/// What the device and its handles share.
+/// The state that the device and its handles share.
 pub(super) struct Shared {
     pub(super) counters: Counters,
-    /// The link as it should be; the device follows when `wake` tells it to.
+    /// Whether the link is to be up. The device follows when `link_changed` is written.
     link_up: AtomicBool,
-    wake: EventFd,
+    link_changed: EventFd,
 }
 
 impl Shared {
@@ -79,7 +80,7 @@ impl Shared {
         Ok(Arc::new(Self {
             counters: Counters::default(),
             link_up: AtomicBool::new(link_up),
-            wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            link_changed: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
         }))
     }
 
@@ -87,13 +88,13 @@ impl Shared {
         self.link_up.load(Ordering::Acquire)
     }
 
-    pub(super) fn wake(&self) -> &EventFd {
-        &self.wake
+    pub(super) fn link_changed(&self) -> &EventFd {
+        &self.link_changed
     }
 }
 
-/// Reaches a network device that its transport owns: its link and its counters. Usable from any
-/// thread.
+/// A handle of a network device that its transport owns, for the link and the counters. It can be
+/// used on any thread.
 #[derive(Clone)]
 pub struct NetHandle(pub(super) Arc<Shared>);
 
@@ -101,10 +102,10 @@ impl NetHandle {
     /// Plugs or unplugs the cable. The device follows on the event loop.
     ///
     /// # Errors
-    /// Where the device cannot be woken, which would be the kernel's fault.
+    /// Where the device's eventfd cannot be written.
     pub fn set_link(&self, up: bool) -> io::Result<()> {
         self.0.link_up.store(up, Ordering::Release);
-        self.0.wake.write(1)
+        self.0.link_changed.write(1)
     }
 
     /// Whether the link is, or is about to be, up.
@@ -112,7 +113,7 @@ impl NetHandle {
         self.0.link_up()
     }
 
-    /// What the userspace path has moved since the device was built.
+    /// The counters of the userspace path since the device was built.
     pub fn counts(&self) -> NetCounts {
         self.0.counters.read()
     }

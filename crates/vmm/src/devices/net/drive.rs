@@ -1,5 +1,5 @@
-//! What the device does once a driver is there: queues taken, kicks and events served, pairs
-//! started and stopped as pause, link and driver ask.
+//! The device's work while it is active: it takes the queues, serves kicks and events, and starts
+//! and stops queue pairs as pauses, the link and the driver demand.
 
 use std::sync::Arc;
 
@@ -7,14 +7,14 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ,
 };
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::epoll::EventSet;
 
 use super::control::{self, Command};
 use super::features::{self, has};
-use super::pair::{Lent, Rings, Shares};
-use super::queue::{Stopped, broken_rule, host};
-use super::{Active, Net, token};
-use crate::virtio::{Activation, ActiveQueue, DeviceError};
+use super::pair::{DriverContext, QueuePairShared, Rings};
+use super::{Active, DEVICE, Net, token};
+use crate::virtio::{Activation, ActiveQueue, DeviceError, ServedQueue};
 
 impl Net {
     /// The control queue's index, which depends on what was agreed on (5.1.2).
@@ -28,13 +28,14 @@ impl Net {
         }
     }
 
-    fn take_queues(&mut self, queues: Vec<ActiveQueue>, features: u64) -> Option<ActiveQueue> {
+    fn take_queues(&mut self, queues: Vec<ActiveQueue>, features: u64) -> Option<ServedQueue> {
         let control_index = self.control_index(features);
-        let mut by_index: Vec<Option<ActiveQueue>> = Vec::new();
+        let mut by_index: Vec<Option<ServedQueue>> = Vec::new();
         by_index.resize_with(2 * self.pairs.len() + 1, || None);
+        let event_idx = has(features, VIRTIO_RING_F_EVENT_IDX);
         for queue in queues {
             if let Some(place) = by_index.get_mut(usize::from(queue.index)) {
-                *place = Some(queue);
+                *place = Some(ServedQueue::new(DEVICE, queue, event_idx));
             }
         }
         let control = control_index.and_then(|index| by_index[usize::from(index)].take());
@@ -50,23 +51,33 @@ impl Net {
         control
     }
 
-    /// Brings every pair into the state that pause, link and driver ask for.
+    /// Stops every pair.
+    pub(super) fn stop_pairs(&mut self) -> Result<(), DeviceError> {
+        let Some(active) = &self.active else {
+            return Ok(());
+        };
+        let mut pairs = self.pairs.iter_mut();
+        pairs.try_for_each(|pair| pair.stop(&active.context))
+    }
+
+    /// Starts and stops the pairs of a running device, and steers frames to them, as the link and
+    /// the driver demand.
     pub(super) fn apply(&mut self) -> Result<(), DeviceError> {
         let Some(active) = &self.active else {
             return Ok(());
         };
-        let running = !active.paused && self.shared.link_up();
+        let running = self.shared.link_up();
         let several = self.pairs.len() > 1;
         for (number, pair) in self.pairs.iter_mut().enumerate() {
             let used = number < usize::from(self.state.active_pairs);
             if !(used && running) {
-                pair.stop(&active.lent)?;
+                pair.stop(&active.context)?;
             }
             if several {
                 pair.set_attached(used)?;
             }
             if used && running {
-                pair.start(&active.lent)?;
+                pair.start(&active.context)?;
             }
         }
         Ok(())
@@ -77,7 +88,7 @@ impl Net {
         self.pairs[0]
             .port()
             .set_offloads(features::tap_offloads(wanted))
-            .map_err(|error| host("set the tap's offloads", error))
+            .map_err(DEVICE.host_error("set the tap's offloads"))
     }
 
     fn execute(&mut self, command: Command, features: u64) -> Result<bool, DeviceError> {
@@ -111,108 +122,97 @@ impl Net {
         let Some(mut control) = active.control.take() else {
             return Ok(());
         };
-        let (ram, features) = (active.lent.ram.clone(), active.lent.features);
-        let served = control::serve(&mut control, &ram, |command| {
+        let (ram, features) = (active.context.ram.clone(), active.context.features);
+        let interrupt = Arc::clone(&active.context.interrupt);
+        let served = control::serve(&mut control, &ram, &*interrupt, |command| {
             self.execute(command, features)
         });
-        if let (Ok(moved), Some(active)) = (&served, &self.active) {
-            if moved.interrupt {
-                active.lent.interrupt.signal_queue(control.index);
-            }
-            if moved.stopped == Stopped::Budget {
-                control
-                    .kick
-                    .write(1)
-                    .map_err(|error| host("kick the control queue", error))?;
-            }
-        }
         if let Some(active) = &mut self.active {
             active.control = Some(control);
         }
-        served.map(drop)
+        served
     }
 
-    fn follow_link(&mut self) -> Result<(), DeviceError> {
-        // A wake-up that was already taken leaves nothing to read.
-        let _ = self.shared.wake().read();
+    fn apply_link_change(&mut self) -> Result<(), DeviceError> {
+        // There is nothing to read where the event was handled before.
+        let _ = self.shared.link_changed().read();
         self.apply()?;
         if self.shared.link_up() != self.state.link_up {
             self.state.link_up = self.shared.link_up();
             if let Some(active) = &self.active {
-                active.lent.interrupt.signal_config();
+                active.context.interrupt.signal_config();
             }
         }
         Ok(())
     }
 
     pub(super) fn notify(&mut self, index: u16) -> Result<(), DeviceError> {
-        let Some(active) = self.active.as_ref().filter(|active| !active.paused) else {
+        let Some(active) = &self.active else {
             return Ok(());
         };
-        if self.control_index(active.lent.features) == Some(index) {
+        if self.control_index(active.context.features) == Some(index) {
             return self.serve_control();
         }
         let Some(pair) = self.pairs.get_mut(usize::from(index / 2)) else {
             return Ok(());
         };
-        let mut shares = Shares {
+        let mut shared = QueuePairShared {
             counters: &self.shared.counters,
             rx_limiter: self.rx_limiter.as_mut(),
             tx_limiter: self.tx_limiter.as_mut(),
         };
         if index.is_multiple_of(2) {
-            pair.receive(&active.lent, &mut shares)
+            pair.receive(&active.context, &mut shared)
         } else {
-            pair.transmit(&active.lent, &mut shares)
+            pair.transmit(&active.context, &mut shared)
         }
     }
 
     pub(super) fn event(&mut self, event: u32, ready: EventSet) -> Result<(), DeviceError> {
-        // An event that a pause overtook: its descriptor is watched, and says it, again later.
-        let Some(active) = self.active.as_ref().filter(|active| !active.paused) else {
+        let Some(active) = &self.active else {
             return Ok(());
         };
         if event == token::LINK {
-            return self.follow_link();
+            return self.apply_link_change();
         }
-        let mut shares = Shares {
+        let mut shared = QueuePairShared {
             counters: &self.shared.counters,
             rx_limiter: self.rx_limiter.as_mut(),
             tx_limiter: self.tx_limiter.as_mut(),
         };
         let fired = match event {
-            token::RX_LIMIT => shares.rx_limiter.as_mut(),
-            token::TX_LIMIT => shares.tx_limiter.as_mut(),
+            token::RX_LIMIT => shared.rx_limiter.as_mut(),
+            token::TX_LIMIT => shared.tx_limiter.as_mut(),
             _ => None,
         };
         if let Some(limiter) = fired {
             limiter
                 .acknowledge()
-                .map_err(|error| host("read the timer of its rate limit", error))?;
+                .map_err(DEVICE.host_error("read the timer of its rate limit"))?;
         }
         for (pair, number) in self.pairs.iter_mut().zip(0..) {
             if event == token::RX_LIMIT {
-                pair.receive(&active.lent, &mut shares)?;
+                pair.receive(&active.context, &mut shared)?;
             } else if event == token::TX_LIMIT {
-                pair.transmit(&active.lent, &mut shares)?;
+                pair.transmit(&active.context, &mut shared)?;
             } else if event == token::port(number) {
-                return pair.port_ready(ready, &active.lent, &mut shares);
-            } else if event == token::vhost(number) {
-                return Err(broken_rule("vhost-net found a ring or a buffer broken"));
+                return pair.port_ready(ready, &active.context, &mut shared);
+            } else if event == token::vhost(number) && pair.vhost_has_failed() {
+                return Err(DEVICE.driver_error("vhost-net found a ring or a buffer broken"));
             }
         }
         Ok(())
     }
 
-    /// Waits for what is not a pair's: the link's switch and the limits' timers.
+    /// Registers the eventfd of the link and the timers of the rate limits.
     pub(super) fn listen(&self) -> Result<(), DeviceError> {
         let Some(active) = &self.active else {
             return Ok(());
         };
-        let events = &active.lent.events;
-        let wait = |error| host("wait for its link and limits", error);
+        let events = &active.context.events;
+        let wait = DEVICE.host_error("wait for its link and limits");
         events
-            .add(self.shared.wake(), token::LINK, EventSet::IN)
+            .add(self.shared.link_changed(), token::LINK, EventSet::IN)
             .map_err(wait)?;
         let limiters = [
             (&self.rx_limiter, token::RX_LIMIT),
@@ -226,32 +226,32 @@ impl Net {
         Ok(())
     }
 
-    /// Stops waiting for them: while paused nobody would take their events.
+    /// Unregisters them, because nobody takes their events during a pause.
     pub(super) fn stop_listening(&self) {
         let Some(active) = &self.active else {
             return;
         };
-        // Those that are not waited for now are no loss.
-        let _ = active.lent.events.remove(self.shared.wake());
+        // Descriptors that are not registered need no removal.
+        let _ = active.context.events.remove(self.shared.link_changed());
         for limiter in [&self.rx_limiter, &self.tx_limiter].into_iter().flatten() {
-            let _ = active.lent.events.remove(limiter);
+            let _ = active.context.events.remove(limiter);
         }
     }
 
-    /// Leaves nothing waiting in the event loop and nothing running in the kernel.
+    /// Stops all pairs and unregisters all descriptors.
     pub(super) fn halt(&mut self) {
         let Some(active) = &self.active else {
             return;
         };
         for pair in &mut self.pairs {
-            if let Err(error) = pair.stop(&active.lent) {
-                tracing::warn!(%error, "a queue pair did not stop in order");
+            if let Err(error) = pair.stop(&active.context) {
+                tracing::warn!(%error, "a queue pair could not be stopped");
             }
         }
         self.stop_listening();
     }
 
-    /// A device that failed must not be called by its own descriptors again.
+    /// Stops a device that has failed, so that its descriptors do not keep the event loop busy.
     pub(super) fn halt_on_error(
         &mut self,
         result: Result<(), DeviceError>,
@@ -266,9 +266,10 @@ impl Net {
             features,
             interrupt,
             events,
+            ..
         } = activation;
         if !has(features, VIRTIO_F_VERSION_1) {
-            return Err(broken_rule("it did not agree to VIRTIO_F_VERSION_1"));
+            return Err(DEVICE.driver_error("it did not agree to VIRTIO_F_VERSION_1"));
         }
         let control = self.take_queues(queues, features);
         if !has(features, VIRTIO_NET_F_MQ) {
@@ -276,14 +277,13 @@ impl Net {
         }
         self.state.announce &= has(features, VIRTIO_NET_F_GUEST_ANNOUNCE);
         self.active = Some(Active {
-            lent: Lent {
+            context: DriverContext {
                 ram,
                 features,
                 interrupt: Arc::clone(&interrupt),
                 events,
             },
             control,
-            paused: false,
         });
         self.listen()?;
         self.apply_offloads(features)?;
@@ -301,10 +301,7 @@ impl Net {
             .as_ref()
             .and_then(|active| active.control.as_ref());
         match control {
-            Some(control) => control
-                .kick
-                .write(1)
-                .map_err(|error| host("kick the control queue", error)),
+            Some(control) => control.requeue(),
             None => Ok(()),
         }
     }

@@ -1,4 +1,4 @@
-//! What the device offers, and which offloads of the tap an agreed set of features asks for.
+//! The features that the device offers, and the offloads of the tap that agreed features need.
 //!
 //! Source: VIRTIO 1.3, 5.1.3 (features), `linux/if_tun.h` (`TUNSETOFFLOAD`).
 
@@ -16,14 +16,14 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-/// Segmentation of UDP, which taps learned in Linux 6.2; UFO is gone from both ends.
+/// Segmentation of UDP, which taps have since Linux 6.2. The older UFO is not offered.
 const UDP_SEGMENTATION: &[u32] = &[
     VIRTIO_NET_F_GUEST_USO4,
     VIRTIO_NET_F_GUEST_USO6,
     VIRTIO_NET_F_HOST_USO,
 ];
 
-/// Offered always.
+/// The features that are always offered.
 const BASE: &[u32] = &[
     VIRTIO_NET_F_CSUM,
     VIRTIO_NET_F_GUEST_CSUM,
@@ -76,7 +76,7 @@ pub(super) fn has(features: u64, bit: u32) -> bool {
     features >> bit & 1 == 1
 }
 
-/// What a device with these properties offers to the driver.
+/// The features that a device with these properties offers.
 pub(super) fn offered(queue_pairs: u16, mtu: bool, udp_segmentation: bool) -> u64 {
     let mut features = bits(BASE);
     if queue_pairs > 1 {
@@ -94,7 +94,7 @@ pub(super) fn offered(queue_pairs: u16, mtu: bool, udp_segmentation: bool) -> u6
 /// The argument of `TUNSETOFFLOAD` under which the tap hands out only what `features` lets the
 /// guest receive.
 pub(super) fn tap_offloads(features: u64) -> u32 {
-    // Every other offload leaves checksums to be finished, so without this one there is none.
+    // Every other offload leaves checksums to be completed, so none is possible without this one.
     if !has(features, VIRTIO_NET_F_GUEST_CSUM) {
         return 0;
     }

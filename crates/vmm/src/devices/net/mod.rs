@@ -1,20 +1,19 @@
 //! The network device: Ethernet frames between the guest and a tap of the host.
 //!
-//! Two data paths serve the queue pairs. With an open `/dev/vhost-net` per pair the host kernel
-//! does (`vhost.rs`); without, the event loop does (`queue.rs`). Both move frames without a copy
-//! of ours, offer the same features and leave the same state behind, so a device may be saved
-//! under one and restored under the other. Control queue, link state and configuration are
-//! served here in either case.
+//! Two data paths serve the queue pairs: the host kernel, with an open `/dev/vhost-net` per pair
+//! (`vhost.rs`), or the event loop (`queue.rs`). Neither path copies frames in the VMM. Both offer
+//! the same features and have the same state, so a device may be saved with one path and restored
+//! with the other. Control queue, link state and configuration are served here in either case.
 //!
-//! Taps, bridges and addresses are made by the launcher; this takes queues that are open.
+//! The launcher makes taps, bridges and addresses; this device gets queues of a tap that are open.
 //!
 //! Source: VIRTIO 1.3, 5.1 (network device).
 
-mod buffers;
 mod control;
 mod counters;
 mod drive;
 mod features;
+mod iovec;
 mod pair;
 mod queue;
 mod state;
@@ -40,14 +39,12 @@ pub use state::{MAX_QUEUE_PAIRS, NetConfig, NetState, NetStateV1};
 pub use tap::{Port, TAP_IOCTLS, Tap, TapError};
 
 use crate::rate_limit::{RateLimiter, RateLimits};
-use crate::virtio::{Activation, ActiveQueue, DeviceError, VirtioDevice};
+use crate::virtio::{Activation, DeviceError, DeviceName, ServedQueue, VirtioDevice};
 use counters::Shared;
-use pair::{Lent, Pair};
-use queue::host;
-use state::refused;
+use pair::{DriverContext, Pair};
 use vhost::VhostNet;
 
-const DEVICE: &str = "net";
+const DEVICE: DeviceName = DeviceName::new("net");
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
 
@@ -66,7 +63,7 @@ mod token {
     }
 }
 
-/// The host's side of a network device, all of it already open.
+/// The host's resources of a network device, which are open already.
 pub struct NetResources {
     /// One port per queue pair: the queues of one tap.
     pub ports: Vec<Box<dyn Port>>,
@@ -85,11 +82,10 @@ pub struct Net {
     active: Option<Active>,
 }
 
-/// What a driver set up.
+/// The resources of the activation.
 struct Active {
-    lent: Lent,
-    control: Option<ActiveQueue>,
-    paused: bool,
+    context: DriverContext,
+    control: Option<ServedQueue>,
 }
 
 impl Net {
@@ -104,16 +100,14 @@ impl Net {
         let NetResources { ports, vhost } = resources;
         let wanted = usize::from(state.queue_pairs);
         if ports.len() != wanted || (!vhost.is_empty() && vhost.len() != wanted) {
-            return Err(refused(format!(
+            return Err(DEVICE.state_error(format_args!(
                 "{wanted} queue pairs, but {} tap queues and {} vhost-net instances",
                 ports.len(),
                 vhost.len()
             )));
         }
         if !vhost.is_empty() && state.limits != RateLimits::default() {
-            return Err(refused(
-                "it has rate limits, which vhost-net does not keep".to_owned(),
-            ));
+            return Err(DEVICE.state_error("it has rate limits, which vhost-net does not keep"));
         }
         let offered = match state.offered {
             Some(offered) => offered,
@@ -127,7 +121,7 @@ impl Net {
         state.offered = Some(offered);
         ports[0]
             .set_offloads(0)
-            .map_err(|error| host("clear the tap's offloads", error))?;
+            .map_err(DEVICE.host_error("clear the tap's offloads"))?;
         let mut vhost = vhost.into_iter();
         let pairs = ports
             .into_iter()
@@ -138,10 +132,10 @@ impl Net {
             })
             .collect::<Result<_, DeviceError>>()?;
         let shared =
-            Shared::new(state.link_up).map_err(|error| host("make its link's eventfd", error))?;
+            Shared::new(state.link_up).map_err(DEVICE.host_error("make its link's eventfd"))?;
         let limiter = || {
             RateLimiter::new(state.limits, Instant::now())
-                .map_err(|error| host("make the timer of its rate limit", error))
+                .map_err(DEVICE.host_error("make the timer of its rate limit"))
         };
         Ok(Self {
             rx_limiter: limiter()?,
@@ -154,7 +148,7 @@ impl Net {
         })
     }
 
-    /// A handle for the rest of the process: link and counters.
+    /// A handle for the link and the counters, for the rest of the process.
     pub fn handle(&self) -> NetHandle {
         NetHandle(Arc::clone(&self.shared))
     }
@@ -166,7 +160,7 @@ impl Net {
 }
 
 impl VirtioDevice for Net {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> DeviceName {
         DEVICE
     }
 
@@ -210,7 +204,7 @@ impl VirtioDevice for Net {
         let features = self
             .active
             .as_ref()
-            .map_or(0, |active| active.lent.features);
+            .map_or(0, |active| active.context.features);
         self.control_index(features) != Some(queue)
             && self
                 .pairs
@@ -234,18 +228,11 @@ impl VirtioDevice for Net {
     }
 
     fn pause(&mut self) -> Result<(), DeviceError> {
-        if let Some(active) = &mut self.active {
-            active.paused = true;
-        }
         self.stop_listening();
-        self.apply()
+        self.stop_pairs()
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
-        match &mut self.active {
-            Some(active) if active.paused => active.paused = false,
-            _ => return Ok(()),
-        }
         self.listen()?;
         self.apply()?;
         self.kick_control()
@@ -269,15 +256,14 @@ impl VirtioDevice for Net {
             .active
             .as_ref()
             .and_then(|active| active.control.as_ref());
-        data.chain(control)
-            .map(|active| (active.index, &active.queue))
-            .collect()
+        data.chain(control).map(ServedQueue::indexed).collect()
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
         let state = NetStateV1 {
             link_up: self.shared.link_up(),
-            // Whoever is built from this wakes up elsewhere: bridges must learn where.
+            // A device that is built from this state may be on another host, and bridges must learn
+            // of that.
             announce: self.active.is_some(),
             ..self.state.clone()
         };

@@ -5,34 +5,26 @@ use std::sync::Arc;
 use vmm_sys_util::epoll::EventSet;
 
 use super::counters::Counters;
-use super::queue::{Flow, Moved, Receiver, Stopped, host, transmit};
+use super::queue::{Direction, Receiver, transmit};
 use super::tap::Port;
 use super::vhost::{Start, VhostNet};
-use super::{features, token};
+use super::{DEVICE, features, token};
 use crate::event_loop::Registrar;
 use crate::rate_limit::RateLimiter;
-use crate::virtio::{ActiveQueue, DeviceError, GuestRam, Interrupt};
+use crate::virtio::{DeviceError, GuestRam, Interrupt, ServedQueue, Stopped};
 
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
-/// What the transport lent at activation and every pair needs.
-pub(super) struct Lent {
+/// The resources of the activation that every pair needs.
+pub(super) struct DriverContext {
     pub(super) ram: GuestRam,
     pub(super) features: u64,
     pub(super) interrupt: Arc<dyn Interrupt>,
     pub(super) events: Registrar,
 }
 
-impl Lent {
-    fn signal(&self, moved: Moved, queue: u16) {
-        if moved.interrupt {
-            self.interrupt.signal_queue(queue);
-        }
-    }
-}
-
-/// What all pairs of a device share on the userspace path.
-pub(super) struct Shares<'a> {
+/// The counters and rate limits that all pairs of a device share on the userspace path.
+pub(super) struct QueuePairShared<'a> {
     pub(super) counters: &'a Counters,
     pub(super) rx_limiter: Option<&'a mut RateLimiter>,
     pub(super) tx_limiter: Option<&'a mut RateLimiter>,
@@ -40,8 +32,8 @@ pub(super) struct Shares<'a> {
 
 /// The rings of a pair.
 pub(super) struct Rings {
-    pub(super) rx: ActiveQueue,
-    pub(super) tx: ActiveQueue,
+    pub(super) rx: ServedQueue,
+    pub(super) tx: ServedQueue,
 }
 
 /// How a running pair is served.
@@ -50,8 +42,8 @@ enum Path {
     Kernel,
     Userspace {
         receiver: Receiver,
-        /// What is waited for on the port.
-        watched: EventSet,
+        /// The events that are waited for on the port.
+        interest: EventSet,
     },
 }
 
@@ -82,16 +74,22 @@ impl Pair {
         &*self.port
     }
 
-    /// Whether vhost serves the pair when it runs.
+    /// Whether vhost serves the pair.
     pub(super) fn in_kernel(&self) -> bool {
         self.vhost.is_some()
+    }
+
+    /// Whether vhost has found a ring broken since it was started.
+    pub(super) fn vhost_has_failed(&self) -> bool {
+        let vhost = self.vhost.as_ref();
+        vhost.is_some_and(|vhost| vhost.errors().read().is_ok())
     }
 
     pub(super) fn rings(&self) -> Option<&Rings> {
         self.rings.as_ref()
     }
 
-    /// Takes the rings, or takes them away.
+    /// Sets or removes the rings.
     pub(super) fn set_rings(&mut self, rings: Option<Rings>) {
         self.rings = rings;
     }
@@ -101,85 +99,85 @@ impl Pair {
         if self.attached != attached {
             self.port
                 .set_attached(attached)
-                .map_err(|error| host("attach or detach a queue of the tap", error))?;
+                .map_err(DEVICE.host_error("attach or detach a queue of the tap"))?;
             self.attached = attached;
         }
         Ok(())
     }
 
-    /// Sets the pair to work, if it has rings and does not work already.
-    pub(super) fn start(&mut self, lent: &Lent) -> Result<(), DeviceError> {
+    /// Starts the pair, if it has rings and is stopped.
+    pub(super) fn start(&mut self, context: &DriverContext) -> Result<(), DeviceError> {
         let (Path::Stopped, Some(rings)) = (&self.path, &self.rings) else {
             return Ok(());
         };
         if let Some(vhost) = &mut self.vhost {
-            lent.events
+            context
+                .events
                 .add(vhost.errors(), token::vhost(self.number), EventSet::IN)
-                .map_err(|error| host("wait for vhost-net's errors", error))?;
+                .map_err(DEVICE.host_error("wait for vhost-net's errors"))?;
             self.path = Path::Kernel;
             let with = Start {
-                ram: &lent.ram,
-                features: lent.features,
-                interrupt: &*lent.interrupt,
+                ram: &context.ram,
+                features: context.features,
+                interrupt: &*context.interrupt,
                 tap: self.port.file(),
             };
             vhost.start(&rings.rx, &rings.tx, &with)?;
         } else {
-            lent.events
+            context
+                .events
                 .add(self.port.file(), token::port(self.number), EventSet::IN)
-                .map_err(|error| host("wait for the tap", error))?;
+                .map_err(DEVICE.host_error("wait for the tap"))?;
             self.path = Path::Userspace {
-                receiver: Receiver::new(features::has(lent.features, VIRTIO_NET_F_MRG_RXBUF)),
-                watched: EventSet::IN,
+                receiver: Receiver::new(features::has(context.features, VIRTIO_NET_F_MRG_RXBUF)),
+                interest: EventSet::IN,
             };
         }
-        // A kick may have been lost while nobody listened (or before a restore).
-        for queue in [&rings.rx, &rings.tx] {
-            kick(queue)?;
-        }
-        Ok(())
+        // A kick may have been lost while the pair was stopped (or before a restore).
+        rings.rx.requeue()?;
+        rings.tx.requeue()
     }
 
-    /// Stops work; afterwards the rings are at rest and their positions true.
-    pub(super) fn stop(&mut self, lent: &Lent) -> Result<(), DeviceError> {
+    /// Stops the pair. Afterwards the rings are at rest and their positions are true.
+    pub(super) fn stop(&mut self, context: &DriverContext) -> Result<(), DeviceError> {
         match std::mem::replace(&mut self.path, Path::Stopped) {
             Path::Stopped => Ok(()),
             Path::Kernel => {
                 let (Some(vhost), Some(rings)) = (&mut self.vhost, &mut self.rings) else {
                     return Ok(());
                 };
-                let stopped = vhost.stop(&lent.ram, &mut rings.rx, &mut rings.tx);
-                let removed = lent
+                let stopped = vhost.stop(&context.ram, &mut rings.rx, &mut rings.tx);
+                let removed = context
                     .events
                     .remove(vhost.errors())
-                    .map_err(|error| host("stop waiting for vhost-net's errors", error));
+                    .map_err(DEVICE.host_error("stop waiting for vhost-net's errors"));
                 stopped.and(removed)
             }
-            Path::Userspace { .. } => lent
+            Path::Userspace { .. } => context
                 .events
                 .remove(self.port.file())
-                .map_err(|error| host("stop waiting for the tap", error)),
+                .map_err(DEVICE.host_error("stop waiting for the tap")),
         }
     }
 
-    /// The port is ready for what is waited for.
+    /// Handles an event of the port.
     pub(super) fn port_ready(
         &mut self,
         ready: EventSet,
-        lent: &Lent,
-        shares: &mut Shares<'_>,
+        context: &DriverContext,
+        shared: &mut QueuePairShared<'_>,
     ) -> Result<(), DeviceError> {
         if ready.contains(EventSet::IN) {
-            self.receive(lent, shares)?;
+            self.receive(context, shared)?;
         }
         if ready.contains(EventSet::OUT) {
-            self.transmit(lent, shares)?;
+            self.transmit(context, shared)?;
         }
         if ready.intersects(EventSet::ERROR | EventSet::HANG_UP)
             && !matches!(self.path, Path::Stopped)
         {
             let gone = std::io::Error::from_raw_os_error(libc::ENODEV);
-            return Err(host("use the tap, which is gone", gone));
+            return Err(DEVICE.host_error("use the tap, which is gone")(gone));
         }
         Ok(())
     }
@@ -187,70 +185,66 @@ impl Pair {
     /// Moves frames to the guest.
     pub(super) fn receive(
         &mut self,
-        lent: &Lent,
-        shares: &mut Shares<'_>,
+        context: &DriverContext,
+        shared: &mut QueuePairShared<'_>,
     ) -> Result<(), DeviceError> {
         let (Path::Userspace { receiver, .. }, Some(rings)) = (&mut self.path, &mut self.rings)
         else {
             return Ok(());
         };
-        let flow = Flow {
-            ram: &lent.ram,
+        let direction = Direction {
+            ram: &context.ram,
+            interrupt: &*context.interrupt,
             port: self.port.file(),
-            counters: shares.counters,
-            limiter: shares.rx_limiter.as_deref_mut(),
+            counters: shared.counters,
+            limiter: shared.rx_limiter.as_deref_mut(),
         };
-        let moved = receiver.run(&mut rings.rx, flow)?;
-        lent.signal(moved, rings.rx.index);
-        // Out of buffers, the tap is left alone until the guest kicks, and at the limit until the
-        // timer fires; else its readiness calls again, also for what is left over the budget.
-        let more = matches!(moved.stopped, Stopped::Budget | Stopped::PortBusy);
-        self.watch(lent, EventSet::IN, more)
+        let stopped = receiver.receive(&mut rings.rx, direction)?;
+        // Without buffers the tap is not waited for until the guest kicks, and at the limit not
+        // until the timer fires. Otherwise a readable tap calls again, also for frames beyond the
+        // budget.
+        let more = matches!(stopped, Stopped::Budget | Stopped::Blocked);
+        self.set_interest(context, EventSet::IN, more)
     }
 
     /// Moves frames from the guest.
     pub(super) fn transmit(
         &mut self,
-        lent: &Lent,
-        shares: &mut Shares<'_>,
+        context: &DriverContext,
+        shared: &mut QueuePairShared<'_>,
     ) -> Result<(), DeviceError> {
         let (Path::Userspace { .. }, Some(rings)) = (&self.path, &mut self.rings) else {
             return Ok(());
         };
-        let flow = Flow {
-            ram: &lent.ram,
+        let direction = Direction {
+            ram: &context.ram,
+            interrupt: &*context.interrupt,
             port: self.port.file(),
-            counters: shares.counters,
-            limiter: shares.tx_limiter.as_deref_mut(),
+            counters: shared.counters,
+            limiter: shared.tx_limiter.as_deref_mut(),
         };
-        let moved = transmit(&mut rings.tx, flow)?;
-        lent.signal(moved, rings.tx.index);
-        if moved.stopped == Stopped::Budget {
-            kick(&rings.tx)?;
-        }
-        self.watch(lent, EventSet::OUT, moved.stopped == Stopped::PortBusy)
+        let stopped = transmit(&mut rings.tx, direction)?;
+        self.set_interest(context, EventSet::OUT, stopped == Stopped::Blocked)
     }
 
-    fn watch(&mut self, lent: &Lent, what: EventSet, wanted: bool) -> Result<(), DeviceError> {
-        let Path::Userspace { watched, .. } = &mut self.path else {
+    fn set_interest(
+        &mut self,
+        context: &DriverContext,
+        what: EventSet,
+        wanted: bool,
+    ) -> Result<(), DeviceError> {
+        let Path::Userspace { interest, .. } = &mut self.path else {
             return Ok(());
         };
-        let mut next = *watched;
+        let mut next = *interest;
         next.set(what, wanted);
-        if next != *watched {
-            lent.events
+        if next != *interest {
+            context
+                .events
                 .modify(self.port.file(), token::port(self.number), next)
-                .map_err(|error| host("wait for the tap", error))?;
-            *watched = next;
+                .map_err(DEVICE.host_error("wait for the tap"))?;
+            *interest = next;
         }
         Ok(())
     }
-}
-
-/// Wakes whoever waits for the queue's kicks.
-fn kick(queue: &ActiveQueue) -> Result<(), DeviceError> {
-    queue
-        .kick
-        .write(1)
-        .map_err(|error| host("kick a queue", error))
 }

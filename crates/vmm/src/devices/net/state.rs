@@ -1,28 +1,30 @@
-//! What of a network device is saved and restored, and its configuration space.
+//! The saved state of a network device.
 
 use serde::{Deserialize, Serialize};
 
 use super::{DEVICE, features};
 use crate::rate_limit::RateLimits;
-use crate::virtio::DeviceError;
+use crate::state_codec::VersionedState;
+use crate::virtio::{DeviceError, DeviceName};
 
-/// The most queue pairs that a device may have: one per vCPU of the largest machine.
+/// The most queue pairs that a device may have, which is one per vCPU of the largest machine.
 pub const MAX_QUEUE_PAIRS: u16 = 32;
 
-/// The MTUs that a driver may be told: IPv6's least, and the most that a frame's length allows.
+/// The MTUs that a driver may be given: from the smallest of IPv6 to the largest that a frame's
+/// length allows.
 const MTU_RANGE: std::ops::RangeInclusive<u16> = 1280..=65_520;
 
-/// What a new network device is to be.
+/// The configuration of a new network device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NetConfig {
-    /// The hardware address that the driver is told.
+    /// The hardware address of the guest's interface.
     pub mac: [u8; 6],
-    /// The MTU in bytes that the driver is told; `None` leaves the driver its own (1,500).
+    /// The MTU in bytes that the driver is given. With `None` the driver uses its own (1,500).
     pub mtu: Option<u16>,
     /// Pairs of a receive and a transmit queue, 1 to [`MAX_QUEUE_PAIRS`].
     pub queue_pairs: u16,
-    /// Limits on each direction by itself. vhost knows none: a limited device takes the userspace
-    /// path.
+    /// The limits on each direction by itself. vhost has no limits, so a limited device takes the
+    /// userspace path.
     pub limits: RateLimits,
 }
 
@@ -33,6 +35,10 @@ pub enum NetState {
     V1(NetStateV1),
 }
 
+impl VersionedState for NetState {
+    const DEVICE: DeviceName = DEVICE;
+}
+
 /// The first version of a network device's state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetStateV1 {
@@ -40,20 +46,21 @@ pub struct NetStateV1 {
     pub mac: [u8; 6],
     /// The MTU in the configuration space, in bytes.
     pub mtu: Option<u16>,
-    /// Queue pairs that exist.
+    /// The number of queue pairs.
     pub queue_pairs: u16,
-    /// The features offered, decided once from what the host's taps could do; `None` before that.
+    /// The features offered, which are decided once by the abilities of the host's taps, or `None`
+    /// before that.
     pub offered: Option<u64>,
     /// Whether the link is up.
     pub link_up: bool,
-    /// Queue pairs that the driver uses.
+    /// The number of queue pairs that the driver uses.
     pub active_pairs: u16,
-    /// The offloads that the driver switched on by its control queue, as feature bits; `None`
-    /// where it kept what it negotiated.
+    /// The offloads that the driver has chosen by its control queue, as feature bits, or `None`
+    /// where it uses those that it negotiated.
     pub guest_offloads: Option<u64>,
     /// Whether the guest must announce itself (gratuitous ARP) when it next runs.
     pub announce: bool,
-    /// Limits on each direction by itself.
+    /// The limits on each direction by itself.
     pub limits: RateLimits,
 }
 
@@ -76,21 +83,20 @@ impl NetState {
     /// Reads what [`NetState::encode`] wrote; the bytes may come from another host.
     ///
     /// # Errors
-    /// [`DeviceError::State`] where they are no state, or none that a device could have.
+    /// [`DeviceError::State`] where they are not a state, or not one that a device could have.
     pub fn decode(bytes: &[u8]) -> Result<Self, DeviceError> {
-        let state: Self =
-            postcard::from_bytes(bytes).map_err(|error| refused(error.to_string()))?;
+        let state = Self::from_bytes(bytes)?;
         let Self::V1(v1) = &state;
         v1.check()?;
         Ok(state)
     }
 
-    /// The bytes to be saved.
+    /// Encodes the state with its version.
     ///
     /// # Errors
     /// [`DeviceError::State`] where the encoder fails, which plain data does not.
     pub fn encode(&self) -> Result<Vec<u8>, DeviceError> {
-        postcard::to_stdvec(self).map_err(|error| refused(error.to_string()))
+        self.to_bytes()
     }
 
     /// The same state with another hardware address, for a clone.
@@ -100,7 +106,7 @@ impl NetState {
         Self::V1(NetStateV1 { mac, ..v1 })
     }
 
-    /// The same state with other limits: they are the running host's to choose.
+    /// The same state with other limits, which the host that runs the guest chooses.
     #[must_use]
     pub fn with_limits(self, limits: RateLimits) -> Self {
         let Self::V1(v1) = self;
@@ -119,7 +125,7 @@ impl NetState {
         v1.limits == RateLimits::default()
     }
 
-    /// Queue pairs that exist, and so the taps and vhost instances that the device needs.
+    /// The number of queue pairs, and so of the taps and vhost instances that the device needs.
     pub fn queue_pairs(&self) -> u16 {
         let Self::V1(v1) = self;
         v1.queue_pairs
@@ -127,16 +133,16 @@ impl NetState {
 }
 
 impl NetStateV1 {
-    /// Refuses what no device could have come to.
+    /// Refuses states that no device could have.
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         if !(1..=MAX_QUEUE_PAIRS).contains(&self.queue_pairs) {
-            return Err(refused(format!(
+            return Err(DEVICE.state_error(format_args!(
                 "{} queue pairs, where 1 to {MAX_QUEUE_PAIRS} are possible",
                 self.queue_pairs
             )));
         }
         if !(1..=self.queue_pairs).contains(&self.active_pairs) {
-            return Err(refused(format!(
+            return Err(DEVICE.state_error(format_args!(
                 "{} active of {} queue pairs",
                 self.active_pairs, self.queue_pairs
             )));
@@ -145,31 +151,24 @@ impl NetStateV1 {
         if let Some(offered) = self.offered
             && offered & !possible != 0
         {
-            return Err(refused(format!(
+            return Err(DEVICE.state_error(format_args!(
                 "it offers the features {:#x}, which this device does not have",
                 offered & !possible
             )));
         }
         if self.mac[0] & 1 == 1 {
-            return Err(refused("its MAC address is a multicast one".to_owned()));
+            return Err(DEVICE.state_error("its MAC address is a multicast one"));
         }
         if let Some(mtu) = self.mtu
             && !MTU_RANGE.contains(&mtu)
         {
-            return Err(refused(format!(
+            return Err(DEVICE.state_error(format_args!(
                 "an MTU of {mtu}, where {} to {} are possible",
                 MTU_RANGE.start(),
                 MTU_RANGE.end()
             )));
         }
         Ok(())
-    }
-}
-
-pub(super) fn refused(reason: String) -> DeviceError {
-    DeviceError::State {
-        device: DEVICE,
-        reason,
     }
 }
 

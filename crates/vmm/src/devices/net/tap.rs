@@ -1,7 +1,7 @@
 //! Taps: Ethernet devices of the host kernel whose far end is a file descriptor.
 //!
-//! Making the interface, its addresses and its bridge is the launcher's affair; this only opens
-//! queues of it, or takes ones that were opened before the process was jailed.
+//! The launcher makes the interface, its addresses and its bridge. This only opens queues of the
+//! interface, or takes queues that were opened before the process was jailed.
 //!
 //! Source: `linux/if_tun.h`, `Documentation/networking/tuntap.rst` of the Linux kernel.
 
@@ -18,13 +18,13 @@ use linux_raw_sys::ioctl::{TUNGETIFF, TUNSETIFF, TUNSETOFFLOAD, TUNSETQUEUE, TUN
 /// Bytes of the header before each frame: `struct virtio_net_hdr_v1`.
 pub(super) const HEADER_LEN: usize = 12;
 
-/// The requests that the device makes on its taps after it was built, for a seccomp filter.
+/// The ioctls that the device uses on its taps after it was built, for a seccomp filter.
 pub const TAP_IOCTLS: &[u32] = &[TUNSETOFFLOAD, TUNSETQUEUE];
 
-/// What went wrong with a tap.
+/// Errors of taps.
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
-    /// The device file does not open.
+    /// The device file cannot be opened.
     #[error("cannot open /dev/net/tun: {0}")]
     Open(#[source] io::Error),
     /// The interface's name is empty or longer than the kernel allows (15 bytes).
@@ -38,7 +38,7 @@ pub enum TapError {
         /// The kernel's answer.
         source: io::Error,
     },
-    /// The file descriptor is no tap with a virtio header.
+    /// The file descriptor is not a tap with a virtio header.
     #[error("the file descriptor is not a tap without packet information and with a virtio header")]
     NotATap,
     /// The kernel refuses a setting.
@@ -51,19 +51,20 @@ pub enum TapError {
     },
 }
 
-/// One queue of something that takes and gives Ethernet frames with a virtio header of
-/// 12 bytes, a frame per read or write, without blocking. [`Tap`] is the one that machines use.
+/// A queue of Ethernet frames with a virtio header of 12 bytes. A read or write moves one frame,
+/// without blocking. Machines use [`Tap`].
 pub trait Port: Send {
-    /// The descriptor that frames are read from and written to, and that vhost is given.
+    /// The descriptor that frames are read from and written to, by this process or by vhost.
     fn file(&self) -> &File;
 
-    /// Which offloads may be left to the reader, as `TUN_F_…` bits.
+    /// Sets the offloads that may be left to the reader, as `TUN_F_…` bits.
     ///
     /// # Errors
-    /// The kernel's answer where it does not know one of them.
+    /// The kernel's error where it does not support one of them.
     fn set_offloads(&self, flags: u32) -> io::Result<()>;
 
-    /// Whether frames are steered to this queue; only asked of ports with several queues.
+    /// Steers frames to this queue, or away from it. This is only used for ports with several
+    /// queues.
     ///
     /// # Errors
     /// The kernel's answer.
@@ -90,7 +91,7 @@ impl Tap {
                 .collect::<Result<Vec<_>, _>>()
         };
         match attach_all(queues > 1) {
-            // A tap that was made for several queues wants that said even for one.
+            // A tap that was made for several queues needs the flag even for one queue.
             Err(TapError::Attach { source, .. })
                 if queues == 1 && source.raw_os_error() == Some(libc::EINVAL) =>
             {
@@ -122,10 +123,10 @@ impl Tap {
         Self::with_header(file)
     }
 
-    /// Takes a queue of a tap that was opened elsewhere.
+    /// Makes a tap of a queue that was opened elsewhere.
     ///
     /// # Errors
-    /// [`TapError::NotATap`] where it is something else or has no virtio header.
+    /// [`TapError::NotATap`] where the descriptor is not a tap or has no virtio header.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, TapError> {
         let file = File::from(fd);
         let mut request = empty_request();
@@ -156,7 +157,7 @@ impl Tap {
         Ok(Self { file })
     }
 
-    /// Gives the queue's descriptor away, to be sent to the process that will use it.
+    /// Returns the queue's descriptor, to be sent to the process that will use it.
     pub fn into_fd(self) -> OwnedFd {
         self.file.into()
     }

@@ -1,4 +1,4 @@
-//! What tests and fuzz targets of the network device share: a port that is a pair of sockets, and
+//! Helpers of tests and fuzz targets of the network device: a port that is a pair of sockets, and
 //! the driver's side of a queue.
 
 use std::fs::File;
@@ -26,17 +26,17 @@ pub const INDIRECT: u16 = 4;
 /// A port whose frames come from and go to a socket.
 pub struct SocketPort {
     file: File,
-    asked: Arc<Asked>,
+    settings: Arc<PortSettings>,
 }
 
-/// What the device asked of a [`SocketPort`].
-pub struct Asked {
+/// The settings that the device has made on a [`SocketPort`].
+pub struct PortSettings {
     offloads: AtomicU32,
     attached: AtomicBool,
     refuse_offloads: Mutex<Option<u32>>,
 }
 
-impl Asked {
+impl PortSettings {
     /// The offloads last set.
     pub fn offloads(&self) -> u32 {
         self.offloads.load(Ordering::SeqCst)
@@ -57,18 +57,18 @@ impl Asked {
 }
 
 impl SocketPort {
-    /// The port, its far end, and what will be asked of it.
+    /// Makes a port. Returns it with its far end and its settings.
     ///
     /// # Errors
-    /// The kernel's answer where it makes no sockets.
-    pub fn pair() -> io::Result<(Self, File, Arc<Asked>)> {
+    /// The kernel's error where it makes no sockets.
+    pub fn pair() -> io::Result<(Self, File, Arc<PortSettings>)> {
         let (near, far) = socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
             SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
             None,
         )?;
-        let asked = Arc::new(Asked {
+        let settings = Arc::new(PortSettings {
             offloads: AtomicU32::new(0),
             attached: AtomicBool::new(true),
             refuse_offloads: Mutex::new(None),
@@ -76,9 +76,9 @@ impl SocketPort {
         let file = |fd: OwnedFd| File::from(fd);
         let port = Self {
             file: file(near),
-            asked: Arc::clone(&asked),
+            settings: Arc::clone(&settings),
         };
-        Ok((port, file(far), asked))
+        Ok((port, file(far), settings))
     }
 }
 
@@ -89,19 +89,19 @@ impl Port for SocketPort {
 
     fn set_offloads(&self, flags: u32) -> io::Result<()> {
         let refused = self
-            .asked
+            .settings
             .refuse_offloads
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         if refused.is_some_and(|refused| refused & flags != 0) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
-        self.asked.offloads.store(flags, Ordering::SeqCst);
+        self.settings.offloads.store(flags, Ordering::SeqCst);
         Ok(())
     }
 
     fn set_attached(&self, attached: bool) -> io::Result<()> {
-        self.asked.attached.store(attached, Ordering::SeqCst);
+        self.settings.attached.store(attached, Ordering::SeqCst);
         Ok(())
     }
 }
@@ -132,12 +132,12 @@ impl DriverQueue {
         }
     }
 
-    /// Where the available ring is.
+    /// The address of the available ring.
     pub fn avail_ring(&self) -> u64 {
         self.base + 0x4000
     }
 
-    /// Where the used ring is.
+    /// The address of the used ring.
     pub fn used_ring(&self) -> u64 {
         self.base + 0x5000
     }
@@ -145,7 +145,7 @@ impl DriverQueue {
     /// The queue as a transport hands it to the device, and a copy of its kick.
     ///
     /// # Panics
-    /// Where the kernel makes no eventfd.
+    /// Panics where the kernel makes no eventfd.
     pub fn activate(&self, index: u16) -> (ActiveQueue, EventFd) {
         let mut queue = Queue::new(self.size).expect("a power of two");
         queue.set_desc_table_address(Some(self.base as u32), Some((self.base >> 32) as u32));

@@ -1,8 +1,8 @@
 //! vhost-net: the host kernel serves a queue pair itself, from the guest's rings to the tap.
 //!
-//! The kernel reads and writes guest RAM through this process's page tables, so what it writes
-//! shows there like any other write. It is stopped by taking its tap away, after which the ring
-//! positions can be read back.
+//! The kernel reads and writes guest RAM through this process's page tables, so its writes are seen
+//! there like any others. It is stopped by removing its tap, after which the ring positions can be
+//! read.
 //!
 //! Source: `linux/vhost.h`, `drivers/vhost/{vhost,net}.c` of the Linux kernel.
 
@@ -22,41 +22,43 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use super::{DEVICE, features};
-use crate::virtio::{ActiveQueue, DeviceError, GuestRam, Interrupt};
+use crate::virtio::{DeviceError, GuestRam, Interrupt, ServedQueue};
 
-/// vhost's own numbers of a pair's rings.
+/// The numbers that vhost gives to a pair's rings.
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 
 /// One vhost-net instance, which serves one queue pair.
 pub(super) struct VhostNet {
     file: File,
-    /// What the kernel was told; empty before the first start.
+    /// The RAM that was shared with the kernel. It is empty before the first start.
     ram: Arc<GuestRam>,
-    /// Written by the kernel when it finds a ring broken.
+    /// The eventfd that the kernel writes when it finds a ring broken.
     errors: EventFd,
-    /// Takes the interrupts of a queue that has no vector.
+    /// The eventfd that receives the interrupts of a queue without a vector.
     nowhere: EventFd,
 }
 
-/// What running the pair needs besides its rings.
+/// The resources that running the pair needs besides its rings.
 pub(super) struct Start<'a> {
     /// Guest RAM.
     pub(super) ram: &'a GuestRam,
     /// The features agreed on.
     pub(super) features: u64,
-    /// Where call eventfds come from.
+    /// Provides the eventfds for interrupts.
     pub(super) interrupt: &'a dyn Interrupt,
     /// The tap.
     pub(super) tap: &'a File,
 }
 
 impl VhostNet {
-    /// Takes an open `/dev/vhost-net`. This process becomes the owner: it must be the one whose
-    /// memory holds guest RAM.
+    /// Makes an instance of an open `/dev/vhost-net`. This process becomes the owner, so it must be
+    /// the one that has mapped guest RAM.
     pub(super) fn new(file: File) -> Result<Self, DeviceError> {
-        let eventfd =
-            || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(host("make an eventfd for vhost"));
+        let eventfd = || {
+            EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
+                .map_err(DEVICE.host_error("make an eventfd for vhost"))
+        };
         let vhost = Self {
             file,
             ram: Arc::new(GuestRam::new()),
@@ -68,10 +70,12 @@ impl VhostNet {
             .get_features()
             .map_err(refused("read the features of vhost-net"))?;
         if offered & features::VHOST != features::VHOST {
-            return Err(host("use vhost-net")(io::Error::other(format!(
-                "the kernel's lacks the features {:#x}",
-                features::VHOST & !offered
-            ))));
+            return Err(DEVICE.host_error("use vhost-net")(io::Error::other(
+                format!(
+                    "the kernel's lacks the features {:#x}",
+                    features::VHOST & !offered
+                ),
+            )));
         }
         Ok(vhost)
     }
@@ -81,14 +85,14 @@ impl VhostNet {
         &self.errors
     }
 
-    /// Sets the kernel to work on the pair from the queues' present positions.
+    /// Starts the kernel on the pair, from the queues' present positions.
     pub(super) fn start(
         &mut self,
-        rx: &ActiveQueue,
-        tx: &ActiveQueue,
+        rx: &ServedQueue,
+        tx: &ServedQueue,
         with: &Start<'_>,
     ) -> Result<(), DeviceError> {
-        // What it said of the rings of before; nothing to read is the usual case.
+        // An error of earlier rings is cleared. There is usually none.
         let _ = self.errors.read();
         self.set_features(with.features & features::VHOST)
             .map_err(refused("set the features of vhost-net"))?;
@@ -99,7 +103,7 @@ impl VhostNet {
         }
         for ring in [RECEIVE, TRANSMIT] {
             if let Err(error) = self.set_backend(ring, Some(with.tap)) {
-                // A pair runs wholly or not at all.
+                // Both rings of a pair run, or none.
                 self.take_tap_away()?;
                 return Err(refused("give the tap to vhost-net")(error));
             }
@@ -107,31 +111,25 @@ impl VhostNet {
         Ok(())
     }
 
-    /// Stops the kernel, waits for what it has in hand, and brings the queues' positions up to
-    /// date.
+    /// Stops the kernel, waits for the frames that it is moving, and updates the queues' positions.
     pub(super) fn stop(
         &mut self,
         ram: &GuestRam,
-        rx: &mut ActiveQueue,
-        tx: &mut ActiveQueue,
+        rx: &mut ServedQueue,
+        tx: &mut ServedQueue,
     ) -> Result<(), DeviceError> {
         self.take_tap_away()?;
         for (ring, queue) in [(RECEIVE, rx), (TRANSMIT, tx)] {
             let base = self
                 .get_vring_base(ring)
                 .map_err(refused("read a ring's position from vhost-net"))?;
-            // The upper half is used by packed rings only.
-            queue.queue.set_next_avail(base as u16);
-            // vhost starts from the used index in RAM, and leaves it true when it stops.
+            // vhost starts from the used index in RAM, which is up to date when vhost stops.
             let used = queue
-                .queue
+                .queue()
                 .used_idx(ram, Ordering::Acquire)
-                .map_err(|source| DeviceError::Queue {
-                    device: DEVICE,
-                    queue: queue.index,
-                    source,
-                })?;
-            queue.queue.set_next_used(used.0);
+                .map_err(DEVICE.queue_error(queue.index()))?;
+            // The upper half is used by packed rings only.
+            queue.set_position(base as u16, used.0);
         }
         Ok(())
     }
@@ -163,17 +161,17 @@ impl VhostNet {
     fn set_up_ring(
         &self,
         ring: usize,
-        active: &ActiveQueue,
+        served: &ServedQueue,
         interrupt: &dyn Interrupt,
     ) -> vhost::Result<()> {
-        let queue = &active.queue;
+        let queue = served.queue();
         self.set_vring_num(ring, queue.size())?;
         self.set_vring_base(ring, queue.next_avail())?;
         self.set_vring_addr(ring, &ring_addresses(queue))?;
-        let call = interrupt.queue_eventfd(active.index);
+        let call = interrupt.queue_eventfd(served.index());
         self.set_vring_call(ring, call.as_ref().unwrap_or(&self.nowhere))?;
         self.set_vring_err(ring, &self.errors)?;
-        self.set_vring_kick(ring, &active.kick)
+        self.set_vring_kick(ring, served.kick())
     }
 }
 
@@ -184,8 +182,8 @@ impl VhostKernBackend for VhostNet {
         &self.ram
     }
 
-    /// Each ring must lie in one region, as the kernel gets one host address for it. (The
-    /// default also refuses a ring that ends where a region ends.)
+    /// Each ring must lie in one region, because the kernel gets one host address for it. (The
+    /// default implementation also refuses a ring that ends where a region ends.)
     fn is_valid(&self, ring: &VringConfigData) -> bool {
         let size = usize::from(ring.queue_size);
         [
@@ -230,20 +228,12 @@ fn ring_addresses(queue: &Queue) -> VringConfigData {
     }
 }
 
-fn host(action: &'static str) -> impl FnOnce(io::Error) -> DeviceError {
-    move |source| DeviceError::Host {
-        device: DEVICE,
-        action,
-        source,
-    }
-}
-
 fn refused(action: &'static str) -> impl FnOnce(vhost::Error) -> DeviceError {
     move |error| {
         let source = match error {
             vhost::Error::IoctlError(source) | vhost::Error::IOError(source) => source,
             other => io::Error::other(other),
         };
-        host(action)(source)
+        DEVICE.host_error(action)(source)
     }
 }

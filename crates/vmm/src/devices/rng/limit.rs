@@ -1,18 +1,18 @@
-//! A token bucket: so many bytes per interval, and no more than that at once.
+//! A token bucket, with a number of bytes per interval and no more than that at once.
 
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
-/// How fast a guest may draw random bytes.
+/// The rate at which a guest may draw random bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RateLimit {
-    /// Bytes per `interval`.
+    /// The bytes per `interval`.
     pub bytes: NonZeroU32,
-    /// The interval; zero is no limit.
+    /// The interval. Zero means no limit.
     pub interval: Duration,
 }
 
-/// What is left of a [`RateLimit`].
+/// The bytes that a guest may still draw under a [`RateLimit`].
 #[derive(Debug)]
 pub(super) struct Bucket {
     limit: RateLimit,
@@ -30,11 +30,12 @@ impl Bucket {
         }
     }
 
-    /// Takes up to `want` bytes, or tells how long to wait until there are some.
+    /// Takes up to `want` bytes, or returns the time until there are some.
     pub(super) fn take(&mut self, want: u64, now: Instant) -> Result<u64, Duration> {
         self.top_up(now);
         if self.level == 0 {
-            // A sixteenth of the interval, so that many small draws do not cost a timer each.
+            // The wait is a sixteenth of the interval, so that small draws do not cost a timer
+            // each.
             return Err(self.limit.interval / 16);
         }
         let granted = want.min(self.level);
@@ -50,7 +51,7 @@ impl Bucket {
             self.since = now;
             return;
         }
-        // Below the interval, so the quotient is below `size`.
+        // The time is below the interval, so the quotient is below `size`.
         let interval = self.limit.interval.as_nanos();
         let earned = elapsed.as_nanos() * u128::from(size) / interval;
         if earned > 0 {

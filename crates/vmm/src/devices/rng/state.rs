@@ -1,14 +1,21 @@
-//! What an entropy device remembers: nothing, by design. The version is there for the day it does.
+//! The saved state of an entropy device, which is empty by design. The version allows for content
+//! later.
 
 use serde::{Deserialize, Serialize};
 
-use crate::virtio::DeviceError;
+use super::DEVICE;
+use crate::state_codec::VersionedState;
+use crate::virtio::{DeviceError, DeviceName};
 
-/// The saved form, by version. Never change a version: add one.
+/// The saved form. New versions are added, old ones are never changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SavedRng {
-    /// The first.
+    /// The first version.
     V1(RngState),
+}
+
+impl VersionedState for SavedRng {
+    const DEVICE: DeviceName = DEVICE;
 }
 
 /// An entropy device's state.
@@ -21,25 +28,15 @@ impl RngState {
         Self {}
     }
 
-    /// Encodes it with its version.
+    /// Encodes the state with its version.
     pub fn encode(&self) -> Result<Vec<u8>, DeviceError> {
-        postcard::to_stdvec(&SavedRng::V1(self.clone())).map_err(refused)
+        SavedRng::V1(self.clone()).to_bytes()
     }
 
     /// Decodes what [`RngState::encode`] wrote.
     pub fn decode(bytes: &[u8]) -> Result<Self, DeviceError> {
-        let (SavedRng::V1(state), rest) = postcard::take_from_bytes(bytes).map_err(refused)?;
-        if !rest.is_empty() {
-            return Err(refused(format_args!("{} bytes too many", rest.len())));
-        }
+        let SavedRng::V1(state) = SavedRng::from_bytes(bytes)?;
         Ok(state)
-    }
-}
-
-fn refused(reason: impl std::fmt::Display) -> DeviceError {
-    DeviceError::State {
-        device: super::NAME,
-        reason: reason.to_string(),
     }
 }
 

@@ -89,7 +89,7 @@ fn a_request_that_waited_at_the_save_is_served_after_the_restore() {
     let mut new = Rig::restored(device, &old, &queues);
     assert_eq!(new.queues[0].take_used().unwrap().1, 8);
     // The paused one goes on as well: both are alive.
-    old.device(|shell| shell.device.resume()).unwrap();
+    old.resume();
     assert!(old.queues[0].take_used().is_some());
 }
 
@@ -99,6 +99,19 @@ fn the_device_starts_afresh_after_a_reset() {
         bytes: NonZeroU32::MAX,
         interval: Duration::from_secs(1),
     }));
+    rig.device(|shell| shell.device.reset());
+    rig.activate_again();
+    let at = rig.buffers();
+    assert_eq!(draw(&mut rig, at, 8).len(), 8);
+}
+
+#[test]
+fn a_device_that_is_reset_in_a_pause_starts_afresh() {
+    let mut rig = rig(Some(RateLimit {
+        bytes: NonZeroU32::MAX,
+        interval: Duration::from_secs(1),
+    }));
+    rig.pause();
     rig.device(|shell| shell.device.reset());
     rig.activate_again();
     let at = rig.buffers();

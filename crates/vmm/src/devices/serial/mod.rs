@@ -1,8 +1,8 @@
 //! The serial console: a 16550 at the first PC port.
 //!
-//! The part itself is `vm-superio`'s. What the guest prints goes to a writer; what is typed comes
-//! in by [`Serial::input`], as much as the guest's queue takes, and an eventfd tells when there is
-//! room again. Who listens and what is logged is left to the VM process.
+//! The registers are implemented by `vm-superio`. The guest's output goes to a writer. Input comes
+//! by [`Serial::input`], as much as the guest's queue takes, and an eventfd is written when there
+//! is room again. The VM process decides who is attached and what is logged.
 
 mod state;
 #[cfg(test)]
@@ -23,13 +23,13 @@ pub use state::SerialState;
 
 /// The first serial port of a PC.
 pub const COM1_PORT: u16 = 0x3F8;
-/// Its registers.
+/// The number of its registers.
 pub const PORT_COUNT: u64 = 8;
 
-/// Where the guest's output goes. It must not block: it is called from a vCPU.
+/// Receives the guest's output. It must not block, because a vCPU calls it.
 pub type Output = Box<dyn Write + Send>;
 
-/// A pulse on a pin of the I/O APIC.
+/// Raises an interrupt by a pulse on a pin of the I/O APIC.
 #[derive(Clone)]
 struct Pin {
     ioapic: Arc<Ioapic>,
@@ -45,7 +45,7 @@ impl Trigger for Pin {
     }
 }
 
-/// Tells the console when the guest has read all input.
+/// Notifies the console when the guest has read all input.
 struct Drained(EventFd);
 
 impl SerialEvents for Drained {
@@ -53,12 +53,12 @@ impl SerialEvents for Drained {
     fn out_byte(&self) {}
     fn tx_lost_byte(&self) {}
     fn in_buffer_empty(&self) {
-        // EAGAIN: the counter is at its limit, so the news is there already.
+        // EAGAIN means that the counter is at its limit, so the console is notified already.
         let _ = self.0.write(1);
     }
 }
 
-/// Where the port prints: shared with the port that follows it at a reset.
+/// The output of the port, which it shares with the port that follows it at a reset.
 #[derive(Clone)]
 struct SharedOutput(Arc<Mutex<Output>>);
 
@@ -84,7 +84,7 @@ pub struct Serial {
 }
 
 impl Serial {
-    /// A port in `state`, on `pin` of the I/O APIC, printing to `output`.
+    /// A port in `state`, on `pin` of the I/O APIC, which prints to `output`.
     ///
     /// Fails where the state holds more input than the port's queue (a hostile snapshot), or
     /// where the host has no file descriptor left.
@@ -101,26 +101,26 @@ impl Serial {
         })
     }
 
-    /// Puts it into `state`: who listens and who types stay.
+    /// Puts the port into `state`. Output and input stay connected.
     pub fn restore(&self, state: SerialState) -> io::Result<()> {
         let mut uart = self.uart.lock().unwrap_or_else(PoisonError::into_inner);
         let pin = uart.interrupt_evt().clone();
         let drained = Drained(uart.events().0.try_clone()?);
         let output = uart.writer().clone();
         *uart = self::uart(state, pin, drained, output)?;
-        // What waits to be typed may come now.
+        // Input that waits may come now.
         uart.events().in_buffer_empty();
         Ok(())
     }
 
-    /// Types `bytes`; returns how many the guest's queue took.
+    /// Passes `bytes` to the guest as input. Returns how many of them the guest's queue took.
     pub fn input(&self, bytes: &[u8]) -> usize {
         let mut uart = self.uart.lock().unwrap_or_else(PoisonError::into_inner);
         let room = uart.fifo_capacity().min(bytes.len());
         if room == 0 {
             return 0;
         }
-        // In loop-back mode the port takes nothing, and says so with an error or 0.
+        // In loop-back mode the port takes no input, and returns an error or 0.
         uart.enqueue_raw_bytes(&bytes[..room]).unwrap_or(0)
     }
 
@@ -134,7 +134,7 @@ impl Serial {
             .try_clone()
     }
 
-    /// Its registers and input queue.
+    /// The registers and the input queue.
     pub fn save(&self) -> SerialState {
         self.uart
             .lock()
@@ -164,8 +164,8 @@ impl BusDevice for Serial {
     fn write(&self, offset: u64, data: &[u8]) {
         let mut uart = self.uart.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = uart.write(offset as u8, data[0]) {
-            // The guest cannot be told; a console that lost its log must not stop it.
-            tracing::debug!(?error, "serial output lost");
+            // The guest cannot be told, and must not be stopped by a console that lost its log.
+            tracing::debug!(?error, "serial output was lost");
         }
     }
 }

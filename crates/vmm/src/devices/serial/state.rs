@@ -1,9 +1,9 @@
-//! The serial port's registers as they are saved: a mirror of the library's state, which has no
-//! serialised form and may change with it.
+//! The saved registers of the serial port. They mirror the library's state, which has no serialised
+//! form and may change with the library.
 
 use serde::{Deserialize, Serialize};
 
-/// Registers (as the 16550's data sheet names them) and unread input.
+/// The registers (as the 16550's data sheet names them) and unread input.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SerialState {
     baud_divisor_low: u8,
@@ -19,7 +19,7 @@ pub struct SerialState {
 }
 
 impl SerialState {
-    /// After power-on.
+    /// The state after power-on.
     pub fn fresh() -> Self {
         vm_superio::SerialState::default().into()
     }

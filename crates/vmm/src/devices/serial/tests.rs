@@ -2,7 +2,7 @@ use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::irq::ioapic::IoapicState;
-use crate::irq::testing::RecordingWiring;
+use crate::irq::testing::RecordingIrqRoutes;
 
 #[derive(Clone, Default)]
 struct Paper(Arc<Mutex<Vec<u8>>>);
@@ -18,7 +18,10 @@ impl Write for Paper {
 }
 
 fn port(state: SerialState, paper: &Paper) -> io::Result<Serial> {
-    let ioapic = Ioapic::new(Arc::new(RecordingWiring::default()), IoapicState::fresh());
+    let ioapic = Ioapic::new(
+        Arc::new(RecordingIrqRoutes::default()),
+        IoapicState::fresh(),
+    );
     Serial::new(state, Arc::new(ioapic), 4, Box::new(paper.clone()))
 }
 

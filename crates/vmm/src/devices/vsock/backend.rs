@@ -1,4 +1,4 @@
-//! The host's side of the door: new sockets, what they ask for, and where the guest may connect.
+//! The host's side: new sockets and their opening lines, and the guest's connections to the host.
 
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -7,18 +7,18 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
 
-/// The longest line a host may open with: `CONNECT 4294967295\n` and some spare.
+/// The longest opening line of a host: `CONNECT 4294967295\n` and some spare bytes.
 const MAX_LINE: usize = 32;
 
-/// Where connections go that the guest starts.
+/// Connects the streams that the guest starts.
 pub trait GuestConnector: Send {
-    /// A connected, non-blocking stream for what the guest calls host port `port`. An error
-    /// refuses the guest; it must come at once.
+    /// Returns a connected, non-blocking stream for the host port `port`. An error refuses the
+    /// guest's connection. The call must not wait.
     fn connect(&mut self, port: u32) -> io::Result<UnixStream>;
 }
 
-/// Connects the guest to Unix sockets named `<base>_<port>`. Needs the right to make sockets and
-/// to open that path, which a jailed process does not have.
+/// Connects the guest to Unix sockets named `<base>_<port>`. This needs the right to make sockets
+/// and to open that path, which a jailed process does not have.
 #[derive(Debug)]
 pub struct PathConnector {
     base: PathBuf,
@@ -46,13 +46,13 @@ impl GuestConnector for PathConnector {
     }
 }
 
-/// What came of an attempt to accept.
+/// The result of an attempt to accept a connection.
 pub(super) enum Accepted {
     /// A new, non-blocking stream.
     Stream(UnixStream),
-    /// Nobody waits.
-    Nobody,
-    /// The process has no file descriptors left: try again later.
+    /// No connection waits.
+    NoConnection,
+    /// The process has no file descriptors left, so the caller must try again later.
     NoDescriptors,
 }
 
@@ -62,7 +62,7 @@ pub(super) fn accept(listener: &UnixListener) -> io::Result<Accepted> {
         return match rustix::net::accept_with(listener, flags) {
             Ok(stream) => Ok(Accepted::Stream(UnixStream::from(stream))),
             Err(Errno::INTR | Errno::CONNABORTED) => continue,
-            Err(Errno::AGAIN) => Ok(Accepted::Nobody),
+            Err(Errno::AGAIN) => Ok(Accepted::NoConnection),
             Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
                 Ok(Accepted::NoDescriptors)
             }
@@ -71,18 +71,18 @@ pub(super) fn accept(listener: &UnixListener) -> io::Result<Accepted> {
     }
 }
 
-/// What a host's opening line says so far.
+/// The result of reading a host's opening line.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Greeting {
     /// The line is not complete.
     Incomplete,
-    /// It asks for this port of the guest.
+    /// The line asks for this port of the guest.
     Port(u32),
-    /// It is not a greeting, or the host left.
+    /// The line is not a greeting, or the host has closed the socket.
     Bad,
 }
 
-/// Reads the opening line `CONNECT <port>\n`, and nothing of what follows it.
+/// Reads the opening line `CONNECT <port>\n`, and no byte that follows it.
 pub(super) fn read_greeting(stream: &UnixStream) -> Greeting {
     let mut line = [0; MAX_LINE];
     let len = match rustix::net::recv(stream, &mut line[..], RecvFlags::PEEK) {

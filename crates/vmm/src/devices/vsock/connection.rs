@@ -1,9 +1,9 @@
 //! One stream between a Unix socket of the host and a socket of the guest: its phases, credit in
 //! both directions (VIRTIO 1.3, 5.10.6.3) and the end of each direction (5.10.6.4).
 //!
-//! Data goes straight between the socket and guest memory. Only what the host's socket does not
-//! take at once is buffered, and never more than the credit the guest was given. Who it belongs
-//! to, when it is its turn and how long it may take is the business of `mux`.
+//! Data moves directly between the socket and guest memory. Only data that the host's socket does
+//! not take at once is buffered, and never more than the guest's credit. `mux` keeps the ports, the
+//! order of turns and the timeouts.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -15,40 +15,41 @@ use vm_memory::{ReadVolatile, VolatileMemoryError, WriteVolatile};
 use vmm_sys_util::epoll::EventSet;
 
 use super::packet::{Header, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
-use crate::virtio::ring::Segment;
+use crate::virtio::{Reader, Writer};
 
-/// The two ports that name a connection.
+/// The two ports that identify a connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Ports {
     pub(super) host: u32,
     pub(super) guest: u32,
 }
 
-/// Where a connection is in its life.
+/// The phase of a connection's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// Accepted from the host; which port it wants is not yet known.
+    /// The host has connected, and the port that it wants is not known yet.
     Greeting,
-    /// Waits for the guest's answer.
+    /// The connection waits for the guest's answer.
     Connecting,
-    /// Both sides talk.
+    /// Both sides may send.
     Established,
-    /// Over for the guest; what it sent is still on its way into the host's socket.
+    /// The guest has closed the connection, and some of its data has not reached the host's socket
+    /// yet.
     Draining,
 }
 
-/// What is to become of a connection after something happened to it.
+/// The consequence of an event for a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// It lives on.
+    /// The connection stays open.
     Keep,
-    /// It is over, and the guest knows or never heard of it.
+    /// The connection is closed, and the guest knows this or never knew the connection.
     Close,
-    /// It is over, and the guest must be told.
+    /// The connection is closed, and the guest must be told.
     Reset,
 }
 
-/// What a connection waits for that must not take for ever.
+/// What a connection waits for with a timeout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wait {
     /// The host's line that names the port.
@@ -65,37 +66,37 @@ pub(super) struct Connection {
     pub(super) stream: UnixStream,
     pub(super) phase: Phase,
     pub(super) ports: Ports,
-    /// In the queue of connections that have something for the guest.
+    /// Whether the connection is in the queue of those that have something for the guest.
     pub(super) queued: bool,
-    /// The socket is watched for room to write.
-    pub(super) watching_room: bool,
+    /// Whether the event loop waits for room to write in the socket.
+    pub(super) awaits_room: bool,
 
-    // From the host to the guest.
-    /// The socket may have data: reading it has not said otherwise yet.
+    // These fields are for data from the host to the guest.
+    /// The socket may have data: no read has shown otherwise yet.
     readable: bool,
     /// The socket's data has been read to its end.
     ended: bool,
-    /// The host closed its socket: it will neither send nor take anything.
+    /// The host has closed its socket, and will neither send nor receive.
     hung_up: bool,
     peer_buf_alloc: u32,
     peer_fwd_cnt: Wrapping<u32>,
     sent: Wrapping<u32>,
 
-    // From the guest to the host.
+    // These fields are for data from the guest to the host.
     buffer: VecDeque<u8>,
     buf_alloc: u32,
     forwarded: Wrapping<u32>,
-    /// The `forwarded` that the guest has heard of.
-    forwarded_told: Wrapping<u32>,
+    /// The value of `forwarded` that was last sent to the guest.
+    forwarded_reported: Wrapping<u32>,
     /// The directions that the guest has ended.
     guest_shutdown: u32,
-    /// The host's socket was told that no more will come.
+    /// Whether the host's socket was shut down for writing.
     write_ended: bool,
 
-    // Owed to the guest.
-    owes_opening: Option<u16>,
-    owes_credit: bool,
-    owed_shutdown: u32,
+    // These fields are for packets that the guest has yet to get.
+    pending_opening: Option<u16>,
+    pending_credit: bool,
+    pending_shutdown: u32,
     sent_shutdown: u32,
 }
 
@@ -107,7 +108,7 @@ impl Connection {
             phase: Phase::Greeting,
             ports: Ports::default(),
             queued: false,
-            watching_room: false,
+            awaits_room: false,
             readable: false,
             ended: false,
             hung_up: false,
@@ -117,12 +118,12 @@ impl Connection {
             buffer: VecDeque::new(),
             buf_alloc,
             forwarded: Wrapping(0),
-            forwarded_told: Wrapping(0),
+            forwarded_reported: Wrapping(0),
             guest_shutdown: 0,
             write_ended: false,
-            owes_opening: None,
-            owes_credit: false,
-            owed_shutdown: 0,
+            pending_opening: None,
+            pending_credit: false,
+            pending_shutdown: 0,
             sent_shutdown: 0,
         }
     }
@@ -135,33 +136,33 @@ impl Connection {
             guest: request.src_port,
         };
         connection.phase = Phase::Established;
-        connection.owes_opening = Some(op::RESPONSE);
-        connection.learn_credit(request);
+        connection.pending_opening = Some(op::RESPONSE);
+        connection.update_credit(request);
         connection
     }
 
-    /// The host named the port it wants: a request is due.
+    /// The host has named the port that it wants: a request must be sent to the guest.
     pub(super) fn request(&mut self, ports: Ports) {
         self.ports = ports;
         self.phase = Phase::Connecting;
-        self.owes_opening = Some(op::REQUEST);
+        self.pending_opening = Some(op::REQUEST);
         // Data may have come with the port.
         self.readable = true;
     }
 
-    /// The bytes of buffer that were granted to it.
+    /// The size of the buffer that the connection was granted, in bytes.
     pub(super) fn buf_alloc(&self) -> u32 {
         self.buf_alloc
     }
 
-    /// Whether the host still has to get what the guest sent before it was done.
-    pub(super) fn lingers(&self) -> bool {
+    /// Whether data that the guest sent before it closed the connection has yet to reach the host.
+    pub(super) fn is_draining(&self) -> bool {
         self.phase == Phase::Draining && !self.buffer.is_empty() && !self.hung_up
     }
 
-    /// Whether the guest has heard of it, or is waiting to.
-    pub(super) fn guest_knows(&self) -> bool {
-        self.phase != Phase::Greeting && self.owes_opening != Some(op::REQUEST)
+    /// Whether the guest knows of the connection.
+    pub(super) fn is_known_to_guest(&self) -> bool {
+        self.phase != Phase::Greeting && self.pending_opening != Some(op::REQUEST)
     }
 
     /// Whether data waits for room in the host's socket.
@@ -169,7 +170,7 @@ impl Connection {
         !self.buffer.is_empty()
     }
 
-    /// What it waits for that must not take for ever.
+    /// What the connection waits for with a timeout.
     pub(super) fn waits_for(&self) -> Option<Wait> {
         match self.phase {
             Phase::Greeting => Some(Wait::Greeting),
@@ -179,7 +180,7 @@ impl Connection {
         }
     }
 
-    /// Takes note of what the host's socket is ready for. Touches nothing else.
+    /// Notes what the host's socket is ready for, and changes nothing else.
     pub(super) fn note_ready(&mut self, ready: EventSet) {
         if ready.intersects(EventSet::HANG_UP | EventSet::ERROR) {
             self.hung_up = true;
@@ -189,48 +190,50 @@ impl Connection {
         }
     }
 
-    /// Acts on what was noted: flushes, and looks whether the host is gone.
-    pub(super) fn go_on(&mut self) -> Outcome {
+    /// Acts on what was noted: flushes the buffer, and checks whether the host is gone.
+    pub(super) fn advance(&mut self) -> Outcome {
         self.flush();
         match self.phase {
             Phase::Greeting if self.hung_up => Outcome::Close,
-            Phase::Connecting if self.hung_up => match self.owes_opening {
+            Phase::Connecting if self.hung_up => match self.pending_opening {
                 Some(_) => Outcome::Close,
                 None => Outcome::Reset,
             },
             Phase::Draining if self.hung_up || self.buffer.is_empty() => Outcome::Close,
             _ => {
                 if self.hung_up && (self.ended || self.guest_shutdown & SHUTDOWN_RECEIVE != 0) {
-                    self.owed_shutdown = SHUTDOWN_BOTH;
+                    self.pending_shutdown = SHUTDOWN_BOTH;
                 }
                 Outcome::Keep
             }
         }
     }
 
-    /// Takes a packet of the guest; `payload` holds exactly `header.len` bytes for `RW`.
-    pub(super) fn receive(&mut self, header: &Header, payload: &[Segment<'_>]) -> Outcome {
-        self.learn_credit(header);
+    /// Handles a packet of the guest. `payload` has exactly `header.len` bytes for `RW`.
+    pub(super) fn receive(&mut self, header: &Header, payload: Reader<'_, '_>) -> Outcome {
+        self.update_credit(header);
         match (self.phase, header.op) {
-            (_, op::RST) => self.over_for_guest(Outcome::Close),
-            (Phase::Connecting, op::RESPONSE) if self.owes_opening.is_none() => self.established(),
+            (_, op::RST) => self.close_by_guest(Outcome::Close),
+            (Phase::Connecting, op::RESPONSE) if self.pending_opening.is_none() => {
+                self.established()
+            }
             (Phase::Established, op::RW) => self.data(header.len, payload),
             (Phase::Established, op::SHUTDOWN) => self.shutdown(header.flags),
             (Phase::Established, op::CREDIT_UPDATE) => Outcome::Keep,
             (Phase::Established, op::CREDIT_REQUEST) => {
-                self.owes_credit = true;
+                self.pending_credit = true;
                 Outcome::Keep
             }
             _ => Outcome::Reset,
         }
     }
 
-    fn learn_credit(&mut self, header: &Header) {
+    fn update_credit(&mut self, header: &Header) {
         self.peer_buf_alloc = header.buf_alloc;
         self.peer_fwd_cnt = Wrapping(header.fwd_cnt);
     }
 
-    /// Bytes that the guest has room for. A guest that counts wrongly only starves itself.
+    /// The bytes that the guest has room for. A guest that counts wrongly only harms itself.
     fn credit(&self) -> u32 {
         let in_flight = (self.sent - self.peer_fwd_cnt).0;
         self.peer_buf_alloc.saturating_sub(in_flight)
@@ -241,21 +244,21 @@ impl Connection {
         match self.stream.write(line.as_bytes()) {
             Ok(written) if written == line.len() => {
                 self.phase = Phase::Established;
-                self.go_on()
+                self.advance()
             }
-            // Nothing was written to it before: it has room unless the host is gone.
+            // Nothing was written to the socket before, so it has room unless the host is gone.
             _ => Outcome::Reset,
         }
     }
 
-    fn data(&mut self, len: u32, payload: &[Segment<'_>]) -> Outcome {
+    fn data(&mut self, len: u32, payload: Reader<'_, '_>) -> Outcome {
         let room = self.buf_alloc as usize - self.buffer.len();
         if self.guest_shutdown & SHUTDOWN_SEND != 0 || len as usize > room {
             return Outcome::Reset;
         }
-        for segment in payload {
+        for segment in payload.segments() {
             let mut rest = segment.slice;
-            while !rest.is_empty() && self.buffer.is_empty() && !self.host_takes_nothing() {
+            while !rest.is_empty() && self.buffer.is_empty() && !self.host_receives_no_more() {
                 match retry(|| (&self.stream).write_volatile(&rest)) {
                     Ok(written) => {
                         self.forwarded += written as u32;
@@ -265,10 +268,10 @@ impl Connection {
                         }
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                    Err(_) => self.host_left(),
+                    Err(_) => self.drop_host_data(),
                 }
             }
-            if self.host_takes_nothing() {
+            if self.host_receives_no_more() {
                 self.forwarded += rest.len() as u32;
             } else {
                 let mut chunk = [0; 4096];
@@ -284,33 +287,35 @@ impl Connection {
         Outcome::Keep
     }
 
-    fn host_takes_nothing(&self) -> bool {
-        (self.owed_shutdown | self.sent_shutdown) & SHUTDOWN_RECEIVE != 0
+    fn host_receives_no_more(&self) -> bool {
+        (self.pending_shutdown | self.sent_shutdown) & SHUTDOWN_RECEIVE != 0
     }
 
-    /// Writing failed for good: what is left for the host is dropped, and the guest told.
-    fn host_left(&mut self) {
+    /// Drops the data that is left for the host after writing has failed for good, and tells the
+    /// guest.
+    fn drop_host_data(&mut self) {
         self.forwarded += self.buffer.len() as u32;
         self.buffer = VecDeque::new();
-        self.owed_shutdown |= SHUTDOWN_RECEIVE;
+        self.pending_shutdown |= SHUTDOWN_RECEIVE;
     }
 
     fn shutdown(&mut self, flags: u32) -> Outcome {
         let new = flags & SHUTDOWN_BOTH & !self.guest_shutdown;
         self.guest_shutdown |= new;
         if self.guest_shutdown == SHUTDOWN_BOTH {
-            return self.over_for_guest(Outcome::Reset);
+            return self.close_by_guest(Outcome::Reset);
         }
         if new & SHUTDOWN_RECEIVE != 0 {
-            // The host's next write fails, as it would on a socket of its own kind. An error
-            // means that it has left already, which its socket tells as an event.
+            // The host's next write fails, as it would on a socket of its own kind. An error means
+            // that the host is gone already, which its socket reports as an event.
             let _ = self.stream.shutdown(Shutdown::Read);
         }
-        self.go_on()
+        self.advance()
     }
 
-    /// The guest is done with it. `answer` is what it gets; what it sent still goes to the host.
-    fn over_for_guest(&mut self, answer: Outcome) -> Outcome {
+    /// The guest has closed the connection, and gets `answer`. Data that it sent before still goes
+    /// to the host.
+    fn close_by_guest(&mut self, answer: Outcome) -> Outcome {
         if self.phase == Phase::Established {
             self.flush();
             if !self.buffer.is_empty() {
@@ -329,25 +334,26 @@ impl Connection {
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => self.host_left(),
+                Err(_) => self.drop_host_data(),
             }
         }
-        // Thousands of idle connections must not keep the memory of one busy moment.
+        // Thousands of idle connections must not keep the memory of a busy moment.
         self.buffer = VecDeque::new();
         if self.guest_shutdown & SHUTDOWN_SEND != 0 && !self.write_ended {
-            // Once only: it wakes its own socket. As above, it fails only where the host has left.
+            // This is done only once, as it makes its own socket ready. It fails only where the
+            // host is gone.
             let _ = self.stream.shutdown(Shutdown::Write);
             self.write_ended = true;
         }
     }
 
-    /// Whether it has, or may have, a packet for the guest now.
+    /// Whether the connection has, or may have, a packet for the guest now.
     pub(super) fn has_packet(&self) -> bool {
         match self.phase {
             Phase::Greeting | Phase::Draining => false,
-            Phase::Connecting => self.owes_opening.is_some(),
+            Phase::Connecting => self.pending_opening.is_some(),
             Phase::Established => {
-                self.owes_opening.is_some()
+                self.pending_opening.is_some()
                     || self.new_shutdown() != 0
                     || self.can_read()
                     || self.credit_is_due()
@@ -356,7 +362,7 @@ impl Connection {
     }
 
     fn new_shutdown(&self) -> u32 {
-        self.owed_shutdown & !self.sent_shutdown
+        self.pending_shutdown & !self.sent_shutdown
     }
 
     fn can_read(&self) -> bool {
@@ -367,14 +373,14 @@ impl Connection {
     }
 
     fn credit_is_due(&self) -> bool {
-        let untold = (self.forwarded - self.forwarded_told).0;
-        self.owes_credit
+        let untold = (self.forwarded - self.forwarded_reported).0;
+        self.pending_credit
             || (untold >= self.buf_alloc / 2 && self.guest_shutdown & SHUTDOWN_SEND == 0)
     }
 
-    /// The next packet for the guest; data is read into `room`. Context ids are not filled in.
-    pub(super) fn next_packet(&mut self, room: &[Segment<'_>]) -> Option<Header> {
-        if let Some(opening) = self.owes_opening.take() {
+    /// The next packet for the guest. Data is read into `room`. Context ids are not filled in.
+    pub(super) fn next_packet(&mut self, room: &Writer<'_, '_>) -> Option<Header> {
+        if let Some(opening) = self.pending_opening.take() {
             return Some(self.header(opening));
         }
         if self.phase != Phase::Established {
@@ -392,7 +398,7 @@ impl Connection {
             });
         }
         if self.new_shutdown() != 0 {
-            self.sent_shutdown |= self.owed_shutdown;
+            self.sent_shutdown |= self.pending_shutdown;
             return Some(Header {
                 flags: self.sent_shutdown,
                 ..self.header(op::SHUTDOWN)
@@ -401,10 +407,10 @@ impl Connection {
         self.credit_is_due().then(|| self.header(op::CREDIT_UPDATE))
     }
 
-    /// Reads as much as the guest has room and credit for; 0 where there is nothing (more).
-    fn read(&mut self, room: &[Segment<'_>]) -> u32 {
+    /// Reads as much as the guest has room and credit for. Returns 0 where there is no data.
+    fn read(&mut self, room: &Writer<'_, '_>) -> u32 {
         let mut total = 0;
-        for segment in room {
+        for segment in room.segments() {
             let want = segment.slice.len().min((self.credit() - total) as usize);
             let Ok(mut target) = segment.slice.subslice(0, want) else {
                 break;
@@ -433,7 +439,7 @@ impl Connection {
 
     fn end_of_host_data(&mut self) {
         self.ended = true;
-        self.owed_shutdown |= if self.hung_up {
+        self.pending_shutdown |= if self.hung_up {
             SHUTDOWN_BOTH
         } else {
             SHUTDOWN_SEND
@@ -441,8 +447,8 @@ impl Connection {
     }
 
     fn header(&mut self, op: u16) -> Header {
-        self.owes_credit = false;
-        self.forwarded_told = self.forwarded;
+        self.pending_credit = false;
+        self.forwarded_reported = self.forwarded;
         Header {
             src_port: self.ports.host,
             dst_port: self.ports.guest,
@@ -454,7 +460,7 @@ impl Connection {
     }
 }
 
-/// Calls again while a signal interrupts.
+/// Repeats a call that a signal interrupts.
 fn retry(mut call: impl FnMut() -> Result<usize, VolatileMemoryError>) -> io::Result<usize> {
     loop {
         match call() {

@@ -1,5 +1,6 @@
-//! When the device must act though nothing happened. One timer for any number of deadlines; it is
-//! touched only when an earlier deadline comes, so that short connections cost no system call.
+//! The times at which the device must act although no event came. One timer serves any number of
+//! deadlines. It is set only for an earlier deadline, so that short connections cost no system
+//! call.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::timer::Timer;
 
-/// Deadlines by token.
+/// The deadlines, by token.
 pub(super) struct Deadlines {
     timer: Timer,
     waiting: BTreeSet<(Instant, u32)>,
@@ -48,13 +49,13 @@ impl Deadlines {
             .collect();
     }
 
-    /// Keeps the timer quiet until [`Deadlines::arm`].
+    /// Disarms the timer until [`Deadlines::arm`].
     pub(super) fn disarm(&mut self) -> io::Result<()> {
         self.armed = None;
         self.timer.disarm()
     }
 
-    /// The tokens that are due, each once.
+    /// Removes and returns the tokens that are due.
     pub(super) fn take_due(&mut self, now: Instant) -> io::Result<Vec<u32>> {
         if self.timer.take()? {
             self.armed = None;

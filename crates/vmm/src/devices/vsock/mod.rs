@@ -1,16 +1,17 @@
 //! Streams between host and guest: virtio-vsock (VIRTIO 1.3, 5.10), served in user space.
 //!
-//! **From the host**: connect to the VM's Unix socket, write `CONNECT <port>\n`, read
-//! `OK <host port>\n`, and the stream is the guest's. A refusal closes the socket without a word.
-//! **From the guest**: by default every connection is refused; a [`GuestConnector`] lets them
-//! through. Context ids lead nowhere but to this VM's own socket, so every guest may have the same.
+//! **From the host**: connect to the VM's Unix socket, write `CONNECT <port>\n`, read `OK <host
+//! port>\n`, and the stream is the guest's. A refusal closes the socket without an answer.
+//! **From the guest**: by default every connection is refused; a [`GuestConnector`] allows them. A
+//! context id only leads to this VM's own socket, so every guest may have the same.
 //!
 //! **Save and restore**: connections belong to processes of the host and end where a guest is
-//! restored. Its driver is told at once (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`), and hosts are let
-//! in only when it has heard: else the driver might take a new connection for an old one and
-//! reset it. A pause, on the other hand, ends nothing and stops the clock of every timeout.
+//! restored. Its driver is told at once (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`), and hosts are
+//! admitted only after the driver has handled this: otherwise it might take a new connection for an
+//! old one and reset it. A pause ends no connection, and stops the clock of every timeout.
 //!
-//! `connection` is one stream; `mux` all of them; `queue` moves packets; this file is the device.
+//! `connection` is one stream, `mux` has all of them, `queue` moves packets, and this file is the
+//! device.
 
 mod backend;
 mod connection;
@@ -26,7 +27,6 @@ mod tests;
 pub use backend::{GuestConnector, PathConnector};
 pub use state::{SavedVsock, VsockState};
 
-use std::io;
 use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
@@ -39,10 +39,10 @@ use vmm_sys_util::epoll::EventSet;
 
 use self::mux::{Mux, TOKEN_LISTENER, TOKEN_TIMER};
 use self::queue::Queues;
-use crate::virtio::ring::Ring;
-use crate::virtio::{Activation, DeviceError, VirtioDevice};
+use crate::virtio::{Activation, DeviceError, DeviceName, ServedQueue, VirtioDevice};
 
-const NAME: &str = "vsock";
+/// The name that errors give the device.
+const DEVICE: DeviceName = DeviceName::new("vsock");
 
 /// `VIRTIO_VSOCK_F_STREAM`: stream sockets are supported.
 const F_STREAM: u64 = 1 << 0;
@@ -51,12 +51,12 @@ const QUEUE_SIZE: u16 = 256;
 const QUEUES: u16 = 3;
 const EVENT_QUEUE: u16 = 2;
 
-/// How long a restored guest may take to hear that its connections are gone before hosts are let
-/// in all the same: its driver may be one that looks at no events. Long, because a driver that is
-/// only slow, on a busy host, takes the connections of those who were let in for old ones.
-const RESET_PATIENCE: Duration = Duration::from_secs(5);
+/// The time after which hosts are admitted although a restored guest has not handled the loss of
+/// its connections, as its driver may not look at events at all. It is long, because a driver that
+/// is only slow, on a busy host, takes connections that are admitted early for old ones.
+const RESET_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What one device may use of the host.
+/// Limits on the host's resources that one device may use.
 #[derive(Clone, Debug)]
 pub struct VsockLimits {
     /// Connections at a time, a file descriptor each; at most 65,536.
@@ -84,18 +84,18 @@ impl Default for VsockLimits {
     }
 }
 
-/// What a vsock device is built on.
+/// The host's resources of a vsock device.
 pub struct VsockResources {
     /// The VM's Unix socket, bound and listening.
     pub listener: UnixListener,
-    /// Where the guest's own connections go; `None` refuses them all.
+    /// Connects the guest's own streams; `None` refuses them all.
     pub connector: Option<Box<dyn GuestConnector>>,
     /// Bounds and timeouts.
     pub limits: VsockLimits,
 }
 
 impl VsockResources {
-    /// Only hosts connect, with the usual limits.
+    /// Resources with which only hosts may connect, with the usual limits.
     pub fn new(listener: UnixListener) -> Self {
         Self {
             listener,
@@ -105,74 +105,67 @@ impl VsockResources {
     }
 }
 
-/// How far a restored guest is in learning that its connections are gone.
+/// The progress of telling a restored guest that its connections are gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Reset {
-    /// It need not know, or does: hosts are let in.
+enum TransportReset {
+    /// The guest knows, or need not know. Hosts are admitted.
     Done,
-    /// The event waits for a buffer.
-    Due,
-    /// The event is under way: the driver moves on from this position when it has dealt with it.
-    /// Hosts are let in before that only when it took too long.
-    Told { position: u16, overdue: bool },
+    /// The event waits for a buffer of the driver.
+    Pending,
+    /// The event was sent. The driver's position in the queue changes when it has handled the
+    /// event. Hosts are admitted before that only when it is overdue.
+    Announced { position: u16, overdue: bool },
 }
 
-impl Reset {
-    fn lets_hosts_in(self) -> bool {
-        matches!(self, Self::Done | Self::Told { overdue: true, .. })
+impl TransportReset {
+    fn admits_hosts(self) -> bool {
+        matches!(self, Self::Done | Self::Announced { overdue: true, .. })
     }
 }
 
 /// The vsock device.
 pub struct Vsock {
     mux: Mux,
-    reset: Reset,
+    reset: TransportReset,
     queues: Option<Queues>,
-    paused: bool,
 }
 
 impl Vsock {
     /// Builds the device from its state, [`VsockState::fresh`] or a decoded one.
     ///
-    /// Makes a timer; all else that it needs of the host is in `resources`.
+    /// This makes a timer. All other resources of the host are in `resources`.
     pub fn new(resources: VsockResources, state: VsockState) -> Result<Self, DeviceError> {
         state.check()?;
         let mux = Mux::new(resources, state.guest_cid, state.next_host_port)
-            .map_err(|source| host("set up its listener and timer", source))?;
+            .map_err(DEVICE.host_error("set up its listener and timer"))?;
         Ok(Self {
             mux,
             reset: if state.transport_reset {
-                Reset::Due
+                TransportReset::Pending
             } else {
-                Reset::Done
+                TransportReset::Done
             },
             queues: None,
-            paused: false,
         })
     }
 
-    /// Connections at present, those that are still being opened or closed included.
+    /// The number of connections, including those that are being opened or closed.
     pub fn connections(&self) -> usize {
         self.mux.connections()
     }
 
-    /// Works off everything there is to do.
+    /// Moves all packets that are waiting.
     fn serve(&mut self) -> Result<(), DeviceError> {
         let Some(queues) = &mut self.queues else {
             return Ok(());
         };
-        if self.paused {
-            return Ok(());
-        }
         queues.serve(&mut self.mux)?;
-        self.mux
-            .arm()
-            .map_err(|source| host("arm its timer", source))
+        self.mux.arm().map_err(DEVICE.host_error("arm its timer"))
     }
 
-    /// A broken device is not called any more: its sockets must not wake the loop for nothing,
-    /// nor keep hosts waiting.
-    fn quiet_if_broken(&mut self, result: Result<(), DeviceError>) -> Result<(), DeviceError> {
+    /// Stops a device that is broken and will not be called any more: its sockets must neither keep
+    /// the event loop busy nor keep hosts waiting.
+    fn stop_if_broken(&mut self, result: Result<(), DeviceError>) -> Result<(), DeviceError> {
         if result.is_err() {
             self.stop();
         }
@@ -181,42 +174,42 @@ impl Vsock {
 
     fn stop(&mut self) {
         if let Err(error) = self.mux.stop() {
-            tracing::error!(%error, "vsock: cannot leave the event loop");
+            tracing::error!(%error, "vsock: cannot be unregistered from the event loop");
         }
     }
 
-    /// Brings the announcement of a reset forward as far as the driver allows.
+    /// Continues the announcement of a reset as far as the driver allows.
     fn announce(&mut self) -> Result<(), DeviceError> {
         let Some(queues) = &mut self.queues else {
             return Ok(());
         };
-        if self.reset == Reset::Due
+        if self.reset == TransportReset::Pending
             && let Some(position) = queues.announce_reset()?
         {
-            self.reset = Reset::Told {
+            self.reset = TransportReset::Announced {
                 position,
                 overdue: false,
             };
         }
-        if let Reset::Told { position, overdue } = self.reset
+        if let TransportReset::Announced { position, overdue } = self.reset
             && queues.passed(position)?
         {
             if overdue {
-                // The driver has closed what was opened meanwhile, and sends nothing of that: the
-                // hosts would wait for ever.
+                // The driver has closed the connections that were opened meanwhile without a
+                // packet, so their hosts would wait for ever.
                 self.mux.end_all();
             }
-            self.reset = Reset::Done;
+            self.reset = TransportReset::Done;
         }
         self.mux
-            .listen(self.reset.lets_hosts_in())
-            .map_err(|source| host("watch its listener", source))
+            .listen(self.reset.admits_hosts())
+            .map_err(DEVICE.host_error("wait for its listener"))
     }
 }
 
 impl VirtioDevice for Vsock {
-    fn name(&self) -> &'static str {
-        NAME
+    fn name(&self) -> DeviceName {
+        DEVICE
     }
 
     fn device_type(&self) -> u32 {
@@ -240,18 +233,15 @@ impl VirtioDevice for Vsock {
         let mut rings = activation
             .queues
             .into_iter()
-            .map(|queue| Ring::new(NAME, queue, event_idx));
+            .map(|queue| ServedQueue::new(DEVICE, queue, event_idx));
         let (Some(rx), Some(tx), Some(event), None) =
             (rings.next(), rings.next(), rings.next(), rings.next())
         else {
-            return Err(DeviceError::Driver {
-                device: NAME,
-                reason: format!("it did not set up all {QUEUES} queues"),
-            });
+            return Err(DEVICE.driver_error(format!("it did not set up all {QUEUES} queues")));
         };
         self.mux
             .start(activation.events)
-            .map_err(|source| host("watch its timer", source))?;
+            .map_err(DEVICE.host_error("wait for its timer"))?;
         self.queues = Some(Queues {
             ram: activation.ram,
             rx,
@@ -259,31 +249,28 @@ impl VirtioDevice for Vsock {
             event,
             interrupt: activation.interrupt,
         });
-        self.paused = false;
-        if self.reset != Reset::Done {
-            self.mux.expect_listening(RESET_PATIENCE);
+        if self.reset != TransportReset::Done {
+            self.mux.listen_within(RESET_TIMEOUT);
         }
         let result = self.announce().and_then(|()| self.serve());
-        self.quiet_if_broken(result)
+        self.stop_if_broken(result)
     }
 
     fn notify_queue(&mut self, queue: u16) -> Result<(), DeviceError> {
-        let announced = if queue == EVENT_QUEUE && self.reset != Reset::Done && !self.paused {
+        let announced = if queue == EVENT_QUEUE && self.reset != TransportReset::Done {
             self.announce()
         } else {
             Ok(())
         };
         let result = announced.and_then(|()| self.serve());
-        self.quiet_if_broken(result)
+        self.stop_if_broken(result)
     }
 
     fn handle_event(&mut self, token: u32, ready: EventSet) -> Result<(), DeviceError> {
         let result = match token {
-            _ if self.queues.is_none() => Ok(()),
-            TOKEN_LISTENER if self.paused => Ok(()),
             TOKEN_LISTENER => self.mux.accept(),
             TOKEN_TIMER => self.mux.timer_ready().map(|opened| {
-                if let Reset::Told { overdue, .. } = &mut self.reset {
+                if let TransportReset::Announced { overdue, .. } = &mut self.reset {
                     *overdue |= opened;
                 }
             }),
@@ -293,36 +280,37 @@ impl VirtioDevice for Vsock {
             }
         };
         let result = result
-            .map_err(|source| host("wait on its sockets", source))
+            .map_err(DEVICE.host_error("wait on its sockets"))
             .and_then(|()| self.serve());
-        self.quiet_if_broken(result)
+        self.stop_if_broken(result)
     }
 
     fn pause(&mut self) -> Result<(), DeviceError> {
         // Every call leaves queues and RAM at rest, so there is nothing to drain.
-        self.paused = true;
-        let stopped = self.mux.listen(false).and_then(|()| self.mux.freeze());
-        stopped.map_err(|source| host("stop its listener and timer", source))
+        let stopped = self.mux.listen(false).and_then(|()| self.mux.pause());
+        stopped.map_err(DEVICE.host_error("stop its listener and timer"))
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
-        self.paused = false;
-        self.mux.thaw();
+        self.mux.resume();
         let result = self.announce().and_then(|()| self.serve());
-        self.quiet_if_broken(result)
+        self.stop_if_broken(result)
     }
 
     fn reset(&mut self) {
         self.queues = None;
-        self.paused = false;
-        // A new driver has no old connections to hear of.
-        self.reset = Reset::Done;
+        // A new driver has no old connections that it must be told of.
+        self.reset = TransportReset::Done;
         self.stop();
     }
 
     fn queues(&self) -> Vec<(u16, &Queue)> {
         match &self.queues {
-            Some(queues) => vec![queues.rx.queue(), queues.tx.queue(), queues.event.queue()],
+            Some(queues) => vec![
+                queues.rx.indexed(),
+                queues.tx.indexed(),
+                queues.event.indexed(),
+            ],
             None => Vec::new(),
         }
     }
@@ -331,16 +319,8 @@ impl VirtioDevice for Vsock {
         VsockState {
             guest_cid: self.mux.guest_cid(),
             next_host_port: self.mux.next_host_port(),
-            transport_reset: self.queues.is_some() || self.reset != Reset::Done,
+            transport_reset: self.queues.is_some() || self.reset != TransportReset::Done,
         }
         .encode()
-    }
-}
-
-fn host(action: &'static str, source: io::Error) -> DeviceError {
-    DeviceError::Host {
-        device: NAME,
-        action,
-        source,
     }
 }

@@ -1,5 +1,5 @@
-//! All connections of a device: which packet belongs to which, whose turn it is, and how long
-//! each may wait. Knows nothing of queues: packets come in with [`Mux::receive`] and go out with
+//! All connections of a device: it assigns packets to connections, and keeps the order of turns and
+//! the timeouts. It does not depend on queues: packets come in by [`Mux::receive`] and go out by
 //! [`Mux::next_packet`].
 
 use std::collections::VecDeque;
@@ -16,38 +16,39 @@ use super::packet::{HOST_CID, Header, TYPE_STREAM, op};
 use super::table::Table;
 use super::{VsockLimits, VsockResources};
 use crate::event_loop::Registrar;
-use crate::virtio::ring::Segment;
+use crate::virtio::{Reader, Writer};
 
 /// The listener's token.
 pub(super) const TOKEN_LISTENER: u32 = 0;
 /// The timer's token.
 pub(super) const TOKEN_TIMER: u32 = 1;
 
-/// Ports of the host's side lie from here to twice this.
+/// The ports of the host's side are from this number to twice this number.
 const HOST_PORTS: u32 = 1 << 30;
-/// Resets that may wait for receive buffers before the guest's own packets have to wait.
+/// The number of resets that may wait for receive buffers before the guest's own packets have to
+/// wait.
 const MAX_REPLIES: usize = 256;
-/// Connections accepted before others have their turn.
+/// The number of connections that are accepted before other handlers have their turn.
 const MAX_ACCEPTS: usize = 64;
-/// How long to leave the listener alone when the process is out of file descriptors.
-const RELISTEN: Duration = Duration::from_millis(100);
+/// The time for which no connection is accepted after the process ran out of file descriptors.
+const RELISTEN_DELAY: Duration = Duration::from_millis(100);
 
-/// See the module.
+/// All connections of a device; see the module.
 pub(super) struct Mux {
     guest_cid: u64,
     next_host_port: u32,
     limits: VsockLimits,
     table: Table,
-    /// Resets for packets of no connection, and of connections that are gone.
+    /// The resets for packets of no connection, and of closed connections.
     replies: VecDeque<Header>,
-    /// Connections that may have a packet, each once, in the order of their turns.
+    /// The connections that may have a packet, each once, in the order of their turns.
     ready: VecDeque<u32>,
     connector: Option<Box<dyn GuestConnector>>,
     listener: UnixListener,
     listening: bool,
     deadlines: Deadlines,
     events: Option<Registrar>,
-    frozen_at: Option<Instant>,
+    paused_at: Option<Instant>,
 }
 
 impl Mux {
@@ -74,7 +75,7 @@ impl Mux {
             listening: false,
             deadlines: Deadlines::new()?,
             events: None,
-            frozen_at: None,
+            paused_at: None,
         })
     }
 
@@ -90,36 +91,37 @@ impl Mux {
         self.table.len()
     }
 
-    /// Starts: timers run, sockets are watched. The listener waits for [`Mux::listen`].
+    /// Registers the timer. The listener is registered by [`Mux::listen`].
     pub(super) fn start(&mut self, events: Registrar) -> io::Result<()> {
         events.add(self.deadlines.timer(), TOKEN_TIMER, EventSet::IN)?;
         self.events = Some(events);
-        self.frozen_at = None;
+        self.paused_at = None;
         Ok(())
     }
 
-    /// Ends every connection and forgets the loop.
+    /// Closes every connection and unregisters from the event loop.
     pub(super) fn stop(&mut self) -> io::Result<()> {
         let unlistened = self.listen(false);
         self.end_all();
         self.replies.clear();
         self.ready.clear();
         self.deadlines.clear();
-        self.frozen_at = None;
+        self.paused_at = None;
         if let Some(events) = self.events.take() {
             events.remove(self.deadlines.timer())?;
         }
         unlistened
     }
 
-    /// Ends every connection; their hosts see the end of the stream.
+    /// Closes every connection. Their hosts see the end of the stream.
     pub(super) fn end_all(&mut self) {
         for token in self.table.tokens() {
             self.remove(token);
         }
     }
 
-    /// Opens or closes the door for hosts; who comes meanwhile waits in the listener's backlog.
+    /// Starts or stops accepting hosts. Hosts that connect meanwhile wait in the listener's
+    /// backlog.
     pub(super) fn listen(&mut self, on: bool) -> io::Result<()> {
         let Some(events) = &self.events else {
             return Ok(());
@@ -133,53 +135,51 @@ impl Mux {
         Ok(())
     }
 
-    /// Opens the door after `patience` at the latest.
-    pub(super) fn expect_listening(&mut self, patience: Duration) {
-        self.deadlines
-            .add(Instant::now() + patience, TOKEN_LISTENER);
+    /// Starts accepting hosts after `timeout` at the latest.
+    pub(super) fn listen_within(&mut self, timeout: Duration) {
+        self.deadlines.add(Instant::now() + timeout, TOKEN_LISTENER);
     }
 
     /// Stops the clock of all deadlines.
-    pub(super) fn freeze(&mut self) -> io::Result<()> {
-        self.frozen_at = Some(Instant::now());
+    pub(super) fn pause(&mut self) -> io::Result<()> {
+        self.paused_at = Some(Instant::now());
         self.deadlines.disarm()
     }
 
-    /// Gives every deadline the time back that it was frozen, and acts on what sockets became
-    /// ready for meanwhile.
-    pub(super) fn thaw(&mut self) {
-        if let Some(since) = self.frozen_at.take() {
-            let frozen = since.elapsed();
-            self.deadlines.delay(frozen);
+    /// Restarts the clock: moves all deadlines by the length of the pause.
+    pub(super) fn resume(&mut self) {
+        if let Some(since) = self.paused_at.take() {
+            let paused = since.elapsed();
+            self.deadlines.delay(paused);
             for token in self.table.tokens() {
                 if let Some(member) = self.table.get_mut(token)
                     && let Some((_, at)) = &mut member.deadline
                 {
-                    *at += frozen;
+                    *at += paused;
                 }
             }
         }
         for token in self.table.tokens() {
-            self.go_on(token);
+            self.advance(token);
         }
     }
 
-    /// Accepts hosts that wait.
+    /// Accepts the hosts that wait.
     pub(super) fn accept(&mut self) -> io::Result<()> {
         for _ in 0..MAX_ACCEPTS {
             match backend::accept(&self.listener)? {
-                Accepted::Nobody => break,
+                Accepted::NoConnection => break,
                 Accepted::NoDescriptors => {
                     tracing::warn!("vsock: no file descriptors left for new connections");
                     self.listen(false)?;
                     self.deadlines
-                        .add(Instant::now() + RELISTEN, TOKEN_LISTENER);
+                        .add(Instant::now() + RELISTEN_DELAY, TOKEN_LISTENER);
                     break;
                 }
                 Accepted::Stream(stream) => match self.table.next_grant() {
                     Some(grant) => {
                         let token = self.table.insert(Connection::from_host(stream, grant));
-                        self.watch(token);
+                        self.register(token);
                     }
                     None => tracing::warn!(
                         limit = self.limits.max_connections,
@@ -191,22 +191,17 @@ impl Mux {
         Ok(())
     }
 
-    /// A connection's socket is ready. While frozen this is only noted.
+    /// A connection's socket is ready.
     pub(super) fn socket_ready(&mut self, token: u32, ready: EventSet) {
         if let Some(member) = self.table.get_mut(token) {
             member.connection.note_ready(ready);
-            if self.frozen_at.is_none() {
-                self.go_on(token);
-            }
+            self.advance(token);
         }
     }
 
-    /// Acts on deadlines that have passed; `true` if one of them opened the door.
+    /// Acts on deadlines that have passed. Returns `true` if hosts are accepted from now on.
     pub(super) fn timer_ready(&mut self) -> io::Result<bool> {
         let mut opened = false;
-        if self.frozen_at.is_some() {
-            return Ok(opened);
-        }
         for token in self.deadlines.take_due(Instant::now())? {
             if token == TOKEN_LISTENER {
                 self.listen(true)?;
@@ -220,20 +215,20 @@ impl Mux {
         Ok(opened)
     }
 
-    /// Makes the timer fire when the next deadline passes. Call when done with an event.
+    /// Sets the timer for the next deadline. It is called at the end of every event.
     pub(super) fn arm(&mut self) -> io::Result<()> {
         self.deadlines.arm(Instant::now())
     }
 
-    /// Whether the guest's packets must wait because too many answers to them do.
+    /// Whether the guest's packets must wait because too many answers to them are waiting.
     pub(super) fn is_congested(&self) -> bool {
         self.replies.len() >= MAX_REPLIES
     }
 
-    /// Takes a packet of the guest; `payload` holds exactly its data.
-    pub(super) fn receive(&mut self, header: &Header, payload: &[Segment<'_>]) {
+    /// Handles a packet of the guest. `payload` has exactly its data.
+    pub(super) fn receive(&mut self, header: &Header, payload: Reader<'_, '_>) {
         if header.src_cid != self.guest_cid {
-            // Nobody the answer could go to (5.10.6.4: a driver uses its own context id).
+            // There is no receiver for an answer (5.10.6.4: a driver uses its own context id).
             tracing::debug!(?header, "vsock: packet from another context id dropped");
             return;
         }
@@ -272,7 +267,7 @@ impl Mux {
                 let connection = Connection::from_guest(stream, grant, request);
                 let token = self.table.insert(connection);
                 self.table.bind(token, ports);
-                self.watch(token);
+                self.register(token);
             }
             Err(error) => {
                 tracing::debug!(port = ports.host, %error, "vsock: the guest's connection is refused");
@@ -281,13 +276,13 @@ impl Mux {
         }
     }
 
-    /// Whether [`Mux::next_packet`] may have one.
+    /// Whether [`Mux::next_packet`] may return a packet.
     pub(super) fn has_packets(&self) -> bool {
         !self.replies.is_empty() || !self.ready.is_empty()
     }
 
-    /// The next packet for the guest, its data already in `room`.
-    pub(super) fn next_packet(&mut self, room: &[Segment<'_>]) -> Option<Header> {
+    /// The next packet for the guest, with its data in `room`.
+    pub(super) fn next_packet(&mut self, room: &Writer<'_, '_>) -> Option<Header> {
         if let Some(reply) = self.replies.pop_front() {
             return Some(reply);
         }
@@ -310,9 +305,9 @@ impl Mux {
         None
     }
 
-    /// Registers a new connection's socket. Edge-triggered: sockets whose data the guest has no
-    /// room for must not wake the loop again and again.
-    fn watch(&mut self, token: u32) {
+    /// Registers a new connection's socket. It is edge-triggered, because a socket whose data the
+    /// guest has no room for must not keep the event loop busy.
+    fn register(&mut self, token: u32) {
         let interest = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
         let (Some(member), Some(events)) = (self.table.get_mut(token), &self.events) else {
             return;
@@ -320,18 +315,18 @@ impl Mux {
         let outcome = match events.add(&member.connection.stream, token, interest) {
             Ok(()) => Outcome::Keep,
             Err(error) => {
-                tracing::warn!(%error, "vsock: cannot watch a connection");
+                tracing::warn!(%error, "vsock: cannot wait for a connection");
                 Outcome::Reset
             }
         };
         self.settle(token, outcome);
     }
 
-    fn go_on(&mut self, token: u32) {
+    fn advance(&mut self, token: u32) {
         let Some(member) = self.table.get_mut(token) else {
             return;
         };
-        let mut outcome = member.connection.go_on();
+        let mut outcome = member.connection.advance();
         if outcome == Outcome::Keep && member.connection.phase == Phase::Greeting {
             outcome = match backend::read_greeting(&member.connection.stream) {
                 Greeting::Incomplete => Outcome::Keep,
@@ -343,7 +338,7 @@ impl Mux {
     }
 
     fn host_connects(&mut self, token: u32, guest: u32) -> Outcome {
-        // At most one port per connection is taken, so this ends.
+        // At most one port per connection is taken, so the loop ends.
         let ports = loop {
             let host = self.next_host_port;
             self.next_host_port = HOST_PORTS | host.wrapping_add(1) & (HOST_PORTS - 1);
@@ -358,29 +353,29 @@ impl Mux {
         Outcome::Keep
     }
 
-    /// Brings everything about a connection in line after it changed.
+    /// Updates the queue, the registration and the deadline of a connection after it has changed.
     fn settle(&mut self, token: u32, outcome: Outcome) {
         let Some(member) = self.table.get_mut(token) else {
             return;
         };
         let connection = &mut member.connection;
         if outcome != Outcome::Keep {
-            if outcome == Outcome::Reset && connection.guest_knows() {
+            if outcome == Outcome::Reset && connection.is_known_to_guest() {
                 self.replies
                     .push_back(reset(self.guest_cid, connection.ports));
             }
-            if !connection.lingers() {
+            if !connection.is_draining() {
                 self.remove(token);
                 return;
             }
             let ports = connection.ports;
             self.table.unbind(token, ports);
         }
-        self.queue_and_watch(token);
+        self.queue_and_register(token);
         self.set_deadline(token);
     }
 
-    fn queue_and_watch(&mut self, token: u32) {
+    fn queue_and_register(&mut self, token: u32) {
         let (Some(member), Some(events)) = (self.table.get_mut(token), &self.events) else {
             return;
         };
@@ -390,14 +385,14 @@ impl Mux {
             self.ready.push_back(token);
         }
         let wants_room = connection.wants_room();
-        if wants_room != connection.watching_room {
+        if wants_room != connection.awaits_room {
             let mut interest = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
             interest.set(EventSet::OUT, wants_room);
             match events.modify(&connection.stream, token, interest) {
-                Ok(()) => connection.watching_room = wants_room,
+                Ok(()) => connection.awaits_room = wants_room,
                 Err(error) => {
-                    tracing::warn!(%error, "vsock: cannot watch a connection");
-                    if connection.guest_knows() && connection.phase != Phase::Draining {
+                    tracing::warn!(%error, "vsock: cannot wait for a connection");
+                    if connection.is_known_to_guest() && connection.phase != Phase::Draining {
                         self.replies
                             .push_back(reset(self.guest_cid, connection.ports));
                     }
@@ -419,12 +414,12 @@ impl Mux {
             self.deadlines.remove(at, token);
         }
         if let Some(wait) = wait {
-            let patience = match wait {
+            let timeout = match wait {
                 Wait::Greeting => self.limits.greeting_timeout,
                 Wait::Response => self.limits.connect_timeout,
                 Wait::Close => self.limits.close_timeout,
             };
-            let at = Instant::now() + patience;
+            let at = Instant::now() + timeout;
             member.deadline = Some((wait, at));
             self.deadlines.add(at, token);
         }
@@ -438,7 +433,7 @@ impl Mux {
             self.deadlines.remove(at, token);
         }
         if let Some(events) = &self.events {
-            // Closing the socket, which follows, removes it as well.
+            // Closing the socket, which follows, unregisters it as well.
             let _ = events.remove(&member.connection.stream);
         }
     }

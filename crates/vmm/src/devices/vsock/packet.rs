@@ -18,28 +18,28 @@ pub(super) const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
 
 /// `VIRTIO_VSOCK_OP_*`, as numbers: a guest may send any.
 pub(super) mod op {
-    /// Asks for a connection.
+    /// The packet asks for a connection.
     pub(crate) const REQUEST: u16 = 1;
-    /// Accepts one.
+    /// The packet accepts a connection.
     pub(crate) const RESPONSE: u16 = 2;
-    /// Refuses or ends one at once.
+    /// The packet refuses or ends a connection at once.
     pub(crate) const RST: u16 = 3;
-    /// Announces the end of one or both directions.
+    /// The packet announces the end of one or both directions.
     pub(crate) const SHUTDOWN: u16 = 4;
-    /// Carries data.
+    /// The packet carries data.
     pub(crate) const RW: u16 = 5;
-    /// Tells the sender's buffer space.
+    /// The packet reports the sender's buffer space.
     pub(crate) const CREDIT_UPDATE: u16 = 6;
-    /// Asks for the receiver's buffer space.
+    /// The packet asks for the receiver's buffer space.
     pub(crate) const CREDIT_REQUEST: u16 = 7;
 }
 
 /// A packet's header, decoded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Header {
-    /// Who sent it.
+    /// The sender's context id.
     pub(super) src_cid: u64,
-    /// Who is to get it.
+    /// The receiver's context id.
     pub(super) dst_cid: u64,
     /// The sender's port.
     pub(super) src_port: u32,
@@ -49,18 +49,18 @@ pub(super) struct Header {
     pub(super) len: u32,
     /// The socket type.
     pub(super) socket_type: u16,
-    /// What it is, one of [`op`].
+    /// The operation, one of [`op`].
     pub(super) op: u16,
-    /// For `SHUTDOWN`: which directions end.
+    /// The directions that end, for `SHUTDOWN`.
     pub(super) flags: u32,
     /// The sender's receive buffer in bytes.
     pub(super) buf_alloc: u32,
-    /// How many bytes the sender's user has taken, ever, wrapping.
+    /// The number of bytes that the sender's user has ever taken, wrapping.
     pub(super) fwd_cnt: u32,
 }
 
 impl Header {
-    /// Decodes a header; every bit pattern is one.
+    /// Decodes a header. Every bit pattern is valid.
     pub(super) fn decode(bytes: &[u8; HEADER_LEN]) -> Self {
         Self {
             src_cid: u64::from_le_bytes(field(bytes, 0)),

@@ -1,56 +1,46 @@
 //! The three queues: packets for the guest, packets from it, and events (VIRTIO 1.3, 5.10.2).
 //!
-//! Work is bounded per call: after [`BUDGET`] packets the queues kick themselves, so that other
-//! devices get their turn. Interrupts are raised once per call.
+//! Work is bounded per call by [`BUDGET`]. Interrupts are raised once per call.
 
 use std::sync::Arc;
 
 use super::mux::Mux;
 use super::packet::{HEADER_LEN, Header};
 use crate::virtio::budget::Budget;
-use crate::virtio::ring::{Ring, Segment, read_prefix, write_prefix};
-use crate::virtio::{DeviceError, GuestRam, Interrupt};
+use crate::virtio::{
+    DescriptorChain, DeviceError, GuestRam, Interrupt, RequestHandler, Served, ServedQueue,
+    Stopped, Turn,
+};
 
-/// Packets handled in each direction, and their data, before others have their turn.
+/// The packets in each direction that one call handles, and the bytes of their data.
 const BUDGET: Budget = Budget::new(256, 8 << 20);
 
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`: all connections are gone.
 const EVENT_TRANSPORT_RESET: [u8; 4] = [0; 4];
 
-/// Why serving a queue stopped.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Stop {
-    /// Nothing is left to do.
-    Idle,
-    /// There is work, but the driver has to make room first.
-    Blocked,
-    /// There is work, but others have their turn.
-    Budget,
-}
-
-/// What the driver lent at activation.
+/// The resources of the activation.
 pub(super) struct Queues {
     pub(super) ram: GuestRam,
-    pub(super) rx: Ring,
-    pub(super) tx: Ring,
-    pub(super) event: Ring,
+    pub(super) rx: ServedQueue,
+    pub(super) tx: ServedQueue,
+    pub(super) event: ServedQueue,
     pub(super) interrupt: Arc<dyn Interrupt>,
 }
 
 impl Queues {
-    /// Moves packets both ways until there is nothing left, no room, or enough done.
+    /// Moves packets both ways until none is left, there is no room, or the budget is spent.
     pub(super) fn serve(&mut self, mux: &mut Mux) -> Result<(), DeviceError> {
-        // One each: a guest that floods one direction must not starve the other.
+        // Each direction has its own budget: a guest that floods one must not starve the other.
         let (mut tx_budget, mut rx_budget) = (BUDGET, BUDGET);
         loop {
-            let tx = self.serve_tx(mux, &mut tx_budget)?;
+            let mut turn = Turn::new(&mut tx_budget);
+            let tx = self
+                .tx
+                .serve_silently(&self.ram, &mut turn, &mut FromGuest(mux))?;
             let rx = self.serve_rx(mux, &mut rx_budget)?;
-            if tx == Stop::Budget || rx == Stop::Budget {
-                self.tx.again()?;
-                break;
-            }
-            // Answers have gone out, so that there is room for more questions.
-            if tx == Stop::Idle || rx == Stop::Blocked {
+            // A spent budget has requeued its queue. The guest's packets were all taken, or their
+            // answers have no room: only answers that went out make room for more packets.
+            if tx != Stopped::Blocked || matches!(rx, Stopped::Empty | Stopped::Budget) {
                 break;
             }
         }
@@ -58,115 +48,103 @@ impl Queues {
         self.rx.signal(&self.ram, &*self.interrupt)
     }
 
-    fn serve_tx(&mut self, mux: &mut Mux, budget: &mut Budget) -> Result<Stop, DeviceError> {
-        self.tx.mute(&self.ram)?;
-        loop {
-            if mux.is_congested() {
-                return Ok(Stop::Blocked);
-            }
-            if budget.is_spent() {
-                return Ok(Stop::Budget);
-            }
-            let Some(mut chain) = self.tx.pop(&self.ram)? else {
-                if self.tx.unmute(&self.ram)? {
-                    budget.spend(0);
-                    continue;
-                }
-                return Ok(Stop::Idle);
-            };
-            let mut bytes = [0; HEADER_LEN];
-            let Some(payload) = read_prefix(&mut chain.readable, &mut bytes) else {
-                return Err(self.tx.broken("a packet is shorter than its header"));
-            };
-            let header = Header::decode(&bytes);
-            let Some(payload) = truncate(payload, header.len as usize) else {
-                let len = header.len;
-                return Err(self
-                    .tx
-                    .broken(format!("a packet has less than its {len} bytes")));
-            };
-            budget.spend(header.len.into());
-            mux.receive(&header, payload);
-            self.tx.push_used(&self.ram, chain.head, 0)?;
-        }
-    }
-
-    fn serve_rx(&mut self, mux: &mut Mux, budget: &mut Budget) -> Result<Stop, DeviceError> {
-        while mux.has_packets() {
-            if budget.is_spent() {
-                return Ok(Stop::Budget);
-            }
-            let Some(mut chain) = self.rx.pop(&self.ram)? else {
-                if self.rx.unmute(&self.ram)? {
-                    budget.spend(0);
-                    continue;
-                }
-                return Ok(Stop::Blocked);
-            };
-            // Room for data is demanded of every buffer: which packet will land in it is not
-            // known to the driver.
-            let mut front = chain.writable.clone();
-            let room = match write_prefix(&mut chain.writable, &[0; HEADER_LEN]) {
-                Some(room) if !room.is_empty() => room,
-                _ => return Err(self.rx.broken("a receive buffer has no room for data")),
-            };
-            let Some(packet) = mux.next_packet(room) else {
-                self.rx.unpop();
-                continue;
-            };
-            budget.spend(packet.len.into());
-            write_prefix(&mut front, &packet.encode());
-            let len = HEADER_LEN as u32 + packet.len;
-            self.rx.push_used(&self.ram, chain.head, len)?;
-        }
-        self.rx.mute(&self.ram)?;
-        Ok(Stop::Idle)
+    fn serve_rx(&mut self, mux: &mut Mux, budget: &mut Budget) -> Result<Stopped, DeviceError> {
+        let mut turn = Turn::new(budget);
+        self.rx
+            .serve_silently(&self.ram, &mut turn, &mut ToGuest(mux))
     }
 
     /// Tells the guest that its connections are gone. Returns the driver's position in the event
-    /// queue just before it could know, or `None` where it lent no buffer yet.
+    /// queue just before that, or `None` where the driver has queued no buffer yet.
     pub(super) fn announce_reset(&mut self) -> Result<Option<u16>, DeviceError> {
-        let mut chain = match self.event.pop(&self.ram)? {
+        let chain = match self.event.pop(&self.ram)? {
             Some(chain) => chain,
             None => {
-                if self.event.unmute(&self.ram)? {
-                    // One came in between: it is looked at when others had their turn.
-                    self.event.again()?;
+                if self.event.enable_notification(&self.ram)? {
+                    // A buffer came in between. It is used after other handlers had their turn.
+                    self.event.requeue()?;
                 }
                 return Ok(None);
             }
         };
         let position = self.event.driver_position(&self.ram)?;
-        if write_prefix(&mut chain.writable, &EVENT_TRANSPORT_RESET).is_none() {
-            return Err(self
-                .event
-                .broken("an event buffer is shorter than an event"));
+        if chain.writer().write_all(&EVENT_TRANSPORT_RESET).is_err() {
+            let reason = "an event buffer is shorter than an event";
+            return Err(self.event.driver_error(reason));
         }
-        self.event.push_used(&self.ram, chain.head, 4)?;
+        self.event.push_used(&self.ram, chain.head(), 4)?;
         self.event.signal(&self.ram, &*self.interrupt)?;
         Ok(Some(position))
     }
 
-    /// Whether the driver went past `position` in the event queue; if not, it will kick when it
-    /// does.
+    /// Whether the driver has passed `position` in the event queue. If not, it will notify the
+    /// device when it does.
     pub(super) fn passed(&mut self, position: u16) -> Result<bool, DeviceError> {
         if self.event.driver_position(&self.ram)? != position {
             return Ok(true);
         }
-        self.event.unmute_beyond(&self.ram, position)
+        self.event.enable_notification_beyond(&self.ram, position)
     }
 }
 
-/// The first `len` bytes of `segments`; `None` where they are fewer.
-fn truncate<'s, 'm>(segments: &'s mut [Segment<'m>], len: usize) -> Option<&'s [Segment<'m>]> {
-    let mut left = len;
-    let mut count = 0;
-    while left > 0 {
-        let segment = segments.get_mut(count)?;
-        let take = left.min(segment.slice.len());
-        segment.slice = segment.slice.subslice(0, take).ok()?;
-        left -= take;
-        count += 1;
+/// Handles the guest's packets.
+struct FromGuest<'a>(&'a mut Mux);
+
+impl<'m> RequestHandler<'m> for FromGuest<'_> {
+    fn handle(
+        &mut self,
+        queue: &mut ServedQueue,
+        chain: &mut DescriptorChain<'m>,
+    ) -> Result<Served, DeviceError> {
+        let mut reader = chain.reader();
+        let Ok(bytes) = reader.read_array::<HEADER_LEN>() else {
+            return Err(queue.driver_error("a packet is shorter than its header"));
+        };
+        let header = Header::decode(&bytes);
+        let len = header.len;
+        let Ok(payload) = reader.take(len as usize) else {
+            let reason = format_args!("a packet has less than its {len} bytes");
+            return Err(queue.driver_error(reason));
+        };
+        self.0.receive(&header, payload);
+        Ok(Served::Used {
+            written: 0,
+            bytes: len.into(),
+        })
     }
-    Some(&segments[..count])
+
+    fn is_ready(&self) -> bool {
+        !self.0.is_congested()
+    }
+}
+
+/// Fills the guest's buffers with packets.
+struct ToGuest<'a>(&'a mut Mux);
+
+impl<'m> RequestHandler<'m> for ToGuest<'_> {
+    fn handle(
+        &mut self,
+        queue: &mut ServedQueue,
+        chain: &mut DescriptorChain<'m>,
+    ) -> Result<Served, DeviceError> {
+        // Room for data is demanded of every buffer: which packet will land in it is not known to
+        // the driver.
+        let (mut front, room) = match chain.writer().split_at(HEADER_LEN) {
+            Ok((front, room)) if room.remaining() > 0 => (front, room),
+            _ => return Err(queue.driver_error("a receive buffer has no room for data")),
+        };
+        let Some(packet) = self.0.next_packet(&room) else {
+            return Ok(Served::Returned);
+        };
+        let written = front.write_all(&packet.encode());
+        written.map_err(|error| queue.driver_error(error))?;
+        Ok(Served::Used {
+            written: HEADER_LEN as u32 + packet.len,
+            bytes: packet.len.into(),
+        })
+    }
+
+    fn is_ready(&self) -> bool {
+        self.0.has_packets()
+    }
 }

@@ -1,17 +1,23 @@
-//! What a vsock device remembers across save and restore: little, because connections end there.
+//! The saved state of a vsock device. It is small, because connections end at a restore.
 
 use serde::{Deserialize, Serialize};
 
-use crate::virtio::DeviceError;
+use super::DEVICE;
+use crate::state_codec::VersionedState;
+use crate::virtio::{DeviceError, DeviceName};
 
 /// The first port used on the host's side of connections that the host starts.
 const FIRST_HOST_PORT: u32 = 1 << 30;
 
-/// The saved form, by version. Never change a version: add one.
+/// The saved form. New versions are added, old ones are never changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SavedVsock {
-    /// The first.
+    /// The first version.
     V1(VsockState),
+}
+
+impl VersionedState for SavedVsock {
+    const DEVICE: DeviceName = DEVICE;
 }
 
 /// A vsock device's state. Built fresh at boot, decoded at restore.
@@ -19,10 +25,11 @@ pub enum SavedVsock {
 pub struct VsockState {
     /// The guest's context id (3 to 2^32 - 2).
     pub guest_cid: u64,
-    /// The next port for the host's side. Goes on after a restore, so that what the guest still
-    /// sends on connections of its former life cannot be taken for a new one.
+    /// The next port for the host's side. It is not reset by a restore, so that packets which the
+    /// guest still sends on connections from before cannot be taken for a new connection's.
     pub next_host_port: u32,
-    /// The guest had connections, or might have: tell it at once that they are gone.
+    /// Whether the guest may have had connections, so that it must be told at once that they are
+    /// gone.
     pub transport_reset: bool,
 }
 
@@ -36,17 +43,14 @@ impl VsockState {
         }
     }
 
-    /// Encodes it with its version.
+    /// Encodes the state with its version.
     pub fn encode(&self) -> Result<Vec<u8>, DeviceError> {
-        postcard::to_stdvec(&SavedVsock::V1(self.clone())).map_err(refused)
+        SavedVsock::V1(self.clone()).to_bytes()
     }
 
     /// Decodes and checks what [`VsockState::encode`] wrote, perhaps on another host.
     pub fn decode(bytes: &[u8]) -> Result<Self, DeviceError> {
-        let (SavedVsock::V1(state), rest) = postcard::take_from_bytes(bytes).map_err(refused)?;
-        if !rest.is_empty() {
-            return Err(refused(format_args!("{} bytes too many", rest.len())));
-        }
+        let SavedVsock::V1(state) = SavedVsock::from_bytes(bytes)?;
         state.check()?;
         Ok(state)
     }
@@ -56,18 +60,11 @@ impl VsockState {
         if (3..u64::from(u32::MAX)).contains(&self.guest_cid) {
             Ok(())
         } else {
-            Err(refused(format_args!(
+            Err(DEVICE.state_error(format_args!(
                 "{} cannot be a guest's context id",
                 self.guest_cid
             )))
         }
-    }
-}
-
-fn refused(reason: impl std::fmt::Display) -> DeviceError {
-    DeviceError::State {
-        device: super::NAME,
-        reason: reason.to_string(),
     }
 }
 

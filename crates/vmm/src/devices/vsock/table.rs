@@ -9,21 +9,21 @@ use std::time::Instant;
 
 /// Set in every connection's token, so that other tokens can stay below it.
 const TOKEN_BIT: u32 = 1 << 30;
-/// Bits of a token that name the slot; those between them and [`TOKEN_BIT`] count its reuse, so
-/// that an event under way for a closed socket finds nobody.
+/// The bits of a token that name the slot. Those between them and [`TOKEN_BIT`] count the slot's
+/// reuse, so that a late event of a closed socket finds no connection.
 const SLOT_BITS: u32 = 16;
 const GENERATIONS: u32 = 1 << (30 - SLOT_BITS);
 
 /// The most connections that any limit may allow.
 pub(super) const MAX_CONNECTIONS: usize = 1 << SLOT_BITS;
-/// Buffer that even the last connection gets.
+/// The buffer that even the last connection gets, in bytes.
 pub(super) const MIN_BUFFER: u32 = 4 << 10;
-/// Buffer that a connection gets while there is plenty.
+/// The buffer that a connection gets while there is enough memory, in bytes.
 const MAX_BUFFER: u32 = 256 << 10;
-/// A connection gets at most this part of what is left beyond everybody's minimum.
+/// A connection gets at most this fraction of the memory that is left beyond all minimum buffers.
 const SHARE: u64 = 32;
 
-/// A connection in the table, with when its patience ends.
+/// A connection in the table, with the time at which its timeout ends.
 pub(super) struct Member {
     pub(super) connection: Connection,
     pub(super) deadline: Option<(Wait, Instant)>,
@@ -35,7 +35,7 @@ struct Slot {
     member: Option<Member>,
 }
 
-/// See the module.
+/// The connections of a device; see the module.
 pub(super) struct Table {
     slots: Vec<Slot>,
     free: Vec<u32>,
@@ -60,7 +60,7 @@ impl Table {
         }
     }
 
-    /// How many connections there are.
+    /// The number of connections.
     pub(super) fn len(&self) -> usize {
         self.slots.len() - self.free.len()
     }
@@ -123,7 +123,7 @@ impl Table {
         slot.member.as_mut()
     }
 
-    /// Takes the connection of `token` out.
+    /// Removes the connection of `token`.
     pub(super) fn remove(&mut self, token: u32) -> Option<Member> {
         self.get_mut(token)?;
         let index = token & (MAX_CONNECTIONS as u32 - 1);

@@ -34,7 +34,7 @@ mod register {
     pub(super) const END: u64 = 0x38;
 }
 
-/// What a register write asks of the transport.
+/// The request of a register write to the transport.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Request {
     Nothing,
@@ -47,7 +47,7 @@ pub(super) struct QueueRegisters {
     pub(super) saved: SavedQueue,
 }
 
-/// What is saved of the registers, with the interrupt vectors.
+/// The saved state of the registers, with the interrupt vectors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct CommonState {
     device_feature_select: u32,
@@ -62,7 +62,7 @@ pub(super) struct CommonState {
 }
 
 impl CommonState {
-    /// Notes the vectors, which live with the interrupt.
+    /// Stores the vectors, which the interrupt has.
     pub(super) fn msix_vectors(&mut self, interrupt: &PciInterrupt) {
         self.config_vector = interrupt.config_vector();
         let queues = self.queues.len() as u16;
@@ -71,7 +71,7 @@ impl CommonState {
             .collect();
     }
 
-    /// Notes the true position of a queue that the device holds.
+    /// Stores the present position of a queue that the device serves.
     pub(super) fn set_queue(&mut self, index: u16, queue: SavedQueue) {
         if let Some(slot) = self.queues.get_mut(usize::from(index)) {
             *slot = queue;
@@ -132,7 +132,7 @@ impl CommonConfig {
             .map(|queue| &queue.saved)
     }
 
-    /// The selected queue where it may still be configured: before it is enabled.
+    /// The selected queue, unless it is enabled and may no longer be configured.
     fn idle_queue(&mut self) -> Option<&mut SavedQueue> {
         let queue = &mut self.queues.get_mut(usize::from(self.queue_select))?.saved;
         (!queue.ready).then_some(queue)
@@ -170,8 +170,8 @@ impl CommonConfig {
             &(self.queues.len() as u16).to_le_bytes(),
         );
         put(register::DEVICE_STATUS, &[self.status]);
-        // Devices change multi-byte fields under the transport's lock, one access at a time sees
-        // them whole, so the generation never moves.
+        // Devices change multi-byte fields under the transport's lock, so that an access sees them
+        // whole. The generation never changes.
         put(register::CONFIG_GENERATION, &[0]);
         put(register::QUEUE_SELECT, &self.queue_select.to_le_bytes());
         if let Some(queue) = self.queue() {
@@ -268,7 +268,7 @@ impl CommonConfig {
         }
     }
 
-    /// The driver must take the 1.x interface and nothing that was not offered.
+    /// Whether the driver takes the 1.x interface and no feature that was not offered.
     fn features_acceptable(&self) -> bool {
         self.driver_features & !self.offered == 0
             && self.driver_features & 1 << VIRTIO_F_VERSION_1 != 0

@@ -1,4 +1,4 @@
-//! Which MSI-X vector a queue or a configuration change raises.
+//! The MSI-X vectors that queues and configuration changes raise.
 //!
 //! Shared by the device (which signals) and the transport (where the guest chooses vectors)
 //! without a lock, because a device signals while its transport is locked.
@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::common::CommonState;
 use crate::virtio::Interrupt;
 
-/// "No vector": the event raises nothing (4.1.5.1.2).
+/// The value for "no vector": the event raises no interrupt (4.1.5.1.2).
 pub(super) const NO_VECTOR: u16 = 0xFFFF;
 
 pub(super) struct PciInterrupt {
@@ -101,7 +101,7 @@ impl Interrupt for PciInterrupt {
         match fd.try_clone() {
             Ok(fd) => Some(fd),
             Err(error) => {
-                tracing::warn!(queue, %error, "cannot share a queue's interrupt");
+                tracing::warn!(queue, %error, "cannot share the interrupt of a queue");
                 None
             }
         }

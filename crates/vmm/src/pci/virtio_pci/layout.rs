@@ -1,4 +1,4 @@
-//! Where everything lies in the configuration space and the BAR.
+//! The layout of the configuration space and of the BAR.
 
 use crate::pci::ConfigSpace;
 use crate::pci::Identity;
@@ -9,7 +9,7 @@ const COMMON_OFFSET: u64 = 0x0000;
 const ISR_OFFSET: u64 = 0x1000;
 const DEVICE_OFFSET: u64 = 0x2000;
 pub(super) const NOTIFY_OFFSET: u64 = 0x3000;
-/// Bytes between the doorbells of two queues.
+/// The bytes between the doorbells of two queues.
 pub(super) const NOTIFY_STRIDE: u64 = 4;
 const MSIX_TABLE_OFFSET: u64 = 0x8000;
 const MSIX_PENDING_OFFSET: u64 = 0xC000;
@@ -60,7 +60,7 @@ pub(super) fn region(offset: u64) -> Region {
     }
 }
 
-/// Where the capabilities came to lie that the guest's writes matter of.
+/// The offsets of the capabilities whose registers the guest's writes change.
 pub(super) struct Capabilities {
     msix: usize,
     window: usize,
@@ -82,8 +82,8 @@ impl Capabilities {
         usize::from(offset) == self.window + 16
     }
 
-    /// The part of the BAR that the guest pointed that capability at: offset and length, where
-    /// they are as the specification demands.
+    /// The offset and length in the BAR that the guest has set in that capability, where they are
+    /// as the specification demands.
     pub(super) fn window(&self, config: &ConfigSpace) -> Option<(u64, usize)> {
         let mut fields = [0; 12];
         config.read(self.window as u16 + 4, &mut fields);
@@ -154,7 +154,7 @@ fn virtio_capability(kind: u8, offset: u64, length: u32) -> Vec<u8> {
     body
 }
 
-/// PCI class codes that make `lspci` and drivers' policies say what the device is.
+/// The PCI class code, by which `lspci` and drivers' policies identify the device.
 fn class_code(device_type: u16) -> u32 {
     match device_type {
         1 => 0x02_00_00,

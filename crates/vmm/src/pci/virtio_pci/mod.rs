@@ -1,8 +1,8 @@
 //! Virtio over PCI: the transport between a guest's driver and a [`VirtioDevice`].
 //!
-//! One memory BAR holds everything: the common configuration, the device's own, a doorbell per
-//! queue (an ioeventfd: a kick never leaves the kernel) and the MSI-X table. There is no legacy
-//! interface and no INTx.
+//! One memory BAR holds everything: the common configuration, the device's own configuration, a
+//! doorbell per queue (an ioeventfd, so a kick does not leave the kernel) and the MSI-X table.
+//! There is no legacy interface and no INTx.
 //!
 //! Locks: the transport's own lock is taken by vCPU threads (registers) and by the event loop
 //! (kicks, events); the device's lock is taken inside it, and by the control socket alone.
@@ -29,18 +29,20 @@ use super::config::ConfigState;
 use super::msix::{MsixState, MsixTable};
 use super::{BarRange, ConfigSpace, PciDevice};
 use crate::event_loop::{EventHandler, Registrar};
-use crate::irq::Wiring;
+use crate::irq::IrqRoutes;
 use crate::virtio::{
-    Activation, ActiveQueue, DeviceError, GuestRam, Interrupt, SavedQueue, VirtioDevice,
+    Activation, ActiveQueue, DeviceError, DeviceName, GuestRam, Interrupt, Lifecycle, SavedQueue,
+    VirtioDevice,
 };
 
-/// Tokens from here on are kicks: this plus the queue's index.
+/// The first token of kicks; the queue's index is added.
 const KICK_TOKEN: u32 = 0x8000_0000;
 
-/// A device as the transport shares it with whoever controls it (the balloon's target, say).
+/// A device, shared by its transport and by what controls it (to set the balloon's target, for
+/// example).
 pub type SharedVirtioDevice = Arc<Mutex<dyn VirtioDevice>>;
 
-/// What is saved of a transport and the device behind it.
+/// The saved state of a transport and of the device behind it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VirtioPciState {
     device_type: u32,
@@ -60,23 +62,22 @@ impl VirtioPciState {
 
 /// A virtio device on the PCI bus.
 pub struct VirtioPci {
-    name: &'static str,
+    name: DeviceName,
     config: ConfigSpace,
-    /// Its configuration space when it was new.
+    /// The configuration space of the new device.
     power_on: ConfigState,
     layout: layout::Capabilities,
     msix: MsixTable,
     common: CommonConfig,
     interrupt: Arc<PciInterrupt>,
     kicks: Vec<EventFd>,
-    /// Where the doorbells are at present, so that they can follow the BAR.
+    /// The present address of the doorbells, which follow the BAR.
     doorbells_at: Option<u64>,
-    wiring: Arc<dyn Wiring>,
+    irq_routes: Arc<dyn IrqRoutes>,
     device: SharedVirtioDevice,
     ram: GuestRam,
     events: Registrar,
-    activated: bool,
-    paused: bool,
+    life: Lifecycle,
 }
 
 impl VirtioPci {
@@ -85,7 +86,7 @@ impl VirtioPci {
     pub fn new(
         device: SharedVirtioDevice,
         bar_address: u32,
-        wiring: Arc<dyn Wiring>,
+        irq_routes: Arc<dyn IrqRoutes>,
         ram: GuestRam,
         events: Registrar,
     ) -> io::Result<Self> {
@@ -100,7 +101,7 @@ impl VirtioPci {
         };
         let queues = sizes.len() as u16;
         // One vector for configuration changes and one for each queue.
-        let msix = MsixTable::new(Arc::clone(&wiring), queues + 1)?;
+        let msix = MsixTable::new(Arc::clone(&irq_routes), queues + 1)?;
         let (config, layout) =
             layout::configuration(device_type, bar_address, queues, msix.control());
         let kicks: Vec<EventFd> = sizes
@@ -118,18 +119,17 @@ impl VirtioPci {
             interrupt,
             kicks,
             doorbells_at: None,
-            wiring,
+            irq_routes,
             device,
             ram,
             events,
-            activated: false,
-            paused: false,
+            life: Lifecycle::new(),
         };
         transport.move_doorbells();
         Ok(transport)
     }
 
-    /// Bytes of the one BAR.
+    /// The size of the one BAR in bytes.
     pub const BAR_SIZE: u32 = layout::BAR_SIZE;
 
     /// The device behind this transport.
@@ -138,7 +138,7 @@ impl VirtioPci {
     }
 
     /// The device's short name, for messages.
-    pub fn name(&self) -> &'static str {
+    pub fn name(&self) -> DeviceName {
         self.name
     }
 
@@ -147,7 +147,7 @@ impl VirtioPci {
         device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts the doorbells where the BAR is now.
+    /// Moves the doorbells to the BAR's present address.
     fn move_doorbells(&mut self) {
         let now = self
             .config
@@ -159,20 +159,20 @@ impl VirtioPci {
         }
         for (queue, kick) in (0u64..).zip(&self.kicks) {
             let offset = queue * layout::NOTIFY_STRIDE;
-            let unwatched = self
+            let unregistered = self
                 .doorbells_at
-                .map(|at| self.wiring.unwatch(at + offset, kick));
-            let watched = now.map(|at| self.wiring.watch(at + offset, kick));
-            for result in [unwatched, watched].into_iter().flatten() {
+                .map(|at| self.irq_routes.unregister_ioeventfd(at + offset, kick));
+            let registered = now.map(|at| self.irq_routes.register_ioeventfd(at + offset, kick));
+            for result in [unregistered, registered].into_iter().flatten() {
                 if let Err(error) = result {
-                    tracing::warn!(device = self.name, queue, %error, "doorbell could not be moved");
+                    tracing::warn!(device = %self.name, queue, %error, "a doorbell could not be moved");
                 }
             }
         }
         self.doorbells_at = now;
     }
 
-    /// The driver is ready, or was when the state was saved.
+    /// Activates the device: its driver is ready, or was when the state was saved.
     fn activate(&mut self) {
         if let Err(error) = self.try_activate() {
             self.fail(&error);
@@ -182,14 +182,16 @@ impl VirtioPci {
     fn try_activate(&mut self) -> Result<(), DeviceError> {
         let queues = self.ready_queues()?;
         let indices: Vec<u16> = queues.iter().map(|queue| queue.index).collect();
-        let mut device = Self::locked(&self.device);
-        device.activate(Activation {
+        let activation = Activation {
             ram: self.ram.clone(),
             queues,
             features: self.common.agreed_features(),
             interrupt: Arc::clone(&self.interrupt) as Arc<dyn Interrupt>,
+            run_state: self.life.run_state(),
             events: self.events.clone(),
-        })?;
+        };
+        let mut device = Self::locked(&self.device);
+        self.life.activate(&mut *device, activation)?;
         for index in indices
             .into_iter()
             .filter(|&index| !device.in_kernel(index))
@@ -200,11 +202,10 @@ impl VirtioPci {
                 .add(kick, token, EventSet::IN)
                 .map_err(|source| DeviceError::Host {
                     device: self.name,
-                    action: "watch a queue",
+                    action: "wait for a queue",
                     source,
                 })?;
         }
-        self.activated = true;
         Ok(())
     }
 
@@ -238,9 +239,10 @@ impl VirtioPci {
             .collect()
     }
 
-    /// The device cannot go on: the guest is told so and may reset it. The VM lives.
+    /// Marks the device as broken, which the guest is told so that it may reset the device. The VM
+    /// runs on.
     fn fail(&mut self, error: &DeviceError) {
-        tracing::warn!(device = self.name, %error, "device broken until the driver resets it");
+        tracing::warn!(device = %self.name, %error, "the device is broken until its driver resets it");
         self.stop_device();
         self.common.set_needs_reset();
         self.interrupt.signal_config();
@@ -248,22 +250,23 @@ impl VirtioPci {
 
     fn stop_device(&mut self) {
         for kick in &self.kicks {
-            // Not watched (never activated, or served by the kernel): nothing to stop.
+            // Not registered (never activated, or served by the kernel): nothing to stop.
             let _ = self.events.remove(kick);
             let _ = kick.read();
         }
-        Self::locked(&self.device).reset();
-        self.activated = false;
+        let mut device = Self::locked(&self.device);
+        self.life.reset(&mut *device);
     }
 
-    /// The driver wrote 0 to the status: forget all it said. MSI-X is the bus's and stays.
+    /// The driver wrote 0 to the status, so its settings are dropped. Those of MSI-X belong to the
+    /// bus and stay.
     fn reset_by_driver(&mut self) {
         self.stop_device();
         self.common.reset();
         self.interrupt.reset();
     }
 
-    /// The machine is reset: as after power-on.
+    /// Returns to the state after power-on, when the machine is reset.
     pub fn reset(&mut self) -> Result<(), DeviceError> {
         self.reset_by_driver();
         self.msix.reset();
@@ -278,24 +281,43 @@ impl VirtioPci {
 
     /// Stops the device's work; see [`VirtioDevice::pause`].
     pub fn pause(&mut self) -> Result<(), DeviceError> {
-        if self.activated && !self.paused {
-            Self::locked(&self.device).pause()?;
-        }
-        self.paused = true;
-        Ok(())
+        let paused = {
+            let mut device = Self::locked(&self.device);
+            self.life.pause(&mut *device)
+        };
+        self.contain(paused)
     }
 
-    /// Lets the device go on.
+    /// Resumes the device's work; see [`VirtioDevice::resume`].
     pub fn resume(&mut self) -> Result<(), DeviceError> {
-        self.paused = false;
-        if self.activated {
-            Self::locked(&self.device).resume()?;
-        }
-        Ok(())
+        let resumed = {
+            let mut device = Self::locked(&self.device);
+            self.life.resume(&mut *device)
+        };
+        self.contain(resumed)
     }
 
-    /// Everything that a transport built the same way needs to go on. Only while paused.
+    /// Breaks the device on an error. The machine goes on after the driver's mistakes; errors of the
+    /// host are the caller's as well.
+    fn contain(&mut self, result: Result<(), DeviceError>) -> Result<(), DeviceError> {
+        let Err(error) = result else {
+            return Ok(());
+        };
+        self.fail(&error);
+        match error {
+            DeviceError::Driver { .. } | DeviceError::Queue { .. } => Ok(()),
+            DeviceError::Host { .. } | DeviceError::State { .. } => Err(error),
+        }
+    }
+
+    /// The state of the transport and of its device, from which both can be restored.
+    ///
+    /// # Errors
+    /// The device's, and [`DeviceError::State`] while the device is running.
     pub fn save(&mut self) -> Result<VirtioPciState, DeviceError> {
+        if self.life.is_running() {
+            return Err(self.name.state_error("the device is running"));
+        }
         let device = Self::locked(&self.device);
         let mut common = self.common.save();
         common.msix_vectors(self.interrupt.as_ref());
@@ -311,8 +333,8 @@ impl VirtioPci {
         })
     }
 
-    /// Takes a saved state over. The device must have been built from [`VirtioPciState::device`].
-    /// It is left paused: [`VirtioPci::resume`] lets it go on.
+    /// Restores a saved state. The device must have been built from [`VirtioPciState::device`]. It
+    /// is paused afterwards, until [`VirtioPci::resume`].
     pub fn restore(&mut self, state: &VirtioPciState) -> Result<(), DeviceError> {
         let refuse = |reason| DeviceError::State {
             device: self.name,
@@ -330,10 +352,10 @@ impl VirtioPci {
         self.interrupt.restore(&state.common).map_err(refuse)?;
         self.msix.restore(&state.msix).map_err(refuse)?;
         self.move_doorbells();
-        self.paused = true;
         if self.common.is_driver_ready() {
             self.try_activate()?;
-            Self::locked(&self.device).pause()?;
+            let mut device = Self::locked(&self.device);
+            self.life.pause(&mut *device)?;
         }
         Ok(())
     }
@@ -391,7 +413,7 @@ impl PciDevice for VirtioPci {
             layout::Region::Device(at) => Self::locked(&self.device).read_config(at, data),
             layout::Region::MsixTable(at) => self.msix.read_table(at, data),
             layout::Region::MsixPending(at) => self.msix.read_pending(at, data),
-            // Without INTx there is no interrupt status to tell.
+            // Without INTx there is no interrupt status to read.
             layout::Region::Isr | layout::Region::Notify(_) | layout::Region::Nothing => {}
         }
     }
@@ -402,8 +424,8 @@ impl PciDevice for VirtioPci {
             layout::Region::Device(at) => Self::locked(&self.device).write_config(at, data),
             layout::Region::MsixTable(at) => self.msix.write_table(at, data),
             layout::Region::Notify(at) => {
-                // Only accesses that KVM did not take for a doorbell come here: across one, or
-                // through the configuration window.
+                // Only accesses that KVM did not take for a doorbell come here: those across one,
+                // or through the configuration window.
                 let queue = (at / layout::NOTIFY_STRIDE) as usize;
                 if let Some(kick) = self.kicks.get(queue) {
                     let _ = kick.write(1);
@@ -416,9 +438,7 @@ impl PciDevice for VirtioPci {
 
 impl EventHandler for VirtioPci {
     fn handle_event(&mut self, token: u32, ready: EventSet) {
-        // A kick that comes while paused is forgotten, because the device looks at every queue
-        // when it goes on; its eventfd is read, so that level-triggered epoll does not spin. The
-        // device's own events are the device's to keep: an edge is told only once.
+        // A kick is read in every state, so that level-triggered epoll does not spin.
         let queue = token.checked_sub(KICK_TOKEN);
         if let Some(queue) = queue {
             let Some(kick) = self.kicks.get(queue as usize) else {
@@ -428,14 +448,11 @@ impl EventHandler for VirtioPci {
                 return;
             }
         }
-        if !self.activated || queue.is_some() && self.paused {
-            return;
-        }
         let result = {
             let mut device = Self::locked(&self.device);
             match queue {
-                Some(queue) => device.notify_queue(queue as u16),
-                None => device.handle_event(token, ready),
+                Some(queue) => self.life.notify_queue(&mut *device, queue as u16),
+                None => self.life.handle_event(&mut *device, token, ready),
             }
         };
         if let Err(error) = result {

@@ -1,18 +1,20 @@
 use super::*;
 use crate::event_loop::EventLoop;
-use crate::irq::testing::RecordingWiring;
+use crate::irq::testing::RecordingIrqRoutes;
 use crate::virtio::testing::ram;
 
 /// Remembers what it was called for.
 #[derive(Default)]
 struct Witness {
     kicks: Vec<u16>,
-    events: Vec<u32>,
+    events: Vec<(u32, EventSet)>,
+    /// Finds a mistake of its driver when it is resumed.
+    is_cheated: bool,
 }
 
 impl VirtioDevice for Witness {
-    fn name(&self) -> &'static str {
-        "witness"
+    fn name(&self) -> DeviceName {
+        DeviceName::new("witness")
     }
     fn device_type(&self) -> u32 {
         19
@@ -31,15 +33,18 @@ impl VirtioDevice for Witness {
         self.kicks.push(queue);
         Ok(())
     }
-    fn handle_event(&mut self, token: u32, _ready: EventSet) -> Result<(), DeviceError> {
-        self.events.push(token);
+    fn handle_event(&mut self, token: u32, ready: EventSet) -> Result<(), DeviceError> {
+        self.events.push((token, ready));
         Ok(())
     }
     fn pause(&mut self) -> Result<(), DeviceError> {
         Ok(())
     }
     fn resume(&mut self) -> Result<(), DeviceError> {
-        Ok(())
+        match self.is_cheated {
+            true => Err(self.name().driver_error("a mistake")),
+            false => Ok(()),
+        }
     }
     fn reset(&mut self) {}
     fn queues(&self) -> Vec<(u16, &Queue)> {
@@ -50,28 +55,56 @@ impl VirtioDevice for Witness {
     }
 }
 
-#[test]
-fn a_paused_device_hears_of_its_own_events_but_not_of_kicks() {
+fn witness() -> (Arc<Mutex<Witness>>, VirtioPci) {
     let device = Arc::new(Mutex::new(Witness::default()));
     let mut events = EventLoop::new().unwrap();
     let registrar = events.reserve();
-    let wiring = Arc::new(RecordingWiring::default());
-    let mut transport =
-        VirtioPci::new(device.clone(), 0xC000_0000, wiring, ram(4096), registrar).unwrap();
+    let irq_routes = Arc::new(RecordingIrqRoutes::default());
+    let mut transport = VirtioPci::new(
+        device.clone(),
+        0xC000_0000,
+        irq_routes,
+        ram(4096),
+        registrar,
+    )
+    .unwrap();
     transport.activate();
+    (device, transport)
+}
 
+#[test]
+fn a_paused_device_gets_its_own_events_when_it_is_resumed_and_no_kicks() {
+    let (device, mut transport) = witness();
     transport.pause().unwrap();
     transport.kicks[0].write(1).unwrap();
     transport.handle_event(KICK_TOKEN, EventSet::IN);
     transport.handle_event(5, EventSet::IN);
+    transport.handle_event(5, EventSet::HANG_UP);
     assert!(transport.kicks[0].read().is_err(), "the kick was read");
-    {
-        let device = device.lock().unwrap();
-        assert_eq!((&*device.kicks, &*device.events), (&[][..], &[5][..]));
-    }
+    assert!(device.lock().unwrap().events.is_empty());
 
     transport.resume().unwrap();
     transport.kicks[0].write(1).unwrap();
     transport.handle_event(KICK_TOKEN, EventSet::IN);
-    assert_eq!(device.lock().unwrap().kicks, [0]);
+    let device = device.lock().unwrap();
+    assert_eq!(device.events, [(5, EventSet::IN | EventSet::HANG_UP)]);
+    assert_eq!(device.kicks, [0]);
+}
+
+#[test]
+fn only_a_device_at_rest_is_saved() {
+    let (_device, mut transport) = witness();
+    assert!(transport.save().is_err());
+    transport.pause().unwrap();
+    assert!(transport.save().is_ok());
+}
+
+#[test]
+fn a_driver_whose_mistake_is_found_in_a_resume_breaks_its_device_only() {
+    let (device, mut transport) = witness();
+    transport.pause().unwrap();
+    device.lock().unwrap().is_cheated = true;
+    transport.resume().expect("the machine goes on");
+    transport.handle_event(5, EventSet::IN);
+    assert!(device.lock().unwrap().events.is_empty(), "it is broken");
 }

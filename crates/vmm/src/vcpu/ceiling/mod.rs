@@ -1,10 +1,11 @@
-//! What a boot on this host gives each CPU of a machine, and whether a saved CPU stays within it.
+//! The ceiling: the most that a boot on this host gives each CPU of a machine. A saved CPU must
+//! stay within it.
 //!
-//! A saved state may come from another host, or from a hostile hand, and KVM takes much from its
-//! user that no boot of ours would give a guest: nested virtualisation, Hyper-V's interfaces,
-//! features that this host's CPU lacks, another CPU's place in the topology. One ceiling serves
-//! both sides: a boot sets it, and a saved CPU that exceeds it is refused by the feature's name.
-//! What KVM checks itself (reserved bits of most registers, non-canonical addresses) is left to it.
+//! A saved state may come from another host, or from an attacker, and KVM accepts much that no boot
+//! would give a guest: nested virtualisation, Hyper-V's interfaces, features that this host's CPU
+//! lacks, another CPU's place in the topology. One ceiling serves both sides: a boot sets it, and a
+//! saved CPU that exceeds it is refused by the feature's name. KVM itself checks reserved bits of
+//! most registers and non-canonical addresses.
 //!
 //! [`msrs`] has the rules for MSRs, [`registers`] those for all other state.
 //!
@@ -34,7 +35,7 @@ const OSXSAVE: u32 = 1 << 27;
 /// Leaf 7 ECX: OSPKE, which the guest sets by CR4.
 const OSPKE: u32 = 1 << 4;
 
-/// Why a saved CPU is refused.
+/// The reason for which a saved CPU is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// The CPU of another maker behaves differently in ways that no bit shows.
@@ -45,13 +46,13 @@ pub enum Refusal {
         /// The maker of this host's CPU.
         here: String,
     },
-    /// It has what a boot on this host would not give it.
-    #[error("it has what a boot on this host would not give it: {}", .0.join(", "))]
+    /// The CPU has features that a boot on this host would not give it.
+    #[error("it has features that a boot on this host would not give it: {}", .0.join(", "))]
     Exceeds(
         /// The features, as in `svm (80000001.ecx bit 2)`.
         Vec<String>,
     ),
-    /// It is not the state of a CPU in this place of a machine.
+    /// The state is not that of a CPU in this place of a machine.
     #[error("{0}")]
     Invalid(String),
 }
@@ -66,11 +67,11 @@ impl Refusal {
     }
 }
 
-/// What a boot on this host gives each of a machine's CPUs.
+/// The most that a boot on this host gives each of a machine's CPUs.
 pub struct CpuCeiling {
     /// `KVM_GET_SUPPORTED_CPUID`.
     supported: CpuId,
-    /// How many CPUs the machine has.
+    /// The number of CPUs of the machine.
     count: u8,
     /// `KVM_GET_MSR_INDEX_LIST`, in its order.
     msrs: Vec<u32>,
@@ -80,7 +81,7 @@ impl CpuCeiling {
     /// Asks KVM what it supports for a machine of `count` CPUs.
     ///
     /// # Errors
-    /// Those of KVM.
+    /// The errors of KVM.
     pub fn new(kvm: &Kvm, count: u8) -> Result<Self, VcpuError> {
         let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -98,7 +99,7 @@ impl CpuCeiling {
     /// Gives a new CPU its CPUID, as CPU `id`.
     ///
     /// # Errors
-    /// Those of KVM.
+    /// The errors of KVM.
     pub(crate) fn set_cpuid(&self, vcpu: &VcpuFd, id: u8) -> Result<(), VcpuError> {
         let cpuid = CpuId::from_entries(&self.cpuid(id))
             .map_err(|_| VcpuError::Corrupt("too many CPUID entries"))?;
@@ -165,7 +166,8 @@ impl CpuCeiling {
         }
     }
 
-    /// The counterpart of a saved leaf; all zero where a boot does not give it.
+    /// The leaf that a boot gives in the place of a saved one, which is all zero where a boot gives
+    /// none.
     fn boot_entry(&self, boot: &[kvm_cpuid_entry2], saved: &kvm_cpuid_entry2) -> kvm_cpuid_entry2 {
         let here = match ONCE_SHOWN_LEAVES.contains(&saved.function) {
             true => self.supported.as_slice(),
@@ -180,7 +182,7 @@ impl CpuCeiling {
     }
 }
 
-/// The maker that leaf 0 names, as in `GenuineIntel`.
+/// The CPU's maker in leaf 0, as in `GenuineIntel`.
 pub(crate) fn vendor(cpuid: &[kvm_cpuid_entry2]) -> String {
     let first = cpuid.iter().find(|entry| entry.function == 0);
     first.map_or_else(String::new, |entry| {
@@ -193,8 +195,8 @@ fn is_same_leaf(one: &kvm_cpuid_entry2, other: &kvm_cpuid_entry2) -> bool {
     one.function == other.function && one.index == other.index
 }
 
-/// KVM takes the first entry that matches, and one whose index does not count matches all: so
-/// each leaf is there once, and its index counts where it does at a boot.
+/// Checks that each leaf is there once, and that its index counts where it does at a boot. KVM
+/// takes the first entry that matches, and an entry whose index does not count matches all.
 fn check_form(saved: &[kvm_cpuid_entry2], boot: &[kvm_cpuid_entry2]) -> Result<(), Refusal> {
     let mut seen = BTreeSet::new();
     for entry in saved {
@@ -213,19 +215,19 @@ fn check_form(saved: &[kvm_cpuid_entry2], boot: &[kvm_cpuid_entry2]) -> Result<(
     Ok(())
 }
 
-/// How a register of a leaf is held to what a boot gives.
+/// The way in which a register of a leaf is compared with a boot's.
 enum Rule {
-    /// It describes the CPU (model, caches, frequencies, sizes), and KVM makes nothing of it.
+    /// The register describes the CPU (model, caches, frequencies, sizes), and KVM does not use it.
     Free,
-    /// No bits but those that a boot gives, other than these, which the guest sets.
+    /// The register may have only bits that a boot gives, and these, which the guest sets.
     Bits { guests: u32 },
-    /// Each byte is a number that is no larger than at a boot.
+    /// Each byte is a number, which may not be larger than at a boot.
     AtMost,
-    /// The same as at a boot, or zero.
+    /// The register is the same as at a boot, or zero.
     Exact,
 }
 
-/// A saved leaf beside what a boot gives.
+/// A saved leaf, and the leaf that a boot gives.
 struct Leaf {
     saved: kvm_cpuid_entry2,
     boot: kvm_cpuid_entry2,
@@ -256,7 +258,7 @@ impl Leaf {
         }
     }
 
-    /// The features that it has over what a boot gives.
+    /// The features that the saved leaf has and a boot's does not.
     fn excess(&self) -> Vec<String> {
         let registers = Register::ALL.into_iter();
         registers
@@ -278,7 +280,7 @@ impl Leaf {
         }
     }
 
-    /// Whether it says of CPU `id` what a boot would say.
+    /// Whether the leaf describes CPU `id` as a boot would.
     fn check_topology(&self, id: u8, count: u8) -> Result<(), Refusal> {
         let saved = &self.saved;
         let mut fitted = match TOPOLOGY_LEAVES.contains(&saved.function) {
@@ -286,7 +288,7 @@ impl Leaf {
             false => *saved,
         };
         cpuid::set_topology(&mut fitted, id, count);
-        // The flag for several CPUs may be missing; it is a feature, and judged as one.
+        // The flag for several CPUs may be missing. It is compared as a feature.
         fitted.edx = match saved.function {
             1 => saved.edx,
             _ => fitted.edx,

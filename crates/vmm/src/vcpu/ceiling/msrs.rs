@@ -1,7 +1,7 @@
-//! Which MSRs are part of a CPU's state, and which values a boot on this host stands for.
+//! The MSRs that are part of a CPU's state, and the values that they may have on this host.
 //!
-//! KVM takes values of MSRs from its user without looking at the guest's CPUID. So the rules here
-//! say what each depends on; an MSR without one is plain state, if KVM lists it.
+//! KVM accepts values of MSRs without regard to the guest's CPUID. So the rules here name the
+//! features that each MSR depends on. An MSR without a rule is plain state, if KVM lists it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,17 +12,17 @@ use super::super::state::VcpuState;
 use super::Refusal;
 use Register::{Eax, Ebx, Ecx, Edx};
 
-/// How an MSR's saved value is judged. A value that a boot gives is always right.
+/// The way in which an MSR's saved value is checked. A value that a boot gives is always accepted.
 enum Rule {
-    /// It is the guest's own; KVM judges the value.
+    /// The value is the guest's own, and KVM checks it.
     State,
-    /// Any of these features lets a guest set it.
+    /// Any of these features lets a guest set the MSR.
     Needs(&'static [Feature]),
-    /// It reports features, a bit each: none beyond what a boot gives, but for these bits.
+    /// The MSR reports features, one bit each. It may have only bits that a boot gives, and these.
     Reports { harmless: u64 },
-    /// It turns on what no guest gets, and is not part of the state.
+    /// The MSR turns on a feature that no guest gets, and is not part of the state.
     Hidden,
-    /// It only tells something of the host or of the time, and is not part of the state.
+    /// The MSR only reports something of the host or the time, and is not part of the state.
     Ignored,
 }
 
@@ -38,7 +38,7 @@ const fn of_amd(leaf: u32, register: Register, bit: u32) -> Feature {
     Feature::new(0x8000_0000 | leaf, 0, register, bit)
 }
 
-/// Intel's counters exist in a version of 1 or higher.
+/// Intel's performance counters exist from version 1 on.
 const COUNTERS: [Feature; 3] = [
     Feature::new(0xA, 0, Eax, 0),
     Feature::new(0xA, 0, Eax, 1),
@@ -122,21 +122,21 @@ fn hidden(name: &'static str) -> (&'static str, Rule) {
     (name, Rule::Hidden)
 }
 
-/// Whether the MSR is part of a CPU's state: what is not is neither saved nor restored.
+/// Whether the MSR is part of a CPU's state. Other MSRs are neither saved nor restored.
 pub(in super::super) fn is_saved(index: u32) -> bool {
     !matches!(rule(index).1, Rule::Hidden | Rule::Ignored)
 }
 
-/// What the saved MSRs of a CPU are compared with.
+/// The values that the saved MSRs of a CPU are compared with.
 pub(super) struct MsrValues<'a> {
     /// The MSRs that KVM lists.
     pub(super) known: &'a [u32],
-    /// Values that a boot gives.
+    /// The values that a boot gives.
     pub(super) boot: BTreeMap<u32, u64>,
 }
 
 impl MsrValues<'_> {
-    /// Those of the saved MSRs whose value at a boot matters.
+    /// The saved MSRs whose value at a boot matters.
     pub(super) fn to_compare(saved: &[(u32, u64)]) -> Vec<u32> {
         let saved = saved.iter().filter(|(_, value)| *value != 0);
         let compared = saved.filter(|(index, _)| match rule(*index).1 {
@@ -161,7 +161,7 @@ impl MsrValues<'_> {
         let (name, rule) = rule(index);
         let boot = self.boot.get(&index).copied().unwrap_or(0);
         let excess = match rule {
-            // A zero is what an MSR that nobody uses holds.
+            // An MSR that is not in use holds a zero.
             _ if value == 0 || value == boot => 0,
             Rule::Ignored => 0,
             Rule::State if self.known.contains(&index) => 0,

@@ -1,5 +1,5 @@
-//! Control registers, extended state, the local APIC and what is pending, held to the CPUID that
-//! was saved with them (which is held to what a boot gives).
+//! Checks control registers, extended state, the local APIC and pending events against the CPUID
+//! that was saved with them (which is checked against a boot's).
 
 use kvm_bindings::{
     KVM_MP_STATE_SIPI_RECEIVED, kvm_cpuid_entry2, kvm_lapic_state, kvm_sregs, kvm_vcpu_events,
@@ -15,7 +15,8 @@ use Register::{Eax, Ebx, Ecx, Edx};
 struct ControlBit {
     bit: u32,
     name: &'static str,
-    /// Any of these lets a guest set it; none where every CPU has it.
+    /// The features of which any lets a guest set the bit. The list is empty where every CPU has
+    /// the bit.
     any_of: &'static [Feature],
 }
 
@@ -71,7 +72,7 @@ const EFER: [ControlBit; 8] = [
     bit(21, "autoibrs", &[Feature::new(0x8000_0021, 0, Eax, 8)]),
 ];
 
-/// The bits of CR0 that are no reserved ones.
+/// The bits of CR0 that are not reserved.
 const CR0: u64 = 0xE005_003F;
 /// IA32_APIC_BASE: where a boot has the local APIC, and the flags that a guest may find or set.
 const APIC_ADDRESS: u64 = 0xFEE0_0000;
@@ -83,7 +84,7 @@ const APIC_ENABLED: u64 = 1 << 11;
 const APIC_ID: usize = 0x20;
 /// In service, trigger mode and request: 256 bits each, 32 in every 16 bytes.
 const APIC_VECTORS: [usize; 3] = [0x100, 0x180, 0x200];
-/// Vectors that are exceptions, and never interrupts.
+/// The vectors of exceptions, which are never interrupts.
 const EXCEPTION_VECTORS: u32 = 0xFFFF;
 
 /// Where the header of an XSAVE area begins, in words, and how long it is.
@@ -92,7 +93,7 @@ const XSAVE_HEADER_WORDS: usize = 64 / 4;
 /// The components that every CPU has.
 const LEGACY_COMPONENTS: u64 = 3;
 
-/// Checks all state of CPU `id` but CPUID and MSRs.
+/// Checks all state of CPU `id` except CPUID and MSRs.
 pub(super) fn check(id: u8, state: &VcpuState) -> Result<(), Refusal> {
     let cpuid = state.cpuid();
     check_control_registers(id, &state.sregs, cpuid)?;
@@ -169,8 +170,8 @@ fn check_xcrs(xcrs: &kvm_xcrs, cpuid: &[kvm_cpuid_entry2]) -> Result<(), Refusal
     }
 }
 
-/// What KVM keeps of components that XCR0 no longer has stays in the area, so the CPU's
-/// components are the limit, as they are for KVM.
+/// KVM keeps components in the area that XCR0 no longer has, so the limit is the components that
+/// the CPU has, as it is for KVM.
 fn check_xsave(words: &[u32], cpuid: &[kvm_cpuid_entry2]) -> Result<(), Refusal> {
     let header = words
         .get(XSAVE_HEADER..XSAVE_HEADER + XSAVE_HEADER_WORDS)
@@ -198,7 +199,7 @@ fn check_components(name: &str, value: u64, cpuid: &[kvm_cpuid_entry2]) -> Resul
 }
 
 fn check_lapic(id: u8, lapic: &kvm_lapic_state) -> Result<(), Refusal> {
-    // KVM gives and takes it in this place in both modes, unless it is asked for another.
+    // KVM reads and writes the id in this place in both modes, unless it is asked for another.
     let apic_id = apic_register(lapic, APIC_ID);
     if apic_id != u32::from(id) << 24 {
         let reason = format!(

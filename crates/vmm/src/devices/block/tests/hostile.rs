@@ -183,11 +183,11 @@ fn a_disk_is_given_no_more_than_a_pause_can_wait_for() {
             if rig._kick.read().is_ok() {
                 rig.kick().unwrap();
             }
-            assert!(rig.device.lock().unwrap().in_flight <= MAX_IN_FLIGHT);
+            assert!(rig.device.lock().unwrap().in_flight.bytes() <= MAX_IN_FLIGHT);
             rig.events.run_once(10).unwrap();
             answered += rig.driver.take_used().len();
         }
-        assert_eq!(rig.device.lock().unwrap().in_flight, 0);
+        assert_eq!(rig.device.lock().unwrap().in_flight.bytes(), 0);
     }
 }
 

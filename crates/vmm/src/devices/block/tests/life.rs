@@ -45,14 +45,14 @@ fn a_pause_finishes_what_was_begun_and_a_resume_finds_what_came_since() {
             rig.add(VIRTIO_BLK_T_OUT, n * 8, DATA, 4096);
         }
         rig.kick().unwrap();
-        rig.device.lock().unwrap().pause().unwrap();
+        rig.pause();
         assert_eq!(rig.driver.take_used().len(), 60);
         let queue = SavedQueue::from(rig.device.lock().unwrap().queues()[0].1);
         assert_eq!((queue.next_avail, queue.next_used), (60, 60));
         rig.add(VIRTIO_BLK_T_IN, 0, DATA, 512);
         rig.kick().unwrap();
         assert!(rig.driver.take_used().is_empty(), "a paused device works");
-        rig.device.lock().unwrap().resume().unwrap();
+        rig.resume();
         rig.finish(1);
     }
 }
@@ -63,12 +63,11 @@ fn a_frozen_disk_keeps_its_content_while_the_guest_goes_on() {
     rig.fill(DATA, 4096, 0x11);
     assert_eq!(rig.request(VIRTIO_BLK_T_OUT, 0, 4096), VIRTIO_BLK_S_OK);
     let disk = {
-        let mut device = rig.device.lock().unwrap();
-        device.pause().unwrap();
-        let disk = device.disk().clone();
+        rig.pause();
+        let disk = rig.device.lock().unwrap().disk().clone();
         let top = clone_disk::ephemeral(None).unwrap();
         disk.lock().unwrap().freeze(top, false).unwrap();
-        device.resume().unwrap();
+        rig.resume();
         disk
     };
     rig.fill(DATA, 512, 0x22);
@@ -136,6 +135,7 @@ fn every_queue_of_several_is_served() {
         queues: vec![first, second],
         features: FLUSH,
         interrupt: interrupt.clone(),
+        run_state: RunState::default(),
         events: EventLoop::new().unwrap().reserve(),
     };
     device.activate(activation).unwrap();
@@ -186,7 +186,7 @@ fn the_first_version_of_the_state_is_still_understood() {
                 burst: 10,
             }),
         },
-        disk: Some(SeenDisk {
+        disk: Some(DiskProperties {
             size: 1 << 20,
             read_only: true,
             block_size: 4096,

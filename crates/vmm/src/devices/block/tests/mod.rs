@@ -16,8 +16,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::*;
 use crate::devices::net::testing::DriverQueue;
 use crate::event_loop::{EventHandler, EventLoop};
-use crate::virtio::GuestRam;
 use crate::virtio::testing::{CountingInterrupt, ram};
+use crate::virtio::{GuestRam, Lifecycle, RunState};
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -29,11 +29,13 @@ const DATA: u64 = 2 << 20;
 const STATUS: u64 = 7 << 20;
 const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
 
-struct Adapter(Arc<Mutex<Block>>);
+struct Adapter(Arc<Mutex<Block>>, Arc<Mutex<Lifecycle>>);
 
 impl EventHandler for Adapter {
     fn handle_event(&mut self, token: u32, ready: EventSet) {
-        self.0.lock().unwrap().handle_event(token, ready).unwrap();
+        let mut device = self.0.lock().unwrap();
+        let mut life = self.1.lock().unwrap();
+        life.handle_event(&mut *device, token, ready).unwrap();
     }
 }
 
@@ -42,6 +44,7 @@ struct Rig {
     ram: GuestRam,
     driver: DriverQueue,
     device: Arc<Mutex<Block>>,
+    life: Arc<Mutex<Lifecycle>>,
     events: EventLoop,
     interrupt: Arc<CountingInterrupt>,
     _kick: EventFd,
@@ -87,19 +90,27 @@ impl Rig {
         let registrar = events.reserve();
         let interrupt = CountingInterrupt::shared();
         let device = Arc::new(Mutex::new(device));
-        events.attach(&registrar, Arc::new(Mutex::new(Adapter(device.clone()))));
+        let life = Arc::new(Mutex::new(Lifecycle::new()));
+        let adapter = Adapter(device.clone(), life.clone());
+        events.attach(&registrar, Arc::new(Mutex::new(adapter)));
         let activation = Activation {
             ram: ram.clone(),
             queues: vec![queue],
             features,
             interrupt: interrupt.clone(),
+            run_state: RunState::default(),
             events: registrar,
         };
-        device.lock().unwrap().activate(activation).unwrap();
+        let activated = {
+            let mut device = device.lock().unwrap();
+            life.lock().unwrap().activate(&mut *device, activation)
+        };
+        activated.unwrap();
         Self {
             ram,
             driver,
             device,
+            life,
             events,
             interrupt,
             _kick: kick,
@@ -150,7 +161,18 @@ impl Rig {
     }
 
     fn kick(&self) -> Result<(), DeviceError> {
-        self.device.lock().unwrap().notify_queue(0)
+        let mut device = self.device.lock().unwrap();
+        self.life.lock().unwrap().notify_queue(&mut *device, 0)
+    }
+
+    fn pause(&self) {
+        let mut device = self.device.lock().unwrap();
+        self.life.lock().unwrap().pause(&mut *device).unwrap();
+    }
+
+    fn resume(&self) {
+        let mut device = self.device.lock().unwrap();
+        self.life.lock().unwrap().resume(&mut *device).unwrap();
     }
 
     /// Kicks and waits for `count` used chains.

@@ -36,8 +36,12 @@ fn unplugging_stops_traffic_and_tells_the_guest() {
 #[test]
 fn queue_pairs_join_and_leave_as_the_driver_says() {
     let mut rig = Rig::active(MULTI, 3);
-    let attached =
-        |rig: &Rig| -> Vec<bool> { rig.asked.iter().map(|asked| asked.attached()).collect() };
+    let attached = |rig: &Rig| -> Vec<bool> {
+        rig.settings
+            .iter()
+            .map(|settings| settings.attached())
+            .collect()
+    };
     assert_eq!(attached(&rig), [true, false, false]);
     assert_eq!(rig.command(&[4, 0, 3, 0]), 0);
     assert_eq!(attached(&rig), [true, true, true]);
@@ -91,15 +95,15 @@ fn the_tap_offloads_what_the_guest_takes_and_no_more() {
         MULTI | csum | tso4 | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
         1,
     );
-    assert_eq!(rig.asked[0].offloads(), TUN_F_CSUM | TUN_F_TSO4);
+    assert_eq!(rig.settings[0].offloads(), TUN_F_CSUM | TUN_F_TSO4);
     let mut command = vec![5, 0];
     command.extend(u64::to_le_bytes(csum));
     assert_eq!(rig.command(&command), 0);
-    assert_eq!(rig.asked[0].offloads(), TUN_F_CSUM);
+    assert_eq!(rig.settings[0].offloads(), TUN_F_CSUM);
     // Not negotiated.
     command[2..].copy_from_slice(&(1_u64 << VIRTIO_NET_F_GUEST_TSO6).to_le_bytes());
     assert_eq!(rig.command(&command), 1);
     rig.device(VirtioDevice::reset);
     rig.activate().unwrap();
-    assert_eq!(rig.asked[0].offloads(), TUN_F_CSUM | TUN_F_TSO4);
+    assert_eq!(rig.settings[0].offloads(), TUN_F_CSUM | TUN_F_TSO4);
 }

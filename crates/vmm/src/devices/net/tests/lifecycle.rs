@@ -5,9 +5,9 @@ use super::*;
 #[test]
 fn udp_segmentation_is_offered_where_the_tap_knows_it() {
     let offered = |refused: Option<u32>| {
-        let (port, _wire, asked) = SocketPort::pair().unwrap();
+        let (port, _wire, settings) = SocketPort::pair().unwrap();
         if let Some(flags) = refused {
-            asked.refuse_offloads(flags);
+            settings.refuse_offloads(flags);
         }
         let resources = NetResources {
             ports: vec![Box::new(port)],
@@ -23,12 +23,12 @@ fn udp_segmentation_is_offered_where_the_tap_knows_it() {
 #[test]
 fn a_paused_device_touches_nothing_and_a_resumed_one_catches_up() {
     let mut rig = Rig::active(MERGE, 1);
-    rig.device(|device| device.pause()).unwrap();
+    rig.pause();
     let head = rig.queues[RX].add(&[(0x1000, 2000, WRITE)]);
     rig.arrive(0, &pattern(60));
     rig.kick(RX).unwrap();
     assert!(rig.queues[RX].take_used().is_empty());
-    rig.device(|device| device.resume()).unwrap();
+    rig.resume();
     rig.settle();
     assert_eq!(rig.queues[RX].take_used(), [(head, 72)]);
 }
@@ -42,7 +42,7 @@ fn a_restored_device_goes_on_where_the_saved_one_stopped() {
         rig.queues[RX].add(&[(0x1000 + number * 0x1000, 1000, WRITE)]);
     }
     rig.arrive(0, &pattern(60));
-    rig.device(|device| device.pause()).unwrap();
+    rig.pause();
     // Sent by the guest just before the pause, and not seen by the device.
     rig.queues[TX].add(&[(0x1000, 100, 0)]);
     let (saved, positions) = rig.device(|device| {
@@ -73,7 +73,7 @@ fn a_restored_device_goes_on_where_the_saved_one_stopped() {
         })
         .collect();
     restored.activate_with(queues).unwrap();
-    assert!(restored.asked[1].attached());
+    assert!(restored.settings[1].attached());
     assert_eq!(restored.interrupt.config_count(), 1);
     let mut config = [0; 8];
     restored.device(|device| device.read_config(0, &mut config));
@@ -94,7 +94,7 @@ fn a_restored_device_goes_on_where_the_saved_one_stopped() {
 
 #[test]
 fn resources_that_do_not_fit_the_state_are_refused() {
-    let (port, _wire, _asked) = SocketPort::pair().unwrap();
+    let (port, _wire, _settings) = SocketPort::pair().unwrap();
     let resources = NetResources {
         ports: vec![Box::new(port)],
         vhost: Vec::new(),

@@ -49,7 +49,7 @@ fn nothing_of_a_paused_device_wakes_the_event_loop() {
         rig.queues[TX].add(&[(0x9000, 100, 0)]);
     }
     rig.kick(TX).unwrap();
-    rig.device(|device| device.pause()).unwrap();
+    rig.pause();
     rig.device(|device| device.handle())
         .set_link(false)
         .unwrap();
@@ -58,14 +58,14 @@ fn nothing_of_a_paused_device_wakes_the_event_loop() {
         0,
         "the limit's timer or the link"
     );
-    rig.device(|device| device.resume()).unwrap();
+    rig.resume();
     rig.settle();
     assert_eq!(rig.interrupt.config_count(), 1);
 }
 
 #[test]
 fn a_limited_device_takes_no_vhost() {
-    let (port, _wire, _asked) = SocketPort::pair().unwrap();
+    let (port, _wire, _settings) = SocketPort::pair().unwrap();
     let state = NetState::fresh(NetConfig {
         limits: RateLimits {
             bytes: Some(Rate::per_second(1000)),

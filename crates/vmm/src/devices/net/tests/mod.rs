@@ -15,12 +15,12 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::MAX_FRAME;
-use super::testing::{Asked, DriverQueue, INDIRECT, NEXT, SocketPort, WRITE};
+use super::testing::{DriverQueue, INDIRECT, NEXT, PortSettings, SocketPort, WRITE};
 use super::*;
 use crate::event_loop::{EventHandler, EventLoop, Registrar};
 use crate::rate_limit::{Rate, RateLimits};
 use crate::virtio::testing::{CountingInterrupt, ram};
-use crate::virtio::{Activation, GuestRam, VirtioDevice};
+use crate::virtio::{Activation, ActiveQueue, GuestRam, Lifecycle, RunState, VirtioDevice};
 
 mod control;
 mod hostile;
@@ -48,11 +48,13 @@ fn config(queue_pairs: u16) -> NetConfig {
 struct Handler {
     device: Net,
     failure: Option<DeviceError>,
+    life: Lifecycle,
 }
 
 impl EventHandler for Handler {
     fn handle_event(&mut self, token: u32, ready: EventSet) {
-        if let Err(error) = self.device.handle_event(token, ready) {
+        let result = self.life.handle_event(&mut self.device, token, ready);
+        if let Err(error) = result {
             self.failure = Some(error);
         }
     }
@@ -67,7 +69,7 @@ struct Rig {
     queues: Vec<DriverQueue>,
     kicks: Vec<EventFd>,
     wires: Vec<File>,
-    asked: Vec<Arc<Asked>>,
+    settings: Vec<Arc<PortSettings>>,
     interrupt: Arc<CountingInterrupt>,
     features: u64,
 }
@@ -79,12 +81,12 @@ impl Rig {
 
     fn with_state(features: u64, pairs: u16, state: NetState) -> Self {
         let mut ports: Vec<Box<dyn Port>> = Vec::new();
-        let (mut wires, mut asked) = (Vec::new(), Vec::new());
+        let (mut wires, mut settings) = (Vec::new(), Vec::new());
         for _ in 0..pairs {
             let (port, wire, questions) = SocketPort::pair().unwrap();
             ports.push(Box::new(port));
             wires.push(wire);
-            asked.push(questions);
+            settings.push(questions);
         }
         let vhost = Vec::new();
         let device = Net::new(NetResources { ports, vhost }, state).unwrap();
@@ -98,6 +100,7 @@ impl Rig {
         let handler = Arc::new(Mutex::new(Handler {
             device,
             failure: None,
+            life: Lifecycle::new(),
         }));
         events.attach(&registrar, handler.clone());
         Self {
@@ -108,7 +111,7 @@ impl Rig {
             queues,
             kicks: Vec::new(),
             wires,
-            asked,
+            settings,
             interrupt: CountingInterrupt::shared(),
             features,
         }
@@ -135,9 +138,12 @@ impl Rig {
             queues,
             features: self.features,
             interrupt: self.interrupt.clone(),
+            run_state: RunState::default(),
             events: self.registrar.clone(),
         };
-        self.handler.lock().unwrap().device.activate(activation)
+        let mut handler = self.handler.lock().unwrap();
+        let Handler { device, life, .. } = &mut *handler;
+        life.activate(device, activation)
     }
 
     fn device<R>(&self, act: impl FnOnce(&mut Net) -> R) -> R {
@@ -145,7 +151,21 @@ impl Rig {
     }
 
     fn kick(&self, queue: usize) -> Result<(), DeviceError> {
-        self.device(|device| device.notify_queue(queue as u16))
+        let mut handler = self.handler.lock().unwrap();
+        let Handler { device, life, .. } = &mut *handler;
+        life.notify_queue(device, queue as u16)
+    }
+
+    fn pause(&self) {
+        let mut handler = self.handler.lock().unwrap();
+        let Handler { device, life, .. } = &mut *handler;
+        life.pause(device).unwrap();
+    }
+
+    fn resume(&self) {
+        let mut handler = self.handler.lock().unwrap();
+        let Handler { device, life, .. } = &mut *handler;
+        life.resume(device).unwrap();
     }
 
     /// Runs the loop until nothing is ready.

@@ -11,10 +11,10 @@ fn a_connection_that_waits_for_the_guest_survives_a_pause() {
     let mut guest = Guest::with(limits, None);
     let mut host = guest.host(5);
     let request = guest.expect(op::REQUEST);
-    guest.rig.device(|shell| shell.device.pause()).unwrap();
+    guest.rig.pause();
     std::thread::sleep(Duration::from_millis(120));
     guest.rig.run();
-    guest.rig.device(|shell| shell.device.resume()).unwrap();
+    guest.rig.resume();
     guest.rig.run();
     let socket = Socket {
         host_port: request.src_port,
@@ -28,7 +28,7 @@ fn a_connection_that_waits_for_the_guest_survives_a_pause() {
 fn a_paused_device_touches_neither_queues_nor_ram_and_misses_nothing() {
     let mut guest = Guest::new();
     let (mut host, _) = guest.connect(5);
-    guest.rig.device(|shell| shell.device.pause()).unwrap();
+    guest.rig.pause();
     let before = guest.rig.save();
     host.write_all(b"meanwhile").unwrap();
     let mut late = UnixStream::connect(&guest.path).unwrap();
@@ -36,7 +36,7 @@ fn a_paused_device_touches_neither_queues_nor_ram_and_misses_nothing() {
     guest.rig.run();
     assert_eq!(guest.rig.save(), before);
     assert!(guest.recv_keeping_buffer().is_none());
-    guest.rig.device(|shell| shell.device.resume()).unwrap();
+    guest.rig.resume();
     assert_eq!(guest.recv().unwrap().1, b"meanwhile");
     guest.expect(op::REQUEST);
 }
@@ -119,7 +119,7 @@ fn a_late_driver_keeps_hosts_out_for_a_while_and_then_ends_who_was_let_in() {
     parent.connect(5);
     let mut clone = parent.restore();
     let mut host = clone.host(5);
-    let deadline = std::time::Instant::now() + 5 * RESET_PATIENCE;
+    let deadline = std::time::Instant::now() + 5 * RESET_TIMEOUT;
     let request = loop {
         clone.rig.wait();
         if let Some((packet, _)) = clone.recv() {
