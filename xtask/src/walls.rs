@@ -1,4 +1,7 @@
-//! The walls of the workspace, held by tests: which crates must not reach which.
+//! The walls of the workspace, held by tests: which crates must not reach which, and that the
+//! modules of a crate do not import each other in circles.
+
+mod circles;
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -69,4 +72,21 @@ fn the_machine_knows_nothing_of_what_is_above_it() {
 fn what_travels_over_the_network_knows_no_vm() {
     never_links("army-api", &["clone-api", "clone-host", "axum", "sqlx"]);
     never_links("agent-proto", &["tokio", "clone-api", "serde_json"]);
+}
+
+#[test]
+fn modules_do_not_import_each_other_in_circles() {
+    let crates = paths::workspace().join("crates");
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(crates).unwrap() {
+        let folder = entry.unwrap().path();
+        let name = folder.file_name().unwrap().display().to_string();
+        let circles = circles::of(&folder.join("src"));
+        found.extend(
+            circles
+                .into_iter()
+                .map(|circle| format!("{name}: {circle:?}")),
+        );
+    }
+    assert!(found.is_empty(), "{found:#?}");
 }

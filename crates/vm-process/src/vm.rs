@@ -302,7 +302,10 @@ impl VmControl for VmHandle {
 
     fn pause(&mut self) -> Result<(), ApiError> {
         self.check_alive()?;
-        locked(&self.machine).pause().map(drop).map_err(machine_error)
+        locked(&self.machine)
+            .pause()
+            .map(drop)
+            .map_err(machine_error)
     }
 
     fn resume(&mut self) -> Result<(), ApiError> {

@@ -11,6 +11,7 @@ pub mod boot;
 pub mod bus;
 pub mod devices;
 pub mod event_loop;
+mod exit;
 pub mod irq;
 pub mod machine;
 pub mod pci;

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::EVENT_PIN;
 use crate::bus::BusDevice;
+use crate::exit::{Exit, ExitSignal};
 use crate::irq::ioapic::Ioapic;
-use crate::machine::{Exit, ExitSignal};
 
 /// The first port of the register block.
 pub const PORT_BASE: u16 = 0x600;

@@ -4,7 +4,6 @@
 //! runs the guest. The machine's devices are handlers of an [`EventLoop`] that the caller runs.
 //! Save and restore use the contract that all devices share, so they name no kind of device.
 
-mod exit;
 mod memory_slots;
 mod reset;
 mod state;
@@ -19,7 +18,7 @@ use kvm_bindings::{CpuId, KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 
-pub use exit::{Exit, ExitSignal};
+pub use crate::exit::{Exit, ExitSignal};
 pub use state::{BoardState, GuestTime, MachineState, VmClock};
 
 use crate::acpi::power::{self, EVENT_GENERATION, EVENT_POWER_BUTTON, PowerRegisters};

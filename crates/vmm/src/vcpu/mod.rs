@@ -12,6 +12,7 @@ mod entry_time;
 pub(crate) mod features;
 mod pre_fault;
 mod registers;
+mod saved;
 mod shortage;
 mod state;
 
@@ -28,12 +29,13 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 pub(crate) use self::ceiling::vendor;
 pub use self::ceiling::{CpuCeiling, Refusal};
 pub use self::entry_time::{EntryTime, monotonic_ns};
+pub use self::saved::VcpuState;
 use self::shortage::MemoryShortage;
+pub use self::state::StateFormat;
 pub(crate) use self::state::cpuid_of;
-pub use self::state::{StateFormat, VcpuState};
 use crate::boot::Entry;
 use crate::bus::Bus;
-use crate::machine::{Exit, ExitSignal};
+use crate::exit::{Exit, ExitSignal};
 
 /// The stack size of a vCPU thread, which only passes accesses on to devices.
 const STACK_BYTES: usize = 128 << 10;

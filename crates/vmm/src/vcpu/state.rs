@@ -6,96 +6,17 @@
 //!
 //! Source: Linux `Documentation/virt/kvm/api.rst`.
 
-use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
-    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
-};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, Xsave, kvm_lapic_state, kvm_msr_entry};
 use kvm_ioctls::{Cap, VcpuFd};
-use serde::{Deserialize, Serialize};
 
 use super::VcpuError;
 use super::ceiling::{CpuCeiling, is_saved_msr};
+use super::saved::{MSR_TSC, VcpuState};
 
 /// `IA32_TSC_DEADLINE`.
 const MSR_TSC_DEADLINE: u32 = 0x6E0;
-/// `IA32_TSC`.
-const MSR_TSC: u32 = 0x10;
 /// The number of MSRs in one call. KVM takes at most 256.
 const MSR_BATCH: usize = 128;
-
-/// The saved state of one CPU. Byte images are KVM's own structures.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct VcpuState {
-    pub(super) cpuid: Vec<kvm_cpuid_entry2>,
-    regs: kvm_regs,
-    pub(super) sregs: kvm_sregs,
-    pub(super) xcrs: kvm_xcrs,
-    /// `KVM_GET_XSAVE2`, in words, as long as the host's CPU makes it.
-    pub(super) xsave: Vec<u32>,
-    pub(super) lapic: kvm_lapic_state,
-    /// Index and value of every MSR that KVM lists, could read, and a boot does not hide.
-    pub(super) msrs: Vec<(u32, u64)>,
-    pub(super) events: kvm_vcpu_events,
-    debug_registers: kvm_debugregs,
-    pub(super) mp_state: kvm_mp_state,
-    /// The TSC's frequency.
-    tsc_khz: u32,
-}
-
-impl VcpuState {
-    /// The time-stamp counter when it was saved.
-    pub(crate) fn tsc(&self) -> Option<u64> {
-        let tsc = self.msrs.iter().find(|(index, _)| *index == MSR_TSC);
-        tsc.map(|(_, value)| *value)
-    }
-
-    /// An empty state, for tests of the code that stores states.
-    #[cfg(any(test, feature = "testing"))]
-    pub fn blank() -> Self {
-        Self {
-            cpuid: Vec::new(),
-            regs: kvm_regs::default(),
-            sregs: kvm_sregs::default(),
-            xcrs: kvm_xcrs::default(),
-            xsave: vec![1, 2, 3],
-            lapic: kvm_lapic_state::default(),
-            msrs: vec![(MSR_TSC, 5)],
-            events: kvm_vcpu_events::default(),
-            debug_registers: kvm_debugregs::default(),
-            mp_state: kvm_mp_state::default(),
-            tsc_khz: 7,
-        }
-    }
-
-    /// The CPUID that the guest sees.
-    pub(crate) fn cpuid(&self) -> &[kvm_cpuid_entry2] {
-        &self.cpuid
-    }
-}
-
-/// Access for tests that change a state to have it refused.
-#[cfg(any(test, feature = "testing"))]
-impl VcpuState {
-    /// The CPUID that the guest sees.
-    pub fn cpuid_entries(&self) -> &[kvm_cpuid_entry2] {
-        &self.cpuid
-    }
-
-    /// The CPUID that the guest sees, to be changed.
-    pub fn cpuid_entries_mut(&mut self) -> &mut Vec<kvm_cpuid_entry2> {
-        &mut self.cpuid
-    }
-
-    /// The control and segment registers.
-    pub fn system_registers_mut(&mut self) -> &mut kvm_sregs {
-        &mut self.sregs
-    }
-
-    /// Index and value of each MSR.
-    pub fn msr_values_mut(&mut self) -> &mut Vec<(u32, u64)> {
-        &mut self.msrs
-    }
-}
 
 /// The format of a CPU's state on this host, which is the same for all CPUs of a machine.
 pub struct StateFormat {
@@ -388,6 +309,8 @@ fn xsave_from_words(words: &[u32], format: &StateFormat) -> Result<Xsave, VcpuEr
 
 #[cfg(test)]
 mod tests {
+    use kvm_bindings::kvm_cpuid_entry2;
+
     use super::*;
 
     fn lapic_with_timer(timer: u32) -> kvm_lapic_state {

@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::common::CommonState;
 use crate::virtio::Interrupt;
 
 /// The value for "no vector": the event raises no interrupt (4.1.5.1.2).
@@ -64,16 +63,17 @@ impl PciInterrupt {
         }
     }
 
-    pub(super) fn restore(&self, state: &CommonState) -> Result<(), String> {
+    /// Restores the saved vectors of configuration changes and of each queue.
+    pub(super) fn restore(&self, config_vector: u16, queue_vectors: &[u16]) -> Result<(), String> {
         let known = |vector: u16| vector == NO_VECTOR || usize::from(vector) < self.fds.len();
-        if !known(state.config_vector) || !state.queue_vectors.iter().all(|&vector| known(vector)) {
+        if !known(config_vector) || !queue_vectors.iter().all(|&vector| known(vector)) {
             return Err("a queue's interrupt vector does not exist".to_owned());
         }
-        if state.queue_vectors.len() != self.queues.len() {
+        if queue_vectors.len() != self.queues.len() {
             return Err("another number of queues".to_owned());
         }
-        self.set_config_vector(state.config_vector);
-        for (queue, &vector) in (0..).zip(&state.queue_vectors) {
+        self.set_config_vector(config_vector);
+        for (queue, &vector) in (0..).zip(queue_vectors) {
             self.set_queue_vector(queue, vector);
         }
         Ok(())

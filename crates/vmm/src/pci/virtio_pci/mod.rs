@@ -349,7 +349,10 @@ impl VirtioPci {
         }
         self.config.restore(&state.config).map_err(refuse)?;
         self.common.restore(&state.common).map_err(refuse)?;
-        self.interrupt.restore(&state.common).map_err(refuse)?;
+        let common = &state.common;
+        self.interrupt
+            .restore(common.config_vector, &common.queue_vectors)
+            .map_err(refuse)?;
         self.msix.restore(&state.msix).map_err(refuse)?;
         self.move_doorbells();
         if self.common.is_driver_ready() {

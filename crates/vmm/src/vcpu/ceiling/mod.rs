@@ -28,7 +28,7 @@ pub(super) use self::msrs::is_saved as is_saved_msr;
 use super::VcpuError;
 use super::cpuid::{self, ONCE_SHOWN_LEAVES, TOPOLOGY_LEAVES};
 use super::features::{self, Register};
-use super::state::VcpuState;
+use super::saved::VcpuState;
 
 /// Leaf 1 ECX: OSXSAVE, which the guest sets by CR4.
 const OSXSAVE: u32 = 1 << 27;

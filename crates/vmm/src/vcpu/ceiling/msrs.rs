@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use kvm_bindings::kvm_cpuid_entry2;
 
 use super::super::features::{Feature, Register, set_bits};
-use super::super::state::VcpuState;
+use super::super::saved::VcpuState;
 use super::Refusal;
 use Register::{Eax, Ebx, Ecx, Edx};
 

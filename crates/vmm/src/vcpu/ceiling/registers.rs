@@ -7,7 +7,7 @@ use kvm_bindings::{
 };
 
 use super::super::features::{self, Feature, Register};
-use super::super::state::VcpuState;
+use super::super::saved::VcpuState;
 use super::Refusal;
 use Register::{Eax, Ebx, Ecx, Edx};
 

@@ -12,7 +12,7 @@ pub enum Exit {
     /// The guest switched itself off.
     PowerOff,
     /// The guest asked for a reset. The caller may honour this by calling
-    /// [`PausedMachine::reset`](super::PausedMachine::reset).
+    /// [`PausedMachine::reset`](crate::machine::PausedMachine::reset).
     Reboot,
     /// The guest cannot run any more, for the given reason: after a triple fault, for example.
     Crash(String),
