@@ -67,7 +67,7 @@ fn is_default(ceilings: &Ceilings) -> bool {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Memory {
-    /// The file's size in bytes.
+    /// The size in bytes.
     pub bytes: u64,
     /// The layers, the base first.
     pub layers: Vec<MemoryLayer>,

@@ -128,7 +128,8 @@ fn source(args: &BuildArgs) -> Result<Source> {
     })
 }
 
-/// What is no path must be the name of an image; what cannot even be one is told as a missing path.
+/// Parses a source that is not a path as the name of an image. A source that cannot be one is
+/// reported as a missing path.
 fn registry(args: &BuildArgs) -> Result<RegistryImage> {
     let reference = args.source.to_str();
     let Some(reference) = reference.filter(|text| !text.starts_with(['/', '.'])) else {
@@ -169,7 +170,7 @@ fn told(error: &ImageError) -> ApiError {
     }
 }
 
-/// One bar for the step that is under way.
+/// The progress bar of the current step.
 struct Bars<'a> {
     context: &'a Context,
     bar: RefCell<ProgressBar>,

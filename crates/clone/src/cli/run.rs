@@ -30,7 +30,7 @@ pub(super) struct Args {
     detach: bool,
 }
 
-/// What `clone run --json` prints.
+/// The output of `clone run --json`.
 #[derive(Serialize)]
 struct Started {
     name: String,
@@ -82,7 +82,7 @@ fn stay(context: &Context, runtime: &Runtime, mut launched: Launched) -> Result<
             return Ok(ExitCode::SUCCESS);
         }
         Ok(End::Closed) => {}
-        // The VM may have been so quick to end that nobody could attach.
+        // The VM may have ended before its console could be attached.
         Err(_) if !launched.process.is_alive() => {}
         Err(error) => return Err(error),
     }
@@ -95,7 +95,7 @@ fn stay(context: &Context, runtime: &Runtime, mut launched: Launched) -> Result<
     told_end(context, &name, status.code(), &log)
 }
 
-/// How the VM ended, as a message and an exit code.
+/// Reports how the VM ended, and returns the exit code.
 fn told_end(context: &Context, name: &str, code: Option<i32>, log: &str) -> Result<ExitCode> {
     match code.and_then(|code| u8::try_from(code).ok()) {
         Some(invocation::EXIT_POWER_OFF) => Ok(ExitCode::SUCCESS),

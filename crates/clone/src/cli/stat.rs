@@ -1,4 +1,4 @@
-//! `clone stat`: what a VM is and what it uses.
+//! `clone stat`: shows a VM's configuration, state and resource usage.
 
 use std::process::ExitCode;
 
@@ -29,7 +29,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
     let client = Client::new(vm.dir.control_socket());
     let told = told(&args.name);
     let mut info = client.info().map_err(&told)?;
-    // In its jail the process may count itself differently.
+    // The host's own count is used, since the process in its jail may count differently.
     info.pid = vm.process.pid;
     let stats = client.stats().map_err(&told)?;
     context.output.print(&Stat { info, stats }, text);
