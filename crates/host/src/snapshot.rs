@@ -264,11 +264,16 @@ fn scratch() -> Result<File> {
 /// Requests a snapshot into `files` from the VM. The files may be in memory, where the VM's writes
 /// count against its own memory limit, so the limit is raised first; otherwise the VM would be
 /// killed.
-fn request_snapshot(vm: &RunningVm, request: &SnapshotRequest, files: &[File]) -> Result<SnapshotTaken> {
+fn request_snapshot(
+    vm: &RunningVm,
+    request: &SnapshotRequest,
+    files: &[File],
+) -> Result<SnapshotTaken> {
     let client = Client::new(vm.dir.control_socket()).with_timeout(LIMIT);
     let birth_path = vm.dir.birth_path();
     let room = vm.dir.config()?.memory.0 as i64 + ROOM_FOR_DISKS;
-    let allow = |bytes| cgroup::grow(&birth_path, bytes).map_err(failed("give room to", &birth_path));
+    let allow =
+        |bytes| cgroup::grow(&birth_path, bytes).map_err(failed("give room to", &birth_path));
     allow(room)?;
     let descriptors: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
     let taken = client.snapshot(request, &descriptors);

@@ -22,7 +22,7 @@ use super::prefetch::PrefetchPages;
 use super::reboot::Reboot;
 use super::snapshot::SnapshotDisk;
 use super::timeline::Timeline;
-use super::vm::{VmHandles, Vm, VmHandle};
+use super::vm::{Vm, VmHandle, VmHandles};
 use super::{devices, prefetch};
 
 /// Builds the VM inside `jail`, paused before its guest's first instruction.
@@ -66,9 +66,13 @@ pub(super) fn assemble(
         .boot
         .map(|files| files.kernel(&config, extra_arguments));
     let machine = match (guest.source, &mut kernel) {
-        (Source::State(state, prefetch_pages), _) => {
-            restore(parts, *state, prefetch_pages.as_ref(), events, &mut timeline)?
-        }
+        (Source::State(state, prefetch_pages), _) => restore(
+            parts,
+            *state,
+            prefetch_pages.as_ref(),
+            events,
+            &mut timeline,
+        )?,
         (Source::Boot, Ok(kernel)) => boot(parts, kernel, &config, events)?,
         // A boot opens its kernel, so this case does not occur.
         (Source::Boot, Err(missing)) => {
@@ -104,7 +108,11 @@ pub(super) fn assemble(
     let vm = Vm::new(machine, hub, timeline, guest.standby, guest.locks, events);
     let mut vm = vm.map_err(internal)?;
     let snapshot_source = vm.snapshot_source(dirty_tracker, disks, boot_files);
-    vm.on_reboot(Reboot::new(config.on_reboot, kernel, Arc::clone(&snapshot_source)));
+    vm.on_reboot(Reboot::new(
+        config.on_reboot,
+        kernel,
+        Arc::clone(&snapshot_source),
+    ));
     let handle = VmHandle::new(
         &vm,
         dir,
@@ -209,7 +217,9 @@ fn restore(
     let machine = Machine::restore(parts, state, events).map_err(machine_error)?;
     timeline.reach(StartStage::Built);
     if let Some(prefetch_pages) = prefetch_pages {
-        machine.pre_fault(&prefetch_pages.all()).map_err(machine_error)?;
+        machine
+            .pre_fault(&prefetch_pages.all())
+            .map_err(machine_error)?;
         timeline.reach(StartStage::PreFaulted);
     }
     let mut generation = [0; 16];

@@ -177,7 +177,10 @@ mod tests {
         let memory = Arc::new(GuestMemory::from_layers(&layout, &stack).unwrap());
         memory.ram().write_obj(7_u64, address(4)).unwrap();
         let mut dirty_tracker = DirtyTracker::new(Arc::clone(&memory), Pagemap::open().unwrap());
-        assert_eq!(dirty_tracker.begin().unwrap(), std::iter::once(4..5).collect());
+        assert_eq!(
+            dirty_tracker.begin().unwrap(),
+            std::iter::once(4..5).collect()
+        );
 
         dirty_tracker.renewed(Arc::new(memory.renewed().unwrap()));
         let memory = Arc::clone(dirty_tracker.memory());

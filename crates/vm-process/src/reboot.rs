@@ -87,7 +87,9 @@ fn boot_again(
     run: bool,
 ) -> Result<(), MachineError> {
     machine.reset()?;
-    snapshot_source.dirty_tracker.renewed(Arc::clone(machine.memory()));
+    snapshot_source
+        .dirty_tracker
+        .renewed(Arc::clone(machine.memory()));
     machine.boot(kernel)?;
     // A VM that was paused at the moment of the request stays paused.
     if run {

@@ -390,7 +390,10 @@ impl VmControl for VmHandle {
                 "a snapshot of this VM is being taken",
             ));
         };
-        let (memory, pagemap) = (snapshot_source.dirty_tracker.memory(), snapshot_source.dirty_tracker.pagemap());
+        let (memory, pagemap) = (
+            snapshot_source.dirty_tracker.memory(),
+            snapshot_source.dirty_tracker.pagemap(),
+        );
         let failed = |error: clone_memory::DirtyError| ApiError::internal(&error);
         Ok(TouchedPages {
             read: prefetch::runs(&memory.mapped_pages(pagemap).map_err(failed)?),

@@ -55,7 +55,7 @@ pub(super) fn connect(vm: &RunningVm, wait: Wait) -> Result<Connection> {
         let tried = Connection::open(&vm.dir.vsock_socket(), Deadline::after(GREETING_LIMIT));
         let may_come = matches!(tried, Err(ClientError::NoAgent)) && Instant::now() < end;
         if !may_come {
-            return tried.map_err(told(&vm.dir.name()));
+            return tried.map_err(agent_error(&vm.dir.name()));
         }
         if vm.process.wait(Some(PAUSE))? {
             let message = format!("`{}` ended before its agent answered", vm.dir.name());
@@ -69,11 +69,11 @@ pub(super) fn connect(vm: &RunningVm, wait: Wait) -> Result<Connection> {
 pub(super) fn shut_down_within(vm: &RunningVm, limit: Duration) -> Result<()> {
     Connection::open(&vm.dir.vsock_socket(), Deadline::after(limit))
         .and_then(|agent| agent.shutdown(false))
-        .map_err(told(&vm.dir.name()))
+        .map_err(agent_error(&vm.dir.name()))
 }
 
 /// Makes a closure that converts an error of the agent's client for the user of the VM `name`.
-pub(super) fn told(name: &str) -> impl Fn(ClientError) -> ApiError {
+pub(super) fn agent_error(name: &str) -> impl Fn(ClientError) -> ApiError {
     move |error| {
         let message = format!("`{name}`: {error}");
         match &error {

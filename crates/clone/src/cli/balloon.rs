@@ -8,7 +8,7 @@ use clone_api::{Bytes, Client};
 use clone_start::error::Result;
 
 use super::Context;
-use super::output::{human_bytes, told};
+use super::output::{control_error, human_bytes};
 
 /// The time that a guest usually takes to answer.
 const GUEST_TIME: Duration = Duration::from_millis(50);
@@ -34,7 +34,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
             client.balloon()
         }),
     };
-    let status = status.map_err(told(&args.name))?;
+    let status = status.map_err(control_error(&args.name))?;
     context.output.print(&status, text);
     Ok(ExitCode::SUCCESS)
 }

@@ -148,7 +148,9 @@ fn put(
         user,
         name: own.to_str().unwrap_or_default().to_owned(),
     };
-    let sent = connection.put(put, &mut source).map_err(agent::told(name));
+    let sent = connection
+        .put(put, &mut source)
+        .map_err(agent::agent_error(name));
     source.finish(sent)
 }
 
@@ -159,7 +161,7 @@ fn get(context: &Context, (name, path): (&str, &str), to: &Side<'_>, wait: Wait)
         let mut stdout = io::stdout().lock();
         let mut sink = Counted::new(&mut stdout, bar);
         let got = connection.get(path, &mut sink, MAX_STREAM);
-        let got = got.map_err(agent::told(name));
+        let got = got.map_err(agent::agent_error(name));
         return sink.finish(got.map(drop));
     };
     let target = landing(path, target);
@@ -169,7 +171,7 @@ fn get(context: &Context, (name, path): (&str, &str), to: &Side<'_>, wait: Wait)
     let mut counted = Counted::new(&mut sink, bar);
     let got = connection
         .get(path, &mut counted, room)
-        .map_err(agent::told(name));
+        .map_err(agent::agent_error(name));
     let mode = got.as_ref().map_or(0o600, |about| about.mode & 0o777);
     let bytes = counted.finish(got.map(drop))?;
     sink.keep(mode).map_err(failed_to("put in place"))?;

@@ -213,7 +213,7 @@ fn ended(context: &Context, name: &str, wait: Wait, exec: Exec, streams: Streams
                 },
                 _ => CLONE_FAILED,
             };
-            refused(context, &agent::told(name)(error), code)
+            refused(context, &agent::agent_error(name)(error), code)
         }
     }
 }

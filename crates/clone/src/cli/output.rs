@@ -98,7 +98,7 @@ pub(super) fn human_bytes(bytes: u64) -> String {
 
 /// Makes a closure that converts an error of the control socket's client for the user of the VM
 /// `name`.
-pub(super) fn told(name: &str) -> impl Fn(ClientError) -> ApiError {
+pub(super) fn control_error(name: &str) -> impl Fn(ClientError) -> ApiError {
     move |error| match error {
         ClientError::Refused(refusal) => refusal,
         ClientError::Connect { .. } => ApiError::new(

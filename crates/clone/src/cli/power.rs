@@ -9,7 +9,7 @@ use clone_host::runtime::{RunningVm, Runtime};
 use clone_start::error::Result;
 use rustix::process::Signal;
 
-use super::output::told;
+use super::output::control_error;
 use super::{Context, agent};
 
 /// The time limit for a killed process to disappear; it only has to free memory.
@@ -103,13 +103,17 @@ fn client(vm: &RunningVm) -> Client {
 
 pub(super) fn pause(context: &Context, args: &PauseArgs) -> Result<ExitCode> {
     each(context, &args.names, |runtime, name| {
-        client(&runtime.find(name)?).pause().map_err(told(name))
+        client(&runtime.find(name)?)
+            .pause()
+            .map_err(control_error(name))
     })
 }
 
 pub(super) fn resume(context: &Context, args: &ResumeArgs) -> Result<ExitCode> {
     each(context, &args.names, |runtime, name| {
-        client(&runtime.find(name)?).resume().map_err(told(name))
+        client(&runtime.find(name)?)
+            .resume()
+            .map_err(control_error(name))
     })
 }
 
@@ -147,7 +151,7 @@ pub(super) fn stop(context: &Context, args: &StopArgs) -> Result<ExitCode> {
 fn ask_guest(vm: &RunningVm) -> Result<()> {
     let name = vm.dir.name();
     let client = client(vm);
-    let running = client.info().map_err(told(&name))?.state == VmState::Running;
+    let running = client.info().map_err(control_error(&name))?.state == VmState::Running;
     // A paused guest does not answer; the power button reports that at once.
     if running && vm.dir.config()?.vsock.enabled {
         match agent::shut_down_within(vm, AGENT_LIMIT) {
@@ -155,7 +159,7 @@ fn ask_guest(vm: &RunningVm) -> Result<()> {
             Err(error) => tracing::debug!(message = error.message, "no agent to ask"),
         }
     }
-    client.power_button().map_err(told(&name))
+    client.power_button().map_err(control_error(&name))
 }
 
 pub(super) fn kill(context: &Context, args: &KillArgs) -> Result<ExitCode> {

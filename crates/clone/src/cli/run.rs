@@ -92,11 +92,11 @@ fn stay(context: &Context, runtime: &Runtime, mut launched: Launched) -> Result<
         .map_err(|error| ApiError::internal(&error))?;
     let log = std::fs::read_to_string(launched.dir.vmm_log()).unwrap_or_default();
     runtime.sweep_one(&launched.dir)?;
-    told_end(context, &name, status.code(), &log)
+    report_end(context, &name, status.code(), &log)
 }
 
 /// Reports how the VM ended, and returns the exit code.
-fn told_end(context: &Context, name: &str, code: Option<i32>, log: &str) -> Result<ExitCode> {
+fn report_end(context: &Context, name: &str, code: Option<i32>, log: &str) -> Result<ExitCode> {
     match code.and_then(|code| u8::try_from(code).ok()) {
         Some(invocation::EXIT_POWER_OFF) => Ok(ExitCode::SUCCESS),
         Some(invocation::EXIT_REBOOT) => {

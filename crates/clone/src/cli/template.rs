@@ -271,11 +271,11 @@ fn serve(context: &Context, store: &Store, args: &ServeArgs) -> Result<ExitCode>
     train(&runtime, &template)?;
     let source = Source::template(&template, &runtime)?;
     let mut standbys = Standbys::new(&runtime, source, id)?;
-    let mut told = None;
+    let mut reported = None;
     loop {
         let level = standbys.fill(args.standbys as usize)?;
-        if told != Some(level.ready) {
-            told = Some(level.ready);
+        if reported != Some(level.ready) {
+            reported = Some(level.ready);
             let ready = Ready { ready: level.ready };
             context
                 .output

@@ -390,11 +390,12 @@ fn died(vm: &RunningVm, name: &str) -> Option<ApiError> {
     let pid = Pid::from_raw(vm.process.pid as i32);
     // A standby is not a child of this process, so its status is not available.
     let status = waitpid(pid, WaitOptions::NOHANG).ok().flatten();
-    let exit_status = match status.map(|(_, status)| (status.terminating_signal(), status.exit_status())) {
-        Some((Some(signal), _)) => format!("was killed by signal {signal}"),
-        Some((_, Some(status))) => format!("ended with status {status}"),
-        _ => "ended".to_owned(),
-    };
+    let exit_status =
+        match status.map(|(_, status)| (status.terminating_signal(), status.exit_status())) {
+            Some((Some(signal), _)) => format!("was killed by signal {signal}"),
+            Some((_, Some(status))) => format!("ended with status {status}"),
+            _ => "ended".to_owned(),
+        };
     Some(ApiError::new(
         ErrorCode::Internal,
         format!(

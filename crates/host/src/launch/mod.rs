@@ -247,7 +247,10 @@ fn unexplained_end(dir: &VmDir, child: &mut Child) -> ApiError {
         },
         Err(error) => format!("cannot be waited for: {error}"),
     };
-    let message = format!("the VM's process {exit_status} while it started{}", last_words(dir));
+    let message = format!(
+        "the VM's process {exit_status} while it started{}",
+        last_words(dir)
+    );
     ApiError::new(ErrorCode::Internal, message)
 }
 

@@ -1,5 +1,5 @@
-use crate::layer_writer::{Checksums, LayerWriter};
 use super::*;
+use crate::layer_writer::{Checksums, LayerWriter};
 use crate::mapping::GuestMemory;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
