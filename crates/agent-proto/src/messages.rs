@@ -84,7 +84,7 @@ pub mod from_agent {
         /// data.
         #[prost(message, tag = "6")]
         Done(Empty),
-        /// About the guest.
+        /// Facts about the guest.
         #[prost(message, tag = "7")]
         Info(Info),
         /// Facts about the file that follows.
@@ -336,7 +336,7 @@ pub struct Error {
     pub message: String,
 }
 
-/// About the guest.
+/// Facts about the guest.
 #[derive(Clone, PartialEq, Message)]
 pub struct Info {
     /// `uname -n`.
@@ -393,7 +393,7 @@ pub struct Get {
     pub path: String,
 }
 
-/// About a file.
+/// Facts about a file.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct FileInfo {
     /// The size in bytes; an estimate for a file that grows.

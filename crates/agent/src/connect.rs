@@ -53,7 +53,7 @@ fn open(port: u32) -> Result<TcpStream, Refusal> {
                 let _ = stream.set_nodelay(true);
                 return Ok(stream);
             }
-            // The first address is the one that is told of.
+            // The error of the first address is the one to report.
             Err(error) => last = last.or(Some(error)),
         }
     }
@@ -98,7 +98,8 @@ fn send_out(mut server: TcpStream, outbox: &Outbox) {
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // Reset: there is no more, and the host cannot be told in which way.
+            // The stream was reset: no more data follows, and the protocol cannot tell the host how
+            // it ended.
             Err(_) => break,
         }
     }

@@ -74,7 +74,7 @@ fn serve(agent: &Arc<Agent>, stream: File) {
             code: refusal.code.into(),
             message: refusal.message,
         };
-        // A host that went away cannot be told.
+        // A host that has disconnected cannot receive the error.
         let _ = outbox.send(from_agent::Kind::Error(error));
     }
 }

@@ -225,7 +225,7 @@ fn attach_tap(name: &str, request: &Request) -> Result<Attachment, HostNetError>
     })
 }
 
-/// Returns the MTU if it differs from the default, so that guests must be told of it.
+/// Returns the MTU if it differs from the default, so that it must be reported to the guest.
 fn unusual(mtu: Option<u32>) -> Option<u16> {
     mtu.filter(|&mtu| mtu != USUAL_MTU)
         .and_then(|mtu| u16::try_from(mtu).ok())
