@@ -74,7 +74,7 @@ pub(crate) struct FreshFile {
 }
 
 impl FreshFile {
-    /// Makes one in the directory of `path`.
+    /// Makes a file with a temporary name in the directory of `path`.
     pub(crate) fn beside(path: &Path) -> io::Result<Self> {
         let name = path
             .file_name()
@@ -82,7 +82,7 @@ impl FreshFile {
             .to_string_lossy();
         let mut random = [0; 8];
         File::open("/dev/urandom")?.read_exact(&mut random)?;
-        // Names may be as long as the file system allows already.
+        // The original name may already have the longest length that the file system allows.
         let short: String = name.chars().take(40).collect();
         let path = path.with_file_name(format!(".{short}.{:016x}", u64::from_ne_bytes(random)));
         let file = OpenOptions::new()
@@ -97,7 +97,7 @@ impl FreshFile {
         })
     }
 
-    /// Gives it its content, and the owner and permissions of the file that it replaces.
+    /// Writes the content, and sets the owner and permissions of the replaced file.
     fn fill(&mut self, bytes: &[u8], old: Option<fs::Metadata>, mode: u32) -> io::Result<()> {
         self.file.write_all(bytes)?;
         if let Some(old) = &old {
@@ -122,10 +122,10 @@ impl Drop for FreshFile {
     }
 }
 
-/// Where writing to `path` would write: at the end of its links, whether or not there is a file.
+/// The path that a write to `path` would reach, at the end of its links; the file need not exist.
 ///
 /// # Errors
-/// Where the links lead in a circle.
+/// The links form a circle.
 pub(crate) fn end_of_links(path: &Path) -> io::Result<PathBuf> {
     let mut path = path.to_owned();
     for _ in 0..LINKS_MAX {

@@ -29,7 +29,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
     let client = Client::new(vm.dir.control_socket());
     let to_api_error = control_error(&args.name);
     let mut info = client.info().map_err(&to_api_error)?;
-    // The host's own count is used, since the process in its jail may count differently.
+    // The process may see another id of itself inside its jail, so the host's is shown.
     info.pid = vm.process.pid;
     let stats = client.stats().map_err(&to_api_error)?;
     context.output.print(&Stat { info, stats }, text);

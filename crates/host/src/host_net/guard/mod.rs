@@ -128,7 +128,7 @@ impl Guard<'_> {
     }
 
     /// A guest without neighbours receives from the host only. One with neighbours receives no ARP
-    /// about others, since guests without neighbours send nothing else to stations besides the
+    /// about other guests; broadcast ARP is all that guests without neighbours can send beyond the
     /// host.
     fn judge_received_behind_nat(&self, address: Ipv4Addr, range: &Range) -> Program {
         let target = Field::Word(38);
