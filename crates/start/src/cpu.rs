@@ -90,7 +90,7 @@ mod tests {
         );
     }
 
-    /// From a manifest of the first version that had one; the format must go on being read.
+    /// A profile from a manifest of the first version that had one. This format must stay readable.
     const OLD_MANIFEST_CPU: &str = r#"{"vendor":"AuthenticAMD","features":{"1.ecx":4160377347,
         "1.edx":126614527,"7.ebx":563873705,"7.ecx":4,"7.edx":2147483648,"80000001.ecx":1073743859,
         "80000001.edx":769915903,"d.1.eax":15}}"#;

@@ -200,7 +200,7 @@ mod tests {
         old["config"]["vcpus"] = json!(0);
         let error = Manifest::parse(&text_of(FORMAT_1, old), Path::new("t")).unwrap_err();
         assert!(error.message.contains("vcpus"), "{error}");
-        // Its fields are no fields of the present format.
+        // The present format does not have these fields.
         assert!(Manifest::parse(&text_of(FORMAT, hostile()), Path::new("t")).is_err());
     }
 }

@@ -344,7 +344,7 @@ mod tests {
         }
     }
 
-    /// How much is taken of a stream that goes on with `turn` for ever after `head`.
+    /// The number of bytes that are read of a stream that repeats `turn` forever after `head`.
     fn taken_of(head: &[u8], turn: &[u8]) -> usize {
         let there = Place::new();
         let mut source = Endless {
@@ -370,7 +370,7 @@ mod tests {
         assert!(taken_of(&[], &manifest(0, &megabyte)) < few);
         assert!(taken_of(&[], &manifest(0, b" ")) < few);
         assert!(taken_of(&[], &manifest(u64::MAX, &megabyte)) < few);
-        // And those of a file, after a manifest that is good.
+        // The same holds for a file's pieces after a valid manifest.
         let here = Place::new();
         let template = here.make("a", None);
         let text = std::fs::read(template.path(names::MANIFEST)).unwrap();

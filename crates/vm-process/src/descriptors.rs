@@ -10,7 +10,7 @@ use std::io;
 
 /// Closes every descriptor but the three standard ones.
 ///
-/// It must be called before anything else in the process, while the process owns no descriptor.
+/// The process must call this before anything else, while it owns no other descriptor.
 pub(super) fn close_inherited() -> io::Result<()> {
     const FIRST: libc::c_uint = 3;
     // SAFETY: the process has just begun, has one thread, and has opened nothing: no owner of one

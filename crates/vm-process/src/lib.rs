@@ -8,7 +8,7 @@
 //! itself, assembles the machine ([`assemble`]), reports, and runs the event loop until the guest
 //! ends ([`vm`]).
 //!
-//! With another first argument the same program only builds a jail and reports how complete it is.
+//! With another first argument, the program only builds a jail and reports its status.
 //!
 //! All code that serves a hostile guest is in this crate and in `clone-vmm`; no command line,
 //! network configuration or HTTP client is linked to it.

@@ -54,7 +54,7 @@ pub(super) struct OpenFork {
     pub(super) state: MachineState,
     pub(super) prefetch: Option<File>,
     pub(super) observed: bool,
-    /// How many layers each disk shares with others.
+    /// The number of layers that each disk shares with others.
     pub(super) disk_layers: Vec<usize>,
     pub(super) standby: bool,
     /// The kernel that a reboot loads, or the reason why the clone cannot reboot.
@@ -96,9 +96,9 @@ impl BootFiles {
 
 /// The open files that the devices are built from.
 pub(super) struct DeviceResources {
-    /// In the order of the description.
+    /// The disks' files, in the order of the description.
     pub(super) disks: Vec<DiskFiles>,
-    /// In the order of the description.
+    /// The open interfaces, in the order of the description.
     pub(super) nets: Vec<OpenNet>,
     pub(super) vsock: Option<UnixListener>,
 }

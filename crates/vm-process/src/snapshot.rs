@@ -46,7 +46,7 @@ pub(super) struct SnapshotDisk {
 pub(super) struct SnapshotSource {
     pub(super) machine: SharedMachine,
     pub(super) dirty_tracker: DirtyTracker,
-    /// In the order of the description.
+    /// The disks, in the order of the description.
     pub(super) disks: Vec<SnapshotDisk>,
     /// The kernel that the VM boots when it reboots; `None` for a clone whose template has none.
     pub(super) boot: Option<BootFiles>,

@@ -13,7 +13,7 @@ pub enum HostNetError {
     /// An operation on the lease directory failed.
     #[error("cannot {action} {}: {source}", path.display())]
     Lease {
-        /// What was tried, as in "lock".
+        /// The action that failed, as in "lock".
         action: &'static str,
         /// The file or directory.
         path: PathBuf,
@@ -26,7 +26,7 @@ pub enum HostNetError {
     /// The kernel refuses to change or show an interface.
     #[error("cannot {action} {object}: {source}")]
     Link {
-        /// What was tried, as in "create the bridge".
+        /// The action that failed, as in "create the bridge".
         action: &'static str,
         /// The interface or address.
         object: String,
@@ -39,7 +39,7 @@ pub enum HostNetError {
          or name a tap that was made for you, or do without a network"
     )]
     NotAllowed {
-        /// What was tried.
+        /// The action that failed.
         action: &'static str,
         /// The interface or address.
         object: String,
@@ -100,9 +100,9 @@ pub enum HostNetError {
     /// `nft` failed.
     #[error("nft could not {action}: {stderr}")]
     Nft {
-        /// What was tried.
+        /// The action that failed.
         action: &'static str,
-        /// What it said.
+        /// The error output of `nft`.
         stderr: String,
     },
     /// Forwarding could not be turned on.

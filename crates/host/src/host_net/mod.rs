@@ -54,7 +54,7 @@ pub const DEFAULT_DIR: &str = "/run/clone/net";
 /// The default MTU of guests, in bytes.
 const USUAL_MTU: u32 = 1500;
 
-/// What a network interface is connected to.
+/// The network that an interface is connected to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Connection {
     /// Our own bridge, with an address that we assign, translated to the host's.

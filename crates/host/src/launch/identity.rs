@@ -158,7 +158,7 @@ mod tests {
             std::thread::sleep(Duration::from_millis(20));
             stream.write_all(&[0])
         };
-        // It ends the message, which is none.
+        // The flood completes the message that the greeting began, which is not a valid one.
         let flood: Act = |stream| stream.write_all(&[0; 64 << 10]);
         for act in [drip, flood] {
             let vm = FakeVm::new(vec![0, 0, 8, 0], act);

@@ -210,7 +210,7 @@ impl Runtime {
 fn check_owner(dir: &Path) -> Result<()> {
     let found = fs::metadata(dir).map_err(failed("look at", dir))?;
     let (owner, user) = (found.uid(), rustix::process::geteuid().as_raw());
-    // In a directory with the sticky bit, others can make files but not exchange ours.
+    // In a directory with the sticky bit, other users can make files but not replace ours.
     let others_may_write = found.mode() & 0o022 != 0 && found.mode() & 0o1000 == 0;
     if (owner == user || owner == 0) && !others_may_write {
         return Ok(());
@@ -239,16 +239,16 @@ fn lock_in(place: &Path) -> Result<File> {
 /// A VM whose process was running when it was looked up.
 #[derive(Debug, Clone)]
 pub struct RunningVm {
-    /// Its directory.
+    /// The VM's runtime directory.
     pub dir: VmDir,
-    /// Its process.
+    /// The VM's process.
     pub process: Process,
 }
 
 /// A VM that this process is starting; its directory is locked, so it is not swept.
 #[derive(Debug)]
 pub struct StartingVm {
-    /// Its directory.
+    /// The VM's runtime directory.
     pub dir: VmDir,
     _lock: File,
 }

@@ -199,7 +199,7 @@ fn walk<'v>(mut value: &'v mut Value, dice: &mut Dice<'_>) -> &'v mut Value {
         value = match value {
             Value::Object(fields) => fields.iter_mut().nth(at).unwrap().1,
             Value::Array(items) => &mut items[at],
-            // It has a length.
+            // This arm is not reached, since such a value has length 0 above.
             other => return other,
         };
     }
@@ -253,7 +253,7 @@ fn edit_file(dir: &Path, dice: &mut Dice<'_>) {
         _ => {
             if let Some(file) = own(&path) {
                 let len = file.metadata().unwrap().len().max(1);
-                // What means most lies at the beginning and at the end.
+                // The fields that matter most are at the beginning and at the end of a file.
                 let at = match dice.below(3) {
                     0 => dice.number() % len,
                     1 => u64::from(dice.byte()),

@@ -168,7 +168,7 @@ fn written_disk(template: &Template) -> Disk {
 /// The saved state of a device of this kind which no driver has seen, and that has no state of its
 /// own.
 pub fn device_state(kind: u32) -> VirtioPciState {
-    // Its first field is the kind; of all else nothing is there.
+    // The first field is the kind; all others are zero.
     let mut bytes = [0; 64];
     bytes[0] = u8::try_from(kind).unwrap();
     postcard::from_bytes(&bytes).unwrap()

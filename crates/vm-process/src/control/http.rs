@@ -9,7 +9,7 @@ use clone_api::{ApiError, ErrorCode};
 pub const MAX_HEAD: usize = 8 << 10;
 /// The largest body that is read.
 pub const MAX_BODY: usize = 64 << 10;
-/// How many headers a request may have.
+/// The most headers of a request.
 const MAX_HEADERS: usize = 48;
 
 /// A request.

@@ -175,7 +175,7 @@ mod tests {
 
     use super::*;
 
-    /// What was written, and whoever writes it.
+    /// A writer that shares its bytes with the test.
     #[derive(Clone, Default)]
     struct Written(Arc<Mutex<Vec<u8>>>);
 
@@ -195,7 +195,7 @@ mod tests {
         }
     }
 
-    /// What is written while `work` writes to a log.
+    /// The bytes that the log writes while `work` runs.
     fn logged(has_rate: bool, work: impl FnOnce()) -> String {
         let written = Written::default();
         let lines = super::super::lines(BoundedLog::new(written.clone(), has_rate));

@@ -110,7 +110,7 @@ fn ends_with_drop(family: &str, table: &str, name: &str) -> Result<bool, HostNet
     }))
 }
 
-/// The same for tables of older iptables versions, which `nft` does not show.
+/// The notice for a dropping table of an older iptables version, which `nft` does not show.
 fn legacy_obstacle() -> Option<String> {
     let tables = fs::read_to_string("/proc/net/ip_tables_names").ok()?;
     if !tables.lines().any(|table| table == "filter") {

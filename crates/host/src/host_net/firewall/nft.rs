@@ -28,7 +28,7 @@ pub(super) fn list(command: &str) -> Result<Option<String>, HostNetError> {
     query(&[&["-s", "-t"], words(command).as_slice()].concat())
 }
 
-/// The same as JSON.
+/// Returns nft's listing as JSON.
 pub(super) fn list_json(command: &str) -> Result<Option<serde_json::Value>, HostNetError> {
     let text = query(&[&["-j", "-t"], words(command).as_slice()].concat())?;
     Ok(text.and_then(|text| serde_json::from_str(&text).ok()))

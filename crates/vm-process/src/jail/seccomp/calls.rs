@@ -18,7 +18,7 @@ pub(super) enum When {
     Is(u8, u64),
     /// The pointer is null.
     Null(u8),
-    /// Of the bits in `mask`, those of `value` are set.
+    /// The argument's bits in `mask` equal `value`.
     Bits { argument: u8, mask: u64, value: u64 },
     /// The argument is this process's id.
     OwnProcess(u8),
