@@ -1,17 +1,17 @@
-//! Bounds that every exchange with a guest has: a point in time, and a number of bytes.
+//! The bounds of every exchange with a guest: a point in time, and a number of bytes.
 
 use std::time::{Duration, Instant};
 
-/// The farthest deadline. A longer limit means the same to anybody who waits for it.
+/// The latest deadline. No caller waits longer than this.
 const FARTHEST: Duration = Duration::from_secs(366 * 24 * 3600);
 
-/// The point in time by which an exchange must be over, however its peer spreads out its bytes.
-/// There is no value that means "never".
+/// The point in time at which an exchange must have ended, no matter how its peer spreads out its
+/// bytes. No value means "never".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Deadline(Instant);
 
 impl Deadline {
-    /// `limit` from now, and a year at the most.
+    /// The deadline `limit` from now, at most a year.
     pub fn after(limit: Duration) -> Self {
         Self(Instant::now() + limit.min(FARTHEST))
     }
@@ -22,7 +22,7 @@ impl Deadline {
         (!remaining.is_zero()).then_some(remaining)
     }
 
-    /// The same deadline, later by `by`, and at most a year from now.
+    /// Returns a deadline that is later by `by`, at most a year from now.
     #[must_use]
     pub fn extended(self, by: Duration) -> Self {
         let farthest = Self::after(FARTHEST);
@@ -32,7 +32,7 @@ impl Deadline {
     }
 }
 
-/// The most bytes that are collected from a guest. There is no value that means "any number".
+/// The most bytes that are collected from a guest. No value means "any number".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ByteLimit(u64);
 
@@ -40,7 +40,7 @@ impl ByteLimit {
     /// The largest limit: 1 TiB.
     const LARGEST: u64 = 1 << 40;
 
-    /// A limit of `bytes`, and 1 TiB at the most.
+    /// A limit of `bytes`, at most 1 TiB.
     pub const fn new(bytes: u64) -> Self {
         Self(if bytes < Self::LARGEST {
             bytes

@@ -1,10 +1,10 @@
-//! Why an operation on a guest's agent failed.
+//! The errors of operations on a guest's agent.
 
 use std::io;
 
 use crate::frame::FrameError;
 
-/// Why an operation failed.
+/// The error of an operation.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The VM's socket cannot be reached.
@@ -12,10 +12,10 @@ pub enum ClientError {
     Connect {
         /// The socket.
         path: String,
-        /// The host's answer.
+        /// The host's error.
         source: io::Error,
     },
-    /// Nobody listens in the guest.
+    /// No agent listens in the guest.
     #[error("no agent answers in the guest: it is still starting, or it is not in its image")]
     NoAgent,
     /// The connection was lost; the guest may have ended.
@@ -24,23 +24,23 @@ pub enum ClientError {
     /// The deadline passed before the agent had answered.
     #[error("the guest's agent did not answer in time")]
     Late,
-    /// The agent sent more than its caller collects.
+    /// The agent sent more than the caller's limit.
     #[error("the guest sent more than {0}, the most that is collected")]
     TooMuch(String),
-    /// The agent sent something that is not the protocol.
+    /// The agent sent bytes that do not follow the protocol.
     #[error("the agent cannot be understood: {0}")]
     Garbled(#[from] FrameError),
     /// The agent sent a message that does not belong to the operation.
     #[error("the agent's answer does not belong to what it was asked")]
     OutOfTurn,
-    /// The request is longer than the agent takes.
+    /// The request is longer than the agent accepts.
     #[error(
         "the command's arguments and environment are too long: {len} bytes, and the guest's agent takes {max}"
     )]
     TooLong {
-        /// How long it is.
+        /// The length of the request.
         len: usize,
-        /// How long it may be.
+        /// The limit.
         max: usize,
     },
     /// The agent refused. Its message is printable.

@@ -1,24 +1,25 @@
-//! A command's output as it arrives, without I/O: which bytes are where, and what to acknowledge.
+//! Tracks a command's output as it arrives, without I/O: the position of received bytes, and the
+//! acknowledgements to send.
 
 use crate::OUTPUT_WINDOW;
 use crate::error::ClientError;
 use crate::messages::{Acknowledge, Exited, Output, Stream, from_agent};
 
-/// Output is acknowledged at least this often (bytes), well before the agent's window is full.
+/// Output is acknowledged at least every so many bytes, well before the agent's window is full.
 const ACKNOWLEDGE_EVERY: u64 = OUTPUT_WINDOW as u64 / 4;
 
-/// What happens to a command.
+/// An event of a running command.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// It printed something.
+    /// The command printed bytes.
     Output(Stream, Vec<u8>),
-    /// So many bytes of a detached command's output are gone for good.
+    /// This number of bytes of a detached command's output was dropped.
     Lost(Stream, u64),
-    /// It ended.
+    /// The command ended.
     Exited(Exited),
 }
 
-/// How much of a command's output has arrived, and how much the agent knows to have arrived.
+/// The position up to which a command's output has arrived, and the position that the agent knows.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct OutputCursors {
     arrived: Acknowledge,
@@ -26,7 +27,7 @@ pub struct OutputCursors {
 }
 
 impl OutputCursors {
-    /// The cursors of a command whose output is read from `arrived` on.
+    /// Makes the cursors of a command whose output is read from `arrived` on.
     pub fn from(arrived: Acknowledge) -> Self {
         Self {
             arrived,
@@ -34,23 +35,23 @@ impl OutputCursors {
         }
     }
 
-    /// How much of each output has arrived.
+    /// The number of bytes of each output that have arrived.
     pub fn arrived(&self) -> Acknowledge {
         self.arrived
     }
 
-    /// What to send before the next message is waited for, if anything.
+    /// The acknowledgement to send before waiting for the next message, if one is due.
     pub fn acknowledgement(&self) -> Option<Acknowledge> {
         let unknown = total(self.arrived).saturating_sub(self.acknowledged);
         (unknown >= ACKNOWLEDGE_EVERY).then_some(self.arrived)
     }
 
-    /// Notes that `arrived` was sent.
+    /// Records that `arrived` was sent.
     pub fn acknowledged(&mut self, arrived: Acknowledge) {
         self.acknowledged = total(arrived);
     }
 
-    /// What a message means.
+    /// Interprets a message.
     ///
     /// # Errors
     /// [`ClientError::OutOfTurn`] for a message that is not about a running command.

@@ -4,39 +4,41 @@ use prost::Message;
 
 use crate::messages::{FromAgent, FromHost};
 
-/// The longest message that an agent of the first release takes (bytes), and that any agent sends.
+/// The longest message, in bytes, that an agent of the first release accepts, and that any agent
+/// sends.
 pub const FIRST_MAX_MESSAGE: usize = 1 << 20;
 
-/// What travels in a frame.
+/// A message that is sent in a frame.
 pub trait Framed: Message {
-    /// The longest one (bytes).
+    /// The longest message of this kind, in bytes.
     const MAX: usize;
 }
 
 impl Framed for FromHost {
-    /// More than Linux gives a program: its arguments and environment have 6 MiB at most.
+    /// The limit exceeds what Linux passes to a program: arguments and environment have at most 6
+    /// MiB.
     const MAX: usize = 8 << 20;
 }
 
 impl Framed for FromAgent {
-    /// Data comes in chunks far below it, and a guest must not cost its host more.
+    /// Chunks of data are far smaller, and a guest must not cost its host more memory.
     const MAX: usize = FIRST_MAX_MESSAGE;
 }
 
 const LENGTH_BYTES: usize = 4;
 
-/// Why a stream cannot be understood. There is no way back: the connection must end.
+/// The reason why a stream is invalid. It cannot be recovered, so the connection must end.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
-    /// Longer than it may be: not our protocol, or a hostile peer.
+    /// The message exceeds the limit: the peer uses another protocol, or is hostile.
     #[error("a message of {len} bytes; at most {max} are allowed")]
     TooLong {
-        /// How long it is.
+        /// The length of the message.
         len: usize,
-        /// How long it may be.
+        /// The limit.
         max: usize,
     },
-    /// Not a message.
+    /// The bytes are not a message.
     #[error("a message that cannot be decoded: {0}")]
     Malformed(String),
 }
@@ -44,7 +46,7 @@ pub enum FrameError {
 /// Appends `message` to `out` as a frame.
 ///
 /// # Errors
-/// Where the message is too long; `out` is unchanged then.
+/// The message is too long; `out` is unchanged then.
 pub fn encode<M: Framed>(message: &M, out: &mut Vec<u8>) -> Result<(), FrameError> {
     let len = message.encoded_len();
     check::<M>(len)?;
@@ -62,16 +64,16 @@ fn check<M: Framed>(len: usize) -> Result<(), FrameError> {
     }
 }
 
-/// Cuts messages out of bytes as they arrive, in pieces of any size.
+/// Extracts messages from bytes that arrive in pieces of any size.
 #[derive(Debug, Default)]
 pub struct Decoder {
     buffer: Vec<u8>,
-    /// How much of the buffer was handed out already.
+    /// The number of bytes at the start of the buffer that were already returned.
     taken: usize,
 }
 
 impl Decoder {
-    /// Adds bytes that arrived.
+    /// Adds received bytes.
     pub fn push(&mut self, bytes: &[u8]) {
         if self.taken > 0 {
             self.buffer.drain(..self.taken);
@@ -80,15 +82,15 @@ impl Decoder {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// Whether bytes are left that are no whole message yet, or one that was not taken.
+    /// Whether bytes remain of an incomplete message, or of one that was not taken.
     pub fn is_partial(&self) -> bool {
         self.taken < self.buffer.len()
     }
 
-    /// The next whole message, if it has arrived.
+    /// The next complete message, if it has arrived.
     ///
     /// # Errors
-    /// Where the stream cannot be understood; it must be given up then.
+    /// The stream is invalid, and must be closed.
     #[expect(
         clippy::should_implement_trait,
         reason = "it is no iterator: the type is the caller's choice at each call"

@@ -1,36 +1,35 @@
-//! What arrives from an agent, without I/O: decoded, bounded, and with printable text.
+//! Decodes messages from an agent, without I/O: bounds them, and makes their text printable.
 //!
-//! This is the border behind which nothing of a guest is raw but the streams that a caller asked
-//! for: the output of commands, the content of files, the bytes of connections.
+//! Behind this module, no text of a guest is raw, except for the streams that a caller requested:
+//! the output of commands, the content of files, the bytes of connections.
 
 use crate::error::ClientError;
 use crate::frame::Decoder;
 use crate::messages::{CommandInfo, Commands, Error, FromAgent, Hello, Info, from_agent};
 use crate::text::printable;
 
-/// The most commands in a list of them. An agent keeps far fewer.
+/// The most commands in a list. An agent keeps far fewer.
 const MAX_COMMANDS: usize = 4096;
-/// The most operations that a greeting names.
+/// The most operations in a greeting.
 const MAX_OPERATIONS: usize = 256;
 
-/// Messages of an agent as they arrive.
+/// The decoder of an agent's messages.
 #[derive(Debug, Default)]
 pub struct Incoming {
     decoder: Decoder,
 }
 
 impl Incoming {
-    /// Adds bytes that arrived.
+    /// Adds received bytes.
     pub fn push(&mut self, bytes: &[u8]) {
         self.decoder.push(bytes);
     }
 
-    /// The next whole message that this side knows, if it has arrived.
+    /// The next complete message of a known kind, if it has arrived.
     ///
     /// # Errors
-    /// [`ClientError::Refused`] where the message is the agent's refusal;
-    /// [`ClientError::Garbled`] and [`ClientError::TooMuch`] where the connection must be given
-    /// up.
+    /// [`ClientError::Refused`] if the message is the agent's refusal; [`ClientError::Garbled`] and
+    /// [`ClientError::TooMuch`] if the connection must be closed.
     #[expect(
         clippy::should_implement_trait,
         reason = "an iterator that ends would mean that no more messages come"
@@ -45,13 +44,13 @@ impl Incoming {
         Ok(None)
     }
 
-    /// Whether the beginning of a message has arrived, and not yet its end.
+    /// Whether a message has arrived in part.
     pub fn is_partial(&self) -> bool {
         self.decoder.is_partial()
     }
 }
 
-/// A message with its text made printable.
+/// Makes the text of a message printable.
 fn admit(kind: from_agent::Kind) -> Result<from_agent::Kind, ClientError> {
     use from_agent::Kind;
     Ok(match kind {

@@ -1,13 +1,13 @@
 //! The protocol between hosts and guest agents.
 //!
-//! A connection (vsock, port [`PORT`]) carries one operation. The agent speaks first
-//! ([`messages::Hello`]); the host sends one [`messages::Request`], and what follows depends on it.
-//! The protocol only grows: a template may hold an agent that is years older than its host, so
-//! fields and operations are added and never changed, an agent answers what it does not know with
-//! an error, and both sides skip fields that they do not know.
+//! A connection (vsock, port [`PORT`]) carries one operation. The agent sends the first message
+//! ([`messages::Hello`]); the host sends one [`messages::Request`], which determines the messages
+//! that follow. The protocol only grows: a template may contain an agent that is years older than
+//! its host, so fields and operations are added and never changed, an agent answers an unknown
+//! operation with an error, and both sides skip unknown fields.
 //!
-//! A guest is a stranger to its host. What it sends has a bound ([`deadline`]), and its text is
-//! made printable where it comes in ([`incoming`]).
+//! A guest is not trusted. The time and size of its messages are bounded ([`deadline`]), and its
+//! text is made printable on receipt ([`incoming`]).
 //!
 //! - [`messages`]: the messages, as protobuf.
 //! - [`frame`], [`incoming`], [`exec`]: the codec, without I/O.
@@ -26,17 +26,17 @@ pub mod text;
 /// The vsock port that the agent listens on.
 pub const PORT: u32 = 1024;
 
-/// The version that [`messages::Hello`] tells. It changes only if an old host could no longer talk
-/// to a new agent at all, which the rules above are there to avoid.
+/// The version in [`messages::Hello`]. It would change only if an old host could not talk to a new
+/// agent at all, which the rules above avoid.
 pub const PROTOCOL: u32 = 1;
 
 /// The most output per stream that an agent keeps until the host acknowledges it (bytes).
 pub const OUTPUT_WINDOW: usize = 256 << 10;
 
-/// The most input that a host may send ahead of what the command has taken (bytes).
+/// The most input that a host may send ahead of what the command has read (bytes).
 ///
-/// With it neither side ever has to stop reading messages, so that input that nobody takes cannot
-/// keep acknowledgements of output from arriving.
+/// With this window, neither side ever has to stop reading messages, so input that is not read
+/// cannot delay acknowledgements of output.
 pub const INPUT_WINDOW: usize = 256 << 10;
 
 /// The most data in one message (bytes).

@@ -1,25 +1,25 @@
-//! The messages. Tags are for ever: a field or an operation is added with a new one, and one that
-//! was dropped keeps its tag unused.
-// Fields of protobuf messages are documented where their meaning is not in their name.
+//! The messages. Tags never change: a new field or operation gets a new tag, and the tag of a
+//! removed one stays unused.
+// Fields of protobuf messages are documented where their names do not explain them.
 
 use prost::{Message, Oneof};
 
-/// What a host sends.
+/// A message of a host.
 #[derive(Clone, PartialEq, Message)]
 pub struct FromHost {
-    /// What it is; absent where a newer host sent something this side does not know.
+    /// The message; absent if a newer host sent a kind that this side does not know.
     #[prost(oneof = "from_host::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
     pub kind: Option<from_host::Kind>,
 }
 
-/// What a host can send.
+/// The kinds of a host's messages.
 pub mod from_host {
     use super::*;
 
     /// One of these.
     #[derive(Clone, PartialEq, Oneof)]
     pub enum Kind {
-        /// The one request of a connection; must come first.
+        /// The one request of a connection, which must be the first message.
         #[prost(message, tag = "1")]
         Request(Request),
         /// Input for a command, at most [`crate::CHUNK`] bytes. No more than
@@ -35,22 +35,22 @@ pub mod from_host {
         /// The terminal's new size.
         #[prost(message, tag = "5")]
         Resize(TerminalSize),
-        /// How much of a command's output has safely arrived.
+        /// The positions up to which a command's output has arrived.
         #[prost(message, tag = "6")]
         Acknowledge(Acknowledge),
-        /// A piece of a file that is being put, or of what goes into a connection.
+        /// A piece of a file to write, or of the data for a connection.
         #[prost(bytes, tag = "7")]
         Data(Vec<u8>),
-        /// The end of a file that is being put, or of what goes into a connection.
+        /// The end of a file to write, or of the data for a connection.
         #[prost(message, tag = "8")]
         DataEnd(Empty),
     }
 }
 
-/// What an agent sends.
+/// A message of an agent.
 #[derive(Clone, PartialEq, Message)]
 pub struct FromAgent {
-    /// What it is; absent where a newer agent sent something this side does not know.
+    /// The message; absent if a newer agent sent a kind that this side does not know.
     #[prost(
         oneof = "from_agent::Kind",
         tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13"
@@ -58,14 +58,14 @@ pub struct FromAgent {
     pub kind: Option<from_agent::Kind>,
 }
 
-/// What an agent can send.
+/// The kinds of an agent's messages.
 pub mod from_agent {
     use super::*;
 
     /// One of these.
     #[derive(Clone, PartialEq, Oneof)]
     pub enum Kind {
-        /// First on every connection.
+        /// The greeting, which is the first message on every connection.
         #[prost(message, tag = "1")]
         Hello(Hello),
         /// A command runs.
@@ -80,39 +80,39 @@ pub mod from_agent {
         /// The request failed.
         #[prost(message, tag = "5")]
         Error(Error),
-        /// The request was carried out, and there is no more to say; the end of what comes out of a
-        /// connection.
+        /// The request was carried out, and no more messages follow; also the end of a connection's
+        /// data.
         #[prost(message, tag = "6")]
         Done(Empty),
-        /// About the guest.
+        /// Facts about the guest.
         #[prost(message, tag = "7")]
         Info(Info),
-        /// About a file that follows.
+        /// Facts about the file that follows.
         #[prost(message, tag = "8")]
         File(FileInfo),
-        /// A piece of a file, or of what comes out of a connection.
+        /// A piece of a file, or of a connection's data.
         #[prost(bytes, tag = "9")]
         Data(Vec<u8>),
         /// The commands that the agent knows.
         #[prost(message, tag = "10")]
         Commands(Commands),
-        /// How many bytes of input the command has taken since its start.
+        /// The number of bytes of input that the command has read since its start.
         #[prost(uint64, tag = "11")]
         InputTaken(u64),
-        /// A connection within the guest is there.
+        /// A connection within the guest was made.
         #[prost(message, tag = "12")]
         Connected(Empty),
-        /// A part of the request that could not be carried out, for people. The rest goes on, and
-        /// `Done` follows. Hosts that do not know it skip it.
+        /// A part of the request that could not be carried out, as text for people. The other parts
+        /// are carried out, and `Done` follows. Hosts that do not know this message skip it.
         #[prost(string, tag = "13")]
         Notice(String),
     }
 }
 
-/// What a connection is for.
+/// The request of a connection.
 #[derive(Clone, PartialEq, Message)]
 pub struct Request {
-    /// The operation; absent where a newer host asks for one that this agent does not know.
+    /// The operation; absent if a newer host requests one that this agent does not know.
     #[prost(
         oneof = "request::Operation",
         tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11"
@@ -120,7 +120,7 @@ pub struct Request {
     pub operation: Option<request::Operation>,
 }
 
-/// What can be asked for.
+/// The operations.
 pub mod request {
     use super::*;
 
@@ -130,13 +130,13 @@ pub mod request {
         /// Run a command: `Started`, `Output`…, `Exited`.
         #[prost(message, tag = "1")]
         Exec(Exec),
-        /// Go on with a command after a lost connection: `Output`…, `Exited`.
+        /// Attach to a command after a lost connection: `Output`…, `Exited`.
         #[prost(message, tag = "2")]
         Attach(Attach),
-        /// Tell about the guest: `Info`.
+        /// Return facts about the guest: `Info`.
         #[prost(message, tag = "3")]
         Info(Empty),
-        /// Write a file: host sends `Data`…, `DataEnd`; agent `Done`.
+        /// Write a file: the host sends `Data`…, `DataEnd`; the agent sends `Done`.
         #[prost(message, tag = "4")]
         Put(Put),
         /// Read a file: `File`, `Data`…, `Done`.
@@ -145,27 +145,27 @@ pub mod request {
         /// Write dirty data to the disks: `Done`.
         #[prost(message, tag = "6")]
         Sync(Empty),
-        /// Take on an identity of one's own: `Notice` for each step that could not be done, then
-        /// `Done`; an error where two guests would share a secret or an address.
+        /// Apply a new identity: `Notice` for each step that failed, then `Done`; an error if two
+        /// guests would share a secret or an address.
         #[prost(message, tag = "7")]
         SetIdentity(Identity),
-        /// Switch off or start anew: `Done`, then the guest ends.
+        /// Switch off or reboot: `Done`, then the guest ends.
         #[prost(message, tag = "8")]
         Shutdown(Shutdown),
-        /// Which commands there are: `Commands`.
+        /// List the commands: `Commands`.
         #[prost(message, tag = "9")]
         ListCommands(Empty),
         /// Connect to a port in the guest: `Connected`, then both sides send `Data`… as it comes,
         /// each until its end, which the host calls `DataEnd` and the agent `Done`.
         #[prost(message, tag = "10")]
         Connect(Connect),
-        /// Send a signal to a command, whoever is attached to it: `Done`.
+        /// Send a signal to a command, independently of the attached host: `Done`.
         #[prost(message, tag = "11")]
         SignalCommand(SignalCommand),
     }
 }
 
-/// Nothing more to say.
+/// A message without content.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct Empty {}
 
@@ -178,11 +178,11 @@ pub struct Hello {
     /// The agent's own version, for people.
     #[prost(string, tag = "2")]
     pub agent_version: String,
-    /// The tags of the operations that it knows.
+    /// The tags of the operations that the agent knows.
     #[prost(uint32, repeated, tag = "3")]
     pub operations: Vec<u32>,
-    /// The longest message that it takes, in bytes. Absent from agents of the first release, which
-    /// take [`crate::frame::FIRST_MAX_MESSAGE`].
+    /// The longest message that the agent accepts, in bytes. Absent from agents of the first
+    /// release, which accept [`crate::frame::FIRST_MAX_MESSAGE`].
     #[prost(uint32, optional, tag = "4")]
     pub max_message: Option<u32>,
 }
@@ -206,13 +206,13 @@ pub struct Exec {
     /// A terminal of this size; stdout and stderr are one stream then.
     #[prost(message, optional, tag = "5")]
     pub terminal: Option<TerminalSize>,
-    /// Ends the command (and all that it started in its process group) after so long; 0 is never.
+    /// The time limit after which the command and its process group are ended; 0 means none.
     #[prost(uint64, tag = "6")]
     pub timeout_ms: u64,
-    /// Whether it goes on when nobody is connected, keeping only its newest output.
+    /// Whether the command continues when no host is connected, keeping only its newest output.
     #[prost(bool, tag = "7")]
     pub detached: bool,
-    /// Whether input will follow; else the command's input is empty.
+    /// Whether input will follow; otherwise the command's input is empty.
     #[prost(bool, tag = "8")]
     pub input: bool,
     /// Run the user's login shell, or one that the guest has where the user has none to log in
@@ -232,27 +232,27 @@ pub struct TerminalSize {
     pub columns: u32,
 }
 
-/// Goes on with a command.
+/// Attaches to a command.
 #[derive(Clone, PartialEq, Message)]
 pub struct Attach {
     /// As in [`Started`].
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    /// How many bytes of its standard output have arrived.
+    /// The number of bytes of standard output that have arrived.
     #[prost(uint64, tag = "2")]
     pub stdout_cursor: u64,
-    /// How many bytes of its standard error have arrived.
+    /// The number of bytes of standard error that have arrived.
     #[prost(uint64, tag = "3")]
     pub stderr_cursor: u64,
 }
 
-/// How much of a command's output has safely arrived, in bytes since its start.
+/// The positions up to which a command's output has arrived, in bytes since its start.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct Acknowledge {
-    /// Of standard output.
+    /// The position in standard output.
     #[prost(uint64, tag = "1")]
     pub stdout_cursor: u64,
-    /// Of standard error.
+    /// The position in standard error.
     #[prost(uint64, tag = "2")]
     pub stderr_cursor: u64,
 }
@@ -260,7 +260,7 @@ pub struct Acknowledge {
 /// A command runs.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct Started {
-    /// Names the command on this guest, for [`Attach`].
+    /// The command's id in this guest, for [`Attach`].
     #[prost(uint64, tag = "1")]
     pub id: u64,
     /// Its process id in the guest.
@@ -268,7 +268,7 @@ pub struct Started {
     pub pid: u32,
 }
 
-/// Which of a command's outputs.
+/// One of a command's outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
 #[repr(i32)]
 pub enum Stream {
@@ -281,11 +281,11 @@ pub enum Stream {
 /// A piece of a command's output.
 #[derive(Clone, PartialEq, Message)]
 pub struct Output {
-    /// Which output.
+    /// The output.
     #[prost(enumeration = "Stream", tag = "1")]
     pub stream: i32,
-    /// How many bytes of this output came before. More than was seen so far where a detached
-    /// command's older output was dropped.
+    /// The number of bytes of this output before this piece. It is larger than the number seen so
+    /// far if older output of a detached command was dropped.
     #[prost(uint64, tag = "2")]
     pub cursor: u64,
     /// At most [`crate::CHUNK`] bytes.
@@ -293,50 +293,50 @@ pub struct Output {
     pub data: Vec<u8>,
 }
 
-/// How a command ended.
+/// The end of a command.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct Exited {
-    /// Its exit status, unless a signal ended it.
+    /// The exit status, unless a signal ended the command.
     #[prost(int32, optional, tag = "1")]
     pub code: Option<i32>,
-    /// The signal that ended it.
+    /// The signal that ended the command.
     #[prost(int32, optional, tag = "2")]
     pub signal: Option<i32>,
-    /// Whether it ran longer than allowed.
+    /// Whether the command exceeded its time limit.
     #[prost(bool, tag = "3")]
     pub timed_out: bool,
 }
 
-/// Why a request failed.
+/// The kinds of failure of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
 #[repr(i32)]
 pub enum ErrorCode {
-    /// Anything else.
+    /// Any other failure.
     Other = 0,
     /// The agent does not know the operation: it is older than the host.
     Unsupported = 1,
-    /// The request makes no sense.
+    /// The request is invalid.
     Invalid = 2,
     /// A program, file, user or command that does not exist.
     NotFound = 3,
-    /// A file that may not be reached, or a program that may not be run.
+    /// Access to a file, or running a program, is not permitted.
     Denied = 4,
-    /// The guest is out of something.
+    /// The guest lacks a resource, such as disk space.
     Exhausted = 5,
 }
 
 /// A request failed.
 #[derive(Clone, PartialEq, Message)]
 pub struct Error {
-    /// The kind, for programs.
+    /// The kind of failure, for programs.
     #[prost(enumeration = "ErrorCode", tag = "1")]
     pub code: i32,
-    /// What was tried and what came of it, for people.
+    /// The failed operation and its error, for people.
     #[prost(string, tag = "2")]
     pub message: String,
 }
 
-/// About the guest.
+/// Facts about the guest.
 #[derive(Clone, PartialEq, Message)]
 pub struct Info {
     /// `uname -n`.
@@ -345,7 +345,7 @@ pub struct Info {
     /// `uname -r`.
     #[prost(string, tag = "2")]
     pub kernel: String,
-    /// Since boot.
+    /// The time since boot.
     #[prost(uint64, tag = "3")]
     pub uptime_ms: u64,
     /// `MemTotal`.
@@ -357,10 +357,10 @@ pub struct Info {
     /// The load average of one minute, in thousandths.
     #[prost(uint32, tag = "6")]
     pub load_milli: u32,
-    /// Commands that run.
+    /// The number of running commands.
     #[prost(uint32, tag = "7")]
     pub commands: u32,
-    /// Since the last request other than this one.
+    /// The time since the last request other than this one.
     #[prost(uint64, tag = "8")]
     pub idle_ms: u64,
     /// The guest's clock, nanoseconds since 1970.
@@ -371,7 +371,7 @@ pub struct Info {
 /// A file to write.
 #[derive(Clone, PartialEq, Message)]
 pub struct Put {
-    /// An absolute path. The file appears, or changes, all at once.
+    /// An absolute path. The file is made or replaced atomically.
     #[prost(string, tag = "1")]
     pub path: String,
     /// Permission bits.
@@ -380,7 +380,7 @@ pub struct Put {
     /// Owner, as in [`Exec::user`].
     #[prost(string, tag = "3")]
     pub user: String,
-    /// The file's name where `path` is a directory. Without one, a directory is refused.
+    /// The file's name if `path` is a directory. Without one, a directory is refused.
     #[prost(string, tag = "4")]
     pub name: String,
 }
@@ -393,10 +393,10 @@ pub struct Get {
     pub path: String,
 }
 
-/// About a file.
+/// Facts about a file.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct FileInfo {
-    /// Bytes; a guess for a file that grows.
+    /// The size in bytes; an estimate for a file that grows.
     #[prost(uint64, tag = "1")]
     pub size: u64,
     /// Permission bits.
@@ -404,7 +404,7 @@ pub struct FileInfo {
     pub mode: u32,
 }
 
-/// Who a guest is from now on. Empty fields leave things as they are.
+/// The new identity of a guest. Empty fields change nothing.
 #[derive(Clone, PartialEq, Message)]
 pub struct Identity {
     /// Host name.
@@ -416,7 +416,7 @@ pub struct Identity {
     /// Fresh randomness for the kernel's pool.
     #[prost(bytes = "vec", tag = "3")]
     pub seed: Vec<u8>,
-    /// The wall clock, nanoseconds since 1970; 0 leaves it.
+    /// The wall clock, in nanoseconds since 1970; 0 leaves it unchanged.
     #[prost(uint64, tag = "4")]
     pub clock_ns: u64,
     /// Network interfaces.
@@ -425,7 +425,7 @@ pub struct Identity {
     /// Name servers.
     #[prost(string, repeated, tag = "6")]
     pub dns: Vec<String>,
-    /// Make new SSH host keys of the kinds that there are, in their place.
+    /// Whether to replace the SSH host keys by new ones of the same kinds.
     #[prost(bool, tag = "7")]
     pub new_ssh_host_keys: bool,
 }
@@ -433,7 +433,8 @@ pub struct Identity {
 /// A network interface's new settings.
 #[derive(Clone, PartialEq, Message)]
 pub struct Interface {
-    /// Which: as in `eth0`, or by its place among the Ethernet interfaces when empty.
+    /// The name, as in `eth0`; if empty, the interface is chosen by its index among the Ethernet
+    /// interfaces.
     #[prost(string, tag = "1")]
     pub name: String,
     /// Hardware address, as in `02:00:00:00:00:01`.
@@ -447,7 +448,7 @@ pub struct Interface {
     pub gateway: String,
 }
 
-/// A connection to somebody in the guest.
+/// A request for a connection to a program in the guest.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct Connect {
     /// The TCP port, on the guest's loopback.
@@ -458,7 +459,7 @@ pub struct Connect {
 /// Ends the guest.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct Shutdown {
-    /// Start again instead of switching off.
+    /// Whether to reboot instead of switching off.
     #[prost(bool, tag = "1")]
     pub reboot: bool,
 }
@@ -469,7 +470,7 @@ pub struct SignalCommand {
     /// As in [`Started`].
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    /// The signal's number. Its process group gets it.
+    /// The signal's number. The command's process group gets it.
     #[prost(int32, tag = "2")]
     pub signal: i32,
 }
@@ -477,7 +478,7 @@ pub struct SignalCommand {
 /// The commands that an agent knows.
 #[derive(Clone, PartialEq, Message)]
 pub struct Commands {
-    /// Running ones, and ended ones whose end nobody has seen.
+    /// The running commands, and the ended ones whose end no host has seen.
     #[prost(message, repeated, tag = "1")]
     pub commands: Vec<CommandInfo>,
 }
@@ -491,10 +492,10 @@ pub struct CommandInfo {
     /// Its process id in the guest.
     #[prost(uint32, tag = "2")]
     pub pid: u32,
-    /// Program and arguments; the beginning of long ones.
+    /// Program and arguments; long ones are cut.
     #[prost(string, repeated, tag = "3")]
     pub command: Vec<String>,
-    /// How it ended, once it has.
+    /// The command's end, once it has ended.
     #[prost(message, optional, tag = "4")]
     pub exited: Option<Exited>,
 }

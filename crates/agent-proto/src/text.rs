@@ -1,4 +1,4 @@
-//! Text of a guest, made fit for a terminal, a log and an API.
+//! Makes text of a guest safe for a terminal, a log and an API.
 
 /// The most characters of a text.
 pub const MAX_TEXT: usize = 500;
@@ -23,7 +23,7 @@ pub fn printable(text: &str) -> String {
     printable
 }
 
-/// A character as it is shown.
+/// Escapes a character if it is not printable.
 fn shown(character: char) -> impl Iterator<Item = char> {
     let plain = matches!(character, '"' | '\'' | '\\');
     let escaped = (!plain).then(|| character.escape_debug());

@@ -16,13 +16,13 @@ use agent_proto::messages::{Identity, Interface};
 use crate::conversation::STACK_BYTES;
 use crate::identity;
 
-/// How long an interface whose driver is not loaded yet is waited for, and how often it is looked
-/// for: sysfs tells nobody when one appears.
+/// The time limit for an interface whose driver is not loaded yet, and the interval of the checks,
+/// since sysfs sends no notification.
 const TRIES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Sets up what the kernel's command line says. An interface that is not there yet is waited for
-/// on a thread of its own.
+/// Sets up the network that the kernel's command line describes. A separate thread waits for
+/// interfaces that do not exist yet.
 pub(crate) fn set_up() {
     let cmdline = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let Some(identity) = parse(&cmdline) else {
@@ -46,7 +46,7 @@ pub(crate) fn set_up() {
     }
 }
 
-/// The interfaces and name servers of all `ip=` arguments; `None` where there is none.
+/// The interfaces and name servers of all `ip=` arguments; `None` if there are none.
 fn parse(cmdline: &str) -> Option<Identity> {
     let mut identity = Identity::default();
     for argument in cmdline

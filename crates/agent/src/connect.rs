@@ -1,7 +1,7 @@
-//! Connections to programs of the guest, for who is on the host.
+//! Connections from the host to programs in the guest.
 //!
-//! Each way has a thread: one that nobody reads keeps only itself waiting. A way ends by itself, as
-//! in TCP; the connection ends when the host hangs up.
+//! Each direction has a thread, so that one which is not read blocks only itself. A direction ends
+//! independently, as in TCP; the connection ends when the host disconnects.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
@@ -12,17 +12,17 @@ use agent_proto::messages::{Connect, Empty, ErrorCode, from_agent, from_host};
 
 use crate::conversation::{End, Inbox, Outbox, Refusal, STACK_BYTES};
 
-/// Where programs of the guest listen. A server that is asked on `localhost` may have either.
+/// The addresses at which the guest's programs listen. A server on `localhost` may use either.
 const LOOPBACK: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::LOCALHOST),
     IpAddr::V6(Ipv6Addr::LOCALHOST),
 ];
-/// How long a connection on the loopback may take: its server has a full queue then.
+/// The time limit for connecting on the loopback; a server with a full queue may exceed it.
 const LIMIT: Duration = Duration::from_secs(5);
 /// Bytes that are taken at once.
 const PIECE: usize = 16 << 10;
 
-/// Connects the host with a port of the guest, until the host hangs up.
+/// Connects the host with a port of the guest, until the host disconnects.
 pub(crate) fn serve(request: &Connect, mut inbox: Inbox, outbox: &Outbox) -> Result<(), End> {
     let mut server = open(request.port)?;
     let failed = |error: &io::Error| Refusal::io("cannot serve the connection", error);
@@ -49,11 +49,11 @@ fn open(port: u32) -> Result<TcpStream, Refusal> {
     for address in LOOPBACK {
         match TcpStream::connect_timeout(&SocketAddr::new(address, number), LIMIT) {
             Ok(stream) => {
-                // Whoever types should not wait for more to be typed.
+                // Interactive input must not be delayed to be sent with more.
                 let _ = stream.set_nodelay(true);
                 return Ok(stream);
             }
-            // The first address is the one that is told of.
+            // The error of the first address is the one to report.
             Err(error) => last = last.or(Some(error)),
         }
     }
@@ -66,7 +66,8 @@ fn open(port: u32) -> Result<TcpStream, Refusal> {
     Err(Refusal::new(code, message))
 }
 
-/// What the host sends, to the server. After the end of that, what comes is the host's going.
+/// Passes the host's data to the server. After the end of the data, the connection's end means that
+/// the host has disconnected.
 fn take_in(server: &mut TcpStream, inbox: &mut Inbox) -> Result<(), End> {
     loop {
         match inbox.receive()? {
@@ -74,7 +75,7 @@ fn take_in(server: &mut TcpStream, inbox: &mut Inbox) -> Result<(), End> {
                 server.write_all(&data).map_err(|_| End::Lost)?;
             }
             Some(from_host::Kind::DataEnd(_)) => {
-                // One that is gone already has no use for it.
+                // A server that has already disconnected ignores this.
                 let _ = server.shutdown(Shutdown::Write);
             }
             _ => {}
@@ -82,7 +83,7 @@ fn take_in(server: &mut TcpStream, inbox: &mut Inbox) -> Result<(), End> {
     }
 }
 
-/// What the server says, to the host, until its end.
+/// Passes the server's data to the host, until its end.
 fn send_out(mut server: TcpStream, outbox: &Outbox) {
     let mut piece = vec![0; PIECE];
     loop {
@@ -91,13 +92,14 @@ fn send_out(mut server: TcpStream, outbox: &Outbox) {
             Ok(len) => {
                 let data = from_agent::Kind::Data(piece[..len].to_vec());
                 if outbox.send(data).is_err() {
-                    // So that a server that only writes ends, too.
+                    // Shutting down ends a server that only writes as well.
                     let _ = server.shutdown(Shutdown::Both);
                     return;
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // Reset: there is no more, and the host cannot be told in which way.
+            // The stream was reset: no more data follows, and the protocol cannot tell the host how
+            // it ended.
             Err(_) => break,
         }
     }

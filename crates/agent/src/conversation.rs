@@ -1,4 +1,5 @@
-//! What sessions answer and are sent: messages both ways, refusals, and how a session ends early.
+//! The messages of a session in both directions, refusals, and the reasons for an early end of a
+//! session.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -7,10 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use agent_proto::frame::{self, Decoder};
 use agent_proto::messages::{Empty, ErrorCode, FromAgent, FromHost, from_agent, from_host};
 
-/// Stacks of session threads: buffers are on the heap.
+/// The stack size of session threads, whose buffers are on the heap.
 pub(crate) const STACK_BYTES: usize = 64 << 10;
 
-/// A request that could not be carried out, in the words of the answer.
+/// A refused request, with the text of the answer.
 #[derive(Debug)]
 pub(crate) struct Refusal {
     pub(crate) code: ErrorCode,
@@ -25,7 +26,7 @@ impl Refusal {
         }
     }
 
-    /// `what` was tried on the guest and failed with `error`.
+    /// Makes a refusal for an operation `what` that failed with `error`.
     pub(crate) fn io(what: impl std::fmt::Display, error: &io::Error) -> Self {
         let code = match error.kind() {
             io::ErrorKind::NotFound => ErrorCode::NotFound,
@@ -39,12 +40,12 @@ impl Refusal {
     }
 }
 
-/// Why a session ended before its request was answered.
+/// The reason why a session ended before its request was answered.
 #[derive(Debug)]
 pub(crate) enum End {
-    /// To be told to the host.
+    /// The request was refused; the host is told the reason.
     Refused(Refusal),
-    /// The connection is gone, or what comes over it makes no sense.
+    /// The connection is lost, or a message is invalid.
     Lost,
 }
 
@@ -54,7 +55,7 @@ impl From<Refusal> for End {
     }
 }
 
-/// The way to the host. Whole messages, from any thread.
+/// Sends messages to the host. Threads may share it, since messages are sent whole.
 #[derive(Clone)]
 pub(crate) struct Outbox(Arc<Mutex<File>>);
 
@@ -75,7 +76,7 @@ impl Outbox {
     }
 }
 
-/// What comes from the host.
+/// Receives messages from the host.
 pub(crate) struct Inbox {
     stream: File,
     decoder: Decoder,
@@ -91,7 +92,7 @@ impl Inbox {
         }
     }
 
-    /// The next message; `None` for one of a newer host.
+    /// The next message; `None` for a kind that only a newer host knows.
     pub(crate) fn receive(&mut self) -> Result<Option<from_host::Kind>, End> {
         loop {
             if let Some(message) = self.decoder.next::<FromHost>().map_err(|_| End::Lost)? {

@@ -1,4 +1,4 @@
-//! Files in and out.
+//! Copies files into and out of the guest.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -15,9 +15,9 @@ use crate::users;
 /// Permission bits that may be set.
 const MODE_MASK: u32 = 0o7777;
 
-/// Writes a file beside its final place, then renames it: readers see the old one or the new one,
-/// whole, and a lost connection leaves nothing. In a directory it has its own name; links are
-/// followed, as `cp` does.
+/// Writes a file beside its final path, then renames it: readers see the old file or the new one as
+/// a whole, and a lost connection leaves nothing. In a directory, the file keeps its own name;
+/// links are followed, as `cp` does.
 pub(crate) fn put(request: &Put, mut inbox: Inbox, outbox: &Outbox) -> Result<(), End> {
     let owner = users::find(&request.user)?;
     let path = landing(request)?;
@@ -40,14 +40,15 @@ pub(crate) fn put(request: &Put, mut inbox: Inbox, outbox: &Outbox) -> Result<()
     let mode = fs::Permissions::from_mode(request.mode & MODE_MASK);
     fchown(&fresh.file, Some(owner.uid.get()), Some(owner.gid.get()))
         .and_then(|()| fresh.file.set_permissions(mode))
-        // Else a crash could leave the name with nothing behind it.
+        // Without the sync, a crash could leave the name with an empty file.
         .and_then(|()| fresh.file.sync_all())
         .and_then(|()| fresh.rename_to(&target))
         .map_err(|error| failed(&error))?;
     outbox.done()
 }
 
-/// Where a file goes: into a directory under its own name, else to the very path.
+/// The destination of a file: under its own name if the path is a directory, otherwise the path
+/// itself.
 fn landing(request: &Put) -> Result<PathBuf, Refusal> {
     let path = absolute(&request.path)?;
     let name = Path::new(&request.name);
@@ -57,7 +58,7 @@ fn landing(request: &Put) -> Result<PathBuf, Refusal> {
     }
 }
 
-/// A rename would put a plain file in the place of a device or a socket that others use.
+/// Refuses to replace a device or a socket, which other programs use, by a regular file.
 fn refuse_special(path: &Path) -> Result<(), Refusal> {
     let Ok(metadata) = fs::metadata(path) else {
         return Ok(());
@@ -78,7 +79,7 @@ fn refuse_special(path: &Path) -> Result<(), Refusal> {
 pub(crate) fn get(request: &Get, outbox: &Outbox) -> Result<(), End> {
     let path = absolute(&request.path)?;
     let failed = |error: &io::Error| Refusal::io(format!("cannot read {}", path.display()), error);
-    // A pipe or a device would make the open or the reads wait for ever.
+    // Opening or reading a pipe or a device could block forever.
     let metadata = fs::metadata(path).map_err(|error| failed(&error))?;
     if !metadata.is_file() {
         let message = format!("cannot read {}: it is not a regular file", path.display());

@@ -1,7 +1,8 @@
-//! What a machine has whose init is the agent, beyond its image: what a container engine gives a
-//! container, and every program expects.
+//! Sets up a machine whose init is the agent, beyond its image: the mounts, devices and settings
+//! that a container engine gives a container, and that programs expect.
 //!
-//! Each part stands alone: one that the kernel or the image does not allow is said on the console.
+//! The parts are independent. One that the kernel or the image does not allow is reported on the
+//! console.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -17,7 +18,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use crate::identity;
 use crate::report::Report;
 
-/// What is mounted where, by the kinds and options that a distribution's init would use.
+/// The mounts, with the types and options that a distribution's init would use.
 const MOUNTS: [(&str, &str, &str); 6] = [
     ("proc", "/proc", ""),
     ("sysfs", "/sys", ""),
@@ -28,7 +29,7 @@ const MOUNTS: [(&str, &str, &str); 6] = [
 ];
 /// Directories in memory that begin with what the image has in them.
 const VOLATILE: [(&str, &str); 2] = [("/run", "mode=0755"), ("/tmp", "mode=1777")];
-/// The most that is copied into memory (bytes); the image's own directory stays where it has more.
+/// The most bytes that are copied into memory; a larger directory stays on the image's disk.
 const VOLATILE_MAX: u64 = 16 << 20;
 /// proc_pid_fd(5).
 const LINKS: [(&str, &str); 4] = [
@@ -37,7 +38,7 @@ const LINKS: [(&str, &str); 4] = [
     ("/dev/stdout", "/proc/self/fd/1"),
     ("/dev/stderr", "/proc/self/fd/2"),
 ];
-/// As container engines have it: any user may listen on any port, and use `ping`.
+/// Settings that container engines make: any user may listen on any port, and use `ping`.
 const SYSCTLS: [(&str, &str); 2] = [
     ("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"),
     ("/proc/sys/net/ipv4/ping_group_range", "0 2147483647"),
@@ -107,7 +108,8 @@ fn mount_one(kind: &str, path: &str, options: &str) -> io::Result<()> {
 /// Puts a file system in memory over a directory, with all that was in it. A directory with more
 /// than memory is to be used for stays as it is.
 fn mount_volatile(path: &Path, options: &str) -> io::Result<()> {
-    // Held open, the image's directory can be reached below what is mounted over it.
+    // The image's directory is held open, so that it can be reached below the file system that is
+    // mounted over it.
     let image = File::open(path)?;
     let image = PathBuf::from(format!("/proc/self/fd/{}", image.as_raw_fd())).join(".");
     if size_of(&image)? > VOLATILE_MAX {
@@ -117,7 +119,7 @@ fn mount_volatile(path: &Path, options: &str) -> io::Result<()> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV;
     mount("tmpfs", path, "tmpfs", flags, options.as_c_str())?;
     copy_entries(&image, path).inspect_err(|_| {
-        // Rather the image's directory than half of it.
+        // After a failed copy, the image's directory is used rather than a part of it.
         let _ = unmount(path, UnmountFlags::DETACH);
     })
 }

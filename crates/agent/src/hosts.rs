@@ -1,8 +1,8 @@
-//! `/etc/hosts`: a guest finds itself by its own name, with or without a name server.
+//! `/etc/hosts`, by which a guest resolves its own name, with or without a name server.
 
 /// hosts(5).
 pub(crate) const FILE: &str = "/etc/hosts";
-/// What a file has at least.
+/// The content of a new file.
 pub(crate) const LOOPBACK: &str = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n";
 /// The address that Debian gives a machine without one of its own, under its own name.
 const OWN_ADDRESS: &str = "127.0.1.1";

@@ -1,10 +1,11 @@
-//! Taking on an identity of one's own: host name, machine id, randomness, clock, network, keys.
+//! Applies a new identity: host name, machine id, randomness, clock, network, keys.
 //!
-//! What the kernel does by itself (new randomness after a fork, by VMGENID) is not repeated here;
-//! this is what only user space can do.
+//! The kernel reseeds its random numbers after a fork by itself (VMGENID); this module does the
+//! parts that need user space.
 //!
-//! Each step stands alone. What cannot be done is reported as a notice, and the next step follows;
-//! only a failure that would leave two guests with one secret or one address ends the whole.
+//! The steps are independent. One that fails is reported as a notice, and the next step follows.
+//! Only a failure that would leave two guests with the same secret or address ends the whole
+//! operation.
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -25,7 +26,7 @@ use crate::{hosts, interfaces, machine_id, process, ssh};
 const SSH_FOLDER: &str = "/etc/ssh";
 /// Programs that are run, in order of name, after an identity was set.
 const HOOKS: &str = "/etc/clone/identity.d";
-/// How long all of them may take: whoever forks waits for them.
+/// The time limit for all of these programs, since the fork waits for them.
 const HOOKS_LIMIT: Duration = Duration::from_secs(60);
 /// What systemd, Debian's and Buildroot's inits give the kernel at the next boot.
 const SEED_FILES: [&str; 3] = [
@@ -35,10 +36,10 @@ const SEED_FILES: [&str; 3] = [
 ];
 const SEED_BYTES: usize = 512;
 
-/// Applies what is set in `identity`. Returns notices of what could not be done.
+/// Applies the fields that are set in `identity`. Returns notices about the steps that failed.
 ///
 /// # Errors
-/// Where the guest would share a secret or an address with another.
+/// The guest would share a secret or an address with another.
 pub(crate) fn apply(identity: &Identity) -> Result<Vec<String>, Refusal> {
     let mut report = Report::default();
     if identity.clock_ns > 0 {
@@ -70,7 +71,7 @@ pub(crate) fn apply(identity: &Identity) -> Result<Vec<String>, Refusal> {
 fn set_network(identity: &Identity, report: &mut Report) -> Result<(), Refusal> {
     for (index, interface) in identity.interfaces.iter().enumerate() {
         let Some(name) = interfaces::name_of(index, interface) else {
-            // It has no address that another guest could have, too.
+            // The guest has no address that another one could share.
             report.add(format!("the guest has no Ethernet interface {index}"));
             continue;
         };
@@ -143,7 +144,7 @@ fn set_clock(clock_ns: u64) -> Result<(), Refusal> {
         .map_err(|error| Refusal::io("cannot set the clock", &error.into()))
 }
 
-/// Other seeds for the next boot of this guest than for that of its siblings.
+/// Replaces the seeds for this guest's next boot, which its template's other clones have too.
 fn renew_seed_files(report: &mut Report) {
     for path in SEED_FILES
         .map(Path::new)
@@ -189,7 +190,7 @@ fn set_hostname(name: &str, report: &mut Report) {
     resolve_own_name(&former, name, report);
 }
 
-/// Has `/etc/hosts` know the guest's own name.
+/// Adds the guest's own name to `/etc/hosts`.
 pub(crate) fn resolve_own_name(former: &str, name: &str, report: &mut Report) {
     let known = match fs::read(hosts::FILE) {
         Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
@@ -211,7 +212,7 @@ fn run_hooks(folder: &Path, limit: Duration, report: &mut Report) {
     hooks.sort();
     let deadline = Instant::now() + limit;
     for (index, hook) in hooks.iter().enumerate() {
-        // One that hangs leaves their share to those after it.
+        // A program that hangs must leave time to those after it.
         let left = deadline.saturating_duration_since(Instant::now());
         let share = left / (hooks.len() - index) as u32;
         let ended = process::run_within(&mut Command::new(hook), share);

@@ -1,8 +1,9 @@
-//! What the guest's image says of how its program is run: the defaults of commands.
+//! The defaults of commands from the guest's container image.
 //!
-//! `clone image build` writes it for container images. Who starts a command and says nothing of
-//! user, directory, environment or even the command gets the image's, as from a container engine;
-//! what the caller says wins. The agent's own work (identity, files, power) does not ask here.
+//! `clone image build` writes the description for container images. A command without a user,
+//! directory, environment or even arguments gets those of the image, as from a container engine;
+//! values in the request take precedence. The agent's own work (identity, files, power) does not
+//! use them.
 
 use std::io;
 use std::path::Path;
@@ -12,7 +13,7 @@ use serde::Deserialize;
 
 use crate::conversation::Refusal;
 
-/// Where the image's description lies (`clone-image`'s `guest.rs` writes it).
+/// The path of the image's description (written by `clone-image`'s `guest.rs`).
 const DESCRIPTION: &str = "/etc/clone/image.json";
 /// More than any image's; what is larger is refused, not read.
 const MAX_BYTES: u64 = 1 << 20;
@@ -29,7 +30,7 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    /// This guest's, as it is now; one that says nothing where there is none.
+    /// Reads this guest's description; an empty one if there is none.
     pub(crate) fn of_this_guest() -> Result<Self, Refusal> {
         Self::read(Path::new(DESCRIPTION))
     }
@@ -52,7 +53,7 @@ impl Image {
         })
     }
 
-    /// Fills in what `request` does not say.
+    /// Fills in the fields that `request` leaves empty.
     pub(crate) fn fill(self, request: &mut Exec) {
         let Self {
             env,
@@ -61,7 +62,8 @@ impl Image {
             entrypoint,
             cmd,
         } = self;
-        // Later ones win. What has no name is the image's mistake, not the caller's.
+        // Later variables replace earlier ones. A variable without a name is an error of the image,
+        // not of the caller, so it is skipped.
         let named = |pair: &String| pair.find('=').is_some_and(|at| at > 0);
         let env = env.into_iter().filter(named);
         request.environment = env.chain(request.environment.drain(..)).collect();

@@ -1,11 +1,11 @@
-//! What the guest is and how it fares.
+//! Facts about the guest: its kernel, memory, load and uptime.
 
 use std::fs;
 use std::time::{Duration, SystemTime};
 
 use agent_proto::messages::Info;
 
-/// Asks the kernel. What it does not tell is 0.
+/// Reads the facts from the kernel. A missing one is 0.
 pub(crate) fn gather(commands: u32, idle: Duration) -> Info {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let system = rustix::system::uname();

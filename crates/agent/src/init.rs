@@ -1,9 +1,9 @@
-//! Process 1 of a minimal image: furnishes the machine ([`furnish`]), starts the agent proper as a
-//! child, reaps orphans, and ends the machine: SIGTERM and SIGUSR2 power it off, SIGINT starts it
-//! again, after all processes were asked to end.
+//! Process 1 of a minimal image: sets up the machine ([`furnish`]), starts the agent as a child,
+//! reaps orphans, and ends the machine. SIGTERM and SIGUSR2 power it off and SIGINT reboots it,
+//! after all processes were asked to end.
 //!
-//! The agent is a child so that its own waiting for commands is not mixed with the reaping of
-//! strangers. When it dies it is started again.
+//! The agent is a child so that its waiting for commands does not interfere with the reaping of
+//! orphans. If it dies, it is started again.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -19,14 +19,14 @@ use rustix::system::{RebootCommand, reboot};
 
 /// A program of the image that is run once before the agent.
 const START_SCRIPT: &str = "/etc/clone/rc";
-/// An agent that dies sooner than this is started again only after a pause.
+/// An agent that dies within this time is started again only after a pause.
 const SETTLED: Duration = Duration::from_secs(5);
 
-/// What powers the machine off, besides SIGTERM; BusyBox's init takes it too.
+/// The signal that powers the machine off, besides SIGTERM, as in BusyBox's init.
 pub(crate) const POWER_OFF: i32 = libc::SIGUSR2;
-/// What starts the machine again: the kernel sends it at Ctrl-Alt-Delete.
+/// The signal that reboots the machine; the kernel sends it at Ctrl-Alt-Delete.
 pub(crate) const REBOOT: i32 = libc::SIGINT;
-/// How long processes may take to end with the machine.
+/// The time limit for processes to end with the machine.
 const END_GRACE: Duration = Duration::from_secs(10);
 
 /// Whether process 1 is this program.
@@ -35,7 +35,7 @@ pub(crate) fn is_ours() -> bool {
     matches!((program("1"), program("self")), (Ok(first), Ok(own)) if first == own)
 }
 
-/// Is init for the rest of the machine's life.
+/// Runs as init until the machine ends.
 pub(crate) fn main(agent: impl Fn() -> ExitCode) -> ExitCode {
     furnish::furnish();
     if std::env::var_os("PATH").is_none() {
@@ -142,7 +142,7 @@ fn signal_set() -> libc::sigset_t {
     set
 }
 
-/// From now on they wait until they are read from a [`signal_queue`].
+/// Blocks these signals, so that they are read from a [`signal_queue`].
 fn block_signals() {
     let set = signal_set();
     // SAFETY: a live set; the old one is not asked for.

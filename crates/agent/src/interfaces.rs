@@ -14,7 +14,7 @@ use crate::conversation::Refusal;
 /// Where the kernel lists interfaces.
 const NET: &str = "/sys/class/net";
 
-/// The loopback interface of a machine whose init we are.
+/// The loopback interface, which the agent brings up when it is the init.
 pub(crate) fn bring_loopback_up() {
     let up = Control::open().and_then(|control| control.set_up("lo", true));
     if let Err(error) = up {
@@ -34,7 +34,7 @@ pub(crate) fn name_of(index: usize, interface: &Interface) -> Option<String> {
 /// Gives the interface called `name` its addresses.
 ///
 /// # Errors
-/// Where it keeps an address that another guest has, too.
+/// The interface keeps an address that another guest has too.
 pub(crate) fn set_addresses(name: &str, interface: &Interface) -> Result<(), Refusal> {
     let failed = |what: &str, error: &io::Error| {
         let what = format!("two guests would have one address: {name}: cannot {what}");

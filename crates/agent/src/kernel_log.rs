@@ -1,8 +1,8 @@
-//! What the guest's kernel says on the console once the guest is up: warnings, and what is worse.
+//! Limits the guest kernel's messages on the console to warnings and worse, once the guest is up.
 //!
-//! Every character of a serial console is an exit from the guest, and each clone would begin its
-//! life with a notice that its kernel draws new random numbers, at the price of a hundred of them.
-//! All of it stays in the kernel's own log (`dmesg`).
+//! Every character on a serial console is an exit from the guest, and each clone would begin with a
+//! notice that its kernel reseeds its random numbers, which costs a hundred exits. All messages
+//! stay in the kernel's own log (`dmesg`).
 
 use std::fs;
 
@@ -10,15 +10,15 @@ use std::fs;
 const PRINTK: &str = "/proc/sys/kernel/printk";
 /// Notices are not printed, warnings are (`KERN_WARNING` is 4).
 const WARNINGS: u32 = 5;
-/// What says on the kernel's command line that its owner wants it otherwise.
+/// The words on the kernel's command line that set the console's level explicitly.
 const OWNERS_CHOICE: [&str; 4] = ["loglevel", "debug", "quiet", "ignore_loglevel"];
 
-/// Keeps notices from the console, unless the command line has a say about it.
+/// Keeps notices off the console, unless the command line sets the level.
 pub(crate) fn settle() {
     let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let levels = fs::read_to_string(PRINTK).unwrap_or_default();
     if let Some(level) = wanted(&command_line, &levels) {
-        // Where that is not allowed, more is printed: nothing else depends on it.
+        // If this is not allowed, more is printed, and nothing else changes.
         let _ = fs::write(PRINTK, level.to_string());
     }
 }

@@ -1,6 +1,8 @@
-//! What the agent is allowed beyond its commands: more open files, and being spared when memory is short.
+//! The agent's own limits: more open files than its commands have, and protection from the OOM
+//! killer.
 //!
-//! Commands inherit neither. A command that the kernel spares would make it kill something else in its place.
+//! Commands inherit neither. If a command were protected, the kernel would kill another process
+//! instead.
 
 use std::fs;
 use std::io;
@@ -11,7 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 const OOM_SCORE: &str = "/proc/self/oom_score_adj";
 
-/// What the agent was started with.
+/// The limits that the agent was started with.
 struct Inherited {
     open_files: Option<Rlimit>,
     is_spared: bool,
@@ -19,8 +21,8 @@ struct Inherited {
 
 static INHERITED: OnceLock<Inherited> = OnceLock::new();
 
-/// Takes what the guest gives. Every command has several open files, and the usual limit is for one
-/// program.
+/// Raises the limits as far as the guest allows. Every command has several open files, and the
+/// usual limit is meant for one program.
 pub(crate) fn raise() {
     INHERITED.get_or_init(|| {
         let limit = getrlimit(Resource::Nofile);
@@ -38,7 +40,8 @@ pub(crate) fn raise() {
     });
 }
 
-/// Gives it back, in a child before its program. Async-signal-safe: system calls only.
+/// Restores the original limits in a child before it runs its program. It is async-signal-safe,
+/// since it makes only system calls.
 pub(crate) fn restore() -> io::Result<()> {
     let Some(inherited) = INHERITED.get() else {
         return Ok(());

@@ -1,4 +1,4 @@
-//! Where connections come from: vsock in a guest, a Unix socket in tests.
+//! The agent's listening socket: vsock in a guest, a Unix socket in tests.
 
 use std::fs::{self, File};
 use std::io;
@@ -21,7 +21,8 @@ impl Listener {
             }
             Some(("unix", path)) => {
                 let listener = UnixListener::bind(path)?;
-                // Whoever may connect can do what the agent can.
+                // A client that can connect has the agent's rights, so the socket is for its owner
+                // only.
                 fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
                 Ok(Self(listener.into()))
             }
@@ -31,8 +32,8 @@ impl Listener {
 
     /// The next connection. Streams are read and written like files, whatever their kind.
     ///
-    /// On vsock only the host is let in: a program of the guest that got here over the loopback
-    /// would become root.
+    /// On vsock, only the host is accepted: a program of the guest that connects over the loopback
+    /// would get root's rights.
     pub(crate) fn accept(&self) -> io::Result<File> {
         loop {
             let (stream, peer) = accept_from(self.0.as_raw_fd())?;

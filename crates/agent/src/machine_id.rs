@@ -1,7 +1,7 @@
-//! The machine's id, and the journal, which its readers look for below that id.
+//! The machine id, and the journal, which its readers look for by that id.
 //!
-//! journald learns the id when it starts, and goes on writing where it was: without a link from the
-//! new id to there, `journalctl` in a clone would find no journal.
+//! journald reads the id when it starts, and continues to write to the same directory. Without a
+//! link from the new id to that directory, `journalctl` in a clone would find no journal.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -19,10 +19,10 @@ const FILES: [&str; 2] = ["/etc/machine-id", "/var/lib/dbus/machine-id"];
 /// systemd-journald.service(8): volatile and kept journals, in a folder for each machine.
 const JOURNALS: [&str; 2] = ["/run/log/journal", "/var/log/journal"];
 
-/// Gives the machine another id, of 32 hexadecimal digits.
+/// Sets the machine id, which has 32 hexadecimal digits.
 ///
 /// # Errors
-/// Where it keeps the one that its siblings have, too.
+/// The machine keeps its template's id, which other clones have too.
 pub(crate) fn set(id: &str, report: &mut Report) -> Result<(), Refusal> {
     if !is_id(id) {
         let message = format!("{id:?} is not a machine id of 32 hexadecimal digits");
@@ -36,7 +36,7 @@ pub(crate) fn set(id: &str, report: &mut Report) -> Result<(), Refusal> {
     }
     for folder in JOURNALS {
         if let Err(error) = keep_journal(Path::new(folder), former.trim(), id) {
-            // The clone is itself all the same, and its journal is there for who knows where.
+            // The clone has its identity nevertheless, and its journal can be found by path.
             report.add(format!("cannot keep the journal in {folder}: {error}"));
         }
     }
@@ -62,7 +62,7 @@ fn is_id(id: &str) -> bool {
     id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// Has the journal of the machine that was `former` be found as that of `id`, too.
+/// Links the journal of the machine id `former` as that of `id`.
 fn keep_journal(folder: &Path, former: &str, id: &str) -> io::Result<()> {
     let kept = folder.join(former);
     if !is_id(former) || former == id || !kept.exists() {
@@ -74,7 +74,7 @@ fn keep_journal(folder: &Path, former: &str, id: &str) -> io::Result<()> {
         Err(_) => former.into(),
     };
     match symlink(target, folder.join(id)) {
-        // An identity that is given again.
+        // The same identity was given before.
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
         linked => linked,
     }

@@ -68,12 +68,12 @@ fn main() -> ExitCode {
     serve(&listen)
 }
 
-/// A line on the console. One that is gone is no reason to end.
+/// Prints a line on the console, and ignores errors.
 fn say(line: &str) {
     let _ = io::stderr().write_all(format!("clone-agent: {line}\n").as_bytes());
 }
 
-/// Serves until the process is ended. Returns only when it cannot listen.
+/// Serves until the process is killed. Returns only if it cannot listen.
 fn serve(listen: &str) -> ExitCode {
     limits::raise();
     heap::share();
@@ -88,16 +88,18 @@ fn serve(listen: &str) -> ExitCode {
         boot_network::set_up();
         kernel_log::settle();
     }
-    // A line on the console: whoever waits for the guest sees that it is there.
+    // This line on the console shows that the agent is ready.
     crate::say(&format!("ready on {listen}"));
     let agent = Arc::new(Agent::new());
     loop {
         match listener.accept() {
             Ok(stream) => session::start(&agent, stream),
-            // A guest that was restored elsewhere: its old connections are gone, this goes on.
+            // The guest was restored elsewhere: its old connections are lost, and the listener
+            // continues.
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => {
-                // Open files or memory are short for a while. Ending would end all commands.
+                // Descriptors or memory are short for a while. Ending the agent would end all
+                // commands.
                 crate::say(&format!("cannot accept: {error}"));
                 thread::sleep(ACCEPT_PAUSE);
             }

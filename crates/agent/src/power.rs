@@ -1,4 +1,4 @@
-//! Switching the guest off, or on again.
+//! Switches the guest off, or reboots it.
 
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -29,7 +29,7 @@ pub(crate) fn shutdown(again: bool, outbox: &Outbox) -> Result<(), End> {
             Err(error) => return Err(Refusal::io("cannot run systemctl", &error).into()),
         }
     }
-    // The host must hear it first: afterwards there is nobody to tell.
+    // The answer must be sent first, since the guest ends afterwards.
     outbox.done()?;
     // BusyBox's init takes SIGTERM for a reboot, ours for the opposite.
     let signal = match (again, init::is_ours()) {

@@ -1,4 +1,4 @@
-//! Running the guest's own programs for the agent's own work.
+//! Runs programs of the guest for the agent's own work.
 
 use std::io;
 use std::os::unix::process::CommandExt;

@@ -1,8 +1,8 @@
-//! Replacing system files, on disks that are full or cannot be written, too.
+//! Replaces system files, even on disks that are full or read-only.
 //!
-//! A new file is written beside the old one and renamed over it, so that the old one stays whole
-//! where that fails. Then a file in memory is mounted over the old one, as systemd does with
-//! `/etc/machine-id` on a read-only root: the guest sees the new content until its next boot.
+//! A new file is written beside the old one and renamed over it, so the old one stays whole if that
+//! fails. Then a file in memory is mounted over the old one, as systemd does with `/etc/machine-id`
+//! on a read-only root: the guest sees the new content until its next boot.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -11,25 +11,25 @@ use std::path::{Path, PathBuf};
 
 use rustix::mount::{UnmountFlags, mount_bind, unmount};
 
-/// Where files are that are mounted over others. It is memory wherever `/run` is.
+/// The directory of files that are mounted over others. It is in memory wherever `/run` is.
 const COVERS: &str = "/run/clone/files";
-/// A chain of links that is longer is a circle (path_resolution(7)).
+/// The most links in a chain; a longer one is a circle (path_resolution(7)).
 const LINKS_MAX: usize = 40;
 
 /// How a file was replaced.
 #[derive(Debug)]
 pub(crate) enum Replaced {
-    /// Where it lies.
+    /// The file at its path was replaced.
     InPlace,
-    /// By one that is mounted over it; and why not in place.
+    /// A file in memory was mounted over it; the error says why it could not be replaced.
     Covered(io::Error),
 }
 
-/// Replaces what is in the file at `path`, or makes it with the permissions `mode`. A link that
-/// leads to a file is followed, and one that leads nowhere is replaced.
+/// Replaces the content of the file at `path`, or makes it with the permissions `mode`. A link to
+/// an existing file is followed, and a dangling link is replaced.
 ///
 /// # Errors
-/// The file is as before then.
+/// The file is unchanged.
 pub(crate) fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<Replaced> {
     let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let Err(error) = in_place(&target, bytes, mode) else {
@@ -37,7 +37,7 @@ pub(crate) fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<Replac
     };
     match cover(&target, bytes, mode) {
         Ok(()) => Ok(Replaced::Covered(error)),
-        // The first error is the one that can be understood.
+        // The first error explains more than the second.
         Err(_) => Err(error),
     }
 }
@@ -57,16 +57,16 @@ fn cover(target: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let covers = Path::new(COVERS);
     let mut fresh = FreshFile::beside(&covers.join(target.file_name().unwrap_or_default()))?;
     fresh.fill(bytes, Some(old.clone()), mode)?;
-    // The cover of a former life.
+    // A mount from an earlier identity is removed first.
     if old.dev() == fs::metadata(covers)?.dev() && !target.starts_with("/run") {
         let _ = unmount(target, UnmountFlags::DETACH);
     }
     mount_bind(&fresh.path, target)?;
-    // What is mounted needs no name.
+    // A mounted file needs no name.
     Ok(())
 }
 
-/// A file under a temporary name, which goes away unless it is renamed.
+/// A file with a temporary name, which is removed unless it is renamed.
 pub(crate) struct FreshFile {
     pub(crate) file: File,
     path: PathBuf,
@@ -74,7 +74,7 @@ pub(crate) struct FreshFile {
 }
 
 impl FreshFile {
-    /// Makes one in the directory of `path`.
+    /// Makes a file with a temporary name in the directory of `path`.
     pub(crate) fn beside(path: &Path) -> io::Result<Self> {
         let name = path
             .file_name()
@@ -82,7 +82,7 @@ impl FreshFile {
             .to_string_lossy();
         let mut random = [0; 8];
         File::open("/dev/urandom")?.read_exact(&mut random)?;
-        // Names may be as long as the file system allows already.
+        // The original name may already have the longest length that the file system allows.
         let short: String = name.chars().take(40).collect();
         let path = path.with_file_name(format!(".{short}.{:016x}", u64::from_ne_bytes(random)));
         let file = OpenOptions::new()
@@ -97,7 +97,7 @@ impl FreshFile {
         })
     }
 
-    /// Gives it its content, and the owner and permissions of the file that it replaces.
+    /// Writes the content, and sets the owner and permissions of the replaced file.
     fn fill(&mut self, bytes: &[u8], old: Option<fs::Metadata>, mode: u32) -> io::Result<()> {
         self.file.write_all(bytes)?;
         if let Some(old) = &old {
@@ -122,10 +122,10 @@ impl Drop for FreshFile {
     }
 }
 
-/// Where writing to `path` would write: at the end of its links, whether or not there is a file.
+/// The path that a write to `path` would reach, at the end of its links; the file need not exist.
 ///
 /// # Errors
-/// Where the links lead in a circle.
+/// The links form a circle.
 pub(crate) fn end_of_links(path: &Path) -> io::Result<PathBuf> {
     let mut path = path.to_owned();
     for _ in 0..LINKS_MAX {

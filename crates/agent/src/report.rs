@@ -1,4 +1,4 @@
-//! What parts of a new identity could not be applied, in sentences for people.
+//! Collects the parts of a new identity that could not be applied, as sentences for people.
 
 use std::io;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::conversation::Refusal;
 use crate::replace::{Replaced, replace};
 
-/// What could not be done, in words for people.
+/// The notices.
 #[derive(Default)]
 pub(crate) struct Report {
     notices: Vec<String>,
@@ -20,14 +20,14 @@ impl Report {
         self.notices.push(notice.into());
     }
 
-    /// Takes the result of a step without which the rest goes on.
+    /// Records the result of an optional step.
     pub(crate) fn take(&mut self, step: Result<(), Refusal>) {
         if let Err(refusal) = step {
             self.add(refusal.message);
         }
     }
 
-    /// Takes the result of replacing a file.
+    /// Records the result of replacing a file.
     pub(crate) fn replaced(&mut self, path: &Path, how: Replaced) {
         if let Replaced::Covered(reason) = how {
             self.covered.push(path.display().to_string());
@@ -35,7 +35,7 @@ impl Report {
         }
     }
 
-    /// Replaces a file without which the rest goes on.
+    /// Replaces a file as an optional step.
     pub(crate) fn replace(&mut self, path: &str, bytes: &[u8]) {
         match replace(Path::new(path), bytes, 0o644) {
             Ok(how) => self.replaced(Path::new(path), how),

@@ -17,7 +17,7 @@ use crate::{connect, exec, files, heap, identity, info, power};
 /// The tags of `Request.operation` that are served here.
 const OPERATIONS: [u32; 11] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];
 
-/// What all sessions share.
+/// The state that all sessions share.
 pub(crate) struct Agent {
     pub(crate) commands: Arc<Commands>,
     last_activity: Mutex<Instant>,
@@ -31,7 +31,7 @@ impl Agent {
         }
     }
 
-    /// Since when nobody has asked for anything.
+    /// The time of the last request.
     pub(crate) fn idle_since(&self) -> Instant {
         *self
             .last_activity
@@ -58,7 +58,7 @@ pub(crate) fn start(agent: &Arc<Agent>, stream: File) {
             heap::trim();
         });
     if let Err(error) = spawned {
-        // The host sees the connection end.
+        // If no thread can be started, the host sees the connection end.
         crate::say(&format!("no thread for a connection: {error}"));
     }
 }
@@ -74,7 +74,7 @@ fn serve(agent: &Arc<Agent>, stream: File) {
             code: refusal.code.into(),
             message: refusal.message,
         };
-        // A host that went away cannot be told.
+        // A host that has disconnected cannot receive the error.
         let _ = outbox.send(from_agent::Kind::Error(error));
     }
 }

@@ -1,4 +1,4 @@
-//! SSH host keys of one's own: with those of its template, every clone could pose as every other.
+//! Makes new SSH host keys. With the template's keys, every clone could pose as every other.
 
 use std::fs;
 use std::io;
@@ -13,20 +13,20 @@ use crate::conversation::Refusal;
 use crate::replace::replace;
 use crate::report::Report;
 
-/// Where a running server leaves its number.
+/// The file with the process id of a running server.
 const PID_FILE: &str = "/run/sshd.pid";
-/// Where keys are made: in memory, so that a full disk is no hindrance.
+/// The directory in which keys are made. It is in memory, so a full disk does not matter.
 const WORKSHOP: &str = "/run/clone/keys";
 
-/// Makes new keys of the kinds that `folder` has (`ssh_host_KIND_key`), and tells the server. A key
-/// of which no new one can be made is taken away, and reported.
+/// Makes new keys of the kinds that `folder` has (`ssh_host_KIND_key`), and notifies the server. A
+/// key for which no new one can be made is removed and reported.
 ///
 /// # Errors
-/// Where an old key stays, which the guest's siblings have, too.
+/// An old key could not be removed, which the template's other clones have too.
 pub(crate) fn renew_host_keys(folder: &Path, report: &mut Report) -> Result<(), Refusal> {
     let keys = match host_keys(folder) {
         Ok(keys) => keys,
-        // No SSH server.
+        // The guest has no SSH server.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => {
             let what = format!("cannot read {}", folder.display());
@@ -69,7 +69,7 @@ fn kind_of(key: &Path) -> String {
     known.unwrap_or_default().to_owned()
 }
 
-/// Replaces a key, or takes it away.
+/// Replaces a key, or removes it.
 fn renew(key: &Path, report: &mut Report) -> Result<(), Refusal> {
     let name = key.display();
     let why = match make(key) {
@@ -106,7 +106,7 @@ fn put_in_place(key: &Path, fresh: &Pair, report: &mut Report) -> io::Result<()>
     Ok(())
 }
 
-/// Leaves nothing of a key; where it cannot be removed, nothing that can be read.
+/// Removes a key; if that is impossible, empties it.
 fn take_away(key: &Path) -> io::Result<()> {
     // A read-only disk refuses to remove even what is not there.
     let there = |path: &PathBuf| fs::symlink_metadata(path).is_ok();
@@ -168,7 +168,7 @@ fn tell_server(report: &mut Report) {
     let pid = fs::read_to_string(PID_FILE).ok();
     let pid = pid.and_then(|text| Pid::from_raw(text.trim().parse().ok()?));
     if let Some(pid) = pid
-        // A stale file must not hit somebody else.
+        // A stale file must not make us signal another process.
         && fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "sshd")
         && let Err(error) = kill_process(pid, Signal::HUP)
     {

@@ -1,7 +1,7 @@
 //! Users and groups, from `/etc/passwd` and `/etc/group`.
 //!
-//! What a name or a number means follows container engines: a number needs no entry, and has group
-//! 0 then; a group that is asked for replaces the user's own ones.
+//! Names and numbers have the same meaning as in container engines: a number needs no entry, and
+//! then has group 0; an explicit group replaces the user's own ones.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -15,11 +15,11 @@ use crate::conversation::Refusal;
 const DEFAULT_SHELL: &str = "/bin/sh";
 /// Shells that images have, the most comfortable first.
 const COMMON_SHELLS: [&str; 4] = ["/bin/bash", DEFAULT_SHELL, "/bin/ash", "/busybox/sh"];
-/// What stands in place of a shell where nobody is to log in.
+/// The programs that replace a shell for users who may not log in.
 const NO_LOGIN: [&str; 3] = ["nologin", "false", "true"];
 
-/// A user or group id. It is never -1, which system calls take for "leave it as it is": whoever
-/// asked for that user would stay root.
+/// A user or group id. It is never -1, which system calls take as "leave unchanged", so that the
+/// command would stay root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Id(u32);
 
@@ -39,7 +39,7 @@ impl Id {
     }
 }
 
-/// Whom a command runs as.
+/// The user that a command runs as.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct User {
     pub(crate) name: String,
@@ -88,7 +88,7 @@ fn is_program(path: &str) -> bool {
 pub(crate) fn find(wanted: &str) -> Result<User, Refusal> {
     let read = |path| fs::read(path).unwrap_or_default();
     let (passwd, group) = (read("/etc/passwd"), read("/etc/group"));
-    // One name in another encoding must not hide all users.
+    // One name in another encoding must not make all users unreadable.
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     find_in(wanted, &text(&passwd), &text(&group))
 }
@@ -122,7 +122,7 @@ fn find_user(name: &str, passwd: &str) -> Result<User, Refusal> {
     }
 }
 
-/// Whether it is meant as a number, whether or not it can be an id.
+/// Whether the text consists of digits, even if it is not a valid id.
 fn is_number(text: &str) -> bool {
     let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
     !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())

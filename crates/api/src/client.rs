@@ -19,17 +19,17 @@ use crate::jail::RequiredJail;
 use crate::routes::{self, Operation};
 use crate::units::Bytes;
 
-/// The largest answer that is read: far above what a VM sends.
+/// The size limit of an answer in bytes, far above what a VM sends.
 const MAX_RESPONSE: usize = 4 << 20;
-/// How many headers an answer may have.
+/// The most headers of an answer.
 const MAX_HEADERS: usize = 32;
-/// How long to wait for an answer by default.
+/// The default time limit for an answer.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why a VM gave no answer of use.
+/// The errors of a request to a VM.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens on the socket.
+    /// No process listens on the socket.
     #[error("cannot connect to {socket}: {source}")]
     Connect {
         /// The control socket.
@@ -45,7 +45,7 @@ pub enum ClientError {
         /// The system's answer.
         source: io::Error,
     },
-    /// The answer is not what the API promises.
+    /// The answer does not follow the API.
     #[error("{socket} gave an answer that cannot be read: {reason}")]
     Malformed {
         /// The control socket.
@@ -53,7 +53,7 @@ pub enum ClientError {
         /// What is wrong with it.
         reason: String,
     },
-    /// The VM refused.
+    /// The VM refused the request.
     #[error(transparent)]
     Refused(#[from] ApiError),
 }
@@ -72,7 +72,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client of the VM that listens on `socket`. Connects with each call, not now.
+    /// Makes a client of the VM that listens on `socket`. Each call connects anew.
     pub fn new(socket: impl AsRef<Path>) -> Self {
         Self {
             socket: socket.as_ref().to_owned(),
@@ -87,12 +87,12 @@ impl Client {
         self
     }
 
-    /// What the VM is and what it is doing.
+    /// Returns the VM's description and state.
     pub fn info(&self) -> Result<VmInfo, ClientError> {
         self.ask(Operation::Info)
     }
 
-    /// What the VM uses.
+    /// Returns the VM's use of resources.
     pub fn stats(&self) -> Result<VmStats, ClientError> {
         self.ask(Operation::Stats)
     }
@@ -102,7 +102,7 @@ impl Client {
         self.tell(Operation::Pause)
     }
 
-    /// Lets a paused VM go on.
+    /// Resumes a paused VM.
     pub fn resume(&self) -> Result<(), ClientError> {
         self.tell(Operation::Resume)
     }
@@ -117,25 +117,25 @@ impl Client {
         self.tell(Operation::Kill)
     }
 
-    /// What the balloon holds.
+    /// Returns the balloon's status.
     pub fn balloon(&self) -> Result<BalloonStatus, ClientError> {
         self.ask(Operation::GetBalloon)
     }
 
-    /// Sets what the balloon should hold.
+    /// Sets the balloon's target size.
     pub fn set_balloon(&self, size: Bytes) -> Result<BalloonStatus, ClientError> {
         let body = self.encode(&BalloonTarget { size })?;
         let answer = self.exchange(Operation::SetBalloon, &body)?;
         self.decode(&answer)
     }
 
-    /// Where the console is.
+    /// Returns the paths of the console's socket and log.
     pub fn console(&self) -> Result<ConsoleInfo, ClientError> {
         self.ask(Operation::Console)
     }
 
-    /// Takes a snapshot into `files`, as [`SnapshotRequest`] tells; the answer comes when all of it
-    /// is written.
+    /// Takes a snapshot into `files`, as [`SnapshotRequest`] describes; returns when all of it is
+    /// written.
     pub fn snapshot(
         &self,
         request: &SnapshotRequest,
@@ -146,7 +146,7 @@ impl Client {
         self.decode(&answer)
     }
 
-    /// Gives a standby its name, and lets it run, if its jail has the layers that are required.
+    /// Gives a standby its name and lets it run, if its jail has the required layers.
     pub fn adopt(&self, name: &str, required_jail: &RequiredJail) -> Result<(), ClientError> {
         let body = self.encode(&Adoption {
             name: name.to_owned(),
@@ -155,7 +155,7 @@ impl Client {
         self.exchange(Operation::Adopt, &body).map(drop)
     }
 
-    /// Which pages a clone has touched since it was forked.
+    /// Returns the pages that a clone has touched since it was forked.
     pub fn touched_pages(&self) -> Result<TouchedPages, ClientError> {
         self.ask(Operation::Touched)
     }
@@ -184,7 +184,7 @@ impl Client {
         }
     }
 
-    /// Sends one request and gives the body of its answer.
+    /// Sends one request and returns the body of the answer.
     fn exchange(&self, operation: Operation, body: &[u8]) -> Result<Vec<u8>, ClientError> {
         self.exchange_with(operation, body, &[])
     }
@@ -243,7 +243,7 @@ impl Client {
     }
 }
 
-/// Splits an answer whose end is the end of the connection into status and body.
+/// Splits an answer, which ends with the connection, into status and body.
 fn parse_response(response: &[u8]) -> Result<(u16, &[u8]), String> {
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut head = httparse::Response::new(&mut headers);

@@ -1,4 +1,4 @@
-//! What the control socket takes and answers.
+//! The requests and answers of the control socket.
 
 use std::collections::BTreeMap;
 

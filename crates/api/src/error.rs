@@ -1,4 +1,4 @@
-//! Failures as the API tells them: a code for programs, a message and advice for people.
+//! The API's error type: a code for programs, a message and advice for people.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! What the outside world says to a VM and hears from it.
+//! The interface between a VM and its users: its description, and its control socket.
 //!
 //! - [`config`]: the description of a VM, the same type from flags, from a TOML file and over the
 //!   control socket; [`validate`] finds everything that is wrong with one.
@@ -9,7 +9,7 @@
 //! - [`client`]: a small blocking client of that socket; [`descriptors`] sends open files with bytes.
 //! - [`jail`]: the layers of a VM's jail that a host may lack.
 //!
-//! This crate opens no KVM, no disk and no network: it is what a client needs and no more.
+//! This crate opens no KVM, no disk and no network: it contains only what a client needs.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod client;

@@ -1,4 +1,5 @@
-//! The operations of the control socket: one table for the server, the client and the document.
+//! The operations of the control socket: one table for the server, the client and the OpenAPI
+//! document.
 
 /// An HTTP method that an operation uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,7 +13,7 @@ pub enum Method {
 }
 
 impl Method {
-    /// As it stands in a request.
+    /// The method's name in a request.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Get => "GET",
@@ -22,7 +23,7 @@ impl Method {
     }
 }
 
-/// What can be asked of a VM.
+/// The operations on a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Operation {
     /// What it is.
@@ -53,16 +54,16 @@ pub enum Operation {
     OpenApi,
 }
 
-/// How an operation is asked for and answered.
+/// The method, path and types of an operation.
 #[derive(Debug, Clone, Copy)]
 pub struct Route {
-    /// What is asked.
+    /// The operation.
     pub operation: Operation,
-    /// By which method.
+    /// The HTTP method.
     pub method: Method,
-    /// On which path.
+    /// The path.
     pub path: &'static str,
-    /// The operation's name in the document.
+    /// The operation's name in the OpenAPI document.
     pub id: &'static str,
     /// What it does.
     pub summary: &'static str,
@@ -208,7 +209,7 @@ pub const ROUTES: &[Route] = &[
     .gives("OpenApi"),
 ];
 
-/// The routes on a path; empty where there is no such path.
+/// The routes on a path; empty if the path does not exist.
 pub fn on_path(path: &str) -> impl Iterator<Item = &'static Route> {
     ROUTES.iter().filter(move |route| route.path == path)
 }

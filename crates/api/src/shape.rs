@@ -1,7 +1,7 @@
 //! The shape of a machine: what its guest can see of it, and nothing of a host.
 //!
 //! A template carries a shape, so a shape may come from a stranger: no field of it names a path, an
-//! interface, an address or a right. Whoever forks adds those ([`Shape::config`]). The rules that
+//! interface, an address or a right. The forking side adds those ([`Shape::config`]). The rules that
 //! a shape must keep are in [`crate::validate::validate_shape`].
 
 use serde::{Deserialize, Serialize};

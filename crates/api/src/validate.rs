@@ -1,11 +1,11 @@
-//! Everything that is wrong with a VM's description or with a machine's shape, at once.
+//! Finds all problems of a VM's description or of a machine's shape at once.
 //!
-//! Each rule is written once. Every border applies them: the command line to what a user describes,
-//! the template store to shapes that it writes, reads or receives, a fork to the description that
-//! it makes of a shape, and the VM's process to what its launcher hands over.
+//! Each rule is written once and applied at every border: by the command line to a user's
+//! description, by the template store to shapes that it writes, reads or receives, by a fork to the
+//! description that it makes of a shape, and by the VM's process to the document of its launcher.
 //!
-//! Only what the description itself tells: whether files exist and the host can do what is asked
-//! is for the one who starts the VM.
+//! The rules use only the description itself. The launcher checks whether files exist and whether
+//! the host has the requested features.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -22,25 +22,25 @@ pub const MAX_VCPUS: u32 = 32;
 pub const MAX_NAME: usize = 48;
 /// The longest command line that Linux on x86-64 takes, without its terminator.
 pub const MAX_CMDLINE: usize = 2047;
-/// The least RAM that a Linux guest can unpack itself in.
+/// The least RAM in which a Linux guest can decompress itself.
 pub const MIN_MEMORY: Bytes = Bytes::mib(16);
-/// The most RAM: what the smallest physical address space of a 64-bit host can hold.
+/// The most RAM, which fits the smallest physical address space of a 64-bit host.
 pub const MAX_MEMORY: Bytes = Bytes::gib(32 << 10);
 /// The largest disk, in bytes.
 pub const MAX_DISK: Bytes = Bytes::gib(64 << 10);
 /// The most pairs of queues of an interface.
 pub const MAX_QUEUE_PAIRS: u16 = 8;
-/// The most disks and interfaces together: the slots of the PCI bus that are not ours.
+/// The most disks and interfaces together: the slots of the PCI bus that no other device uses.
 pub const MAX_DEVICES: usize = 24;
 /// The longest name of a network interface on Linux.
 const MAX_INTERFACE_NAME: usize = 15;
 
-/// One thing that is wrong.
+/// A problem.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
     /// The field, as in `disks[1].overlay`.
     pub field: String,
-    /// What is wrong and what would be right.
+    /// The problem, and how to correct it.
     pub message: String,
 }
 
@@ -50,7 +50,7 @@ impl std::fmt::Display for Problem {
     }
 }
 
-/// Gathers problems.
+/// Collects problems.
 #[derive(Default)]
 struct Problems(Vec<Problem>);
 
@@ -65,7 +65,7 @@ impl Problems {
     }
 }
 
-/// Whether `name` may name a VM; it becomes a directory and part of socket paths.
+/// Whether `name` is a valid name of a VM, which becomes a directory and a part of socket paths.
 pub fn is_valid_name(name: &str) -> bool {
     let head = name
         .bytes()
@@ -77,7 +77,7 @@ pub fn is_valid_name(name: &str) -> bool {
     head && rest && name.len() <= MAX_NAME
 }
 
-/// All that is wrong with `config`; empty where nothing is.
+/// All problems of `config`; empty if there are none.
 pub fn validate(config: &VmConfig) -> Vec<Problem> {
     let mut problems = Problems::default();
     name(config, &mut problems);
@@ -85,14 +85,14 @@ pub fn validate(config: &VmConfig) -> Vec<Problem> {
     problems.0
 }
 
-/// All that is wrong with a description whose VM has its name from elsewhere, as a standby has.
+/// All problems of a description whose VM gets its name later, as a standby does.
 pub fn validate_unnamed(config: &VmConfig) -> Vec<Problem> {
     let mut problems = Problems::default();
     description(config, &mut problems);
     problems.0
 }
 
-/// All that is wrong with a shape and the ceilings that come with it; empty where nothing is.
+/// All problems of a shape and its ceilings; empty if there are none.
 pub fn validate_shape(shape: &Shape, ceilings: &Ceilings) -> Vec<Problem> {
     let mut problems = Problems::default();
     machine(shape.vcpus, shape.memory, &mut problems);
@@ -287,7 +287,7 @@ fn paths(disk: &DiskConfig) -> impl Iterator<Item = &Path> {
         .chain(layer)
 }
 
-/// Two disks that write one file destroy it.
+/// Refuses two disks that write to the same file, which would destroy it.
 fn shared_disks(config: &VmConfig, problems: &mut Problems) {
     let mut written: HashSet<&Path> = HashSet::new();
     for (index, disk) in config.disks.iter().enumerate() {

@@ -30,7 +30,8 @@ pub(crate) enum Owner {
     Base,
     /// The layer of this number, counted from 1 at the bottom.
     Layer(u8),
-    /// Nobody: it reads as zero. `top` tells whether the top layer says so.
+    /// No layer holds the block, which reads as zero. `top` says whether the top layer records
+    /// that.
     Zero {
         /// Whether the top layer says so, or one below.
         top: bool,

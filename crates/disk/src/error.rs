@@ -59,7 +59,7 @@ pub enum DiskError {
     Mismatch(String),
 }
 
-/// Turns an I/O error into a [`DiskError::Io`] that tells what was tried.
+/// Converts an I/O error to a [`DiskError::Io`] that names the failed action.
 pub(crate) fn io_error(action: &'static str) -> impl FnOnce(io::Error) -> DiskError {
     move |source| DiskError::Io { action, source }
 }

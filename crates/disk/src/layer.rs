@@ -10,9 +10,9 @@
 //! (8), id (16), parent id or zeros (16), zeros, and in the last 32 bytes the BLAKE3 hash of all
 //! before it.
 //!
-//! The order of writes makes it crash-safe: data is durable before the map speaks of it, and the
-//! map never takes a block back. A block that the map calls absent or zero is that, whatever lies
-//! in its place.
+//! The order of writes makes it crash-safe: data is durable before the map refers to it, and the
+//! map never removes a block. A block that the map marks as absent or zero is that, even if its
+//! place in the file has other data.
 
 use std::fs::File;
 use std::io;
@@ -27,21 +27,22 @@ const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 4096;
 const HASH_AT: usize = HEADER_BYTES - 32;
 const DATA_ALIGN: u64 = 1 << 20;
-/// The smallest block, also the default: guests write pages, which then never need copying up.
+/// The smallest block size, in bytes. It is the default because guests write whole pages, which
+/// then need no copying up.
 pub const MIN_BLOCK_SIZE: u32 = 4 << 10;
-/// The largest block.
+/// The largest block size, in bytes.
 pub const MAX_BLOCK_SIZE: u32 = 64 << 10;
-/// The largest disk.
+/// The largest disk, in bytes.
 const MAX_SIZE: u64 = 64 << 40;
-/// Leaves read from a map at a time.
+/// The number of leaves that are read from a map at a time.
 const READ_LEAVES: usize = 64;
 
-/// The random name of a layer.
+/// The random id of a layer.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LayerId([u8; 16]);
 
 impl LayerId {
-    /// A new one.
+    /// Makes a new random id.
     fn random() -> io::Result<Self> {
         let mut id = [0; 16];
         let mut filled = 0;
@@ -52,7 +53,7 @@ impl LayerId {
         Ok(Self(id))
     }
 
-    /// Its bytes.
+    /// The id's bytes.
     pub fn as_bytes(&self) -> &[u8; 16] {
         &self.0
     }
@@ -70,10 +71,10 @@ impl std::fmt::Debug for LayerId {
     }
 }
 
-/// What a layer file says of itself.
+/// The header of a layer file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LayerHeader {
-    /// Its name.
+    /// The layer's id.
     pub id: LayerId,
     /// The layer that it was made over; `None` for one made over a base image.
     pub parent: Option<LayerId>,
@@ -84,7 +85,7 @@ pub struct LayerHeader {
 }
 
 impl LayerHeader {
-    /// A header for a new layer of `virtual_size` bytes, with the smallest blocks.
+    /// Makes a header for a new layer of `virtual_size` bytes, with the smallest blocks.
     ///
     /// # Errors
     /// [`DiskError::Mismatch`] for sizes that a layer cannot have.
@@ -102,7 +103,7 @@ impl LayerHeader {
     /// Reads the header of `file`.
     ///
     /// # Errors
-    /// [`DiskError::Image`] where it is not the header of a layer, or of a version not known.
+    /// [`DiskError::Image`] if it is not the header of a layer, or of an unknown version.
     pub fn read(file: &File) -> Result<Self, DiskError> {
         let mut page = [0; HEADER_BYTES];
         file.read_exact_at(&mut page, 0)
@@ -110,22 +111,22 @@ impl LayerHeader {
         Self::decode(&page).map_err(refused)
     }
 
-    /// How many blocks the disk has.
+    /// The number of the disk's blocks.
     pub(crate) fn blocks(&self) -> u64 {
         self.virtual_size.div_ceil(u64::from(self.block_size))
     }
 
-    /// How many leaves its map has.
+    /// The number of the map's leaves.
     fn leaves(&self) -> u64 {
         self.blocks().div_ceil(LEAF_BLOCKS)
     }
 
-    /// Where a leaf of the map is in the file.
+    /// The offset of a leaf of the map in the file.
     pub(crate) fn leaf_offset(index: u64) -> u64 {
         HEADER_BYTES as u64 + index * LEAF_BYTES as u64
     }
 
-    /// Where block 0 is in the file.
+    /// The offset of block 0 in the file.
     pub(crate) fn data_offset(&self) -> u64 {
         Self::leaf_offset(self.leaves()).next_multiple_of(DATA_ALIGN)
     }
@@ -197,13 +198,13 @@ fn refused(reason: impl Into<String>) -> DiskError {
     }
 }
 
-/// Makes `file` an empty layer, forgetting what was in it. Nothing is synced.
+/// Makes `file` an empty layer, discarding its content. Nothing is synced.
 ///
 /// # Errors
 /// [`DiskError::Io`] where the file cannot be written.
 pub(crate) fn create(file: &File, header: &LayerHeader) -> Result<(), DiskError> {
     let size = header.data_offset() + header.blocks() * u64::from(header.block_size);
-    // The full length at once: a flush then needs no change of the file's size.
+    // The file gets its full length at once, so that a flush need not change its size.
     file.set_len(0)
         .and_then(|()| file.set_len(size))
         .map_err(io_error("size the new layer"))?;
@@ -211,7 +212,7 @@ pub(crate) fn create(file: &File, header: &LayerHeader) -> Result<(), DiskError>
         .map_err(io_error("write the header of the new layer"))
 }
 
-/// Puts the map of the layer in `file` over `map`, as the layer `number`.
+/// Adds the map of the layer in `file` on top of `map`, as layer `number`.
 pub(crate) fn load_map(
     file: &File,
     header: &LayerHeader,
@@ -240,7 +241,7 @@ pub(crate) fn load_map(
     Ok(())
 }
 
-/// The next leaf from `index` on that is not in a hole of the file.
+/// The next leaf at or after `index` that is not in a hole of the file.
 fn next_data_leaf(file: &File, index: u64, leaves: u64) -> Option<u64> {
     if index >= leaves {
         return None;
@@ -249,14 +250,14 @@ fn next_data_leaf(file: &File, index: u64, leaves: u64) -> Option<u64> {
     match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(from)) {
         Ok(at) if at >= LayerHeader::leaf_offset(leaves) => None,
         Ok(at) => Some((at - HEADER_BYTES as u64) / LEAF_BYTES as u64),
-        // No more data in the file.
+        // The file has no more data.
         Err(rustix::io::Errno::NXIO) => None,
-        // The file system does not know its holes.
+        // The file system does not report holes.
         Err(_) => Some(index),
     }
 }
 
-/// The last leaf must say nothing about blocks past the end of the disk.
+/// Checks that the last leaf has no entries for blocks past the end of the disk.
 fn check_end(header: &LayerHeader, index: u64, leaf: &[u8; LEAF_BYTES]) -> Result<(), DiskError> {
     let first = index * LEAF_BLOCKS;
     let inside = header.blocks().saturating_sub(first).min(LEAF_BLOCKS);

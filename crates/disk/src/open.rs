@@ -1,4 +1,4 @@
-//! Putting a disk together from its open files.
+//! Assembles a disk from its open files.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -13,16 +13,16 @@ use crate::remedy::Remedy;
 use crate::room;
 use crate::spec::{DiskFiles, Format, WriteFile};
 
-/// What guests address.
+/// The unit that guests address, in bytes.
 const SECTOR: u64 = 512;
 
 impl Disk {
-    /// Puts a disk together. Opens no path; makes the engine (an io_uring is a system call that a
-    /// jail may forbid later).
+    /// Assembles a disk. Opens no path, and makes the engine here because a jail may later forbid
+    /// the system call that makes an io_uring.
     ///
     /// # Errors
-    /// [`DiskError::Image`] for broken or hostile images, [`DiskError::Mismatch`] for parts that
-    /// do not belong together, [`DiskError::Io`] from the host.
+    /// [`DiskError::Image`] for broken or hostile images, [`DiskError::Mismatch`] for files that do
+    /// not belong together, [`DiskError::Io`] for errors of the host.
     pub fn open(files: DiskFiles, engine: EngineKind) -> Result<Self, DiskError> {
         let DiskFiles {
             base,
@@ -61,7 +61,7 @@ impl Disk {
             stack.room = room::of_layer(top, stack.durable)?;
         }
         let files: Vec<Target> = files.into_iter().map(Target::File).collect();
-        // Without a base nothing is read from target 0, but the layers count from 1.
+        // Without a base, nothing is read from target 0, but the layers are still numbered from 1.
         let lowest = target.unwrap_or_else(|| files[0].clone());
         let targets = std::iter::once(lowest).chain(files).collect();
         Ok(Self::new(
@@ -110,7 +110,7 @@ fn open_base(
     }
 }
 
-/// Opens the layers, lowest first, the one that takes writes last, and merges their maps.
+/// Opens the layers, lowest first and the writable one last, and merges their maps.
 fn open_stack(
     has_base: bool,
     base_size: u64,
@@ -146,7 +146,7 @@ fn open_stack(
     Ok((stack, files))
 }
 
-/// Makes an empty file the layer over `below`.
+/// Makes a layer over `below` from an empty file.
 fn new_top(
     file: &File,
     base_size: u64,

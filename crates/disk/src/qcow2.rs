@@ -1,9 +1,8 @@
-//! qcow2 images: a strict look at the header, then the `imago` crate for all the rest.
+//! qcow2 images: a strict check of the header, then the `imago` crate for everything else.
 //!
-//! The header is checked before `imago` sees the file, because an image may come from a hostile
-//! hand and tables are read whole into memory by sizes in it. Paths in a header are never
-//! followed: a backing file is used only where the caller opened one. Leaves to others: threads
-//! (calls here block).
+//! The header is checked before `imago` reads the file, because an image may be hostile, and tables
+//! are read whole into memory by sizes in it. Paths in a header are never followed: a backing file
+//! is used only if the caller opened one. Calls here block; threads are left to the engine.
 //!
 //! Source: QEMU's `docs/interop/qcow2.rst`.
 
@@ -26,27 +25,28 @@ use crate::remedy::Remedy;
 
 /// The first bytes of every qcow2 image.
 pub(crate) const MAGIC: [u8; 4] = *b"QFI\xfb";
-/// The largest virtual size taken: what a header can make us allocate grows with it.
+/// The largest virtual size that is accepted, since the memory that a header can make us allocate
+/// grows with it.
 const MAX_SIZE: u64 = 64 << 40;
-/// The largest first-level table taken, in bytes (16 TiB of disk with 64 KiB clusters).
+/// The largest first-level table that is accepted, in bytes (16 TiB of disk with 64 KiB clusters).
 const MAX_L1_BYTES: u64 = 4 << 20;
-/// The largest refcount table taken, in bytes, as QEMU has it.
+/// The largest refcount table that is accepted, in bytes, as in QEMU.
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 
 type Image = FormatAccess<imago::file::File>;
 
-/// What the header of a qcow2 image says, checked.
+/// The checked header of a qcow2 image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Qcow2Header {
     /// The size of the disk in bytes.
     pub virtual_size: u64,
     /// The size of a cluster in bytes.
     pub cluster_size: u64,
-    /// The backing file that the header names, for people: not to be trusted as a path, and with what is not UTF-8
-    /// replaced.
+    /// The backing file in the header, for people: it must not be trusted as a path, and bytes that
+    /// are not UTF-8 are replaced.
     pub backing_file: Option<String>,
-    /// The counts of references were not written when the image was last used: it must not be written before they
-    /// are repaired.
+    /// Whether the reference counts were not written when the image was last used. The image must
+    /// not be written before they are repaired.
     pub dirty: bool,
 }
 
@@ -80,7 +80,7 @@ impl Qcow2Header {
         })
     }
 
-    /// Checks all that is in the fixed part of the header.
+    /// Checks the fixed part of the header.
     fn check(bytes: &[u8; 104], file_size: u64) -> Result<Self, DiskError> {
         let cluster_bits = be32(bytes, 20);
         if !(9..=21).contains(&cluster_bits) {
@@ -97,7 +97,7 @@ impl Qcow2Header {
         if be32(bytes, 60) != 0 {
             return Err(refused("it has internal snapshots").remedied(Remedy::Plain));
         }
-        // Entries of 8 bytes, each for a cluster of such entries for a cluster each.
+        // Each 8-byte entry refers to a cluster of entries, each of which refers to a cluster.
         let per_l1_entry = cluster_size / 8 * cluster_size;
         let l1_bytes = u64::from(be32(bytes, 36)) * 8;
         if l1_bytes < virtual_size.div_ceil(per_l1_entry) * 8 {
@@ -147,7 +147,8 @@ impl Qcow2Header {
         })
     }
 
-    /// Whether the image can be used like this: with a backing file or without, for writing or not.
+    /// Checks that the image can be used as requested: with or without a backing file, for writing
+    /// or not.
     pub(crate) fn check_use(&self, writable: bool, has_backing: bool) -> Result<(), DiskError> {
         match &self.backing_file {
             Some(name) if !has_backing => {
@@ -169,7 +170,7 @@ impl Qcow2Header {
     }
 }
 
-/// Checks that a table lies where it can.
+/// Checks that a table is inside the file and aligned.
 fn table(
     name: &str,
     offset: u64,
@@ -190,7 +191,7 @@ fn table(
     Ok(())
 }
 
-/// The backing file's name as the header has it.
+/// The backing file's name in the header.
 fn backing_name(
     file: &File,
     bytes: &[u8; 104],
@@ -253,11 +254,11 @@ impl Qcow2Image {
         self.size
     }
 
-    /// Carries out what an op wants, waiting for it.
+    /// Executes an op and waits for it.
     pub(crate) fn execute(&self, offset: u64, kind: OpKind) -> io::Result<()> {
         match kind {
             OpKind::Read(buffers) => {
-                // Layers round their size up to blocks and may ask for more than there is.
+                // Layers round their size up to blocks, so they may request bytes beyond the end.
                 let inside = self.size.saturating_sub(offset).min(buffers.len());
                 buffers.range(inside, buffers.len() - inside).fill_zero();
                 if inside == 0 {
@@ -315,7 +316,7 @@ impl Qcow2Image {
     }
 }
 
-/// The buffers as `imago` takes them.
+/// Converts the buffers to `imago`'s type.
 fn volatile(buffers: &Buffers) -> Vec<VolatileSlice<'static>> {
     buffers
         .iter()
@@ -345,7 +346,7 @@ fn open_one(file: File, writable: bool, below: Option<Arc<Image>>) -> Result<Ima
     Ok(FormatAccess::new(image))
 }
 
-/// A refusal; where nothing else is known to help, QEMU's repair may.
+/// Makes a refusal. Unless a better remedy is known, it advises QEMU's repair.
 fn refused(reason: impl Into<String>) -> DiskError {
     DiskError::Image {
         format: "qcow2",

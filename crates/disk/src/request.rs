@@ -1,4 +1,4 @@
-//! What is asked of a disk, and its answer.
+//! The requests to a disk, and their answers.
 
 use std::io;
 

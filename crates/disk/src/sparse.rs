@@ -1,4 +1,4 @@
-//! Copying files so that what is all zero takes no space, and blocks are shared where they can be.
+//! Copies files so that zero blocks take no space, and blocks are shared where possible.
 
 use std::fs::File;
 use std::io;
@@ -8,9 +8,9 @@ use rustix::io::Errno;
 
 use crate::ZEROS;
 
-/// Copied at a time where the host cannot copy within the kernel.
+/// The size of the copy buffer, for hosts that cannot copy within the kernel.
 pub(crate) const CHUNK: usize = 1 << 20;
-/// What is a hole or is not: the block size of nearly all file systems.
+/// The granularity of holes: the block size of nearly all file systems.
 const BLOCK: usize = ZEROS.len();
 
 /// Copies the whole of `from` into `to`, an empty file.
@@ -20,7 +20,7 @@ const BLOCK: usize = ZEROS.len();
 pub fn copy_file(from: &File, to: &File) -> io::Result<()> {
     let len = from.metadata()?.len();
     to.set_len(len)?;
-    // A clone of the whole file, in no time.
+    // On some file systems, the whole file can be cloned at once.
     if rustix::fs::ioctl_ficlone(to, from).is_ok() {
         return Ok(());
     }
@@ -38,11 +38,11 @@ pub fn copy_file(from: &File, to: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// Copies bytes into a part of `to` that is there and has no data yet, sharing blocks where the
-/// file system can.
+/// Copies bytes into a part of `to` that exists and has no data yet, sharing blocks if the file
+/// system can.
 ///
 /// # Errors
-/// The host's, and `UnexpectedEof` where `from` is shorter.
+/// The host's error, or `UnexpectedEof` if `from` is shorter.
 pub(crate) fn copy_range(
     from: &File,
     from_at: u64,
@@ -53,17 +53,18 @@ pub(crate) fn copy_range(
     let (mut from_at, mut to_at, mut left) = (from_at, to_at, len);
     while left > 0 {
         let part = left.min(1 << 30) as usize;
-        // It moves both offsets itself.
+        // The call advances both offsets.
         match rustix::fs::copy_file_range(from, Some(&mut from_at), to, Some(&mut to_at), part) {
             Ok(count) if count > 0 => left -= count as u64,
-            // Across file systems, or of a kind that it does not know.
+            // The call does not work across file systems, or on some kinds of them.
             Ok(_) | Err(_) => return copy_through(from, from_at, to, to_at, left),
         }
     }
     Ok(())
 }
 
-/// A file system that cannot copy may not know its holes either, and give all of them as data.
+/// Copies through a buffer. A file system that cannot copy may not report holes either, so zero
+/// blocks are detected here.
 fn copy_through(from: &File, from_at: u64, to: &File, to_at: u64, len: u64) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK.min(len as usize)];
     let mut done = 0;
@@ -76,7 +77,8 @@ fn copy_through(from: &File, from_at: u64, to: &File, to_at: u64, len: u64) -> i
     Ok(())
 }
 
-/// Writes what is not zero of `bytes` into a part of `to` that is there and has no data yet.
+/// Writes those blocks of `bytes` that are not zero into a part of `to` that exists and has no data
+/// yet.
 pub(crate) fn write(to: &File, bytes: &[u8], at: u64) -> io::Result<()> {
     let mut start = 0;
     while start < bytes.len() {
@@ -98,7 +100,7 @@ pub(crate) fn write(to: &File, bytes: &[u8], at: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether a block, or the shorter one at the end, is.
+/// Whether a block, which may be shorter at the end, is all zero.
 fn is_zero(block: &[u8]) -> bool {
     block == &ZEROS[..block.len()]
 }

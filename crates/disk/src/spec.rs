@@ -1,7 +1,7 @@
-//! Which files a disk is made of: described for people and programs, then opened.
+//! The files of a disk: described for people and programs, then opened.
 //!
-//! Opening is apart from [`Disk::open`](crate::Disk::open), because the process that uses a disk is
-//! jailed and opens no path: its launcher calls [`DiskSpec::open`] and hands the files over.
+//! Opening the files is separate from [`Disk::open`](crate::Disk::open), because the process that
+//! uses a disk is jailed and opens no path.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -29,7 +29,7 @@ pub enum Format {
 impl Format {
     /// The format that the name and the content of an image agree on.
     ///
-    /// A guest can write any first bytes to a raw disk: the content alone is never trusted.
+    /// A guest can write any first bytes to a raw disk, so the content alone is never trusted.
     ///
     /// # Errors
     /// [`DiskError::Unusable`] where they disagree or the image has another format; [`DiskError::Open`] and [`DiskError::Io`].
@@ -74,25 +74,25 @@ pub struct ImageSpec {
     pub format: Format,
 }
 
-/// Where the guest's writes go.
+/// The destination of the guest's writes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Writes {
-    /// Nowhere: the disk is read-only.
+    /// Writes are refused: the disk is read-only.
     Refused,
     /// Into the base image.
     Base,
     /// Into a layer that is kept, made if it does not exist.
     Layer(PathBuf),
-    /// Into a layer that vanishes with the machine: a file without a name in this directory, or
-    /// anonymous memory where there is none.
+    /// Into a layer that is removed with the machine: an unnamed file in this directory, or
+    /// anonymous memory if there is none.
     Ephemeral(Option<PathBuf>),
 }
 
 /// A disk as its user describes it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSpec {
-    /// What is lowest; without it, everything that no layer holds is zero.
+    /// The base image; without one, everything that no layer holds is zero.
     pub base: Option<ImageSpec>,
     /// The backing files of a qcow2 base, nearest first. Those that the image itself names are
     /// never opened.
@@ -101,7 +101,7 @@ pub struct DiskSpec {
     /// Read-only layers, lowest first.
     #[serde(default)]
     pub layers: Vec<PathBuf>,
-    /// Where writes go.
+    /// The destination of writes.
     pub writes: Writes,
 }
 
@@ -114,7 +114,7 @@ pub struct DiskFiles {
     pub backing: Vec<(File, Format)>,
     /// Read-only layers, lowest first.
     pub layers: Vec<File>,
-    /// Where writes go.
+    /// The destination of writes.
     pub writes: WriteFile,
 }
 
@@ -135,7 +135,7 @@ pub enum WriteFile {
 }
 
 impl DiskFiles {
-    /// The memory that the layer for writes may take, where it is kept there.
+    /// The room of the writable layer in bytes, if it is kept in memory.
     pub fn memory_room(&self) -> u64 {
         match &self.writes {
             WriteFile::Layer {
@@ -148,7 +148,7 @@ impl DiskFiles {
 }
 
 impl DiskSpec {
-    /// An image without layers.
+    /// Describes an image without layers.
     pub fn image(path: impl Into<PathBuf>, format: Format, read_only: bool) -> Self {
         Self {
             base: Some(ImageSpec {
@@ -165,8 +165,8 @@ impl DiskSpec {
         }
     }
 
-    /// Every file that is opened, and whether for writing. (A directory for
-    /// [`Writes::Ephemeral`] is not among them.)
+    /// Every file that is opened, and whether it is opened for writing. (A directory for
+    /// [`Writes::Ephemeral`] is not included.)
     pub fn paths(&self) -> Vec<(&Path, bool)> {
         let base = self
             .base
@@ -204,8 +204,8 @@ impl DiskSpec {
         Ok(())
     }
 
-    /// Opens all files, and locks them: those that are written against all other machines, those
-    /// that are read against writers. The locks last as long as the files are open in any process.
+    /// Opens and locks all files: exclusively those that are written, and shared those that are
+    /// only read. The locks last as long as the files are open in any process.
     ///
     /// # Errors
     /// [`DiskError::Open`], or [`DiskError::InUse`] where another machine holds the lock.
@@ -238,7 +238,7 @@ impl DiskSpec {
     }
 }
 
-/// A file without a name, for a layer that vanishes with its last user: in `directory`, or in
+/// Makes an unnamed file for a layer that is removed with its last user: in `directory`, or in
 /// anonymous memory.
 ///
 /// # Errors
@@ -269,7 +269,7 @@ fn open_error(path: &Path, write: bool) -> impl FnOnce(io::Error) -> DiskError {
     }
 }
 
-/// Opens a file or block device. A pipe or the like is refused, not waited for.
+/// Opens a file or block device. A pipe or the like is refused without waiting for it.
 fn open(path: &Path, write: bool) -> Result<File, DiskError> {
     let file = OpenOptions::new()
         .read(true)
@@ -309,7 +309,7 @@ fn lock(file: &File, path: &Path, write: bool) -> Result<(), DiskError> {
             access: if write { "writing" } else { "reading" },
         }),
         Err(error) => {
-            // Some network file systems have no locks: then the user must take care.
+            // Some network file systems have no locks; there, the user must ensure exclusive use.
             tracing::debug!(%error, path = %path.display(), "disk file cannot be locked");
             Ok(())
         }
@@ -330,7 +330,7 @@ fn open_or_create_layer(path: &Path) -> Result<File, DiskError> {
         created => created.map_err(open_error(path, true))?,
     };
     lock(&file, path, true)?;
-    // The name must survive a crash as well as the content. An empty file is a layer to be made.
+    // The name must survive a crash as well as the content. An empty file becomes a new layer.
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

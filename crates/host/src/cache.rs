@@ -1,4 +1,4 @@
-//! Where things are kept that can be made again.
+//! The cache directory, for files that can be made again.
 
 use std::path::PathBuf;
 

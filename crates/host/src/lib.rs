@@ -1,4 +1,4 @@
-//! What starting and finding VMs on a host takes, for the command line and for Army's node.
+//! Starts and finds VMs on a host, for the command line and for Army's node.
 //!
 //! - [`launch`]: starting VMs: from a kernel, from a template, from a running VM, ahead of need.
 //! - [`runtime`]: the runtime directories of all VMs.
@@ -7,7 +7,7 @@
 //! - [`programs`]: the programs that belong to this one: a VM's process, and the agent for guests.
 //! - [`cache`]: where things are kept that can be made again.
 //!
-//! What runs as a VM is left to the program `clone-vm`.
+//! The VM itself is run by the program `clone-vm`.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod cache;

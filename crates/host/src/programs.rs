@@ -1,11 +1,11 @@
 //! The programs that belong to `clone` and `army`: `clone-vm`, the process of a VM, and
 //! `clone-agent`, which is installed in guests.
 //!
-//! Each is taken from `../lib/clone`, as packages have it; `clone-vm` also from beside the running
-//! program, as builds do (their agent is linked to libraries that guests need not have). Where none
-//! is there, it is one that the running program carries in itself: it is
-//! put once, under its hash, into a directory that nobody else can write to ([`carried_dir`]), so
-//! that all VMs of a build run the same file and share its pages.
+//! Each program is taken from `../lib/clone`, where packages install it. `clone-vm` is also looked
+//! for beside the running program, where builds put it (their agent is linked to libraries that
+//! guests need not have). If a program is in neither place, the running program writes the copy
+//! that it carries, once and under its hash, into a directory that nobody else can write to
+//! ([`carried_dir`]), so that all VMs of a build run the same file and share its pages.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -22,11 +22,11 @@ mod carried {
     include!(concat!(env!("OUT_DIR"), "/carried.rs"));
 }
 
-/// A program that belongs to this one.
+/// A program that belongs to the running one.
 #[derive(Debug, Clone, Copy)]
 struct Program {
     name: &'static str,
-    /// Whether it is looked for beside the running program, too.
+    /// Whether the program is also looked for beside the running one.
     beside: bool,
     carried: Option<&'static [u8]>,
 }
@@ -43,11 +43,11 @@ const AGENT: Program = Program {
     carried: carried::AGENT,
 };
 
-/// The program of VMs' processes. It stays open: a server goes on with the file of its own build
-/// when another is installed over it, so servers call this when they start.
+/// Returns the open program of VMs' processes. The file stays open, so that a server keeps the file
+/// of its own build when another is installed over it; servers call this when they start.
 ///
 /// # Errors
-/// Where it is neither installed nor carried, or cannot be put into its directory.
+/// The program is neither installed nor carried, or cannot be written to its directory.
 pub fn vm_process() -> Result<&'static File> {
     static OPENED: OnceLock<File> = OnceLock::new();
     if let Some(file) = OPENED.get() {
@@ -58,10 +58,10 @@ pub fn vm_process() -> Result<&'static File> {
     Ok(OPENED.get_or_init(|| file))
 }
 
-/// Where the agent for guests is; `None` where it is neither installed nor carried.
+/// Returns the path of the agent for guests; `None` if it is neither installed nor carried.
 ///
 /// # Errors
-/// Where the one that is carried cannot be put into its directory.
+/// The carried agent cannot be written to its directory.
 pub fn agent() -> Result<Option<PathBuf>> {
     match AGENT.carried {
         None => Ok(AGENT.installed()),
@@ -101,8 +101,8 @@ impl Program {
     }
 }
 
-/// Where carried programs are put: `/var/lib/clone/programs` for root, in the user's cache for
-/// others; `None` without a home.
+/// The directory for carried programs: `/var/lib/clone/programs` for root, in the user's cache for
+/// others; `None` without a home directory.
 fn carried_dir() -> Option<PathBuf> {
     match rustix::process::geteuid().is_root() {
         true => Some("/var/lib/clone/programs".into()),
@@ -110,8 +110,8 @@ fn carried_dir() -> Option<PathBuf> {
     }
 }
 
-/// Puts a program into `dir`, under its hash, unless it is there. Those of other builds go: who
-/// runs them has them open.
+/// Writes a program into `dir` under its hash, unless it exists, and removes those of other builds.
+/// Processes that run those have them open.
 fn put(dir: &Path, name: &str, bytes: &[u8]) -> Result<PathBuf> {
     fs::DirBuilder::new()
         .recursive(true)
@@ -135,7 +135,7 @@ fn put(dir: &Path, name: &str, bytes: &[u8]) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Writes all of it or nothing, also when the host loses power meanwhile.
+/// Writes the file atomically, even if the host loses power.
 fn write_program(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let new = path.with_extension(format!("new{}", std::process::id()));
     let mut file = File::options()
@@ -154,7 +154,7 @@ fn remove_others(dir: &Path, name: &str, kept: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
         let file = path.file_name().unwrap_or_default().to_string_lossy();
-        // A name with `.new` is being written by another command.
+        // Another command is writing a file whose name contains `.new`.
         let other = file.starts_with(&format!("{name}-")) && !file.contains(".new");
         if other && path != kept {
             match fs::remove_file(&path) {
@@ -166,7 +166,8 @@ fn remove_others(dir: &Path, name: &str, kept: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Refuses a file or directory that another user could change: what is in it is run as the caller.
+/// Refuses a file or directory that another user could change, since its content is run as the
+/// caller.
 fn check_owned(path: &Path) -> Result<()> {
     let meta = fs::symlink_metadata(path).map_err(failed("look at", path))?;
     let user = rustix::process::geteuid().as_raw();

@@ -1,17 +1,17 @@
-//! Where layers for writes are kept that end with their VM.
+//! The directory for disk layers whose writes end with their VM.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use crate::cache;
 
-/// Names the directory, for hosts whose `/var/tmp` is in memory.
+/// The variable that names the directory, for hosts whose `/var/tmp` is in memory.
 pub(crate) const VARIABLE: &str = "CLONE_SCRATCH_DIR";
-/// Kept on a disk by most hosts, and emptied by none at work.
+/// The default directory, which most hosts keep on disk and none empties while it runs.
 const DEFAULT: &str = "/var/tmp";
 
-/// The directory that the host's owner names, else the first on a disk. `None` where all are in
-/// memory: then layers are as well, within a limit ([`clone_disk::MEMORY_ROOM`]).
+/// The directory that the host's owner names, otherwise the first one on a disk. `None` if all are
+/// in memory; then layers are kept in memory too, within a limit ([`clone_disk::MEMORY_ROOM`]).
 pub(crate) fn dir() -> Option<PathBuf> {
     let named = std::env::var_os(VARIABLE).filter(|name| !name.is_empty());
     match named {
@@ -24,7 +24,7 @@ pub(crate) fn dir() -> Option<PathBuf> {
     }
 }
 
-/// `dir`, if it takes layers and is not in memory.
+/// Returns `dir` if it takes layers and is not in memory.
 fn on_disk(dir: PathBuf) -> Option<PathBuf> {
     let opened = File::open(&dir).and_then(|dir| clone_disk::is_in_memory(&dir));
     let on_disk = opened.is_ok_and(|in_memory| !in_memory);

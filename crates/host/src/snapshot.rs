@@ -1,7 +1,8 @@
-//! Making a template of a running VM, and the passing kind that a live fork stands on.
+//! Makes a template of a running VM, and the temporary snapshot that a live fork starts from.
 //!
 //! The VM's process writes memory, state and the disks' frozen layers into files that are opened
-//! here; this side knows the template they belong to, and what of its parent's it shares.
+//! here. This module determines the template that they belong to, and the files that it shares with
+//! its parent.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -24,21 +25,21 @@ use clone_template::{NewTemplate, Parts, Template};
 use crate::runtime::{LiveDir, RunningVm, Runtime};
 use crate::scratch;
 
-/// How long writing a snapshot may take.
+/// The time limit for writing a snapshot.
 const LIMIT: Duration = Duration::from_secs(600);
-/// How long an agent may take to say which it is.
+/// The time limit for an agent to report its version.
 const AGENT_LIMIT: Duration = Duration::from_secs(5);
-/// The place of the first disk's new layer among the files of a snapshot. Its frozen layer's file
-/// and those of other disks follow.
+/// The index of the first disk's new layer among the files of a snapshot. The file for its frozen
+/// layers follows, and then the files of the other disks.
 const FIRST_LAYER: usize = 2;
-/// Room for the disks' layers of a snapshot beside its memory, in bytes.
+/// The room for the disks' layers of a snapshot besides its memory, in bytes.
 const ROOM_FOR_DISKS: i64 = 1 << 30;
-/// Room for a machine's state and the like in a live fork, in bytes.
+/// The room for the machine's state and other small files of a live fork, in bytes.
 const ROOM_FOR_STATE: u64 = 16 << 20;
 
-/// Takes a snapshot of `vm` and makes it the template at `target`; the VM goes on. With `diff` it
-/// holds only what changed since the template that the VM was forked from, or since its last
-/// snapshot, and shares the rest with that.
+/// Takes a snapshot of `vm` and makes it the template at `target`; the VM continues to run. With
+/// `diff`, the template holds only the changes since the template that the VM was forked from, or
+/// since its last snapshot, and shares the rest with that.
 pub fn take(
     runtime: &Runtime,
     vm: &RunningVm,
@@ -53,11 +54,11 @@ pub fn take(
         return Err(no_parent(&config.name, known.template.as_deref()));
     }
     if let Some(parent) = &parent {
-        // Its files become the new one's, with their hashes.
+        // The new template takes over the parent's files, with their hashes.
         parent.ensure_verified(&runtime.verified())?;
     }
-    // The guest of a difference has the agent of its parent. Who asks it again wakes it, and it
-    // changes more pages by that than an idle guest in a minute.
+    // With `diff`, the guest has the same agent as its parent. Asking the agent for its version
+    // would wake it, which changes more pages than an idle guest does in a minute.
     let agent_of_parent = parent
         .as_ref()
         .filter(|_| diff)
@@ -73,8 +74,8 @@ pub fn take(
         None => files.extend([new.kernel_file()?, new.initrd_file()?]),
     }
     let client = Client::new(vm.dir.control_socket()).with_timeout(LIMIT);
-    // Only disks whose writes end with the VM are frozen. Those that keep them are copied while
-    // the guest is paused, since what they are written to is not for us to replace.
+    // Only disks whose writes end with the VM are frozen. Disks that keep their writes are copied
+    // while the guest is paused, since the files that they are written to belong to the owner.
     let in_place = config.disks.iter().any(keeps_writes);
     let paused = match in_place {
         true => Some(Paused::pause(&client)?),
@@ -97,9 +98,9 @@ pub fn take(
         disks: frozen,
         kernel: parent.is_none(),
     };
-    let taken = ask(vm, &request, &files)?;
+    let taken = request_snapshot(vm, &request, &files)?;
     for (index, disk) in config.disks.iter().enumerate() {
-        // Only now is the layer's file up to date.
+        // The snapshot has flushed the layer's file, so it can be copied now.
         if let Overlay::Kept(layer) = &disk.overlay
             && !disk.read_only
         {
@@ -128,18 +129,19 @@ pub fn take(
     Ok((template, taken))
 }
 
-/// What clones of a live fork share. The directory goes when the last of them is swept.
+/// The layers and state that the clones of a live fork share. Their directory is removed when the
+/// last clone is swept.
 #[derive(Debug)]
 pub struct LiveLayers {
-    /// What they lie on.
+    /// The files that the clones are forked from.
     pub parent: Parent,
     /// The machine's state.
     pub state: SharedFile,
-    /// Held until the clones hold it.
+    /// The directory, locked until the clones lock it.
     pub dir: LiveDir,
 }
 
-/// Takes a snapshot of `vm` for clones that are made at once; the VM goes on.
+/// Takes a snapshot of `vm` for clones that are made at once; the VM continues to run.
 pub fn take_live(runtime: &Runtime, vm: &RunningVm) -> Result<(LiveLayers, SnapshotTaken)> {
     let config = vm.dir.config()?;
     if let Some(index) = config.disks.iter().position(keeps_writes) {
@@ -155,7 +157,7 @@ pub fn take_live(runtime: &Runtime, vm: &RunningVm) -> Result<(LiveLayers, Snaps
     let mut parent = vm.dir.parent()?;
     let room = room_for_live_fork(vm)?;
     let (dir, taken) = runtime.fill_live_dir(room, |dir| fill(vm, &config, dir))?;
-    // The directory is the caller's alone.
+    // Only the caller can write to the directory.
     let written = |name: &str| {
         let path = dir.path().join(name);
         let file = File::open(&path).map_err(failed("open", &path))?;
@@ -178,7 +180,7 @@ pub fn take_live(runtime: &Runtime, vm: &RunningVm) -> Result<(LiveLayers, Snaps
     Ok((layers, taken))
 }
 
-/// Has the VM write what its clones will share into new files.
+/// Makes the VM write the state that its clones will share into new files.
 fn fill(vm: &RunningVm, config: &VmConfig, dir: &LiveDir) -> Result<SnapshotTaken> {
     let mut files = vec![dir.new_file("memory")?, dir.new_file("state")?];
     let mut disks = Vec::new();
@@ -194,15 +196,15 @@ fn fill(vm: &RunningVm, config: &VmConfig, dir: &LiveDir) -> Result<SnapshotTake
         disks,
         kernel: false,
     };
-    ask(vm, &request, &files)
+    request_snapshot(vm, &request, &files)
 }
 
 fn disk_file(index: u32) -> String {
     format!("disk-{index}")
 }
 
-/// About how much a live fork of `vm` writes: the memory that it does not share, and as much as
-/// its guest may change while that is copied.
+/// An estimate of the bytes that a live fork of `vm` writes: the memory that it does not share, and
+/// as much again as the guest may change during the copy.
 fn room_for_live_fork(vm: &RunningVm) -> Result<u64> {
     let client = Client::new(vm.dir.control_socket()).with_timeout(LIMIT);
     let memory = client
@@ -216,14 +218,14 @@ fn room_for_live_fork(vm: &RunningVm) -> Result<u64> {
     Ok((own + own / 8).min(memory.guest_bytes) + ROOM_FOR_STATE)
 }
 
-/// The version of the agent in a guest, where it answers.
+/// The version of the agent in a guest, if it answers.
 pub fn agent_version(vm: &RunningVm) -> Option<String> {
     let deadline = Deadline::after(AGENT_LIMIT);
     let connection = Connection::open(&vm.dir.vsock_socket(), deadline).ok()?;
     Some(connection.hello().agent_version.clone())
 }
 
-/// Adds what lies below the disk's own writes.
+/// Adds the base and the layers below the disk's own writes.
 fn add_disk(
     new: &mut NewTemplate,
     parent: Option<&Template>,
@@ -241,7 +243,7 @@ fn add_disk(
             )),
         };
     };
-    // A full snapshot has all writes over the base in one layer.
+    // A full snapshot stores all writes over the base in one layer.
     let layers = match diff || disk.read_only || keeps_writes(disk) {
         true => usize::MAX,
         false => 0,
@@ -249,7 +251,7 @@ fn add_disk(
     new.share_disk(parent, index, layers)
 }
 
-/// Whether what the guest writes to the disk outlives the VM.
+/// Whether the guest's writes to the disk outlive the VM.
 fn keeps_writes(disk: &DiskConfig) -> bool {
     !disk.read_only && disk.overlay != Overlay::Ephemeral
 }
@@ -259,19 +261,25 @@ fn scratch() -> Result<File> {
     clone_disk::ephemeral(dir.as_deref()).map_err(|error| ApiError::internal(&error))
 }
 
-/// Asks the VM for a snapshot into `files`. They may be in memory, and what the VM writes there
-/// counts as its own: without more room it would be killed for it.
-fn ask(vm: &RunningVm, request: &SnapshotRequest, files: &[File]) -> Result<SnapshotTaken> {
+/// Requests a snapshot into `files` from the VM. The files may be in memory, where the VM's writes
+/// count against its own memory limit, so the limit is raised first; otherwise the VM would be
+/// killed.
+fn request_snapshot(
+    vm: &RunningVm,
+    request: &SnapshotRequest,
+    files: &[File],
+) -> Result<SnapshotTaken> {
     let client = Client::new(vm.dir.control_socket()).with_timeout(LIMIT);
-    let born = vm.dir.birth_path();
+    let birth_path = vm.dir.birth_path();
     let room = vm.dir.config()?.memory.0 as i64 + ROOM_FOR_DISKS;
-    let allow = |bytes| cgroup::grow(&born, bytes).map_err(failed("give room to", &born));
+    let allow =
+        |bytes| cgroup::grow(&birth_path, bytes).map_err(failed("give room to", &birth_path));
     allow(room)?;
     let descriptors: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
     let taken = client.snapshot(request, &descriptors);
-    // What was written stays in the account; the rest of the room is taken back.
+    // The written bytes stay within the limit; the rest of the allowance is taken back.
     let written: u64 = files.iter().map(allocated).sum();
-    // New layers take what the guest writes from now on, beside the frozen ones.
+    // From now on, the guest's writes go to new layers, besides the frozen ones.
     let layers = files.iter().skip(FIRST_LAYER).step_by(2);
     let later: u64 = layers.map(clone_disk::memory_room).sum();
     allow((written + later) as i64 - room)?;
@@ -281,7 +289,7 @@ fn ask(vm: &RunningVm, request: &SnapshotRequest, files: &[File]) -> Result<Snap
     })
 }
 
-/// What a file takes where it is kept.
+/// The bytes that are allocated for a file.
 fn allocated(file: &File) -> u64 {
     file.metadata().map_or(0, |meta| meta.blocks() * 512)
 }
@@ -297,7 +305,7 @@ fn no_parent(name: &str, template: Option<&Path>) -> ApiError {
     ApiError::new(ErrorCode::Conflict, message).advise("take a full snapshot, without --diff")
 }
 
-/// What the VM did not write of what it was asked for is no part of the template.
+/// Removes the requested files that the VM did not write from the template.
 fn drop_unwritten(new: &mut NewTemplate, taken: &SnapshotTaken) -> Result<()> {
     if !taken.kernel {
         new.drop_kernel()?;
@@ -313,7 +321,7 @@ fn now_unix_ms() -> u64 {
     now.map_or(0, |now| now.as_millis() as u64)
 }
 
-/// A VM that is paused for as long as this lives, unless it was before.
+/// Keeps a VM paused while this value lives, unless it was paused before.
 struct Paused<'a> {
     client: &'a Client,
     was_running: bool,

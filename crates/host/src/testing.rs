@@ -1,4 +1,4 @@
-//! Forks of templates that may be hostile, under a recorder.
+//! Test support: forks templates that may be hostile, and records the files that are touched.
 
 #![allow(clippy::unwrap_used)]
 
@@ -19,11 +19,12 @@ use crate::launch::fork::{Overrides, Plan, Source};
 use crate::runtime::Runtime;
 use crate::scratch;
 
-/// Opens, verifies and forks the template `name`, up to where KVM and the host's network come in.
+/// Opens, verifies and forks the template `name`, up to the point where KVM and the host's network
+/// are needed.
 ///
 /// # Panics
-/// Where anything is touched outside of the template and of the caller's own directories, or the
-/// clone is described as something that only the caller may ask for.
+/// A file outside of the template and of the caller's own directories was touched, or the clone's
+/// description has something that only the caller may request.
 pub fn fork(place: &Place, name: &str, overrides: &Overrides) -> Result<VmConfig> {
     let vm = place.dir.path().join("vm");
     fs::create_dir_all(&vm).unwrap();
@@ -36,7 +37,7 @@ pub fn fork(place: &Place, name: &str, overrides: &Overrides) -> Result<VmConfig
     };
     let (forked, touched) = record(forked).unwrap();
     let bounds = Bounds {
-        // The host's own place for layers is looked at, to see whether it takes files.
+        // The fork checks whether the host's directory for layers takes files.
         read: [dir.clone()].into_iter().chain(scratch::dir()).collect(),
         write: vec![vm.clone(), place.dir.path().join("run")],
     };
@@ -50,7 +51,7 @@ pub fn fork(place: &Place, name: &str, overrides: &Overrides) -> Result<VmConfig
     forked
 }
 
-/// Nothing in the description of a clone comes from its template but the machine's shape.
+/// Checks that a clone's description takes nothing but the machine's shape from its template.
 fn check(config: &VmConfig, template: &Path, overrides: &Overrides) {
     assert_eq!(validate(config), []);
     assert_eq!(config.name, "clone");
@@ -75,10 +76,10 @@ fn check(config: &VmConfig, template: &Path, overrides: &Overrides) {
     }
 }
 
-/// Sends the template `name` to another place, and takes what arrives there.
+/// Sends the template `name` to another place, and receives it there.
 ///
 /// # Panics
-/// As [`fork`] does; and where a template that can be used does not arrive.
+/// As [`fork`] does, and if a usable template does not arrive.
 pub fn travel(place: &Place, name: &str) {
     let Ok(template) = Template::open(&place.path(name)) else {
         return;
@@ -111,8 +112,8 @@ pub fn travel(place: &Place, name: &str) {
     );
 }
 
-/// Does all that a fork does up to KVM and the host's network, in `dir`, and gives the clone's
-/// description: for tests of what a template can make a fork do.
+/// Runs a fork in `dir` up to the point where KVM and the host's network are needed, and returns
+/// the clone's description. Tests use this to see what a template can make a fork do.
 pub fn rehearse(
     source: &Source,
     dir: &VmDir,

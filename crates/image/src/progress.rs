@@ -1,4 +1,5 @@
-//! How long work tells its caller where it is. Nothing here prints: the command draws bars from these calls.
+//! Progress reports of long work to its caller. This module prints nothing; the command draws bars
+//! from these calls.
 
 /// A step of long work. Its [`Display`](std::fmt::Display) is a short text for a progress bar.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,9 +19,9 @@ pub enum Step {
     Scan,
     /// Merging a layer.
     Layer {
-        /// Which one, from 1.
+        /// The layer's number, counted from 1.
         number: usize,
-        /// Of how many.
+        /// The number of layers.
         of: usize,
     },
     /// Writing the disk image.
@@ -44,9 +45,9 @@ impl std::fmt::Display for Step {
 
 /// Receives progress. Every method may be called often and from the building thread only.
 pub trait Progress {
-    /// A step begins; `bytes` is its size if that is known. The step before is over.
+    /// Starts a step, which ends the previous one; `bytes` is its size, if known.
     fn begin(&self, step: Step, bytes: Option<u64>);
-    /// So many more bytes of the step are done.
+    /// Reports this number of further bytes of the step as done.
     fn advance(&self, bytes: u64);
 }
 

@@ -1,4 +1,4 @@
-//! Output files that appear whole or not at all.
+//! Output files that appear as a whole or not at all.
 //!
 //! Where the file system can (`O_TMPFILE`), the file has no name until it is complete, so that even a killed build
 //! leaves nothing behind. Elsewhere it has a temporary name, which is removed on every way out but a kill.
@@ -41,7 +41,7 @@ fn temporary_name(target: &Path) -> PathBuf {
 }
 
 impl Staging {
-    /// Begins an output. What is at `target` stays until [`Staging::commit`].
+    /// Starts an output. An existing file at `target` stays until [`Staging::commit`].
     ///
     /// # Errors
     /// At once if `target` exists and may not be replaced, so that no work is lost.
@@ -82,12 +82,12 @@ impl Staging {
         &self.file
     }
 
-    /// Where it will be.
+    /// The final path.
     pub(crate) fn target(&self) -> &Path {
         &self.target
     }
 
-    /// The directory it lies in: the place for other temporary files of the same size.
+    /// The directory of the file, which is also for other temporary files of similar size.
     pub(crate) fn dir(&self) -> &Path {
         dir_of(&self.target)
     }
@@ -124,7 +124,8 @@ impl Staging {
             Err(e) => return Err(failed(e.into())),
         }
         self.named = None;
-        // The new name itself must survive a crash; a directory that cannot be synced is no reason to fail.
+        // The directory is synced so that the new name survives a crash; a failure to do so is
+        // ignored.
         if let Ok(dir) = File::open(dir_of(&self.target)) {
             let _ = dir.sync_all();
         }

@@ -1,8 +1,8 @@
-//! What a guest's memory costs the host.
+//! Measures the host memory that a guest uses.
 //!
-//! Two questions, two prices. The figures are of a guest with all of its 512 MiB mapped and 1,001
-//! pages of its own, on Linux 6.18 and two shared cores, as `examples/memory_figures.rs` measures
-//! them:
+//! There are two measurements with different costs. The figures are of a guest with all of its 512
+//! MiB mapped and 1,001 private pages, on Linux 6.18 and two shared cores, as
+//! `examples/memory_figures.rs` measures them:
 //!
 //! - [`ProcessUsage`] reads the kernel's counters from `/proc/PID/status`: 7 µs, whatever the
 //!   guest's size, so a thousand guests each second take under 1 % of a core. It counts the VMM's
@@ -10,7 +10,7 @@
 //! - [`RamUsage`] walks the guest's page tables: exact and by layer, in 1 to 3 ms, less as the guest
 //!   has touched less. (`smaps_rollup` takes as long and cannot tell layers apart.)
 //!
-//! A cgroup's `memory.stat` is no answer to either: it charges a template's pages to whoever
+//! A cgroup's `memory.stat` gives neither, since it charges a template's pages to the process that
 //! touched them first.
 
 use std::io;
@@ -26,20 +26,22 @@ use crate::sys::Scan;
 /// Memory of a process by the kernel's counters, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ProcessUsage {
-    /// Its own: for a clone the pages that it changed, and the VMM's own few.
+    /// Private memory: for a clone, the pages that it changed, and the little that the VMM itself
+    /// uses.
     pub private: u64,
-    /// Mapped from files, which others may map as well: a clone's template, programs.
+    /// Memory mapped from files, which other processes may map as well: a clone's template,
+    /// programs.
     pub shared: u64,
-    /// Its own, in swap.
+    /// Private memory in swap.
     pub swapped: u64,
 }
 
 impl ProcessUsage {
-    /// Asks the kernel about a process, by what it keeps count of anyway.
+    /// Reads the kernel's counters of a process, which it keeps anyway.
     ///
     /// # Errors
-    /// The kernel's (`NotFound` if there is no such process), or `InvalidData` if it answers in
-    /// another form than Linux's `proc_pid_status(5)` says, or the process has no memory any more.
+    /// The kernel's error (`NotFound` if there is no such process), or `InvalidData` if the file
+    /// differs from Linux's `proc_pid_status(5)`, or if the process has no memory any more.
     pub fn of(pid: u32) -> io::Result<Self> {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
         Self::from_status(&status).ok_or_else(|| {
@@ -62,31 +64,31 @@ impl ProcessUsage {
     }
 }
 
-/// A guest's memory exactly, in bytes.
+/// The exact use of memory of a guest, in bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RamUsage {
-    /// Pages that only this guest has, in the host's memory.
+    /// Private pages of this guest in the host's memory.
     pub private: u64,
-    /// Pages of layers that are mapped: all guests that map them share one copy.
+    /// Mapped pages of layers; all guests that map them share one copy.
     pub shared: u64,
-    /// Pages that only this guest has, in swap.
+    /// Private pages of this guest in swap.
     pub swapped: u64,
-    /// The same by layer, from the base up. What is private beyond their sum is where no layer has
-    /// data.
+    /// The same by layer, from the base up. Private memory beyond the sum of the layers is where no
+    /// layer has data.
     pub layers: Vec<LayerUsage>,
 }
 
-/// What a guest has of one layer, in bytes.
+/// A guest's use of one layer, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LayerUsage {
-    /// The layer's own pages, mapped.
+    /// Mapped pages of the layer itself.
     pub shared: u64,
-    /// Pages that were the layer's and that the guest has written.
+    /// Private copies of the layer's pages, which the guest has written.
     pub private: u64,
 }
 
 impl GuestMemory {
-    /// Counts this guest's pages. It walks the page tables: for a look at one guest, not for
+    /// Counts this guest's pages by walking the page tables. It suits a look at one guest, not
     /// polling many.
     ///
     /// # Errors
@@ -104,7 +106,7 @@ impl GuestMemory {
             usage.layers = vec![LayerUsage::default(); stack.layers().len()];
             pieces = stack.pieces();
         }
-        // The memory file of shared RAM is this guest's alone.
+        // The memory file of shared RAM belongs to this guest alone.
         let files_are_shared = !matches!(self.backing, Backing::Shared(_));
         let all = 0..self.pages();
         pagemap.scan(
@@ -121,7 +123,7 @@ impl GuestMemory {
                     (false, true) => &mut usage.swapped,
                     (false, false) => &mut usage.private,
                 } += bytes;
-                // Runs and pieces both ascend: those left behind are not looked at again.
+                // Runs and pieces both ascend, so pieces that were passed are not examined again.
                 while let Some(piece) = pieces.first() {
                     let here = run.start.max(piece.pages.start)..run.end.min(piece.pages.end);
                     if let Source::Layer(index) = piece.source {

@@ -1,20 +1,23 @@
-//! Which pages a guest has changed: the host's page tables are the log.
+//! Finds the pages that a guest has changed; the host's page tables serve as the log.
 //!
-//! - [`GuestMemory::private_pages`]: what is no longer shared with the layers below. It costs
-//!   nothing while the guest runs.
-//! - [`ChangeTracker`]: what changed since a point in time, by asynchronous write-protection of
-//!   all pages that are mapped. The others need none: they show when they come. So no markers are
-//!   left in empty places (`UFFD_FEATURE_WP_UNPOPULATED`), which would look like swapped pages.
+//! - [`GuestMemory::private_pages`]: the pages that are no longer shared with the layers below.
+//!   It costs nothing while the guest runs.
+//! - [`ChangeTracker`]: the pages that changed since a point in time, by asynchronous write
+//!   protection of all mapped pages. Pages that are not mapped need no protection, since mapping
+//!   them shows. So no markers are left for them (`UFFD_FEATURE_WP_UNPOPULATED`), which would
+//!   look like swapped pages.
 //!
-//! Both see writes by the guest, by this process and by the kernel on its behalf (vhost, `read`).
-//! They do not see writes by direct memory access to pages that were pinned before the tracker
-//! was armed (`O_DIRECT`, VFIO): such requests must be waited for before arming.
+//! Both detect writes by the guest, by this process and by the kernel on its behalf (vhost,
+//! `read`). They do not detect writes by direct memory access to pages that were pinned before the
+//! tracker was armed (`O_DIRECT`, VFIO); the caller must wait for such requests before it arms the
+//! tracker.
 //!
-//! While a tracker exists, pages of layers that the host reclaims may look swapped, hence private:
-//! a snapshot then holds them needlessly, with the right content.
+//! While a tracker exists, layer pages that the host reclaims may look swapped, hence private: a
+//! snapshot then contains them needlessly, with the right content.
 //!
-//! A page given back to the host (`MADV_DONTNEED`: balloon, free page reporting) is as the layers
-//! below have it, and not private any more. The guest has said that it does not care for it.
+//! A page that was returned to the host (`MADV_DONTNEED`: balloon, free page reporting) has the
+//! content of the layers below, and is no longer private. The guest has declared its content
+//! unused.
 //!
 //! Needs Linux 6.7 (`PAGEMAP_SCAN`, `UFFD_FEATURE_WP_ASYNC`).
 
@@ -34,30 +37,30 @@ use crate::mapping::{Backing, GuestMemory, GuestRam, Region, host_addresses};
 use crate::pages::PageSet;
 use crate::sys::{Scan, WriteProtection, pagemap_scan};
 
-/// Why changes could not be found.
+/// The errors of finding changed pages.
 #[derive(Debug, thiserror::Error)]
 pub enum DirtyError {
-    /// No page tables to read.
+    /// The page tables could not be opened.
     #[error("cannot open /proc/self/pagemap: {0}")]
     Open(io::Error),
-    /// The kernel does not know how.
+    /// The kernel lacks a feature.
     #[error(
         "the kernel cannot {what}: Linux 6.7 or newer is needed, and this is {}",
         kernel()
     )]
     Unsupported {
-        /// What it was asked for.
+        /// The missing feature.
         what: &'static str,
     },
-    /// The kernel failed.
+    /// A call to the kernel failed.
     #[error("cannot {what}: {source}")]
     Failed {
         /// What was tried.
         what: &'static str,
-        /// The host's answer.
+        /// The host's error.
         source: io::Error,
     },
-    /// Memory that others may write.
+    /// The memory is shared, so other processes may write it.
     #[error("cannot track changes of shared guest RAM: other processes' writes would be missed")]
     Shared,
 }
@@ -69,17 +72,17 @@ fn kernel() -> String {
         .into_owned()
 }
 
-/// This process's page tables. To be opened before a jail takes `/proc` away, by the process whose
-/// memory it is (after any `fork`).
+/// This process's page tables. The process that owns the memory must open them (after any `fork`),
+/// before a jail removes `/proc`.
 #[derive(Debug)]
 pub struct Pagemap(File);
 
 impl Pagemap {
-    /// Opens them, in a way that does not show physical frame numbers, even to root.
+    /// Opens the page tables so that they do not show physical frame numbers, even to root.
     ///
-    /// At each read the kernel asks whether the one who opened the file had `CAP_SYS_ADMIN`, not
-    /// whether the reader has it: a descriptor opened by root would show where pages lie in the
-    /// host's memory for as long as it exists. The scans here need no frame numbers.
+    /// At each read, the kernel checks whether the opener of the file had `CAP_SYS_ADMIN`, not
+    /// whether the reader has it. So a descriptor opened by root would show physical addresses as
+    /// long as it exists. The scans here need no frame numbers.
     ///
     /// # Errors
     /// [`DirtyError::Open`].
@@ -91,7 +94,7 @@ impl Pagemap {
         .map_err(DirtyError::Open)
     }
 
-    /// Another handle of the same.
+    /// Duplicates the descriptor.
     ///
     /// # Errors
     /// [`DirtyError::Open`] if there are no more file descriptors.
@@ -99,7 +102,7 @@ impl Pagemap {
         self.0.try_clone().map(Self).map_err(DirtyError::Open)
     }
 
-    /// Calls `found` with each run of these pages that matches, ascending.
+    /// Calls `found` with each matching run of these pages, ascending.
     pub(crate) fn scan(
         &self,
         layout: &RamLayout,
@@ -120,7 +123,7 @@ impl Pagemap {
     }
 }
 
-/// Does `work` while the calling thread's effective set lacks `capability`.
+/// Runs `work` while the calling thread's effective set lacks `capability`.
 fn without_capability<T>(
     capability: CapabilitySet,
     work: impl FnOnce() -> io::Result<T>,
@@ -144,8 +147,8 @@ fn failed(what: &'static str, source: io::Error) -> DirtyError {
     }
 }
 
-/// Pages of a private mapping that are this process's own: not a layer's, and not the zero page
-/// that reading untouched memory gives. Swapped ones are the same but for their place.
+/// Private pages of a private mapping: neither a layer's, nor the zero page that reads of untouched
+/// memory map. Swapped pages count as well.
 const PRIVATE: Scan = Scan {
     all_of: 0,
     none_of: NOT_PRIVATE,
@@ -154,10 +157,10 @@ const PRIVATE: Scan = Scan {
     protect: false,
 };
 
-/// What no private page is.
+/// Properties that no private page has.
 const NOT_PRIVATE: u32 = PAGE_IS_FILE | PAGE_IS_PFNZERO;
 
-/// Protects all pages there are, and tells which of them are private.
+/// Protects all present pages, and reports which of them are private.
 const ARM: Scan = Scan {
     all_of: 0,
     none_of: 0,
@@ -166,21 +169,22 @@ const ARM: Scan = Scan {
     protect: true,
 };
 
-/// Pages that were written or first mapped since the others were protected; protects them. It does
-/// not ask what they are: to find out takes a look at each page there is, six times as long.
+/// Pages that were written or first mapped since the others were protected; protects them. The
+/// query does not request their kind, since that makes the kernel examine each present page, which
+/// takes six times as long.
 const TOUCHED: Scan = Scan {
     all_of: PAGE_IS_WRITTEN,
     report: PAGE_IS_WRITTEN,
     ..ARM
 };
 
-/// Touched pages no further apart than this are looked at with one call.
+/// Touched pages at most this many pages apart are examined with one call.
 const NEARBY: u64 = 64;
 
 impl GuestMemory {
-    /// The pages that differ from the layers below, or from zero where there are none (as far as
-    /// can be told without reading them): what a snapshot of this guest has to hold. While the
-    /// guest runs the answer is old when it comes.
+    /// The pages that differ from the layers below, or from zero if there are none (as far as can
+    /// be known without reading them); a snapshot of this guest must contain them. While the guest
+    /// runs, the result may be outdated when it is returned.
     ///
     /// # Errors
     /// [`DirtyError::Unsupported`] on an old kernel.
@@ -201,7 +205,7 @@ impl GuestMemory {
     }
 }
 
-/// Pages of layers that are mapped.
+/// Mapped pages of layers.
 const MAPPED: Scan = Scan {
     all_of: PAGE_IS_FILE | PAGE_IS_PRESENT,
     none_of: 0,
@@ -211,8 +215,8 @@ const MAPPED: Scan = Scan {
 };
 
 impl GuestMemory {
-    /// The pages of layers that were touched and not written: what a record of a guest's first
-    /// moments brings in ahead, beside [`GuestMemory::private_pages`].
+    /// The pages of layers that were read and not written. A record for prefetching a clone's first
+    /// pages contains these besides [`GuestMemory::private_pages`].
     ///
     /// # Errors
     /// [`DirtyError::Unsupported`] on an old kernel.
@@ -226,7 +230,7 @@ impl GuestMemory {
     }
 }
 
-/// The pages of a memory file that were ever written.
+/// The pages of a memory file that have been written.
 fn allocated(file: &File) -> io::Result<PageSet> {
     let mut pages = PageSet::new();
     let mut at = 0;
@@ -243,22 +247,22 @@ fn allocated(file: &File) -> io::Result<PageSet> {
 
 /// Finds the pages that changed since a point in time.
 ///
-/// While it exists, the first write to each private page after each point costs a short fault in
-/// the kernel; nothing waits for another thread. Dropping it ends that.
+/// While the tracker exists, the first write to each private page after each point costs a short
+/// fault in the kernel; no access waits for another thread. Dropping the tracker ends this.
 #[derive(Debug)]
 pub struct ChangeTracker {
     pagemap: Pagemap,
     layout: RamLayout,
     regions: Vec<Region>,
-    /// Protection goes with this.
+    /// Dropping this lifts the protection.
     _protection: WriteProtection,
-    /// Keeps the memory mapped: other memory at its addresses must not be protected.
+    /// Keeps the memory mapped, since other memory at its addresses must not be protected.
     _ram: GuestRam,
 }
 
 impl ChangeTracker {
-    /// Makes this memory's pages protectable. Nothing is protected before [`ChangeTracker::arm`].
-    /// A process can have one tracker of the same memory at a time.
+    /// Registers this memory's pages for protection. Nothing is protected before
+    /// [`ChangeTracker::arm`]. A process can have one tracker of the same memory at a time.
     ///
     /// # Errors
     /// [`DirtyError::Unsupported`] on an old kernel, [`DirtyError::Shared`] for shared memory.
@@ -283,9 +287,9 @@ impl ChangeTracker {
         })
     }
 
-    /// Starts to track: gives all private pages, and from then on every page written is in what
-    /// [`ChangeTracker::take_changed`] gives. No write falls between the two: each page is listed
-    /// and protected in one step.
+    /// Starts tracking and returns all private pages. Every page written from then on is returned
+    /// by [`ChangeTracker::take_changed`]. No write falls between the two, since each page is
+    /// listed and protected in one step.
     ///
     /// # Errors
     /// [`DirtyError::Failed`].
@@ -299,15 +303,16 @@ impl ChangeTracker {
         Ok(private)
     }
 
-    /// The pages written since the last call, or since [`ChangeTracker::arm`]; tracking goes on.
+    /// The pages written since the last call, or since [`ChangeTracker::arm`]; tracking continues.
     ///
     /// # Errors
-    /// [`DirtyError::Failed`]. Pages may have been lost to it: copy all private pages instead.
+    /// [`DirtyError::Failed`]. Changed pages may have been lost then, so the caller must copy all
+    /// private pages.
     pub fn take_changed(&self) -> Result<PageSet, DirtyError> {
         let mut touched = PageSet::new();
         self.scan(0..self.pages(), TOUCHED, |run, _| touched.append(run))?;
-        // Those that were only read are not private. One that is written between the two scans is
-        // taken now and will be again.
+        // Pages that were only read are not private. A page that is written between the two scans
+        // is returned now and once more by the next call.
         let mut private = PageSet::new();
         for run in touched.bridged(NEARBY).runs() {
             self.scan(run.clone(), PRIVATE, |run, _| private.append(run))?;

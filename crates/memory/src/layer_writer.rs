@@ -1,4 +1,4 @@
-//! Writing layers from guest memory.
+//! Writes layers from guest memory.
 
 use std::fs::File;
 use std::io;
@@ -13,27 +13,27 @@ use crate::layout::{PAGE_SIZE, RamLayout};
 use crate::mapping::GuestMemory;
 use crate::pages::PageSet;
 
-/// A layer is written with at most so many extents if filling small gaps of zeros gets it there:
-/// each costs every clone a mapping.
+/// The target number of extents. A layer with more has small gaps of zeros filled, since each
+/// extent costs every clone a mapping.
 const TARGET_EXTENTS: usize = 512;
-/// Gaps of zeros longer than this are never filled: reading one through a mapping takes a page of
-/// the host's memory for each page (once, for all clones).
+/// Gaps of more zero pages than this are never filled, since reading a page of a gap through a
+/// mapping uses a page of host memory (once for all clones).
 const MAX_FILLED_GAP: u64 = 64;
 
 /// Whether a layer gets checksums.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Checksums {
-    /// All of its data is read back and hashed: for layers that are kept.
+    /// All data is read back and hashed. This is for layers that are kept.
     Yes,
-    /// For a layer that lives no longer than the host's uptime and that nobody else can write
-    /// (a live fork's): takes no time. It cannot be verified.
+    /// The layer gets none, which takes no time, but cannot be verified. This is for a layer that
+    /// exists no longer than the host's uptime and that nobody else can write (a live fork's).
     Transient,
 }
 
-/// A layer being written.
+/// A layer that is being written.
 ///
-/// Pages may be copied while the guest runs, and again later when they changed: the last copy
-/// counts. That is how a live fork copies most of its pages before it pauses anything.
+/// Pages may be copied while the guest runs, and again after they changed; the last copy counts. So
+/// a live fork copies most of its pages before it pauses the guest.
 #[derive(Debug)]
 pub struct LayerWriter {
     file: File,
@@ -45,11 +45,12 @@ pub struct LayerWriter {
 }
 
 impl LayerWriter {
-    /// Starts a layer in an empty file opened for reading and writing. It lies on `parent`; with
-    /// `None` it is a base, and pages not copied are zero.
+    /// Starts a layer in an empty file that is open for reading and writing. The layer builds on
+    /// `parent`; without one it is a base, and pages that are not copied are zero.
     ///
     /// # Errors
-    /// [`LayerError::NotEmpty`], or [`LayerError::Io`] if the file system takes no file so long.
+    /// [`LayerError::NotEmpty`], or [`LayerError::Io`] if the file system does not support files of
+    /// this length.
     pub fn new(
         file: File,
         name: impl Into<String>,
@@ -71,16 +72,16 @@ impl LayerWriter {
         if len.len() != 0 {
             return Err(LayerError::NotEmpty { layer: writer.name });
         }
-        // Only the length is set: reserving blocks would cost as much as writing them.
+        // Only the length is set, since reserving blocks would cost as much as writing them.
         ftruncate(&writer.file, layout.size()).map_err(|e| writer.failed("extend", e.into()))?;
         Ok(writer)
     }
 
-    /// Copies these pages as they are now. Zero pages take no space.
+    /// Copies these pages in their present state. Zero pages take no space.
     ///
     /// # Errors
     /// [`LayerError::RamSize`] for another machine's memory, [`LayerError::Io`] if the disk is
-    /// full. The writer is of no use then.
+    /// full. The writer cannot be used afterwards.
     ///
     /// # Panics
     /// If `pages` reach beyond RAM.
@@ -140,8 +141,8 @@ impl LayerWriter {
         self.note(PageSet::new(), pages.clone())
     }
 
-    /// Takes note of what was written. Pages that were data and are zero now get a hole again: the
-    /// file holds zeros wherever there is no data.
+    /// Records the written pages. Pages that had data and are zero now are punched out, since the
+    /// file must be zero wherever the layer has no data.
     fn note(&mut self, data: PageSet, zeros: PageSet) -> Result<(), LayerError> {
         for run in self.data.intersection(&zeros).runs() {
             let (at, len) = (run.start * PAGE_SIZE, (run.end - run.start) * PAGE_SIZE);
@@ -153,15 +154,15 @@ impl LayerWriter {
         Ok(())
     }
 
-    /// How many bytes of data the layer holds so far.
+    /// The number of bytes of data in the layer so far.
     pub fn data_bytes(&self) -> u64 {
         self.data.bytes()
     }
 
-    /// Writes the index and gives the layer. It is not synced: see [`super::install`].
+    /// Writes the index, and returns the layer. It is not synced: see [`super::install`].
     ///
     /// # Errors
-    /// [`LayerError::Io`] if the disk is full or what was written cannot be read back,
+    /// [`LayerError::Io`] if the disk is full or the written data cannot be read back, or
     /// [`LayerError::TooManyExtents`].
     pub fn finish(self, checksums: Checksums) -> Result<Layer, LayerError> {
         let extents = self.extents();
@@ -188,8 +189,8 @@ impl LayerWriter {
         Ok(Layer::new(self.file, self.name, index, id))
     }
 
-    /// The extents of the index. Small gaps of zeros become data (the file has a hole there) as
-    /// far as that is needed for a moderate number of extents.
+    /// The extents of the index. Small gaps of zeros become data (holes in the file) as far as a
+    /// moderate number of extents requires it.
     fn extents(&self) -> Vec<Extent> {
         let mut data = self.data.clone();
         let mut gap = 1;
@@ -199,7 +200,7 @@ impl LayerWriter {
         }
         let zeros = match self.parent {
             Some(_) => self.zeros.difference(&data),
-            // Nothing lies below a base: its zeros override nothing.
+            // There is no layer below a base, so its zeros override nothing.
             None => PageSet::new(),
         };
         let extents_of = |set: &PageSet, content| {
@@ -216,7 +217,7 @@ impl LayerWriter {
         extents
     }
 
-    /// The data with the gaps of up to so many pages filled that are known to be all zero.
+    /// The data, with those gaps of up to `gap` pages filled that are known to be all zero.
     fn filled(&self, gap: u64) -> PageSet {
         let gaps = self.data.bridged(gap).difference(&self.data);
         let gaps = match self.parent {
@@ -249,7 +250,7 @@ fn bytes_of(pages: &Range<u64>, origin: u64) -> Range<usize> {
     at(pages.start)..at(pages.end)
 }
 
-/// Cuts pages into runs that are zero and runs that are not.
+/// Divides pages into runs that are zero and runs that are not.
 fn by_content(
     pages: Range<u64>,
     is_zero: impl Fn(u64) -> bool,
@@ -261,7 +262,8 @@ fn by_content(
     let mut next = (!pages.is_empty()).then(|| (pages.start, content(pages.start)));
     std::iter::from_fn(move || {
         let (start, kind) = next.take()?;
-        // The page that ends a run starts the next one and is looked at once: it may change.
+        // The page that ends a run starts the next one. It is examined only once, because its
+        // content may change.
         for page in start + 1..pages.end {
             let found = content(page);
             if found != kind {

@@ -1,4 +1,4 @@
-//! Where RAM lies in the guest's physical address space: below the 32-bit PCI hole and above it.
+//! The layout of RAM in the guest's physical address space: below the 32-bit PCI hole and above it.
 //!
 //! Files that hold RAM (snapshots) use *RAM offsets*: the same bytes without the hole.
 
@@ -6,12 +6,12 @@ use vm_memory::GuestAddress;
 
 /// RAM below 4 GiB ends here; PCI devices and interrupt controllers follow.
 pub const PCI_HOLE_START: u64 = 0xC000_0000;
-/// RAM goes on here.
+/// RAM above 4 GiB starts here.
 pub const PCI_HOLE_END: u64 = 0x1_0000_0000;
 /// The page size that all sizes are a multiple of, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// How RAM of a given size is laid out.
+/// The layout of RAM of a given size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RamLayout {
     size: u64,
@@ -20,11 +20,11 @@ pub struct RamLayout {
 /// A piece of RAM that is contiguous for the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RamRange {
-    /// Where the guest sees it.
+    /// The guest's address of the range.
     pub start: GuestAddress,
-    /// Its size in bytes.
+    /// The size of the range in bytes.
     pub size: u64,
-    /// Where it starts in a file that holds RAM.
+    /// The RAM offset at which the range starts in a file.
     pub offset: u64,
 }
 

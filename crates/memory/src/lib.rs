@@ -3,8 +3,8 @@
 //!
 //! - [`GuestMemory`] is all RAM of one guest: fresh, or seen through [`layers`].
 //! - [`layers`] are files of pages, written from one guest and mapped by many.
-//! - [`dirty`] tells which pages a guest has changed: the host's page tables know.
-//! - [`accounting`] tells what a guest's memory costs.
+//! - [`dirty`] finds the pages that a guest has changed, by the host's page tables.
+//! - [`accounting`] measures the host memory that a guest uses.
 //!
 //! This crate knows nothing of KVM, devices or vCPUs: it hands out mappings with their guest
 //! addresses, and the VMM registers them.

@@ -20,13 +20,13 @@ use crate::sys::HostRange;
 /// tables are the dirty log). Clones are cheap, and each keeps the memory mapped.
 pub type GuestRam = vm_memory::GuestMemoryMmap<()>;
 
-/// Why RAM could not be mapped.
+/// The errors of mapping RAM.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// The host gave no memory.
+    /// The host refused memory.
     #[error("cannot map {mib} MiB of guest RAM: {source}")]
     Map {
-        /// How much was asked for.
+        /// The requested size in MiB.
         mib: u64,
         /// The host's answer.
         source: io::Error,
@@ -41,12 +41,12 @@ pub enum MemoryError {
         /// The host's answer.
         source: io::Error,
     },
-    /// The layers are of a machine with other RAM.
+    /// The layers are of a machine with another size of RAM.
     #[error("the memory layers are of {layers} bytes of RAM, and the machine has {ram}")]
     Size {
-        /// What the layers are of.
+        /// The size of RAM of the layers, in bytes.
         layers: u64,
-        /// What was asked for.
+        /// The requested size of RAM, in bytes.
         ram: u64,
     },
     /// The layers are too fragmented.
@@ -55,9 +55,9 @@ pub enum MemoryError {
          allowed: flatten them"
     )]
     NeedsFlatten {
-        /// How many layers there are.
+        /// The number of layers.
         layers: usize,
-        /// How many mappings they take.
+        /// The number of mappings that they take.
         mappings: usize,
     },
     /// The host refused advice on memory.
@@ -76,31 +76,31 @@ pub enum MemoryError {
 /// A contiguous piece of guest RAM, for `KVM_SET_USER_MEMORY_REGION`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
-    /// Where the guest sees it.
+    /// The guest's address of the region.
     pub guest_start: GuestAddress,
-    /// Where this process sees it.
+    /// This process's address of the region.
     pub host_address: u64,
     /// Its size in bytes.
     pub size: u64,
 }
 
-/// What the memory is when no one has written it.
+/// The content of memory that was not written.
 #[derive(Clone, Debug)]
 pub(crate) enum Backing {
     /// Zeros, private to this process.
     Anonymous,
-    /// A memory file that other processes may write, too.
+    /// A memory file, which other processes may write as well.
     Shared(Arc<File>),
-    /// Layers, private to this process once written.
+    /// Layers; a written page becomes private to this process.
     Layers(LayerStack),
 }
 
 /// All of a guest's RAM.
 ///
-/// The mappings belong to the regions inside [`GuestRam`], which its clones share: memory is
-/// unmapped when this value and the last clone are gone, so no clone can outlive it. Only
-/// addresses taken from [`GuestMemory::regions`] (KVM's memory slots) do not keep it alive: who
-/// registers them keeps this value until the VM is gone.
+/// The mappings belong to the regions inside [`GuestRam`], which its clones share. Memory is
+/// unmapped when this value and the last clone are dropped, so no clone can outlive it. Addresses
+/// taken from [`GuestMemory::regions`] (KVM's memory slots) do not keep it mapped: the caller that
+/// registers them must keep this value until the VM is destroyed.
 #[derive(Debug)]
 pub struct GuestMemory {
     ram: GuestRam,
@@ -110,7 +110,7 @@ pub struct GuestMemory {
 }
 
 impl GuestMemory {
-    /// Fresh private RAM, all zero, given by the host page by page as the guest touches it.
+    /// New private RAM, all zero, which the host provides page by page as the guest touches it.
     ///
     /// # Errors
     /// [`MemoryError::Map`] if the host has no room.
@@ -118,7 +118,7 @@ impl GuestMemory {
         Self::map(layout, Backing::Anonymous)
     }
 
-    /// Fresh RAM in a memory file, for what another process must reach (vhost-user).
+    /// New RAM in a memory file, which another process can map (vhost-user).
     ///
     /// # Errors
     /// [`MemoryError::Map`] if the host has no room.
@@ -132,8 +132,8 @@ impl GuestMemory {
         Self::map(layout, Backing::Shared(Arc::new(File::from(file))))
     }
 
-    /// RAM as seen through layers: pages are shared with all who map the same files until they are
-    /// written, and where no layer has data they are anonymous.
+    /// RAM on top of layers: pages are shared with all processes that map the same files until they
+    /// are written, and anonymous where no layer has data.
     ///
     /// # Errors
     /// [`MemoryError::Size`], [`MemoryError::NeedsFlatten`], or the host's refusal.
@@ -190,8 +190,8 @@ impl GuestMemory {
         Ok(memory)
     }
 
-    /// The same RAM, all zero and all of this process's own again, at the same addresses: views
-    /// and memory slots stay good. This value is outdated then (its layers lie there no more).
+    /// Replaces the RAM by private zero pages at the same addresses, so views and memory slots stay
+    /// valid. This value is outdated afterwards (its layers are no longer mapped).
     ///
     /// # Errors
     /// [`MemoryError::Map`] or [`MemoryError::Advise`] if the host refuses.
@@ -234,7 +234,7 @@ impl GuestMemory {
         Ok(memory)
     }
 
-    /// Maps a layer's data over what is there.
+    /// Maps a layer's data over the present mapping.
     fn map_piece(&self, stack: &LayerStack, piece: &Piece) -> Result<(), MemoryError> {
         let Source::Layer(index) = piece.source else {
             return Ok(());
@@ -258,13 +258,13 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// What holds for all RAM, and again for each new mapping in it.
+    /// Sets the advice for all RAM, and again for each new mapping in it.
     ///
-    /// RAM does not belong in a core dump: it is large, and the guest's own. And it takes no huge
-    /// pages from the host's settings: with transparent huge pages set to `always`, the first byte
-    /// that a clone writes where its template has nothing would cost it 2 MiB.
+    /// RAM is excluded from core dumps, because it is large and belongs to the guest. It also uses
+    /// no huge pages by the host's settings: with transparent huge pages set to `always`, the first
+    /// byte that a clone writes where its template has no data would cost 2 MiB.
     ///
-    /// Kernels that do not know the advice have neither core dumps nor huge pages.
+    /// Kernels that do not know an advice lack the feature too.
     fn set_kernel_advice(&self) {
         for advice in [Advice::LinuxDontDump, Advice::LinuxNoHugepage] {
             let _ = self.advise(0..self.pages(), advice);
@@ -281,12 +281,12 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Lets the host use huge pages where it has them, which RAM does not by itself: fewer faults
-    /// and faster translation for a long-lived guest, but memory is given in pieces of 2 MiB, so
-    /// not for clones.
+    /// Allows the host to use huge pages, which RAM does not use by default: fewer faults and
+    /// faster translation for a long-lived guest, but memory is allocated in pieces of 2 MiB, so
+    /// this is not for clones.
     ///
     /// # Errors
-    /// [`MemoryError::Advise`] where the host is built without transparent huge pages.
+    /// [`MemoryError::Advise`] if the host's kernel has no transparent huge pages.
     pub fn advise_huge_pages(&self) -> Result<(), MemoryError> {
         let advised = self.advise(0..self.pages(), Advice::LinuxHugepage);
         advised.map_err(|source| MemoryError::Advise {
@@ -295,8 +295,7 @@ impl GuestMemory {
         })
     }
 
-    /// Brings pages in that will be read soon, without copying any: one call in place of a fault
-    /// for each.
+    /// Maps pages that will be read soon, without copying any: one call replaces a fault for each.
     ///
     /// # Errors
     /// [`MemoryError::Advise`] if a layer cannot be read.
@@ -313,8 +312,7 @@ impl GuestMemory {
             })
     }
 
-    /// Gives pages that will be written soon their own copy, in one call in place of a fault for
-    /// each.
+    /// Makes private copies of pages that will be written soon: one call replaces a fault for each.
     ///
     /// # Errors
     /// [`MemoryError::Advise`] if the host is out of memory or a layer cannot be read.
@@ -336,17 +334,17 @@ impl GuestMemory {
         &self.ram
     }
 
-    /// How RAM is laid out.
+    /// The layout of the RAM.
     pub fn layout(&self) -> &RamLayout {
         &self.layout
     }
 
-    /// The mappings, one for each contiguous piece; a slot of KVM's for each.
+    /// The mappings, one for each contiguous piece; each takes a KVM memory slot.
     pub fn regions(&self) -> &[Region] {
         &self.regions
     }
 
-    /// The layers that it was made of, if it was.
+    /// The layers that the RAM was made from, if any.
     pub fn layers(&self) -> Option<&LayerStack> {
         match &self.backing {
             Backing::Layers(stack) => Some(stack),
@@ -358,13 +356,13 @@ impl GuestMemory {
         self.layout.size() / PAGE_SIZE
     }
 
-    /// Where this process sees these pages: in one piece, or in two around the PCI hole.
+    /// This process's addresses of these pages: in one piece, or in two around the PCI hole.
     fn host_addresses(&self, pages: Range<u64>) -> impl Iterator<Item = (Range<u64>, u64, usize)> {
         assert!(pages.end <= self.pages(), "pages beyond RAM");
         host_addresses(&self.layout, &self.regions, pages)
     }
 
-    /// The same for reading.
+    /// The same addresses for reading.
     pub(crate) fn host_ranges(
         &self,
         pages: Range<u64>,
@@ -377,8 +375,8 @@ impl GuestMemory {
     }
 }
 
-/// Where pages of RAM that is mapped as `regions` are: page numbers, address and bytes of each
-/// contiguous piece. Pages beyond RAM are nowhere.
+/// The addresses of pages of RAM that is mapped as `regions`: page numbers, address and bytes of
+/// each contiguous piece. Pages beyond RAM are omitted.
 pub(crate) fn host_addresses(
     layout: &RamLayout,
     regions: &[Region],

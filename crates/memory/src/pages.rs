@@ -14,15 +14,17 @@ pub struct PageSet {
 }
 
 impl PageSet {
-    /// No page.
+    /// Makes an empty set.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds pages, none of which may lie before the last run's start: sets are built in order.
+    /// Adds pages, none of which may be before the last run's start, since sets are built in
+    /// ascending order.
     ///
     /// # Panics
-    /// If they do: that is a mistake of the caller's, and would break every later answer.
+    /// If the pages are out of order. That is an error of the caller, and would make every later
+    /// result wrong.
     pub fn append(&mut self, pages: Range<u64>) {
         if pages.is_empty() {
             return;
@@ -36,27 +38,27 @@ impl PageSet {
         }
     }
 
-    /// Its runs of page numbers, ascending.
+    /// The runs of page numbers, ascending.
     pub fn runs(&self) -> &[Range<u64>] {
         &self.runs
     }
 
-    /// How many pages it has.
+    /// The number of pages.
     pub fn pages(&self) -> u64 {
         self.runs.iter().map(|run| run.end - run.start).sum()
     }
 
-    /// The bytes of its pages.
+    /// The size of the pages together, in bytes.
     pub fn bytes(&self) -> u64 {
         self.pages() * PAGE_SIZE
     }
 
-    /// Whether it has no page.
+    /// Whether the set is empty.
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty()
     }
 
-    /// Whether it has this page.
+    /// Whether the set contains this page.
     pub fn contains(&self, page: u64) -> bool {
         let after = self.runs.partition_point(|run| run.end <= page);
         self.runs.get(after).is_some_and(|run| run.start <= page)
@@ -130,7 +132,7 @@ impl PageSet {
 }
 
 impl FromIterator<Range<u64>> for PageSet {
-    /// Runs in any order, which may overlap.
+    /// Collects runs in any order, which may overlap.
     fn from_iter<T: IntoIterator<Item = Range<u64>>>(runs: T) -> Self {
         let mut runs: Vec<_> = runs.into_iter().collect();
         runs.sort_by_key(|run| run.start);

@@ -1,4 +1,4 @@
-//! The system calls that no crate wraps: `PAGEMAP_SCAN`, userfaultfd's write-protection, and
+//! The system calls that no crate wraps: `PAGEMAP_SCAN`, userfaultfd's write protection, and
 //! writing guest memory to a file without making a Rust slice of it.
 //!
 //! `PAGEMAP_SCAN`: Linux's `Documentation/admin-guide/mm/pagemap.rst`. Asynchronous
@@ -16,27 +16,28 @@ use rustix::mm::{UserfaultfdFlags, userfaultfd};
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610_u64 as libc::Ioctl;
-/// How many ranges one call may report: for more it is called again from where it stopped. The
-/// kernel gathers them 512 at a time, and where it stopped is stale if it did so more than once.
+/// The most ranges that one call reports; for more, the call is repeated from where it stopped. The
+/// kernel gathers 512 ranges at a time, and if it does that more than once in a call, the position
+/// where it stopped is stale.
 const RANGES_PER_CALL: usize = 512;
 
-/// What to ask of the page tables (`PAGE_IS_*` masks).
+/// A query of the page tables (`PAGE_IS_*` masks).
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Scan {
     /// Pages must have all of these.
     pub(crate) all_of: u32,
     /// Pages must have none of these.
     pub(crate) none_of: u32,
-    /// Pages must have at least one of these; zero asks for nothing.
+    /// Pages must have at least one of these; zero means no condition.
     pub(crate) any_of: u32,
-    /// What to report; neighbours that differ in it are reported apart.
+    /// The properties to report; neighbours that differ in them are reported separately.
     pub(crate) report: u32,
-    /// Whether the pages found are write-protected in the same step.
+    /// Whether the matching pages are write-protected in the same step.
     pub(crate) protect: bool,
 }
 
-/// Calls `found` with each run of addresses in `addresses` that matches, ascending, and with what
-/// was asked to be reported of it.
+/// Calls `found` with each run of matching addresses in `addresses`, ascending, and with the
+/// requested properties of the run.
 pub(crate) fn pagemap_scan(
     pagemap: BorrowedFd<'_>,
     addresses: Range<u64>,
@@ -76,7 +77,7 @@ pub(crate) fn pagemap_scan(
         for range in &ranges[..count as usize] {
             found(range.start..range.end, range.categories as u32);
         }
-        // Whatever was reported is done with, wherever the kernel says that it stopped.
+        // The reported ranges are finished, even if the kernel says that it stopped earlier.
         let reported = ranges[..count as usize].last().map_or(0, |last| last.end);
         let stopped = arg.walk_end.max(reported);
         if stopped <= start {
@@ -87,18 +88,18 @@ pub(crate) fn pagemap_scan(
     Ok(())
 }
 
-/// A userfaultfd whose only use is asynchronous write-protection: the kernel lifts the protection
-/// itself at a write, so no thread serves faults and nothing ever waits for one.
+/// A userfaultfd that is used only for asynchronous write protection: the kernel lifts the
+/// protection itself at a write, so no thread serves faults and no access waits for one.
 #[derive(Debug)]
 pub(crate) struct WriteProtection {
     fd: OwnedFd,
 }
 
 impl WriteProtection {
-    /// Asks the kernel for it; `Unsupported` if it has none.
+    /// Opens a userfaultfd with this feature; `Unsupported` if the kernel lacks it.
     pub(crate) fn new() -> io::Result<Self> {
-        // User-mode-only needs no privilege. It limits who may *handle* faults, and asynchronous
-        // protection has no handler: the kernel's own writes are seen just the same.
+        // The user-mode-only flag needs no privilege. It limits the faults that a handler receives,
+        // and asynchronous protection has no handler: writes by the kernel are recorded as well.
         let flags = UserfaultfdFlags::CLOEXEC
             | UserfaultfdFlags::NONBLOCK
             | UserfaultfdFlags::from_bits_retain(raw::UFFD_USER_MODE_ONLY);
@@ -121,7 +122,7 @@ impl WriteProtection {
         Ok(Self { fd })
     }
 
-    /// Lets pages of these addresses be protected.
+    /// Registers these addresses, so that their pages can be protected.
     pub(crate) fn register(&self, addresses: Range<u64>) -> io::Result<()> {
         let mut register = raw::uffdio_register {
             range: raw::uffdio_range {
@@ -146,7 +147,7 @@ fn op(request: u32) -> libc::Ioctl {
     libc::Ioctl::from(request)
 }
 
-/// Guest memory to look at and to copy from: an address that stays mapped and readable.
+/// Guest memory for reading and copying: an address range that stays mapped and readable.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct HostRange<'a> {
     address: *const u8,
@@ -168,7 +169,8 @@ impl HostRange<'_> {
         }
     }
 
-    /// Whether these bytes, whole words, are zero just now. The guest may be writing them.
+    /// Whether these bytes, a multiple of whole words, are zero at this moment. The guest may be
+    /// writing them.
     pub(crate) fn is_zero(&self, bytes: Range<usize>) -> bool {
         assert!(
             bytes.end <= self.len && bytes.start.is_multiple_of(8) && bytes.end.is_multiple_of(8)
@@ -183,7 +185,7 @@ impl HostRange<'_> {
         })
     }
 
-    /// Writes these bytes to a file. The kernel copies them: no slice, no buffer.
+    /// Writes these bytes to a file. The kernel copies them without a slice or a buffer.
     pub(crate) fn write_to(&self, bytes: Range<usize>, file: &File, at: u64) -> io::Result<()> {
         assert!(bytes.start <= bytes.end && bytes.end <= self.len);
         let (mut start, mut at) = (bytes.start, at);

@@ -1,4 +1,5 @@
-//! KVM on this host, the CPU features that it gives, and whether they are enough for a template.
+//! Opens KVM on this host, and compares the CPU features that it offers with those that a template
+//! needs.
 
 use clone_api::control::CpuFeatures;
 use clone_api::{ApiError, ErrorCode};
@@ -7,7 +8,7 @@ use kvm_ioctls::Kvm;
 
 use crate::error::Result;
 
-/// Opens `/dev/kvm`, with advice for each way in which that fails.
+/// Opens `/dev/kvm`; the error has advice for each kind of failure.
 pub fn open_kvm() -> Result<Kvm> {
     Kvm::new().map_err(|error| {
         let advice = match error.errno() {
@@ -30,7 +31,7 @@ pub fn open_kvm() -> Result<Kvm> {
 /// The features that a boot on this host gives a guest.
 ///
 /// # Errors
-/// Where `/dev/kvm` cannot be opened, with advice.
+/// `/dev/kvm` cannot be opened; the error has advice.
 pub fn of_host() -> Result<CpuFeatures> {
     let profile = CpuProfile::of_host(&open_kvm()?);
     let profile = profile.map_err(|error| ApiError::internal(&error))?;
@@ -45,8 +46,8 @@ pub fn features_of(profile: CpuProfile) -> CpuFeatures {
     }
 }
 
-/// What a host of these features lacks for a template that needs others, as in
-/// `avx512f (7.ebx bit 16)`; empty where it can run it, as far as the template says what it needs.
+/// The features that `needed` has and `host` lacks, as in `avx512f (7.ebx bit 16)`; empty if the
+/// host can run the template, as far as the template says what it needs.
 pub fn missing(needed: &CpuFeatures, host: &CpuFeatures) -> Vec<String> {
     let profile = |features: &CpuFeatures| CpuProfile {
         vendor: features.vendor.clone(),
@@ -89,7 +90,7 @@ mod tests {
         );
     }
 
-    /// From a manifest of the first version that had one; the format must go on being read.
+    /// A profile from a manifest of the first version that had one. This format must stay readable.
     const OLD_MANIFEST_CPU: &str = r#"{"vendor":"AuthenticAMD","features":{"1.ecx":4160377347,
         "1.edx":126614527,"7.ebx":563873705,"7.ecx":4,"7.edx":2147483648,"80000001.ecx":1073743859,
         "80000001.edx":769915903,"d.1.eax":15}}"#;

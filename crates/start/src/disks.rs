@@ -1,4 +1,4 @@
-//! The disks of a VM: from the description to open files.
+//! Opens the files of a VM's disks from the description.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::document::ForkDisk;
 use crate::error::Result;
 use crate::shared_file::SharedFile;
 
-/// Fills in the formats that the description leaves to the images' names and contents.
+/// Detects the formats that the description does not give, from the images' names and contents.
 pub fn find_formats(disk: &mut DiskConfig) -> Result<()> {
     disk.format = Some(format_of(disk)?);
     for index in 0..disk.backing.len() {
@@ -23,7 +23,7 @@ pub fn find_formats(disk: &mut DiskConfig) -> Result<()> {
     Ok(())
 }
 
-/// The format of a disk's image, as told or as name and content agree.
+/// The format of a disk's image, as the description gives it, or as name and content agree.
 fn format_of(disk: &DiskConfig) -> Result<DiskFormat> {
     match disk.format {
         Some(format) => Ok(format),
@@ -49,7 +49,7 @@ fn image(path: &Path, format: DiskFormat) -> ImageSpec {
     }
 }
 
-/// The described image with its backing files, only read, and found to be usable.
+/// The described image with its backing files, all opened read-only and checked.
 pub fn described(disk: &DiskConfig) -> Result<DiskSpec> {
     let mut disk = disk.clone();
     find_formats(&mut disk)?;
@@ -58,7 +58,8 @@ pub fn described(disk: &DiskConfig) -> Result<DiskSpec> {
     Ok(spec)
 }
 
-/// What clones of a booted VM have below its disk's own writes, by the caller's word.
+/// The files that clones of a booted VM share below its disk's own writes, at the paths that the
+/// caller gave.
 pub fn as_base(disk: &DiskConfig) -> ForkDisk {
     let image = |path: &Path, format: Option<DiskFormat>| {
         let file = SharedFile::named(path.to_owned());
@@ -75,7 +76,7 @@ pub fn as_base(disk: &DiskConfig) -> ForkDisk {
     }
 }
 
-/// Opens the image of a disk that VMs share, without what lies over it, for reading.
+/// Opens the image of a shared disk for reading, without the layers over it.
 pub fn open_image(shared: &ForkDisk) -> Result<DiskFiles> {
     let files = image_of(shared).open();
     let files = files.map_err(|error| ApiError::internal(&error))?;
@@ -83,7 +84,7 @@ pub fn open_image(shared: &ForkDisk) -> Result<DiskFiles> {
     Ok(files)
 }
 
-/// Opens and locks the files of a disk; with `shared` those that a clone has instead of the
+/// Opens and locks the files of a disk; `shared` gives those that a clone has instead of the
 /// described image.
 pub fn open(
     disk: &DiskConfig,
@@ -126,7 +127,7 @@ fn spec_of(
     })
 }
 
-/// The image and its backing files, only read.
+/// The image and its backing files, all read-only.
 fn image_of(shared: &ForkDisk) -> DiskSpec {
     let of = |(file, format): &(SharedFile, DiskFormat)| image(&file.path, *format);
     DiskSpec {
@@ -137,7 +138,7 @@ fn image_of(shared: &ForkDisk) -> DiskSpec {
     }
 }
 
-/// What was opened is what was meant.
+/// Checks that the opened files are those that `shared` identifies.
 fn check_shared(shared: &ForkDisk, files: &DiskFiles) -> Result<()> {
     let images = shared.base.iter().chain(&shared.backing);
     let opened = files.base.iter().chain(&files.backing);
@@ -150,7 +151,7 @@ fn check_shared(shared: &ForkDisk, files: &DiskFiles) -> Result<()> {
     Ok(())
 }
 
-/// What went wrong with a disk, with advice.
+/// Converts an error of a disk to one for the user, with advice.
 pub fn disk_error(disk: &DiskConfig, error: &DiskError) -> ApiError {
     let internal = ApiError::internal(error);
     let message = format!("disk {}: {}", disk.path.display(), internal.message);

@@ -1,5 +1,5 @@
-//! What a launcher hands to the VM's process: a document, and open files that go with it, over the
-//! Unix socket that the process has as its standard input.
+//! The start document, which a launcher sends to the VM's process with open files, over the Unix
+//! socket that is the process's standard input.
 
 use std::io::{self, Write};
 use std::net::Shutdown;
@@ -16,56 +16,60 @@ use serde::{Deserialize, Serialize};
 use crate::error::Result;
 use crate::shared_file::SharedFile;
 
-/// The largest document that is read; the largest that is written has a few kilobytes.
+/// The size limit of a document that is read, in bytes; the largest that is written has a few
+/// kilobytes.
 const MAX_DOCUMENT: usize = 4 << 20;
 
-/// The description, and what the launcher found out or opened for it.
+/// The start document: the VM's description, and what the launcher determined and opened for it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Start {
-    /// The VM's description, filled in.
+    /// The VM's description, with all defaults filled in.
     pub config: VmConfig,
-    /// Where its guest comes from.
+    /// The origin of the guest.
     pub origin: Origin,
     /// The network interfaces, in the order of the description.
     pub nets: Vec<AttachedNet>,
     /// The layers of the jail without which the VM must not run.
     pub required_jail: RequiredJail,
-    /// Where layers for writes are kept that end with the VM; in memory, within a limit, if absent.
+    /// The directory for disk layers whose writes end with the VM; if absent, they are in memory,
+    /// within a limit.
     pub layers_dir: Option<PathBuf>,
 }
 
-/// Where a guest comes from.
+/// The origin of a guest.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Origin {
-    /// A kernel boots.
+    /// The guest boots a kernel.
     Boot(BootSource),
-    /// A snapshot goes on. Boxed, as it is large.
+    /// The guest continues from a snapshot. It is boxed because it is large.
     Fork(Box<Fork>),
 }
 
-/// A snapshot to go on from.
+/// A snapshot to continue from.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Fork {
     /// The memory layers, the base first.
     pub memory: Vec<SharedFile>,
     /// The machine's state.
     pub state: SharedFile,
-    /// Held with shared locks for as long as the VM lives, so that nobody removes what it uses.
+    /// Files that the process locks shared as long as the VM runs, so that nobody removes the files
+    /// that it uses.
     pub locks: Vec<SharedFile>,
     /// The disks, in the order of the description.
     pub disks: Vec<ForkDisk>,
-    /// Whether it only gets ready, and runs when it is given its name.
+    /// Whether the clone is a standby, whose guest runs only when it is adopted.
     pub standby: bool,
-    /// Pages to bring in before the guest runs.
+    /// The record of the pages to map before the guest runs.
     pub prefetch: Option<SharedFile>,
-    /// Whether its pages come one by one, so that what it touches can be told: a kernel brings in
-    /// the neighbours of what is read, too.
+    /// Whether pages are mapped one by one, so that those that the guest touches can be recorded.
+    /// Otherwise the kernel also maps the neighbours of a page that is read.
     pub observed: bool,
-    /// What its guest boots when it reboots; absent where a template of an older format has none.
+    /// The kernel that the guest boots when it reboots; absent for a template of an older format,
+    /// which has none.
     pub boot: Option<BootSource>,
 }
 
-/// A kernel to boot, and what goes with it.
+/// A kernel to boot, and its initial RAM disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BootSource {
     /// The kernel, or a `vmlinux` that was extracted from it.
@@ -74,10 +78,10 @@ pub struct BootSource {
     pub initrd: Option<SharedFile>,
 }
 
-/// A disk of a clone: what it shares with others, under what the description says of it.
+/// The files that a clone's disk shares with others, below the options in the description.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ForkDisk {
-    /// The base image and its format; none where the lowest layer holds everything.
+    /// The base image and its format; `None` if the lowest layer holds everything.
     pub base: Option<(SharedFile, DiskFormat)>,
     /// The backing files of a qcow2 base, the nearest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -86,25 +90,25 @@ pub struct ForkDisk {
     pub layers: Vec<SharedFile>,
 }
 
-/// A network interface that the launcher set up. The queues of its tap come with the document.
+/// A network interface that the launcher set up. The queues of its tap are sent with the document.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct AttachedNet {
-    /// How many queues its tap has.
+    /// The number of the tap's queues.
     pub queues: u16,
     /// The guest's hardware address.
     pub mac: MacAddr,
-    /// What the guest is told of the MTU, where it is not the usual 1,500.
+    /// The MTU in bytes to report to the guest; `None` for the usual 1,500.
     pub mtu: Option<u16>,
-    /// What the kernel's command line must say of the guest's address.
+    /// The argument on the kernel's command line that sets the guest's address.
     pub kernel_argument: Option<String>,
 }
 
 impl Start {
-    /// Refuses a document that describes no machine that can be: the launcher is trusted, but what
-    /// it was asked to start may come from anybody.
+    /// Refuses a document whose machine cannot be built. The launcher is trusted, but the
+    /// description that it was given may come from anybody.
     pub fn check(&self) -> Result<()> {
         let (problems, disks) = match &self.origin {
-            // A standby is given its name later.
+            // A standby is given its final name when it is adopted.
             Origin::Fork(fork) if fork.standby => {
                 (validate_unnamed(&self.config), Some(fork.disks.len()))
             }
@@ -145,8 +149,8 @@ pub fn send(socket: &UnixStream, start: &Start, taps: &[OwnedFd]) -> io::Result<
     socket.shutdown(Shutdown::Write)
 }
 
-/// Receives a document, and the open files that come with it, to the end of `socket`; `None` where
-/// the launcher ended before it sent one.
+/// Receives a document and the open files with it, until the end of `socket`; `None` if the
+/// launcher ended before it sent one.
 pub fn receive(socket: impl AsFd) -> Result<Option<(Start, Vec<OwnedFd>)>> {
     let (text, files) = receive_all(socket).map_err(|error| unreadable(&error))?;
     if text.is_empty() {

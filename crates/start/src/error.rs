@@ -1,4 +1,4 @@
-//! Failures as the command tells them: the API's own error type, which carries the advice.
+//! Helpers that make the API's error type, which carries advice for the user.
 
 use std::error::Error;
 use std::io;
@@ -6,10 +6,11 @@ use std::path::Path;
 
 use clone_api::{ApiError, ErrorCode};
 
-/// What everything in the command returns.
+/// The result type of the launcher and the VM's process.
 pub type Result<T> = std::result::Result<T, ApiError>;
 
-/// Makes an error from the system's answer: `failed("open the kernel", path)(error)`.
+/// Makes a closure for `map_err` that wraps an operating system error: `failed("open the kernel",
+/// path)(error)`.
 pub fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ApiError {
     move |error| {
         let message = format!("cannot {action} {}: {error}", path.display());
@@ -22,7 +23,7 @@ pub fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Ap
     }
 }
 
-/// The error of a write to a disk, or to memory that stands for one: of its own kind where that is
+/// The error of a write to a disk, or to memory used as one; its code says whether the storage is
 /// full.
 pub fn storage_failed(error: &(dyn Error + 'static)) -> ApiError {
     let internal = ApiError::internal(error);
@@ -35,7 +36,7 @@ pub fn storage_failed(error: &(dyn Error + 'static)) -> ApiError {
     }
 }
 
-/// Whether a full disk or quota is behind an error.
+/// Whether an error is caused by a full disk or quota.
 fn is_full(error: &(dyn Error + 'static)) -> bool {
     let causes = std::iter::successors(Some(error), |cause: &&(dyn Error + 'static)| {
         (*cause).source()

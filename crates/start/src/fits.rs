@@ -1,4 +1,4 @@
-//! Whether a saved machine is one of the described shape.
+//! Checks that a saved machine has the described shape.
 
 use clone_api::Shape;
 use clone_vmm::machine::MachineState;
@@ -22,8 +22,8 @@ pub fn kinds(shape: &Shape) -> Vec<u32> {
     kinds
 }
 
-/// Whether `state` is that of a machine of this shape, as far as its parts go; else why not. Each
-/// device looks at its own part when it is built.
+/// Checks that `state` has the parts of a machine of this shape; the error says what differs. Each
+/// device checks its own state when it is built.
 pub fn check_fits(state: &MachineState, shape: &Shape) -> std::result::Result<(), String> {
     let (saved, described) = (state.vcpus.len(), shape.vcpus as usize);
     if saved != described {

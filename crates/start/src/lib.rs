@@ -1,5 +1,5 @@
-//! What a launcher and a VM's process have in common: the contract between them, and the state of a
-//! VM on its host that both know.
+//! The contract between a launcher and a VM's process, and the state of a VM on its host that both
+//! use.
 //!
 //! - [`invocation`]: the arguments and exit codes of the program `clone-vm`.
 //! - [`document`]: what the launcher sends it; [`shared_file`]: files in that, with their identity.
@@ -9,7 +9,7 @@
 //! - [`disks`], [`cpu`], [`fits`], [`prefetch`]: from a description to open disks, to KVM, and to
 //!   saved states that belong to it.
 //!
-//! It starts nothing and serves nothing.
+//! This crate starts no process and serves no socket.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod cgroup;

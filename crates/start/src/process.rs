@@ -1,4 +1,4 @@
-//! A process on this host that cannot be mistaken for a later one with the same id.
+//! Identifies a process on this host so that it is not mistaken for a later one with the same id.
 
 use std::fmt::Display;
 use std::fs;
@@ -14,11 +14,11 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::error::{Result, failed};
 
-/// A process id and when that process started, in clock ticks since the host booted: ids come
-/// again, the pair does not.
+/// A process id and the start time of that process, in clock ticks since the host booted. Ids are
+/// reused, but not the pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Process {
-    /// The id.
+    /// The process id.
     pub pid: u32,
     /// The 22nd field of `/proc/PID/stat`.
     pub start_time: u64,
@@ -31,9 +31,9 @@ impl Process {
         Some(Self { pid, start_time })
     }
 
-    /// Whether it still runs. One that has ended and is not yet waited for does not. Where that
-    /// cannot be found out, for want of open files, for one thing, it is taken to run: what belongs
-    /// to it would be swept away otherwise.
+    /// Whether the process still runs. A process that has ended but was not waited for does not
+    /// run. If the state cannot be determined, for example because this process has too many open
+    /// files, the process counts as running; otherwise resources that it uses might be swept away.
     pub fn is_alive(self) -> bool {
         self.look().unwrap_or(true)
     }
@@ -42,20 +42,20 @@ impl Process {
         match fs::read_to_string(format!("/proc/{}/stat", self.pid)) {
             Ok(stat) => Ok(start_time(&stat) == Some(self.start_time) && !is_zombie(&stat)),
             Err(error) => match Errno::from_io_error(&error) {
-                // The second where it ended while it was read.
+                // ESRCH means that the process ended while its file was read.
                 Some(Errno::NOENT | Errno::SRCH) => Ok(false),
                 _ => Err(error),
             },
         }
     }
 
-    /// A handle that stays with this very process; `None` where it is gone.
+    /// Opens a pidfd of this process; `None` if it has ended.
     pub fn open(self) -> Result<Option<OwnedFd>> {
         let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else {
             return Ok(None);
         };
         match pidfd_open(pid, PidfdFlags::empty()) {
-            // The id may have come again before the handle was made, not after.
+            // The id may have been reused before the pidfd was opened, but not after.
             Ok(handle) => match self.look() {
                 Ok(alive) => Ok(alive.then_some(handle)),
                 Err(error) => Err(self.failed("look at", error)),
@@ -65,7 +65,7 @@ impl Process {
         }
     }
 
-    /// Sends a signal; a process that is gone already is no error.
+    /// Sends a signal; it is no error if the process has ended.
     pub fn signal(self, signal: Signal) -> Result<()> {
         let Some(handle) = self.open()? else {
             return Ok(());
@@ -76,7 +76,7 @@ impl Process {
         }
     }
 
-    /// Waits until it has ended; false where it has not after `limit` (none: for ever).
+    /// Waits until the process has ended; false if it has not after `limit` (`None` waits forever).
     pub fn wait(self, limit: Option<Duration>) -> Result<bool> {
         match self.open()? {
             Some(handle) => {
@@ -86,20 +86,20 @@ impl Process {
         }
     }
 
-    /// Reads what [`Process::write`] wrote; `None` where there is no such file or it is cut short.
+    /// Reads a file of [`Process::write`]; `None` if it does not exist or is incomplete.
     pub fn read(path: &Path) -> Result<Option<Self>> {
         let text = match fs::read_to_string(path) {
             Ok(text) => text,
-            // NotADirectory: something else took the directory's place; it is not ours.
+            // NotADirectory means that a file of another program has the directory's path.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(failed("read", path)(error)),
         };
         Ok(parse_pid_file(&text))
     }
 
-    /// Writes it to `path`, all of it or nothing.
+    /// Writes the process to `path` atomically.
     pub fn write(self, path: &Path) -> Result<()> {
-        // In one go and renamed: nobody reads half of it.
+        // The file is renamed when it is complete, so readers never see a part of it.
         let new = path.with_extension("new");
         fs::write(&new, format!("{} {}\n", self.pid, self.start_time))
             .and_then(|()| fs::rename(&new, path))
@@ -122,7 +122,7 @@ fn parse_pid_file(text: &str) -> Option<Process> {
     })
 }
 
-/// The fields after the command's name, which may itself hold spaces and parentheses.
+/// The fields after the command's name, which may contain spaces and parentheses.
 fn fields(stat: &str) -> Option<std::str::SplitWhitespace<'_>> {
     Some(stat[stat.rfind(')')? + 1..].split_whitespace())
 }

@@ -1,4 +1,5 @@
-//! What a VM's process tells its launcher, once: that it runs and in what jail, or why not.
+//! The report that a VM's process sends to its launcher once: the VM runs, with the status of its
+//! jail, or the reason why it does not.
 //!
 //! The report is JSON on the process's standard output, a pipe that ends with it.
 
@@ -12,7 +13,7 @@ use serde::{Deserialize, Serialize};
 /// The largest report that is read.
 const MAX_REPORT: u64 = 64 << 10;
 
-/// A report, as it is sent.
+/// The format of a report.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Report<J, E> {
@@ -20,12 +21,12 @@ enum Report<J, E> {
     Failed(E),
 }
 
-/// Tells that the VM runs, in this jail, and lets go of the launcher's pipe.
+/// Reports that the VM runs in this jail, and closes the launcher's pipe.
 pub fn ready(jail: &JailStatus) -> io::Result<()> {
     send(&Report::<_, &ApiError>::Ready(jail))
 }
 
-/// Tells why the VM does not run.
+/// Reports why the VM does not run.
 pub fn failed(error: &ApiError) -> io::Result<()> {
     send(&Report::<&JailStatus, _>::Failed(error))
 }
@@ -34,13 +35,14 @@ fn send(report: &Report<&JailStatus, &ApiError>) -> io::Result<()> {
     let report = serde_json::to_vec(report)?;
     let mut pipe = io::stdout().lock();
     let sent = pipe.write_all(&report).and_then(|()| pipe.flush());
-    // The launcher reads to the end of the pipe, so it must end here even when the write failed.
+    // The launcher reads to the end of the pipe, so the pipe must be closed even if the write
+    // failed.
     let null = detached()?;
     rustix::stdio::dup2_stdout(&null)?;
     sent
 }
 
-/// Where the standard streams of a VM's process lead: `/dev/null`, or, in a jail without it, a
+/// Opens the target of a VM process's standard streams: `/dev/null`, or, in a jail without it, a
 /// pipe that nobody reads.
 fn detached() -> io::Result<File> {
     let null = File::options().read(true).write(true).open("/dev/null");
@@ -50,8 +52,8 @@ fn detached() -> io::Result<File> {
     })
 }
 
-/// Reads a report to the end of `pipe`: the VM's jail where it runs. `None` where the process
-/// ended without one.
+/// Reads a report to the end of `pipe`: the status of the VM's jail if the VM runs. `None` if the
+/// process ended without a report.
 pub fn read(pipe: impl Read) -> io::Result<Option<Result<JailStatus, ApiError>>> {
     let mut text = Vec::new();
     pipe.take(MAX_REPORT).read_to_end(&mut text)?;

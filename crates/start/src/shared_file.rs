@@ -1,9 +1,9 @@
-//! Files that several VMs share, named by path and known by identity.
+//! Files that several VMs share, given by path and identity.
 //!
 //! A launcher checks a template through descriptors that it opened once. The VM's process is jailed
-//! later and opens files by itself, as later forks of that VM do; what they open must be what was
-//! checked. So each path travels with the identity of the file that was meant, and whoever opens it
-//! compares: a file that was replaced or changed meanwhile is refused, whatever its path says.
+//! later and opens files by itself, as later forks of that VM do; they must open the files that
+//! were checked. So each path is passed on with the identity of the checked file, and the process
+//! that opens the path compares them: a file that was replaced or changed meanwhile is refused.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -19,16 +19,16 @@ use crate::error::{Result, failed};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Form")]
 pub struct SharedFile {
-    /// Where it was.
+    /// The path of the file.
     pub path: PathBuf,
-    /// Which file was meant; absent for an image or a kernel that the caller named, where the name
-    /// is the caller's word and the content may change.
+    /// The identity of the checked file; absent for an image or a kernel that the caller named,
+    /// whose content may change.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub identity: Option<FileIdentity>,
 }
 
-/// What tells one file in one state from every other: another file has another inode, and a change
-/// of the content changes the size or the time.
+/// Identifies one file in one state: another file has another inode, and a change of the content
+/// changes the size or the time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileIdentity {
     dev: u64,
@@ -73,10 +73,10 @@ impl SharedFile {
         })
     }
 
-    /// Opens it for reading.
+    /// Opens the file for reading.
     ///
     /// # Errors
-    /// Where it cannot be opened, or is another file than the one that was meant.
+    /// The file cannot be opened, or is not the one that was checked.
     pub fn open(&self) -> Result<File> {
         let flags = match self.identity {
             Some(_) => libc::O_NOFOLLOW | libc::O_NONBLOCK,
@@ -91,10 +91,10 @@ impl SharedFile {
         Ok(file)
     }
 
-    /// Whether `file`, which was opened at its path, is the one that was meant.
+    /// Checks that `file`, which was opened at the path, is the one that was checked before.
     ///
     /// # Errors
-    /// [`ErrorCode::Conflict`] where it is another, or changed since.
+    /// [`ErrorCode::Conflict`] if it is another file, or has changed.
     pub fn check(&self, file: &File) -> Result<()> {
         let Some(meant) = self.identity else {
             return Ok(());
@@ -116,7 +116,7 @@ impl SharedFile {
     }
 }
 
-/// How a shared file is written: earlier versions wrote its path alone.
+/// The serialised form of a shared file; earlier versions wrote only its path.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Form {

@@ -1,16 +1,16 @@
-//! A VM's runtime directory: what its launcher, its process and other commands keep in it.
+//! A VM's runtime directory, which its launcher, its process and other commands share.
 //!
 //! `ROOT/vms/NAME/` (mode 0700) holds
-//! - `config.json`: the description, filled in;
+//! - `config.json`: the VM's description;
 //! - `pid`: the process and its start time ([`Process`]);
 //! - `lock`: locked by a launcher while it starts the VM;
 //! - `control.sock`, `console.sock`, `vsock.sock`;
 //! - `console.log` and `console.log.old`: the console's output;
-//! - `vmm.log`: what the VM's process itself says;
+//! - `vmm.log`: the log of the VM's process;
 //! - `parent.json`, `network.json`: [`Parent`], [`GuestInterface`]s;
-//! - `notices.json`: what the VM's owner should know of its start, where there is anything.
+//! - `notices.json`: notices about the VM's start for its owner, if there are any.
 //!
-//! Making, finding and removing these directories is left to the launching side.
+//! The launching side (`clone-host`) makes, finds and removes these directories.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -29,25 +29,25 @@ use crate::error::{Result, failed};
 use crate::process::Process;
 use crate::shared_file::SharedFile;
 
-/// Holds the path where a standby's directory was made.
-const BORN: &str = "born";
-/// Holds a [`Parent`].
+/// The file with the path at which a standby's directory was made.
+const BIRTH_PATH: &str = "born";
+/// The file with a [`Parent`].
 const PARENT: &str = "parent.json";
-/// Holds a list of [`GuestInterface`].
+/// The file with a list of [`GuestInterface`].
 const NETWORK: &str = "network.json";
-/// What the VM's owner should know of its start.
+/// The file with notices about the VM's start for its owner.
 const NOTICES: &str = "notices.json";
 
-/// What a directory says about its VM.
+/// The status of a VM, according to its directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
-    /// There is none.
+    /// There is no directory.
     Absent,
-    /// A launcher is at work.
+    /// A launcher is starting the VM.
     Starting,
-    /// Its process lives.
+    /// The VM's process runs.
     Running(Process),
-    /// Its process is gone, or was never there.
+    /// The VM's process has ended, or was never started.
     Stale,
 }
 
@@ -58,12 +58,12 @@ pub struct VmDir {
 }
 
 impl VmDir {
-    /// A directory at `path`, whatever it holds.
+    /// Makes a handle of the directory at `path`, which need not exist.
     pub fn at(path: PathBuf) -> Self {
         Self { path }
     }
 
-    /// Where it is.
+    /// The directory's path.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -74,27 +74,27 @@ impl VmDir {
         name.to_string_lossy().into_owned()
     }
 
-    /// Where it was made. A standby's directory gets another name when it is adopted; what was set
-    /// up on the host for it keeps the first.
+    /// The path at which the directory was made. Adoption renames a standby's directory, but the
+    /// resources that were set up on the host for it keep the first path.
     pub fn birth_path(&self) -> PathBuf {
-        match fs::read(self.path.join(BORN)) {
+        match fs::read(self.path.join(BIRTH_PATH)) {
             Ok(path) if !path.is_empty() => PathBuf::from(OsString::from_vec(path)),
             _ => self.path.clone(),
         }
     }
 
-    /// What the host's network knows the VM by. The whole path: VMs of several runtime
-    /// directories share one network.
+    /// The VM's key in the records of the host's network. It is the whole path, since VMs of
+    /// several runtime directories share one network.
     pub fn network_key(&self) -> String {
         self.birth_path().display().to_string()
     }
 
-    /// The socket that takes HTTP.
+    /// The control socket, which serves HTTP.
     pub fn control_socket(&self) -> PathBuf {
         self.path.join("control.sock")
     }
 
-    /// The socket with the serial console's bytes.
+    /// The socket that carries the serial console's bytes.
     pub fn console_socket(&self) -> PathBuf {
         self.path.join("console.sock")
     }
@@ -109,12 +109,12 @@ impl VmDir {
         self.path.join("console.log")
     }
 
-    /// The output before that.
+    /// The console's older output.
     pub fn old_console_log(&self) -> PathBuf {
         self.path.join("console.log.old")
     }
 
-    /// What the VM's process says of itself.
+    /// The log of the VM's process.
     pub fn vmm_log(&self) -> PathBuf {
         self.path.join("vmm.log")
     }
@@ -124,29 +124,29 @@ impl VmDir {
         self.path.join("config.json")
     }
 
-    /// Changes the kept description.
+    /// Changes the stored description.
     pub fn change_config(&self, change: impl FnOnce(&mut VmConfig)) -> Result<()> {
         let mut config = self.config()?;
         change(&mut config);
         write_json(&self.config_file(), &config)
     }
 
-    /// What snapshots and forks of the VM lie on.
+    /// The files that snapshots and forks of the VM build on.
     pub fn parent(&self) -> Result<Parent> {
         read_json(&self.path.join(PARENT))
     }
 
-    /// Changes that, after a snapshot that is kept.
+    /// Replaces the parent, after a snapshot that is kept.
     pub fn write_parent(&self, parent: &Parent) -> Result<()> {
         write_json(&self.path.join(PARENT), parent)
     }
 
-    /// How the guest is to set up its interfaces.
+    /// The network configuration for the guest.
     pub fn guest_network(&self) -> Result<Vec<GuestInterface>> {
         read_json(&self.path.join(NETWORK))
     }
 
-    /// What the VM's owner should know of its start; nothing where nothing was kept.
+    /// The notices about the VM's start for its owner; empty if none were stored.
     pub fn notices(&self) -> Vec<String> {
         read_json(&self.path.join(NOTICES)).unwrap_or_default()
     }
@@ -161,8 +161,8 @@ impl VmDir {
         self.path.join("lock")
     }
 
-    /// The description of the VM, by the name that the directory has now: one that was adopted was
-    /// made under another.
+    /// The VM's description, with the name that the directory has now; an adopted VM was made under
+    /// another name.
     pub fn config(&self) -> Result<VmConfig> {
         let config: VmConfig = read_json(&self.config_file())?;
         Ok(VmConfig {
@@ -171,19 +171,19 @@ impl VmDir {
         })
     }
 
-    /// The process that the directory names, whether or not it lives.
+    /// The process that the directory names, whether or not it runs.
     pub fn process(&self) -> Result<Option<Process>> {
         Process::read(&self.pid_file())
     }
 
-    /// What the directory says about its VM now.
+    /// The VM's present status.
     pub fn status(&self) -> Result<Status> {
         if let Some(process) = self.process()?
             && process.is_alive()
         {
             return Ok(Status::Running(process));
         }
-        // No process: either a launcher has not got so far, or all is over.
+        // There is no process: either a launcher has not started it yet, or it has ended.
         let path = self.lock_file();
         let lock = match File::open(&path) {
             Ok(lock) => lock,
@@ -207,17 +207,17 @@ impl VmDir {
         }
     }
 
-    /// Keeps the description for other commands.
+    /// Stores the description for other commands.
     pub fn write_config(&self, config: &VmConfig) -> Result<()> {
         write_json(&self.config_file(), config)
     }
 
-    /// Keeps how the guest is to set up its interfaces.
+    /// Stores the network configuration for the guest.
     pub fn write_guest_network(&self, interfaces: &[GuestInterface]) -> Result<()> {
         write_json(&self.path.join(NETWORK), interfaces)
     }
 
-    /// Keeps what the VM's owner should know: of a standby, who that is turns out later.
+    /// Stores notices for the owner, who is not yet known for a standby.
     pub fn write_notices(&self, notices: &[String]) -> Result<()> {
         match notices {
             [] => Ok(()),
@@ -225,18 +225,18 @@ impl VmDir {
         }
     }
 
-    /// Tells who the VM is: from here on the directory lives and dies with that process.
+    /// Records the VM's process. From then on the directory is valid as long as that process runs.
     pub fn write_process(&self, process: Process) -> Result<()> {
         process.write(&self.pid_file())
     }
 
-    /// Notes where the directory was made, for one that will be renamed.
-    pub fn write_born(&self) -> Result<()> {
-        let path = self.path.join(BORN);
+    /// Records the path at which the directory was made, for one that will be renamed.
+    pub fn write_birth_path(&self) -> Result<()> {
+        let path = self.path.join(BIRTH_PATH);
         fs::write(&path, self.path.as_os_str().as_bytes()).map_err(failed("write", &path))
     }
 
-    /// Whether the launcher has reported that the VM started: its last word is the [`Parent`].
+    /// Whether the launcher has finished the VM's start: it writes the [`Parent`] last.
     pub fn is_reported(&self) -> bool {
         self.path.join(PARENT).exists()
     }
@@ -247,7 +247,7 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     serde_json::from_slice(&text).map_err(|error| failed("understand", path)(error.into()))
 }
 
-/// Writes all of it or nothing.
+/// Writes the file atomically.
 fn write_json<T: Serialize + ?Sized>(path: &Path, value: &T) -> Result<()> {
     let text = serde_json::to_vec_pretty(value).map_err(|error| ApiError::internal(&error))?;
     let new = path.with_extension("new");
@@ -256,41 +256,42 @@ fn write_json<T: Serialize + ?Sized>(path: &Path, value: &T) -> Result<()> {
         .map_err(failed("write", path))
 }
 
-/// A network interface, as its guest is to set it up.
+/// A network interface as its guest must configure it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestInterface {
-    /// Its hardware address.
+    /// The interface's hardware address.
     pub mac: MacAddr,
-    /// The rest, where it is ours to give.
+    /// The address configuration, if the host assigns it.
     pub address: Option<GuestAddress>,
 }
 
-/// What snapshots and forks of a VM lie on.
+/// The files that snapshots and forks of a VM build on.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Parent {
-    /// The template that it was forked from, or the last kept snapshot of it.
+    /// The template that the VM was forked from, or the last kept snapshot of the VM.
     pub template: Option<PathBuf>,
-    /// Memory layers, the base first; none for a VM that was booted.
+    /// The memory layers, the base first; empty for a VM that was booted.
     pub memory: Vec<SharedFile>,
-    /// What each disk has below its own writes.
+    /// The files of each disk below its own writes.
     pub disks: Vec<ForkDisk>,
-    /// What must be locked by those who use them.
+    /// The files that users of the parent must lock.
     pub locks: Vec<SharedFile>,
-    /// What its forks boot when they reboot; absent where a template of an older format has none.
+    /// The kernel that forks boot when they reboot; absent for a template of an older format, which
+    /// has none.
     #[serde(default)]
     pub boot: Option<BootSource>,
 }
 
-/// How a guest is to set up its interface.
+/// The address configuration of a guest's interface.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestAddress {
-    /// Its address.
+    /// The guest's address.
     pub address: Ipv4Addr,
     /// The network's prefix length in bits.
     pub prefix: u8,
-    /// Where it sends what is not on its network.
+    /// The default gateway.
     pub gateway: Ipv4Addr,
-    /// Whom it asks for names.
+    /// The DNS servers.
     pub name_servers: Vec<IpAddr>,
 }
 

@@ -1,4 +1,4 @@
-//! Making a template: under a hidden name, then all at once.
+//! Makes a template under a hidden name, and renames it when it is complete.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions};
@@ -24,28 +24,28 @@ use super::names::{self, INITRD, KERNEL, STATE, refused};
 use super::{Template, faults, kernel, verify};
 use crate::Verified;
 
-/// What a template under construction is called: hidden, and its name in front.
+/// The part of the hidden name of a template under construction that follows the template's name.
 const MARK: &str = ".tmp-";
 
-/// What the manifest says beside what the files tell.
+/// The parts of the manifest that are not determined by the files.
 #[derive(Debug, Clone)]
 pub struct Parts {
-    /// The template that it is a difference to.
+    /// The id of the template that the new one is a difference to.
     pub parent: Option<String>,
     /// The guest's agent's version.
     pub agent_version: Option<String>,
-    /// The machine, whose disks have their sizes from their files.
+    /// The machine's shape; the sizes of its disks are taken from their files.
     pub shape: Shape,
-    /// What its forks are narrowed to.
+    /// The limits that forks are narrowed to.
     pub ceilings: Ceilings,
-    /// What the guest was told of its CPU.
+    /// The CPU features that the guest was given.
     pub cpu: clone_api::control::CpuFeatures,
-    /// When it was taken.
+    /// The time when the template was taken.
     pub created_unix_ms: u64,
 }
 
 impl Parts {
-    /// Those of a template that holds the same machine in other files, and is no difference.
+    /// The parts of a template with the same machine in other files, which is not a difference.
     pub(super) fn same_as(content: &Content) -> Self {
         Self {
             parent: None,
@@ -58,26 +58,26 @@ impl Parts {
     }
 }
 
-/// A template that is being made. Dropped without [`NewTemplate::commit`], it is removed.
+/// A template under construction. If it is dropped without [`NewTemplate::commit`], it is removed.
 #[derive(Debug)]
 pub struct NewTemplate {
-    /// Where it will have its name.
+    /// The directory in which the template gets its name.
     parent: Folder,
     target: PathBuf,
-    /// The directory itself, locked: it is no dead maker's.
+    /// The template's directory. The lock shows that its maker still runs.
     folder: Folder,
-    /// Memory layers' files, the base first.
+    /// The files of the memory layers, the base first.
     memory: Vec<String>,
-    /// For each disk its base and its layers.
+    /// The files of each disk: its base and its layers.
     disks: Vec<(String, Vec<String>)>,
     has_kernel: bool,
     has_initrd: bool,
-    /// Hashes of files that are a parent's own, by their name here.
+    /// The known hashes of files that are shared with a parent, by their names here.
     known: BTreeMap<String, String>,
 }
 
 impl NewTemplate {
-    /// Begins one that will be at `target`, which must not exist.
+    /// Starts a template for the path `target`, which must not exist.
     pub fn begin(target: &Path) -> Result<Self> {
         let target = std::path::absolute(target).map_err(failed("find", target))?;
         if target.symlink_metadata().is_ok() {
@@ -119,7 +119,7 @@ impl NewTemplate {
         removed.map_err(failed("remove", &self.path(name)))
     }
 
-    /// The file of the next memory layer, over those there are.
+    /// Makes the file of the next memory layer, on top of the existing ones.
     pub fn memory_file(&mut self) -> Result<File> {
         let name = format!("memory-{}.layer", self.memory.len());
         let file = self.create(&name)?;
@@ -127,36 +127,36 @@ impl NewTemplate {
         Ok(file)
     }
 
-    /// The file of the machine's state.
+    /// Makes the file of the machine's state.
     pub fn state_file(&self) -> Result<File> {
         self.create(STATE)
     }
 
-    /// The file of the kernel that the guest reboots into.
+    /// Makes the file of the kernel that the guest reboots into.
     pub fn kernel_file(&mut self) -> Result<File> {
         self.has_kernel = true;
         self.create(KERNEL)
     }
 
-    /// The file of the initial RAM disk that goes with the kernel.
+    /// Makes the file of the initial RAM disk that goes with the kernel.
     pub fn initrd_file(&mut self) -> Result<File> {
         self.has_initrd = true;
         self.create(INITRD)
     }
 
-    /// Nothing was written to the kernel's file: there is none.
+    /// Removes the kernel's file, to which nothing was written.
     pub fn drop_kernel(&mut self) -> Result<()> {
         self.has_kernel = false;
         self.remove(KERNEL)
     }
 
-    /// Nothing was written to the initial RAM disk's file: there is none.
+    /// Removes the initial RAM disk's file, to which nothing was written.
     pub fn drop_initrd(&mut self) -> Result<()> {
         self.has_initrd = false;
         self.remove(INITRD)
     }
 
-    /// Takes over the kernel of `parent`, whose files must be known to be as described.
+    /// Shares the kernel of `parent`, whose files must have been verified.
     pub fn share_kernel(&mut self, parent: &Template) -> Result<()> {
         if let Some(kernel) = &parent.content().kernel {
             self.share_hashed(parent, kernel, KERNEL)?;
@@ -169,12 +169,12 @@ impl NewTemplate {
         Ok(())
     }
 
-    /// Takes over the machine's state of `parent`.
+    /// Shares the machine's state of `parent`.
     pub(super) fn share_state(&mut self, parent: &Template) -> Result<()> {
         self.share_hashed(parent, &parent.content().state, STATE)
     }
 
-    /// Takes over the memory layers of `parent`, which a new one is to lie on.
+    /// Shares the memory layers of `parent`, on which a new layer is put.
     pub fn share_memory(&mut self, parent: &Template) -> Result<()> {
         for layer in &parent.content().memory.layers {
             let name = format!("memory-{}.layer", self.memory.len());
@@ -184,8 +184,8 @@ impl NewTemplate {
         Ok(())
     }
 
-    /// Adds a disk whose base image and first `layers` layers are those of disk `index` of
-    /// `parent`, whose files must be known to be as described: they are not hashed again.
+    /// Adds a disk that shares its base image and its first `layers` layers with disk `index` of
+    /// `parent`, whose files must have been verified; they are not hashed again.
     pub fn share_disk(&mut self, parent: &Template, index: usize, layers: usize) -> Result<()> {
         let number = self.disks.len();
         let Some(disk) = parent.content().disks.get(index) else {
@@ -204,7 +204,7 @@ impl NewTemplate {
         Ok(())
     }
 
-    /// Adds a disk, whose whole content goes into this file as a raw image.
+    /// Adds a disk, and makes the file for its whole content as a raw image.
     pub fn disk_file(&mut self) -> Result<File> {
         let name = format!("disk-{}.raw", self.disks.len());
         let file = self.create(&name)?;
@@ -212,8 +212,7 @@ impl NewTemplate {
         Ok(file)
     }
 
-    /// Adds a disk with a copy of the image that `disk` has at the bottom. What lies over it is for
-    /// the caller to add.
+    /// Adds a disk with a copy of the base image of `disk`. The caller adds the layers over it.
     pub fn copy_disk(&mut self, disk: &ForkDisk) -> Result<()> {
         let Some((image, format)) = &disk.base else {
             let message = "a disk without an image cannot be copied";
@@ -226,7 +225,7 @@ impl NewTemplate {
         if *format == DiskFormat::Raw && is_file {
             return clone_disk::copy_file(&file, &copy).map_err(failed("copy", path));
         }
-        // A block device has neither a length nor holes that a file's calls would tell.
+        // A block device has no file length and no holes that file calls can find.
         let files = disks::open_image(disk)?;
         let opened = Disk::open(files, EngineKind::Blocking);
         let mut opened = opened.map_err(|error| ApiError::internal(&error))?;
@@ -239,7 +238,7 @@ impl NewTemplate {
         copy_image(layer, &file).map_err(failed("copy", layer))
     }
 
-    /// The file of one more layer of disk `index`.
+    /// Makes the file of another layer of disk `index`.
     pub fn disk_layer_file(&mut self, index: usize) -> Result<File> {
         let name = format!("disk-{index}.layer-{}", self.disks[index].1.len());
         let file = self.create(&name)?;
@@ -247,7 +246,7 @@ impl NewTemplate {
         Ok(file)
     }
 
-    /// Nothing was written to the last layer of disk `index`: it is not needed.
+    /// Removes the last layer of disk `index`, to which nothing was written.
     pub fn drop_disk_layer(&mut self, index: usize) -> Result<()> {
         match self.disks[index].1.pop() {
             Some(name) => self.remove(&name),
@@ -255,7 +254,7 @@ impl NewTemplate {
         }
     }
 
-    /// Finishes it: describes what is there, makes it durable, and gives it its name.
+    /// Finishes the template: writes its manifest, makes it durable, and gives it its name.
     pub fn commit(self, parts: Parts, verified: Option<&Verified>) -> Result<Template> {
         let content = self.describe(parts)?;
         content
@@ -277,8 +276,8 @@ impl NewTemplate {
         Ok(template)
     }
 
-    /// Finishes one whose files came from elsewhere, with the manifest `text`: verifies all of it
-    /// before it has a name.
+    /// Finishes a template whose files were received, with the manifest `text`: verifies everything
+    /// before it gets its name.
     pub(super) fn take_in(
         self,
         text: &[u8],
@@ -294,8 +293,8 @@ impl NewTemplate {
         Ok(template)
     }
 
-    /// Replaces kernel and initial RAM disk by those of a template beside this one, where one has
-    /// the same.
+    /// Replaces kernel and initial RAM disk by the same files of a template in the same directory,
+    /// if there are any.
     fn share_kernels(&self, content: &Content) -> Result<()> {
         for file in content.kernel.iter().chain(&content.initrd) {
             if !self.known.contains_key(&file.file) {
@@ -335,9 +334,9 @@ impl NewTemplate {
         })?;
         faults::step("after the rename")?;
         sync(&self.parent)?;
-        // The same directory, whatever is at its path now.
+        // The handle stays on the same directory, even if another one is at its path now.
         let folder = self.folder.at(&self.target)?;
-        // It has its name: dropping this removes nothing.
+        // The template has its name, so dropping this value removes nothing.
         drop(self);
         Template::open_folder(folder)
     }
@@ -423,8 +422,8 @@ impl NewTemplate {
         Ok(())
     }
 
-    /// Takes a file of another template: the same one where both are on one file system, or else
-    /// a copy. Whether it is the same.
+    /// Takes a file of another template: as a hard link if both are on one file system, otherwise
+    /// as a copy. Returns whether it is a link.
     fn share(&self, parent: &Template, from: &str, to: &str) -> Result<bool> {
         let file = parent.file(from)?;
         let linked = self.folder.link(&parent.folder, from, file, to);
@@ -439,7 +438,7 @@ impl NewTemplate {
 
 impl Drop for NewTemplate {
     fn drop(&mut self) {
-        // After a commit there is nothing under this name.
+        // After a commit, nothing has this hidden name.
         if let Err(error) = remove_all(self.folder.path()) {
             tracing::warn!(message = error.message, "half a template is left");
         }
@@ -454,7 +453,7 @@ fn taken(target: &Path) -> ApiError {
     .advise("use another name, or remove it first: clone template rm")
 }
 
-/// A name beside `target` that is nobody's.
+/// Makes an unused hidden name in the directory of `target`.
 pub(super) fn hidden_name(target: &Path) -> Result<PathBuf> {
     let mut random = [0; 6];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
@@ -464,8 +463,8 @@ pub(super) fn hidden_name(target: &Path) -> Result<PathBuf> {
     Ok(target.with_file_name(format!(".{name}{MARK}{suffix}")))
 }
 
-/// Makes a hidden directory for the template at `target`, and locks it. Another maker's sweep may
-/// come between the two: then another is made.
+/// Makes and locks a hidden directory for the template at `target`. If another maker's sweep
+/// removes it before it is locked, another one is made.
 fn make_locked(target: &Path) -> Result<Folder> {
     loop {
         let dir = hidden_name(target)?;
@@ -484,17 +483,17 @@ fn make_locked(target: &Path) -> Result<Folder> {
     }
 }
 
-/// Opens and locks a directory that was just made; `None` where a sweep was faster.
+/// Opens and locks a directory that was just made; `None` if a sweep removed it first.
 fn lock(dir: &Path) -> Result<Option<Folder>> {
     faults::step("before the lock")?;
     let folder = match Folder::open(dir) {
         Err(_) if matches!(rustix::fs::lstat(dir), Err(Errno::NOENT)) => return Ok(None),
         folder => folder?,
     };
-    // Where others may write to its parent, they may have put their own there.
+    // Other users who may write to the parent may have put their own directory there.
     folder.check_trusted()?;
     match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive)
-        // It may have been removed between the two.
+        // The directory may have been removed before it was locked.
         .and_then(|()| rustix::fs::lstat(dir))
     {
         Ok(_) => Ok(Some(folder)),
@@ -508,7 +507,7 @@ fn open_dir(path: &Path) -> rustix::io::Result<File> {
     rustix::fs::open(path, flags, Mode::empty()).map(File::from)
 }
 
-/// Removes what makers left that are gone.
+/// Removes the directories of makers that have ended.
 fn sweep(parent: &Path) -> Result<()> {
     for entry in fs::read_dir(parent).map_err(failed("list", parent))? {
         let entry = entry.map_err(failed("list", parent))?;
@@ -516,10 +515,11 @@ fn sweep(parent: &Path) -> Result<()> {
         if !(name.starts_with('.') && name.contains(MARK)) {
             continue;
         }
-        // Locked until it is gone, so that a maker that has just made it sees that it is lost.
+        // The directory stays locked until it is removed, so that a maker that has just made it
+        // notices the loss.
         let dir = match open_dir(&entry.path()) {
             Ok(dir) => dir,
-            // Gone, no directory, or another user's, which is for that user to sweep.
+            // The entry was removed, is no directory, or belongs to another user, who sweeps it.
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::ACCESS) => continue,
             Err(error) => return Err(failed("open", &entry.path())(error.into())),
         };
@@ -537,7 +537,7 @@ pub(super) fn remove_all(dir: &Path) -> Result<()> {
     }
 }
 
-/// Makes a file durable, and forbids to change it.
+/// Makes a file durable and read-only.
 fn seal(file: &File) -> io::Result<()> {
     file.set_permissions(Permissions::from_mode(0o400))?;
     file.sync_all()

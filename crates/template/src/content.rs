@@ -1,5 +1,4 @@
-//! What a template is made of, as its manifest describes it, and the rules that every description
-//! keeps.
+//! The content of a template as its manifest describes it, and the rules for every description.
 
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
@@ -15,47 +14,48 @@ use serde_json::Value;
 
 use crate::names;
 
-/// The largest kernel of a template, in bytes: the largest that is booted.
+/// The largest kernel of a template, in bytes, which is also the largest that is booted.
 pub const MAX_KERNEL_BYTES: u64 = 1 << 30;
 /// The most layers of memory, and of each disk.
 const MAX_LAYERS: usize = 250;
-/// The longest version of a program, and the longest name of a CPU's maker.
+/// The longest version of a program, and the longest CPU vendor name, in bytes.
 const MAX_WORD: usize = 64;
-/// The most that all files of a template may have together.
+/// The size limit of all files of a template together, in bytes.
 pub const MAX_TOTAL_BYTES: u64 = 1 << 48;
 
-/// What a template is.
+/// The content of a template.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Content {
-    /// The template or snapshot that this one is a difference to. All of it is in here, too.
+    /// The template or snapshot that this one is a difference to. This template contains all of its
+    /// files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
-    /// When it was taken, in milliseconds since 1970.
+    /// The time when the template was taken, in milliseconds since 1970.
     pub created_unix_ms: u64,
-    /// The version of the program that took it.
+    /// The version of the program that took the template.
     pub version: String,
-    /// The version of the guest's agent, where there is one.
+    /// The version of the guest's agent, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent_version: Option<String>,
-    /// The machine that it was taken of, as its guest sees it.
+    /// The machine that the template was taken of, as its guest sees it.
     pub shape: Shape,
-    /// What its forks are narrowed to.
+    /// The limits that forks are narrowed to.
     #[serde(default, skip_serializing_if = "is_default")]
     pub ceilings: Ceilings,
-    /// RAM.
+    /// The RAM.
     pub memory: Memory,
     /// The machine's state.
     pub state: HashedFile,
-    /// Disks, in the order of the shape.
+    /// The disks, in the order of the shape.
     pub disks: Vec<Disk>,
-    /// The kernel that the guest boots when it reboots; absent where an older format had none.
+    /// The kernel that the guest boots when it reboots; absent in an older format.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<HashedFile>,
     /// The initial RAM disk that goes with the kernel.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initrd: Option<HashedFile>,
-    /// What the guest was told of its CPU.
+    /// The CPU features that the guest was given.
     pub cpu: CpuFeatures,
 }
 
@@ -67,9 +67,9 @@ fn is_default(ceilings: &Ceilings) -> bool {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Memory {
-    /// Its size.
+    /// The size in bytes.
     pub bytes: u64,
-    /// Its layers, the base first.
+    /// The layers, the base first.
     pub layers: Vec<MemoryLayer>,
 }
 
@@ -77,14 +77,14 @@ pub struct Memory {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryLayer {
-    /// Its file.
+    /// The name of the layer's file.
     pub file: String,
     /// The size of the file; absent in format 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
-    /// Its id, which is a hash over its checksums.
+    /// The layer's id, which is a hash over its checksums.
     pub id: String,
-    /// How much data it holds.
+    /// The amount of data in the layer, in bytes.
     pub data_bytes: u64,
 }
 
@@ -92,11 +92,11 @@ pub struct MemoryLayer {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HashedFile {
-    /// Its name.
+    /// The file's name.
     pub file: String,
-    /// Its size.
+    /// The file's size in bytes.
     pub bytes: u64,
-    /// Its hash, by [`super::hash_of`].
+    /// The file's hash, by [`super::hash_of`].
     pub hash: String,
 }
 
@@ -117,7 +117,7 @@ impl Content {
         id_of(&value).map_err(|error| ApiError::internal(&error))
     }
 
-    /// The files beside the manifest, in the order in which they travel.
+    /// The files besides the manifest, in the order in which they are transferred.
     pub fn files(&self) -> impl Iterator<Item = &str> {
         self.sizes().map(|(file, _)| file)
     }
@@ -129,7 +129,7 @@ impl Content {
         memory.chain(self.hashed().map(|it| (it.file.as_str(), Some(it.bytes))))
     }
 
-    /// Those that have their hash here.
+    /// The files whose hashes are in the manifest.
     pub fn hashed(&self) -> impl Iterator<Item = &HashedFile> {
         let disks = self.disks.iter();
         std::iter::once(&self.state)
@@ -137,7 +137,7 @@ impl Content {
             .chain(self.kernel.iter().chain(&self.initrd))
     }
 
-    /// Everything that is wrong with it in itself, as one sentence.
+    /// Checks the description's own consistency; the error is one sentence.
     pub(super) fn check(&self) -> std::result::Result<(), String> {
         self.check_words()?;
         self.check_shape()?;
@@ -217,7 +217,7 @@ impl Content {
         }
     }
 
-    /// No file is larger than its part of the machine can need.
+    /// Checks that no file is larger than its part of the machine can need.
     fn check_sizes(&self) -> std::result::Result<(), String> {
         let limits = self.limits();
         let sizes = self.sizes().map(|(file, bytes)| (file, bytes.unwrap_or(0)));
@@ -245,7 +245,7 @@ impl Content {
         Ok(())
     }
 
-    /// The most that each file may have, in the order of [`Content::files`].
+    /// The size limit of each file in bytes, in the order of [`Content::files`].
     fn limits(&self) -> impl Iterator<Item = u64> {
         // An index takes at most 16 bytes for each page, and 32 for each 2 MiB.
         let memory = self.memory.bytes;
@@ -274,9 +274,9 @@ fn is_hex(text: &str, digits: RangeInclusive<usize>) -> bool {
     digits.contains(&text.len()) && text.bytes().all(lower)
 }
 
-/// The hash of a description as it stands in the file, whatever fields a later version knows.
+/// The hash of a description as it is in the file, including fields of later versions.
 pub(crate) fn id_of(content: &Value) -> serde_json::Result<String> {
-    // Keys are sorted in here.
+    // A `Value` sorts its keys.
     let text = serde_json::to_vec(content)?;
     Ok(blake3::hash(&text).to_hex()[..ID_DIGITS].to_owned())
 }

@@ -1,5 +1,4 @@
-//! Faults at every step, flipped bits anywhere, files from a hostile hand, makers in each other's
-//! way.
+//! Faults at every step, flipped bits at any place, hostile files, and concurrent makers.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};

@@ -1,8 +1,8 @@
-//! Where the making of a template may fail or die, for tests to do so at each place.
+//! The steps at which making a template may fail or die, where tests inject faults.
 
 use clone_start::error::Result;
 
-/// Told at each step of making a template. Does nothing but in tests.
+/// Called at each step of making a template. Does nothing outside of tests.
 #[cfg(not(test))]
 pub(super) fn step(_name: &str) -> Result<()> {
     Ok(())
@@ -19,21 +19,21 @@ mod in_tests {
 
     use super::Result;
 
-    /// What happens at a step.
+    /// The fault at a step.
     #[derive(Clone, Copy)]
     pub(crate) enum Fault {
-        /// It fails, as on a full disk.
+        /// The step fails, as on a full disk.
         Error,
-        /// The process ends on the spot.
+        /// The process ends immediately.
         Death,
     }
 
     thread_local! {
-        /// The fault to come in this thread, and how many steps are left until then.
+        /// The next fault in this thread, and the number of steps until then.
         static PLAN: Cell<Option<(Fault, u32)>> = const { Cell::new(None) };
     }
 
-    /// Lets `fault` happen once in this thread, after so many steps.
+    /// Injects `fault` once in this thread, after `after` steps.
     pub(crate) fn inject(fault: Fault, after: u32) {
         PLAN.set(Some((fault, after)));
     }

@@ -1,4 +1,4 @@
-//! Making one layer of many: for a template at the end of a long chain.
+//! Merges the layers of a template at the end of a long chain.
 
 use std::path::Path;
 
@@ -8,8 +8,8 @@ use clone_start::error::Result;
 use super::{NewTemplate, Parts, Template};
 use crate::Verified;
 
-/// Makes a template at `target` that is `template` with one memory layer and plain disks. `done`
-/// hears how much of [`bytes_to_flatten`] each step was.
+/// Makes a template at `target` with the content of `template` in one memory layer and plain disks.
+/// `done` is called after each step with its part of [`bytes_to_flatten`].
 pub fn flatten(
     verified: &Verified,
     template: &Template,
@@ -40,7 +40,7 @@ pub fn flatten(
     new.commit(Parts::same_as(template.content()), Some(verified))
 }
 
-/// How many bytes [`flatten`] has to look at.
+/// The number of bytes that [`flatten`] reads.
 pub fn bytes_to_flatten(template: &Template) -> u64 {
     let disks = template.content().disks.iter();
     memory_bytes(template) + disks.map(|disk| disk.base.bytes).sum::<u64>()

@@ -1,9 +1,9 @@
 //! A template's directory, opened once.
 //!
-//! All files of a template are reached through the descriptor of its directory, by plain names and
-//! without following links, so that nothing that happens to paths meanwhile changes what is read.
-//! The directory and its files must belong to root or to the caller and be writable by no one else:
-//! otherwise their content could change after it was checked.
+//! All files of a template are opened through the descriptor of its directory, by plain names and
+//! without following links, so later changes to paths do not change which files are read. The
+//! directory and its files must belong to root or to the caller, and no other user may be able to
+//! write to them; otherwise their content could change after it was checked.
 
 use std::ffi::OsStr;
 use std::fs::{File, Metadata};
@@ -28,8 +28,8 @@ pub(super) struct Folder {
 }
 
 impl Folder {
-    /// Opens the directory at `path`, which must be absolute, without following a link anywhere on
-    /// the way. Who may write to it is not checked.
+    /// Opens the directory at `path`, which must be absolute, without following any link in the
+    /// path. Its permissions are not checked.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         let opened = rustix::fs::openat2(
@@ -55,7 +55,7 @@ impl Folder {
         check_trusted(&meta, &self.path)
     }
 
-    /// The same directory for another owner, who knows it by this path.
+    /// Duplicates the handle, with `path` as the directory's path.
     pub(super) fn at(&self, path: &Path) -> Result<Self> {
         let dir = self.dir.try_clone().map_err(failed("open", path))?;
         Ok(Self {
@@ -64,7 +64,7 @@ impl Folder {
         })
     }
 
-    /// Its path when it was opened.
+    /// The directory's path when it was opened.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
@@ -73,12 +73,13 @@ impl Folder {
         &self.dir
     }
 
-    /// Opens a file in it for reading: a plain file that no other user may write to.
+    /// Opens a file in the directory for reading. It must be a regular file that no other user may
+    /// write to.
     ///
     /// # Errors
-    /// [`io::ErrorKind::NotFound`] where there is none; others say what is wrong with it.
+    /// [`io::ErrorKind::NotFound`] if there is no such file; other kinds if it is not acceptable.
     pub(super) fn open_file(&self, name: &str) -> io::Result<File> {
-        // A device may react to being opened, so its kind is looked at before.
+        // Opening a device may have effects, so the file type is checked first.
         let stat = rustix::fs::statat(&self.dir, name, AtFlags::SYMLINK_NOFOLLOW)?;
         check_plain(FileType::from_raw_mode(stat.st_mode).is_file())?;
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -97,7 +98,7 @@ impl Folder {
         }
     }
 
-    /// Makes a new file in it, which nobody else can open.
+    /// Makes a new file in the directory, which no other user can open.
     pub(super) fn create(&self, name: &str) -> io::Result<File> {
         let flags =
             OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -107,11 +108,11 @@ impl Folder {
         )?))
     }
 
-    /// Gives the file `name` of `from` the name `to` in here as well, if it is still the open
-    /// `file`. Whether that was possible.
+    /// Hard-links the file `name` of `from` into this directory as `to`, if it still is the open
+    /// `file`. Returns whether that was possible.
     pub(super) fn link(&self, from: &Self, name: &str, file: &File, to: &str) -> io::Result<bool> {
         if rustix::fs::linkat(&from.dir, name, &self.dir, to, AtFlags::empty()).is_err() {
-            // Another file system, or one without links.
+            // The directories are on different file systems, or on one without hard links.
             return Ok(false);
         }
         let (meant, linked) = (file.metadata()?, self.open_file(to)?.metadata()?);
@@ -122,12 +123,12 @@ impl Folder {
         Ok(same)
     }
 
-    /// Gives a file in it another name, in place of what has it.
+    /// Renames a file in the directory, replacing any file with the new name.
     pub(super) fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         Ok(rustix::fs::renameat(&self.dir, from, &self.dir, to)?)
     }
 
-    /// Removes a file in it.
+    /// Removes a file in the directory.
     pub(super) fn remove(&self, name: &str) -> io::Result<()> {
         Ok(rustix::fs::unlinkat(&self.dir, name, AtFlags::empty())?)
     }
@@ -162,7 +163,8 @@ fn check_trusted(meta: &Metadata, path: &Path) -> Result<()> {
     }
 }
 
-/// The error for a path with a link in it: names the link, and the path without.
+/// The error for a path that contains a link; it names the link, and advises the path without
+/// links.
 fn is_link(path: &Path) -> ApiError {
     let is_link = |part: &&Path| part.symlink_metadata().is_ok_and(|meta| meta.is_symlink());
     let link = path.ancestors().filter(is_link).last().unwrap_or(path);
@@ -179,8 +181,8 @@ fn is_link(path: &Path) -> ApiError {
     }
 }
 
-/// `path` without links in the part of it that exists: for directories that the caller's own
-/// environment names.
+/// Resolves the links in the part of `path` that exists. This is for directories that the caller's
+/// own environment names.
 pub(super) fn resolved(path: &Path) -> io::Result<PathBuf> {
     let path = std::path::absolute(path)?;
     let mut missing: Vec<&OsStr> = Vec::new();

@@ -1,5 +1,5 @@
-//! Directories, links and files of templates from a hostile hand. What their forks touch is tested
-//! where forks are made.
+//! Hostile directories, links and files of templates. The tests of forks cover what such templates
+//! make a fork touch.
 
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};

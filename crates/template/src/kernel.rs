@@ -1,8 +1,8 @@
-//! Kernels that templates have in common.
+//! Shares kernels among templates.
 //!
-//! A kernel is tens of megabytes, and most templates of a host boot the same. A new template takes
-//! the file of a template beside it that has the same content, by a hard link: however many there
-//! are, they hold one copy, which goes with the last of them.
+//! A kernel has tens of megabytes, and most templates of a host boot the same one. A new template
+//! hard-links the kernel of another template in the same directory that has the same content, so
+//! they all share one copy, which is freed with the last of them.
 
 use std::fs;
 use std::io;
@@ -15,15 +15,15 @@ use super::folder::Folder;
 use super::names::is_file_of_a_template;
 use super::{open_manifest, read_manifest, verify};
 
-/// As much of a manifest as is needed here.
+/// The fields of a manifest that are needed here.
 #[derive(Deserialize)]
 struct Boots {
     kernel: Option<HashedFile>,
     initrd: Option<HashedFile>,
 }
 
-/// Replaces `ours`, a file of the new template in `folder`, by the same file of a template in
-/// `parent`, where there is one that it can be linked to.
+/// Replaces `ours`, a file of the new template in `folder`, by a link to the same file of a
+/// template in `parent`, if there is one that can be linked.
 pub(super) fn share(parent: &Folder, folder: &Folder, ours: &HashedFile) -> Result<()> {
     let list = |error| failed("list", parent.path())(error);
     for entry in fs::read_dir(parent.path()).map_err(list)? {
@@ -31,7 +31,7 @@ pub(super) fn share(parent: &Folder, folder: &Folder, ours: &HashedFile) -> Resu
         if name.as_encoded_bytes().starts_with(b".") {
             continue;
         }
-        // What cannot be used is no loss: the new template has a file of its own.
+        // A template that cannot be opened is skipped, since the new one has a file of its own.
         let Ok(other) = Folder::open(&parent.path().join(name)) else {
             continue;
         };
@@ -42,7 +42,7 @@ pub(super) fn share(parent: &Folder, folder: &Folder, ours: &HashedFile) -> Resu
     Ok(())
 }
 
-/// Takes the file of `other` that has the content of `ours`; whether there is one.
+/// Links the file of `other` that has the content of `ours`; returns whether there is one.
 fn link(other: &Folder, folder: &Folder, ours: &HashedFile) -> Result<bool> {
     other.check_trusted()?;
     let text = read_manifest(&open_manifest(other)?, other.path())?;
@@ -60,7 +60,7 @@ fn link(other: &Folder, folder: &Folder, ours: &HashedFile) -> Result<bool> {
 
 fn link_same(other: &Folder, folder: &Folder, theirs: &str, ours: &HashedFile) -> io::Result<bool> {
     let file = other.open_file(theirs)?;
-    // Its manifest is only a hint: the other template need not have been verified.
+    // The other template need not have been verified, so its manifest is only a hint.
     if verify::hash_of(&file)? != ours.hash {
         return Ok(false);
     }

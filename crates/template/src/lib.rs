@@ -1,18 +1,20 @@
-//! Templates on disk: what clones are forked from.
+//! Templates on disk, from which clones are forked.
 //!
-//! A template is a directory that holds all it needs: `manifest.json`, the machine's `state`,
-//! memory layers, for each disk a raw base image and layers, and the kernel that its guest reboots
-//! into. What it shares with others are hard links, so any of them may be removed. It is made under
-//! a hidden name and renamed when it is whole and durable ([`NewTemplate`]): a crash leaves nothing
-//! or all of it. Every clone holds a shared lock on the manifest, so a template in use is not
-//! removed.
+//! A template is a directory that contains all of its files: `manifest.json`, the machine's
+//! `state`, memory layers, for each disk a raw base image and layers, and the kernel that its guest
+//! reboots into. Files that it shares with other templates are hard links, so any of them may be
+//! removed. A template is made under a hidden name and renamed when it is complete and durable
+//! ([`NewTemplate`]), so a crash leaves either all of it or nothing. Every clone holds a shared
+//! lock on the manifest, so a template in use is not removed.
 //!
-//! A template may come from a stranger. It says what its machine looks like and nothing of this
-//! host ([`manifest`]); it is opened once, through its directory's descriptor ([`folder`]), and what
-//! was verified through that descriptor is what clones use ([`SharedFile`]).
+//! A template may come from an untrusted source. It describes what its guest sees of its machine
+//! and contains nothing about this host ([`manifest`]). It is opened once, through its directory's
+//! descriptor ([`folder`]), and clones use the files that were verified through that descriptor
+//! ([`SharedFile`]).
 //!
-//! Hashing all of it at each fork would take longer than the fork. It is verified once on each
-//! host, and again when a file's times or size say that something touched it ([`verify`]).
+//! Hashing all files at each fork would take longer than the fork. A template is verified once on
+//! each host, and again when the times or sizes of its files show that they were touched
+//! ([`verify`]).
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod build;
@@ -66,13 +68,13 @@ use content::HashedFile;
 use folder::Folder;
 use names::refused;
 
-/// A template that is not removed while this lives. Its files are open, and read through these
-/// descriptors alone.
+/// An open template, which cannot be removed while this value lives. Its files are open, and are
+/// read only through these descriptors.
 #[derive(Debug)]
 pub struct Template {
     folder: Folder,
     manifest: Manifest,
-    /// By their names.
+    /// The open files by their names.
     files: BTreeMap<String, File>,
     /// The manifest's file, locked shared.
     lock: File,
@@ -82,8 +84,8 @@ impl Template {
     /// Opens the template in `dir`: reads its manifest and opens its files.
     ///
     /// # Errors
-    /// With the file and what is wrong with it; where another user could change it. Content is left
-    /// to [`Template::verify`].
+    /// Names the file and its problem, also if another user could change the file. The content is
+    /// checked by [`Template::verify`].
     pub fn open(dir: &Path) -> Result<Self> {
         let dir = std::path::absolute(dir).map_err(failed("find", dir))?;
         if let Err(error) = dir.symlink_metadata()
@@ -94,7 +96,7 @@ impl Template {
         Self::open_folder(Folder::open(&dir)?)
     }
 
-    /// Opens the template in a directory that is open.
+    /// Opens the template in an open directory.
     fn open_folder(folder: Folder) -> Result<Self> {
         folder.check_trusted()?;
         let dir = folder.path().to_owned();
@@ -114,17 +116,17 @@ impl Template {
         })
     }
 
-    /// Where it is.
+    /// The template's directory.
     pub fn dir(&self) -> &Path {
         self.folder.path()
     }
 
-    /// Its description.
+    /// The template's manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// What it is.
+    /// The template's content.
     pub fn content(&self) -> &Content {
         &self.manifest.content
     }
@@ -133,7 +135,7 @@ impl Template {
         self.dir().join(name)
     }
 
-    /// The open file of this name, which its manifest names.
+    /// The open file with this name, which must be in the manifest.
     fn file(&self, name: &str) -> Result<&File> {
         let file = self.files.get(name);
         file.ok_or_else(|| self.refused(&format!("{name} is no file of it")))
@@ -147,7 +149,7 @@ impl Template {
         SharedFile::of(self.path(name), self.file(name)?)
     }
 
-    /// What its clones lie on.
+    /// The files that clones of the template are forked from.
     pub fn parent(&self) -> Result<Parent> {
         let layers = self.content().memory.layers.iter();
         let disks = self.content().disks.iter();
@@ -191,14 +193,14 @@ impl Template {
         self.shared(&self.content().state.file)
     }
 
-    /// The lock that keeps it from being removed, for another owner.
+    /// Duplicates the lock that keeps the template from being removed.
     pub fn hold(&self) -> Result<File> {
         let held = self.lock.try_clone();
         held.map_err(failed("hold", self.dir()))
     }
 
-    /// The record of what clones touch first, where there is one. It is this host's, and no part of
-    /// the template.
+    /// The record of the pages that clones touch first, if there is one. It belongs to this host,
+    /// and is not part of the template.
     pub fn prefetch(&self) -> Result<Option<SharedFile>> {
         match self.folder.open_file(prefetch::FILE) {
             Ok(file) => SharedFile::of(self.path(prefetch::FILE), &file).map(Some),
@@ -210,7 +212,7 @@ impl Template {
         }
     }
 
-    /// Keeps a record of what clones touch first.
+    /// Stores a record of the pages that clones touch first.
     pub fn write_prefetch(&self, record: &[u8]) -> Result<()> {
         let new = "prefetch.new";
         let written = match self.folder.remove(new) {
@@ -223,7 +225,7 @@ impl Template {
             .map_err(failed("write", &self.path(prefetch::FILE)))
     }
 
-    /// The memory layers, put together; their indexes are checked, their pages are not.
+    /// The stack of memory layers. Their indexes are checked, but not their pages.
     pub fn memory(&self) -> Result<LayerStack> {
         let wrong = |error: clone_memory::LayerError| self.refused(&error.to_string());
         let mut layers = Vec::new();
@@ -251,7 +253,7 @@ impl Template {
         let HashedFile {
             file: name, bytes, ..
         } = &self.content().state;
-        // The manifest's bound on it was checked, and so was its size.
+        // The size in the manifest is bounded, and the file has that size.
         let mut state = vec![0; *bytes as usize];
         let read = self.file(name)?.read_exact_at(&mut state, 0);
         read.map_err(failed("read", &self.path(name)))?;
@@ -259,7 +261,7 @@ impl Template {
             .map_err(|error| self.refused(&format!("{name} is damaged: {error}")))
     }
 
-    /// Disk `index`, for reading.
+    /// Opens disk `index` for reading.
     fn open_disk(&self, index: usize) -> Result<Disk> {
         let described = &self.content().disks[index];
         let open = |file: &HashedFile| {

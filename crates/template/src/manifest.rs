@@ -1,15 +1,14 @@
-//! A template's description: `manifest.json`, for people and for programs.
+//! A template's manifest, `manifest.json`, for people and for programs.
 //!
-//! A manifest may come from a hostile hand. It describes the [`Shape`] of a machine, the files that
-//! make it up, and [`Ceilings`], which can only take away from what the forking side allows. It has
-//! no field for a path, an interface, an address, a log or a name of a host's: what clones are
-//! connected to and where they write is chosen by whoever forks. Names in it are plain names of
-//! files beside it; sizes are bounded by what the shape can need; a field that this version does not
-//! know is refused, since ignoring it could mean another machine. [`Manifest::parse`] checks all
-//! that, and is the only way to a manifest that was read. Files are compared with it in
-//! [`super::verify`].
+//! A manifest may be hostile. It describes the [`Shape`] of a machine, the files that it consists
+//! of, and [`Ceilings`], which can only restrict what the forking side allows. It has no field for
+//! a path, an interface, an address, a log or a name of a host; the forking side decides the
+//! networks of clones and the place of their writes. Names in it are plain names of files in the
+//! same directory; sizes are bounded by what the shape can need; an unknown field is refused, since
+//! ignoring it could mean another machine. [`Manifest::parse`] checks all of this, and is the only
+//! way to read a manifest. The files are compared with it in [`super::verify`].
 //!
-//! Format 1 named host paths and had no kernel: see [`super::migrate`].
+//! Format 1 contained host paths and no kernel: see [`super::migrate`].
 
 use std::path::Path;
 
@@ -21,9 +20,9 @@ use super::migrate;
 use crate::content::{Content, id_of};
 use crate::names::refused;
 
-/// The format that is written, and the newest that is read.
+/// The format that is written, which is also the newest that is read.
 pub const FORMAT: u32 = 2;
-/// The largest manifest that is read.
+/// The size limit of a manifest, in bytes.
 pub const MAX_BYTES: u64 = 1 << 20;
 
 /// A template's description.
@@ -31,16 +30,16 @@ pub const MAX_BYTES: u64 = 1 << 20;
 pub struct Manifest {
     /// [`FORMAT`], or an older one that was migrated.
     pub format: u32,
-    /// The hash of what follows, and so of all content: 32 hexadecimal digits.
+    /// The hash of the content, and so of all files: 32 hexadecimal digits.
     pub id: String,
-    /// What is described.
+    /// The described content.
     #[serde(flatten)]
     pub content: Content,
 }
 
 impl Manifest {
-    /// Reads and checks a manifest's text. One of an older format is migrated, and says so in
-    /// [`Manifest::format`].
+    /// Parses and checks a manifest's text. An older format is migrated; [`Manifest::format`] shows
+    /// it.
     pub fn parse(text: &[u8], path: &Path) -> Result<Self> {
         #[derive(Deserialize)]
         struct Head {
@@ -85,7 +84,8 @@ impl Manifest {
         }
     }
 
-    /// An error for what only a template of the present format can do.
+    /// Returns an error if the format is old, for an operation `what` that needs the present
+    /// format.
     pub(super) fn check_current(&self, path: &Path, what: &str) -> Result<()> {
         match self.format {
             FORMAT => Ok(()),

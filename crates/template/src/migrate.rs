@@ -1,11 +1,11 @@
-//! Manifests of format 1.
+//! Reads manifests of format 1.
 //!
-//! Format 1 carried the whole description of the VM that was snapshotted: paths of its kernel and
-//! disks, its bridge, its logs. Of these the machine's shape is taken and the limits of its network
-//! and disks, which become ceilings; everything that names something of a host is ignored. The
-//! kernel was a host's file and is no part of such a template, so that its clones run but do not
-//! reboot: `clone template upgrade` makes a template of the present format, with a kernel that the
-//! caller names.
+//! Format 1 contained the whole description of the VM that was snapshotted: paths of its kernel and
+//! disks, its bridge, its logs. Of these, this module takes the machine's shape, and the limits of
+//! its network and disks, which become ceilings; every field that names something of a host is
+//! ignored. The kernel was a host's file and is not part of such a template, so its clones run but
+//! cannot reboot: `clone template upgrade` makes a template of the present format, with a kernel
+//! that the caller names.
 
 use std::path::Path;
 
@@ -38,7 +38,7 @@ struct ContentV1 {
     cpu: CpuFeatures,
 }
 
-/// What is taken of a description; all other fields of it are ignored.
+/// The fields that are used of a description; all others are ignored.
 #[derive(Deserialize)]
 struct ConfigV1 {
     vcpus: u32,
@@ -105,7 +105,7 @@ impl From<ConfigV1> for VmConfig {
     }
 }
 
-/// The content of a manifest of format 1 in the present form. It is checked by the caller.
+/// Converts the content of a manifest of format 1. The caller checks the result.
 pub(super) fn content(value: Value) -> serde_json::Result<Content> {
     let old: ContentV1 = serde_json::from_value(value)?;
     let config = VmConfig::from(old.config);
@@ -200,7 +200,7 @@ mod tests {
         old["config"]["vcpus"] = json!(0);
         let error = Manifest::parse(&text_of(FORMAT_1, old), Path::new("t")).unwrap_err();
         assert!(error.message.contains("vcpus"), "{error}");
-        // Its fields are no fields of the present format.
+        // The present format does not have these fields.
         assert!(Manifest::parse(&text_of(FORMAT, hostile()), Path::new("t")).is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! The names of the files of a template, and what it is told when one cannot be used.
+//! The names of a template's files, and the error for a template that cannot be used.
 
 use std::path::{Component, Path};
 
@@ -11,7 +11,7 @@ pub(crate) const STATE: &str = "state";
 pub(crate) const KERNEL: &str = "kernel";
 pub(crate) const INITRD: &str = "initrd";
 
-/// Whether files of templates are called so.
+/// Whether a template can have a file with this name.
 pub(crate) fn is_file_of_a_template(name: &str) -> bool {
     let memory = name.starts_with("memory-") && name.ends_with(".layer");
     let disk = name.starts_with("disk-") && (name.ends_with(".raw") || name.contains(".layer-"));
@@ -26,7 +26,7 @@ pub(crate) fn is_file_of_a_template(name: &str) -> bool {
     memory || disk || others.contains(&name)
 }
 
-/// Whether it names something in a directory and nothing anywhere else.
+/// Whether the name is that of an entry in a directory, and leads nowhere else.
 pub(crate) fn is_plain_name(name: &str) -> bool {
     let mut parts = Path::new(name).components();
     let first = matches!(parts.next(), Some(Component::Normal(part)) if part == name);

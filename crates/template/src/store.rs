@@ -1,4 +1,4 @@
-//! The directory where templates have names.
+//! The store: the directory in which templates are found by name.
 
 use std::fs;
 use std::io;
@@ -11,7 +11,7 @@ use rustix::fs::FlockOperation;
 
 use super::{Template, build, folder, names, no_template};
 
-/// Where templates are that are called by a name.
+/// The directory of the templates that are given by name.
 #[derive(Clone, Debug)]
 pub struct Store {
     root: PathBuf,
@@ -37,17 +37,19 @@ impl Store {
             )
             .advise("set CLONE_TEMPLATE_DIR to a directory of yours"));
         };
-        // The caller's own word: links in it are followed here, and nowhere below.
+        // The path comes from the caller's environment, so links in it are followed; links below it
+        // are not.
         let root = folder::resolved(&root).map_err(failed("find", &root))?;
         Ok(Self { root })
     }
 
-    /// A store at `root`, which has no links in it.
+    /// Makes a store at `root`, a path without links.
     pub fn at(root: PathBuf) -> Self {
         Self { root }
     }
 
-    /// Where a template of this name is or would be: in the store, or with a `/` anywhere.
+    /// The path of the template `name`, which need not exist: in the store, or anywhere if `name`
+    /// contains a `/`.
     pub fn path(&self, name: &str) -> Result<PathBuf> {
         if name.contains('/') {
             return std::path::absolute(name).map_err(failed("find", Path::new(name)));
@@ -62,12 +64,12 @@ impl Store {
         Ok(self.root.join(name))
     }
 
-    /// Opens the template of this name.
+    /// Opens the template `name`.
     pub fn open(&self, name: &str) -> Result<Template> {
         Template::open(&self.path(name)?)
     }
 
-    /// The names in the store, and what can be opened of them.
+    /// The names in the store, each with its template or the error of opening it.
     pub fn list(&self) -> Result<Vec<(String, Result<Template>)>> {
         let entries = match fs::read_dir(&self.root) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -85,7 +87,7 @@ impl Store {
         Ok(found)
     }
 
-    /// Removes a template that nobody uses.
+    /// Removes a template that is not in use.
     ///
     /// # Errors
     /// [`ErrorCode::Conflict`] while it is in use.
@@ -113,14 +115,15 @@ impl Store {
             return Err(ApiError::new(ErrorCode::Conflict, message)
                 .advise("move it away, or remove the directory yourself if it is to go"));
         }
-        // Without a name it is no template any more, whatever comes then.
+        // A directory with a hidden name is not a template, whatever happens next.
         let hidden = build::hidden_name(&dir)?;
         fs::rename(&dir, &hidden).map_err(failed("remove", &dir))?;
         build::remove_all(&hidden)
     }
 }
 
-/// Opens the manifest of a template that is to be removed, which may be damaged and anybody's.
+/// Opens the manifest of a template that is to be removed. It may be damaged, and may belong to any
+/// user.
 fn open_plain(path: &Path) -> io::Result<fs::File> {
     fs::File::options()
         .read(true)
@@ -128,8 +131,8 @@ fn open_plain(path: &Path) -> io::Result<fs::File> {
         .open(path)
 }
 
-/// Something in a directory that no template has: then it may be another program's, which has a
-/// `manifest.json` too. A damaged template has only its own files.
+/// The name of a file that is not part of any template. A directory with one may belong to another
+/// program that also uses a `manifest.json`. A damaged template has only its own files.
 fn foreign_entry(dir: &Path) -> Result<Option<String>> {
     for entry in fs::read_dir(dir).map_err(failed("list", dir))? {
         let entry = entry.map_err(failed("list", dir))?;

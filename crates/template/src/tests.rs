@@ -1,4 +1,5 @@
-//! Templates are whole or not there, shared or removed, and refused by name when touched.
+//! Templates exist as a whole or not at all, are shared and removed, and are refused after a
+//! change, with the name of the changed file.
 
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};

@@ -1,14 +1,14 @@
-//! Taking a template to another host: all of it as one stream of bytes.
+//! Transfers a template to another host as one stream of bytes.
 //!
-//! The stream is [`MAGIC`], the version, then pieces: the length of a file's name (one byte), the
-//! name, where in the file the piece lies and how long it is (each eight bytes, little-endian), its
-//! bytes. A piece without bytes ends its file, and says how long that is. An empty name ends the
-//! stream. The manifest comes first and without holes, then each file that it names, once and in its
-//! order, in pieces that only go forward. Holes of files are not sent.
+//! The stream consists of [`MAGIC`], the version, and pieces. Each piece has the length of a file's
+//! name (one byte), the name, the piece's offset in the file and its length (each eight bytes,
+//! little-endian), and its bytes. A piece without bytes ends its file, and its offset is the file's
+//! length. An empty name ends the stream. The manifest comes first and without holes, then each
+//! file that it names, once and in its order, with ascending offsets. Holes of files are not sent.
 //!
-//! Whoever receives asks for an id, which is a hash over all content, and verifies it: the sender
-//! need not be trusted. The manifest bounds what is taken: no piece goes beyond the size that it
-//! gives for the file, and no byte is taken twice.
+//! The receiver requests an id, which is a hash over all content, and verifies it, so the sender
+//! need not be trusted. The manifest bounds what the receiver accepts: no piece goes beyond the
+//! size that it gives for the file, and no byte is accepted twice.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -25,25 +25,26 @@ use super::names::{self, refused};
 use super::{NewTemplate, Template};
 use crate::Verified;
 
-/// What a stream begins with.
+/// The first bytes of a stream.
 const MAGIC: &[u8; 8] = b"CLONETPL";
 /// The version of the stream.
 const VERSION: u8 = 1;
-/// Bytes of a file in one piece, at most.
+/// The most bytes of a file in one piece.
 const PIECE: u64 = 1 << 20;
 /// Writes all of `template` to `sink`.
 ///
 /// # Errors
-/// Where it is of an older format, which does not bound its files, or cannot be read or written.
+/// The template is of an older format, which does not bound its files, or cannot be read or
+/// written.
 pub fn send(template: &Template, sink: &mut impl Write) -> Result<()> {
     let manifest = template.manifest();
     manifest.check_current(template.dir(), "be sent to another host")?;
-    let gone = |error: io::Error| {
+    let send_failed = |error: io::Error| {
         let message = format!("cannot send the template: {error}");
         ApiError::new(ErrorCode::Unavailable, message)
     };
-    sink.write_all(MAGIC).map_err(gone)?;
-    sink.write_all(&[VERSION]).map_err(gone)?;
+    sink.write_all(MAGIC).map_err(send_failed)?;
+    sink.write_all(&[VERSION]).map_err(send_failed)?;
     for name in [names::MANIFEST]
         .into_iter()
         .chain(template.content().files())
@@ -62,15 +63,15 @@ pub fn send(template: &Template, sink: &mut impl Write) -> Result<()> {
                 data.resize((end - at).min(PIECE) as usize, 0);
                 file.read_exact_at(&mut data, at)
                     .map_err(failed("read", &path))?;
-                piece(sink, name, at, &data).map_err(gone)?;
+                piece(sink, name, at, &data).map_err(send_failed)?;
                 at += data.len() as u64;
             }
         }
-        piece(sink, name, len, &[]).map_err(gone)?;
+        piece(sink, name, len, &[]).map_err(send_failed)?;
     }
     sink.write_all(&[0])
         .and_then(|()| sink.flush())
-        .map_err(gone)
+        .map_err(send_failed)
 }
 
 /// The data of a file at or after `at`.
@@ -94,11 +95,11 @@ fn piece(sink: &mut impl Write, name: &str, at: u64, data: &[u8]) -> io::Result<
     sink.write_all(data)
 }
 
-/// Reads a template from `source`, verifies it, and gives it its place at `target`; with `id` only
-/// if it is that one.
+/// Reads a template from `source`, verifies it, and stores it at `target`. With `id`, any other
+/// template is refused.
 ///
 /// # Errors
-/// With what is wrong with the stream; then nothing is left of it.
+/// Says what is wrong with the stream; everything that was received is removed.
 pub fn receive(
     target: &Path,
     id: Option<&str>,
@@ -123,15 +124,15 @@ pub fn receive(
     new.take_in(&text, &manifest, verified)
 }
 
-/// A stream that a template is read from. It is refused as soon as it is not as described, and
-/// nothing that it says makes it take more memory than a piece and a manifest, or more disk than
-/// the manifest's sizes.
+/// A stream from which a template is received. It is refused as soon as it differs from its
+/// manifest. It can cause no more use of memory than one piece and a manifest, and no more use of
+/// disk than the manifest's sizes.
 struct Stream<'a, S> {
     target: &'a Path,
     source: &'a mut S,
 }
 
-/// A part of a file; without bytes its end.
+/// A part of a file; the end of the file if it has no bytes.
 struct Piece {
     at: u64,
     data: Vec<u8>,
@@ -148,7 +149,7 @@ impl<S: Read> Stream<'_, S> {
         }
     }
 
-    /// The text of the manifest, whose pieces follow each other without gaps.
+    /// Receives the manifest's text, whose pieces must follow each other without gaps.
     fn manifest(&mut self) -> Result<Vec<u8>> {
         let mut text = Vec::new();
         loop {
@@ -166,7 +167,7 @@ impl<S: Read> Stream<'_, S> {
         }
     }
 
-    /// Takes the file `name` of `bytes` bytes.
+    /// Receives the file `name` of `bytes` bytes.
     fn file(&mut self, name: &str, bytes: u64, file: &File) -> Result<()> {
         let mut end = 0;
         loop {
@@ -188,7 +189,7 @@ impl<S: Read> Stream<'_, S> {
         }
     }
 
-    /// The next piece, which must be one of the file `name`.
+    /// Receives the next piece, which must belong to the file `name`.
     fn piece(&mut self, name: &str) -> Result<Piece> {
         let head = read_head(self.source).map_err(|error| self.broken(&error))?;
         let Some((found, at, len)) = head else {
@@ -230,7 +231,7 @@ impl<S: Read> Stream<'_, S> {
     }
 }
 
-/// The head of the next piece; `None` at the stream's end.
+/// Reads the head of the next piece; `None` at the stream's end.
 fn read_head(source: &mut impl Read) -> io::Result<Option<(String, u64, u64)>> {
     let mut len = [0; 1];
     source.read_exact(&mut len)?;
@@ -343,7 +344,7 @@ mod tests {
         }
     }
 
-    /// How much is taken of a stream that goes on with `turn` for ever after `head`.
+    /// The number of bytes that are read of a stream that repeats `turn` forever after `head`.
     fn taken_of(head: &[u8], turn: &[u8]) -> usize {
         let there = Place::new();
         let mut source = Endless {
@@ -369,7 +370,7 @@ mod tests {
         assert!(taken_of(&[], &manifest(0, &megabyte)) < few);
         assert!(taken_of(&[], &manifest(0, b" ")) < few);
         assert!(taken_of(&[], &manifest(u64::MAX, &megabyte)) < few);
-        // And those of a file, after a manifest that is good.
+        // The same holds for a file's pieces after a valid manifest.
         let here = Place::new();
         let template = here.make("a", None);
         let text = std::fs::read(template.path(names::MANIFEST)).unwrap();

@@ -1,4 +1,4 @@
-//! Whether another user could change a file or directory that is relied on.
+//! Checks that no other user can change a file or directory that is relied on.
 
 use std::fs::Metadata;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -6,8 +6,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 /// Write permission for the group or for others.
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 
-/// Why a file or directory could change under our hands: it is neither root's nor the caller's, or
-/// others may write to it.
+/// The reason why another user could change a file or directory: it belongs neither to root nor to
+/// the caller, or others may write to it.
 pub(crate) fn distrust(meta: &Metadata) -> Option<String> {
     if meta.uid() != 0 && meta.uid() != caller() {
         let owner = meta.uid();

@@ -1,4 +1,4 @@
-//! Making a template of the present format out of an old one.
+//! Makes a template of the present format from an old one.
 
 use std::fs::File;
 use std::path::Path;
@@ -8,9 +8,9 @@ use clone_start::error::{Result, failed};
 use super::{NewTemplate, Parts, Template};
 use crate::Verified;
 
-/// Makes a template at `target` that is `template` with the kernel and the initial RAM disk that
-/// the caller names, for its guest to reboot into. All else is shared with `template`. The kernel
-/// is one that was found to be bootable.
+/// Makes a template at `target` from `template`, with the kernel and the initial RAM disk that the
+/// caller names for reboots of its guest. All other files are shared with `template`. The caller
+/// has checked that the kernel can be booted.
 pub fn upgrade(
     verified: &Verified,
     template: &Template,

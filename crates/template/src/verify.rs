@@ -1,4 +1,4 @@
-//! Checking a template's content, once for each host and each change of its files.
+//! Verifies a template's content, once for each host and each change of its files.
 
 use std::fs::{self, File, Metadata};
 use std::io;
@@ -10,10 +10,11 @@ use clone_start::fits;
 
 use super::Template;
 
-/// What is hashed at a time; pieces that are all zero are left out, so that holes cost nothing.
+/// The size of the pieces that are hashed, in bytes. Pieces that are all zero are skipped, so holes
+/// cost nothing.
 const PIECE: usize = 64 << 10;
 static ZEROS: [u8; PIECE] = [0; PIECE];
-/// Memory is checked by so many threads.
+/// The number of threads that check memory layers.
 const THREADS: usize = 2;
 
 /// The hash of a file's content and length, 64 hexadecimal digits: BLAKE3 over its length, and
@@ -25,7 +26,7 @@ pub fn hash_of(file: &File) -> io::Result<String> {
     let mut buffer = vec![0; PIECE];
     let mut at = 0;
     while at < len {
-        // Holes are all zero; where the file system does not know them they are read.
+        // Holes are all zero; on file systems without holes they are read.
         match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
             Ok(data) => at = data / PIECE as u64 * PIECE as u64,
             Err(rustix::io::Errno::NXIO) => break,
@@ -44,10 +45,11 @@ pub fn hash_of(file: &File) -> io::Result<String> {
 }
 
 impl Template {
-    /// Reads and checks all of it. `done` hears how many bytes each step was.
+    /// Reads and checks all files. `done` is called after each step with the number of bytes that
+    /// were read.
     ///
     /// # Errors
-    /// With the first file that is not as described.
+    /// Names the first file that differs from the manifest.
     pub fn verify(&self, mut done: impl FnMut(u64)) -> Result<()> {
         for hashed in self.content().hashed() {
             let file = self.file(&hashed.file)?;
@@ -73,26 +75,26 @@ impl Template {
         Ok(())
     }
 
-    /// The state is that of a machine of the described shape.
+    /// Checks that the state is that of a machine of the described shape.
     fn check_state(&self) -> Result<()> {
         let fits = fits::check_fits(&self.state()?, &self.content().shape);
         fits.map_err(|reason| self.refused(&format!("{}: {reason}", self.content().state.file)))
     }
 
-    /// How many bytes [`Template::verify`] has to look at.
+    /// The number of bytes that [`Template::verify`] reads.
     pub fn bytes_to_verify(&self) -> u64 {
         let content = self.content();
         let memory = content.memory.layers.iter().map(|layer| layer.data_bytes);
         content.hashed().map(|file| file.bytes).chain(memory).sum()
     }
 
-    /// Verifies it unless that was done on this host since its files were last touched.
+    /// Verifies the template unless that was done on this host since its files were last touched.
     pub fn ensure_verified(&self, verified: &Verified) -> Result<()> {
         let path = verified.file(&self.manifest.id);
         let stamp = self.stamp()?;
         match fs::read_to_string(&path) {
             Ok(known) if known == stamp => return Ok(()),
-            // From now on the new count of links goes with the new time.
+            // The files are unchanged, so the record is updated with the new link counts and times.
             Ok(known) if is_only_linked(&known, &stamp) => {
                 return self.note_verified(verified, &stamp);
             }
@@ -103,13 +105,14 @@ impl Template {
         self.verify_and_note(verified, |_| {})
     }
 
-    /// Verifies it in any case, and keeps what came out: what is damaged is not forked, even where
-    /// no time of a file tells.
+    /// Verifies the template in any case, and records the result, so that a damaged template is not
+    /// forked even if no file's time shows the damage.
     ///
     /// # Errors
     /// As [`Template::verify`].
     pub fn verify_and_note(&self, verified: &Verified, done: impl FnMut(u64)) -> Result<()> {
-        // Taken before: what changes meanwhile is then seen the next time.
+        // The stamp is taken before, so that a change during the verification is detected the next
+        // time.
         let stamp = self.stamp()?;
         match self.verify(done) {
             Ok(()) => self.note_verified(verified, &stamp),
@@ -120,15 +123,15 @@ impl Template {
         }
     }
 
-    /// Takes note that the files are as described: they have just been written or verified.
+    /// Records that the files match the manifest, since they have just been written or verified.
     pub(super) fn note_verified(&self, verified: &Verified, stamp: &str) -> Result<()> {
         let path = verified.file(&self.manifest.id);
-        // The directory is its owner's alone; half a stamp matches nothing.
+        // Only the owner can write to the directory, and an incomplete stamp matches nothing.
         fs::write(&path, stamp).map_err(failed("write", &path))
     }
 
-    /// What tells whether a file was touched: which it is, its size, and when it and its
-    /// description were last changed. The last no program can set.
+    /// A stamp that shows whether a file was touched: the identity and size of each file, and the
+    /// times of the last change of its content and its inode. No program can set the latter.
     pub(super) fn stamp(&self) -> Result<String> {
         let mut stamp = String::new();
         for name in self.content().files() {
@@ -139,25 +142,25 @@ impl Template {
     }
 }
 
-/// Which templates were verified on this host, and of which files: a small file for each in a
-/// directory that is its owner's alone.
+/// The record of which templates were verified on this host, and with which files: a small file for
+/// each template, in a directory that only its owner can write to.
 #[derive(Debug, Clone)]
 pub struct Verified {
     dir: PathBuf,
 }
 
 impl Verified {
-    /// The records in `dir`.
+    /// Uses the records in `dir`.
     pub fn in_dir(dir: PathBuf) -> Self {
         Self { dir }
     }
 
-    /// The record of the template of this id.
+    /// The record of the template with this id.
     pub fn file(&self, id: &str) -> PathBuf {
         self.dir.join(format!(".verified-{id}"))
     }
 
-    /// Forgets that the template of this id was verified.
+    /// Removes the record that the template with this id was verified.
     pub fn forget(&self, id: &str) -> Result<()> {
         let path = self.file(id);
         match fs::remove_file(&path) {
@@ -169,7 +172,8 @@ impl Verified {
     }
 }
 
-/// Between what tells a file's content and what a link to it changes as well.
+/// The separator in a stamp between the fields that show a change of the content and those that a
+/// new link changes as well.
 const LINKS: &str = " links ";
 
 fn stamp_of(meta: &Metadata) -> String {
@@ -186,8 +190,8 @@ fn stamp_of(meta: &Metadata) -> String {
     )
 }
 
-/// Whether files got or lost names since, and nothing else tells of a change. Another template
-/// that shares a layer changes the layer's ctime, and does not touch its content.
+/// Whether the only change is that files got or lost hard links. Another template that shares a
+/// layer changes the layer's ctime, but not its content.
 fn is_only_linked(known: &str, now: &str) -> bool {
     let same = |(known, now): (&str, &str)| {
         let (Some(known), Some(now)) = (known.split_once(LINKS), now.split_once(LINKS)) else {

@@ -1,4 +1,4 @@
-//! From open resources to a VM in the event loop.
+//! Assembles a VM in the event loop from open resources.
 
 use std::fs::File;
 use std::sync::{Arc, Mutex};
@@ -15,17 +15,17 @@ use kvm_ioctls::Kvm;
 
 use super::console::ConsoleHub;
 use super::control::ControlServer;
-use super::lineage::Lineage;
+use super::dirty_tracker::DirtyTracker;
 use super::machine::machine_error;
 use super::open::{BootFiles, OpenOrigin, Resources};
-use super::prefetch::Needed;
+use super::prefetch::PrefetchPages;
 use super::reboot::Reboot;
 use super::snapshot::SnapshotDisk;
 use super::timeline::Timeline;
-use super::vm::{Observed, Vm, VmHandle};
+use super::vm::{Vm, VmHandle, VmHandles};
 use super::{devices, prefetch};
 
-/// Builds the VM, paused before its guest's first instruction, in this jail.
+/// Builds the VM inside `jail`, paused before its guest's first instruction.
 pub(super) fn assemble(
     dir: &VmDir,
     (config, jail): (VmConfig, JailStatus),
@@ -46,7 +46,7 @@ pub(super) fn assemble(
     let hub = Arc::new(Mutex::new(hub));
     events.attach(&console_slot, hub.clone());
 
-    let guest = Guest::of(resources.origin, &config)?;
+    let guest = Guest::from_origin(resources.origin, &config)?;
     timeline.reach(StartStage::Mapped);
     let saved = guest.state().map(|state| state.devices.as_slice());
     let ram = guest.memory.ram().clone();
@@ -66,11 +66,15 @@ pub(super) fn assemble(
         .boot
         .map(|files| files.kernel(&config, extra_arguments));
     let machine = match (guest.source, &mut kernel) {
-        (Source::State(state, needed), _) => {
-            restore(parts, *state, needed.as_ref(), events, &mut timeline)?
-        }
+        (Source::State(state, prefetch_pages), _) => restore(
+            parts,
+            *state,
+            prefetch_pages.as_ref(),
+            events,
+            &mut timeline,
+        )?,
         (Source::Boot, Ok(kernel)) => boot(parts, kernel, &config, events)?,
-        // It was opened a moment ago.
+        // A boot opens its kernel, so this case does not occur.
         (Source::Boot, Err(missing)) => {
             return Err(ApiError::new(ErrorCode::Internal, missing.clone()));
         }
@@ -86,10 +90,11 @@ pub(super) fn assemble(
     let attached = console.attached();
     drop(console);
 
-    let mut lineage = Lineage::new(Arc::clone(machine.memory()), resources.pagemap);
+    let mut dirty_tracker = DirtyTracker::new(Arc::clone(machine.memory()), resources.pagemap);
     if guest.observed {
-        // Memory that is tracked comes page by page.
-        let begun = lineage.begin();
+        // Tracked memory faults page by page, so the tracker shows exactly the pages that are
+        // touched.
+        let begun = dirty_tracker.begin();
         begun.map_err(|error| ApiError::internal(&error))?;
     }
     let disks = devices.handles.disks.iter().enumerate();
@@ -102,17 +107,21 @@ pub(super) fn assemble(
     let timeline = Arc::new(Mutex::new(timeline));
     let vm = Vm::new(machine, hub, timeline, guest.standby, guest.locks, events);
     let mut vm = vm.map_err(internal)?;
-    let subject = vm.subject(lineage, disks, boot_files);
-    vm.on_reboot(Reboot::new(config.on_reboot, kernel, Arc::clone(&subject)));
+    let snapshot_source = vm.snapshot_source(dirty_tracker, disks, boot_files);
+    vm.on_reboot(Reboot::new(
+        config.on_reboot,
+        kernel,
+        Arc::clone(&snapshot_source),
+    ));
     let handle = VmHandle::new(
         &vm,
         dir,
         config,
-        Observed {
+        VmHandles {
             memory_map: resources.memory_map,
             attached,
             devices: devices.handles,
-            subject,
+            snapshot_source,
             jail,
             standby: time.filter(|_| guest.standby),
         },
@@ -124,11 +133,11 @@ pub(super) fn assemble(
     Ok(vm)
 }
 
-/// The guest, as far as it is there before its machine.
+/// The parts of the guest that exist before its machine is built.
 struct Guest {
     memory: GuestMemory,
     source: Source,
-    /// What it boots; or why there is nothing to boot.
+    /// The kernel to boot, or the reason why there is none.
     boot: std::result::Result<BootFiles, String>,
     disk_layers: Vec<usize>,
     standby: bool,
@@ -138,11 +147,11 @@ struct Guest {
 
 enum Source {
     Boot,
-    State(Box<MachineState>, Option<Needed>),
+    State(Box<MachineState>, Option<PrefetchPages>),
 }
 
 impl Guest {
-    fn of(origin: OpenOrigin, config: &VmConfig) -> Result<Self> {
+    fn from_origin(origin: OpenOrigin, config: &VmConfig) -> Result<Self> {
         match origin {
             OpenOrigin::Boot(files) => Ok(Self {
                 memory: guest_memory(config)?,
@@ -157,13 +166,13 @@ impl Guest {
                 let layout = *fork.memory.layout();
                 let memory = GuestMemory::from_layers(&layout, &fork.memory);
                 let memory = memory.map_err(|error| ApiError::internal(&error))?;
-                let needed = fork.prefetch.and_then(|file| prefetch::read(file, &memory));
-                if let Some(needed) = &needed {
-                    needed.map(&memory);
+                let prefetch_pages = fork.prefetch.and_then(|file| prefetch::read(file, &memory));
+                if let Some(prefetch_pages) = &prefetch_pages {
+                    prefetch_pages.map(&memory);
                 }
                 Ok(Self {
                     memory,
-                    source: Source::State(Box::new(fork.state), needed),
+                    source: Source::State(Box::new(fork.state), prefetch_pages),
                     boot: fork.boot,
                     disk_layers: fork.disk_layers,
                     standby: fork.standby,
@@ -201,14 +210,16 @@ fn boot(
 fn restore(
     parts: Parts,
     state: MachineState,
-    needed: Option<&Needed>,
+    prefetch_pages: Option<&PrefetchPages>,
     events: &mut EventLoop,
     timeline: &mut Timeline,
 ) -> Result<Machine> {
     let machine = Machine::restore(parts, state, events).map_err(machine_error)?;
     timeline.reach(StartStage::Built);
-    if let Some(needed) = needed {
-        machine.pre_fault(&needed.all()).map_err(machine_error)?;
+    if let Some(prefetch_pages) = prefetch_pages {
+        machine
+            .pre_fault(&prefetch_pages.all())
+            .map_err(machine_error)?;
         timeline.reach(StartStage::PreFaulted);
     }
     let mut generation = [0; 16];

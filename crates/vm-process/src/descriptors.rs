@@ -1,16 +1,16 @@
-//! The descriptors of a VM's process: which it keeps when it starts.
+//! The descriptors that a VM's process keeps when it starts.
 //!
-//! Its launcher may have left anything open: files of a user's shell, another VM's tap that a
-//! careless library made inheritable, a database. The process begins by closing everything but the
-//! standard streams. What it is given comes later, with its description, over the Unix socket that
-//! its standard input is ([`super::start`]).
+//! The launcher may have left anything open: files of a user's shell, another VM's tap that a
+//! careless library made inheritable, a database. So the process begins by closing everything but
+//! the standard streams. Its resources come later, with its description, over the Unix socket on
+//! its standard input ([`clone_start::document`]).
 
 use std::fs::File;
 use std::io;
 
 /// Closes every descriptor but the three standard ones.
 ///
-/// It is called before anything else in the process, which then owns no descriptor.
+/// The process must call this before anything else, while it owns no other descriptor.
 pub(super) fn close_inherited() -> io::Result<()> {
     const FIRST: libc::c_uint = 3;
     // SAFETY: the process has just begun, has one thread, and has opened nothing: no owner of one
@@ -21,7 +21,7 @@ pub(super) fn close_inherited() -> io::Result<()> {
     }
 }
 
-/// Lets go of the launcher's socket on standard input.
+/// Replaces the launcher's socket on standard input by `/dev/null`.
 pub(super) fn detach_stdin() -> io::Result<()> {
     let null = File::open("/dev/null")?;
     Ok(rustix::stdio::dup2_stdin(null)?)

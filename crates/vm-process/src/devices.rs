@@ -1,5 +1,5 @@
-//! The virtio devices of a VM, in slot order: disks, interfaces, vsock, balloon, rng. This order is
-//! what the guest's names (`vda`, `eth0`) stand on.
+//! The virtio devices of a VM, in slot order: disks, interfaces, vsock, balloon, rng. The guest's
+//! names (`vda`, `eth0`) depend on this order.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -22,24 +22,25 @@ use clone_vmm::virtio::{DeviceError, VirtioDevice};
 use super::open::DeviceResources;
 use super::{disks, nets};
 
-/// The devices, and what reaches them from outside their transports.
+/// The devices, and the handles that reach them without their transports.
 pub(super) struct Devices {
     pub(super) slots: Vec<DeviceSlot>,
     pub(super) handles: Handles,
 }
 
-/// What the control socket reaches devices by.
+/// The handles through which the control socket reaches devices.
 #[derive(Default)]
 pub(super) struct Handles {
     pub(super) nets: Vec<NetHandle>,
-    /// Locked by its device for each call; a snapshot freezes it while that is paused.
+    /// The disks, each locked by its device for one call at a time. A snapshot freezes a disk while
+    /// its device is paused.
     pub(super) disks: Vec<Arc<Mutex<Disk>>>,
-    /// Locked by its transport and the control socket, one call at a time.
+    /// The balloon, locked by its transport and the control socket for one call at a time.
     pub(super) balloon: Option<Arc<Mutex<Balloon>>>,
 }
 
-/// Builds the devices on what was opened for them, new ones or (where there are any) from their
-/// `saved` states, which come in the same order.
+/// Builds the devices on the resources that were opened for them, new ones or from their `saved`
+/// states, which are in the same order.
 pub(super) fn build(
     config: &VmConfig,
     resources: DeviceResources,
@@ -68,11 +69,11 @@ pub(super) fn build(
     }
     if let Some(listener) = resources.vsock {
         let state = match next_saved()? {
-            Some(bytes) => VsockState::decode(bytes).map_err(told)?,
+            Some(bytes) => VsockState::decode(bytes).map_err(to_api_error)?,
             None => VsockState::fresh(config.vsock.cid.into()),
         };
         let device = Vsock::new(VsockResources::new(listener), state);
-        devices.add(device.map_err(told)?, events);
+        devices.add(device.map_err(to_api_error)?, events);
     }
     if config.balloon.enabled {
         let device = Arc::new(Mutex::new(balloon(&config.balloon, ram, next_saved()?)?));
@@ -81,15 +82,15 @@ pub(super) fn build(
     }
     if config.rng {
         let state = match next_saved()? {
-            Some(bytes) => RngState::decode(bytes).map_err(told)?,
+            Some(bytes) => RngState::decode(bytes).map_err(to_api_error)?,
             None => RngState::fresh(),
         };
-        devices.add(Rng::new(None, state).map_err(told)?, events);
+        devices.add(Rng::new(None, state).map_err(to_api_error)?, events);
     }
     Ok(devices)
 }
 
-fn told(error: DeviceError) -> ApiError {
+fn to_api_error(error: DeviceError) -> ApiError {
     ApiError::internal(&error)
 }
 
@@ -103,26 +104,26 @@ fn fewer_devices() -> ApiError {
 fn balloon(config: &BalloonConfig, ram: &GuestRam, saved: Option<&[u8]>) -> Result<Balloon> {
     let discard = Box::new(DiscardRam::new(ram.clone()));
     if let Some(bytes) = saved {
-        let state = BalloonState::decode(bytes).map_err(told)?;
-        return Balloon::new(discard, state).map_err(told);
+        let state = BalloonState::decode(bytes).map_err(to_api_error)?;
+        return Balloon::new(discard, state).map_err(to_api_error);
     }
     let state = BalloonState::fresh(BalloonOffer {
         deflate_on_oom: config.deflate_on_oom,
         reporting: config.free_page_reporting,
         ..BalloonOffer::default()
     });
-    let mut balloon = Balloon::new(discard, state).map_err(told)?;
+    let mut balloon = Balloon::new(discard, state).map_err(to_api_error)?;
     balloon.set_target_bytes(config.size.0);
     Ok(balloon)
 }
 
-/// What the control socket tells of a balloon.
+/// The status of a balloon as the control socket reports it.
 pub(super) fn balloon_status(balloon: &Balloon) -> BalloonStatus {
-    let told = balloon.stats();
+    let guest = balloon.stats();
     BalloonStatus {
         target_bytes: balloon.target_bytes(),
         actual_bytes: balloon.actual_bytes(),
-        guest: told.map(|(stats, _)| GuestMemoryStats {
+        guest: guest.map(|(stats, _)| GuestMemoryStats {
             swap_in_bytes: stats.swap_in,
             swap_out_bytes: stats.swap_out,
             major_faults: stats.major_faults,
@@ -133,7 +134,7 @@ pub(super) fn balloon_status(balloon: &Balloon) -> BalloonStatus {
             disk_caches_bytes: stats.disk_caches,
             oom_kills: stats.oom_kills,
         }),
-        guest_age_ms: told.map(|(_, age)| age.as_millis() as u64),
+        guest_age_ms: guest.map(|(_, age)| age.as_millis() as u64),
     }
 }
 

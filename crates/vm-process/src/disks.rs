@@ -1,4 +1,4 @@
-//! The devices of a VM's disks, on files that are open.
+//! Builds the devices of a VM's disks from open files.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -14,7 +14,8 @@ use clone_vmm::devices::block::{Block, BlockConfig, BlockState};
 
 use super::rate_limits;
 
-/// The device of a disk, new or as it was `saved`, and the disk behind it.
+/// Builds the device of a disk, new or from its `saved` state, and returns it with the disk behind
+/// it.
 pub(super) fn device(
     disk: &DiskConfig,
     files: DiskFiles,
@@ -37,7 +38,7 @@ pub(super) fn device(
     Ok((device.map_err(|error| ApiError::internal(&error))?, opened))
 }
 
-/// What the guest sees under `/dev/disk/by-id`: the image's name.
+/// The serial number that the guest shows under `/dev/disk/by-id`: the image's name.
 fn serial_number(path: &Path) -> String {
     let name = path.file_stem().unwrap_or_default().as_bytes();
     let plain = |&c: &u8| c.is_ascii_alphanumeric() || b"-_.".contains(&c);

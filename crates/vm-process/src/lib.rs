@@ -1,15 +1,17 @@
 //! The process of a VM.
 //!
-//! Its launcher starts the program `clone-vm` ([`clone_start::invocation`]). The two are connected
-//! by a Unix socket on standard input, over which the description and the taps come
-//! ([`clone_start::document`]), and by a pipe on standard output ([`clone_start::report`]). In order: close every other descriptor ([`descriptors`]), receive the description, take a session
-//! of its own, open every resource ([`open`]), jail itself, assemble the machine ([`assemble`]),
-//! report, and run the event loop until the guest ends ([`vm`]).
+//! The launcher starts the program `clone-vm` ([`clone_start::invocation`]). The two are connected
+//! by a Unix socket on standard input, over which the description and the taps are received
+//! ([`clone_start::document`]), and by a pipe on standard output ([`clone_start::report`]). The
+//! process does the following in this order: it closes every other descriptor ([`descriptors`]),
+//! receives the description, starts a session of its own, opens every resource ([`open`]), jails
+//! itself, assembles the machine ([`assemble`]), reports, and runs the event loop until the guest
+//! ends ([`vm`]).
 //!
-//! With another first argument the same program only builds a jail and reports how complete it is.
+//! With another first argument, the program only builds a jail and reports its status.
 //!
-//! What serves a hostile guest is here and in `clone-vmm`; no command line, network configuration or
-//! HTTP client is linked to it.
+//! All code that serves a hostile guest is in this crate and in `clone-vmm`; no command line,
+//! network configuration or HTTP client is linked to it.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod assemble;
@@ -17,9 +19,9 @@ pub mod console;
 pub mod control;
 mod descriptors;
 mod devices;
+mod dirty_tracker;
 mod disks;
 mod jail;
-mod lineage;
 mod log;
 mod machine;
 mod nets;
@@ -53,8 +55,8 @@ use rustix::process::Signal;
 use jail::JailSpec;
 use timeline::Timeline;
 
-/// Runs a VM from its description on standard input to its end, where this program's command line
-/// asks for that.
+/// Runs a VM from its description on standard input to its end, if the program's arguments request
+/// that.
 pub fn main() -> Option<ExitCode> {
     let mut words = std::env::args_os().skip(1);
     let word = words.next()?;
@@ -69,7 +71,8 @@ pub fn main() -> Option<ExitCode> {
     if let Err(error) = closed {
         return Some(fail(ApiError::internal(&error)));
     }
-    // What `ps` and the kernel's log call it; it was started by a path that says nothing.
+    // The name that `ps` and the kernel's log show, since the path that it was started by may say
+    // nothing.
     let _ = rustix::thread::set_name(c"clone-vm");
     Some(match build == BUILD {
         true => work(VmDir::at(dir.into())),
@@ -100,13 +103,13 @@ fn other_build() -> ApiError {
 }
 
 fn run(dir: VmDir) -> ExitCode {
-    // Until the report, the VM is its launcher's: should that end (Ctrl-C), so does this.
+    // Until the report, the VM ends when its launcher does (as by Ctrl-C).
     let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
     let mut timeline = Timeline::default();
     timeline.reach(StartStage::Spawned);
     let (start, taps) = match document::receive(io::stdin()) {
         Ok(Some(received)) => received,
-        // The launcher is gone before it said what to run: there is nobody to tell.
+        // The launcher ended before it sent a description, so there is nobody to report to.
         Ok(None) => return ExitCode::from(EXIT_START_FAILED),
         Err(error) => return fail(error),
     };
@@ -119,13 +122,13 @@ fn run(dir: VmDir) -> ExitCode {
         Ok(started) => started,
         Err(error) => return fail(error),
     };
-    // A standby stays its launcher's until it is adopted.
+    // A standby still ends with its launcher, until it is adopted.
     if !vm.is_standby() {
         let _ = rustix::process::set_parent_process_death_signal(None);
     }
     if let Err(error) = report::ready(&jail) {
-        // The launcher is gone; the VM is not less wanted for that.
-        tracing::warn!(%error, "nobody heard that the VM is ready");
+        // The launcher has ended; the VM runs nevertheless.
+        tracing::warn!(%error, "the launcher did not receive the report that the VM is ready");
     }
     let code = match vm.run(&mut events) {
         Ok(exit) => exit_code(&exit),
@@ -145,8 +148,9 @@ fn start_vm(
     mut timeline: Timeline,
 ) -> Result<(vm::Vm, JailStatus)> {
     descriptors::detach_stdin().map_err(|error| ApiError::internal(&error))?;
-    // Its launcher's terminal and its Ctrl-C are not ours. It fails only for a group's leader,
-    // which a process that was just started is only by its launcher's will.
+    // A session of its own keeps the launcher's terminal signals (Ctrl-C) away from the VM. The
+    // call fails only for a group's leader, which a new process is only if its launcher made it
+    // one.
     let _ = rustix::process::setsid();
     let extra: Vec<String> = kernel_arguments(&start);
     let required = start.required_jail.clone();
@@ -157,7 +161,7 @@ fn start_vm(
     let memory_for_layers: u64 = disks.map(clone_disk::DiskFiles::memory_room).sum();
     let jail = jail::enter(&JailSpec {
         runtime_dir: dir.path().to_owned(),
-        // What layers keep in memory counts there as well.
+        // The memory that a disk's layers use counts towards the same limit.
         guest_memory_bytes: config.memory.0 + memory_for_layers,
         vcpus: config.vcpus,
     })
@@ -166,7 +170,7 @@ fn start_vm(
     timeline.reach(StartStage::Jailed);
     let described = (config, jail.clone());
     let mut vm = assemble::assemble(dir, described, &extra, kvm, resources, events, timeline)?;
-    // Everything is made: from here on no thread needs more than its daily calls.
+    // Everything is built: from here on, every thread needs only the calls of its list.
     jail::confine_event_loop().map_err(|error| ApiError::internal(&error))?;
     vm.reach(StartStage::Ready);
     if !vm.is_standby() {
@@ -175,7 +179,7 @@ fn start_vm(
     Ok((vm, jail))
 }
 
-/// What the command line must say beside what its owner wants.
+/// The arguments that the kernel's command line needs besides those of the description.
 fn kernel_arguments(start: &Start) -> Vec<String> {
     let nets = start.nets.iter();
     nets.filter_map(|net| net.kernel_argument.clone()).collect()
@@ -183,7 +187,7 @@ fn kernel_arguments(start: &Start) -> Vec<String> {
 
 fn fail(error: ApiError) -> ExitCode {
     if report::failed(&error).is_err() {
-        // Nobody reads the report: the log is the last place to tell.
+        // Nobody reads the report, so the error goes to the log.
         tracing::error!(message = error.message, "the VM could not start");
     }
     ExitCode::from(EXIT_START_FAILED)
@@ -194,8 +198,8 @@ fn exit_code(exit: &Exit) -> u8 {
         Exit::PowerOff => EXIT_POWER_OFF,
         Exit::Reboot => EXIT_REBOOT,
         Exit::Killed => EXIT_KILLED,
-        Exit::Crash(how) => {
-            tracing::error!(how, "the guest crashed");
+        Exit::Crash(reason) => {
+            tracing::error!(reason, "the guest crashed");
             EXIT_CRASH
         }
     }

@@ -1,4 +1,4 @@
-//! The machine as the parts of this process share it, and its errors.
+//! The machine, shared between the event loop and snapshots, and the conversion of its errors.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -11,11 +11,11 @@ use clone_vmm::vcpu::{Refusal, VcpuError};
 pub(super) type SharedMachine = Arc<Mutex<Machine>>;
 
 pub(super) fn locked(machine: &SharedMachine) -> MutexGuard<'_, Machine> {
-    // After a panic the machine is suspect, but ending it in order is still right.
+    // After a panic the machine may be inconsistent, but it must still be ended in order.
     machine.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A machine's error for the user.
+/// Converts a machine's error to one for the user, with advice.
 pub(super) fn machine_error(error: MachineError) -> ApiError {
     let coded = |code| ApiError {
         code,

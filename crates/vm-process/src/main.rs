@@ -1,4 +1,4 @@
-//! `clone-vm`: the process of a VM. What serves hostile guests has no more code in it than it needs.
+//! `clone-vm`: the process of a VM. It contains no more code than serving a hostile guest needs.
 
 use std::process::ExitCode;
 

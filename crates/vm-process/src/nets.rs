@@ -1,4 +1,4 @@
-//! The network interfaces of a VM: from the descriptors that its launcher sent to devices.
+//! Builds the network interfaces of a VM from the descriptors that its launcher sent.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -14,7 +14,7 @@ use clone_vmm::rate_limit::RateLimits;
 
 use super::rate_limits;
 
-/// An interface's host side, open.
+/// The open host side of an interface.
 pub(super) struct OpenNet {
     taps: Vec<Tap>,
     vhost: Vec<File>,
@@ -22,7 +22,7 @@ pub(super) struct OpenNet {
     attached: AttachedNet,
 }
 
-/// Takes the queues of its tap from `taps`, and opens vhost-net as `config` wants.
+/// Takes the queues of an interface's tap from `taps`, and opens vhost-net as `config` requests.
 pub(super) fn open(
     config: &NetConfig,
     attached: AttachedNet,
@@ -35,7 +35,8 @@ pub(super) fn open(
     let limits = rate_limits::limits(config.rate_limit.as_ref());
     let vhost = match config.vhost {
         Vhost::Off => Vec::new(),
-        // The kernel's path knows no limits; validation refuses to be told both.
+        // vhost-net cannot limit rates. Validation refuses a description that requires vhost and
+        // sets limits.
         _ if limits != RateLimits::default() => Vec::new(),
         Vhost::Auto | Vhost::On => match open_vhost_net(queues) {
             Ok(files) if files.is_empty() && config.vhost == Vhost::On => {
@@ -67,7 +68,8 @@ pub(super) fn open(
     })
 }
 
-/// The device of an interface, new or as it was `saved`, with the hardware address of this VM.
+/// Builds the device of an interface, new or from its `saved` state, with this VM's hardware
+/// address.
 pub(super) fn device(open: OpenNet, saved: Option<&[u8]>) -> Result<Net> {
     let OpenNet {
         taps,
@@ -95,10 +97,10 @@ pub(super) fn device(open: OpenNet, saved: Option<&[u8]>) -> Result<Net> {
     Net::new(resources, state).map_err(|error| ApiError::internal(&error))
 }
 
-/// Opens `/dev/vhost-net` once per queue pair; nothing where this host has none.
+/// Opens `/dev/vhost-net` once per queue pair; returns no files where this host has none.
 ///
 /// # Errors
-/// The system's answer where it is there but does not open.
+/// The operating system's error where the device exists but cannot be opened.
 fn open_vhost_net(queues: u16) -> io::Result<Vec<File>> {
     let open = || {
         File::options()
@@ -109,7 +111,7 @@ fn open_vhost_net(queues: u16) -> io::Result<Vec<File>> {
     };
     match (0..queues).map(|_| open()).collect() {
         Err(error) if matches!(error.kind(), ErrorKind::NotFound) => Ok(Vec::new()),
-        // The module is not there although its device file is.
+        // The device file exists, but the module is not loaded.
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(Vec::new()),
         result => result,
     }

@@ -1,4 +1,4 @@
-//! Opening every host resource of a VM, before its process is jailed. Afterwards it opens no path
+//! Opens every host resource of a VM before its process is jailed. The jailed process opens no path
 //! and makes no socket.
 
 use std::fs::File;
@@ -24,11 +24,11 @@ use super::nets;
 use super::nets::OpenNet;
 use crate::console::ConsoleLog;
 
-/// Why a clone of a template of an older format cannot reboot.
+/// The reason why a clone of a template in an older format cannot reboot.
 const NO_KERNEL: &str =
     "its template has no kernel of its own: `clone template upgrade` makes one that has";
 
-/// What a VM is made from, open.
+/// The open host resources that a VM is built from.
 pub(super) struct Resources {
     pub(super) origin: OpenOrigin,
     pub(super) control: UnixListener,
@@ -36,12 +36,12 @@ pub(super) struct Resources {
     pub(super) console_log: Option<ConsoleLog>,
     /// `/proc/self/smaps_rollup`, which stays readable in the jail.
     pub(super) memory_map: File,
-    /// Its page tables, likewise.
+    /// `/proc/self/pagemap`, which stays readable in the jail.
     pub(super) pagemap: Pagemap,
     pub(super) devices: DeviceResources,
 }
 
-/// What its guest comes from, open.
+/// The open files that the guest starts from.
 pub(super) enum OpenOrigin {
     Boot(BootFiles),
     // Boxed: a state is large.
@@ -54,12 +54,12 @@ pub(super) struct OpenFork {
     pub(super) state: MachineState,
     pub(super) prefetch: Option<File>,
     pub(super) observed: bool,
-    /// How many layers each disk shares with others.
+    /// The number of layers that each disk shares with others.
     pub(super) disk_layers: Vec<usize>,
     pub(super) standby: bool,
-    /// For a reboot; or why there is none.
+    /// The kernel that a reboot loads, or the reason why the clone cannot reboot.
     pub(super) boot: std::result::Result<BootFiles, String>,
-    /// Locked.
+    /// Lock files, each locked while the VM runs.
     pub(super) locks: Vec<File>,
 }
 
@@ -70,7 +70,7 @@ pub(super) struct BootFiles {
 }
 
 impl BootFiles {
-    /// The same files for another owner.
+    /// Duplicates the descriptors.
     pub(super) fn try_clone(&self) -> io::Result<Self> {
         let initrd = self.initrd.as_ref().map(File::try_clone);
         Ok(Self {
@@ -79,7 +79,8 @@ impl BootFiles {
         })
     }
 
-    /// What `config` boots, with the words that its devices need on the command line.
+    /// The kernel that `config` boots. `extra_arguments` are the words that its devices need on the
+    /// kernel's command line.
     pub(super) fn kernel(self, config: &VmConfig, extra_arguments: &[String]) -> Kernel {
         let mut cmdline = config.kernel_cmdline();
         for argument in extra_arguments {
@@ -93,17 +94,17 @@ impl BootFiles {
     }
 }
 
-/// What its devices are made from, open.
+/// The open files that the devices are built from.
 pub(super) struct DeviceResources {
-    /// In the order of the description.
+    /// The disks' files, in the order of the description.
     pub(super) disks: Vec<DiskFiles>,
-    /// In the order of the description.
+    /// The open interfaces, in the order of the description.
     pub(super) nets: Vec<OpenNet>,
     pub(super) vsock: Option<UnixListener>,
 }
 
-/// Opens what the description names, takes over the `taps` that came with it, and makes the
-/// sockets and logs in `dir`.
+/// Opens all files that the description names, takes over the `taps` that were received with it,
+/// and makes the sockets and logs in `dir`.
 pub(super) fn open(dir: &VmDir, start: Start, taps: Vec<OwnedFd>) -> Result<(VmConfig, Resources)> {
     start.check()?;
     let config = start.config;
@@ -151,8 +152,8 @@ pub(super) fn open(dir: &VmDir, start: Start, taps: Vec<OwnedFd>) -> Result<(VmC
     Ok((config, resources))
 }
 
-/// Opens all that [`start`](super::start) names and lets go of it again: a start up to where KVM
-/// comes in, for tests of what a fork touches.
+/// Opens every file that `start` names and closes it again. Tests use this to run a start up to the
+/// point where KVM is needed, and to see which files a fork touches.
 #[doc(hidden)]
 pub fn rehearse(dir: &VmDir, start: Start) -> Result<()> {
     open(dir, start, Vec::new()).map(drop)
@@ -189,7 +190,7 @@ fn open_fork(fork: &Fork, config: &VmConfig) -> Result<OpenFork> {
         state: read_state(&fork.state)?,
         prefetch: fork.prefetch.as_ref().map(SharedFile::open).transpose()?,
         observed: fork.observed,
-        // A clone does well without until it reboots.
+        // A clone needs its kernel only when it reboots.
         boot: match &fork.boot {
             Some(source) => open_boot(source).map_err(|error| error.message),
             None => Err(NO_KERNEL.to_owned()),
@@ -223,7 +224,7 @@ fn read_state(shared: &SharedFile) -> Result<MachineState> {
 }
 
 impl OpenFork {
-    /// Refuses what is not a snapshot of the machine that `config` describes.
+    /// Refuses a snapshot of a machine other than the one that `config` describes.
     fn check_fits(&self, config: &VmConfig) -> Result<()> {
         let shape = Shape::of(config, &vec![0; config.disks.len()]);
         let (held, described) = (self.memory.layout().size(), shape.memory.0);

@@ -1,8 +1,9 @@
-//! The pages that a template's clones touch first: recorded once, brought in ahead from then on.
+//! Prefetch: the pages that a template's clones touch first are recorded once, and mapped in
+//! advance for every later clone.
 //!
-//! What a clone does right after its start costs a fault for each page, in the host and once more
-//! in KVM, which is most of the time to its first answer. The record is only advice: where it is
-//! missing or wrong nothing but speed is lost.
+//! Each page that a clone first touches costs a fault in the host and another one in KVM, which
+//! together are most of the time to a clone's first answer. The record is only advice: if it is
+//! missing or wrong, clones are slower but correct.
 
 use std::fs::File;
 use std::io::Read;
@@ -11,27 +12,27 @@ use clone_api::control::TouchedPages;
 use clone_memory::layout::PAGE_SIZE;
 use clone_memory::{GuestMemory, PageSet};
 
-/// The largest record that is read.
+/// The size limit of a record, in bytes.
 const MAX_BYTES: u64 = 4 << 20;
-/// A record has no more runs than this: each costs a call at every fork.
+/// The most runs of pages in a record, since each run costs a call at every fork.
 const MAX_RUNS: usize = 2048;
-/// Runs so many pages apart are brought in as one: that costs less than another call.
+/// Runs at most this many pages apart are mapped as one, which costs less than another call.
 const NEARBY: u64 = 4;
 
-/// Pages that will be needed, as sets within RAM.
-pub(super) struct Needed {
+/// The pages to map in advance, as sets within RAM.
+pub(super) struct PrefetchPages {
     read: PageSet,
     written: PageSet,
 }
 
-/// Reads a record, for RAM of so many pages. Nothing where it cannot be read.
-pub(super) fn read(file: File, memory: &GuestMemory) -> Option<Needed> {
+/// Reads a record and cuts it to the size of `memory`. `None` if it cannot be read.
+pub(super) fn read(file: File, memory: &GuestMemory) -> Option<PrefetchPages> {
     let mut bytes = Vec::new();
     file.take(MAX_BYTES).read_to_end(&mut bytes).ok()?;
     match serde_json::from_slice::<TouchedPages>(&bytes) {
         Ok(record) => {
             let pages = memory.layout().size() / PAGE_SIZE;
-            Some(Needed {
+            Some(PrefetchPages {
                 read: set(&record.read, pages).bridged(NEARBY),
                 written: set(&record.written, pages),
             })
@@ -43,8 +44,8 @@ pub(super) fn read(file: File, memory: &GuestMemory) -> Option<Needed> {
     }
 }
 
-impl Needed {
-    /// Maps the pages into this process: those that will be written as copies of its own.
+impl PrefetchPages {
+    /// Maps the pages into this process; those that the clone will write become private copies.
     pub(super) fn map(&self, memory: &GuestMemory) {
         let mapped = memory
             .prefetch(&self.read)
@@ -54,15 +55,15 @@ impl Needed {
         }
     }
 
-    /// All of it, for KVM to map.
+    /// All pages, for KVM to map.
     pub(super) fn all(&self) -> PageSet {
         let all = self.read.union(&self.written);
         all.bridged(NEARBY).bridged_to(MAX_RUNS)
     }
 }
 
-/// A record's runs as a set, cut to RAM of so many pages. Runs that are not ascending are left
-/// out: a set has none.
+/// Converts a record's runs to a set, cut to RAM of `pages` pages. Runs that are not in ascending
+/// order are ignored, since a set cannot have them.
 fn set(runs: &[(u64, u64)], pages: u64) -> PageSet {
     let mut set = PageSet::new();
     let mut end = 0;
@@ -76,7 +77,7 @@ fn set(runs: &[(u64, u64)], pages: u64) -> PageSet {
     set
 }
 
-/// A set's runs, for a record.
+/// Converts a set to a record's runs.
 pub(super) fn runs(set: &PageSet) -> Vec<(u64, u64)> {
     let set = set.bridged_to(MAX_RUNS);
     set.runs().iter().map(|run| (run.start, run.end)).collect()

@@ -1,9 +1,9 @@
-//! The rate limits of a device, from its description.
+//! Converts the rate limits of a device's description to the device's type.
 
 use clone_api::config::RateLimit;
 use clone_vmm::rate_limit::{Rate, RateLimits};
 
-/// A device's limits as it takes them; none where there are none.
+/// Converts a description's limits; `None` means no limits.
 pub(super) fn limits(limit: Option<&RateLimit>) -> RateLimits {
     let Some(limit) = limit else {
         return RateLimits::default();

@@ -1,8 +1,9 @@
-//! Booting the guest again, in the same VM: what a reset asked for by the guest does.
+//! Boots the guest again in the same VM, when the guest requests a reset.
 //!
-//! The machine is reset in place, and the kernel, kept open from the start since there are no paths
-//! in the jail, is loaded as at the first boot. Sockets, console, network and disks stay. A guest
-//! whose kernel panicked is not booted again: it would most likely panic for ever.
+//! The machine is reset in place, and the kernel is loaded as at the first boot, from files that
+//! have been open since the start because the jail has no paths. Sockets, console, network and
+//! disks stay. A guest whose kernel panicked is not booted again, because it would most likely
+//! panic forever.
 
 use std::sync::{Arc, TryLockError};
 
@@ -10,46 +11,48 @@ use clone_api::config::OnReboot;
 use clone_vmm::machine::{Exit, ExitSignal, Kernel, Machine, MachineError};
 
 use super::machine::locked;
-use super::snapshot::{SharedSubject, Subject};
+use super::snapshot::{SharedSnapshotSource, SnapshotSource};
 
-/// What a reboot needs.
+/// The policy and the resources of a reboot.
 pub(super) struct Reboot {
     wanted: OnReboot,
-    /// What boots; or why there is nothing to boot.
+    /// The kernel to boot, or the reason why there is none.
     kernel: Result<Kernel, String>,
-    /// What a reboot must not disturb while a snapshot of it is taken.
-    subject: SharedSubject,
+    /// The source of snapshots. A reboot waits while a snapshot holds its lock.
+    snapshot_source: SharedSnapshotSource,
 }
 
 impl Reboot {
     pub(super) fn new(
         wanted: OnReboot,
         kernel: Result<Kernel, String>,
-        subject: SharedSubject,
+        snapshot_source: SharedSnapshotSource,
     ) -> Self {
         Self {
             wanted,
             kernel,
-            subject,
+            snapshot_source,
         }
     }
 
-    /// The guest asked for a reset: boots it again, or tells how the VM ends. While a snapshot is
-    /// taken it does neither: the signal wakes the event loop when that is over.
+    /// Handles the guest's request for a reset: boots the guest again, or returns how the VM ends.
+    /// While a snapshot is taken, it does neither; the signal wakes the event loop at the end of
+    /// the snapshot.
     pub(super) fn grant(&mut self, signal: &ExitSignal) -> Option<Exit> {
         if self.wanted == OnReboot::Stop {
             tracing::info!("the guest rebooted, which is to end its VM (on_reboot)");
             return Some(Exit::Reboot);
         }
-        // Before the look at the subject: what ends after it is heard of again.
+        // The signal is drained before the lock is tried, so that a snapshot that ends after the
+        // attempt wakes the event loop again.
         signal.drain();
-        let subject = Arc::clone(&self.subject);
-        let mut subject = match subject.try_lock() {
-            Ok(subject) => subject,
+        let snapshot_source = Arc::clone(&self.snapshot_source);
+        let mut snapshot_source = match snapshot_source.try_lock() {
+            Ok(snapshot_source) => snapshot_source,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return None,
         };
-        let machine = Arc::clone(&subject.machine);
+        let machine = Arc::clone(&snapshot_source.machine);
         let mut machine = locked(&machine);
         let was_running = machine.is_running();
         if let Err(error) = machine.pause() {
@@ -67,7 +70,7 @@ impl Reboot {
                 return Some(Exit::Reboot);
             }
         };
-        match boot_again(&mut machine, &mut subject, kernel, was_running) {
+        match boot_again(&mut machine, &mut snapshot_source, kernel, was_running) {
             Ok(()) => {
                 tracing::info!("the guest rebooted");
                 None
@@ -79,14 +82,16 @@ impl Reboot {
 
 fn boot_again(
     machine: &mut Machine,
-    subject: &mut Subject,
+    snapshot_source: &mut SnapshotSource,
     kernel: &mut Kernel,
     run: bool,
 ) -> Result<(), MachineError> {
     machine.pause()?.reset()?;
-    subject.lineage.renewed(Arc::clone(machine.memory()));
+    snapshot_source
+        .dirty_tracker
+        .renewed(Arc::clone(machine.memory()));
     machine.boot(kernel)?;
-    // It may have been paused in the very moment it asked.
+    // A VM that was paused at the moment of the request stays paused.
     if run {
         machine.resume()?;
     }

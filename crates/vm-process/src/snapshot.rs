@@ -1,9 +1,10 @@
-//! Taking a snapshot of the VM while it runs.
+//! Takes a snapshot of the VM while it runs.
 //!
-//! On a thread of its own: copy what differs from the parent while the guest goes on, again what
-//! changed meanwhile, then pause, copy the last of it, read the machine's state, freeze the disks,
-//! and let the guest go on. Only then come checksums and the disks' content. So the pause does not
-//! grow with memory, but with what the guest writes in the time that the last copy takes.
+//! A separate thread copies the pages that differ from the parent while the guest runs, and copies
+//! again those that changed meanwhile. Then it pauses the guest, copies the last of them, reads the
+//! machine's state, freezes the disks, and resumes the guest. Checksums and the disks' content
+//! follow afterwards. So the length of the pause depends not on the size of memory, but on how much
+//! the guest writes during the last copy.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -20,46 +21,48 @@ use clone_start::error::{Result, storage_failed};
 use clone_vmm::machine::{Machine, MachineState};
 use clone_vmm::snapshot::{self, CpuProfile};
 
-use super::lineage::Lineage;
+use super::dirty_tracker::DirtyTracker;
 use super::machine::{SharedMachine, locked, machine_error};
 use super::open::BootFiles;
 
-/// While the guest runs, what it changed is copied again until there is no more of it than this.
+/// While more than this has changed, the changed pages are copied once more before the guest is
+/// paused.
 const SMALL_BYTES: u64 = 1 << 20;
-/// How often at most: a guest that writes faster than it is copied is paused in the end.
+/// The most copies made while the guest runs, for a guest that writes faster than it is copied.
 const ROUNDS: usize = 4;
-/// How much of a kernel is copied at a time.
+/// The size of the buffer with which a kernel is copied.
 const COPY_BYTES: usize = 1 << 20;
 
 /// A writable disk of the VM.
 #[derive(Clone)]
 pub(super) struct SnapshotDisk {
-    /// Locked by its device, for a call at a time.
+    /// The disk, which its device locks for one call at a time.
     pub(super) disk: Arc<Mutex<Disk>>,
-    /// How many of its layers belong to the parent.
+    /// The number of the disk's layers that belong to the parent.
     pub(super) parent_layers: usize,
 }
 
-/// What snapshots are taken of.
-pub(super) struct Subject {
+/// The parts of the VM that a snapshot saves.
+pub(super) struct SnapshotSource {
     pub(super) machine: SharedMachine,
-    pub(super) lineage: Lineage,
-    /// In the order of the description.
+    pub(super) dirty_tracker: DirtyTracker,
+    /// The disks, in the order of the description.
     pub(super) disks: Vec<SnapshotDisk>,
-    /// What it boots when it reboots; none for a clone whose template has none.
+    /// The kernel that the VM boots when it reboots; `None` for a clone whose template has none.
     pub(super) boot: Option<BootFiles>,
 }
 
-/// The subject, locked by the thread that takes a snapshot: one at a time.
-pub(super) type SharedSubject = Arc<Mutex<Subject>>;
+/// The shared source. The thread that takes a snapshot holds the lock, so there is one snapshot at
+/// a time.
+pub(super) type SharedSnapshotSource = Arc<Mutex<SnapshotSource>>;
 
-/// Where a snapshot goes.
+/// The files that a snapshot is written to.
 struct Files {
     memory: File,
     state: File,
-    /// For the kernel and the initial RAM disk, where they are wanted.
+    /// The files for the kernel and the initial RAM disk, if they are requested.
     kernel: Option<(File, File)>,
-    /// For each disk: the layer for new writes, and where the frozen ones go.
+    /// For each disk: its index, the layer for new writes, and the file for the frozen layers.
     disks: Vec<(u32, File, File)>,
 }
 
@@ -93,14 +96,14 @@ impl Files {
     }
 }
 
-/// Takes a snapshot. Whatever fails, the guest goes on.
+/// Takes a snapshot. The guest continues to run even if the snapshot fails.
 pub(super) fn take(
-    subject: &SharedSubject,
+    snapshot_source: &SharedSnapshotSource,
     request: &SnapshotRequest,
     files: Vec<OwnedFd>,
 ) -> Result<SnapshotTaken> {
-    let mut subject = match subject.try_lock() {
-        Ok(subject) => subject,
+    let mut snapshot_source = match snapshot_source.try_lock() {
+        Ok(snapshot_source) => snapshot_source,
         Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
         Err(TryLockError::WouldBlock) => {
             let message = "a snapshot of this VM is being taken already";
@@ -110,45 +113,45 @@ pub(super) fn take(
     let files = Files::sort(request, files)?;
     let disks = files.disks.iter().map(|(index, ..)| *index as usize);
     for index in disks {
-        if index >= subject.disks.len() {
+        if index >= snapshot_source.disks.len() {
             let message = format!("the VM has no disk {index}");
             return Err(ApiError::new(ErrorCode::InvalidConfig, message));
         }
     }
-    let was_tracked = subject.lineage.is_tracked();
-    let taken = subject.take(request.kind, files);
+    let was_tracked = snapshot_source.dirty_tracker.is_tracked();
+    let taken = snapshot_source.take(request.kind, files);
     if taken.is_err() || request.kind == SnapshotKind::Fork {
-        subject.lineage.not_kept(was_tracked);
+        snapshot_source.dirty_tracker.not_kept(was_tracked);
     }
     taken
 }
 
-/// What is read while the guest is paused.
+/// The data that is read while the guest is paused.
 struct Paused {
     state: MachineState,
     frozen: Vec<FrozenDisk>,
 }
 
-/// What was frozen of a disk, and where it goes.
+/// The frozen layers of a disk, and the file that they are written to.
 struct FrozenDisk {
     index: u32,
-    /// How many layers lie below.
+    /// The number of the parent's layers below the frozen ones.
     parent_layers: usize,
-    /// None where nothing was written.
+    /// `None` if nothing was written since the parent.
     layers: Option<FrozenLayers>,
     file: File,
 }
 
-impl Subject {
+impl SnapshotSource {
     fn take(&mut self, kind: SnapshotKind, files: Files) -> Result<SnapshotTaken> {
         let mut times = SnapshotTimes::default();
         let mut watch = Stopwatch::start();
         let full = kind == SnapshotKind::Full;
         let parent = match full {
             true => None,
-            false => self.lineage.parent_id(),
+            false => self.dirty_tracker.parent_id(),
         };
-        let memory = Arc::clone(self.lineage.memory());
+        let memory = Arc::clone(self.dirty_tracker.memory());
         let mut writer =
             LayerWriter::new(files.memory, "memory", *memory.layout(), parent).map_err(no_copy)?;
         self.copy_running(&mut writer, full)?;
@@ -179,7 +182,7 @@ impl Subject {
             .map_err(no_copy)?;
         let id = layer.id();
         if kind != SnapshotKind::Fork {
-            let kept = self.lineage.kept(layer, full);
+            let kept = self.dirty_tracker.kept(layer, full);
             kept.map_err(|error| ApiError::internal(&error))?;
             self.keep_disks(&disks);
         }
@@ -197,7 +200,8 @@ impl Subject {
         })
     }
 
-    /// Writes what the VM boots; whether there is a kernel and an initial RAM disk.
+    /// Writes the kernel and the initial RAM disk; returns whether there is a kernel, and an
+    /// initial RAM disk.
     fn write_kernel(&self, files: Option<(File, File)>) -> Result<(bool, bool)> {
         let (Some((kernel, initrd)), Some(boot)) = (files, &self.boot) else {
             return Ok((false, false));
@@ -209,16 +213,16 @@ impl Subject {
         Ok((true, boot.initrd.is_some()))
     }
 
-    /// Copies while the guest runs, until little is left.
+    /// Copies pages while the guest runs, until few changed ones are left.
     fn copy_running(&mut self, writer: &mut LayerWriter, full: bool) -> Result<()> {
-        let memory = Arc::clone(self.lineage.memory());
-        let mut pages = self.lineage.begin().map_err(no_tracking)?;
+        let memory = Arc::clone(self.dirty_tracker.memory());
+        let mut pages = self.dirty_tracker.begin().map_err(no_tracking)?;
         if full {
-            pages = self.lineage.all_data();
+            pages = self.dirty_tracker.all_data();
         }
         for _ in 0..ROUNDS {
             writer.copy(&memory, &pages).map_err(no_copy)?;
-            pages = self.lineage.take_changed().map_err(no_tracking)?;
+            pages = self.dirty_tracker.take_changed().map_err(no_tracking)?;
             if pages.bytes() < SMALL_BYTES {
                 break;
             }
@@ -238,13 +242,13 @@ impl Subject {
         let mut machine = machine.pause().map_err(machine_error)?;
         watch.lap(&mut times.stop_us);
         if machine.exit().is_some() {
-            // Its next instruction is the end: nothing of use could be forked from it.
+            // The guest's next step ends it, so a fork of this state would be of no use.
             let message = "the VM is ending or rebooting";
             return Err(ApiError::new(ErrorCode::Conflict, message).advise("try again after it"));
         }
-        let pages = self.lineage.take_changed().map_err(no_tracking)?;
+        let pages = self.dirty_tracker.take_changed().map_err(no_tracking)?;
         times.last_copy_bytes = pages.bytes();
-        let memory = self.lineage.memory();
+        let memory = self.dirty_tracker.memory();
         writer.copy(memory, &pages).map_err(no_copy)?;
         watch.lap(&mut times.last_copy_us);
         let state = machine.save().map_err(machine_error)?;
@@ -254,7 +258,7 @@ impl Subject {
         Ok(Paused { state, frozen })
     }
 
-    /// Freezes disks that are to be, and brings the files of the others up to date.
+    /// Freezes the disks in `wanted`, and flushes the files of the others.
     fn freeze(&self, wanted: Vec<(u32, File, File)>, full: bool) -> Result<Vec<FrozenDisk>> {
         let mut frozen = Vec::with_capacity(wanted.len());
         let chosen: Vec<u32> = wanted.iter().map(|(index, ..)| *index).collect();
@@ -271,7 +275,7 @@ impl Subject {
                 return Err(ApiError::new(ErrorCode::Conflict, message)
                     .advise("give it an overlay, or copy its file while the VM is paused"));
             }
-            // Layers cost; a top that nothing was written to is as good as frozen.
+            // Every layer makes reads slower, so an empty top layer is not frozen.
             if !disk.is_top_empty() {
                 disk.freeze(new_top, false).map_err(failed)?;
             }
@@ -296,7 +300,7 @@ impl Subject {
         Ok(frozen)
     }
 
-    /// What was frozen of these disks is the parent's now.
+    /// Counts the layers that were frozen of these disks as the parent's.
     fn keep_disks(&mut self, taken: &[DiskTaken]) {
         for taken in taken.iter().filter(|taken| taken.written) {
             let disk = &mut self.disks[taken.index as usize];
@@ -306,8 +310,8 @@ impl Subject {
     }
 }
 
-/// Copies a file, by calls that the jail allows. Where it is read for a reboot, too, positions do
-/// not matter.
+/// Copies a file with calls that the jail allows. The file positions are left alone, since a reboot
+/// may read the same descriptor.
 fn copy_file(from: &File, to: &File) -> Result<()> {
     let mut buffer = vec![0; COPY_BYTES];
     let mut at = 0;
@@ -323,7 +327,7 @@ fn copy_file(from: &File, to: &File) -> Result<()> {
     }
 }
 
-/// Writes what was frozen of a disk.
+/// Writes the frozen layers of a disk to its file.
 fn export(disk: FrozenDisk) -> Result<DiskTaken> {
     let written = disk.layers.is_some();
     if let Some(layers) = disk.layers {
@@ -349,7 +353,7 @@ fn no_copy(error: clone_memory::LayerError) -> ApiError {
     storage_failed(&error).advise("make room where the snapshot goes")
 }
 
-/// Measures stages one after the other.
+/// Measures consecutive stages.
 struct Stopwatch(Instant);
 
 impl Stopwatch {
@@ -357,7 +361,7 @@ impl Stopwatch {
         Self(Instant::now())
     }
 
-    /// Writes the time since the last lap.
+    /// Stores the time since the last lap, in microseconds.
     fn lap(&mut self, into_us: &mut u64) {
         let now = Instant::now();
         *into_us = now.duration_since(self.0).as_micros() as u64;

@@ -1,10 +1,10 @@
-//! When a VM's process reached each stage of its start, for whoever wants to know what a start or
-//! a fork spends its time on. A reading of the clock for each stage is all that it costs.
+//! The times at which a VM's process reached each stage of its start, which show what a start or a
+//! fork spends its time on. Recording costs one reading of the clock per stage.
 
 use clone_api::control::{StageTime, StartStage};
 use clone_vmm::vcpu::{EntryTime, monotonic_ns};
 
-/// The stages so far.
+/// The stages reached so far.
 #[derive(Debug, Default)]
 pub(super) struct Timeline {
     reached: Vec<StageTime>,
@@ -12,7 +12,7 @@ pub(super) struct Timeline {
 }
 
 impl Timeline {
-    /// Notes that `stage` is reached now.
+    /// Records that `stage` is reached now.
     pub(super) fn reach(&mut self, stage: StartStage) {
         self.reached.push(StageTime {
             stage,
@@ -20,12 +20,13 @@ impl Timeline {
         });
     }
 
-    /// The guest's first instruction is noted there, by the CPU that runs it.
+    /// Sets where the time of the guest's first instruction is read. The vCPU that runs the
+    /// instruction records it in `entry`.
     pub(super) fn watch(&mut self, entry: EntryTime) {
         self.entry = Some(entry);
     }
 
-    /// All stages that were reached, in order.
+    /// All stages that were reached, in order of time.
     pub(super) fn stages(&self) -> Vec<StageTime> {
         let entered = self.entry.as_ref().and_then(EntryTime::monotonic_ns);
         let entered = entered.map(|monotonic_ns| StageTime {

@@ -1,4 +1,4 @@
-//! The running VM: its event loop, and what its control socket can do with it.
+//! The running VM: its event loop, and the operations that its control socket offers.
 
 use std::fs::File;
 use std::io;
@@ -25,12 +25,12 @@ use vmm_sys_util::epoll::EventSet;
 use super::console::ConsoleHub;
 use super::control::{Responder, VmControl};
 use super::devices::{Handles, balloon_status};
-use super::lineage::Lineage;
+use super::dirty_tracker::DirtyTracker;
 use super::machine::{SharedMachine, locked, machine_error};
 use super::open::BootFiles;
 use super::prefetch;
 use super::reboot::Reboot;
-use super::snapshot::{self, SharedSubject, SnapshotDisk, Subject};
+use super::snapshot::{self, SharedSnapshotSource, SnapshotDisk, SnapshotSource};
 use super::timeline::Timeline;
 
 /// Locked for a moment each, by the event loop's thread alone: its two owners are both on it.
@@ -44,7 +44,7 @@ pub(super) struct Vm {
     exit: ExitSignal,
     reboot: Option<Reboot>,
     standby: bool,
-    /// What it uses of others, kept from being removed.
+    /// Locks on the templates and live layers that the VM uses, which keep them from being removed.
     _locks: Vec<File>,
 }
 
@@ -58,7 +58,8 @@ impl Vm {
         events: &mut EventLoop,
     ) -> io::Result<Self> {
         let exit = machine.exit_signal();
-        // A slot without a handler: its event only ends the wait, and the loop looks by itself.
+        // This slot has no handler: its event only ends the wait, and the loop then checks the exit
+        // signal.
         events.reserve().add(&exit, 0, EventSet::IN)?;
         Ok(Self {
             machine: Arc::new(Mutex::new(machine)),
@@ -71,27 +72,27 @@ impl Vm {
         })
     }
 
-    /// What snapshots are taken of.
-    pub(super) fn subject(
+    /// Makes the source that snapshots are taken of.
+    pub(super) fn snapshot_source(
         &self,
-        lineage: Lineage,
+        dirty_tracker: DirtyTracker,
         disks: Vec<SnapshotDisk>,
         boot: Option<BootFiles>,
-    ) -> SharedSubject {
-        Arc::new(Mutex::new(Subject {
+    ) -> SharedSnapshotSource {
+        Arc::new(Mutex::new(SnapshotSource {
             machine: Arc::clone(&self.machine),
-            lineage,
+            dirty_tracker,
             disks,
             boot,
         }))
     }
 
-    /// Lets the guest reboot.
+    /// Allows the guest to reboot, as `reboot` says.
     pub(super) fn on_reboot(&mut self, reboot: Reboot) {
         self.reboot = Some(reboot);
     }
 
-    /// Whether it was made to wait for its name.
+    /// Whether the VM was started as a standby, which waits to be adopted.
     pub(super) fn is_standby(&self) -> bool {
         self.standby
     }
@@ -103,7 +104,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Notes a stage of its start.
+    /// Records that the start has reached `stage`.
     pub(super) fn reach(&self, stage: StartStage) {
         timeline(&self.timeline).reach(stage);
     }
@@ -120,7 +121,8 @@ impl Vm {
             }
             events.run_once(-1)?;
         };
-        // What devices have under way reaches its file, and the last words of the guest its log.
+        // Pausing lets disk writes in progress reach their files, and flushing the hub writes the
+        // guest's last output to the log.
         if let Err(error) = locked(&self.machine).pause() {
             tracing::warn!(%error, "the devices did not stop in order");
         }
@@ -136,7 +138,8 @@ fn timeline(shared: &SharedTimeline) -> MutexGuard<'_, Timeline> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Has the event loop look again when a snapshot is over: a reboot may wait for that.
+/// Wakes the event loop when it is dropped at the end of a snapshot, for which a reboot may be
+/// waiting.
 struct WakeAtEnd(ExitSignal);
 
 impl Drop for WakeAtEnd {
@@ -145,36 +148,36 @@ impl Drop for WakeAtEnd {
     }
 }
 
-/// What the control socket holds of the VM.
+/// The VM as the control socket's operations use it.
 pub(super) struct VmHandle {
     machine: SharedMachine,
     timeline: SharedTimeline,
     exit: ExitSignal,
     config: VmConfig,
     console: ConsoleInfo,
-    observed: Observed,
+    handles: VmHandles,
     started_unix_ms: u64,
 }
 
-/// What a VM is watched by.
-pub(super) struct Observed {
-    /// Its open `/proc/self/smaps_rollup`.
+/// The handles through which a running VM is observed and controlled.
+pub(super) struct VmHandles {
+    /// The process's open `/proc/self/smaps_rollup`.
     pub(super) memory_map: File,
-    /// How many are attached to its console.
+    /// The number of clients attached to the console.
     pub(super) attached: Arc<AtomicU32>,
-    /// Its devices.
+    /// The devices.
     pub(super) devices: Handles,
-    /// What snapshots are taken of.
-    pub(super) subject: SharedSubject,
-    /// How complete the jail is that it is in.
+    /// The source that snapshots are taken of.
+    pub(super) snapshot_source: SharedSnapshotSource,
+    /// The layers that the process's jail has and lacks.
     pub(super) jail: JailStatus,
-    /// For a standby, where its guest's time is to go on.
+    /// For a standby, the guest time at which its clocks continue.
     pub(super) standby: Option<GuestTime>,
 }
 
 impl VmHandle {
-    /// A handle of `vm`.
-    pub(super) fn new(vm: &Vm, dir: &VmDir, config: VmConfig, observed: Observed) -> Self {
+    /// Makes a handle of `vm`.
+    pub(super) fn new(vm: &Vm, dir: &VmDir, config: VmConfig, handles: VmHandles) -> Self {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         Self {
             machine: Arc::clone(&vm.machine),
@@ -187,18 +190,18 @@ impl VmHandle {
                 attached: 0,
             },
             config,
-            observed,
+            handles,
             started_unix_ms: now.map_or(0, |now| now.as_millis() as u64),
         }
     }
 
-    /// The guest's RAM by where its pages are from; not while a snapshot is taken.
+    /// The guest's RAM, counted by the origin of its pages; `None` while a snapshot is taken.
     fn guest_pages(&self) -> Result<Option<GuestPages>, ApiError> {
-        let Ok(subject) = self.observed.subject.try_lock() else {
+        let Ok(snapshot_source) = self.handles.snapshot_source.try_lock() else {
             return Ok(None);
         };
-        let lineage = &subject.lineage;
-        let usage = lineage.memory().usage(lineage.pagemap());
+        let dirty_tracker = &snapshot_source.dirty_tracker;
+        let usage = dirty_tracker.memory().usage(dirty_tracker.pagemap());
         let usage = usage.map_err(|error| ApiError::internal(&error))?;
         let layers = usage.layers.iter().map(|layer| LayerPages {
             shared_bytes: layer.shared,
@@ -212,7 +215,7 @@ impl VmHandle {
         }))
     }
 
-    /// Its directory has another name, and so has it.
+    /// Renames the VM to match its renamed runtime directory.
     fn rename(&mut self, name: &str) {
         let old = Path::new(&self.console.socket).parent().map(Path::to_owned);
         let Some(vms) = old.as_deref().and_then(Path::parent) else {
@@ -224,21 +227,21 @@ impl VmHandle {
         name.clone_into(&mut self.config.name);
     }
 
-    /// Does something with the balloon, and tells how it is.
+    /// Applies `act` to the balloon, and returns the balloon's status.
     fn with_balloon(
         &self,
         act: impl FnOnce(&mut Balloon) -> Result<(), DeviceError>,
     ) -> Result<BalloonStatus, ApiError> {
-        let balloon = self.observed.devices.balloon.as_ref();
+        let balloon = self.handles.devices.balloon.as_ref();
         let balloon = balloon.ok_or_else(|| no_balloon(&self.config.name))?;
         let mut balloon = balloon.lock().unwrap_or_else(PoisonError::into_inner);
         act(&mut balloon).map_err(|error| ApiError::internal(&error))?;
         Ok(balloon_status(&balloon))
     }
 
-    /// An error unless the guest is there, and has begun to run.
+    /// Returns an error unless the guest has begun to run and has not ended.
     fn check_alive(&self) -> Result<(), ApiError> {
-        if self.observed.standby.is_some() {
+        if self.handles.standby.is_some() {
             return Err(ApiError::new(
                 ErrorCode::Conflict,
                 "the VM is a standby: it waits to be given its name",
@@ -263,7 +266,7 @@ impl VmControl for VmHandle {
     fn info(&self) -> VmInfo {
         let state = if self.exit.get().is_some() {
             VmState::Stopping
-        } else if self.observed.standby.is_some() {
+        } else if self.handles.standby.is_some() {
             VmState::Standby
         } else if locked(&self.machine).is_running() {
             VmState::Running
@@ -276,7 +279,7 @@ impl VmControl for VmHandle {
             pid: std::process::id(),
             started_unix_ms: self.started_unix_ms,
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            jail: self.observed.jail.clone(),
+            jail: self.handles.jail.clone(),
             config: self.config.clone(),
             timeline: timeline(&self.timeline).stages(),
         }
@@ -285,7 +288,7 @@ impl VmControl for VmHandle {
     fn stats(&mut self) -> Result<VmStats, ApiError> {
         let mut text = vec![0; 4096];
         let length = self
-            .observed
+            .handles
             .memory_map
             .read_at(&mut text, 0)
             .map_err(|error| ApiError::internal(&error))?;
@@ -296,7 +299,7 @@ impl VmControl for VmHandle {
             memory,
             cpu: cpu_time(),
             balloon: self.balloon().ok(),
-            devices: self.observed.devices.counters(),
+            devices: self.handles.devices.counters(),
         })
     }
 
@@ -336,7 +339,7 @@ impl VmControl for VmHandle {
 
     fn balloon(&mut self) -> Result<BalloonStatus, ApiError> {
         self.with_balloon(|balloon| {
-            // The answer comes later: this call tells what was known before.
+            // The guest answers later: this call returns the statistics that it sent before.
             balloon.refresh_stats()
         })
     }
@@ -359,7 +362,7 @@ impl VmControl for VmHandle {
 
     fn console(&self) -> ConsoleInfo {
         ConsoleInfo {
-            attached: self.observed.attached.load(Ordering::Relaxed),
+            attached: self.handles.attached.load(Ordering::Relaxed),
             ..self.console.clone()
         }
     }
@@ -368,13 +371,13 @@ impl VmControl for VmHandle {
         if let Err(error) = self.check_alive() {
             return responder.answer::<()>(Err(error));
         }
-        let subject = Arc::clone(&self.observed.subject);
+        let snapshot_source = Arc::clone(&self.handles.snapshot_source);
         let wake = WakeAtEnd(self.exit.clone());
         let work = move || {
             let _wake = wake;
-            responder.answer(snapshot::take(&subject, &request, files));
+            responder.answer(snapshot::take(&snapshot_source, &request, files));
         };
-        // Without a thread the responder is dropped, which tells the client.
+        // If no thread can be started, the responder is dropped, which sends the client an error.
         let started = std::thread::Builder::new()
             .name("snapshot".to_owned())
             .spawn(work);
@@ -384,13 +387,16 @@ impl VmControl for VmHandle {
     }
 
     fn touched_pages(&self) -> Result<TouchedPages, ApiError> {
-        let Ok(subject) = self.observed.subject.try_lock() else {
+        let Ok(snapshot_source) = self.handles.snapshot_source.try_lock() else {
             return Err(ApiError::new(
                 ErrorCode::Conflict,
                 "a snapshot of this VM is being taken",
             ));
         };
-        let (memory, pagemap) = (subject.lineage.memory(), subject.lineage.pagemap());
+        let (memory, pagemap) = (
+            snapshot_source.dirty_tracker.memory(),
+            snapshot_source.dirty_tracker.pagemap(),
+        );
         let failed = |error: clone_memory::DirtyError| ApiError::internal(&error);
         Ok(TouchedPages {
             read: prefetch::runs(&memory.mapped_pages(pagemap).map_err(failed)?),
@@ -399,8 +405,8 @@ impl VmControl for VmHandle {
     }
 
     fn adopt(&mut self, adoption: &Adoption) -> Result<(), ApiError> {
-        adoption.required_jail.check(&self.observed.jail)?;
-        let Some(time) = self.observed.standby.take() else {
+        adoption.required_jail.check(&self.handles.jail)?;
+        let Some(time) = self.handles.standby.take() else {
             return Err(ApiError::new(
                 ErrorCode::Conflict,
                 format!("the VM `{}` is no standby", self.config.name),
@@ -408,7 +414,7 @@ impl VmControl for VmHandle {
         };
         timeline(&self.timeline).reach(StartStage::Adopted);
         self.rename(&adoption.name);
-        // From now on it is nobody's but its own.
+        // An adopted standby does not end with the process that launched it.
         let _ = rustix::process::set_parent_process_death_signal(None);
         let mut machine = locked(&self.machine);
         let paused = machine.pause();
@@ -429,7 +435,7 @@ fn no_balloon(name: &str) -> ApiError {
     .advise("start it without --no-balloon")
 }
 
-/// Reads `smaps_rollup` (proc_pid_smaps(5)).
+/// Parses `smaps_rollup` (proc_pid_smaps(5)).
 fn parse_memory_map(text: &str) -> MemoryStats {
     let field = |name: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(name));

@@ -1,7 +1,7 @@
 //! The host's side with blocking I/O, over a VM's vsock socket.
 //!
-//! A connection has a deadline from the first system call on. An exchange that an agent draws out
-//! byte by byte ends with [`ClientError::Late`] like one that it does not answer at all.
+//! A connection has a deadline from the first system call on. An exchange that an agent prolongs
+//! byte by byte ends with [`ClientError::Late`], as does one that it does not answer.
 
 mod outgoing;
 mod running;
@@ -35,13 +35,13 @@ use crate::messages::{
 };
 use crate::{CHUNK, PORT};
 
-/// More than what surrounds a request in its message (bytes).
+/// An upper bound of the bytes around a request in its message.
 const MESSAGE_OVERHEAD: usize = 16;
-/// Notices that are kept of an agent; a guest chooses how many it sends.
+/// The most notices that are kept of an agent, since a guest chooses how many it sends.
 const MAX_NOTICES: usize = 32;
 /// The longest answer to `CONNECT`.
 const CONNECT_ANSWER_MAX: usize = 32;
-/// The slowest that a file may travel, in bytes a second: each byte moves the deadline on by the
+/// The lowest rate of a file transfer, in bytes per second: each byte extends the deadline by the
 /// time that it takes at this rate.
 const MIN_FILE_RATE: u64 = 64 << 10;
 
@@ -56,11 +56,12 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects to the agent behind the vsock socket at `path`, which takes `CONNECT port` and
-    /// answers `OK …`. The deadline is for all that follows, until [`Connection::set_deadline`].
+    /// Connects to the agent behind the vsock socket at `path`, which accepts `CONNECT port` and
+    /// answers `OK …`. The deadline applies to everything that follows, until
+    /// [`Connection::set_deadline`].
     ///
     /// # Errors
-    /// [`ClientError::NoAgent`] where no agent has greeted until the deadline.
+    /// [`ClientError::NoAgent`] if no agent has greeted before the deadline.
     pub fn open(path: &Path, deadline: Deadline) -> Result<Self> {
         Self::try_open(path, deadline).map_err(|error| match error {
             ClientError::Late => ClientError::NoAgent,
@@ -76,12 +77,12 @@ impl Connection {
         Self::start(stream, &begun, deadline)
     }
 
-    /// Takes a stream that already leads to an agent.
+    /// Makes a connection from a stream that already leads to an agent.
     pub fn greet(stream: UnixStream, deadline: Deadline) -> Result<Self> {
         Self::start(stream, &[], deadline)
     }
 
-    /// Takes a stream from which the beginning of the greeting was read.
+    /// Makes a connection from a stream of which the beginning of the greeting was read.
     fn start(stream: UnixStream, begun: &[u8], deadline: Deadline) -> Result<Self> {
         let outgoing = Outgoing::new(&stream, Timing::Exchange(deadline));
         let mut connection = Self {
@@ -100,8 +101,8 @@ impl Connection {
         Ok(connection)
     }
 
-    /// The stream, and the greeting that was read from it, encoded: for a process that passes both
-    /// on to another one, which then calls [`Connection::greet`].
+    /// Returns the stream and the encoded greeting that was read from it, for a process that passes
+    /// both to another one, which then calls [`Connection::greet`].
     pub fn into_stream(self) -> Result<(UnixStream, Vec<u8>)> {
         let hello = FromAgent {
             kind: Some(from_agent::Kind::Hello(self.hello)),
@@ -115,7 +116,7 @@ impl Connection {
         Ok((self.stream, greeting))
     }
 
-    /// What the agent said of itself.
+    /// The agent's greeting.
     pub fn hello(&self) -> &Hello {
         &self.hello
     }
@@ -125,7 +126,7 @@ impl Connection {
         self.outgoing.set_timing(Timing::Exchange(deadline));
     }
 
-    /// Moves the deadline on.
+    /// Extends the deadline.
     fn extend_deadline(&mut self, by: Duration) {
         if let Timing::Exchange(deadline) = self.outgoing.timing() {
             self.set_deadline(deadline.extended(by));
@@ -142,7 +143,7 @@ impl Connection {
         };
         let max = self.hello.max_message;
         let max = max.map_or(FIRST_MAX_MESSAGE, |max| max as usize);
-        // Beside the request, a frame holds its tag and its length.
+        // Besides the request, a frame contains its tag and its length.
         let len = request.encoded_len() + MESSAGE_OVERHEAD;
         if len > max.min(FromHost::MAX) {
             return Err(ClientError::TooLong { len, max });
@@ -150,10 +151,10 @@ impl Connection {
         self.send(from_host::Kind::Request(request))
     }
 
-    /// The next message that this side knows.
+    /// Receives the next message of a known kind.
     fn receive(&mut self) -> Result<from_agent::Kind> {
         let mut chunk = [0; 16 << 10];
-        // The deadline of a stream's message of which a part has arrived.
+        // The deadline of a message in a stream that has arrived in part.
         let mut begun = None;
         loop {
             while let Some(kind) = self.incoming.next()? {
@@ -179,7 +180,7 @@ impl Connection {
         }
     }
 
-    /// Waits until something has arrived (true) or can be sent.
+    /// Waits until bytes have arrived (true) or can be sent.
     fn may_receive_by(&self, deadline: Deadline) -> Result<bool> {
         match self.incoming.is_partial() {
             true => Ok(true),
@@ -201,7 +202,7 @@ impl Connection {
         }
     }
 
-    /// Asks about the guest.
+    /// Requests facts about the guest.
     pub fn info(mut self) -> Result<Info> {
         self.request(Operation::Info(Empty {}))?;
         match self.receive()? {
@@ -210,13 +211,13 @@ impl Connection {
         }
     }
 
-    /// Lets the guest write dirty data to its disks.
+    /// Makes the guest write dirty data to its disks.
     pub fn sync(mut self) -> Result<()> {
         self.request(Operation::Sync(Empty {}))?;
         self.expect_done()
     }
 
-    /// Gives the guest an identity. Returns what the guest could not do of it, in words for people.
+    /// Gives the guest an identity. Returns notices about the steps that failed.
     pub fn set_identity(mut self, identity: Identity) -> Result<Vec<String>> {
         self.request(Operation::SetIdentity(identity))?;
         let mut notices = Vec::new();
@@ -230,13 +231,13 @@ impl Connection {
         }
     }
 
-    /// Sends a signal to a command, whoever is attached to it.
+    /// Sends a signal to a command, independently of the attached host.
     pub fn signal_command(mut self, id: u64, signal: i32) -> Result<()> {
         self.request(Operation::SignalCommand(SignalCommand { id, signal }))?;
         self.expect_done()
     }
 
-    /// Asks the guest to end, or to start anew.
+    /// Asks the guest to switch off, or to reboot.
     pub fn shutdown(mut self, reboot: bool) -> Result<()> {
         self.request(Operation::Shutdown(Shutdown { reboot }))?;
         self.expect_done()
@@ -251,8 +252,8 @@ impl Connection {
         }
     }
 
-    /// Writes a file in the guest with what `source` gives. The deadline does not count the time
-    /// that `source` takes, and moves on with what the guest has taken.
+    /// Writes a file in the guest with the content of `source`. The deadline excludes the time that
+    /// `source` takes, and is extended for the bytes that the guest has received.
     pub fn put(mut self, put: Put, source: &mut impl Read) -> Result<()> {
         self.request(Operation::Put(put))?;
         let mut chunk = vec![0; CHUNK];
@@ -267,20 +268,20 @@ impl Connection {
             match self.send(data) {
                 Ok(()) => self.extend_deadline(file_time(len)),
                 Err(ClientError::Late) => return Err(ClientError::Late),
-                // The agent gave up; it has said why.
+                // The agent has stopped receiving, and has sent the reason.
                 Err(_) => return self.expect_done(),
             }
         }
-        // As above: where this is not taken, the answer is there.
+        // If this is not received, the agent's answer has arrived, as above.
         let _ = self.send(from_host::Kind::DataEnd(Empty {}));
         self.expect_done()
     }
 
-    /// Reads a file of the guest into `sink`, and returns what it is. The deadline does not count
-    /// the time that `sink` takes, and moves on with what the guest has sent.
+    /// Reads a file of the guest into `sink`, and returns facts about the file. The deadline
+    /// excludes the time that `sink` takes, and is extended for the bytes that the guest has sent.
     ///
     /// # Errors
-    /// [`ClientError::TooMuch`] where the guest sends more than `limit`.
+    /// [`ClientError::TooMuch`] if the guest sends more than `limit`.
     pub fn get(mut self, path: &str, sink: &mut impl Write, limit: ByteLimit) -> Result<FileInfo> {
         self.request(Operation::Get(Get {
             path: path.to_owned(),
@@ -305,8 +306,8 @@ impl Connection {
         }
     }
 
-    /// Connects to a TCP port on the guest's loopback: both directions of the connection, each for
-    /// a thread of its own. The deadline is for the connecting only.
+    /// Connects to a TCP port on the guest's loopback, and returns both directions, each for a
+    /// separate thread. The deadline applies to connecting only.
     pub fn connect(mut self, port: u16) -> Result<(TunnelOut, TunnelIn)> {
         self.request(Operation::Connect(Connect { port: port.into() }))?;
         match self.receive()? {
@@ -315,14 +316,14 @@ impl Connection {
         }
     }
 
-    /// Runs a command, until the deadline or as [`Running::streaming`] has it.
+    /// Runs a command, until the deadline or without one after [`Running::streaming`].
     pub fn exec(mut self, exec: Exec) -> Result<Running> {
         self.request(Operation::Exec(exec))?;
         let started = self.expect_started()?;
         Ok(Running::new(self, started, Acknowledge::default()))
     }
 
-    /// Goes on with a command, from where `arrived` says.
+    /// Attaches to a command, whose output continues from `arrived`.
     pub fn attach(mut self, id: u64, arrived: Acknowledge) -> Result<Running> {
         let Acknowledge {
             stdout_cursor,
@@ -338,12 +339,12 @@ impl Connection {
     }
 }
 
-/// The time that `len` bytes of a file may take.
+/// The time that `len` bytes of a file may take at the lowest rate.
 fn file_time(len: usize) -> Duration {
     Duration::from_micros(len as u64 * 1_000_000 / MIN_FILE_RATE)
 }
 
-/// Reads the answer to `CONNECT`, and gives what came after it.
+/// Reads the answer to `CONNECT`, and returns the bytes after it.
 fn read_connect_answer(stream: &UnixStream, deadline: Deadline) -> Result<Vec<u8>> {
     let mut read = Vec::new();
     let mut chunk = [0; CONNECT_ANSWER_MAX];

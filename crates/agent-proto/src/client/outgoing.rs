@@ -1,4 +1,5 @@
-//! The way to an agent, shared by all threads that send: messages must not be mixed.
+//! The sending side of a connection to an agent. All sending threads share it, so that messages are
+//! not mixed.
 
 use std::io;
 use std::net::Shutdown as SocketEnd;
@@ -13,17 +14,17 @@ use crate::error::ClientError;
 use crate::frame;
 use crate::messages::{FromHost, from_host};
 
-/// How long a stream's message may take from its first byte to its last, in either direction.
+/// The time limit for a message of a stream from its first byte to its last, in either direction.
 const STALL_LIMIT: Duration = Duration::from_secs(120);
 
-/// The rule for what a connection waits for.
+/// The time limits of a connection.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Timing {
-    /// The whole exchange is over by then.
+    /// The whole exchange must end before this deadline.
     Exchange(Deadline),
     /// A stream that lasts as long as its command. It may be silent, because a command may be, and
-    /// ends when its reader does; a message that has begun must be whole within [`STALL_LIMIT`],
-    /// and what is sent must be taken within the same time.
+    /// ends when its reader does. A message that has begun must be complete within [`STALL_LIMIT`],
+    /// and sent bytes must be received within the same time.
     Stream,
 }
 
@@ -37,20 +38,20 @@ impl Timing {
     }
 }
 
-/// The way to the agent.
+/// The sending side.
 pub(super) struct Outgoing {
-    /// Held by who sends, for the length of one message.
+    /// The stream, locked by a sender for one message.
     stream: Mutex<UnixStream>,
-    /// The same stream, for a thread that ends it while another waits to send.
+    /// The same stream, for a thread that closes it while another is blocked in sending.
     end: UnixStream,
-    /// Read before every message; changed by the connection's owner only.
+    /// The time limits, read before every message and changed only by the connection's owner.
     timing: Mutex<Timing>,
     credit: Mutex<Credit>,
     /// Notified when `credit` changed.
     credit_changed: Condvar,
 }
 
-/// How much input may be sent.
+/// The number of bytes of input that may be sent.
 #[derive(Default)]
 struct Credit {
     sent: u64,
@@ -78,7 +79,7 @@ impl Outgoing {
     }
 
     pub(super) fn disconnect(&self) {
-        // A stream that is not connected any more is in the wanted state.
+        // A stream that is already disconnected is in the wanted state.
         let _ = self.end.shutdown(SocketEnd::Both);
     }
 
@@ -95,7 +96,7 @@ impl Outgoing {
         self.write(&lock(&self.stream), &bytes, deadline)
     }
 
-    /// Sends a message if it is taken at once; returns whether it was.
+    /// Sends a message if it can be sent without blocking; returns whether it was sent.
     pub(super) fn try_send(&self, kind: from_host::Kind) -> Result<bool, ClientError> {
         let bytes = encoded(kind)?;
         let stream = match self.stream.try_lock() {
@@ -120,18 +121,18 @@ impl Outgoing {
     ) -> Result<(), ClientError> {
         let sent = write_by(stream, bytes, deadline);
         if matches!(sent, Err(ClientError::Late)) {
-            // Part of the message may be under way: nothing can follow it.
+            // A part of the message may have been sent, so no other message can follow.
             self.disconnect();
         }
         sent
     }
 
-    /// Notes how much input the command has taken.
+    /// Records how much input the command has read.
     pub(super) fn input_taken(&self, taken: u64) {
         self.change_credit(|credit| credit.taken = taken);
     }
 
-    /// Ends all waiting for credit: nobody reads any more what the agent says of it.
+    /// Ends all waiting for credit, since no thread reads the agent's messages any more.
     pub(super) fn lose_credit(&self) {
         self.change_credit(|credit| credit.lost = true);
     }

@@ -11,7 +11,7 @@ use crate::error::ClientError;
 use crate::exec::{Event, OutputCursors};
 use crate::messages::{Acknowledge, Empty, Exited, Started, Stream, TerminalSize, from_host};
 
-/// How long an agent may take the last message of a command that has ended.
+/// The time limit for sending an agent the last message about an ended command.
 const FAREWELL_LIMIT: Duration = Duration::from_secs(5);
 
 /// A command that runs in the guest.
@@ -21,14 +21,14 @@ pub struct Running {
     cursors: OutputCursors,
 }
 
-/// A command's end, and what it printed before.
+/// A command's end, and its output.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Collected {
-    /// How it ended.
+    /// The command's end.
     pub exited: Exited,
-    /// All of its standard output.
+    /// The whole standard output.
     pub stdout: Vec<u8>,
-    /// All of its standard error.
+    /// The whole standard error.
     pub stderr: Vec<u8>,
 }
 
@@ -41,7 +41,7 @@ impl Running {
         }
     }
 
-    /// How the agent names it.
+    /// The command's id at the agent.
     pub fn started(&self) -> Started {
         self.started
     }
@@ -51,38 +51,38 @@ impl Running {
         self.connection.set_deadline(deadline);
     }
 
-    /// The command may run and be silent for as long as it likes, as an interactive one or one
-    /// that is only watched does. A message that the agent has begun, or that it has to take, is
-    /// still given up after two minutes.
+    /// Removes the deadline: the command may run and be silent without limit, as an interactive one
+    /// or one that is only watched does. A message that has begun, in either direction, must still
+    /// be complete within two minutes.
     #[must_use]
     pub fn streaming(self) -> Self {
         self.connection.outgoing.set_timing(Timing::Stream);
         self
     }
 
-    /// How much of its output has arrived: with it and the command's id, a later connection can go
-    /// on where this one was lost.
+    /// The positions up to which output has arrived. With these and the command's id, a later
+    /// connection can continue where this one was lost.
     pub fn arrived(&self) -> Acknowledge {
         self.cursors.arrived()
     }
 
-    /// The way in: input, signals, the terminal's size. For another thread.
+    /// The sending side, for another thread: input, signals, the terminal's size.
     pub fn input(&self) -> Input {
         Input {
             outgoing: Arc::clone(&self.connection.outgoing),
         }
     }
 
-    /// Waits for the next event. What was handed out before counts as arrived.
+    /// Waits for the next event. Events that were returned before count as arrived.
     ///
     /// # Errors
-    /// [`ClientError::Late`] where the deadline has passed, or a stream stalls.
+    /// [`ClientError::Late`] if the deadline has passed, or a stream stalls.
     pub fn next_event(&mut self) -> Result<Event> {
         self.acknowledge()?;
         let message = self.connection.receive()?;
         let event = self.cursors.event(message)?;
         if let Event::Exited(_) = event {
-            // So that the agent can forget the command; it may have ended already.
+            // This lets the agent drop the command's record. The agent may have ended already.
             let arrived = from_host::Kind::Acknowledge(self.cursors.arrived());
             let deadline = Deadline::after(FAREWELL_LIMIT);
             let _ = self.connection.outgoing.send_by(arrived, deadline);
@@ -90,8 +90,8 @@ impl Running {
         Ok(event)
     }
 
-    /// Tells the agent what has arrived, where that is due. An agent that sends and does not read
-    /// gets no answer, and does not keep us from reading.
+    /// Acknowledges the arrived output if that is due. An agent that sends but does not read gets
+    /// no acknowledgement, and does not block reading.
     fn acknowledge(&mut self) -> Result<()> {
         let deadline = self.connection.outgoing.timing().of_message();
         while let Some(arrived) = self.cursors.acknowledgement() {
@@ -105,10 +105,10 @@ impl Running {
         Ok(())
     }
 
-    /// Waits for the end and gathers all output, which is kept in memory.
+    /// Waits for the end and collects all output in memory.
     ///
     /// # Errors
-    /// [`ClientError::TooMuch`] where both outputs together are longer than `limit`.
+    /// [`ClientError::TooMuch`] if both outputs together are longer than `limit`.
     pub fn collect(mut self, limit: ByteLimit) -> Result<Collected> {
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         loop {
@@ -135,20 +135,20 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // A thread that waits to send input would wait for ever.
+        // A thread that is blocked in sending input would wait forever.
         self.connection.outgoing.lose_credit();
     }
 }
 
-/// The way into a running command. Input is taken only while somebody waits for the command's
-/// events.
+/// The sending side of a running command. Input is accepted only while a thread waits for the
+/// command's events.
 #[derive(Clone)]
 pub struct Input {
     outgoing: Arc<Outgoing>,
 }
 
 impl Input {
-    /// Input for the command; waits while it takes none.
+    /// Sends input to the command; blocks while the command reads none.
     pub fn write(&self, bytes: &[u8]) -> Result<()> {
         bytes.chunks(CHUNK).try_for_each(|chunk| {
             self.outgoing.take_credit(chunk.len() as u64)?;
@@ -156,22 +156,22 @@ impl Input {
         })
     }
 
-    /// The end of its input.
+    /// Ends the command's input.
     pub fn end(&self) -> Result<()> {
         self.outgoing.send(from_host::Kind::StdinEnd(Empty {}))
     }
 
-    /// A signal for its process group.
+    /// Sends a signal to the command's process group.
     pub fn signal(&self, signal: i32) -> Result<()> {
         self.outgoing.send(from_host::Kind::Signal(signal))
     }
 
-    /// The terminal's new size.
+    /// Sets the terminal's size.
     pub fn resize(&self, size: TerminalSize) -> Result<()> {
         self.outgoing.send(from_host::Kind::Resize(size))
     }
 
-    /// Drops the connection, from any thread; [`Running::next_event`] ends with an error.
+    /// Closes the connection, from any thread; [`Running::next_event`] returns an error.
     pub fn disconnect(&self) {
         self.outgoing.disconnect();
     }

@@ -1,4 +1,4 @@
-//! A Unix socket on which nothing waits for longer than a deadline.
+//! A Unix socket on which no operation waits longer than a deadline.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -14,7 +14,7 @@ use rustix::net::{
 use crate::deadline::Deadline;
 use crate::error::ClientError;
 
-/// Connects to the socket at `path`, whose owner may not accept.
+/// Connects to the socket at `path`, whose owner may never accept.
 pub(super) fn connect_by(path: &Path, deadline: Deadline) -> Result<UnixStream, ClientError> {
     let unreachable = |error: Errno| ClientError::Connect {
         path: path.display().to_string(),
@@ -29,7 +29,7 @@ pub(super) fn connect_by(path: &Path, deadline: Deadline) -> Result<UnixStream, 
     )
     .map_err(unreachable)?;
     let remaining = deadline.remaining().ok_or(ClientError::Late)?;
-    // It bounds the wait for a place in the listener's backlog, too.
+    // The timeout also bounds the wait for a place in the listener's backlog.
     set_socket_timeout(&socket, Timeout::Send, Some(remaining)).map_err(unreachable)?;
     match connect(&socket, &address) {
         Ok(()) => Ok(UnixStream::from(socket)),
@@ -38,8 +38,8 @@ pub(super) fn connect_by(path: &Path, deadline: Deadline) -> Result<UnixStream, 
     }
 }
 
-/// Reads what is there, and waits for it no longer than until `deadline`. A stream without one may
-/// be silent; see [`super::Timing`].
+/// Reads available bytes, waiting for them at most until `deadline`. A stream without a deadline
+/// may be silent; see [`super::Timing`].
 pub(super) fn read_by(
     mut stream: &UnixStream,
     buffer: &mut [u8],
@@ -81,7 +81,7 @@ pub(super) fn write_by(
     Ok(())
 }
 
-/// Writes what is taken at once, which may be nothing.
+/// Writes as much as the socket accepts without blocking, which may be nothing.
 pub(super) fn write_now(stream: &UnixStream, bytes: &[u8]) -> Result<usize, ClientError> {
     match send(stream, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
         Ok(sent) => Ok(sent),
@@ -104,7 +104,7 @@ pub(super) fn wait_by(stream: &UnixStream, deadline: Deadline) -> Result<bool, C
     }
 }
 
-/// A socket whose timeout is over says that the call would block.
+/// Converts the error of a socket whose timeout has passed, which is reported as "would block".
 fn late_or_lost(error: io::Error) -> ClientError {
     match error.kind() {
         io::ErrorKind::WouldBlock => ClientError::Late,

@@ -1,4 +1,4 @@
-//! A connection to a TCP port in a guest: both directions, each for a thread of its own.
+//! A connection to a TCP port in a guest, with each direction for a separate thread.
 
 use std::sync::Arc;
 
@@ -8,21 +8,21 @@ use crate::CHUNK;
 use crate::error::ClientError;
 use crate::messages::{Empty, from_agent, from_host};
 
-/// What comes out of a connection in the guest.
+/// The receiving side of a connection in the guest.
 pub struct TunnelOut {
     connection: Connection,
 }
 
 impl TunnelOut {
-    /// Both directions of a connection that the agent has just made. It may be silent from here
-    /// on, as streams may.
+    /// Splits a connection that the agent has just made. From here on it may be silent, as streams
+    /// may.
     pub(super) fn split(connection: Connection) -> (Self, TunnelIn) {
         connection.outgoing.set_timing(Timing::Stream);
         let outgoing = Arc::clone(&connection.outgoing);
         (Self { connection }, TunnelIn { outgoing })
     }
 
-    /// The next bytes; none at their end. The other direction goes on then.
+    /// The next bytes; empty at the end. The other direction continues then.
     pub fn read(&mut self) -> Result<Option<Vec<u8>>> {
         match self.connection.receive()? {
             from_agent::Kind::Data(data) => Ok(Some(data)),
@@ -32,26 +32,26 @@ impl TunnelOut {
     }
 }
 
-/// The way into a connection in the guest.
+/// The sending side of a connection in the guest.
 #[derive(Clone)]
 pub struct TunnelIn {
     outgoing: Arc<Outgoing>,
 }
 
 impl TunnelIn {
-    /// Sends bytes; waits while nobody takes them.
+    /// Sends bytes; blocks while they are not received.
     pub fn write(&self, bytes: &[u8]) -> Result<()> {
         bytes
             .chunks(CHUNK)
             .try_for_each(|chunk| self.outgoing.send(from_host::Kind::Data(chunk.to_vec())))
     }
 
-    /// The end of what is sent.
+    /// Sends the end of the data.
     pub fn end(&self) -> Result<()> {
         self.outgoing.send(from_host::Kind::DataEnd(Empty {}))
     }
 
-    /// Drops the connection, from any thread; whoever reads or writes gets an error.
+    /// Closes the connection, from any thread; reads and writes in progress return an error.
     pub fn disconnect(&self) {
         self.outgoing.disconnect();
     }

@@ -1,8 +1,8 @@
-//! A command from its start until its end was seen.
+//! A command, from its start until a host has seen its end.
 //!
-//! Threads: one per output fills the spools, one waits for the process, one feeds its input. They
-//! and the sessions meet in [`Shared`], under one lock that is never held across a system call
-//! that can wait.
+//! Each command has one thread per output that fills the spools, one that waits for the process,
+//! and one that feeds its input. They and the sessions share [`Shared`] under one lock, which is
+//! never held across a system call that can block.
 
 use std::fs::File;
 use std::io::Read;
@@ -26,14 +26,14 @@ use super::spawn::{self, Spawned, winsize};
 use super::spool::Spool;
 use crate::conversation::{Outbox, Refusal, STACK_BYTES};
 
-/// How long after a command's end the output counts of what it left in the background.
+/// The time after a command's end in which output of its background processes is still collected.
 const LINGER: Duration = Duration::from_millis(500);
-/// How long a command waits for a host that may come back to it.
+/// The time that a command waits for its host to reconnect.
 const ABANDONED_AFTER: Duration = Duration::from_secs(60);
-/// The bytes of a command's words that are kept for lists of commands.
+/// The number of bytes of a command's arguments that are kept for lists of commands.
 const WORDS_KEPT: usize = 4 << 10;
 
-/// What a session should pass on next.
+/// The next event that a session passes on.
 pub(super) enum Piece {
     Output {
         stream: Stream,
@@ -42,7 +42,7 @@ pub(super) enum Piece {
     },
     /// The process ended and all output was sent.
     Exited(Exited),
-    /// The session is not attached any more.
+    /// The session is no longer attached.
     Replaced,
 }
 
@@ -53,9 +53,10 @@ pub(crate) struct Command {
     pub(super) words: Vec<String>,
     detached: bool,
     input: Option<Input>,
-    /// The host's side of its terminal, until that is hung up. Held for a moment only.
+    /// The host's side of the terminal, until that is hung up. The lock is held only for a moment.
     terminal: Option<Mutex<Option<OwnedFd>>>,
-    /// Readable once the command has ended, or its terminal was hung up: for who waits for output.
+    /// An eventfd that is readable after the command has ended or its terminal was hung up. The
+    /// threads that wait for output poll it.
     news: OwnedFd,
     shared: Mutex<Shared>,
     changed: Condvar,
@@ -64,14 +65,14 @@ pub(crate) struct Command {
 struct Shared {
     spools: Vec<Spool>,
     exited: Option<Exited>,
-    /// Which session is attached; 0 is none. Each gets a number of its own.
+    /// The number of the attached session; 0 means none. Numbers are not reused.
     seat: u64,
     last_seat: u64,
-    /// Whether its process is over: its number may be somebody else's.
+    /// Whether the process was reaped, so that its id may belong to another process.
     reaped: bool,
-    /// Whether its terminal was hung up.
+    /// Whether the terminal was hung up.
     hung_up: bool,
-    /// Whether nobody came back to it for so long that it no longer waits for anybody.
+    /// Whether no host reconnected in time, so that the command no longer waits for one.
     abandoned: bool,
 }
 
@@ -157,7 +158,7 @@ impl Command {
         self.lock().seat != 0
     }
 
-    /// A session attaches, taking the place of one that may not know yet that it is lost.
+    /// Attaches a session, replacing one that may not know yet that its connection is lost.
     pub(super) fn attach(&self, arrived: Acknowledge) -> Result<u64, Refusal> {
         let mut shared = self.lock();
         let cursors = [arrived.stdout_cursor, arrived.stderr_cursor];
@@ -184,9 +185,10 @@ impl Command {
         self.changed.notify_all();
     }
 
-    /// The connection ended, and maybe the command goes on. Its terminal is hung up, as when a modem
-    /// line drops. A command without one is waited for a while: its host may come back. Then its
-    /// input ends, and like a detached one it keeps its newest output and runs on.
+    /// Handles the end of the connection while the command may still run. A terminal is hung up, as
+    /// when a modem line drops. A command without one waits for its host to reconnect. After that
+    /// time its input ends, and like a detached command it keeps its newest output and continues to
+    /// run.
     pub(super) fn connection_lost(&self) {
         let shared = self.lock();
         if self.detached || shared.seat != 0 || shared.exited.is_some() {
@@ -209,7 +211,8 @@ impl Command {
         }
     }
 
-    /// Hangs the terminal up: the session gets SIGHUP, and its input and output end.
+    /// Hangs the terminal up: the session's processes get SIGHUP, and the command's input and
+    /// output end.
     fn hang_up(&self) {
         let main = self.terminal.as_ref().and_then(take);
         if let Some(foreground) = main.and_then(|main| tcgetpgrp(main).ok()) {
@@ -227,11 +230,11 @@ impl Command {
     }
 
     fn tell_readers(&self) {
-        // It can fail only where the counter is full, and then it is readable.
+        // The write fails only if the counter is full, and then the eventfd is readable.
         let _ = rustix::io::write(&self.news, &1_u64.to_ne_bytes());
     }
 
-    /// Waits for something to pass on.
+    /// Waits for the next event.
     pub(super) fn next_piece(&self, seat: u64) -> Piece {
         let mut shared = self.lock();
         loop {
@@ -286,12 +289,13 @@ impl Command {
         let terminal = self.terminal.as_ref();
         let terminal = terminal.map(|it| it.lock().unwrap_or_else(PoisonError::into_inner));
         if let Some(main) = terminal.as_ref().and_then(|it| it.as_ref()) {
-            // A terminal whose command is gone does not mind.
+            // Setting the size of a terminal whose command has ended has no effect.
             let _ = tcsetwinsize(main, winsize(size));
         }
     }
 
-    /// Signals the process group, as long as its leader was not reaped; false where it was.
+    /// Signals the process group; returns false if its leader was reaped, so that the id may be
+    /// reused.
     pub(super) fn signal(&self, signal: i32) -> bool {
         let shared = self.lock();
         if !shared.reaped {
@@ -305,8 +309,9 @@ impl Command {
         unsafe { libc::kill(-(self.pid as i32), signal) };
     }
 
-    /// Takes an output until it ends, no faster than the host takes it. It ends, too, soon after
-    /// the command, whatever holds it open; what the command itself wrote is taken in any case.
+    /// Reads an output until it ends, at most as fast as the host reads it. Reading also stops soon
+    /// after the command has ended, even if another process keeps the output open; everything that
+    /// the command itself wrote is read.
     fn read_output(&self, index: usize, mut output: File) {
         let mut chunk = vec![0; CHUNK.min(32 << 10)];
         let mut end: Option<OutputEnd> = None;
@@ -316,12 +321,12 @@ impl Command {
                 match &mut end {
                     None if self.lock().hung_up => break,
                     None => end = Some(OutputEnd::of(&output)),
-                    // Somebody else may have read it.
+                    // Another reader may have read the bytes first.
                     Some(end) => end.owed = 0,
                 }
                 continue;
             }
-            // A terminal whose command is gone answers with an error: its end.
+            // A terminal whose command has ended returns an error, which counts as its end.
             let len = output.read(&mut chunk).unwrap_or(0);
             open = len > 0;
             if let Some(end) = &mut end {
@@ -331,8 +336,8 @@ impl Command {
         }
         self.lock().spools[index].close();
         self.changed.notify_all();
-        // A terminal goes away with its session. A pipe stays, so that what runs on in the
-        // background does not end for writing into it.
+        // A terminal ends with its session. A pipe stays open, so that background processes do not
+        // die from writing into it.
         if self.terminal.is_none() {
             while open {
                 open = output.read(&mut chunk).is_ok_and(|len| len > 0);
@@ -340,8 +345,8 @@ impl Command {
         }
     }
 
-    /// Waits for output; false where there is none, and either the command has ended or its time
-    /// for output is over.
+    /// Waits for output; returns false if there is none, and the command or its time for output has
+    /// ended.
     fn wait_output(&self, output: &File, end: Option<&OutputEnd>) -> bool {
         let left = end.map(OutputEnd::left);
         let mut ready = vec![PollFd::new(output, PollFlags::IN)];
@@ -349,10 +354,10 @@ impl Command {
             ready.push(PollFd::new(&self.news, PollFlags::IN));
         }
         if poll(&mut ready, left.as_ref()).is_err() {
-            // An interruption or a lack of memory: the read waits in its place.
+            // After an interruption or a lack of memory, the read blocks instead.
             return true;
         }
-        // News come first: output may come without end.
+        // Status changes take precedence, since output may never end.
         let has_news = ready.get(1).is_some_and(|news| !news.revents().is_empty());
         !has_news && !ready[0].revents().is_empty()
     }
@@ -373,7 +378,7 @@ impl Command {
         }
     }
 
-    /// Waits for the process, ending it when its time is up.
+    /// Waits for the process, and ends it when its time limit has passed.
     fn wait_end(&self, mut child: Child, timeout: Option<Duration>) {
         let timed_out = timeout.is_some_and(|timeout| !self.ends_within(timeout));
         if timed_out {
@@ -400,15 +405,15 @@ impl Command {
         };
         let limit = timespec(timeout);
         let mut ready = [PollFd::new(&pidfd, PollFlags::IN)];
-        // An error here would be of no memory: then the command is left alone.
+        // The only possible error is a lack of memory; then the command continues.
         !matches!(poll(&mut ready, Some(&limit)), Ok(0))
     }
 }
 
-/// When the output of a command that has ended is over.
+/// The point at which the output of an ended command is complete.
 struct OutputEnd {
     at: Instant,
-    /// Bytes that were on their way when it ended: its own are among them.
+    /// The bytes that were in the pipe when the command ended, which include its own.
     owed: u64,
 }
 
@@ -440,14 +445,15 @@ fn take<T>(slot: &Mutex<Option<T>>) -> Option<T> {
     slot.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
-/// What a group's terminal does when its line drops. One that is stopped runs again, to see it.
+/// Sends the signals of a terminal's hang-up to the group. A stopped group is continued, so that it
+/// receives them.
 fn hang_up_group(group: Pid) {
-    // A group that is gone needs nothing.
+    // A group that has ended needs no signal.
     let _ = kill_process_group(group, Signal::HUP);
     let _ = kill_process_group(group, Signal::CONT);
 }
 
-/// The first bytes of `words`, whole characters of them.
+/// The first bytes of `words`, without cutting a character.
 fn beginning_of(words: &[String]) -> Vec<String> {
     let mut left = WORDS_KEPT;
     let mut kept = Vec::new();

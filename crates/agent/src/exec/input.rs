@@ -1,4 +1,4 @@
-//! A command's input: taken from the host without ever waiting, given to the command as it reads.
+//! A command's input: received from the host without blocking, and written as the command reads.
 
 use std::fs::File;
 use std::io::Write;
@@ -13,14 +13,14 @@ use crate::conversation::{Outbox, STACK_BYTES};
 
 /// The input of a command.
 pub(super) struct Input {
-    /// Gone once the input has ended.
+    /// The queue of received input; `None` after its end.
     queue: Mutex<Option<Sender<Piece>>>,
     under_way: Arc<Mutex<u64>>,
 }
 
 struct Piece {
     data: Vec<u8>,
-    /// Told how much was taken.
+    /// Called with the number of bytes that were written.
     host: Outbox,
 }
 
@@ -54,7 +54,7 @@ impl Input {
         *under_way += data.len() as u64;
         drop(under_way);
         if let Some(queue) = &*self.queue.lock().unwrap_or_else(PoisonError::into_inner) {
-            // A command that has closed its input takes nothing more, which is its right.
+            // A command may close its input, and then reads nothing more.
             let _ = queue.send(Piece {
                 data,
                 host: host.clone(),
@@ -63,7 +63,7 @@ impl Input {
         Ok(())
     }
 
-    /// The command sees the end of its input once it has taken what was sent.
+    /// Ends the input: the command sees the end after it has read everything that was sent.
     pub(super) fn end(&self) {
         *self.queue.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
@@ -73,12 +73,12 @@ fn feed(mut file: File, pieces: &Receiver<Piece>, under_way: &Mutex<u64>) {
     let mut taken = 0;
     let mut open = true;
     for Piece { data, host } in pieces {
-        // What is written after the command has closed its input counts as taken, so that the host
-        // does not wait for ever.
+        // Input that is sent after the command has closed it counts as read, so that the host does
+        // not wait forever.
         open = open && file.write_all(&data).is_ok();
         taken += data.len() as u64;
         *under_way.lock().unwrap_or_else(PoisonError::into_inner) -= data.len() as u64;
-        // The next host starts with a window of its own.
+        // The next connection starts with a full window.
         let _ = host.send(from_agent::Kind::InputTaken(taken));
     }
 }

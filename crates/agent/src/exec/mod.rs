@@ -1,8 +1,10 @@
-//! Commands: started, fed, listened to, ended, and found again after a lost connection.
+//! Starts commands, feeds them, reads their output, ends them, and finds them again after a lost
+//! connection.
 //!
-//! A command has a life of its own ([`command::Command`]); a session is attached to it or not.
-//! What it prints goes through a [`spool`], which keeps what the host has not acknowledged: a lost
-//! connection loses nothing, and a slow host slows the command down, not the guest's memory up.
+//! A command ([`command::Command`]) exists independently of the session that may be attached to it.
+//! Its output goes through a [`spool`], which keeps the bytes that the host has not acknowledged.
+//! So a lost connection loses no output, and a slow host slows the command down instead of filling
+//! the guest's memory.
 
 mod command;
 mod input;
@@ -23,12 +25,12 @@ use crate::conversation::{End, Inbox, Outbox, Refusal, STACK_BYTES};
 use crate::image::Image;
 use crate::users;
 
-/// The PATH of commands that bring none.
+/// The PATH of commands whose environment has none.
 pub(crate) const DEFAULT_PATH: &str =
     "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// The numbers of signals (signal(7)).
 const SIGNALS: std::ops::RangeInclusive<i32> = 1..=64;
-/// Ended commands whose end nobody has seen are kept up to this many.
+/// The most ended commands that are kept because no host has seen their end.
 const ENDED_KEPT: usize = 64;
 
 /// All commands, by id.
@@ -46,7 +48,7 @@ impl Commands {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many run.
+    /// The number of running commands.
     pub(crate) fn running(&self) -> u32 {
         let table = self.lock();
         table
@@ -92,7 +94,7 @@ impl Commands {
         Ok(command)
     }
 
-    /// Signals a command that runs, whoever is attached to it.
+    /// Signals a running command, independently of the attached session.
     pub(crate) fn signal(&self, request: &SignalCommand) -> Result<(), Refusal> {
         let SignalCommand { id, signal } = *request;
         if !SIGNALS.contains(&signal) {
@@ -111,7 +113,7 @@ impl Commands {
     }
 }
 
-/// Starts a command and stays with it.
+/// Starts a command and attaches this session to it.
 pub(crate) fn start(
     commands: &Commands,
     mut request: Exec,
@@ -132,7 +134,7 @@ fn login_shell(user: &str) -> Result<String, Refusal> {
         .ok_or_else(|| Refusal::new(ErrorCode::NotFound, "the guest has no shell"))
 }
 
-/// Goes on with a command.
+/// Attaches this session to an existing command.
 pub(crate) fn attach(
     commands: &Commands,
     request: &Attach,
@@ -153,8 +155,8 @@ pub(crate) fn attach(
     attend(commands, &command, arrived, inbox, outbox)
 }
 
-/// Passes output to the host on this thread and what the host says to the command on another,
-/// until the command has ended or the connection is lost.
+/// Sends output to the host on this thread, and passes the host's messages to the command on
+/// another, until the command has ended or the connection is lost.
 fn attend(
     commands: &Commands,
     command: &Arc<Command>,
@@ -196,26 +198,26 @@ fn attend(
                 }
                 return sent;
             }
-            // Somebody else attached, or the connection is lost.
+            // Another session was attached, or the connection is lost.
             Piece::Replaced => return Err(End::Lost),
         }
     }
 }
 
-/// Takes what the host says until the connection ends.
+/// Handles the host's messages until the connection ends.
 fn listen(command: &Arc<Command>, seat: u64, mut inbox: Inbox, outbox: &Outbox) {
     while let Ok(message) = inbox.receive() {
         match message {
             Some(from_host::Kind::Stdin(data)) => {
                 let fed = command.feed(data, outbox);
-                // More than the window allows is a host that breaks the protocol.
+                // A host that sends more than the window breaks the protocol.
                 if fed.is_err() {
                     break;
                 }
             }
             Some(from_host::Kind::StdinEnd(_)) => command.end_input(),
             Some(from_host::Kind::Signal(signal)) if SIGNALS.contains(&signal) => {
-                // One that has ended does not mind.
+                // The signal has no effect on a command that has ended.
                 command.signal(signal);
             }
             Some(from_host::Kind::Resize(size)) => command.resize(size),

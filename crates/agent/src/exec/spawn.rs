@@ -1,4 +1,4 @@
-//! Starting a command's process: whom as, where, with which environment, pipes or a terminal.
+//! Starts a command's process: its user, directory, environment, and pipes or terminal.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -20,7 +20,7 @@ use crate::conversation::Refusal;
 use crate::limits;
 use crate::users::{self, User};
 
-/// A process and our ends of its streams.
+/// A process, and the agent's ends of its streams.
 pub(super) struct Spawned {
     pub(super) child: Child,
     pub(super) input: Option<File>,
@@ -44,7 +44,7 @@ pub(super) fn spawn(request: &Exec) -> Result<Spawned, Refusal> {
     let mut command = Command::new(program);
     command.args(arguments);
     if request.login_shell {
-        // What its name begins with tells a shell that somebody logs in.
+        // A leading `-` in its name makes a shell a login shell.
         let name = Path::new(program).file_name().unwrap_or_default();
         command.arg0(format!("-{}", name.to_string_lossy()));
     }
@@ -114,7 +114,7 @@ fn set_user(command: &mut Command, user: &User) {
     let switch = move || {
         rustix::process::setsid()?;
         limits::restore()?;
-        // As an ordinary user (in tests) only oneself can be chosen, which needs no change.
+        // An ordinary user (in tests) can choose only itself, which needs no change.
         if rustix::process::geteuid().as_raw() == uid && uid != 0 {
             return Ok(());
         }
@@ -152,14 +152,15 @@ fn with_pipes(command: &mut Command, wants_input: bool, user: &User) -> io::Resu
     })
 }
 
-/// A pipe that is the user's: `/dev/stderr` and its like are opened anew, and by who may.
+/// Makes a pipe that belongs to the user, since opening `/dev/stderr` and the like checks
+/// permissions again.
 fn pipe_of(user: &User) -> io::Result<(OwnedFd, OwnedFd)> {
     let (out, into) = pipe_with(PipeFlags::CLOEXEC)?;
     give(&into, user, Some(Gid::from_raw(user.gid.get())))?;
     Ok((out, into))
 }
 
-/// Makes a stream the user's own. Without root's rights there is nobody but oneself to give it to.
+/// Gives a stream to the user. Without root's rights, the user is the agent's own.
 fn give(stream: impl AsFd, user: &User, group: Option<Gid>) -> io::Result<()> {
     if rustix::process::geteuid().is_root() {
         fchown(stream, Some(Uid::from_raw(user.uid.get())), group)?;
@@ -173,7 +174,7 @@ fn with_terminal(command: &mut Command, size: TerminalSize, user: &User) -> io::
     unlockpt(&main)?;
     let path = ptsname(&main, Vec::new())?;
     let path = path.to_string_lossy().into_owned();
-    // Not ours to be controlled by.
+    // The terminal must not become the agent's controlling terminal.
     let flags = rustix::fs::OFlags::NOCTTY.bits() as i32;
     let terminal = {
         use std::os::unix::fs::OpenOptionsExt;
@@ -184,7 +185,7 @@ fn with_terminal(command: &mut Command, size: TerminalSize, user: &User) -> io::
             .open(path)?
     };
     tcsetwinsize(&terminal, winsize(size))?;
-    // Its group is that of all terminals.
+    // The group is the one that owns all terminals.
     give(&terminal, user, None)?;
     command
         .stdin(terminal.try_clone()?)
@@ -198,7 +199,8 @@ fn with_terminal(command: &mut Command, size: TerminalSize, user: &User) -> io::
         });
     }
     let child = command.spawn()?;
-    // Ends of ours of the command's side would keep its terminal open after its end.
+    // The agent's copies of the command's side would keep the terminal open after the command's
+    // end.
     command
         .stdin(Stdio::null())
         .stdout(Stdio::null())

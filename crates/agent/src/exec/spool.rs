@@ -1,7 +1,8 @@
-//! One output of a command: what was printed and has not safely arrived yet.
+//! One output stream of a command: the bytes that were printed and not yet acknowledged.
 //!
-//! Positions are counted in bytes since the command's start. `start ≤ sent ≤ end`: before `start`
-//! all has arrived, up to `sent` it was sent to the present host, up to `end` it was printed.
+//! Positions are counted in bytes since the command's start. `start ≤ sent ≤ end`: bytes before
+//! `start` were acknowledged, bytes before `sent` were sent to the present host, bytes before `end`
+//! were printed.
 
 use std::collections::VecDeque;
 
@@ -29,18 +30,18 @@ impl Spool {
         self.start + self.bytes.len() as u64
     }
 
-    /// How much may be added.
+    /// The number of bytes that may be added.
     pub(super) fn room(&self) -> usize {
         self.capacity - self.bytes.len()
     }
 
-    /// Adds what was printed; at most [`Spool::room`].
+    /// Adds printed bytes, at most [`Spool::room`].
     pub(super) fn push(&mut self, bytes: &[u8]) {
         debug_assert!(bytes.len() <= self.room());
         self.bytes.extend(bytes);
     }
 
-    /// Makes room for `len` more by dropping the oldest, arrived or not.
+    /// Makes room for `len` more bytes by dropping the oldest, acknowledged or not.
     pub(super) fn drop_oldest_for(&mut self, len: usize) {
         let excess = len.saturating_sub(self.room()).min(self.bytes.len());
         self.bytes.drain(..excess);
@@ -48,7 +49,7 @@ impl Spool {
         self.sent = self.sent.max(self.start);
     }
 
-    /// Nothing more will be printed.
+    /// Marks the end of the output.
     pub(super) fn close(&mut self) {
         self.closed = true;
     }
@@ -58,7 +59,8 @@ impl Spool {
         self.closed && self.sent == self.end()
     }
 
-    /// Everything up to `cursor` has arrived. A host that claims more than was sent is ignored.
+    /// Records that everything before `cursor` has arrived. A `cursor` beyond what was sent is
+    /// ignored.
     pub(super) fn acknowledge(&mut self, cursor: u64) {
         if cursor > self.sent {
             return;
@@ -72,13 +74,13 @@ impl Spool {
         }
     }
 
-    /// A host attaches that has everything up to `cursor`: sending goes on from there, or from the
-    /// oldest byte that is still here.
+    /// Attaches a host that has everything before `cursor`: sending continues from there, or from
+    /// the oldest byte that is kept.
     pub(super) fn rewind(&mut self, cursor: u64) {
         self.sent = cursor.clamp(self.start, self.end());
     }
 
-    /// The next piece to send, with its position; `None` while there is nothing new.
+    /// The next piece to send, with its position; `None` if there is nothing new.
     pub(super) fn next(&mut self, max: usize) -> Option<(u64, Vec<u8>)> {
         let from = (self.sent - self.start) as usize;
         let len = (self.bytes.len() - from).min(max);

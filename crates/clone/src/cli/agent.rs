@@ -1,4 +1,4 @@
-//! Reaching the agent in a guest, and running a command there with our own streams.
+//! Connects to the agent in a guest, and runs a command there with this process's streams.
 
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
@@ -15,16 +15,16 @@ use clone_start::error::Result;
 use super::signals::Signals;
 use super::terminal::{self, RawTerminal};
 
-/// How long an agent may take to greet.
+/// The time limit for an agent's greeting.
 const GREETING_LIMIT: Duration = Duration::from_secs(20);
 
-/// How much longer than its command's limit an agent may take to say that the command has ended.
+/// The time beyond a command's limit in which the agent must report the command's end.
 const TIMEOUT_GRACE: Duration = Duration::from_secs(15);
 
-/// The pause between two tries to reach an agent.
+/// The pause between two attempts to connect to an agent.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Signals that a guest's command gets in our place.
+/// The signals that are forwarded to the guest's command.
 const FORWARDED: [i32; 6] = [
     libc::SIGINT,
     libc::SIGTERM,
@@ -34,7 +34,7 @@ const FORWARDED: [i32; 6] = [
     libc::SIGUSR2,
 ];
 
-/// So many SIGINT or SIGTERM end the wait for a command, as with Docker.
+/// The number of SIGINT or SIGTERM that ends the wait for a command, as in Docker.
 const WISHES_TO_GIVE_UP: u32 = 3;
 
 /// How long a guest is given for its agent to start.
@@ -47,15 +47,15 @@ pub(super) struct Wait {
 
 /// Connects to the agent of `vm`. The connection's deadline is for one short exchange.
 ///
-/// Nothing tells the host when a guest's program starts to listen, so a wait is tries with pauses;
-/// a VM that ends meanwhile ends it.
+/// The host is not notified when a guest's program starts to listen, so waiting means repeated
+/// attempts. It ends early if the VM ends.
 pub(super) fn connect(vm: &RunningVm, wait: Wait) -> Result<Connection> {
     let end = Instant::now() + Duration::from_secs(wait.wait);
     loop {
         let tried = Connection::open(&vm.dir.vsock_socket(), Deadline::after(GREETING_LIMIT));
         let may_come = matches!(tried, Err(ClientError::NoAgent)) && Instant::now() < end;
         if !may_come {
-            return tried.map_err(told(&vm.dir.name()));
+            return tried.map_err(agent_error(&vm.dir.name()));
         }
         if vm.process.wait(Some(PAUSE))? {
             let message = format!("`{}` ended before its agent answered", vm.dir.name());
@@ -65,15 +65,15 @@ pub(super) fn connect(vm: &RunningVm, wait: Wait) -> Result<Connection> {
     }
 }
 
-/// Asks the agent of `vm` to switch its guest off, and has its answer within `limit`.
+/// Asks the agent of `vm` to switch its guest off, and waits for the answer within `limit`.
 pub(super) fn shut_down_within(vm: &RunningVm, limit: Duration) -> Result<()> {
     Connection::open(&vm.dir.vsock_socket(), Deadline::after(limit))
         .and_then(|agent| agent.shutdown(false))
-        .map_err(told(&vm.dir.name()))
+        .map_err(agent_error(&vm.dir.name()))
 }
 
-/// An error of the agent's client, for the user of the VM called `name`.
-pub(super) fn told(name: &str) -> impl Fn(ClientError) -> ApiError {
+/// Makes a closure that converts an error of the agent's client for the user of the VM `name`.
+pub(super) fn agent_error(name: &str) -> impl Fn(ClientError) -> ApiError {
     move |error| {
         let message = format!("`{name}`: {error}");
         match &error {
@@ -101,16 +101,17 @@ pub(super) fn told(name: &str) -> impl Fn(ClientError) -> ApiError {
     }
 }
 
-/// How our own streams are joined with the command's.
+/// The connections between this process's streams and the command's.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Streams {
-    /// Our input becomes the command's.
+    /// Whether this process's input is sent to the command.
     pub(super) input: bool,
-    /// Our terminal is the command's: raw, and its size follows ours.
+    /// Whether this process's terminal becomes the command's: it is set to raw mode, and its size
+    /// is passed on.
     pub(super) terminal: bool,
 }
 
-/// Runs `exec` with our streams until it ends, or our user does not want to wait any longer.
+/// Runs `exec` with this process's streams until it ends, or until the user gives up waiting.
 pub(super) fn run(
     name: &str,
     connection: Connection,
@@ -123,9 +124,9 @@ pub(super) fn run(
         exec.terminal = Some(terminal_size());
     }
     exec.input = streams.input;
-    // Until the command runs, signals end this process, as they do by default.
+    // Until the command runs, signals have their default effect and end this process.
     let mut running = timed(connection.exec(exec.clone())?, &exec);
-    // Before the threads below start, which inherit it.
+    // The signals are blocked before the threads below start, which inherit that.
     let signals = Signals::take(&taken).map_err(ClientError::Local)?;
     let stdin = io::stdin();
     let raw = if streams.terminal && stdin.is_terminal() {
@@ -133,7 +134,7 @@ pub(super) fn run(
     } else {
         None
     };
-    // The threads end with this process: they may wait for what never comes.
+    // The threads are not joined and end with this process, since they may wait forever.
     let input = running.input();
     let given_up = Arc::new(AtomicI32::new(0));
     let flag = Arc::clone(&given_up);
@@ -145,7 +146,7 @@ pub(super) fn run(
     let end = print(&mut running);
     drop(raw);
     match (end, given_up.load(Ordering::Acquire)) {
-        // As if the signal had ended the command, which may run on.
+        // The exit code is as if the signal had ended the command, which may still run.
         (Err(_), signal @ 1..) => Ok(Exited {
             signal: Some(signal),
             ..Exited::default()
@@ -158,7 +159,7 @@ pub(super) fn run(
     }
 }
 
-/// The command with the time that `exec` gives it: a stream where there is no limit.
+/// Sets the command's deadline from `exec`; without a limit the command is streamed.
 pub(super) fn timed(mut running: Running, exec: &Exec) -> Running {
     if exec.timeout_ms == 0 {
         return running.streaming();
@@ -168,7 +169,7 @@ pub(super) fn timed(mut running: Running, exec: &Exec) -> Running {
     running
 }
 
-/// Prints what the command prints, until it ends.
+/// Prints the command's output until it ends.
 fn print(running: &mut Running) -> std::result::Result<Exited, ClientError> {
     loop {
         match running.next_event()? {
@@ -201,8 +202,8 @@ fn terminal_size() -> TerminalSize {
     }
 }
 
-/// Sends our signals and our terminal's size to the command. A guest that hangs must not keep its
-/// user: a third wish to end it ends the connection.
+/// Forwards signals and the terminal's size to the command. A guest that hangs must not block the
+/// user, so the third request to end it closes the connection.
 fn forward(input: &Input, mut signals: Signals, given_up: &AtomicI32) {
     let mut wishes = 0;
     while let Ok(signal) = signals.next() {
@@ -211,7 +212,7 @@ fn forward(input: &Input, mut signals: Signals, given_up: &AtomicI32) {
             given_up.store(signal, Ordering::Release);
             return input.disconnect();
         }
-        // On a thread of its own: a guest that takes nothing lets it wait.
+        // A separate thread sends this, since it blocks while the guest reads nothing.
         let input = input.clone();
         std::thread::spawn(move || match signal {
             libc::SIGWINCH => input.resize(terminal_size()),
@@ -220,7 +221,7 @@ fn forward(input: &Input, mut signals: Signals, given_up: &AtomicI32) {
     }
 }
 
-/// Sends our input, until it ends or the command is gone.
+/// Sends this process's input, until it ends or the command has ended.
 fn feed(input: &Input) {
     let stdin = io::stdin();
     let mut buffer = vec![0; 32 << 10];
@@ -229,7 +230,7 @@ fn feed(input: &Input) {
             Ok(count) if count > 0 => input.write(&buffer[..count]),
             Err(rustix::io::Errno::INTR) => continue,
             Ok(_) | Err(_) => {
-                // Where the command is gone, the other thread tells how it ended.
+                // If the command has ended, the other thread reports how.
                 let _ = input.end();
                 return;
             }

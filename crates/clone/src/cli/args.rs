@@ -1,4 +1,4 @@
-//! Flags that describe a VM, and how they lie over a configuration file.
+//! Flags that describe a VM, and their combination with a configuration file.
 
 use std::ffi::OsStr;
 use std::net::IpAddr;
@@ -109,7 +109,7 @@ struct DiskArg(DiskConfig);
 pub(super) struct NetArg(NetConfig);
 
 impl NetArg {
-    /// What it says.
+    /// The described interface.
     pub(super) fn config(&self) -> &NetConfig {
         &self.0
     }
@@ -230,7 +230,7 @@ fn no_net_option(option: &str) -> String {
     )
 }
 
-/// `--disk` and `--net` are read as bytes: paths need not be text.
+/// Parsers for `--disk` and `--net` that read bytes, since paths need not be UTF-8.
 fn disk_parser() -> impl TypedValueParser<Value = DiskArg> {
     OsStringValueParser::new().try_map(|text| DiskArg::parse(&text))
 }
@@ -239,7 +239,7 @@ pub(super) fn net_parser() -> impl TypedValueParser<Value = NetArg> {
     OsStringValueParser::new().try_map(|text| NetArg::parse(&text))
 }
 
-/// Whom a guest may send to: `full`, `none`, or networks with `+` between them.
+/// Parses the destinations that a guest may send to: `full`, `none`, or networks joined by `+`.
 fn egress(text: &str) -> std::result::Result<Egress, String> {
     let network = |word: &str| {
         word.parse()
@@ -257,7 +257,7 @@ fn egress(text: &str) -> std::result::Result<Egress, String> {
     }
 }
 
-/// IP addresses with `+` between them.
+/// Parses IP addresses joined by `+`.
 fn addresses(text: &str) -> std::result::Result<Vec<IpAddr>, String> {
     let address = |word: &str| {
         word.parse()
@@ -267,7 +267,7 @@ fn addresses(text: &str) -> std::result::Result<Vec<IpAddr>, String> {
 }
 
 impl VmArgs {
-    /// The description that file and flags make, with all paths absolute and a name.
+    /// Combines file and flags to a description with absolute paths and a name.
     pub(super) fn into_config(self) -> Result<VmConfig> {
         let mut config = match &self.config {
             Some(path) => read_file(path)?,
@@ -309,7 +309,7 @@ impl VmArgs {
     }
 }
 
-/// Reads a file; its relative paths are relative to where it is.
+/// Reads a configuration file; relative paths in it are relative to its directory.
 fn read_file(path: &Path) -> Result<VmConfig> {
     let text = std::fs::read_to_string(path).map_err(failed("read the configuration", path))?;
     let mut config: VmConfig = toml::from_str(&text).map_err(|error| {
@@ -323,7 +323,7 @@ fn read_file(path: &Path) -> Result<VmConfig> {
     Ok(config)
 }
 
-/// Makes paths absolute: the VM's process has no working directory to speak of.
+/// Makes all paths absolute, since the VM's process has another working directory.
 fn absolute_paths(config: &mut VmConfig, base: &Path) -> Result<()> {
     let mut paths: Vec<&mut PathBuf> = vec![&mut config.kernel];
     paths.extend(&mut config.initrd);
@@ -335,7 +335,7 @@ fn absolute_paths(config: &mut VmConfig, base: &Path) -> Result<()> {
         }
     }
     for path in paths {
-        // What is not given stays so, for validation to tell.
+        // A missing path stays empty, and validation reports it.
         if !path.as_os_str().is_empty() {
             *path = std::path::absolute(base.join(&*path)).map_err(failed("find", path))?;
         }
@@ -343,7 +343,7 @@ fn absolute_paths(config: &mut VmConfig, base: &Path) -> Result<()> {
     Ok(())
 }
 
-/// All that is wrong, in one error.
+/// Reports all problems in one error.
 fn check(config: &VmConfig) -> Result<()> {
     let problems = validate(config);
     if problems.is_empty() {
@@ -357,10 +357,10 @@ fn check(config: &VmConfig) -> Result<()> {
     .advise("`clone run --help` tells the flags"))
 }
 
-/// A name that nobody else has, most likely; the runtime directory makes sure.
+/// Generates a name. It is most likely unused, and making the runtime directory checks that.
 fn invent_name() -> String {
     let mut random = [0; 3];
-    // An empty answer leaves zeros, which are a name too.
+    // If no random bytes are available, zeros make a valid name too.
     let _ = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty());
     format!("vm-{:02x}{:02x}{:02x}", random[0], random[1], random[2])
 }

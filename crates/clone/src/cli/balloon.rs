@@ -1,4 +1,4 @@
-//! `clone balloon`: looks at a VM's balloon, or sets it.
+//! `clone balloon`: shows a VM's balloon, or sets it.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -8,9 +8,9 @@ use clone_api::{Bytes, Client};
 use clone_start::error::Result;
 
 use super::Context;
-use super::output::{human_bytes, told};
+use super::output::{control_error, human_bytes};
 
-/// How long a guest usually takes to answer.
+/// The time that a guest usually takes to answer.
 const GUEST_TIME: Duration = Duration::from_millis(50);
 
 /// Show how much of a VM's memory its balloon holds, or set its target size.
@@ -27,14 +27,14 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
     let client = Client::new(vm.dir.control_socket());
     let status = match args.size {
         Some(size) => client.set_balloon(size),
-        // The first asks the guest, the second tells what it said; a driver that does not answer
-        // so soon leaves what it said last.
+        // The first call requests new statistics from the guest, the second returns them. If the
+        // driver has not answered yet, it returns the previous ones.
         None => client.balloon().and_then(|_| {
             std::thread::sleep(GUEST_TIME);
             client.balloon()
         }),
     };
-    let status = status.map_err(told(&args.name))?;
+    let status = status.map_err(control_error(&args.name))?;
     context.output.print(&status, text);
     Ok(ExitCode::SUCCESS)
 }

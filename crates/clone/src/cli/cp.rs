@@ -1,4 +1,4 @@
-//! `clone cp`: files into a guest and out of it.
+//! `clone cp`: copies files into a guest and out of it.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -20,7 +20,7 @@ use super::agent::Wait;
 use super::output::human_bytes;
 use super::{Context, agent, progress};
 
-/// How long a guest may take to begin with a copy, and to end it; its bytes add to that.
+/// The time limit for the start and the end of a copy; the transfer of its bytes extends it.
 const LIMIT: Duration = Duration::from_secs(60);
 /// The most that is copied to standard output.
 const MAX_STREAM: ByteLimit = ByteLimit::new(1 << 40);
@@ -57,9 +57,10 @@ impl<'a> Side<'a> {
         if side == "-" {
             return Self::Stream;
         }
-        // Names in a guest are text, as the agent's protocol has them; a file here may have any.
+        // Names in a guest are UTF-8, as the agent's protocol requires; a file on this host may
+        // have any name.
         match side.to_str().and_then(|text| text.split_once(':')) {
-            // A path here may hold a colon after its first slash: ./a:b
+            // A path on this host may have a colon after its first slash: ./a:b
             Some((name, path)) if !name.is_empty() && !name.contains('/') => {
                 Self::Guest { name, path }
             }
@@ -68,7 +69,7 @@ impl<'a> Side<'a> {
     }
 }
 
-/// What `clone cp --json` prints.
+/// The output of `clone cp --json`.
 #[derive(Serialize)]
 struct Copied {
     bytes: u64,
@@ -127,7 +128,7 @@ fn put(
         _ => OsStr::new(""),
     };
     let path = match (path.ends_with('/'), own.to_str()) {
-        // As in cp: into a directory, under its own name.
+        // As in cp, a file that is copied into a directory keeps its name.
         (true, Some(own)) => format!("{path}{own}"),
         (true, None) => {
             let message = format!("{own:?} is not UTF-8, and names in a guest are text");
@@ -147,7 +148,9 @@ fn put(
         user,
         name: own.to_str().unwrap_or_default().to_owned(),
     };
-    let sent = connection.put(put, &mut source).map_err(agent::told(name));
+    let sent = connection
+        .put(put, &mut source)
+        .map_err(agent::agent_error(name));
     source.finish(sent)
 }
 
@@ -158,7 +161,7 @@ fn get(context: &Context, (name, path): (&str, &str), to: &Side<'_>, wait: Wait)
         let mut stdout = io::stdout().lock();
         let mut sink = Counted::new(&mut stdout, bar);
         let got = connection.get(path, &mut sink, MAX_STREAM);
-        let got = got.map_err(agent::told(name));
+        let got = got.map_err(agent::agent_error(name));
         return sink.finish(got.map(drop));
     };
     let target = landing(path, target);
@@ -168,7 +171,7 @@ fn get(context: &Context, (name, path): (&str, &str), to: &Side<'_>, wait: Wait)
     let mut counted = Counted::new(&mut sink, bar);
     let got = connection
         .get(path, &mut counted, room)
-        .map_err(agent::told(name));
+        .map_err(agent::agent_error(name));
     let mode = got.as_ref().map_or(0o600, |about| about.mode & 0o777);
     let bytes = counted.finish(got.map(drop))?;
     sink.keep(mode).map_err(failed_to("put in place"))?;
@@ -182,8 +185,8 @@ fn connect(context: &Context, name: &str, wait: Wait) -> Result<Connection> {
     Ok(connection)
 }
 
-/// What a guest may write into `file`: its file system is not for a guest to fill. A device or a
-/// pipe has none.
+/// The most bytes that a guest may write into `file`, so that it cannot fill the file system. A
+/// device or a pipe has no limit.
 fn room_for(file: &File) -> io::Result<ByteLimit> {
     if !file.metadata()?.is_file() {
         return Ok(MAX_STREAM);
@@ -193,7 +196,8 @@ fn room_for(file: &File) -> io::Result<ByteLimit> {
     Ok(ByteLimit::new(free - free / 16))
 }
 
-/// Where a guest's file goes: into a directory under its own name, else to that very path.
+/// The destination of a guest's file: under its own name if `target` is a directory, otherwise
+/// `target` itself.
 fn landing(path: &str, target: &Path) -> PathBuf {
     match Path::new(path).file_name() {
         Some(own) if target.is_dir() => target.join(own),
@@ -201,7 +205,7 @@ fn landing(path: &str, target: &Path) -> PathBuf {
     }
 }
 
-/// A stream that counts what goes through.
+/// A stream that counts the bytes that pass through it.
 struct Counted<'a, T> {
     stream: &'a mut T,
     bar: ProgressBar,

@@ -20,7 +20,7 @@ const CANNOT_RUN: u8 = 126;
 const NO_COMMAND: u8 = 127;
 /// The command ran longer than it may.
 const TIMED_OUT: u8 = 124;
-/// The most output that is gathered for JSON; as a stream it has no limit.
+/// The most output that is collected for JSON; streamed output has no limit.
 const MAX_OUTPUT: ByteLimit = ByteLimit::new(64 << 20);
 
 /// Run a command in a guest, and exit with its exit code.
@@ -87,7 +87,7 @@ impl How {
     fn exec(&self, command: Vec<String>) -> Exec {
         let mut environment = self.env.clone();
         for variable in &mut environment {
-            // As in docker: a name alone passes ours on.
+            // As in docker, a name without a value passes on this process's variable.
             if !variable.contains('=') {
                 let value = std::env::var(&*variable).unwrap_or_default();
                 *variable = format!("{variable}={value}");
@@ -104,7 +104,7 @@ impl How {
     }
 }
 
-/// What `clone exec --json` prints.
+/// The output of `clone exec --json`.
 #[derive(Serialize)]
 struct Outcome {
     exit_code: u8,
@@ -130,7 +130,7 @@ pub(super) fn exec(context: &Context, args: ExecArgs) -> Result<ExitCode> {
 pub(super) fn shell(context: &Context, args: ShellArgs) -> Result<ExitCode> {
     let login_shell = args.command.is_empty();
     let command = match login_shell {
-        // What an agent runs that does not know login shells: the best that the guest has.
+        // The fallback for agents that do not know login shells.
         true => [
             "/bin/sh",
             "-c",
@@ -160,7 +160,7 @@ fn term() -> String {
     format!("TERM={term}")
 }
 
-/// Runs the command to its end; whatever happens is told and becomes an exit code.
+/// Runs the command until it ends; every outcome is reported and becomes an exit code.
 fn ended(context: &Context, name: &str, wait: Wait, exec: Exec, streams: Streams) -> ExitCode {
     let program = exec.command.first().cloned().unwrap_or_default();
     let connection = context
@@ -199,7 +199,8 @@ fn ended(context: &Context, name: &str, wait: Wait, exec: Exec, streams: Streams
             }
             ExitCode::from(code_of(&exited))
         }
-        // Whoever read our output has had enough: what a pipe's writer would have died of.
+        // The reader of our output has closed it, which would have ended a program that writes to a
+        // pipe.
         Err(ClientError::Local(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
             ExitCode::from(128 + libc::SIGPIPE as u8)
         }
@@ -212,7 +213,7 @@ fn ended(context: &Context, name: &str, wait: Wait, exec: Exec, streams: Streams
                 },
                 _ => CLONE_FAILED,
             };
-            refused(context, &agent::told(name)(error), code)
+            refused(context, &agent::agent_error(name)(error), code)
         }
     }
 }

@@ -1,8 +1,8 @@
-//! What the exit codes of the command mean.
+//! The exit codes of the command.
 
 use clone_api::{ApiError, ErrorCode};
 
-/// Something failed that has no code of its own.
+/// A failure without a code of its own.
 pub(super) const FAILURE: u8 = 1;
 /// The command line, the configuration or the request is wrong.
 pub(super) const USAGE: u8 = 2;
@@ -14,7 +14,7 @@ pub(super) const CONFLICT: u8 = 4;
 pub(super) const HOST: u8 = 5;
 /// The VM lacks the device, or its guest the agent.
 pub(super) const UNAVAILABLE: u8 = 6;
-/// It did not happen in time.
+/// A time limit has passed.
 pub(super) const TIMEOUT: u8 = 124;
 
 /// The table as the help shows it.

@@ -1,4 +1,4 @@
-//! `clone fork`: clones of a template, or of a VM that goes on running.
+//! `clone fork`: makes clones of a template, or of a VM that continues to run.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -57,7 +57,7 @@ pub(super) struct Args {
 struct KeptDisk(usize, PathBuf);
 
 impl KeptDisk {
-    /// The file is all that follows the first `=`, whatever it holds.
+    /// Parses N=FILE; FILE is everything after the first `=`.
     fn parse(text: &OsStr) -> std::result::Result<Self, String> {
         let bytes = text.as_bytes();
         let equals = bytes.iter().position(|&byte| byte == b'=');
@@ -79,16 +79,16 @@ fn kept_disk_parser() -> impl TypedValueParser<Value = KeptDisk> {
     OsStringValueParser::new().try_map(|text| KeptDisk::parse(&text))
 }
 
-/// What `clone fork --json` prints.
+/// The output of `clone fork --json`.
 #[derive(Serialize)]
 struct Report {
     clones: Vec<Outcome>,
-    /// For a live fork: what it cost the VM.
+    /// The times of the snapshot that a live fork takes.
     #[serde(skip_serializing_if = "Option::is_none")]
     snapshot: Option<SnapshotTimes>,
 }
 
-/// One clone: it runs, or why not.
+/// The result for one clone: the running clone, or an error.
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Outcome {

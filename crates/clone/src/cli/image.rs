@@ -87,7 +87,7 @@ pub(super) fn run(context: &Context, args: Args) -> Result<ExitCode> {
         context,
         bar: RefCell::new(ProgressBar::hidden()),
     };
-    let built = build_rootfs(&spec, &bars).map_err(|error| told(&error));
+    let built = build_rootfs(&spec, &bars).map_err(|error| to_api_error(&error));
     bars.bar.borrow().finish_and_clear();
     let built = built?;
     for left_out in &built.left_out {
@@ -118,7 +118,7 @@ fn source(args: &BuildArgs) -> Result<Source> {
     if !Path::new(&args.source).exists() {
         return registry(args).map(Source::Registry);
     }
-    let found = Source::at(&args.source).map_err(|error| told(&error))?;
+    let found = Source::at(&args.source).map_err(|error| to_api_error(&error))?;
     Ok(match found {
         Source::Image { path, .. } => Source::Image {
             path,
@@ -128,7 +128,8 @@ fn source(args: &BuildArgs) -> Result<Source> {
     })
 }
 
-/// What is no path must be the name of an image; what cannot even be one is told as a missing path.
+/// Parses a source that is not a path as the name of an image. A source that cannot be one is
+/// reported as a missing path.
 fn registry(args: &BuildArgs) -> Result<RegistryImage> {
     let reference = args.source.to_str();
     let Some(reference) = reference.filter(|text| !text.starts_with(['/', '.'])) else {
@@ -158,18 +159,18 @@ fn registry(args: &BuildArgs) -> Result<RegistryImage> {
     })
 }
 
-fn told(error: &ImageError) -> ApiError {
-    let told = ApiError::internal(error);
+fn to_api_error(error: &ImageError) -> ApiError {
+    let internal = ApiError::internal(error);
     match error {
-        ImageError::Io { .. } => told,
+        ImageError::Io { .. } => internal,
         _ => ApiError {
             code: ErrorCode::InvalidConfig,
-            ..told
+            ..internal
         },
     }
 }
 
-/// One bar for the step that is under way.
+/// The progress bar of the current step.
 struct Bars<'a> {
     context: &'a Context,
     bar: RefCell<ProgressBar>,

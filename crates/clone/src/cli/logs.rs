@@ -48,7 +48,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
     };
     match printed {
         Ok(()) => Ok(ExitCode::SUCCESS),
-        // Whoever read it has had enough.
+        // The reader has closed the output.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
         Err(error) => Err(failed("print the log in", vm.dir.path())(error)),
     }
@@ -60,7 +60,8 @@ fn print(bytes: &[u8]) -> io::Result<()> {
     stdout.flush()
 }
 
-/// Prints a log of our own, into which a process may have written that is its guest's by now.
+/// Prints a log of a VM's process, which its guest may have taken over, so its text is made
+/// printable.
 fn print_lines(text: &str) -> io::Result<()> {
     let lines = text.lines().map(|line| printable(line) + "\n");
     print(lines.collect::<String>().as_bytes())
@@ -83,7 +84,7 @@ fn print_log(dir: &VmDir) -> io::Result<()> {
     Ok(())
 }
 
-/// The console itself tells what is new: it begins with the latest output of the log.
+/// Follows the console socket, which begins with the latest output of the log.
 fn follow(vm: &RunningVm) -> io::Result<()> {
     let mut stream = UnixStream::connect(vm.dir.console_socket())?;
     let mut buffer = [0; 4096];
@@ -91,7 +92,7 @@ fn follow(vm: &RunningVm) -> io::Result<()> {
     loop {
         let mut fds = [
             PollFd::new(&stream, PollFlags::IN),
-            // Nothing asked of it: tells only that the reader is gone.
+            // An empty event set only reports that the reader has closed the output.
             PollFd::from_borrowed_fd(stdout.as_fd(), PollFlags::empty()),
         ];
         match poll(&mut fds, None) {

@@ -1,4 +1,4 @@
-//! `clone ls`: lists the VMs that run.
+//! `clone ls`: lists the running VMs.
 
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -15,9 +15,9 @@ use serde::Serialize;
 use super::Context;
 use super::output::{human_bytes, table};
 
-/// How long a VM may take to tell its state.
+/// The time limit for a VM to report its state.
 const PATIENCE: Duration = Duration::from_millis(500);
-/// How many VMs are asked at once.
+/// The number of VMs that are queried at once.
 const ASKERS: usize = 16;
 
 /// List the running VMs.
@@ -39,11 +39,11 @@ struct Row {
     vcpus: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     memory_bytes: Option<u64>,
-    /// What the host's kernel counts of its process; for a clone that is what it changed, and the
-    /// VMM's own few.
+    /// The private memory of the VM's process, as the host's kernel counts it; for a clone, the
+    /// pages that it changed, and the little that the VMM itself uses.
     #[serde(flatten)]
     usage: Option<Usage>,
-    /// Absent where it was not asked for; `null` where the VM gave no answer.
+    /// The VM's state; absent if it was not requested, `null` if the VM did not answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     state: Option<Option<VmState>>,
 }
@@ -73,7 +73,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
 }
 
 fn row(vm: &RunningVm) -> Row {
-    // It may end while we look: then it is listed without what its file said.
+    // A VM that ends during the listing is listed without the facts from its description.
     let config: Option<VmConfig> = vm.dir.config().ok();
     Row {
         name: vm.dir.name(),
@@ -89,10 +89,10 @@ fn row(vm: &RunningVm) -> Row {
     }
 }
 
-/// The state of each VM, asked side by side; `None` for those that do not answer in time.
+/// Queries the state of all VMs in parallel; `None` for those that do not answer in time.
 fn states(vms: &[RunningVm]) -> Vec<Option<VmState>> {
     let next = AtomicUsize::new(0);
-    // Each asker holds it for one assignment.
+    // Each thread holds the lock for one assignment.
     let states = Mutex::new(vec![None; vms.len()]);
     std::thread::scope(|scope| {
         for _ in 0..ASKERS.min(vms.len()) {
@@ -129,7 +129,7 @@ fn text(rows: &[Row], with_state: bool) -> String {
             row.memory_bytes.map_or_else(unknown, human_bytes),
         ];
         let usage = row.usage.as_ref();
-        // In swap it is no less its own.
+        // Swapped memory is private as well.
         let private = usage.map(|usage| usage.private_bytes + usage.swapped_bytes);
         line.push(private.map_or_else(unknown, human_bytes));
         line.push(usage.map_or_else(unknown, |usage| human_bytes(usage.shared_bytes)));

@@ -1,8 +1,8 @@
 //! The command line: one file per command.
 //!
-//! A command is a client of the VMs' sockets and of the runtime directory. It prints for people,
-//! or JSON with `--json`; what went wrong goes to standard error with what to do about it, and
-//! into the exit code ([`exit`]).
+//! A command is a client of the VMs' sockets and of the runtime directory. It prints text for
+//! people, or JSON with `--json`. Errors and their advice go to standard error and determine the
+//! exit code ([`exit`]).
 
 mod agent;
 mod args;
@@ -54,7 +54,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    // Boxed: it has many more flags than the others.
+    // It is boxed because it has many more flags than the others.
     Run(Box<run::Args>),
     Ls(ls::Args),
     Stat(stat::Args),
@@ -77,7 +77,7 @@ enum Command {
     Man(clone_cli::generate::ManArgs),
 }
 
-/// What a command needs beside its own arguments.
+/// The context of a command besides its own arguments.
 struct Context {
     output: Output,
 }
@@ -88,7 +88,7 @@ impl Context {
     }
 }
 
-/// The whole of the `clone` command.
+/// Runs the `clone` command.
 pub(super) fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

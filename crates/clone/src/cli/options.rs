@@ -1,17 +1,17 @@
-//! Options of the form `FIRST,key=value,flag`, as `--disk` and `--net` take them.
+//! Parses options of the form `FIRST,key=value,flag`, as `--disk` and `--net` take them.
 //!
-//! A comma ends an option, and a doubled comma stands for itself, as in QEMU: so values hold any character, and any
-//! byte that a name on this host can hold. Only the first `=` of an option divides it.
+//! A comma ends an option, and a doubled comma stands for a comma, as in QEMU. So a value may
+//! contain any character, and any byte of a file name. Only the first `=` of an option divides it.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
-/// One option: what is before its first `=` and after it.
+/// One option: the key before its first `=`, and the value after it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct KeyValue {
     pub(super) key: String,
-    /// None without a `=`.
+    /// The value; `None` without a `=`.
     pub(super) value: Option<OsString>,
 }
 
@@ -30,7 +30,7 @@ impl KeyValue {
         }
     }
 
-    /// The value as text, empty where there is none.
+    /// The value as text; empty if there is none.
     pub(super) fn text(&self) -> Result<&str, String> {
         match &self.value {
             None => Ok(""),
@@ -40,7 +40,7 @@ impl KeyValue {
         }
     }
 
-    /// The value as a path, which may be anything but nothing.
+    /// The value as a path, which must not be empty.
     pub(super) fn path(&self) -> Result<PathBuf, String> {
         match &self.value {
             Some(value) if !value.is_empty() => Ok(value.into()),
@@ -73,7 +73,7 @@ fn split(text: &OsStr) -> Vec<Vec<u8>> {
     parts
 }
 
-/// All of it as options; empty ones are left out.
+/// Splits the text into options; empty ones are skipped.
 pub(super) fn options(text: &OsStr) -> Vec<KeyValue> {
     let parts = split(text).into_iter();
     parts

@@ -1,14 +1,14 @@
 //! Printing: text for people, JSON for programs.
 //!
-//! Standard output is a contract. A reader that goes away early (`clone ls | head -1`) is no
-//! failure.
+//! The format of standard output is stable. A reader that closes it early (`clone ls | head -1`) is
+//! not an error.
 
 use std::io::{self, Write};
 
 use clone_api::{ApiError, ClientError, ErrorCode};
 use serde::Serialize;
 
-/// How to print.
+/// The format of the output.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Output {
     json: bool,
@@ -26,7 +26,7 @@ impl Output {
     /// Prints `value` as JSON, or `text` made of it.
     pub(super) fn print<T: Serialize>(self, value: &T, text: impl FnOnce(&T) -> String) {
         let line = if self.json {
-            // Our types have text keys and finite numbers: they always serialise.
+            // The values have string keys and finite numbers, so they always serialise.
             serde_json::to_string_pretty(value).unwrap_or_default()
         } else {
             text(value)
@@ -36,7 +36,7 @@ impl Output {
         }
     }
 
-    /// Tells what went wrong, and what to do.
+    /// Prints an error and its advice to standard error.
     pub(super) fn error(self, error: &ApiError) {
         let mut stderr = io::stderr().lock();
         if self.json {
@@ -50,7 +50,7 @@ impl Output {
         }
     }
 
-    /// Tells something that is no result, for people only.
+    /// Prints a message that is not part of the result, for people only.
     pub(super) fn note(self, text: &str) {
         if !self.json {
             line_to(&mut io::stderr().lock(), text);
@@ -59,7 +59,7 @@ impl Output {
 }
 
 fn line_to(out: &mut impl Write, line: &str) {
-    // Nobody reads it: there is no one left to tell that to.
+    // An error means that nobody reads the stream, so it cannot be reported.
     let _ = writeln!(out, "{}", line.trim_end_matches('\n'));
 }
 
@@ -96,8 +96,9 @@ pub(super) fn human_bytes(bytes: u64) -> String {
     format!("{value:.1} TiB")
 }
 
-/// An error of the control socket's client, for the user of the VM called `name`.
-pub(super) fn told(name: &str) -> impl Fn(ClientError) -> ApiError {
+/// Makes a closure that converts an error of the control socket's client for the user of the VM
+/// `name`.
+pub(super) fn control_error(name: &str) -> impl Fn(ClientError) -> ApiError {
     move |error| match error {
         ClientError::Refused(refusal) => refusal,
         ClientError::Connect { .. } => ApiError::new(

@@ -1,4 +1,4 @@
-//! `clone pause`, `resume`, `stop`, `kill` and `rm`: the life of a VM.
+//! `clone pause`, `resume`, `stop`, `kill` and `rm`: change the state of VMs.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,13 +9,13 @@ use clone_host::runtime::{RunningVm, Runtime};
 use clone_start::error::Result;
 use rustix::process::Signal;
 
-use super::output::told;
+use super::output::control_error;
 use super::{Context, agent};
 
-/// How long a killed process may take to be gone: it only has memory to give back.
+/// The time limit for a killed process to disappear; it only has to free memory.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
 
-/// How long an agent may take before the power button is tried.
+/// The time limit for the agent before the power button is used.
 const AGENT_LIMIT: Duration = Duration::from_secs(3);
 
 /// Stop a VM's CPUs and devices; it can be resumed.
@@ -70,8 +70,8 @@ pub(super) struct RmArgs {
     force: bool,
 }
 
-/// Does `act` for each VM; one that fails does not keep the others from their turn. All failures
-/// but the last are told at once, the last is returned.
+/// Runs `act` for each VM, also after a failure. All failures but the last are printed immediately;
+/// the last is returned.
 fn each(
     context: &Context,
     names: &[String],
@@ -103,13 +103,17 @@ fn client(vm: &RunningVm) -> Client {
 
 pub(super) fn pause(context: &Context, args: &PauseArgs) -> Result<ExitCode> {
     each(context, &args.names, |runtime, name| {
-        client(&runtime.find(name)?).pause().map_err(told(name))
+        client(&runtime.find(name)?)
+            .pause()
+            .map_err(control_error(name))
     })
 }
 
 pub(super) fn resume(context: &Context, args: &ResumeArgs) -> Result<ExitCode> {
     each(context, &args.names, |runtime, name| {
-        client(&runtime.find(name)?).resume().map_err(told(name))
+        client(&runtime.find(name)?)
+            .resume()
+            .map_err(control_error(name))
     })
 }
 
@@ -118,7 +122,7 @@ pub(super) fn stop(context: &Context, args: &StopArgs) -> Result<ExitCode> {
     each(context, &args.names, |runtime, name| {
         let vm = runtime.find(name)?;
         if let Err(error) = ask_guest(&vm) {
-            // A VM whose process or guest cannot be asked is ended by force as well.
+            // With --force, a VM whose process or guest does not answer is killed as well.
             return match args.force {
                 true => end(runtime, &vm),
                 false => Err(error),
@@ -143,19 +147,19 @@ pub(super) fn stop(context: &Context, args: &StopArgs) -> Result<ExitCode> {
     })
 }
 
-/// Asks the guest to shut down: its agent where there is one, else by the power button.
+/// Asks the guest to shut down: by its agent if there is one, otherwise by the power button.
 fn ask_guest(vm: &RunningVm) -> Result<()> {
     let name = vm.dir.name();
     let client = client(vm);
-    let running = client.info().map_err(told(&name))?.state == VmState::Running;
-    // A paused guest answers nobody; the power button tells so at once.
+    let running = client.info().map_err(control_error(&name))?.state == VmState::Running;
+    // A paused guest does not answer; the power button reports that at once.
     if running && vm.dir.config()?.vsock.enabled {
         match agent::shut_down_within(vm, AGENT_LIMIT) {
             Ok(()) => return Ok(()),
             Err(error) => tracing::debug!(message = error.message, "no agent to ask"),
         }
     }
-    client.power_button().map_err(told(&name))
+    client.power_button().map_err(control_error(&name))
 }
 
 pub(super) fn kill(context: &Context, args: &KillArgs) -> Result<ExitCode> {
@@ -184,7 +188,8 @@ pub(super) fn rm(context: &Context, args: &RmArgs) -> Result<ExitCode> {
     })
 }
 
-/// Kills the process itself, which also ends one that no longer answers, and sweeps up.
+/// Kills the VM's process, which also ends one that no longer answers, and removes the VM's
+/// resources.
 fn end(runtime: &Runtime, vm: &RunningVm) -> Result<()> {
     vm.process.signal(Signal::KILL)?;
     if !vm.process.wait(Some(KILL_LIMIT))? {

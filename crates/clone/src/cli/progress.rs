@@ -7,7 +7,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::Context;
 
-/// A bar of bytes; without a size it only counts. Hidden where nobody looks.
+/// Makes a progress bar for bytes, or a counter if the size is unknown. It is hidden unless
+/// standard error is a terminal.
 pub(super) fn bytes(context: &Context, size: Option<u64>) -> ProgressBar {
     if context.output.is_json() || !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();

@@ -30,7 +30,7 @@ pub(super) struct Args {
     detach: bool,
 }
 
-/// What `clone run --json` prints.
+/// The output of `clone run --json`.
 #[derive(Serialize)]
 struct Started {
     name: String,
@@ -82,7 +82,7 @@ fn stay(context: &Context, runtime: &Runtime, mut launched: Launched) -> Result<
             return Ok(ExitCode::SUCCESS);
         }
         Ok(End::Closed) => {}
-        // The VM may have been so quick to end that nobody could attach.
+        // The VM may have ended before its console could be attached.
         Err(_) if !launched.process.is_alive() => {}
         Err(error) => return Err(error),
     }
@@ -92,11 +92,11 @@ fn stay(context: &Context, runtime: &Runtime, mut launched: Launched) -> Result<
         .map_err(|error| ApiError::internal(&error))?;
     let log = std::fs::read_to_string(launched.dir.vmm_log()).unwrap_or_default();
     runtime.sweep_one(&launched.dir)?;
-    told_end(context, &name, status.code(), &log)
+    report_end(context, &name, status.code(), &log)
 }
 
-/// How the VM ended, as a message and an exit code.
-fn told_end(context: &Context, name: &str, code: Option<i32>, log: &str) -> Result<ExitCode> {
+/// Reports how the VM ended, and returns the exit code.
+fn report_end(context: &Context, name: &str, code: Option<i32>, log: &str) -> Result<ExitCode> {
     match code.and_then(|code| u8::try_from(code).ok()) {
         Some(invocation::EXIT_POWER_OFF) => Ok(ExitCode::SUCCESS),
         Some(invocation::EXIT_REBOOT) => {

@@ -1,16 +1,16 @@
-//! Signals as something to read: those that a guest's command should get instead of this process.
+//! Reads signals from a descriptor, so that they can be passed on to a guest's command.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
-/// A descriptor with the signals that arrive, which no longer do what they do by default.
+/// A descriptor from which arriving signals are read. They no longer have their default effect.
 pub(super) struct Signals(File);
 
 impl Signals {
-    /// Takes `signals` over for the whole process. Call it before any other thread starts: threads
-    /// inherit what is blocked.
+    /// Blocks `signals` in the whole process, and makes the descriptor. This must be called before
+    /// any other thread starts, since threads inherit the blocked signals.
     pub(super) fn take(signals: &[i32]) -> io::Result<Self> {
         let mut set = MaybeUninit::<libc::sigset_t>::zeroed();
         // SAFETY: the pointer is to a writable set, which the call makes an empty one.

@@ -25,7 +25,7 @@ pub(super) struct Args {
     diff: bool,
 }
 
-/// What `clone snapshot --json` prints.
+/// The output of `clone snapshot --json`.
 #[derive(Serialize)]
 struct Taken {
     id: String,

@@ -1,4 +1,4 @@
-//! `clone stat`: what a VM is and what it uses.
+//! `clone stat`: shows a VM's configuration, state and resource usage.
 
 use std::process::ExitCode;
 
@@ -9,7 +9,7 @@ use clone_start::error::Result;
 use serde::Serialize;
 
 use super::Context;
-use super::output::{human_bytes, table, told};
+use super::output::{control_error, human_bytes, table};
 
 /// Show a VM's configuration, state and resource usage.
 #[derive(Debug, clap::Args)]
@@ -27,11 +27,11 @@ struct Stat {
 pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
     let vm = context.runtime()?.find(&args.name)?;
     let client = Client::new(vm.dir.control_socket());
-    let told = told(&args.name);
-    let mut info = client.info().map_err(&told)?;
-    // In its jail the process may count itself differently.
+    let to_api_error = control_error(&args.name);
+    let mut info = client.info().map_err(&to_api_error)?;
+    // The process may see another id of itself inside its jail, so the host's is shown.
     info.pid = vm.process.pid;
-    let stats = client.stats().map_err(&told)?;
+    let stats = client.stats().map_err(&to_api_error)?;
     context.output.print(&Stat { info, stats }, text);
     Ok(ExitCode::SUCCESS)
 }

@@ -109,7 +109,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
         Command::Inspect(args) => {
             let template = store.open(&args.template)?;
             context.output.print(template.manifest(), |manifest| {
-                // It is JSON for people, too.
+                // The manifest is printed as JSON for people as well.
                 serde_json::to_string_pretty(manifest).unwrap_or_default()
             });
             Ok(ExitCode::SUCCESS)
@@ -137,7 +137,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
             let template = store.open(&args.template)?;
             let target = store.path(&args.output)?;
             let (kernel, initrd) = (&args.kernel, args.initrd.as_deref());
-            // The host boots what is in the file, which is refused where it is no kernel.
+            // The host boots the content of the file, which is refused if it is not a kernel.
             let kernel = preflight::boot_kernel(kernel)?;
             let verified = context.runtime()?.verified();
             let new = upgrade(&verified, &template, &target, &kernel, initrd)?;
@@ -149,7 +149,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
         Command::Rm(args) => {
             let runtime = context.runtime()?;
             for name in &args.templates {
-                // A damaged one is removed as well, and was never verified.
+                // A damaged template can be removed too; it was never verified.
                 let id = store.open(name).ok().map(|it| it.manifest().id.clone());
                 store.remove(name)?;
                 if let Some(id) = id {
@@ -249,7 +249,7 @@ fn verify(context: &Context, template: &Template) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What `clone template serve --json` prints each time that all are ready.
+/// The output of `clone template serve --json` each time that all standbys are ready.
 #[derive(Serialize)]
 struct Ready {
     ready: usize,
@@ -264,24 +264,24 @@ fn serve(context: &Context, store: &Store, args: &ServeArgs) -> Result<ExitCode>
     let name = Path::new(&args.template).file_name().unwrap_or_default();
     let name = name.to_string_lossy().into_owned();
     runtime.sweep()?;
-    // Without it, rules that another program removes are made again with the next clone.
+    // Without the watch, rules that another program removes are restored with the next clone.
     let _network = HostNet::new(host_net::DEFAULT_DIR)
         .watch()
         .inspect_err(|error| tracing::warn!(%error, "the guests' packet filter is not watched"));
     train(&runtime, &template)?;
     let source = Source::template(&template, &runtime)?;
     let mut standbys = Standbys::new(&runtime, source, id)?;
-    let mut told = None;
+    let mut reported = None;
     loop {
         let level = standbys.fill(args.standbys as usize)?;
-        if told != Some(level.ready) {
-            told = Some(level.ready);
+        if reported != Some(level.ready) {
+            reported = Some(level.ready);
             let ready = Ready { ready: level.ready };
             context
                 .output
                 .print(&ready, |ready| format!("{} of {name} ready", ready.ready));
         }
-        // Now and then even when nothing is heard: one may have died by itself.
+        // The standbys are also checked periodically, since one may have died.
         if standbys.wait(&signals, Duration::from_secs(30))? {
             break;
         }

@@ -5,14 +5,14 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::termios::{OptionalActions, Termios, Winsize, tcgetattr, tcgetwinsize, tcsetattr};
 
-/// A terminal in raw mode; put back as it was when dropped.
+/// A terminal in raw mode, which is restored when this is dropped.
 pub(super) struct RawTerminal {
     terminal: OwnedFd,
     before: Termios,
 }
 
 impl RawTerminal {
-    /// Makes `terminal` raw: every key goes through, none is echoed.
+    /// Sets `terminal` to raw mode: every key is passed on, and none is echoed.
     pub(super) fn enter(terminal: impl AsFd) -> io::Result<Self> {
         let terminal = terminal.as_fd().try_clone_to_owned()?;
         let before = tcgetattr(&terminal)?;
@@ -25,12 +25,12 @@ impl RawTerminal {
 
 impl Drop for RawTerminal {
     fn drop(&mut self) {
-        // The terminal may be gone, and then there is nothing to put back.
+        // If the terminal was closed, there is nothing to restore.
         let _ = tcsetattr(&self.terminal, OptionalActions::Flush, &self.before);
     }
 }
 
-/// The size of a terminal; `None` where it is none, or does not know.
+/// The size of a terminal; `None` if it is not a terminal or has no size.
 pub(super) fn size(terminal: impl AsFd) -> Option<Winsize> {
     tcgetwinsize(terminal)
         .ok()

@@ -14,7 +14,7 @@ use super::terminal::RawTerminal;
 /// Ctrl-], which leaves the console.
 const LEAVE: u8 = 0x1d;
 
-/// How a visit to a console ended.
+/// The reason why a console session ended.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum End {
     /// The user left.
@@ -59,7 +59,7 @@ fn relay(mut stream: &UnixStream, can_leave: bool) -> io::Result<End> {
         if from_console {
             match stream.read(&mut buffer) {
                 Ok(0) => return Ok(End::Closed),
-                // The VM ended with input of ours unread.
+                // The VM ended before it read all of our input.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
                     return Ok(End::Closed);
                 }
@@ -71,7 +71,7 @@ fn relay(mut stream: &UnixStream, can_leave: bool) -> io::Result<End> {
             }
         }
         if from_user {
-            // Not through `Stdin`, whose buffer `poll` knows nothing of.
+            // `Stdin` is not used, since `poll` does not see bytes in its buffer.
             let count = rustix::io::read(stdin.as_fd(), &mut buffer)?;
             let (typed, leave) = until_leave(&buffer[..count], can_leave);
             input_open = count > 0;
@@ -87,7 +87,7 @@ fn relay(mut stream: &UnixStream, can_leave: bool) -> io::Result<End> {
     }
 }
 
-/// What was typed before the key that leaves, and whether that came.
+/// The input before the key that leaves, and whether that key was typed.
 fn until_leave(typed: &[u8], can_leave: bool) -> (&[u8], bool) {
     match typed.iter().position(|&key| key == LEAVE) {
         Some(at) if can_leave => (&typed[..at], true),

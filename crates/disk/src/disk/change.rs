@@ -1,8 +1,8 @@
-//! Changes of a stack: writes that copy up, discards, zeros.
+//! Changes of a stack: writes with copy-up, discards, zeros.
 //!
-//! A change that gives blocks to the top layer locks them, reads what it must copy up, writes, and
-//! only then enters the blocks in the map: until that, reads see the old content, never half of
-//! the new. Changes of blocks that the top already holds lock nothing.
+//! A change that adds blocks to the top layer locks them, reads the bytes to copy up, writes, and
+//! only then enters the blocks in the map. Until then, reads return the old content, never a part
+//! of the new. Changes of blocks that the top layer already holds take no lock.
 
 use std::ops::Range;
 
@@ -16,7 +16,7 @@ use crate::op_kind::OpKind;
 use crate::request::Request;
 
 impl Disk {
-    /// Starts a change of a stack, or lets it wait for locked blocks.
+    /// Starts a change of a stack, or queues it if its blocks are locked.
     pub(super) fn start_change(&mut self, tag: u64, request: Request) {
         let (Some(stack), Some((offset, len))) = (&mut self.stack, request.range()) else {
             return;
@@ -45,7 +45,7 @@ impl Disk {
                     change.writes.push(piece(stack, edge, zeros(len), &mut ops));
                 }
             }
-            // Parts of blocks keep their content.
+            // Blocks that are covered only in part keep their content.
             Request::Discard { .. } => change.zero = stack.whole_blocks(&bytes),
             Request::Read { .. } | Request::Flush => return,
         }
@@ -64,7 +64,7 @@ impl Disk {
         self.start(tag, Work::Change(change), ops);
     }
 
-    /// The present stage of a change is over: write, or enter the blocks and answer.
+    /// Continues a change after a stage: starts the write, or enters the blocks and answers.
     pub(super) fn change_done(&mut self, slot: usize) {
         let (Some(task), Some(stack)) = (self.tasks.get_mut(slot), &mut self.stack) else {
             return;
@@ -102,7 +102,7 @@ impl Disk {
     }
 }
 
-/// What of `bytes` lies before and after `inner`, or all of it where `inner` is empty.
+/// The parts of `bytes` before and after `inner`, or all of it if `inner` is empty.
 fn edges(bytes: &Range<u64>, inner: &Range<u64>) -> impl Iterator<Item = Range<u64>> {
     let parts = if inner.is_empty() {
         [bytes.clone(), 0..0]
@@ -115,11 +115,11 @@ fn edges(bytes: &Range<u64>, inner: &Range<u64>) -> impl Iterator<Item = Range<u
     parts.into_iter().filter(|part| !part.is_empty())
 }
 
-/// A write of `buffers` to `bytes`, with the ops that read what it copies up.
+/// Makes a write of `buffers` to `bytes`, and the ops that read the bytes to copy up.
 fn piece(stack: &Stack, bytes: Range<u64>, buffers: Buffers, ops: &mut Vec<Op>) -> Piece {
     let plan = stack.plan_write(bytes);
     let mut copy = |range: Range<u64>| {
-        // At most a block.
+        // The length is at most a block.
         let mut owned = Owned::zeroed((range.end - range.start) as usize);
         stack.plan_read(range.start, &owned.buffers(), ops);
         owned

@@ -1,4 +1,4 @@
-//! Writing what was frozen of a disk into a file of its own: a template's layer, or a plain image.
+//! Writes the frozen layers of a disk into a file: a template's layer, or a raw image.
 
 use std::fs::File;
 use std::io;
@@ -11,18 +11,18 @@ use crate::error::{DiskError, io_error};
 use crate::layer::{self, LayerHeader};
 use crate::sparse::{self, CHUNK};
 
-/// Frozen layers of a disk, which goes on without minding them.
+/// The frozen layers of a disk. The disk can be used meanwhile.
 pub struct FrozenLayers {
-    /// Lowest first; never empty.
+    /// The layers, lowest first; never empty.
     layers: Vec<(LayerHeader, Arc<File>)>,
 }
 
 impl Disk {
-    /// The layers from number `first` on (0 is the lowest) but the top, which takes writes. To be
-    /// called after [`Disk::freeze`], or where nothing was written since the last one.
+    /// The layers from number `first` on (0 is the lowest), without the top layer, which takes
+    /// writes. Call this after [`Disk::freeze`], or if nothing was written since the last freeze.
     ///
     /// # Errors
-    /// [`DiskError::Mismatch`] where there are none.
+    /// [`DiskError::Mismatch`] if there are none.
     pub fn frozen(&self, first: usize) -> Result<FrozenLayers, DiskError> {
         let frozen = self.layers().len().saturating_sub(1);
         let layers = (first..frozen).filter_map(|index| {
@@ -38,8 +38,8 @@ impl Disk {
         }
     }
 
-    /// Whether nothing was written since the disk was opened or last frozen. Without layers
-    /// nobody keeps account: false.
+    /// Whether nothing was written since the disk was opened or last frozen. False for a disk
+    /// without layers, where this is unknown.
     pub fn is_top_empty(&self) -> bool {
         let stack = self.stack.as_ref().filter(|stack| stack.writable);
         stack.is_some_and(|stack| !stack.map.holds(stack.top_number()))
@@ -65,11 +65,11 @@ impl Disk {
 }
 
 impl FrozenLayers {
-    /// Writes all of them into `file`, an empty one, as one layer over what is below the lowest.
-    /// It has the id of the highest, whose view of the disk it holds. Nothing is synced.
+    /// Merges the layers into one in `file`, an empty file, over the layers below them. The result
+    /// has the id of the highest layer, whose view of the disk it holds. Nothing is synced.
     ///
     /// # Errors
-    /// [`DiskError::Io`], [`DiskError::Image`] where a layer's file was damaged.
+    /// [`DiskError::Io`], or [`DiskError::Image`] if a layer's file was damaged.
     pub fn export(self, file: &File) -> Result<LayerHeader, DiskError> {
         let mut owners = BlockMap::default();
         for (number, (header, layer)) in (1..).zip(&self.layers) {

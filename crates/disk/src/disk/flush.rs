@@ -1,7 +1,7 @@
 //! Flushes of a stack's top layer: data, then map, each made durable before the next.
 //!
-//! One flush is under way at a time. Those that come meanwhile wait and are then answered by one
-//! together, since the one under way may have missed writes that were complete before they came.
+//! There is one flush at a time. Flushes that arrive meanwhile wait and are then answered by one
+//! together, since the present one may have missed writes that were complete before they arrived.
 
 use super::Disk;
 use super::task::{FlushPass, FlushStage, Work};
@@ -10,7 +10,7 @@ use crate::engine::Op;
 use crate::layer::LayerHeader;
 use crate::op_kind::OpKind;
 
-/// Flushes that are not answered.
+/// The flushes that are not answered yet.
 #[derive(Default)]
 pub(super) struct Flushes {
     under_way: bool,
@@ -18,7 +18,7 @@ pub(super) struct Flushes {
 }
 
 impl Disk {
-    /// Starts a flush that answers `others` too, or lets it wait for the one under way.
+    /// Starts a flush that also answers `others`, or queues it behind the present one.
     pub(super) fn start_flush(&mut self, tag: u64, others: Vec<u64>) {
         let Some(stack) = &mut self.stack else {
             return;
@@ -46,7 +46,7 @@ impl Disk {
         self.start(tag, Work::Flush(pass), vec![sync_op(number)]);
     }
 
-    /// The present stage of a flush is over.
+    /// Continues a flush after a stage.
     pub(super) fn flush_stage_done(&mut self, slot: usize) {
         let (Some(task), Some(stack)) = (self.tasks.get_mut(slot), &self.stack) else {
             return;
@@ -96,7 +96,7 @@ impl Disk {
                 .map_or_else(|| error.kind().into(), std::io::Error::from_raw_os_error)),
         };
         if task.error.is_some() {
-            // What was not written is still to be written.
+            // Leaves that were not written remain dirty.
             stack
                 .dirty
                 .extend(pass.leaves.iter().map(|(index, _)| index));

@@ -1,4 +1,4 @@
-//! Freezing a disk: what was written so far becomes read-only, and a new top layer takes writes.
+//! Freezes a disk: everything written so far becomes read-only, and a new top layer takes writes.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -15,12 +15,13 @@ use crate::op_kind::OpKind;
 use crate::room;
 
 impl Disk {
-    /// The layers over the base image, lowest first; none for a plain image.
+    /// The layers over the base image, lowest first; empty for a plain image.
     pub fn layers(&self) -> &[LayerHeader] {
         self.stack.as_ref().map_or(&[], |stack| &stack.layers)
     }
 
-    /// The file of the layer at `index` in [`Disk::layers`], for copying it while it is frozen.
+    /// The file of the layer at `index` in [`Disk::layers`], so that it can be copied while the
+    /// disk is frozen.
     pub fn layer_file(&self, index: usize) -> Option<Arc<File>> {
         match self.engine.targets().get(index + 1)? {
             Target::File(file) => Some(Arc::clone(file)),
@@ -28,8 +29,8 @@ impl Disk {
         }
     }
 
-    /// Brings the top layer's file up to date, so that it can be opened elsewhere; with `sync`
-    /// durably. Nothing may be in flight. Does nothing without a writable top layer.
+    /// Writes the map to the top layer's file, so that it can be opened elsewhere; with `sync`,
+    /// durably. No request may be in flight. Does nothing without a writable top layer.
     ///
     /// # Errors
     /// [`DiskError::Io`]; the disk can still be used.
@@ -58,16 +59,16 @@ impl Disk {
         durable(file)
     }
 
-    /// Makes all that was written so far read-only and sends later writes to a new layer in
-    /// `new_top`, an empty file open for reading and writing. `durable` tells whether flushes must
-    /// keep what is in it. Nothing may be in flight.
+    /// Makes everything written so far read-only, and sends later writes to a new layer in
+    /// `new_top`, an empty file open for reading and writing. `durable` says whether flushes must
+    /// make that layer durable. No request may be in flight.
     ///
-    /// Afterwards the last but one of [`Disk::layers`] is the frozen one, which other disks may
-    /// use; where there was no layer, the base image itself is frozen.
+    /// Afterwards, the last but one of [`Disk::layers`] is the frozen layer, which other disks may
+    /// use. If there was no layer, the base image itself is frozen.
     ///
     /// # Errors
-    /// [`DiskError::Mismatch`] for a disk that takes no writes, [`DiskError::Io`] from the host. The
-    /// disk goes on as before.
+    /// [`DiskError::Mismatch`] for a read-only disk, [`DiskError::Io`] for errors of the host. The
+    /// disk continues unchanged.
     pub fn freeze(&mut self, new_top: File, durable: bool) -> Result<(), DiskError> {
         self.require_idle()?;
         if self.read_only {
@@ -75,7 +76,7 @@ impl Disk {
                 "a read-only disk cannot be frozen".to_owned(),
             ));
         }
-        // What the guest flushes later may be in the frozen part.
+        // Data that the guest flushes later may be in the frozen part.
         let keep = self.stack.as_ref().is_none_or(|stack| stack.durable);
         self.seal(keep)?;
         if self.stack.is_none() {
@@ -110,10 +111,10 @@ impl Disk {
         Ok(())
     }
 
-    /// Lets other processes open what is now read-only.
+    /// Changes the lock to a shared one, so that other processes can open the frozen layer.
     fn share_top(&self) {
         if let Some(Target::File(file)) = self.engine.targets().last() {
-            // Without locks on this file system there is nothing to loosen.
+            // This fails only on file systems without locks, where there is no lock to change.
             let _ = rustix::fs::flock(file, FlockOperation::NonBlockingLockShared);
         }
     }

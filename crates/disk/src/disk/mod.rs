@@ -1,8 +1,8 @@
-//! A disk: an image, or layers over one, with requests in and completions out.
+//! A disk: an image, or layers over one, that takes requests and returns completions.
 //!
 //! Reads and plain writes become ops of the engine at once. Changes of a stack go through
-//! `change.rs`, flushes of one through `flush.rs`. What a block device's guest asks for, and which
-//! files a disk is made of, is left to others.
+//! `change.rs`, its flushes through `flush.rs`. The protocol of block devices and the choice of a
+//! disk's files are handled elsewhere.
 
 mod change;
 mod export;
@@ -30,20 +30,21 @@ use task::{Task, Tasks, Work};
 /// has no answer yet, one of [`Disk::wake_fds`] becomes readable later. Tools use
 /// [`Disk::read_at`] and the like, which wait. Dropping a disk waits for what is in flight.
 pub struct Disk {
-    // Declared first: dropped first, and waits for ops that use the buffers of the tasks.
+    // This field is declared first so that it is dropped first: it waits for ops that use the
+    // buffers of the tasks.
     engine: Engine,
     tasks: Tasks,
     stack: Option<Stack>,
     size: u64,
     read_only: bool,
-    /// Flushes of a stack that wait for the one under way.
+    /// The flushes of a stack that wait for the present one.
     flushes: flush::Flushes,
     completions: Vec<Completion>,
     finished: Vec<Finished>,
 }
 
 impl Disk {
-    /// A disk over an engine; a stack's layers are the engine's targets from 1 on.
+    /// Makes a disk over an engine; a stack's layers are the engine's targets from 1 on.
     pub(crate) fn new(engine: Engine, stack: Option<Stack>, size: u64, read_only: bool) -> Self {
         Self {
             engine,
@@ -84,12 +85,12 @@ impl Disk {
         self.engine.wake_fds()
     }
 
-    /// Whether nothing is in flight and every answer was taken.
+    /// Whether no request is in flight and every answer was taken.
     pub fn is_idle(&self) -> bool {
         self.tasks.is_empty() && self.completions.is_empty()
     }
 
-    /// Takes a request; its answer carries `tag`. It starts with the next [`Disk::poll`].
+    /// Accepts a request, whose answer has the same `tag`. It starts with the next [`Disk::poll`].
     pub fn submit(&mut self, tag: u64, request: Request) {
         if let Err(error) = self.check(&request) {
             self.complete(tag, Err(error));
@@ -111,18 +112,18 @@ impl Disk {
         }
     }
 
-    /// Starts what was submitted, in one system call where it can, and appends the answers that
-    /// are there.
+    /// Starts the submitted requests, in one system call if possible, and appends the available
+    /// answers.
     ///
     /// # Errors
-    /// The engine is broken: the host refuses to take requests. The disk is of no more use.
+    /// The host refuses to take requests. The disk cannot be used any more.
     pub fn poll(&mut self, answers: &mut Vec<Completion>) -> io::Result<()> {
         self.pump()?;
         answers.append(&mut self.completions);
         Ok(())
     }
 
-    /// Waits for all that was submitted.
+    /// Waits for all submitted requests.
     ///
     /// # Errors
     /// As for [`Disk::poll`].
@@ -139,7 +140,7 @@ impl Disk {
     /// Reads into `slice` and waits. Nothing else may be in flight.
     ///
     /// # Errors
-    /// The host's, or `InvalidInput` past the end of the disk.
+    /// The host's error, or `InvalidInput` past the end of the disk.
     pub fn read_at(&mut self, slice: &mut [u8], offset: u64) -> io::Result<()> {
         // SAFETY: `slice` is borrowed until `call` returns, which is after the request is over.
         let buffers = unsafe { Buffers::of_slice(slice) };
@@ -160,7 +161,7 @@ impl Disk {
     /// Submits a request and waits for its answer. Nothing else may be in flight.
     ///
     /// # Errors
-    /// The request's.
+    /// The error of the request.
     pub fn call(&mut self, request: Request) -> io::Result<()> {
         if !self.is_idle() {
             return Err(io::Error::other(
@@ -190,7 +191,7 @@ impl Disk {
     /// A request on an image without layers is one op.
     fn start_plain(&mut self, tag: u64, request: Request) {
         let (offset, kind) = match request {
-            // There is nothing to make durable, and the file may not allow it.
+            // A read-only disk has nothing to make durable, and its file may not allow syncing.
             Request::Flush if self.read_only => return self.complete(tag, Ok(())),
             Request::Read { offset, buffers } => (offset, OpKind::Read(buffers)),
             Request::Write { offset, buffers } => (offset, OpKind::Write(buffers)),
@@ -208,7 +209,7 @@ impl Disk {
         self.start(tag, Work::Once, vec![op]);
     }
 
-    /// Puts a task in flight with the ops of its first stage.
+    /// Starts a task with the ops of its first stage.
     fn start(&mut self, tag: u64, work: Work, ops: Vec<Op>) {
         let slot = self.tasks.insert(Task {
             tag,
@@ -219,7 +220,7 @@ impl Disk {
         self.stage(slot, ops);
     }
 
-    /// Starts a stage of the task in `slot`; goes on at once where the stage has no ops.
+    /// Starts a stage of the task in `slot`; continues at once if the stage has no ops.
     fn stage(&mut self, slot: usize, ops: Vec<Op>) {
         let Some(task) = self.tasks.get_mut(slot) else {
             return;
@@ -234,7 +235,7 @@ impl Disk {
         }
     }
 
-    /// All ops of a stage are over.
+    /// Continues a task after all ops of a stage have finished.
     fn stage_done(&mut self, slot: usize) {
         let Some(task) = self.tasks.get_mut(slot) else {
             return;
@@ -254,7 +255,7 @@ impl Disk {
         self.completions.push(Completion { tag, result });
     }
 
-    /// Starts what is queued and takes what is over, until nothing moves.
+    /// Starts queued ops and takes finished ones, until there are no more of either.
     fn pump(&mut self) -> io::Result<()> {
         loop {
             self.engine.kick()?;
@@ -264,7 +265,7 @@ impl Disk {
             for (id, result) in finished.drain(..) {
                 self.op_done(id as usize, result);
             }
-            // Kept for its memory.
+            // The vector is kept to reuse its allocation.
             self.finished = finished;
             if !moved {
                 return Ok(());

@@ -1,4 +1,5 @@
-//! Layers over a base image: who holds what, what a read is made of, what a write must copy up.
+//! Layers over a base image: the owner of each block, the ops of a read, and the bytes that a write
+//! must copy up.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
@@ -15,7 +16,7 @@ use crate::room::Room;
 
 /// The state of a stack. Target 0 of the engine is the base, target *n* the layer *n*.
 pub(crate) struct Stack {
-    /// Whether there is a base; without one, what no layer holds is zero.
+    /// Whether there is a base; without one, blocks that no layer holds are zero.
     pub(crate) has_base: bool,
     /// The layers, lowest first.
     pub(crate) layers: Vec<LayerHeader>,
@@ -24,22 +25,22 @@ pub(crate) struct Stack {
     pub(crate) writable: bool,
     /// Whether a flush must make the top layer durable.
     pub(crate) durable: bool,
-    /// What the top layer may take of its host; `None` for one that outlives its machine.
+    /// The room of the top layer on its host; `None` for a layer that outlives its machine.
     pub(crate) room: Option<Room>,
-    /// Leaves whose map in the top's file is out of date.
+    /// The leaves of the map that are outdated in the top layer's file.
     pub(crate) dirty: BTreeSet<u64>,
-    /// Blocks that a request in flight is giving to the top layer. Another change of them waits,
-    /// because it might copy up what the first is about to replace.
+    /// The blocks that requests in flight are adding to the top layer. Another change of them
+    /// waits, because it might copy up bytes that the first is about to replace.
     locks: Vec<Range<u64>>,
-    /// Changes that wait for locked blocks.
+    /// The changes that wait for locked blocks.
     pub(crate) waiting: VecDeque<(u64, Request)>,
 }
 
 /// A write into the top layer: whole blocks where the layer did not hold them before.
 pub(crate) struct WritePlan {
-    /// What must be copied up before the bytes that are written,
+    /// The bytes to copy up before the written ones.
     pub(crate) before: Range<u64>,
-    /// and after.
+    /// The bytes to copy up after the written ones.
     pub(crate) after: Range<u64>,
 }
 
@@ -59,7 +60,7 @@ impl Stack {
         }
     }
 
-    /// Checks that `header` can lie on these layers, over a base of `base_size`.
+    /// Checks that a layer with `header` fits on top of these layers, over a base of `base_size`.
     pub(crate) fn check_next(
         layers: &[LayerHeader],
         base_size: u64,
@@ -131,12 +132,12 @@ impl Stack {
         blocks.start * self.block_size()..blocks.end * self.block_size()
     }
 
-    /// Where `offset` is in the file of layer `number`.
+    /// The position of `offset` in the file of layer `number`.
     pub(crate) fn layer_offset(&self, number: u8, offset: u64) -> u64 {
         self.layers[usize::from(number) - 1].data_offset() + offset
     }
 
-    /// The ops that read `buffers` from `offset`; what is zero is filled here.
+    /// Adds the ops that read `buffers` from `offset`, and fills buffers that are zero.
     pub(crate) fn plan_read(&self, offset: u64, buffers: &Buffers, ops: &mut Vec<Op>) {
         let end = offset + buffers.len();
         let mut at = offset;
@@ -163,8 +164,8 @@ impl Stack {
         }
     }
 
-    /// What a write of `bytes` must copy up: the rest of its first and last block where the top
-    /// does not hold them.
+    /// The bytes that a write of `bytes` must copy up: the rest of its first and last block, if the
+    /// top layer does not hold them.
     pub(crate) fn plan_write(&self, bytes: Range<u64>) -> WritePlan {
         let whole = self.bytes(&self.blocks(&bytes));
         let absent =
@@ -185,7 +186,7 @@ impl Stack {
         }
     }
 
-    /// Ops that give back the space of `blocks` where the top holds them.
+    /// Adds the ops that free the space of `blocks` that the top layer holds.
     pub(crate) fn plan_punch(&self, blocks: Range<u64>, ops: &mut Vec<Op>) {
         let top = self.top_number();
         let mut block = blocks.start;
@@ -210,7 +211,8 @@ impl Stack {
         self.map.all_owned(blocks, Owner::Layer(self.top_number()))
     }
 
-    /// Takes the room of a write into the top layer. What it holds already takes none.
+    /// Counts a write into the top layer against its room. Blocks that the layer already holds do
+    /// not count.
     pub(crate) fn take_room(&mut self, bytes: &Range<u64>) -> io::Result<()> {
         let blocks = self.blocks(bytes);
         let whole = self.bytes(&blocks);
@@ -226,7 +228,7 @@ impl Stack {
         }
     }
 
-    /// Gives `blocks` to `owner`, and notes that the top's map is out of date.
+    /// Assigns `blocks` to `owner`, and marks the top layer's map as outdated.
     pub(crate) fn give(&mut self, blocks: Range<u64>, owner: Owner) {
         if self.map.all_owned(blocks.clone(), owner) {
             return;

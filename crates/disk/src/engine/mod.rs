@@ -1,5 +1,5 @@
-//! Who carries ops out: an io_uring for plain files where the host allows one, a worker thread for
-//! the rest, or the caller itself (command-line tools and tests).
+//! The engines that execute ops: an io_uring for plain files where the host allows one, a worker
+//! thread for the rest, or the calling thread (command-line tools and tests).
 
 mod op;
 pub(crate) mod ring;
@@ -13,20 +13,20 @@ pub(crate) use op::{Op, Target, zeros};
 use uring::Uring;
 use worker::Worker;
 
-/// An op's number, chosen by who pushes it.
+/// The number of an op, which the caller chooses.
 pub(crate) type OpId = u64;
 
-/// An op that is over.
+/// A finished op and its result.
 pub(crate) type Finished = (OpId, io::Result<()>);
 
-/// How a disk's input and output is done.
+/// The kinds of engines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EngineKind {
-    /// io_uring where the host allows it, else as [`EngineKind::Worker`].
+    /// io_uring where the host allows it, otherwise like [`EngineKind::Worker`].
     Uring,
     /// A thread with `preadv` and `pwritev`.
     Worker,
-    /// In the caller's thread, at once.
+    /// Blocking calls in the caller's thread.
     Blocking,
 }
 
@@ -35,7 +35,7 @@ pub(crate) struct Engine {
     targets: Vec<Target>,
     ring: Option<Uring>,
     worker: Option<Worker>,
-    /// Finished outside ring and worker.
+    /// Ops that were finished by neither ring nor worker.
     finished: Vec<Finished>,
     /// Every op in the order it was pushed, with the bytes it writes.
     #[cfg(test)]
@@ -77,7 +77,7 @@ impl Engine {
         &self.targets
     }
 
-    /// Changes the targets; new ones must be plain files. Nothing may be in flight.
+    /// Replaces the targets; new ones must be plain files. No op may be in flight.
     pub(crate) fn set_targets(&mut self, targets: Vec<Target>) {
         if let Some(ring) = &mut self.ring {
             ring.set_targets(&targets);
@@ -97,7 +97,7 @@ impl Engine {
         ring.into_iter().chain(worker).collect()
     }
 
-    /// Queues an op. It may wait for [`Engine::kick`], and be over at once.
+    /// Queues an op. It may start only with [`Engine::kick`], or finish immediately.
     pub(crate) fn push(&mut self, id: OpId, op: Op) {
         #[cfg(test)]
         self.log.push((op.clone(), op.written()));
@@ -116,12 +116,12 @@ impl Engine {
         }
     }
 
-    /// Submits what was queued, in one system call.
+    /// Submits the queued ops in one system call.
     pub(crate) fn kick(&mut self) -> io::Result<()> {
         self.ring.as_mut().map_or(Ok(()), Uring::kick)
     }
 
-    /// Takes what is over, without waiting.
+    /// Takes the finished ops, without waiting.
     pub(crate) fn reap(&mut self, finished: &mut Vec<Finished>) -> io::Result<()> {
         finished.append(&mut self.finished);
         if let Some(worker) = &mut self.worker
@@ -134,7 +134,7 @@ impl Engine {
             .map_or(Ok(()), |ring| ring.reap(finished))
     }
 
-    /// Whether nothing is in flight, waiting or unseen.
+    /// Whether no op is in flight, queued, or finished and not taken.
     pub(crate) fn is_idle(&self) -> bool {
         self.finished.is_empty()
             && self.ring.as_ref().is_none_or(Uring::is_idle)
@@ -158,12 +158,12 @@ impl Engine {
 }
 
 impl Drop for Engine {
-    /// Waits for what is in flight, because it points into memory that is freed next.
+    /// Waits for the ops in flight, because they point into memory that is freed next.
     fn drop(&mut self) {
         let mut finished = Vec::new();
         while !self.is_idle() {
             if self.wait().is_err() || self.reap(&mut finished).is_err() {
-                // The ring is broken: its memory must outlive what the kernel may still do.
+                // The ring is broken, so its memory is leaked, in case the kernel still uses it.
                 std::mem::forget(self.ring.take());
                 return;
             }

@@ -12,7 +12,7 @@ use crate::buffer::{Buffer, Buffers};
 use crate::op_kind::OpKind;
 use crate::qcow2::Qcow2Image;
 
-/// What an op works on. Cheap to clone.
+/// The target of an op. It is cheap to clone.
 #[derive(Clone)]
 pub(crate) enum Target {
     /// A file or host block device whose bytes are used as they are.
@@ -29,14 +29,15 @@ pub(crate) struct Op {
     pub(crate) kind: OpKind,
 }
 
-/// How many zeros one system call writes, where a file system cannot make them itself.
+/// The number of zeros that one system call writes, for file systems that cannot make them
+/// themselves.
 const ZERO_CHUNK: u64 = 512 * ZEROS.len() as u64;
 
-/// What remains of an op after one system call.
+/// The progress of an op after one system call.
 pub(crate) enum Progress {
-    /// Nothing.
+    /// The op is finished.
     Done,
-    /// This.
+    /// This part of the op remains.
     Again(Op),
 }
 
@@ -52,7 +53,8 @@ impl Op {
         }
     }
 
-    /// Judges the outcome of the system call for this op (`count` bytes, 0 where it returns none).
+    /// Evaluates the result of the system call for this op (`count` bytes, or 0 if the call returns
+    /// none).
     pub(crate) fn progress(mut self, outcome: io::Result<u64>) -> io::Result<Progress> {
         let count = match outcome {
             Ok(count) => count,
@@ -94,7 +96,7 @@ impl Op {
         Ok(Progress::Again(self))
     }
 
-    /// The next best way after `error`.
+    /// The fallback for an operation that failed with `error`.
     fn recover(self, error: io::Error) -> io::Result<Progress> {
         let unsupported = matches!(
             error.raw_os_error(),
@@ -113,7 +115,7 @@ impl Op {
         }
     }
 
-    /// Carries the op out, waiting for it.
+    /// Executes the op and waits for it.
     pub(crate) fn execute(self, target: &Target) -> io::Result<()> {
         let file = match target {
             Target::File(file) => file,
@@ -138,7 +140,7 @@ impl Op {
         }
     }
 
-    /// One system call of this op.
+    /// Makes one system call of this op.
     fn call(&self, file: &File) -> io::Result<u64> {
         let (fd, offset) = (file.as_raw_fd(), file_offset(self.offset)?);
         let count = match &self.kind {
@@ -164,12 +166,12 @@ impl Op {
                 0
             }
         };
-        // Negative means an error, and only then does the conversion fail.
+        // The conversion fails only for a negative count, which means an error.
         u64::try_from(count).map_err(|_| io::Error::last_os_error())
     }
 }
 
-/// An offset as the kernel takes it.
+/// Converts an offset to the kernel's type.
 fn file_offset(offset: u64) -> io::Result<libc::off_t> {
     libc::off_t::try_from(offset).map_err(|_| crate::buffer::invalid_input("offset out of range"))
 }

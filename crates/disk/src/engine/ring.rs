@@ -1,16 +1,16 @@
-//! Rings that can do a disk's work and nothing else.
+//! Rings that are restricted to the operations of a disk.
 //!
-//! What a ring does bypasses system call filters (seccomp): the kernel carries it out on its own
-//! account of who asked. So a ring of a jailed process is told which operations it may ever do
-//! before it does its first (`io_uring_register(2)`, `IORING_REGISTER_RESTRICTIONS`); the kernel
-//! refuses all others, and any change of that list.
+//! A ring's operations bypass system call filters (seccomp), since the kernel executes them itself.
+//! So the ring of a jailed process is restricted to a list of operations before its first one
+//! (`io_uring_register(2)`, `IORING_REGISTER_RESTRICTIONS`); the kernel refuses all others, and any
+//! change of the list.
 
 use std::io;
 
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode};
 
-/// What disks do.
+/// The operations of disks.
 const OPERATIONS: [u8; 4] = [
     opcode::Readv::CODE,
     opcode::Writev::CODE,
@@ -18,11 +18,11 @@ const OPERATIONS: [u8; 4] = [
     opcode::Fallocate::CODE,
 ];
 
-/// A ring that reads, writes, syncs and allocates, without any option of an entry (linked or
-/// registered files, say), and can be changed by nobody.
+/// Makes a ring that reads, writes, syncs and allocates, without any option of an entry (such as
+/// linked or registered files), and whose restrictions cannot be changed.
 ///
 /// # Errors
-/// Where the host forbids io_uring, or has none with restrictions (before Linux 5.10).
+/// The host forbids io_uring, or its kernel has no restrictions (before Linux 5.10).
 pub fn restricted_ring(entries: u32) -> io::Result<IoUring> {
     let ring = IoUring::builder()
         .dontfork()
@@ -56,7 +56,7 @@ mod tests {
         assert_eq!(outcome(&mut ring, nop), -libc::EACCES);
         let linked = opcode::Fsync::new(fd).build().flags(squeue::Flags::IO_LINK);
         assert_eq!(outcome(&mut ring, linked), -libc::EACCES);
-        // Nor can it be told of files, buffers or other limits.
+        // Registering files, buffers or other limits is refused as well.
         assert!(ring.submitter().register_files(&[0]).is_err());
         let mut more = [Restriction::sqe_op(opcode::Nop::CODE)];
         assert!(ring.submitter().register_restrictions(&mut more).is_err());

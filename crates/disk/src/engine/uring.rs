@@ -1,7 +1,7 @@
 //! Ops on an io_uring: one system call submits a batch, completions are read from shared memory.
 //!
 //! The ring's own file descriptor becomes readable when completions wait. Short transfers are
-//! submitted again here. In flight are never more ops than the submission queue holds, so the
+//! submitted again. There are never more ops in flight than the submission queue holds, so the
 //! completion queue (twice as long) cannot overflow.
 
 use std::collections::VecDeque;
@@ -16,10 +16,10 @@ use super::ring::restricted_ring;
 use super::{Finished, OpId};
 use crate::op_kind::OpKind;
 
-/// Ops in flight at once; more wait in a queue of ours.
+/// The most ops in flight at once; more wait in a backlog.
 const ENTRIES: u32 = 64;
 
-/// An op in flight; its buffers' array is what the kernel was pointed to.
+/// An op in flight, whose array of buffers the kernel uses.
 struct Flight {
     id: OpId,
     op: Op,
@@ -33,12 +33,12 @@ pub(crate) struct Uring {
     flights: Vec<Option<Flight>>,
     free: Vec<usize>,
     backlog: VecDeque<(OpId, Op)>,
-    /// Pushed to the submission queue, not yet submitted.
+    /// Whether the submission queue has entries that were not submitted.
     unsubmitted: bool,
 }
 
 impl Uring {
-    /// Makes a ring; fails where the host does not allow one.
+    /// Makes a ring; fails if the host does not allow one.
     pub(crate) fn new() -> io::Result<Self> {
         Ok(Self {
             ring: restricted_ring(ENTRIES)?,
@@ -50,10 +50,10 @@ impl Uring {
         })
     }
 
-    /// Tells the ring of the disk's files. Nothing may be in flight.
+    /// Sets the disk's files. No op may be in flight.
     ///
-    /// They are not registered with the kernel: a ring gives registered files back some time after
-    /// its process has ended, and with them the locks that the next process asks for.
+    /// The files are not registered with the kernel, since a ring releases registered files some
+    /// time after its process has ended, and with them locks that the next process needs.
     pub(crate) fn set_targets(&mut self, targets: &[Target]) {
         assert!(self.is_idle(), "files changed under ops in flight");
         self.files = targets
@@ -75,12 +75,12 @@ impl Uring {
         self.backlog.push_back((id, op));
     }
 
-    /// Submits what was queued, as far as the ring has room.
+    /// Submits the queued ops, as far as the ring has room.
     pub(crate) fn kick(&mut self) -> io::Result<()> {
         self.enter(0)
     }
 
-    /// Submits what was queued and waits until something is complete.
+    /// Submits the queued ops and waits until one is complete.
     pub(crate) fn kick_and_wait(&mut self) -> io::Result<()> {
         self.enter(1)
     }
@@ -100,8 +100,8 @@ impl Uring {
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // The kernel is short of memory for requests: there is room again when one of
-                // those in flight is complete, which its completion will tell.
+                // The kernel is short of memory for requests. When a request in flight completes,
+                // there is room again.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
                     self.unsubmitted = true;
                     if self.ring.completion().is_empty() {
@@ -136,7 +136,7 @@ impl Uring {
         }
     }
 
-    /// Takes the completions that wait, without a system call unless an op must go on.
+    /// Takes the waiting completions, without a system call unless an op must continue.
     pub(crate) fn reap(&mut self, finished: &mut Vec<Finished>) -> io::Result<()> {
         let Self {
             ring,
@@ -152,7 +152,7 @@ impl Uring {
             };
             free.push(slot);
             let result = completion.result();
-            // Negative is an error number, and only then does the conversion fail.
+            // The conversion fails only for a negative result, which is an error number.
             let outcome = u64::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result));
             match op.progress(outcome) {
                 Ok(Progress::Again(rest)) => backlog.push_front((id, rest)),

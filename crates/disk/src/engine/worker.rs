@@ -1,5 +1,6 @@
-//! Ops on a thread of their own, for images whose calls block (qcow2) and for hosts that forbid
-//! io_uring. Started with the first op; ended, after its last op, when it is dropped.
+//! Executes ops on a separate thread, for images whose calls block (qcow2) and for hosts that
+//! forbid io_uring. The thread starts with the first op, and ends after its last op when the worker
+//! is dropped.
 
 use std::collections::VecDeque;
 use std::io;
@@ -13,18 +14,19 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::op::{Op, Target};
 use super::{Finished, OpId};
 
-/// Room for the qcow2 code, which inflates clusters. Only pages that are touched cost memory.
+/// The stack size, with room for the qcow2 code, which decompresses clusters. Only touched pages
+/// cost memory.
 const STACK_BYTES: usize = 256 << 10;
 
-/// What the disk's thread and the worker share.
+/// The state shared by the disk's thread and the worker.
 struct Shared {
-    /// Held only to move ops in and out, never during an op.
+    /// The queues. The lock is held only to move ops in and out, never during an op.
     state: Mutex<State>,
-    /// There is work, or the end.
+    /// Notified when there is work, or when the worker ends.
     work: Condvar,
-    /// Something is finished.
+    /// Notified when an op is finished.
     done: Condvar,
-    /// The same for the event loop.
+    /// An eventfd that notifies the event loop of finished ops.
     wake: OwnedFd,
 }
 
@@ -37,7 +39,7 @@ struct State {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // The state is consistent between statements: a panic elsewhere does not spoil it.
+        // The state is consistent between statements, so a panic elsewhere does not damage it.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -50,7 +52,7 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Makes ready; the thread starts with the first op.
+    /// Makes a worker. Its thread starts with the first op.
     pub(crate) fn new() -> io::Result<Self> {
         let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
         Ok(Self {
@@ -87,18 +89,18 @@ impl Worker {
         Ok(())
     }
 
-    /// Takes what is finished.
+    /// Takes the finished ops.
     pub(crate) fn reap(&mut self, finished: &mut Vec<Finished>) {
-        // Under the lock, so that the descriptor is readable exactly while something is unseen.
+        // The descriptor is read under the lock, so it is readable exactly while finished ops wait.
         let mut state = self.shared.lock();
         let mut count = [0; 8];
-        // Fails where nothing was written since the last read, which is fine.
+        // The read fails if nothing was written since the last read, which does no harm.
         let _ = rustix::io::read(&self.shared.wake, &mut count);
         self.in_flight -= state.finished.len();
         finished.append(&mut state.finished);
     }
 
-    /// Waits until something is finished. Something must be in flight.
+    /// Waits until an op is finished. At least one op must be in flight.
     pub(crate) fn wait(&self) {
         let state = self.shared.lock();
         let waited = self
@@ -120,27 +122,28 @@ impl Drop for Worker {
         self.shared.lock().stop = true;
         self.shared.work.notify_one();
         if let Some(thread) = self.thread.take() {
-            // It fails only where the thread panicked; there is nobody left to tell.
+            // Joining fails only if the thread panicked, which cannot be reported here.
             let _ = thread.join();
         }
     }
 }
 
-/// The thread: one op after the other, in order.
+/// The thread's function: executes ops one after the other, in order.
 fn serve(shared: &Shared) {
     let mut state = shared.lock();
     loop {
         if let Some((id, op, target)) = state.queue.pop_front() {
             drop(state);
-            // A panic in the qcow2 code (an image may be hostile) must cost a request, not this
-            // thread: its disk would wait for ever.
+            // A panic in the qcow2 code (an image may be hostile) must fail only the request. If it
+            // ended this thread, the disk would wait forever.
             let result = catch_unwind(AssertUnwindSafe(|| op.execute(&target)))
                 .unwrap_or_else(|_| Err(io::Error::other("the image's driver panicked")));
             state = shared.lock();
             state.finished.push((id, result));
             shared.done.notify_one();
             if state.finished.len() == 1 {
-                // Fails only where the counter is full, and then the loop is awake anyway.
+                // The write fails only if the counter is full, and then the event loop is awake
+                // anyway.
                 let _ = rustix::io::write(&shared.wake, &1u64.to_ne_bytes());
             }
         } else if state.stop {

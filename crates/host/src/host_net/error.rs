@@ -1,4 +1,4 @@
-//! What can go wrong with the host's network.
+//! The errors of setting up the host's network.
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -10,23 +10,23 @@ use clone_vmm::devices::net::TapError;
 /// A failure to set up or clear up the host's side of a VM's network.
 #[derive(Debug, thiserror::Error)]
 pub enum HostNetError {
-    /// The lease directory does not do what it must.
+    /// An operation on the lease directory failed.
     #[error("cannot {action} {}: {source}", path.display())]
     Lease {
-        /// What was tried, as in "lock".
+        /// The action that failed, as in "lock".
         action: &'static str,
         /// The file or directory.
         path: PathBuf,
         /// The system's answer.
         source: io::Error,
     },
-    /// There is no netlink socket.
+    /// A netlink socket could not be opened.
     #[error("cannot talk to the kernel's network configuration (netlink): {0}")]
     Netlink(#[source] io::Error),
     /// The kernel refuses to change or show an interface.
     #[error("cannot {action} {object}: {source}")]
     Link {
-        /// What was tried, as in "create the bridge".
+        /// The action that failed, as in "create the bridge".
         action: &'static str,
         /// The interface or address.
         object: String,
@@ -39,25 +39,25 @@ pub enum HostNetError {
          or name a tap that was made for you, or do without a network"
     )]
     NotAllowed {
-        /// What was tried.
+        /// The action that failed.
         action: &'static str,
         /// The interface or address.
         object: String,
     },
-    /// The bridge that was named does not exist.
+    /// The named bridge does not exist.
     #[error("there is no network interface {0}")]
     NoSuchLink(String),
-    /// The interface that was named is no bridge.
+    /// The named interface is not a bridge.
     #[error("{0} is not a bridge")]
     NotABridge(String),
-    /// The kernel cannot run the programs that hold guests to their rules.
+    /// The kernel cannot run the programs that enforce the guests' rules.
     #[error(
         "this kernel cannot judge what guests send (it needs CONFIG_NET_SCH_INGRESS and \
          CONFIG_NET_CLS_BPF, the modules sch_ingress and cls_bpf): {0}; with tap=NAME a guest uses \
          a tap that you made and guard yourself"
     )]
     NoTrafficControl(#[source] io::Error),
-    /// Guests behind NAT have leases, but what their network is is not known.
+    /// Guests behind NAT have leases, but the record of their network is missing or damaged.
     #[error(
         "the record of the guests' address range is missing or damaged (the file nat in the lease \
          directory): stop the VMs that use --net nat, and start them again"
@@ -76,10 +76,10 @@ pub enum HostNetError {
         /// The system's answer.
         source: io::Error,
     },
-    /// A bridge takes no more ports.
+    /// A bridge accepts no more ports.
     #[error("the bridge {0} is full: Linux allows 1,023 ports on one")]
     BridgeFull(String),
-    /// An interface of our name exists that we did not make.
+    /// An interface with a name of ours exists, but we did not make it.
     #[error(
         "the network interface {0} exists but is not ours (no record of it in the lease \
          directory); remove it, or use another bridge"
@@ -100,21 +100,21 @@ pub enum HostNetError {
     /// `nft` failed.
     #[error("nft could not {action}: {stderr}")]
     Nft {
-        /// What was tried.
+        /// The action that failed.
         action: &'static str,
-        /// What it said.
+        /// The error output of `nft`.
         stderr: String,
     },
     /// Forwarding could not be turned on.
     #[error("cannot turn on forwarding (net.ipv4.ip_forward): {0}")]
     Forwarding(#[source] io::Error),
-    /// The tap does not open.
+    /// The tap could not be opened.
     #[error(transparent)]
     Tap(#[from] TapError),
     /// A hardware address that no station can have.
     #[error("{0} is a multicast address, which no network interface can have")]
     MulticastMac(String),
-    /// An address range that was asked for is no use.
+    /// The requested address range cannot be used.
     #[error("{address}/{prefix} is no range for guests: a private network of /16 to /28 is")]
     BadRange {
         /// The network's address.

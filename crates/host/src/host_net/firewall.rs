@@ -1,12 +1,12 @@
-//! The packet filter behind the bridge of our own: address translation, who may open connections,
-//! and how many.
+//! The packet filter behind our own bridge: address translation, the rules for opening connections,
+//! and their number.
 //!
-//! All of it is in the table `inet clone`, which is ours alone. Whoever else changes the packet
-//! filter may remove it, so it is compared with what we made whenever the kernel says that anything
-//! changed, and made again where it differs ([`is_whole`], [`make`]). In between nothing passes,
-//! since the bridge sends and the host routes only what this table marked
-//! ([`super::guard::only_filtered`], [`ROUTED_MARK`]). What single guests may send is not decided
-//! here ([`super::guard`]).
+//! All rules are in our own table, `inet clone`. Other programs that change the packet filter may
+//! remove it, so whenever the kernel announces a change, the table is compared with the one that we
+//! made, and made again if it differs ([`is_whole`], [`make`]). Until then no packet passes, since
+//! the bridge sends and the host routes only packets that this table marked
+//! ([`super::guard::only_filtered`], [`ROUTED_MARK`]). The frames that a single guest may send are
+//! decided in [`super::guard`].
 
 mod forward;
 mod nft;
@@ -24,15 +24,16 @@ use super::{BRIDGE, HostNetError};
 /// The bit of a packet's mark that lets it be routed from our bridge.
 pub(super) const ROUTED_MARK: u32 = 0x1000_0000;
 
-/// The most connections that a guest has in the host's table unless its lease says otherwise.
+/// The default limit of a guest's connections in the host's table.
 const CONNECTIONS: u32 = NetConfig::DEFAULT_CONNECTIONS;
 
-/// How often the table is made while something else removes it.
+/// The number of attempts to make the table while another program removes it.
 const ATTEMPTS: u32 = 8;
 
 const LIST_TABLE: &str = "list table inet clone";
 
-/// Whether the table is there as we made it: then what stands in the guests' way, else `None`.
+/// If the table is as we made it, the notices about other rules that block guests; otherwise
+/// `None`.
 pub(super) fn whole(leases: &Leases) -> Result<Option<Vec<String>>, HostNetError> {
     let Some(known) = leases.ruleset()? else {
         return Ok(None);
@@ -46,19 +47,19 @@ pub(super) fn whole(leases: &Leases) -> Result<Option<Vec<String>>, HostNetError
     Ok(None)
 }
 
-/// Whether the table is there as we made it, without a look at those of others.
+/// Whether the table is as we made it. Other programs' tables are not examined.
 pub(super) fn is_whole(leases: &Leases) -> Result<bool, HostNetError> {
     let known = leases.ruleset()?.map(|known| known.table);
     Ok(known.is_some() && known == nft::list(LIST_TABLE)?)
 }
 
-/// Makes the table anew for `all` guests, and returns what stands in their way.
+/// Makes the table again for `all` guests, and returns notices about other rules that block them.
 pub(super) fn make(
     leases: &Leases,
     all: &[Lease],
     range: &Range,
 ) -> Result<Vec<String>, HostNetError> {
-    // A firewall that is just starting may remove the table again at once.
+    // A firewall that is starting may remove the table again at once.
     for _ in 0..ATTEMPTS {
         nft::run(&script(all, range), "set up its table")?;
         if let Some(notices) = record(leases)? {
@@ -71,7 +72,7 @@ pub(super) fn make(
     })
 }
 
-/// Lets a guest have the number of connections that its lease says, where that is not the default.
+/// Sets the limit of a guest's connections, if its lease does not have the default.
 pub(super) fn admit(
     leases: &Leases,
     lease: &Lease,
@@ -84,12 +85,12 @@ pub(super) fn admit(
     }
 }
 
-/// Forgets the numbers of connections of guests that are gone.
-pub(super) fn dismiss(leases: &Leases, gone: &[Lease]) -> Result<(), HostNetError> {
-    for lease in gone {
-        // Adding first makes the deletion succeed for an element that is not there.
+/// Removes the limits of guests that have ended.
+pub(super) fn dismiss(leases: &Leases, released: &[Lease]) -> Result<(), HostNetError> {
+    for lease in released {
+        // The element is added first, so that its deletion succeeds even if it did not exist.
         match change_limit(leases, lease, &["add", "delete"]) {
-            // Without the table there is nothing to forget.
+            // A missing table has no limits to remove.
             Err(HostNetError::Nft { .. }) if nft::list(LIST_TABLE)?.is_none() => {}
             result => result?,
         }
@@ -109,17 +110,17 @@ fn change_limit(leases: &Leases, lease: &Lease, verbs: &[&str]) -> Result<(), Ho
     record(leases).map(drop)
 }
 
-/// Removes the table, if it is there.
+/// Removes the table, if it exists.
 pub(super) fn clear(leases: &Leases) -> Result<(), HostNetError> {
     let script = clear_script("bridge") + &clear_script("inet");
     nft::run(&script, "remove its table")?;
     leases.remove_ruleset()
 }
 
-/// Writes down what the packet filter is like now, and returns what stands in the guests' way;
-/// `None` where our table is missing.
+/// Records the present state of the packet filter, and returns notices about other rules that block
+/// guests; `None` if our table is missing.
 fn record(leases: &Leases) -> Result<Option<Vec<String>>, HostNetError> {
-    // Asked first: a change that comes after it is seen as one.
+    // The generation is read first, so that a later change is detected.
     let generation = generation()?;
     let Some(table) = nft::list(LIST_TABLE)? else {
         return Ok(None);
@@ -133,7 +134,7 @@ fn record(leases: &Leases) -> Result<Option<Vec<String>>, HostNetError> {
     Ok(Some(notices))
 }
 
-/// Removes the table by which versions before this one guarded taps.
+/// Removes the table with which older versions guarded taps.
 pub(super) fn remove_older() -> Result<(), HostNetError> {
     nft::run(
         &clear_script("bridge"),
@@ -142,7 +143,7 @@ pub(super) fn remove_older() -> Result<(), HostNetError> {
 }
 
 fn clear_script(family: &str) -> String {
-    // Adding first makes the deletion succeed for a table that is not there.
+    // The table is added first, so that its deletion succeeds even if it did not exist.
     format!("add table {family} clone\ndelete table {family} clone\n")
 }
 
@@ -156,8 +157,9 @@ fn script(leases: &[Lease], range: &Range) -> String {
 }
 
 fn push_table(script: &mut String, range: &Range) {
-    // Guests reach the world and the host; the world reaches them only in answer, the host always.
-    // What stays on the bridge passes here only where br_netfilter is loaded.
+    // Guests may open connections to other networks and to the host. The host may open connections
+    // to guests, other networks may only answer. Frames that stay on the bridge pass these rules
+    // only if br_netfilter is loaded.
     let unrouted = !ROUTED_MARK;
     let _ = write!(
         script,

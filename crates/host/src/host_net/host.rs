@@ -1,4 +1,4 @@
-//! What the host itself must do or say: forward packets, keep silent on taps, name its name servers.
+//! Settings of the host itself: packet forwarding, silence on taps, and its name servers.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -19,13 +19,14 @@ pub(super) fn enable_forwarding() -> Result<bool, HostNetError> {
     Ok(true)
 }
 
-/// Keeps the host from speaking IPv6 on a tap and from listening to it there: without this it gives
-/// itself an address, and takes routes from whoever advertises them.
+/// Keeps the host from sending and receiving IPv6 on a tap. Otherwise the host would give itself an
+/// address there, and accept routes from any guest that advertises them.
 pub(super) fn silence(tap: &str) -> Result<(), HostNetError> {
     set(&format!("ipv6/conf/{tap}/disable_ipv6"), "1")
 }
 
-/// The same on the bridge of our own, which carries IPv4 only; and no guest is the host's router.
+/// Does the same on our own bridge, which carries IPv4 only, and keeps the host from using a guest
+/// as its router.
 pub(super) fn harden_bridge(bridge: &str) -> Result<(), HostNetError> {
     silence(bridge)?;
     for setting in ["accept_redirects", "send_redirects", "accept_source_route"] {
@@ -34,8 +35,8 @@ pub(super) fn harden_bridge(bridge: &str) -> Result<(), HostNetError> {
     Ok(())
 }
 
-/// Changes a setting of the kernel's network. One that is not there belongs to a protocol that is
-/// not there; one that cannot be changed may be right already.
+/// Changes a network setting of the kernel. A missing setting is ignored, since its protocol is
+/// missing as well; a setting that cannot be written is accepted if it has the value already.
 fn set(setting: &str, value: &str) -> Result<(), HostNetError> {
     let path = Path::new("/proc/sys/net").join(setting);
     let Err(source) = fs::write(&path, value) else {
@@ -51,9 +52,10 @@ fn set(setting: &str, value: &str) -> Result<(), HostNetError> {
     })
 }
 
-/// The name servers that this host asks and that guests can reach too; none where it cannot say.
+/// The name servers of this host that guests can reach too; empty if they are unknown.
 pub(super) fn name_servers() -> Vec<IpAddr> {
-    // Where resolved runs, the first file names only it, at an address of the host's own.
+    // With systemd-resolved, the first file names only its stub resolver, at an address of the
+    // host's own.
     for path in ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"] {
         let servers = servers_in(&fs::read_to_string(Path::new(path)).unwrap_or_default());
         if !servers.is_empty() {

@@ -1,8 +1,9 @@
-//! The record of what was set up for which VM: a directory with a file per network interface.
+//! The record of the network interfaces that were set up for each VM: a directory with one file per
+//! interface.
 //!
-//! Whoever changes anything holds the directory's lock (`flock`), so commands that run at once do
-//! not meet, and one that dies gives it up. A file is written before the thing that it speaks of
-//! is made, and removed after it is gone: what is there without a VM is found by its file.
+//! Every change is made under the directory's lock (`flock`), so concurrent commands exclude each
+//! other, and one that dies releases it. A file is written before its interface is made, and
+//! removed after the interface is gone. So an interface without a VM is found by its file.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
@@ -20,12 +21,12 @@ use serde::{Deserialize, Serialize};
 use super::HostNetError;
 use super::range::{FIRST_SLOT, Range};
 
-/// How long a VM may take from its lease to its first sign of life.
+/// The longest time between a VM's lease and its runtime directory showing that it runs.
 const STARTING: Duration = Duration::from_secs(120);
 
 const LEASE_SUFFIX: &str = ".lease";
 
-/// What was set up for one network interface of a VM.
+/// The record of one network interface of a VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Lease {
@@ -35,24 +36,23 @@ pub(super) struct Lease {
     pub(super) slot: u16,
     /// The guest's hardware address.
     pub(super) mac: MacAddr,
-    /// The guest's address, where we give it one.
+    /// The guest's address, if we assign it.
     pub(super) address: Option<Ipv4Addr>,
-    /// The bridge of the owner's that the tap is on, where it is not on ours.
+    /// The owner's bridge that the tap is on; `None` for our own bridge.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) bridge: Option<String>,
     /// The only addresses that the guest may use on a bridge of the owner's; any if there are none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) held_to: Vec<IpAddr>,
-    /// The most connections that the guest may have in the host's table, where it is not the
-    /// default.
+    /// The most connections that the guest may have in the host's table; `None` for the default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) connections: Option<u32>,
-    /// Whether the guest may reach others of which the same is true.
+    /// Whether the guest may reach other guests that have this set too.
     pub(super) neighbours: bool,
-    /// Whom the guest may send to.
+    /// The destinations that the guest may send to.
     #[serde(default, skip_serializing_if = "Egress::is_full")]
     pub(super) egress: Egress,
-    /// Who made it, while the VM is starting.
+    /// The process that made the lease, which counts while the VM is starting.
     pub(super) creator: Creator,
 }
 
@@ -62,13 +62,13 @@ impl Lease {
         format!("clone-{slot:04x}")
     }
 
-    /// Whether a version made it that guarded taps in another way.
+    /// Whether the lease was made by an older version, which guarded taps differently.
     pub(super) fn is_of_older_version(&self) -> bool {
         self.address.is_none() && self.bridge.is_none()
     }
 
-    /// Whether it is on the same bridge of the owner's, and only one of the two may reach others
-    /// there. (Two that may not are kept apart by the bridge.)
+    /// Whether the two leases are on the same owner's bridge, and only one of them may reach other
+    /// guests there. (The bridge itself separates two that may not.)
     pub(super) fn is_stranger_to(&self, other: &Self) -> bool {
         self.bridge.is_some() && self.bridge == other.bridge && self.neighbours != other.neighbours
     }
@@ -79,13 +79,13 @@ impl Lease {
     }
 }
 
-/// The process that made a lease, by pid and start time, and when it did.
+/// The process that made a lease, identified by pid and start time, and when it did.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Creator {
     pid: u32,
     /// Clock ticks from boot to the process's start, as in `/proc/PID/stat`.
     started: u64,
-    /// Seconds since 1970.
+    /// The time of the lease, in seconds since 1970.
     at: u64,
 }
 
@@ -99,7 +99,7 @@ impl Creator {
         }
     }
 
-    /// Whether the VM may still be starting: its creator lives, and has not had too long.
+    /// Whether the VM may still be starting: its creator runs, and [`STARTING`] has not passed.
     pub(super) fn may_be_starting(&self) -> bool {
         now().saturating_sub(self.at) < STARTING.as_secs()
             && start_time(self.pid) == Some(self.started)
@@ -114,12 +114,13 @@ fn now() -> u64 {
 
 fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command's name, in parentheses, may hold anything; the 20th field after it is meant.
+    // The command's name, in parentheses, may contain anything. The start time is the 20th field
+    // after it.
     let (_, rest) = stat.rsplit_once(')')?;
     rest.split_whitespace().nth(19)?.parse().ok()
 }
 
-/// What was set up for all VMs that share the bridge of our own.
+/// The record of the network that all VMs on our own bridge share.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Nat {
@@ -127,35 +128,35 @@ pub(super) struct Nat {
     pub(super) range: Range,
 }
 
-/// The state of the host's packet filter when it was last looked at.
+/// The state of the host's packet filter when it was last examined.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Ruleset {
     /// The kernel's number of that state.
     pub(super) generation: u32,
-    /// Our own table, as it was listed just after it was made.
+    /// The listing of our own table just after it was made.
     pub(super) table: String,
-    /// What stood in the guests' way then, for people.
+    /// Notices about other rules that blocked guests then.
     pub(super) notices: Vec<String>,
 }
 
-/// The lease directory, locked for as long as this lives.
+/// The lease directory, locked while this value lives.
 pub(super) struct Leases {
     dir: PathBuf,
     _lock: File,
 }
 
-/// All that is in the directory.
+/// The content of the directory.
 #[derive(Default)]
 pub(super) struct Contents {
-    /// The leases that make sense.
+    /// The valid leases.
     pub(super) leases: Vec<Lease>,
-    /// Slots whose files hold nonsense.
+    /// The slots whose files are damaged.
     pub(super) damaged: Vec<u16>,
 }
 
 impl Leases {
-    /// Locks the directory, making it if need be; waits for whoever has it.
+    /// Locks the directory, and makes it if necessary. Waits for other holders of the lock.
     pub(super) fn lock(dir: &Path) -> Result<Self, HostNetError> {
         fs::DirBuilder::new()
             .recursive(true)
@@ -209,7 +210,7 @@ impl Leases {
         Ok(contents)
     }
 
-    /// The first slot that no lease has and that `free` agrees to.
+    /// The first slot that has no lease and for which `free` returns true.
     pub(super) fn free_slot(
         &self,
         last: u16,
@@ -233,12 +234,12 @@ impl Leases {
         remove_file(&self.lease_path(slot))
     }
 
-    /// What was set up for the bridge of our own, if it was.
+    /// The record of our own bridge, if it exists.
     pub(super) fn nat(&self) -> Result<Option<Nat>, HostNetError> {
         self.read(&self.nat_path())
     }
 
-    /// Whether a record of our own bridge is there, be it readable or not.
+    /// Whether a record of our own bridge exists, readable or not.
     pub(super) fn has_nat(&self) -> bool {
         self.nat_path().exists()
     }
@@ -251,7 +252,7 @@ impl Leases {
         remove_file(&self.nat_path())
     }
 
-    /// What was last seen of the packet filter, if it was looked at.
+    /// The last recorded state of the packet filter, if there is one.
     pub(super) fn ruleset(&self) -> Result<Option<Ruleset>, HostNetError> {
         self.read(&self.ruleset_path())
     }
@@ -276,7 +277,7 @@ impl Leases {
         self.dir.join("nat")
     }
 
-    /// `None` where there is no such file, or no sense in it.
+    /// Reads a file; `None` if it does not exist or is damaged.
     fn read<T: DeserializeOwned>(&self, path: &Path) -> Result<Option<T>, HostNetError> {
         match fs::read(path) {
             Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
@@ -285,7 +286,7 @@ impl Leases {
         }
     }
 
-    /// Writes a file whole or not at all.
+    /// Writes a file atomically.
     fn write(&self, path: &Path, value: &impl Serialize) -> Result<(), HostNetError> {
         let temporary = self.dir.join("new");
         let written = serde_json::to_vec(value)

@@ -1,6 +1,6 @@
 //! Interfaces, bridges and addresses, by netlink.
 //!
-//! The calls block; the asynchronous machinery under them lives and dies with [`Links`].
+//! The calls block. Each [`Links`] has its own async runtime for the netlink library.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
@@ -28,7 +28,8 @@ use super::range::Range;
 use super::tc::{self, Hook};
 use super::{HostNetError, host};
 
-/// The place of our routing rule: after that of the host's own addresses, before all others.
+/// The priority of our routing rule: after the rule for the host's own addresses, before all
+/// others.
 const RULE_PRIORITY: u32 = 13;
 
 /// A network interface.
@@ -36,7 +37,7 @@ const RULE_PRIORITY: u32 = 13;
 pub(super) struct Link {
     pub(super) index: u32,
     pub(super) is_bridge: bool,
-    /// Bytes.
+    /// The MTU in bytes.
     pub(super) mtu: Option<u32>,
 }
 
@@ -78,7 +79,7 @@ impl Links {
 
     /// Creates a bridge that is up, with the range's first address.
     pub(super) fn create_bridge(&self, name: &str, range: &Range) -> Result<Link, HostNetError> {
-        // With an address of its own the bridge does not take that of whichever port comes first.
+        // A bridge without its own hardware address takes the one of its first port.
         let mac = Range::mac_of(range.gateway());
         let message = LinkBridge::new(name)
             .address(mac.0.to_vec())
@@ -100,8 +101,8 @@ impl Links {
         Ok(link)
     }
 
-    /// Keeps the bridge of our own from sending what did not pass the packet filter, and the host
-    /// from hearing more on it than it must.
+    /// Keeps our own bridge from sending packets that did not pass the packet filter, and limits
+    /// the frames that the host receives on it.
     pub(super) fn guard_bridge(&self, name: &str) -> Result<(), HostNetError> {
         host::harden_bridge(name)?;
         let index = self.existing(name)?.index;
@@ -110,8 +111,8 @@ impl Links {
 
     /// Makes the interface `port` a port of `bridge`, guarded by `guard`, and sets it up.
     ///
-    /// The bridge knows where the guest is and learns nothing from what it sends. The host has no
-    /// address on the port, and speaks no protocol there.
+    /// The bridge has a static entry for the guest, and learns nothing from the guest's frames. The
+    /// host has no address on the port, and uses no protocol there.
     pub(super) fn join(
         &self,
         port: &str,
@@ -142,19 +143,20 @@ impl Links {
         self.run(self.handle.link().set_port(flags.build()).execute())
             .map_err(failed("set the bridge's rules for the tap", port))?;
         self.pin(port, link, guard.mac)?;
-        // Last, so that nothing passes before all is set.
+        // The tap is brought up last, so that no frame passes before everything is set.
         self.set(LinkUnspec::new_with_index(link.index).up().build())
             .map_err(failed("bring up the tap", port))
     }
 
-    /// Holds the interface `port` to `guard` from now on.
+    /// Replaces the rules of the interface `port` by `guard`.
     pub(super) fn guard(&self, port: &str, guard: &Guard<'_>) -> Result<(), HostNetError> {
         let index = self.existing(port)?.index;
         self.judge(port, index, Hook::Egress, &guard.egress())?;
         self.judge(port, index, Hook::Ingress, &guard.ingress())
     }
 
-    /// Tells the bridge that the station `mac` is at `port`, wherever else it seems to be.
+    /// Adds a static entry to the bridge: the station `mac` is at `port`, even if the bridge has
+    /// seen it elsewhere.
     fn pin(&self, port: &str, link: Link, mac: MacAddr) -> Result<(), HostNetError> {
         let entry = self
             .handle
@@ -169,12 +171,12 @@ impl Links {
             })
     }
 
-    /// Keeps what guests send from being routed unless it passed the packet filter, which sets
-    /// `mark`. Once is enough; again changes nothing.
+    /// Prevents packets of guests from being routed unless they passed the packet filter, which
+    /// sets `mark`. Repeating the call changes nothing.
     pub(super) fn route_only_marked(&self, bridge: &str, mark: u32) -> Result<(), HostNetError> {
         match self.run(self.marked_rule(bridge, mark).execute()) {
             Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
-            // The kernel has no such rules. What is sent goes out then, but nothing comes back.
+            // This kernel has no such rules. Packets can then leave, but answers cannot return.
             Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => Ok(()),
             result => result.map_err(failed("set up a routing rule for", bridge)),
         }
@@ -212,10 +214,9 @@ impl Links {
         rule
     }
 
-    /// The largest packet, in bytes, on the way from this host to the world; `None` where there is
-    /// no such way.
+    /// The MTU in bytes of this host's default route; `None` if it has none.
     pub(super) fn uplink_mtu(&self) -> Result<Option<u32>, HostNetError> {
-        // No host has this address (TEST-NET-2), so the answer is the way to everywhere.
+        // No host has this address (TEST-NET-2), so the answer is the default route.
         let anywhere = Ipv4Addr::new(198, 51, 100, 1);
         let route = RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(anywhere, 32)
@@ -284,13 +285,13 @@ impl Links {
         Ok(known)
     }
 
-    /// Deletes the interface `name`, if it is there.
+    /// Deletes the interface `name`, if it exists.
     pub(super) fn delete(&self, name: &str) -> Result<(), HostNetError> {
         let Some(link) = self.find(name)? else {
             return Ok(());
         };
         match self.run(self.handle.link().del(link.index).execute()) {
-            // It went by itself meanwhile, with the last descriptor of its tap.
+            // The tap has disappeared meanwhile, with its last descriptor.
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
             result => result.map_err(failed("delete the interface", name)),
         }
@@ -340,7 +341,7 @@ impl Links {
         self.run(self.handle.link().set(message).execute())
     }
 
-    /// Sends a message that `rtnetlink` has no call for, and returns the answers.
+    /// Sends a message that `rtnetlink` has no function for, and returns the answers.
     fn request(
         &self,
         message: RouteNetlinkMessage,
@@ -362,8 +363,8 @@ impl Links {
         Ok(contents)
     }
 
-    /// Judges the frames of an interface by `program` from now on, in place of the one before. The
-    /// change is one step: no frame passes in between.
+    /// Replaces the program that filters the frames of an interface. The replacement is atomic: no
+    /// unfiltered frame passes in between.
     fn judge(
         &self,
         interface: &str,
@@ -444,7 +445,7 @@ fn failed(action: &'static str, object: &str) -> impl FnOnce(io::Error) -> HostN
     }
 }
 
-/// A hardware address for a guest on a bridge that is not ours.
+/// Makes a random hardware address for a guest on an owner's bridge.
 pub(super) fn random_mac() -> io::Result<MacAddr> {
     let mut random = [0; 5];
     io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut random)?;

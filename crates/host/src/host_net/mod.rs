@@ -1,21 +1,21 @@
 //! The host's side of a VM's network: taps, bridges, addresses, translation.
 //!
-//! With [`Connection::Nat`] guests share a bridge of our own (`clone0`) with a private address
-//! range, and reach the world through the host's addresses. With [`Connection::Bridge`] a guest
-//! is a station on a bridge that the owner made, and with [`Connection::Tap`] it gets a tap that
-//! the owner made and nothing else is done. Every tap of ours is guarded ([`guard`]): a guest
-//! sends under its own addresses or not at all.
+//! With [`Connection::Nat`], guests share our own bridge (`clone0`) with a private address range,
+//! and reach other networks through the host's addresses. With [`Connection::Bridge`], a guest is a
+//! station on a bridge that the owner made. With [`Connection::Tap`], it gets a tap that the owner
+//! made, and nothing else is done. Every tap that we make is guarded ([`guard`]): a guest can send
+//! only from its own addresses.
 //!
-//! A tap of ours lives as long as its descriptors, so it goes with the VM's process however that
-//! ends, and its guard with it. The rest (filter rules, leases, and with the last guest bridge and
-//! table) is removed by [`HostNet::detach`], or by [`HostNet::sweep`] for VMs that were killed. All
-//! calls may run at once in any number of processes.
+//! A tap that we make exists as long as its descriptors, so it and its guard go when the VM's
+//! process ends, however that happens. The rest (filter rules, leases, and with the last guest the
+//! bridge and the table) is removed by [`HostNet::detach`], or by [`HostNet::sweep`] for VMs that
+//! were killed. All calls may run at once in any number of processes.
 //!
-//! Rules that somebody removed are made again by the next call, and at once where a process
-//! [watches](HostNet::watch). Until then nothing passes.
+//! Rules that another program removed are made again by the next call, or immediately while a
+//! process [watches](HostNet::watch). Until then no packet passes.
 //!
-//! This runs in the launching process, never in the VM's. It leaves the guest's own configuration
-//! to the kernel's command line ([`GuestAddress::kernel_argument`]) or the agent.
+//! This code runs in the launcher, never in the VM's process. The guest's own network configuration
+//! is done by its kernel's command line ([`GuestAddress::kernel_argument`]) or by its agent.
 
 mod error;
 mod firewall;
@@ -45,38 +45,38 @@ use lease::{Lease, Leases};
 use link::Links;
 use site::Site;
 
-/// The bridge of our own.
+/// The name of our own bridge.
 pub const BRIDGE: &str = "clone0";
 
-/// Where leases are kept unless told otherwise.
+/// The default directory for leases.
 pub const DEFAULT_DIR: &str = "/run/clone/net";
 
-/// The MTU, in bytes, that guests have unless told otherwise.
+/// The default MTU of guests, in bytes.
 const USUAL_MTU: u32 = 1500;
 
-/// What a network interface is connected to.
+/// The network that an interface is connected to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Connection {
-    /// Our own bridge, with an address from us and translation to the host's.
+    /// Our own bridge, with an address that we assign, translated to the host's.
     Nat,
-    /// A bridge that exists; the guest finds its address there.
+    /// An existing bridge; the guest gets its address from the network there.
     Bridge(String),
-    /// A tap that exists.
+    /// An existing tap.
     Tap(String),
 }
 
-/// A network interface that a VM wants.
+/// A request for a network interface of a VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// The VM's name, as [`HostNet::sweep`] will ask for it.
+    /// The VM's name, by which [`HostNet::sweep`] identifies it.
     pub vm: String,
-    /// What to connect it to.
+    /// The network to connect the interface to.
     pub connection: Connection,
     /// The guest's hardware address; `None` for one of ours.
     pub mac: Option<MacAddr>,
     /// Queue pairs, at least 1.
     pub queues: u16,
-    /// Whether the guest may reach others on the same bridge that may do so too.
+    /// Whether the guest may reach other guests on the same bridge that have this set too.
     pub neighbours: bool,
     /// The destinations that the guest may send to; all for a tap that is not ours.
     pub egress: Egress,
@@ -98,13 +98,13 @@ pub struct Attachment {
     pub mac: MacAddr,
     /// The MTU in bytes to tell the guest, where it is not the usual 1,500.
     pub mtu: Option<u16>,
-    /// What the guest must set up, where the address is ours to give.
+    /// The address that the guest must set up, if we assign it.
     pub address: Option<GuestAddress>,
-    /// What the owner should know, a sentence each.
+    /// Notices for the owner, one sentence each.
     pub notices: Vec<String>,
 }
 
-/// The host's network, as far as it is ours.
+/// The part of the host's network that we manage.
 #[derive(Clone, Debug)]
 pub struct HostNet {
     dir: PathBuf,
@@ -112,8 +112,8 @@ pub struct HostNet {
 }
 
 impl HostNet {
-    /// With leases kept in `dir` (see [`DEFAULT_DIR`]). Processes that share a network namespace
-    /// must share the directory.
+    /// Keeps leases in `dir` (see [`DEFAULT_DIR`]). Processes that share a network namespace must
+    /// share the directory.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         Self {
             dir: dir.into(),
@@ -121,8 +121,8 @@ impl HostNet {
         }
     }
 
-    /// With this range for guests, should the bridge not be there yet; otherwise one that is free
-    /// on this host is picked.
+    /// Uses this range for guests if the bridge does not exist yet. By default a range that is free
+    /// on this host is chosen.
     #[must_use]
     pub fn with_range(self, range: Range) -> Self {
         Self {
@@ -131,7 +131,7 @@ impl HostNet {
         }
     }
 
-    /// Sets up a network interface. On failure nothing of it is left.
+    /// Sets up a network interface. After a failure, nothing of it remains.
     ///
     /// # Errors
     /// [`HostNetError`], with the step that failed and what to do about it.
@@ -148,11 +148,11 @@ impl HostNet {
         }
     }
 
-    /// Changes the destinations that the VM's guest may send to, on all of its interfaces: from the
-    /// return on it is held to them. For a VM that has nothing here it does nothing.
+    /// Changes the destinations that the VM's guest may send to, on all of its interfaces. The
+    /// change is in force when this returns. Does nothing for a VM without interfaces.
     ///
     /// # Errors
-    /// [`HostNetError`]; the guest may then be held to either.
+    /// [`HostNetError`]; either the old or the new destinations may then be in force.
     pub fn restrict(&self, vm: &str, egress: &Egress) -> Result<(), HostNetError> {
         if !Path::new(&self.dir).exists() {
             return Ok(());
@@ -160,10 +160,10 @@ impl HostNet {
         Site::open(&self.dir)?.restrict(vm, egress)
     }
 
-    /// Makes the rules again that somebody removed. Returns whether there was anything to do.
+    /// Restores the rules that another program removed. Returns whether any were missing.
     ///
     /// # Errors
-    /// [`HostNetError`]; nothing passes then that the rules would not let pass.
+    /// [`HostNetError`]; packets that the rules would not let pass do not pass then either.
     pub fn repair(&self) -> Result<bool, HostNetError> {
         if !Path::new(&self.dir).exists() {
             return Ok(false);
@@ -171,7 +171,7 @@ impl HostNet {
         Site::open(&self.dir)?.repair()
     }
 
-    /// Repairs the rules as soon as somebody removes them, for as long as the result lives.
+    /// Restores the rules as soon as they are removed, as long as the result lives.
     ///
     /// # Errors
     /// [`HostNetError::Netlink`] where the kernel does not announce changes.
@@ -179,17 +179,17 @@ impl HostNet {
         Watch::start(self.clone()).map_err(HostNetError::Netlink)
     }
 
-    /// Removes what was set up for the VM, and with the last one what all shared. For a VM that
-    /// has nothing here it does nothing.
+    /// Removes the interfaces of the VM, and with the last VM the shared parts. Does nothing for a
+    /// VM without interfaces.
     ///
     /// # Errors
-    /// [`HostNetError`]; what is left then is left to [`HostNet::sweep`].
+    /// [`HostNetError`]; [`HostNet::sweep`] removes what remains.
     pub fn detach(&self, vm: &str) -> Result<(), HostNetError> {
         self.release(|lease| lease.vm == vm).map(drop)
     }
 
-    /// Removes what was left by VMs that no longer live, and returns their names. VMs that are
-    /// starting are left alone.
+    /// Removes the interfaces of VMs that have ended, and returns the VMs' names. VMs that are
+    /// starting are ignored.
     ///
     /// # Errors
     /// [`HostNetError`].
@@ -206,7 +206,7 @@ impl HostNet {
 }
 
 fn attach_tap(name: &str, request: &Request) -> Result<Attachment, HostNetError> {
-    // Opening a tap that is not there would make one, on no bridge and without a word.
+    // Opening a tap that does not exist would silently make one, on no bridge.
     let links = Links::open()?;
     let link = links
         .find(name)?
@@ -225,7 +225,7 @@ fn attach_tap(name: &str, request: &Request) -> Result<Attachment, HostNetError>
     })
 }
 
-/// An MTU that guests must be told of.
+/// Returns the MTU if it differs from the default, so that it must be reported to the guest.
 fn unusual(mtu: Option<u32>) -> Option<u16> {
     mtu.filter(|&mtu| mtu != USUAL_MTU)
         .and_then(|mtu| u16::try_from(mtu).ok())

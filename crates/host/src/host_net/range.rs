@@ -1,4 +1,4 @@
-//! The range of addresses that guests behind the bridge get, and who gets which.
+//! The range of addresses of guests behind the bridge, and their assignment to guests.
 //!
 //! The host is the first address of the range; the guest of slot n has the n-th. A guest's
 //! hardware address is made from its address, so both are unique on the host together.
@@ -11,10 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use super::HostNetError;
 
-/// The slots that a guest may have: the network's own address and the host's come first.
+/// The first slot of a guest; the network's own address and the host's come first.
 pub(super) const FIRST_SLOT: u16 = 2;
 
-/// Ranges to try, in order: seldom used ones, the large ones first.
+/// The ranges to try, in this order: rarely used ones, the large ones first.
 const CANDIDATES: [(Ipv4Addr, u8); 6] = [
     (Ipv4Addr::new(10, 213, 0, 0), 16),
     (Ipv4Addr::new(10, 219, 0, 0), 16),
@@ -35,7 +35,7 @@ impl Range {
     /// The private network of `network` with a `prefix` of 16 to 28 bits.
     ///
     /// # Errors
-    /// [`HostNetError::BadRange`] where it is not private, or its size unfit.
+    /// [`HostNetError::BadRange`] if the network is not private, or its size is not supported.
     pub fn new(network: Ipv4Addr, prefix: u8) -> Result<Self, HostNetError> {
         let range = Self { network, prefix };
         if !(16..=28).contains(&prefix)
@@ -96,7 +96,7 @@ impl Range {
 
     /// The last slot whose address is not the broadcast address.
     pub(super) fn last_slot(&self) -> u16 {
-        // At most 16 bits are left of the prefix.
+        // The prefix has at least 16 bits, so the host part fits 16 bits.
         (!self.mask() - 1) as u16
     }
 

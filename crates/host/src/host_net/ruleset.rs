@@ -1,7 +1,8 @@
-//! The kernel's word that the packet filter's rules changed, whoever changed them.
+//! Notifications of the kernel that the packet filter's rules changed.
 //!
-//! Each change makes a new generation of all rules, whose number can be asked for and whose coming
-//! is announced. Source: the Linux kernel's `nf_tables` netlink interface.
+//! Each change by any program makes a new generation of all rules. The generation's number can be
+//! queried, and each new one is announced. Source: the Linux kernel's `nf_tables` netlink
+//! interface.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -26,7 +27,7 @@ const NETFILTER_HEADER: usize = 4;
 
 /// The number of the rules' current generation in this network namespace.
 pub(super) fn generation() -> Result<u32, HostNetError> {
-    ask_generation().map_err(|error| match error.raw_os_error() {
+    query_generation().map_err(|error| match error.raw_os_error() {
         Some(libc::EPERM) => HostNetError::NotAllowed {
             action: "looking at the packet filter's",
             object: "rules".to_owned(),
@@ -35,21 +36,21 @@ pub(super) fn generation() -> Result<u32, HostNetError> {
     })
 }
 
-fn ask_generation() -> io::Result<u32> {
+fn query_generation() -> io::Result<u32> {
     let mut socket = Socket::new(NETFILTER)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
-    socket.send(&question(), 0)?;
+    socket.send(&request(), 0)?;
     let (answer, _) = socket.recv_from_full()?;
     parse(&answer)
 }
 
-fn question() -> Vec<u8> {
+fn request() -> Vec<u8> {
     let len = (HEADER + NETFILTER_HEADER) as u32;
     let mut message = len.to_ne_bytes().to_vec();
     message.extend(GET_GENERATION.to_ne_bytes());
     message.extend((libc::NLM_F_REQUEST as u16).to_ne_bytes());
-    // Sequence number and port, of which neither is needed for one question; no address family.
+    // The sequence number and the port are not needed for one request.
     message.extend([0; 8]);
     message.extend([0; NETFILTER_HEADER]);
     message
@@ -76,7 +77,7 @@ fn parse(answer: &[u8]) -> io::Result<u32> {
             let value = answer.get(at + 4..).and_then(|it| it.first_chunk());
             return value.map(|it| u32::from_be_bytes(*it)).ok_or_else(nonsense);
         }
-        // An attribute of no length would be looked at for ever.
+        // An attribute of length 0 would loop forever.
         at += usize::from(len).max(4).next_multiple_of(4);
     }
     Err(nonsense())
@@ -86,7 +87,7 @@ fn parse(answer: &[u8]) -> io::Result<u32> {
 pub(super) struct Announcements(Socket);
 
 impl Announcements {
-    /// Those of the network namespace that this thread is in.
+    /// Subscribes to the announcements in this thread's network namespace.
     pub(super) fn subscribe() -> io::Result<Self> {
         let mut socket = Socket::new(NETFILTER)?;
         socket.bind_auto()?;
@@ -95,7 +96,7 @@ impl Announcements {
         Ok(Self(socket))
     }
 
-    /// Takes all that are there. What they say does not matter, nor whether some were lost.
+    /// Discards all waiting announcements. Neither their content nor the loss of some matters.
     pub(super) fn drain(&self) {
         let mut buffer = Vec::with_capacity(4096);
         loop {

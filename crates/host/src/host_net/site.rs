@@ -1,4 +1,4 @@
-//! What is set up and removed under the lock of the leases.
+//! Sets up and removes interfaces under the lock of the leases.
 
 use std::net::Ipv4Addr;
 use std::path::Path;
@@ -13,13 +13,13 @@ use super::lease::{Creator, Lease, Leases, Nat};
 use super::link::{self, Link, Links};
 use super::{Attachment, BRIDGE, HostNetError, Range, Request, USUAL_MTU, host, unusual};
 
-/// Slots on a bridge that is not ours, where no address range limits them.
+/// The last slot on an owner's bridge, where no address range limits the slots.
 const LAST_SLOT: u16 = 0xfffe;
 
 /// The smallest MTU of IPv4's hosts that is of any use (RFC 791); a way out with less is odd.
 const LEAST_MTU: u32 = 576;
 
-/// The leases, locked, and the interfaces that they are about.
+/// The locked leases, and access to the interfaces that they describe.
 pub(super) struct Site {
     leases: Leases,
     links: Links,
@@ -30,7 +30,7 @@ pub(super) struct Site {
 struct Bridge<'a> {
     name: &'a str,
     link: Link,
-    /// The addresses on it, where they are ours to give.
+    /// The range of addresses on the bridge, if we assign them.
     range: Option<Range>,
     mtu: u32,
 }
@@ -100,13 +100,13 @@ impl Site {
         attached
     }
 
-    /// Finds or makes the bridge of our own.
+    /// Finds or makes our own bridge.
     fn ensure_bridge(&self, wanted: Option<Range>) -> Result<(Range, Link), HostNetError> {
         let found = self.links.find(BRIDGE)?;
         let recorded = self.leases.nat()?;
         let range = match (&recorded, found) {
             (Some(nat), Some(bridge)) => return Ok((nat.range, bridge)),
-            // Guests that have lost their bridge keep their addresses.
+            // If the bridge was removed under running guests, they keep their addresses.
             (Some(nat), None) => nat.range,
             (None, Some(_)) if !self.leases.has_nat() => {
                 return Err(HostNetError::Foreign(BRIDGE.to_owned()));
@@ -138,7 +138,7 @@ impl Site {
         }
     }
 
-    /// Sets up a guarded tap on a bridge, with an address where there is a range.
+    /// Sets up a guarded tap on a bridge, and assigns an address if the bridge has a range.
     fn attach(&self, request: &Request, bridge: Bridge<'_>) -> Result<Attachment, HostNetError> {
         let lease = self.lease(request, bridge)?;
         self.leases.add(&lease)?;
@@ -157,7 +157,7 @@ impl Site {
                 notices,
             }),
             Err(error) => {
-                // The tap goes with its descriptors, but a child that this process is just
+                // The tap disappears with its descriptors, but a child that this process is just
                 // starting may hold copies for a moment.
                 self.undo(self.links.delete(&lease.tap()));
                 self.undo(firewall::dismiss(
@@ -173,7 +173,7 @@ impl Site {
 
     fn lease(&self, request: &Request, bridge: Bridge<'_>) -> Result<Lease, HostNetError> {
         let last = bridge.range.map_or(LAST_SLOT, |range| range.last_slot());
-        // An interface that exists without a lease is someone else's.
+        // An interface without a lease belongs to another program.
         let slot = self.leases.free_slot(last, |slot| {
             Ok(self.links.find(&Lease::tap_name(slot))?.is_none())
         })?;
@@ -197,7 +197,7 @@ impl Site {
         })
     }
 
-    /// Makes the rules and the tap, and returns what stands in the guest's way.
+    /// Makes the rules and the tap, and returns notices about other rules that block the guest.
     fn set_up(
         &self,
         lease: &Lease,
@@ -221,20 +221,21 @@ impl Site {
         let guard = self.guard_of(lease, &all)?;
         let port = (bridge.name, bridge.link);
         self.links.join(&lease.tap(), port, bridge.mtu, &guard)?;
-        // Those that may not hear this guest did not know of it.
+        // The guards of guests that must not receive from this one do not know it yet.
         for other in all.iter().filter(|other| other.is_stranger_to(lease)) {
             self.guard_if_there(other, &all)?;
         }
         Ok((taps, notices))
     }
 
-    /// Makes the rules that guests behind NAT need where they are not there, and returns what
-    /// stands in the guests' way.
+    /// Makes the missing rules for guests behind NAT, and returns notices about other rules that
+    /// block them.
     fn ensure_rules(&self, all: &[Lease], range: Range) -> Result<Vec<String>, HostNetError> {
         if let Some(notices) = firewall::whole(&self.leases)? {
             return Ok(notices);
         }
-        // Whoever removed rules may have removed more; and what an older version made is replaced.
+        // The program that removed rules may have removed this one too, and the table of an older
+        // version is replaced.
         self.links.route_only_marked(BRIDGE, ROUTED_MARK)?;
         self.links.guard_bridge(BRIDGE)?;
         self.guard_all(all)?;
@@ -257,7 +258,7 @@ impl Site {
         let mut all = self.leases.contents()?.leases;
         for lease in all.iter_mut().filter(|lease| lease.vm == vm) {
             lease.egress = egress.clone();
-            // Whoever guards it anew does it from this.
+            // A later repair guards the tap as the lease says.
             self.leases.add(lease)?;
         }
         for lease in all.iter().filter(|lease| lease.vm == vm) {
@@ -272,7 +273,8 @@ impl Site {
             .try_for_each(|lease| self.guard_if_there(lease, all))
     }
 
-    /// A tap that is not there yet, or no longer, is guarded by whoever makes it.
+    /// Guards the lease's tap if it exists. A tap that does not exist yet is guarded when it is
+    /// made.
     fn guard_if_there(&self, lease: &Lease, all: &[Lease]) -> Result<(), HostNetError> {
         let guard = self.guard_of(lease, all)?;
         match self.links.guard(&lease.tap(), &guard) {
@@ -313,14 +315,14 @@ impl Site {
         }
     }
 
-    /// Removes what leases chosen by `which` stand for, and what is damaged.
+    /// Removes the interfaces of the leases chosen by `which`, and damaged leases.
     pub(super) fn release(
         leases: Leases,
         which: impl Fn(&Lease) -> bool,
     ) -> Result<Vec<String>, HostNetError> {
         let contents = leases.contents()?;
-        let (gone, kept): (Vec<_>, Vec<_>) = contents.leases.into_iter().partition(which);
-        let something = !gone.is_empty() || !contents.damaged.is_empty();
+        let (released, kept): (Vec<_>, Vec<_>) = contents.leases.into_iter().partition(which);
+        let something = !released.is_empty() || !contents.damaged.is_empty();
         let last = kept.is_empty() && (something || leases.has_nat());
         if !something && !last {
             return Ok(Vec::new());
@@ -329,25 +331,25 @@ impl Site {
             leases,
             links: Links::open()?,
         };
-        let slots = gone.iter().map(|lease| lease.slot);
+        let slots = released.iter().map(|lease| lease.slot);
         for slot in slots.clone().chain(contents.damaged.iter().copied()) {
             site.links.delete(&Lease::tap_name(slot))?;
         }
         if last {
-            if gone.iter().any(Lease::is_of_older_version) {
+            if released.iter().any(Lease::is_of_older_version) {
                 firewall::remove_older()?;
             }
             site.remove_shared()?;
         } else {
-            firewall::dismiss(&site.leases, &gone)?;
+            firewall::dismiss(&site.leases, &released)?;
         }
         for slot in slots.chain(contents.damaged.iter().copied()) {
             site.leases.remove(slot)?;
         }
-        Ok(gone.into_iter().map(|lease| lease.vm).collect())
+        Ok(released.into_iter().map(|lease| lease.vm).collect())
     }
 
-    /// Removes bridge and rules where no lease is left.
+    /// Removes bridge and rules if no lease is left.
     fn remove_if_unused(&self) -> Result<(), HostNetError> {
         let contents = self.leases.contents()?;
         if contents.leases.is_empty() && contents.damaged.is_empty() {
@@ -367,7 +369,8 @@ impl Site {
         self.leases.remove_nat()
     }
 
-    /// A failure while undoing hides no other: the first is what its user must know.
+    /// Logs a failure while undoing, so that it does not hide the first failure, which the user
+    /// needs to see.
     fn undo(&self, result: Result<(), HostNetError>) {
         if let Err(error) = result {
             tracing::warn!(%error, "left something of a network interface behind; the next command sweeps it");

@@ -1,8 +1,8 @@
-//! The netlink messages that put programs at an interface's traffic control hooks.
+//! The netlink messages that attach programs to an interface's traffic control hooks.
 //!
-//! Each direction has two filters: the program, which answers whether a frame passes, and after it
-//! one that drops every frame. So what a program does not accept is dropped, whatever the reason.
-//! Source: the Linux kernel's `cls_bpf`.
+//! Each direction has two filters: the program, which decides whether a frame passes, and after it
+//! one that drops every frame. So a frame that the program does not accept is dropped, whatever the
+//! reason. Source: the Linux kernel's `cls_bpf`.
 
 use rtnetlink::packet_core::DefaultNla;
 use rtnetlink::packet_route::RouteNetlinkMessage;
@@ -23,9 +23,9 @@ const HANDLE: TcHandle = TcHandle { major: 0, minor: 1 };
 /// A direction, as seen by the host.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Hook {
-    /// What the host receives from the interface.
+    /// Frames that the host receives from the interface.
     Ingress,
-    /// What the host sends to the interface.
+    /// Frames that the host sends to the interface.
     Egress,
 }
 
@@ -41,7 +41,7 @@ impl Hook {
     }
 }
 
-/// The message that adds the hooks to an interface. It is refused where they are there.
+/// The message that adds the hooks to an interface. The kernel refuses it if they exist.
 pub(super) fn hooks(index: i32) -> RouteNetlinkMessage {
     let mut message = TcMessage::with_index(index);
     message.header.parent = TcHandle::CLSACT;

@@ -1,4 +1,4 @@
-//! Repairs the packet filter's rules when somebody removes them.
+//! Restores the packet filter's rules when another program removes them.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,20 +9,20 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use super::HostNet;
 use super::ruleset::Announcements;
 
-/// The rest after a repair, so that two programs that undo each other's work do not fill a CPU.
+/// The pause after a repair, so that two programs that undo each other's work do not occupy a CPU.
 const REST: Timespec = Timespec {
     tv_sec: 1,
     tv_nsec: 0,
 };
 
-/// The time to the next try after a repair that failed.
+/// The pause after a failed repair.
 const RETRY: Timespec = Timespec {
     tv_sec: 5,
     tv_nsec: 0,
 };
 
-/// A thread that waits for the kernel to announce a change of the packet filter, and repairs what
-/// it took away. Ends when dropped.
+/// A thread that waits for the kernel to announce a change of the packet filter, and restores the
+/// rules that were removed. The thread ends when this is dropped.
 #[derive(Debug)]
 pub struct Watch {
     stop: OwnedFd,
@@ -33,7 +33,8 @@ impl Watch {
     pub(super) fn start(host: HostNet) -> io::Result<Self> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
         let stopped = stop.try_clone()?;
-        // Subscribed before the first look, so that no change is missed between the two.
+        // The subscription comes before the first check, so that no change between the two is
+        // missed.
         let announcements = Announcements::subscribe()?;
         let thread = thread::Builder::new()
             .name("network watch".to_owned())
@@ -78,14 +79,14 @@ fn run(host: &HostNet, announcements: &Announcements, stop: &OwnedFd) {
     }
 }
 
-/// Rests; returns whether to go on.
+/// Pauses; returns false when the thread must end.
 fn rest(stop: &OwnedFd) -> bool {
     let mut stopped = [PollFd::new(stop, PollFlags::IN)];
     let polled = rustix::io::retry_on_intr(|| poll(&mut stopped, Some(&REST)));
     polled == Ok(0)
 }
 
-/// Waits for an announcement, at most for `limit`; returns whether to go on.
+/// Waits for an announcement, at most for `limit`; returns false when the thread must end.
 fn wait(announcements: &Announcements, stop: &OwnedFd, limit: Option<&Timespec>) -> bool {
     let announced = announcements.as_fd();
     let mut both = [

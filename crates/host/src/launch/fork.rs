@@ -1,15 +1,14 @@
-//! Forking: clones of a template, or of a VM that goes on running.
+//! Forks clones of a template, or of a VM that continues to run.
 //!
-//! What a clone is connected to, where its writes go and what it may do is said here, by the side
-//! that forks. A template adds nothing: its clones have interfaces on this host's translated
-//! network, writes that end with them, and logs of the usual size, unless [`Overrides`] say
-//! otherwise. What a template may do is narrow: its ceilings (the egress and the rate limits that its
-//! VM was held to) are intersected with whatever is allowed here, overrides included. The forks of
-//! a running VM start from that VM's own description, which this host made, and are narrowed to
-//! its limits in the same way.
+//! The forking side decides a clone's networks, the place of its writes and its limits. By default,
+//! a template's clones have interfaces on this host's translated network, writes that end with
+//! them, and logs of the usual size; [`Overrides`] change that. A template can only restrict: its
+//! ceilings (the egress and the rate limits of the VM that it was made of) are intersected with
+//! what is allowed here, overrides included. The forks of a running VM start from that VM's own
+//! description, which this host made, and are narrowed to its limits in the same way.
 //!
-//! A clone is taken from the standbys where there are any, and else started; the way is told with
-//! each result. Each child succeeds or fails by itself.
+//! A clone is taken from the standbys if there are any, and started otherwise; each result says
+//! which. Each clone succeeds or fails independently.
 
 use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
@@ -36,33 +35,33 @@ use super::{identity, last_words, network, reaper, start_or_abandon};
 use crate::runtime::{LiveDir, RunningVm, Runtime};
 use crate::snapshot;
 
-/// Forks that are started at once. More would only wait for each other's processors.
+/// The most forks that are started at once. More would only wait for processors.
 const AT_ONCE: usize = 8;
-/// How long a standby may take to come to life.
+/// The time limit for a standby to start running when it is adopted.
 const ADOPTION_LIMIT: Duration = Duration::from_secs(10);
-/// How long a process whose sockets are closed may take to end.
+/// The time limit for a process to end after it closed its sockets.
 const END_LIMIT: Duration = Duration::from_secs(1);
 
-/// What clones are made of.
+/// The source that clones are forked from.
 #[derive(Debug)]
 pub struct Source {
-    /// What a clone is where nothing else is asked for.
+    /// The default description of a clone.
     config: VmConfig,
-    /// What every clone is narrowed to.
+    /// The limits that every clone is narrowed to.
     ceilings: Ceilings,
     parent: Parent,
     state: SharedFile,
     prefetch: Option<SharedFile>,
-    /// The template's id; none for a live fork, which has no standbys.
+    /// The template's id; `None` for a live fork, which has no standbys.
     template_id: Option<String>,
-    /// Whether its guest has an agent to be told who it is.
+    /// Whether the guest has an agent, which can give it an identity.
     has_agent: bool,
     observed: bool,
-    /// Kept from being removed until the clones have it.
+    /// Keeps the files from being removed until the clones hold them.
     _held: Held,
 }
 
-/// What keeps the files of a source in place.
+/// The lock that keeps the files of a source in place.
 #[derive(Debug)]
 enum Held {
     /// The lock of a template.
@@ -72,7 +71,7 @@ enum Held {
 }
 
 impl Source {
-    /// A template. It is verified unless it was, on this host.
+    /// A source that is a template, which is verified unless it was verified on this host before.
     pub fn template(template: &Template, runtime: &Runtime) -> Result<Self> {
         template.ensure_verified(&runtime.verified())?;
         let content = template.content();
@@ -92,7 +91,7 @@ impl Source {
         })
     }
 
-    /// Whether what its clones reboot into is there, and the file that was checked.
+    /// Checks that the kernel for reboots of the clones exists and is the file that was verified.
     #[cfg(any(test, feature = "testing"))]
     #[doc(hidden)]
     pub fn boots(&self) -> Result<()> {
@@ -100,7 +99,7 @@ impl Source {
         boot.map_or(Ok(()), |boot| boot.kernel.open().map(drop))
     }
 
-    /// The same for clones that are to tell which pages they touch. None of them is a standby.
+    /// Returns a source for clones that report which pages they touch. They are never standbys.
     pub(super) fn observed(self) -> Self {
         Self {
             observed: true,
@@ -108,7 +107,7 @@ impl Source {
         }
     }
 
-    /// A running VM, as it is now. It goes on.
+    /// A source that is a running VM in its present state. The VM continues to run.
     pub fn live(runtime: &Runtime, vm: &RunningVm) -> Result<(Self, SnapshotTaken)> {
         let has_agent = snapshot::agent_version(vm).is_some();
         let (layers, taken) = snapshot::take_live(runtime, vm)?;
@@ -127,7 +126,7 @@ impl Source {
         Ok((source, taken))
     }
 
-    /// The description of a clone, checked.
+    /// The validated description of a clone.
     fn clone_config(&self, name: &str, overrides: &Overrides) -> Result<VmConfig> {
         let mut config = self.config.clone();
         name.clone_into(&mut config.name);
@@ -152,7 +151,7 @@ impl Source {
             .advise("it is narrowed to the limits of its template: `clone template inspect`"))
     }
 
-    /// All that is decided of a clone before anything is made for it.
+    /// Decides everything about a clone before anything is made for it.
     pub(crate) fn plan(&self, name: &str, overrides: &Overrides, standby: bool) -> Result<Plan> {
         Ok(Plan {
             config: self.clone_config(name, overrides)?,
@@ -174,14 +173,14 @@ impl Source {
     }
 }
 
-/// A clone that is to be started.
+/// The plan for a clone to start.
 pub(crate) struct Plan {
     pub(crate) config: VmConfig,
     pub(crate) origin: Origin,
 }
 
-/// What a clone of `template` is by default. The paths are those of its own files, for people who
-/// look at a clone: its process opens what [`Parent`] names.
+/// The default description of a clone of `template`. Its paths are those of the template's files,
+/// for people who inspect a clone; the clone's process opens the files that [`Parent`] names.
 fn template_config(template: &Template, parent: &Parent) -> VmConfig {
     let mut config = template.content().shape.config();
     let boot = parent.boot.as_ref();
@@ -199,7 +198,7 @@ fn template_config(template: &Template, parent: &Parent) -> VmConfig {
     config
 }
 
-/// Connects the interfaces as it is asked for, each with an address of its own.
+/// Connects the interfaces as the overrides request, each with an address of its own.
 fn connect(config: &mut VmConfig, overrides: &Overrides) -> Result<()> {
     if let Some(nets) = &overrides.net {
         if nets.len() != config.net.len() {
@@ -221,7 +220,7 @@ fn connect(config: &mut VmConfig, overrides: &Overrides) -> Result<()> {
     } else {
         for net in &mut config.net {
             net.mac = None;
-            // They are those of one guest.
+            // These addresses belong to the forked guest only.
             net.addresses.clear();
         }
         if let Some(index) = config.net.iter().position(|net| net.mode == NetMode::Tap) {
@@ -238,7 +237,7 @@ fn connect(config: &mut VmConfig, overrides: &Overrides) -> Result<()> {
     Ok(())
 }
 
-/// Has what clones write end with them, but for the disks that are to keep it.
+/// Makes the writes of clones ephemeral, except for the disks whose writes an override keeps.
 fn keep_writes(config: &mut VmConfig, overrides: &Overrides) -> Result<()> {
     for disk in config.disks.iter_mut().filter(|disk| !disk.read_only) {
         disk.overlay = Overlay::Ephemeral;
@@ -253,56 +252,58 @@ fn keep_writes(config: &mut VmConfig, overrides: &Overrides) -> Result<()> {
     Ok(())
 }
 
-/// What is different in the clones.
+/// The differences of clones from their source's defaults.
 #[derive(Debug, Clone, Default)]
 pub struct Overrides {
-    /// What the interfaces are connected to, each. Where it is not given, a template's clones are
-    /// on this host's translated network, and a VM's forks are connected as that is.
+    /// The connection of each interface. By default, a template's clones are on this host's
+    /// translated network, and a VM's forks are connected as the VM is.
     pub net: Option<Vec<NetConfig>>,
-    /// Files that keep the writes of a disk, by its place; without one they end with the clone.
+    /// The files that keep the writes to a disk, by the disk's index; the writes to other disks end
+    /// with the clone.
     pub overlays: Vec<(usize, PathBuf)>,
     /// The destinations that the guests may send to; narrowed to the template's ceiling.
     pub egress: Option<Egress>,
-    /// What the guests call themselves, one for each clone; their names where there are none.
+    /// The host names of the guests, one for each clone; by default the clones' names.
     pub host_names: Vec<String>,
 }
 
 impl Overrides {
-    /// Whether a standby, which is made as the template says, will do.
+    /// Whether there are no overrides, so that a standby, which has the defaults, can be used.
     fn is_none(&self) -> bool {
         self.net.is_none() && self.overlays.is_empty()
     }
 }
 
-/// Holds all interfaces to `egress`.
+/// Limits all interfaces to `egress`.
 fn restrict(config: &mut VmConfig, egress: &Egress) {
     for net in &mut config.net {
         net.egress.clone_from(egress);
     }
 }
 
-/// A clone that runs.
+/// A running clone.
 #[derive(Debug, Clone, Serialize)]
 pub struct Forked {
-    /// Its name.
+    /// The clone's name.
     pub name: String,
-    /// Its process.
+    /// The id of the clone's process.
     pub pid: u32,
-    /// Whether it was a standby.
+    /// Whether the clone was a standby.
     pub warm: bool,
-    /// From the request to its guest running, in microseconds.
+    /// The time from the request until the guest ran, in microseconds.
     pub running_us: u64,
-    /// From then until it had its own identity, in microseconds; absent where it was given none.
+    /// The time from then until the guest had its own identity, in microseconds; `None` if it was
+    /// given none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub identity_us: Option<u64>,
-    /// What its owner should know: what its host or its guest could not do.
+    /// Notices for the owner: what the host or the guest could not provide.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub notices: Vec<String>,
 }
 
-/// Makes one clone of `source` for each of `names`, side by side; results in the same order.
+/// Makes one clone of `source` for each of `names`, in parallel; the results are in the same order.
 ///
-/// With `identify` each is told who it is before it counts as done.
+/// With `identify`, each clone is given its identity before it counts as finished.
 pub fn fork(
     runtime: &Runtime,
     source: &Source,
@@ -332,11 +333,11 @@ pub fn fork(
         }
         work();
     });
-    let lost = || Err(ApiError::new(ErrorCode::Internal, "the fork was not tried"));
+    let not_tried = || Err(ApiError::new(ErrorCode::Internal, "the fork was not tried"));
     results
         .into_iter()
         .map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner))
-        .map(|result| result.unwrap_or_else(lost))
+        .map(|result| result.unwrap_or_else(not_tried))
         .collect()
 }
 
@@ -369,9 +370,9 @@ fn fork_one(
         match identity::give(&vm, host_name) {
             Ok(notices) => forked.notices.extend(notices),
             Err(error) => {
-                // Before its directory goes, and with it what it said.
+                // The log must be read before the directory is removed.
                 let error = died(&vm, child.as_mut(), name).unwrap_or(error);
-                // Without its identity it would be its template's double.
+                // A clone without its own identity would be a duplicate of its template.
                 end(runtime, &vm);
                 if let Some(mut child) = child {
                     let _ = child.wait();
@@ -387,15 +388,15 @@ fn fork_one(
     Ok(forked)
 }
 
-/// How a clone ended that should run; none where it does. A clone that was a standby is no child of
-/// this process, so its exit status is not known.
+/// The error for a clone that has ended; `None` if it still runs. A clone that was a standby is not
+/// a child of this process, so its exit status is not available.
 fn died(vm: &RunningVm, child: Option<&mut Child>, name: &str) -> Option<ApiError> {
-    // Its sockets go before it does.
+    // The sockets close before the process ends.
     if !vm.process.wait(Some(END_LIMIT)).ok()? {
         return None;
     }
     let status = child.and_then(|child| child.wait().ok());
-    let how = match status {
+    let exit_status = match status {
         Some(status) => match status.signal() {
             Some(signal) => format!("was killed by signal {signal}"),
             None => format!("ended with {status}"),
@@ -405,13 +406,13 @@ fn died(vm: &RunningVm, child: Option<&mut Child>, name: &str) -> Option<ApiErro
     Some(ApiError::new(
         ErrorCode::Internal,
         format!(
-            "the clone `{name}` {how} before it had its identity{}",
+            "the clone `{name}` {exit_status} before it had its identity{}",
             last_words(&vm.dir)
         ),
     ))
 }
 
-/// Takes a standby, where one will do and there is one.
+/// Adopts a standby, if one can be used and there is one.
 fn adopt(
     runtime: &Runtime,
     source: &Source,
@@ -432,7 +433,7 @@ fn adopt(
         return Ok(None);
     };
     let client = Client::new(vm.dir.control_socket()).with_timeout(ADOPTION_LIMIT);
-    // Before it runs.
+    // The limits must be in force before the guest runs.
     let held = policy.map_or(Ok(()), |egress| {
         network::restrict(&vm.dir, &egress)?;
         vm.dir.change_config(|config| restrict(config, &egress))
@@ -445,7 +446,7 @@ fn adopt(
     match adopted {
         Ok(()) => Ok(Some(vm)),
         Err(error) => {
-            // It may have died in the moment it was taken: a new one will do as well.
+            // The standby may have died when it was taken; a new clone is started instead.
             tracing::warn!(message = error.message, "a standby could not be adopted");
             end(runtime, &vm);
             Ok(None)
@@ -453,8 +454,9 @@ fn adopt(
     }
 }
 
-/// What a standby, which was made with the defaults, is to be held to: nothing new, or one policy
-/// for all of its interfaces. None where they differ, which takes a VM of its own.
+/// The egress policy to apply to a standby, which was made with the defaults: none, or one policy
+/// for all of its interfaces. `None` if the overrides differ per interface, which needs a VM that
+/// is started for them.
 fn policy_of_standby(
     source: &Source,
     name: &str,
@@ -484,7 +486,7 @@ fn start_cold(
     Ok((vm, Some(launched.child)))
 }
 
-/// Starts a standby of `source`, a child of this process that ends with it.
+/// Starts a standby of `source` as a child of this process, which ends with it.
 pub(super) fn start_standby(runtime: &Runtime, source: &Source) -> Result<(VmDir, Process)> {
     let Some(template_id) = &source.template_id else {
         let message = "standbys are made of templates";
@@ -497,7 +499,7 @@ pub(super) fn start_standby(runtime: &Runtime, source: &Source) -> Result<(VmDir
     Ok((launched.dir, launched.process))
 }
 
-/// Ends a clone that is not wanted.
+/// Ends a clone and removes its resources.
 pub fn end(runtime: &Runtime, vm: &RunningVm) {
     let ended = vm
         .process
@@ -509,8 +511,8 @@ pub fn end(runtime: &Runtime, vm: &RunningVm) {
     }
 }
 
-/// Names for `count` clones: the given one, with numbers where there are several, or one made of
-/// the template's.
+/// Makes names for `count` clones: the given one, numbered if there are several, or one made from
+/// `of`.
 pub fn names(given: Option<&str>, of: &str, count: usize) -> Result<Vec<String>> {
     let stem = match given {
         Some(name) if count == 1 => return Ok(vec![name.to_owned()]),

@@ -1,7 +1,8 @@
-//! Telling a clone who it is: what its kernel does not find out by itself.
+//! Gives a clone its own identity, through its agent.
 //!
-//! A clone wakes up with its template's name, addresses, machine id, keys and time. The generation
-//! id has its kernel draw new random numbers; the agent does the rest, of what it is told here.
+//! A clone resumes with its template's name, addresses, machine id, keys and time. The new
+//! generation id makes its kernel reseed its random number generator; the agent changes the rest,
+//! as this module tells it.
 
 use std::io;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -14,11 +15,11 @@ use clone_start::vm_dir::GuestInterface;
 
 use crate::runtime::RunningVm;
 
-/// How long a clone's agent may take.
+/// The time limits for a clone's agent.
 struct Limits {
-    /// To greet. It was up when the template was made.
+    /// The limit for the greeting. The agent was running when the template was made.
     greeting: Duration,
-    /// To become the clone then.
+    /// The limit for applying the identity afterwards.
     work: Duration,
 }
 
@@ -26,15 +27,15 @@ const LIMITS: Limits = Limits {
     greeting: Duration::from_secs(30),
     work: Duration::from_secs(120),
 };
-/// The pause before it is tried again.
+/// The pause before another attempt.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Gives a clone its own identity; `name` is its host name. Returns what its guest could not do of
-/// it, in words for people.
+/// Gives a clone its own identity; `name` is its host name. Returns notices about the parts that
+/// its guest could not apply.
 ///
 /// # Errors
-/// [`ErrorCode::Unavailable`] where its agent does not answer, or where the clone would share a
-/// secret or an address with another.
+/// [`ErrorCode::Unavailable`] if the agent does not answer, or if the clone would share a secret or
+/// an address with another.
 pub fn give(vm: &RunningVm, name: &str) -> Result<Vec<String>> {
     give_within(&LIMITS, vm, name)
 }
@@ -58,8 +59,8 @@ fn give_within(limits: &Limits, vm: &RunningVm, name: &str) -> Result<Vec<String
             connection.set_identity(identity)
         });
         match given {
-            // A guest that is starved of its CPU may take the end of its former life's connections
-            // for the end of this one; the identity that it is given again is a new one.
+            // A guest that gets little CPU time may take the end of its template's connections for
+            // the end of this one. The next attempt sends it a new identity.
             Err(ClientError::NoAgent | ClientError::Lost(_)) if Instant::now() < end => {
                 if vm.process.wait(Some(PAUSE))? {
                     return given.map_err(failed);
@@ -79,7 +80,7 @@ fn identity(name: &str, interfaces: &[GuestInterface]) -> io::Result<Identity> {
             mac: interface.mac.to_string(),
             ..Interface::default()
         };
-        // As at boot, the first is the one with the way out.
+        // As at boot, the first interface has the default route.
         if let Some(address) = interface.address.as_ref().filter(|_| index == 0) {
             setting.address = format!("{}/{}", address.address, address.prefix);
             setting.gateway = address.gateway.to_string();
@@ -104,14 +105,14 @@ fn identity(name: &str, interfaces: &[GuestInterface]) -> io::Result<Identity> {
     })
 }
 
-/// A VM's name as a host name, which has no `_`.
+/// Converts a VM's name to a host name, which may not contain `_`.
 fn host_name(name: &str) -> String {
     name.replace('_', "-")
 }
 
 fn random<const N: usize>() -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
-    // Up to 256 bytes come whole.
+    // Reads of up to 256 bytes are never short.
     rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
     Ok(bytes)
 }
@@ -157,7 +158,7 @@ mod tests {
             std::thread::sleep(Duration::from_millis(20));
             stream.write_all(&[0])
         };
-        // It ends the message, which is none.
+        // The flood completes the message that the greeting began, which is not a valid one.
         let flood: Act = |stream| stream.write_all(&[0; 64 << 10]);
         for act in [drip, flood] {
             let vm = FakeVm::new(vec![0, 0, 8, 0], act);

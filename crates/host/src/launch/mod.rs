@@ -1,7 +1,8 @@
-//! Starting a VM's process: everything is checked first, and a start that fails leaves nothing.
+//! Starts a VM's process. Everything is checked first, and a start that fails leaves nothing
+//! behind.
 //!
 //! [`launch`] boots a kernel; [`fork`] makes clones of a template or of a running VM; [`standby`]
-//! keeps clones ready for those who cannot wait.
+//! keeps clones ready in advance.
 
 pub mod fork;
 pub mod identity;
@@ -38,19 +39,19 @@ use crate::runtime::{Runtime, StartingVm};
 use crate::scratch;
 use network::Attached;
 
-/// How many lines of a dead process's log are shown.
+/// The number of lines of an ended process's log that are shown.
 const LOG_LINES: usize = 5;
 
-/// A VM that runs.
+/// A VM that was started and runs.
 #[derive(Debug)]
 pub struct Launched {
-    /// Its directory.
+    /// The VM's runtime directory.
     pub dir: VmDir,
-    /// Its process.
+    /// The VM's process.
     pub process: Process,
-    /// Its process, a child of this one.
+    /// The VM's process as a child of this one.
     pub child: Child,
-    /// What its owner should know.
+    /// Notices for the owner.
     pub notices: Vec<String>,
 }
 
@@ -63,10 +64,10 @@ pub fn launch(runtime: &Runtime, mut config: VmConfig) -> Result<Launched> {
     }
     let kernel = preflight::boot_kernel(&config.kernel)?;
     preflight::check_memory(&config, &kernel)?;
-    // Opened again by the VM's process; here it only tells early, with advice.
+    // The VM's process opens KVM again; this check reports a failure early, with advice.
     drop(open_kvm()?);
     runtime.sweep()?;
-    // By the caller's word: forks of the VM reboot into the same.
+    // The paths are those that the caller gave, so forks of the VM reboot into the same files.
     let source = BootSource {
         kernel: SharedFile::named(kernel),
         initrd: config.initrd.clone().map(SharedFile::named),
@@ -79,7 +80,8 @@ pub fn launch(runtime: &Runtime, mut config: VmConfig) -> Result<Launched> {
     start_or_abandon(runtime, config, &Origin::Boot(source), &parent)
 }
 
-/// Starts a VM of which everything is checked; what is set up before a failure is removed.
+/// Starts a VM whose description was checked. After a failure, everything that was set up is
+/// removed.
 fn start_or_abandon(
     runtime: &Runtime,
     config: VmConfig,
@@ -90,7 +92,7 @@ fn start_or_abandon(
     match start(runtime, &starting, config, origin, parent) {
         Ok(launched) => Ok(launched),
         Err(error) => {
-            // What is left then is swept by the next command; the first error is the one to tell.
+            // The next command sweeps the remains. The first error is the one to report.
             if let Err(left) = starting.abandon(runtime) {
                 tracing::warn!(%left, "a start that failed left something behind");
             }
@@ -106,10 +108,11 @@ fn start(
     origin: &Origin,
     parent: &Parent,
 ) -> Result<Launched> {
-    // Before anything is set up that the sweep of a killed launcher must know of.
+    // The description must exist before any host resource is set up, since the sweep after a killed
+    // launcher reads it.
     starting.dir.write_config(&config)?;
     if matches!(origin, Origin::Fork(fork) if fork.standby) {
-        starting.dir.write_born()?;
+        starting.dir.write_birth_path()?;
     }
     let Attached {
         taps,
@@ -137,12 +140,12 @@ fn start(
         hand_over(starting, &document, taps, &mut child, socket).and_then(|(process, jail)| {
             notices.extend(jail.warnings());
             starting.dir.write_notices(&notices)?;
-            // Last: a standby with it is one that is ready.
+            // The parent is written last, since it marks a standby as ready.
             starting.dir.write_parent(parent)?;
             Ok(process)
         });
     if started.is_err() {
-        // It may hang or be ending; either way nothing of it may stay.
+        // The process may hang or be ending; in both cases nothing of it may remain.
         let _ = child.kill();
         let _ = child.wait();
     }
@@ -154,7 +157,7 @@ fn start(
     })
 }
 
-/// What the VM's owner must know where writes to ephemeral disks have nowhere to go but memory.
+/// The notice for the owner if the writes to ephemeral disks are kept in memory.
 fn layers_in_memory(config: &VmConfig) -> Option<String> {
     let ends_with_vm = |disk: &DiskConfig| !disk.read_only && disk.overlay == Overlay::Ephemeral;
     if !config.disks.iter().any(ends_with_vm) {
@@ -168,7 +171,7 @@ fn layers_in_memory(config: &VmConfig) -> Option<String> {
     ))
 }
 
-/// How complete the jail is that VMs get on this host: a process builds one around itself.
+/// The status of the jail that VMs get on this host, from a process that builds one around itself.
 pub fn check_jail(runtime: &Runtime) -> Result<JailStatus> {
     let config = VmConfig {
         name: Runtime::standby_name("jail-check")?,
@@ -176,15 +179,15 @@ pub fn check_jail(runtime: &Runtime) -> Result<JailStatus> {
     };
     let starting = runtime.create(&config)?;
     let (mut child, _socket) = spawn(&starting.dir, invocation::check_words(starting.dir.path()))?;
-    let reported = hear(&starting.dir, &mut child);
-    // After its report it has nothing to do but to end.
+    let reported = read_report(&starting.dir, &mut child);
+    // The process ends right after its report.
     let _ = child.wait();
     starting.abandon(runtime)?;
     reported
 }
 
-/// Starts the program with these words, and gives our end of the socket that it has as its
-/// standard input.
+/// Starts the program with these arguments, and returns our end of the socket that is its standard
+/// input.
 fn spawn(dir: &VmDir, words: [&OsStr; 3]) -> Result<(Child, UnixStream)> {
     let (ours, theirs) = UnixStream::pair().map_err(|error| ApiError::internal(&error))?;
     let log = dir.vmm_log();
@@ -205,7 +208,8 @@ fn spawn(dir: &VmDir, words: [&OsStr; 3]) -> Result<(Child, UnixStream)> {
     Ok((child, ours))
 }
 
-/// Makes `child` the VM's process, sends it what to run with the `taps`, and hears how that went.
+/// Records `child` as the VM's process, sends it its description and the `taps`, and reads its
+/// report.
 fn hand_over(
     starting: &StartingVm,
     start: &Start,
@@ -214,41 +218,44 @@ fn hand_over(
     socket: UnixStream,
 ) -> Result<(Process, JailStatus)> {
     let died = |child: &mut Child| unexplained_end(&starting.dir, child);
-    // The process waits for its document, so it cannot be gone before it is known by name.
+    // The process waits for its description, so it cannot have ended before it is recorded.
     let process = Process::of(child.id()).ok_or_else(|| died(child))?;
     starting.dir.write_process(process)?;
     if document::send(&socket, start, &taps).is_err() {
         return Err(died(child));
     }
-    // From here the taps live and die with the VM's process.
+    // From here on, the taps exist as long as the VM's process.
     drop((taps, socket));
-    hear(&starting.dir, child).map(|jail| (process, jail))
+    read_report(&starting.dir, child).map(|jail| (process, jail))
 }
 
-/// Hears the report of `child`.
-fn hear(dir: &VmDir, child: &mut Child) -> Result<JailStatus> {
+/// Reads the report of `child`.
+fn read_report(dir: &VmDir, child: &mut Child) -> Result<JailStatus> {
     let report = match child.stdout.take() {
         Some(pipe) => report::read(pipe).map_err(|error| ApiError::internal(&error))?,
-        // It was asked for as a pipe.
+        // The standard output was requested as a pipe, so this does not occur.
         None => None,
     };
     report.unwrap_or_else(|| Err(unexplained_end(dir, child)))
 }
 
-/// The error for a process that ended without a word: how it ended, and its log's last lines.
+/// The error for a process that ended without a report: its exit status, and its log's last lines.
 fn unexplained_end(dir: &VmDir, child: &mut Child) -> ApiError {
-    let how = match child.wait() {
+    let exit_status = match child.wait() {
         Ok(status) => match status.signal() {
             Some(signal) => format!("was killed by signal {signal}"),
             None => format!("ended with {status}"),
         },
         Err(error) => format!("cannot be waited for: {error}"),
     };
-    let message = format!("the VM's process {how} while it started{}", last_words(dir));
+    let message = format!(
+        "the VM's process {exit_status} while it started{}",
+        last_words(dir)
+    );
     ApiError::new(ErrorCode::Internal, message)
 }
 
-/// The last lines of a process's log, each on a line of its own.
+/// The last lines of a process's log, each preceded by a line break.
 fn last_words(dir: &VmDir) -> String {
     let log = fs::read_to_string(dir.vmm_log()).unwrap_or_default();
     let lines: Vec<&str> = log.lines().rev().take(LOG_LINES).collect();

@@ -1,4 +1,4 @@
-//! The host's side of a VM's network, set up for the process that is to be started.
+//! Sets up the host's side of a VM's network for the process that is started next.
 
 use std::os::fd::OwnedFd;
 
@@ -12,22 +12,22 @@ use clone_vmm::devices::net::Tap;
 
 use crate::host_net::{Connection, DEFAULT_DIR, HostNet, HostNetError, Request};
 
-/// The interfaces of a VM, set up.
+/// The interfaces of a VM after they were set up.
 pub(super) struct Attached {
-    /// The taps' queues, which the VM's process is sent. A tap lives as long as any process has one
-    /// of its queues.
+    /// The taps' queues, which are sent to the VM's process. A tap exists while any process has one
+    /// of its queues open.
     pub(super) taps: Vec<OwnedFd>,
-    /// What the VM's process must know.
+    /// The part of the interfaces' description that the VM's process needs.
     pub(super) nets: Vec<AttachedNet>,
-    /// How the guest is to set them up.
+    /// The configuration for the guest.
     pub(super) guest: Vec<GuestInterface>,
-    /// What the owner should know.
+    /// Notices for the owner.
     pub(super) notices: Vec<String>,
 }
 
-/// Sets up every interface of `config` and fills in the addresses that were left to us.
+/// Sets up every interface of `config`, and fills in the addresses that we assign.
 ///
-/// What is set up before a failure is removed with the VM's directory.
+/// After a failure, the interfaces set up so far are removed with the VM's directory.
 pub(super) fn attach(dir: &VmDir, config: &mut VmConfig) -> Result<Attached> {
     let host = HostNet::new(DEFAULT_DIR);
     let (mut taps, mut nets, mut notices) = (Vec::new(), Vec::new(), Vec::new());
@@ -35,7 +35,7 @@ pub(super) fn attach(dir: &VmDir, config: &mut VmConfig) -> Result<Attached> {
     for (index, net) in config.net.iter_mut().enumerate() {
         let attachment = host
             .attach(&request(dir, net))
-            .map_err(|error| told(index, &error))?;
+            .map_err(|error| to_api_error(index, &error))?;
         let of_this = attachment.notices.into_iter();
         notices.extend(of_this.map(|notice| format!("net[{index}]: {notice}")));
         net.mac = Some(attachment.mac);
@@ -43,7 +43,8 @@ pub(super) fn attach(dir: &VmDir, config: &mut VmConfig) -> Result<Attached> {
             mac: attachment.mac,
             address: attachment.address.clone(),
         });
-        // The kernel sets up one interface so, and the first is the one with the way out.
+        // The kernel's command line can set up one interface, which is the first, since it has the
+        // default route.
         let address = attachment.address.filter(|_| index == 0);
         nets.push(AttachedNet {
             queues: attachment.taps.len() as u16,
@@ -61,7 +62,7 @@ pub(super) fn attach(dir: &VmDir, config: &mut VmConfig) -> Result<Attached> {
     })
 }
 
-/// Changes whom a VM's guest may send to, on all of its interfaces.
+/// Changes the destinations that a VM's guest may send to, on all of its interfaces.
 pub(super) fn restrict(dir: &VmDir, egress: &Egress) -> Result<()> {
     HostNet::new(DEFAULT_DIR)
         .restrict(&dir.network_key(), egress)
@@ -69,7 +70,7 @@ pub(super) fn restrict(dir: &VmDir, egress: &Egress) -> Result<()> {
 }
 
 fn request(dir: &VmDir, net: &NetConfig) -> Request {
-    // Validation has made sure that a mode comes with its name.
+    // Validation has checked that each mode has its name.
     let name = |name: &Option<String>| name.clone().unwrap_or_default();
     Request {
         vm: dir.network_key(),
@@ -87,7 +88,7 @@ fn request(dir: &VmDir, net: &NetConfig) -> Request {
     }
 }
 
-fn told(index: usize, error: &HostNetError) -> ApiError {
+fn to_api_error(index: usize, error: &HostNetError) -> ApiError {
     let told = ApiError::internal(error);
     let code = match error {
         HostNetError::NotAllowed { .. } | HostNetError::NoTrafficControl(_) => {

@@ -1,4 +1,4 @@
-//! What can be found out about a VM's files before anything is set up.
+//! Checks a VM's files before anything is set up.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -11,10 +11,10 @@ use clone_start::error::{Result, failed};
 
 use crate::cache;
 
-// What is refused in a template must be what is refused at a boot.
+// A kernel that is refused at a boot must be refused in a template too.
 const _: () = assert!(clone_template::MAX_KERNEL_BYTES == MAX_KERNEL_BYTES);
 
-/// Finds everything that is wrong with the files that `config` names.
+/// Checks the files that `config` names, and reports all problems at once.
 pub(crate) fn check_files(config: &VmConfig) -> Result<()> {
     let mut problems = Vec::new();
     let mut check = |field: String, path: &Path, write: bool| {
@@ -51,10 +51,10 @@ pub(crate) fn check_files(config: &VmConfig) -> Result<()> {
     .advise("check the paths and their permissions; disks are opened for writing unless they are `ro` or have an overlay"))
 }
 
-/// The kernel to boot: a `vmlinux` from the cache where it can be entered directly, since a guest
-/// unpacks itself slowly; otherwise the file as it is.
+/// Returns the kernel to boot: a `vmlinux` from the cache if it can be entered directly, since
+/// decompression in the guest is slow; otherwise the file itself.
 ///
-/// A damaged kernel is refused in any case: started as it is, it would only hang.
+/// A damaged kernel is always refused, since it would hang when booted.
 pub fn boot_kernel(kernel: &Path) -> Result<PathBuf> {
     let cached = match cache::dir("kernels") {
         Some(dir) => KernelCache::open(dir).and_then(|cache| cache.vmlinux(kernel)),
@@ -63,7 +63,7 @@ pub fn boot_kernel(kernel: &Path) -> Result<PathBuf> {
     match cached {
         Ok(cached) if cached.pvh => Ok(cached.vmlinux),
         Ok(_) => Ok(kernel.to_owned()),
-        // It may be the kernel or the cache that cannot be read or written.
+        // Either the kernel or the cache could not be read or written.
         Err(error @ ImageError::Io { .. }) => {
             tracing::warn!(%error, "the kernel is booted as it is");
             whole(kernel)
@@ -72,7 +72,7 @@ pub fn boot_kernel(kernel: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Checks that the guest's RAM holds `kernel`, the one that is booted, and its initrd.
+/// Checks that the guest's RAM has room for `kernel`, the one that is booted, and its initrd.
 pub(crate) fn check_memory(config: &VmConfig, kernel: &Path) -> Result<()> {
     let initrd = match &config.initrd {
         Some(path) => {
@@ -96,7 +96,7 @@ pub(crate) fn check_memory(config: &VmConfig, kernel: &Path) -> Result<()> {
     Err(ApiError::new(ErrorCode::InvalidConfig, message).advise(advice))
 }
 
-/// The kernel itself, if it is one and nothing of it is missing.
+/// Returns the file itself if it is a complete kernel.
 fn whole(kernel: &Path) -> Result<PathBuf> {
     clone_image::kernel::extract_vmlinux(kernel)
         .map(|_| kernel.to_owned())

@@ -10,19 +10,20 @@ use clone_start::error::Result;
 
 use crate::programs;
 
-/// The variables that the program reads. The launcher's others may hold secrets, and a process that
-/// serves a hostile guest is not given any.
+/// The environment variables that the program reads. The launcher's other variables may hold
+/// secrets, so a process that serves a hostile guest gets none of them.
 const VARIABLES: [&str; 2] = ["CLONE_LOG", "RUST_BACKTRACE"];
 
-/// A command that runs the program with these arguments.
+/// Makes a command that runs the program with these arguments.
 pub(super) fn command(arguments: [&OsStr; 3]) -> Result<Command> {
-    // Open until the new program is there, which is when the path is not needed any more.
+    // The path names an open descriptor of this process, which stays open until the new program
+    // runs.
     let program = programs::vm_process()?.as_raw_fd();
     let path = format!("/proc/self/fd/{program}");
     Ok(bare(Path::new(&path), arguments))
 }
 
-/// A command that gives `program` none of our environment but what it reads.
+/// Makes a command that gives `program` none of our environment except the variables that it reads.
 fn bare(program: &Path, arguments: [&OsStr; 3]) -> Command {
     let variables = VARIABLES.iter();
     let variables = variables.filter_map(|name| Some((name, std::env::var_os(name)?)));

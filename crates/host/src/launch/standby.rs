@@ -1,4 +1,4 @@
-//! Keeping standbys of a template ready.
+//! Keeps standbys of a template ready.
 
 use std::time::Duration;
 
@@ -16,24 +16,24 @@ use rustix::fs::inotify;
 use super::fork::{self, Overrides, Source, start_standby};
 use crate::runtime::{RunningVm, Runtime};
 
-/// How long a clone may take to answer.
+/// The time limit for a clone to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
-/// The most output of the command that it answers, which prints nothing.
+/// The output limit of the command that the clone runs, which prints nothing.
 const ANSWER_BYTES: ByteLimit = ByteLimit::new(64 << 10);
 
-/// What a server of standbys tells as it goes.
+/// The status of a set of standbys.
 #[derive(Debug, Clone, Copy)]
 pub struct Level {
-    /// How many are ready.
+    /// The number of standbys that are ready.
     pub ready: usize,
 }
 
-/// Records what the first moments of a template's clones touch, where that was not done: makes a
-/// clone, has it do what every clone does first (take its identity, answer an exec), looks, and
-/// ends it. Afterwards all clones have that brought in ahead.
+/// Records which pages a template's clones touch first, unless that is recorded: makes a clone, has
+/// it do what every clone does first (take its identity, answer an exec), reads the touched pages,
+/// and ends it. All later clones have these pages prefetched.
 ///
 /// # Errors
-/// Where that clone fails: all would.
+/// The clone failed, so all others would fail as well.
 pub fn train(runtime: &Runtime, template: &Template) -> Result<()> {
     if template.prefetch()?.is_some() || template.content().agent_version.is_none() {
         return Ok(());
@@ -49,7 +49,7 @@ pub fn train(runtime: &Runtime, template: &Template) -> Result<()> {
     template.write_prefetch(&text)
 }
 
-/// What a clone has touched when it has answered once.
+/// The pages that a clone has touched after its first answer.
 fn first_moments(vm: &RunningVm) -> Result<TouchedPages> {
     let deadline = Deadline::after(ANSWER_LIMIT);
     Connection::open(&vm.dir.vsock_socket(), deadline)
@@ -65,7 +65,7 @@ fn first_moments(vm: &RunningVm) -> Result<TouchedPages> {
     touched.map_err(|error| ApiError::internal(&error))
 }
 
-/// Standbys of one template, made by this process. They end with it.
+/// The standbys of one template that this process started. They end with it.
 pub struct Standbys<'a> {
     runtime: &'a Runtime,
     source: Source,
@@ -75,12 +75,13 @@ pub struct Standbys<'a> {
 }
 
 impl<'a> Standbys<'a> {
-    /// Of `source`, the template of this id; none yet.
+    /// Makes an empty set of standbys of `source`, the template with this id.
     pub fn new(runtime: &'a Runtime, source: Source, template_id: String) -> Result<Self> {
         let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)
             .map_err(|error| ApiError::internal(&std::io::Error::from(error)))?;
         let vms = runtime.vms_dir();
-        // An adoption is a rename; an end is seen when the directory is swept.
+        // An adoption renames the directory; the end of a standby is noticed when its directory is
+        // removed.
         let events = inotify::WatchFlags::MOVED_FROM | inotify::WatchFlags::DELETE;
         inotify::add_watch(&watch, vms, events)
             .map_err(|error| failed("watch", vms)(error.into()))?;
@@ -93,7 +94,7 @@ impl<'a> Standbys<'a> {
         })
     }
 
-    /// Makes as many as are missing to `count`.
+    /// Starts as many standbys as are missing to `count`.
     pub fn fill(&mut self, count: usize) -> Result<Level> {
         loop {
             self.made
@@ -106,7 +107,8 @@ impl<'a> Standbys<'a> {
         }
     }
 
-    /// Waits until one may have been taken, or `also` is readable (true then), or `limit` is over.
+    /// Waits until a standby may have been adopted, or `also` is readable (then returns true), or
+    /// `limit` has passed.
     pub fn wait(&self, also: &impl std::os::fd::AsFd, limit: Duration) -> Result<bool> {
         let timeout = rustix::event::Timespec::try_from(limit)
             .map_err(|error| ApiError::internal(&std::io::Error::other(error)))?;
@@ -128,7 +130,7 @@ impl<'a> Standbys<'a> {
 impl Drop for Standbys<'_> {
     fn drop(&mut self) {
         for (dir, process) in &self.made {
-            // One that was adopted has another directory, and is not ours any more.
+            // An adopted standby has another directory, and no longer belongs to this set.
             if dir.path().exists() {
                 let _ = process.signal(rustix::process::Signal::KILL);
                 let _ = process.wait(Some(Duration::from_secs(5)));

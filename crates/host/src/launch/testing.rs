@@ -1,4 +1,4 @@
-//! A VM without a guest, whose agent does what a test wants.
+//! Test support: a VM without a guest, with an agent that a test controls.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -10,17 +10,17 @@ use clone_start::Process;
 
 use crate::runtime::{RunningVm, Runtime};
 
-/// What the agent does after its greeting, until the host hangs up.
+/// The agent's actions after its greeting, until the host closes the connection.
 pub(super) type Act = fn(&mut UnixStream) -> io::Result<()>;
 
-/// The VM; its process is the test's own.
+/// The VM; its process is the test's process.
 pub(super) struct FakeVm {
     _root: tempfile::TempDir,
     runtime: Runtime,
 }
 
 impl FakeVm {
-    /// A VM whose agent greets, sends `first`, and then acts.
+    /// Makes a VM whose agent greets, sends `first`, and then runs `act`.
     pub(super) fn new(first: Vec<u8>, act: Act) -> Self {
         let root = tempfile::tempdir().unwrap();
         let runtime = Runtime::at(root.path()).unwrap();

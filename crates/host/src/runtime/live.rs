@@ -1,7 +1,7 @@
-//! Directories for what the clones of a live fork share.
+//! Directories for the layers that the clones of a live fork share.
 //!
-//! Such a directory lies in the runtime directory, which is in memory on most hosts, as long as
-//! there is room, and else on disk. It is removed when nobody holds a lock on its [`LIVE_LOCK`]
+//! Such a directory is made in the runtime directory, which is in memory on most hosts, while that
+//! has room, and otherwise on disk. It is removed when no process holds a lock on its [`LIVE_LOCK`]
 //! any more.
 
 use std::fs::{self, File};
@@ -15,15 +15,15 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::{Runtime, lock_in};
 
-/// What the names of these directories begin with.
+/// The prefix of the names of these directories.
 const PREFIX: &str = ".live-";
 /// The file in them that their users hold a shared lock on.
 const LIVE_LOCK: &str = "lock";
-/// The share of a file system, one part in so many, that live forks leave to others: in the
-/// runtime directory these are sockets and logs of every VM, and of the host's other services.
+/// The fraction of a file system, one part in this many, that live forks leave free. In the runtime
+/// directory, the sockets and logs of every VM and the host's other services need that room.
 const RESERVE: u64 = 16;
 
-/// A directory that is kept for as long as this value or a VM holds its lock.
+/// A directory that exists as long as this value or a VM holds its lock.
 #[derive(Debug)]
 pub struct LiveDir {
     path: PathBuf,
@@ -31,17 +31,17 @@ pub struct LiveDir {
 }
 
 impl LiveDir {
-    /// Where it is.
+    /// The directory's path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The file that is locked by those who need the directory.
+    /// The file that every user of the directory holds a shared lock on.
     pub fn lock_path(&self) -> PathBuf {
         self.path.join(LIVE_LOCK)
     }
 
-    /// Makes a new file in it.
+    /// Makes a new file in the directory.
     pub fn new_file(&self, name: &str) -> Result<File> {
         let path = self.path.join(name);
         File::options()
@@ -58,7 +58,7 @@ impl LiveDir {
             .mode(0o700)
             .create(place)
             .map_err(failed("make", place))?;
-        // Under this lock no sweeper sees the directory before it is locked itself.
+        // This lock keeps sweepers from seeing the directory before it is locked itself.
         let _place = lock_in(place)?;
         let mut random = [0; 8];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
@@ -75,17 +75,17 @@ impl LiveDir {
         Ok(Self { path, _lock: file })
     }
 
-    /// Removes it, for a fork that came to nothing.
+    /// Removes the directory after a fork that failed.
     fn remove(self) {
         if let Err(error) = fs::remove_dir_all(&self.path) {
-            // The next command sweeps it.
+            // The next command sweeps the directory.
             tracing::warn!(path = %self.path.display(), %error, "a failed live fork left files");
         }
     }
 }
 
 impl Runtime {
-    /// The same with another place for live forks that are too large for the runtime directory.
+    /// Sets the directory for live forks that are too large for the runtime directory.
     #[must_use]
     pub fn with_spill_dir(self, spill: PathBuf) -> Self {
         Self {
@@ -94,12 +94,13 @@ impl Runtime {
         }
     }
 
-    /// Has `write` fill a new directory of about `bytes`: in the runtime directory if there is
-    /// room, else on disk. What does not fit after all is removed, and the next place tried.
+    /// Makes a new directory and fills it with `write`, which writes about `bytes`: in the runtime
+    /// directory if that has room, otherwise on disk. If the content does not fit after all, it is
+    /// removed and the next place is tried.
     ///
     /// # Errors
-    /// [`ErrorCode::OutOfSpace`] where no place has room; else the first failure. Nothing is left
-    /// of the directory then.
+    /// [`ErrorCode::OutOfSpace`] if no place has room; otherwise the first failure. The directory
+    /// is removed in both cases.
     pub fn fill_live_dir<T>(
         &self,
         bytes: u64,
@@ -130,7 +131,8 @@ impl Runtime {
         for place in self.live_places() {
             let entries = match fs::read_dir(place) {
                 Ok(entries) => entries,
-                // Nothing was ever too large for the runtime directory.
+                // The directory is made when the first live fork does not fit into the runtime
+                // directory.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(failed("list", place)(error)),
             };
@@ -154,13 +156,13 @@ impl Runtime {
     }
 }
 
-/// What others leave free on the file system of a directory that is or will be there.
+/// The bytes available to live forks on the file system of `place`, which need not exist yet.
 fn room_at(place: &Path) -> Result<u64> {
     let there = place.ancestors().find(|path| path.exists());
     let there = there.unwrap_or(place);
     let found = rustix::fs::statvfs(there)
         .map_err(|error| failed("measure the room in", there)(error.into()))?;
-    // A tmpfs without a limit shows no blocks at all.
+    // A tmpfs without a limit reports no blocks.
     if found.f_blocks == 0 {
         return Ok(u64::MAX);
     }
@@ -179,11 +181,11 @@ fn no_room(bytes: u64, tried: &[String]) -> ApiError {
     )
 }
 
-/// Removes a directory that nobody holds a lock on.
+/// Removes a directory if no process holds its lock.
 fn remove_unused(dir: &Path) -> Result<()> {
     match File::open(dir.join(LIVE_LOCK)) {
         Ok(lock) if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() => Ok(()),
-        // Unlocked, or its maker died before there was a lock.
+        // The lock is free, or the maker of the directory died before it made the lock file.
         _ => match fs::remove_dir_all(dir) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(failed("remove", dir)(error))

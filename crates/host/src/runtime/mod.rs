@@ -1,11 +1,11 @@
-//! The runtime directories of all VMs of a host: making, finding and removing them.
+//! The runtime directories of all VMs of a host: makes, finds and removes them.
 //!
-//! `ROOT/vms/NAME/` is a [`VmDir`]. Hidden beside them: `.standby-*`, VMs that are ready and wait
-//! for their name ([`standby`]), and `.live-*`, what live forks share ([`live`]; on disk where it is
-//! too large).
+//! `ROOT/vms/NAME/` is a [`VmDir`]. Beside those are hidden directories: `.standby-*` for standbys
+//! ([`standby`]), and `.live-*` for the layers that live forks share ([`live`]; these are on disk
+//! if they are too large).
 //!
-//! A directory is *stale* when nobody starts its VM and its process is gone: the next command
-//! sweeps it away ([`Runtime::sweep`]).
+//! A directory is *stale* when no launcher is starting its VM and its process has ended. The next
+//! command removes it ([`Runtime::sweep`]).
 
 mod live;
 mod standby;
@@ -33,12 +33,12 @@ const MAX_SOCKET_PATH: usize = 107;
 /// The longest socket name in a VM's directory: `vsock.sock_` and a port.
 const MAX_SOCKET_NAME: usize = "/vsock.sock_4294967295".len();
 
-/// Where all runtime directories are, and what holds for every VM that is started in one.
+/// The root of all runtime directories, and the requirements for every VM that is started in it.
 #[derive(Debug, Clone)]
 pub struct Runtime {
     vms: PathBuf,
     required_jail: RequiredJail,
-    /// Where live forks go that are too large for the runtime directory.
+    /// The directory for live forks that are too large for the runtime directory.
     spill: Option<PathBuf>,
 }
 
@@ -81,7 +81,7 @@ impl Runtime {
         })
     }
 
-    /// The same, where no VM is started or taken from the standbys whose jail lacks one of these
+    /// Returns a runtime that starts no VM, and adopts no standby, whose jail lacks one of these
     /// layers.
     #[must_use]
     pub fn requiring(self, required_jail: RequiredJail) -> Self {
@@ -96,12 +96,12 @@ impl Runtime {
         &self.required_jail
     }
 
-    /// The directory that a VM of this name has or would have.
+    /// The directory of the VM `name`, whether or not it exists.
     pub fn dir(&self, name: &str) -> VmDir {
         VmDir::at(self.vms.join(name))
     }
 
-    /// Where the directories of VMs are.
+    /// The parent of the VMs' directories.
     pub fn vms_dir(&self) -> &Path {
         &self.vms
     }
@@ -111,9 +111,9 @@ impl Runtime {
         Verified::in_dir(self.vms.clone())
     }
 
-    /// The directory of the VM called `name`; an error where there is none that runs.
+    /// Finds the running VM `name`; returns an error if there is none.
     ///
-    /// What a dead VM of that name left is swept away.
+    /// If the VM's process has ended, its resources are removed.
     pub fn find(&self, name: &str) -> Result<RunningVm> {
         let not_found = || {
             ApiError::new(ErrorCode::NotFound, format!("there is no VM `{name}`"))
@@ -138,7 +138,7 @@ impl Runtime {
         }
     }
 
-    /// All VMs that run, by name. Stale directories are swept away on the way.
+    /// All running VMs, ordered by name. Stale directories are removed.
     pub fn running(&self) -> Result<Vec<RunningVm>> {
         let mut running = Vec::new();
         for dir in self.dirs()? {
@@ -159,7 +159,7 @@ impl Runtime {
         let mut dirs = Vec::new();
         for entry in fs::read_dir(&self.vms).map_err(list)? {
             let entry = entry.map_err(list)?;
-            // The lock of the root is a file, and hidden.
+            // The root's lock file is hidden too.
             let hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
             if !hidden && entry.file_type().map_err(list)?.is_dir() {
                 dirs.push(VmDir::at(entry.path()));
@@ -168,7 +168,7 @@ impl Runtime {
         Ok(dirs)
     }
 
-    /// Makes the directory for a new VM, locked for its launcher.
+    /// Makes the directory for a new VM, and locks it for its launcher.
     pub fn create(&self, config: &VmConfig) -> Result<StartingVm> {
         let dir = self.dir(&config.name);
         let length = dir.path().as_os_str().len() + MAX_SOCKET_NAME;
@@ -185,7 +185,7 @@ impl Runtime {
         if dir.status()? == Status::Stale {
             self.sweep_one(&dir)?;
         }
-        // Under the root's lock no sweeper sees the directory before it is locked itself.
+        // The root's lock keeps sweepers from seeing the directory before it is locked.
         let _root = self.lock()?;
         fs::DirBuilder::new()
             .mode(0o700)
@@ -210,7 +210,7 @@ impl Runtime {
 fn check_owner(dir: &Path) -> Result<()> {
     let found = fs::metadata(dir).map_err(failed("look at", dir))?;
     let (owner, user) = (found.uid(), rustix::process::geteuid().as_raw());
-    // In a directory with the sticky bit, others can make files but not exchange ours.
+    // In a directory with the sticky bit, other users can make files but not replace ours.
     let others_may_write = found.mode() & 0o022 != 0 && found.mode() & 0o1000 == 0;
     if (owner == user || owner == 0) && !others_may_write {
         return Ok(());
@@ -236,19 +236,19 @@ fn lock_in(place: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// A VM whose process lived when we looked.
+/// A VM whose process was running when it was looked up.
 #[derive(Debug, Clone)]
 pub struct RunningVm {
-    /// Its directory.
+    /// The VM's runtime directory.
     pub dir: VmDir,
-    /// Its process.
+    /// The VM's process.
     pub process: Process,
 }
 
-/// A VM that this process is starting: nobody sweeps its directory meanwhile.
+/// A VM that this process is starting; its directory is locked, so it is not swept.
 #[derive(Debug)]
 pub struct StartingVm {
-    /// Its directory.
+    /// The VM's runtime directory.
     pub dir: VmDir,
     _lock: File,
 }

@@ -1,8 +1,8 @@
-//! Standbys: clones that are ready and wait to be given their name.
+//! Standbys: clones that are started in advance and wait to be adopted.
 //!
-//! A standby is a VM like any other in a hidden directory, whose guest has not run yet. To adopt
-//! it is to rename its directory, which one alone of any number of commands can do, and to tell
-//! its process. No server stands between.
+//! A standby is an ordinary VM in a hidden directory, whose guest has not run yet. A command adopts
+//! it by renaming its directory, which only one of several commands can do, and by a call to its
+//! process. No server takes part.
 
 use std::fs;
 use std::io;
@@ -14,11 +14,11 @@ use rustix::io::Errno;
 
 use super::{RunningVm, Runtime, Status, VmDir};
 
-/// What the names of their directories begin with.
+/// The prefix of the names of standbys' directories.
 pub(super) const PREFIX: &str = ".standby-";
 
 impl Runtime {
-    /// A name for a new standby of the template of this id.
+    /// Makes a name for a new standby of the template with this id.
     pub fn standby_name(template_id: &str) -> Result<String> {
         let mut random = [0; 4];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
@@ -35,7 +35,8 @@ impl Runtime {
         let prefix = format!("{PREFIX}{}-", short(template_id));
         let mut ready = Vec::new();
         for dir in self.hidden_dirs(&prefix)? {
-            // Reported ready, which the launcher's lock ends.
+            // The VM runs and the launcher has released its lock, so the standby was reported
+            // ready.
             if let Status::Running(process) = dir.status()?
                 && dir.is_reported()
             {
@@ -45,11 +46,11 @@ impl Runtime {
         Ok(ready)
     }
 
-    /// Takes a standby of a template and gives its directory the name; `None` where there is none
-    /// left. Its process is still to be told, and may turn out to be dead.
+    /// Takes a standby of a template by renaming its directory to `name`; `None` if none is left.
+    /// The caller must still call the standby's process, which may turn out to have died.
     ///
-    /// This is the beginning of every warm fork, so nothing is asked of the standbys but of the one
-    /// that is taken, and however many there are costs nothing.
+    /// Every warm fork begins here, so only the standby that is taken is examined, and the cost
+    /// does not depend on the number of standbys.
     ///
     /// # Errors
     /// [`ErrorCode::Conflict`] where the name is taken.
@@ -76,7 +77,7 @@ impl Runtime {
                         process,
                     }));
                 }
-                // Somebody else was first.
+                // Another command took this standby.
                 Err(Errno::NOENT) => {}
                 Err(Errno::EXIST) => return Err(name_taken(name)),
                 Err(error) => return Err(failed("rename", standby.path())(error.into())),
@@ -85,7 +86,7 @@ impl Runtime {
         Ok(None)
     }
 
-    /// The hidden directories whose names begin so.
+    /// The hidden directories whose names begin with `prefix`.
     pub(super) fn hidden_dirs(&self, prefix: &str) -> Result<Vec<VmDir>> {
         let list = |error| failed("list", &self.vms)(error);
         let mut dirs = Vec::new();
@@ -103,7 +104,7 @@ impl Runtime {
     }
 }
 
-/// As much of a template's id as names need.
+/// The part of a template's id that is used in names.
 fn short(template_id: &str) -> &str {
     template_id.get(..16).unwrap_or(template_id)
 }

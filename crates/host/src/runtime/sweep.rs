@@ -1,4 +1,4 @@
-//! Removing what a VM left on the host when its process is gone.
+//! Removes the resources that a VM left on the host after its process ended.
 
 use std::fs;
 
@@ -10,7 +10,7 @@ use super::{Runtime, Status, VmDir, standby};
 use crate::host_net::{self, HostNet};
 
 impl Runtime {
-    /// Removes every stale directory and what belongs to it; gives the names.
+    /// Removes every stale directory and its host resources; returns the names of the VMs.
     pub fn sweep(&self) -> Result<Vec<String>> {
         let mut swept = Vec::new();
         for dir in self.dirs()? {
@@ -22,7 +22,7 @@ impl Runtime {
         Ok(swept)
     }
 
-    /// Removes standbys whose process is gone, and what no live fork shares any more.
+    /// Removes standbys whose process has ended, and directories that no live fork shares any more.
     fn sweep_hidden(&self) -> Result<()> {
         for dir in self.hidden_dirs(standby::PREFIX)? {
             let _root = self.lock()?;
@@ -33,10 +33,11 @@ impl Runtime {
         self.sweep_live()
     }
 
-    /// Removes `dir` and what belongs to it, if it is stale; whether it was.
+    /// Removes `dir` and its host resources if it is stale; returns whether it was.
     pub fn sweep_one(&self, dir: &VmDir) -> Result<bool> {
         let root = self.lock()?;
-        // Another command may have swept it, and a new VM taken its name, before we had the lock.
+        // Before this command had the lock, another one may have swept the directory, and a new VM
+        // may have taken its name.
         if dir.status()? != Status::Stale {
             return Ok(false);
         }
@@ -47,16 +48,18 @@ impl Runtime {
     }
 }
 
-/// A VM without interfaces needs no rights on the host's network to be removed.
+/// Whether the VM may have resources on the host's network. Removing a VM without interfaces needs
+/// no network privileges.
 fn may_have_network(dir: &VmDir) -> bool {
     match dir.config() {
         Ok(config) => !config.net.is_empty(),
-        // Cut short by a launcher's death, before it came to the network.
+        // The launcher ended before it set up the network.
         Err(_) => false,
     }
 }
 
-/// Host resources first: while the directory is there, a failure is tried again.
+/// Removes the host resources first: as long as the directory exists, a removal that failed is
+/// tried again.
 fn remove(dir: &VmDir) -> Result<()> {
     cgroup::remove(&dir.birth_path()).map_err(failed("remove the jail of", dir.path()))?;
     if may_have_network(dir) {
@@ -68,7 +71,8 @@ fn remove(dir: &VmDir) -> Result<()> {
 }
 
 impl super::StartingVm {
-    /// Gives up: removes everything again. The VM's process must be gone.
+    /// Abandons the start, and removes everything that was made for it. The VM's process must have
+    /// ended.
     pub fn abandon(self, runtime: &Runtime) -> Result<()> {
         let _root = runtime.lock()?;
         remove(&self.dir)

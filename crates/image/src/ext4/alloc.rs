@@ -1,6 +1,6 @@
 //! The block allocator: hands out the disk from front to back, around the backup superblocks.
 //!
-//! Nothing is ever freed while an image is made, so a cursor and one bitmap are the whole of it.
+//! No block is freed while an image is made, so a cursor and one bitmap are sufficient.
 
 use super::geometry::{BLOCKS_PER_GROUP, Geometry};
 
@@ -78,7 +78,7 @@ impl Allocator {
             if run.len == want {
                 return Ok(run);
             }
-            // Give the short run back: it stays unused, which costs a few blocks before a backup.
+            // The short run stays unused, which costs a few blocks before a backup.
             for block in run.start..run.start + run.len {
                 self.bitmap[(block / 8) as usize] &= !(1 << (block % 8));
             }

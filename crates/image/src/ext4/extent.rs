@@ -1,5 +1,4 @@
-//! Extent trees: which blocks hold which part of a file.
-//! (Linux `Documentation/filesystems/ext4/ifork.rst`, "Extent Tree")
+//! Extent trees, which map the parts of a file to blocks.
 
 use super::alloc::Run;
 use super::bytes::{low16, low32, put};

@@ -12,7 +12,7 @@ pub(super) const INODES_PER_BLOCK: u64 = BLOCK / INODE_SIZE;
 pub(super) const DESCRIPTOR_SIZE: u64 = 64;
 /// The first inode that is not reserved.
 pub(super) const FIRST_INODE: u32 = 11;
-/// What mke2fs gives by default: one inode for so many bytes of disk.
+/// The bytes of disk per inode, as in the defaults of mke2fs.
 const BYTES_PER_INODE: u64 = 16384;
 /// A last group smaller than this is left unused: its backups would leave no room in it.
 const MIN_LAST_GROUP: u64 = 1024;

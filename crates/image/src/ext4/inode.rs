@@ -11,7 +11,7 @@ const EXTENTS: u32 = 0x8_0000;
 /// Inode fields beyond the first 128 bytes.
 const EXTRA: u16 = 32;
 
-/// What the inode's 60 bytes of block map hold.
+/// The content of the inode's 60 bytes of block map.
 pub(super) enum Map {
     /// An extent tree, and how many blocks it and its data take.
     Extents([u8; 60], u64),
@@ -49,7 +49,7 @@ pub(super) fn type_bits(kind: &Kind) -> u16 {
 
 /// Seconds in 34 bits: the low 32 as a signed number, two more above the nanoseconds.
 fn time(seconds: i64, nanoseconds: u32) -> ([u8; 4], [u8; 4]) {
-    // 1901 to 2446 is what the format can say.
+    // The format can represent the years 1901 to 2446.
     let seconds = seconds.clamp(-(1 << 31), (1 << 34) - (1 << 31) - 1);
     let low = seconds as i32;
     let epoch = ((seconds - i64::from(low)) >> 32) as u32 & 3;

@@ -32,12 +32,13 @@ use crate::{ImageError, Result};
 use geometry::{BLOCK, FIRST_INODE, Geometry};
 use writer::Writer;
 
-/// How large the disk is to be.
+/// The size of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskSize {
-    /// So many bytes in all.
+    /// The total size in bytes.
     Total(u64),
-    /// As large as the content needs, and so many bytes free. The image is sparse: free space costs nothing.
+    /// The size that the content needs, plus this number of free bytes. The image is sparse, so
+    /// free space costs nothing.
     Free(u64),
 }
 
@@ -48,18 +49,18 @@ impl Default for DiskSize {
     }
 }
 
-/// What a file system is made with.
+/// The parameters of a file system.
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
     pub(crate) size: DiskSize,
     pub(crate) uuid: [u8; 16],
-    /// At most 16 bytes.
+    /// The label, at most 16 bytes.
     pub(crate) label: String,
     /// The time of creation, in seconds since 1970.
     pub(crate) created: u64,
 }
 
-/// What was made.
+/// The result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Made {
     /// The disk's size in bytes.

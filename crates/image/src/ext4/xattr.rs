@@ -8,7 +8,7 @@ use super::checksum::crc;
 use super::geometry::BLOCK_USIZE;
 
 const MAGIC: u32 = 0xea02_0000;
-/// What a 256-byte inode with 32 bytes of extra fields leaves.
+/// The room for attributes in a 256-byte inode with 32 bytes of extra fields.
 pub(super) const IN_INODE: usize = 96;
 const BLOCK_HEADER: usize = 32;
 const ENTRY_HEADER: usize = 16;
@@ -22,7 +22,7 @@ const PREFIXES: [(&[u8], u8); 6] = [
     (b"system.", 7),
 ];
 
-/// Where an inode's attributes go.
+/// The place of an inode's attributes.
 #[derive(Debug)]
 pub(super) enum Xattrs {
     None,

@@ -1,4 +1,5 @@
-//! Small initramfs archives: for guests that live in one, and for stock kernels that need modules to find their root.
+//! Builds small initramfs archives: for guests that run in one, and for stock kernels that need
+//! modules to mount their root.
 
 mod cpio;
 mod modules;
@@ -16,7 +17,7 @@ use crate::staging::Staging;
 use crate::tree::{Content, Kind, Limits, Meta, Node, Tree};
 use crate::{ImageError, Result};
 
-/// What distribution kernels have as modules and a guest of ours may want; missing ones are left out.
+/// Modules of distribution kernels that our guests may need; missing ones are skipped.
 pub const USUAL_MODULES: [&str; 9] = [
     "virtio_blk",
     "virtio_net",
@@ -30,7 +31,8 @@ pub const USUAL_MODULES: [&str; 9] = [
 ];
 
 const BUSYBOX_PATH: &str = "/bin/busybox";
-/// Loads the modules in their order. A module may fail (no such device): the next may still work.
+/// The script that loads the modules in order. If one fails (no such device), the next is still
+/// tried.
 const LOAD_MODULES: &str = "\
 for module in $(/bin/busybox cat /lib/modules/order); do
   /bin/busybox insmod /lib/modules/$module.ko
@@ -43,7 +45,8 @@ const PROLOGUE: &str = "\
 /bin/busybox mount -t sysfs sys /sys
 ";
 /// Finds `root=`, `rootfstype=`, `rootflags=`, `ro` and `init=` on the kernel's command line, as Linux itself does.
-/// The root is mounted writable unless `ro` is said: nothing checks it first.
+/// The root is mounted writable unless the command line has `ro`, since no check precedes the
+/// mount.
 const SWITCH_ROOT: &str = "\
 root= type= flags= mode=rw init=/sbin/init
 for word in $(/bin/busybox cat /proc/cmdline); do
@@ -70,33 +73,33 @@ fi
 exec /bin/busybox switch_root /root \"$init\"
 ";
 
-/// What the initramfs does once its modules are loaded.
+/// The action of the initramfs after its modules are loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InitramfsInit {
-    /// The agent becomes PID 1: the guest lives in the initramfs.
+    /// The agent becomes PID 1, and the guest runs in the initramfs.
     Agent,
     /// Mounts the disk that `root=` names and starts its `/sbin/init`.
     SwitchRoot,
 }
 
-/// What to build.
+/// The description of an initramfs to build.
 #[derive(Clone, Debug)]
 pub struct InitramfsSpec {
     /// The archive to make.
     pub output: PathBuf,
     /// Replace an `output` that exists.
     pub replace: bool,
-    /// A static busybox. Needed for everything but an agent that is alone in there.
+    /// A static busybox. It is needed unless the archive contains only the agent.
     pub busybox: Option<PathBuf>,
     /// A static `clone-agent`.
     pub agent: Option<PathBuf>,
-    /// What comes after the modules.
+    /// The action after the modules are loaded.
     pub init: InitramfsInit,
     /// The kernel's modules directory (`lib/modules/VERSION`), if there are modules to load.
     pub modules_dir: Option<PathBuf>,
-    /// Modules that must be there (or built in); what they need is added.
+    /// Modules that must exist (or be built in); their dependencies are added.
     pub required_modules: Vec<String>,
-    /// Modules to take if they are there.
+    /// Modules to add if they exist.
     pub optional_modules: Vec<String>,
     /// Further files: the path on the host, the absolute path in the archive, the mode.
     pub files: Vec<(PathBuf, String, u16)>,
@@ -119,7 +122,7 @@ impl InitramfsSpec {
     }
 }
 
-/// What was built.
+/// The result of a build.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct InitramfsReport {
     /// The archive.

@@ -1,7 +1,7 @@
-//! Kernel modules for an initramfs: finds them, orders them by what they need, unpacks them.
+//! Kernel modules for an initramfs: finds them, orders them by dependencies, and decompresses them.
 //!
-//! What a module needs is read from the module itself (`depends=` in its `.modinfo`), so that a kernel package that
-//! was only unpacked, without `depmod` having run, will do.
+//! Dependencies are read from the module itself (`depends=` in its `.modinfo`), so a kernel package
+//! that was only unpacked, without running `depmod`, is sufficient.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -12,14 +12,14 @@ use crate::decompress::{BoundedError, Compression, read_bounded};
 use crate::kernel::Elf;
 use crate::{ImageError, Result};
 
-/// Larger than any module there is, uncompressed.
+/// The size limit of an uncompressed module, larger than any existing one.
 const MAX_MODULE: u64 = 256 << 20;
 /// Module trees are five or six directories deep.
 const MAX_DEPTH: usize = 16;
 
-/// A module, unpacked.
+/// A decompressed module.
 pub(super) struct Module {
-    /// With underscores, as the kernel names it.
+    /// The name with underscores, as the kernel has it.
     pub(super) name: String,
     pub(super) bytes: Vec<u8>,
 }
@@ -69,7 +69,7 @@ impl Found {
         })
     }
 
-    /// Adds a module after all that it needs. `needed_by` is for the message.
+    /// Adds a module after its dependencies. `needed_by` is for the error message.
     fn add(&self, name: &str, needed_by: &[String], order: &mut Vec<Module>) -> Result<()> {
         let name = name.replace('-', "_");
         if self.builtin.contains(&name) || order.iter().any(|module| module.name == name) {

@@ -1,4 +1,4 @@
-//! The bzImage container: where its compressed `vmlinux` lies, and how to get it out.
+//! The bzImage container: finds and decompresses its `vmlinux`.
 //!
 //! Follows `Documentation/arch/x86/boot.rst` of Linux (setup header, protocol 2.08 and later). The header comes from
 //! a file that may be truncated or hostile: every number in it is checked against the file before use, and the
@@ -16,10 +16,10 @@ const PAYLOAD_OFFSET: usize = 0x248;
 const PAYLOAD_LENGTH: usize = 0x24c;
 const PREF_ADDRESS: usize = 0x258;
 const INIT_SIZE: usize = 0x260;
-/// The first protocol whose header says where the payload lies.
+/// The first version of the protocol whose header has the payload's position.
 const PROTOCOL_WITH_PAYLOAD: u16 = 0x0208;
 const SECTOR: usize = 512;
-/// How many first bytes of a file [`is_bzimage`] and [`version`] need at the most.
+/// The most bytes from the start of a file that [`is_bzimage`] and [`version`] need.
 pub(super) const HEAD: usize = 64 * SECTOR + SECTOR;
 
 fn bytes_at<const N: usize>(image: &[u8], at: usize) -> Result<[u8; N], String> {
@@ -62,7 +62,7 @@ fn payload(image: &[u8]) -> Result<&[u8], String> {
             protocol & 0xff
         ));
     }
-    // Zero means four, for the sake of very old boot loaders.
+    // Zero means four, for compatibility with very old boot loaders.
     let sectors = match bytes_at::<1>(image, SETUP_SECTS)?[0] {
         0 => 4,
         n => usize::from(n),

@@ -26,7 +26,7 @@ pub struct KernelCache {
     dir: PathBuf,
 }
 
-/// A kernel ready to be booted.
+/// A kernel that is ready to boot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CachedKernel {
     /// The ELF `vmlinux`: in the cache, or the caller's own file if that was one already.
@@ -37,7 +37,7 @@ pub struct CachedKernel {
     pub reused: bool,
 }
 
-/// What an entry's file must look like.
+/// The expected size and hash of an entry's file.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Entry {
     format: u32,
@@ -249,7 +249,7 @@ impl KernelCache {
     }
 }
 
-/// Reads a small description; whatever is missing or damaged counts as absent.
+/// Reads a small description; a missing or damaged one counts as absent.
 fn read_json<T: DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
 }

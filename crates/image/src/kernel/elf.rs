@@ -15,7 +15,7 @@ const PT_NOTE: u32 = 4;
 /// `XEN_ELFNOTE_PHYS32_ENTRY`, the note that names the 32-bit PVH entry point.
 const NOTE_PVH_ENTRY: u32 = 18;
 
-/// What a `vmlinux` tells about itself.
+/// The facts in a `vmlinux`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Vmlinux {
     /// It has a PVH entry point.

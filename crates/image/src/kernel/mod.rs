@@ -1,9 +1,10 @@
-//! Kernels: tells a bzImage from a `vmlinux`, and keeps extracted `vmlinux` files in a cache.
+//! Kernels: distinguishes bzImage and `vmlinux` files, and keeps extracted `vmlinux` files in a
+//! cache.
 //!
 //! A guest that starts from an ELF `vmlinux` skips its own decompression, which costs more than all the rest of the
 //! early boot. The file is made once per kernel and kept under the hash of the bzImage it came from.
 //!
-//! Loading a kernel into guest memory is the VMM's work, not this module's.
+//! The VMM loads kernels into guest memory; this module does not.
 
 mod bzimage;
 mod cache;
@@ -35,7 +36,7 @@ pub enum KernelFormat {
     Elf,
 }
 
-/// What a kernel's file tells about it.
+/// The facts in a kernel's file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelInfo {
     /// Its container.
@@ -64,7 +65,8 @@ fn read_head(path: &Path) -> Result<Vec<u8>> {
     Ok(head)
 }
 
-/// What Linux needs beside itself and its initrd to come up at all: page tables, descriptions of pages, slabs, buffers.
+/// The memory that Linux needs to start, besides itself and its initrd: page tables, page
+/// descriptors, slabs, buffers.
 const WORKING_MEMORY: u64 = 16 << 20;
 
 /// The RAM that a guest of this kernel needs at the least, in bytes from address 0 on: the kernel where it is loaded,
@@ -143,7 +145,7 @@ pub fn extract_vmlinux(path: &Path) -> Result<Vec<u8>> {
         })
 }
 
-/// Checks and unpacks a kernel from memory: the door for fuzzing.
+/// Checks and decompresses a kernel from memory, for fuzzing.
 ///
 /// # Errors
 /// A sentence that says what is wrong.

@@ -16,13 +16,13 @@ use crate::progress::{Progress, Step};
 use crate::tree::{Content, HostDir, HostFile, Kind, MAX_DEPTH, Meta, Node, NodeId, Tree, changed};
 use crate::{ImageError, Result};
 
-/// Whose files the image's files are.
+/// The owners of the image's files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Ownership {
-    /// The owners that they have on the host.
+    /// The owners on the host.
     #[default]
     Keep,
-    /// All belong to root: for a directory that an ordinary user made.
+    /// All files belong to root, for a directory that an ordinary user made.
     Root,
 }
 
@@ -97,7 +97,7 @@ impl Scan<'_> {
     ) -> impl FnOnce(io::Error) -> ImageError + use<> {
         let path = self.root.path_of(below);
         move |error| match error.kind() {
-            // It was there a moment ago.
+            // The file has been removed meanwhile.
             io::ErrorKind::NotFound => changed(&path),
             _ => ImageError::io(action, path)(error),
         }
@@ -265,7 +265,7 @@ fn xattrs(dir: &OwnedFd, name: &OsStr) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, Err
                 value.truncate(length);
                 out.insert(name.to_vec(), value);
             }
-            // Gone since it was listed.
+            // The file has been removed since it was listed.
             Err(Errno::NODATA) => {}
             Err(e) => return Err(e),
         }

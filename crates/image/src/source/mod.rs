@@ -1,4 +1,4 @@
-//! Where a root file system's files come from. Each source fills the same in-memory tree.
+//! The sources of a root file system's files. Each fills the same in-memory tree.
 
 pub(crate) mod cpu_level;
 pub(crate) mod debian;

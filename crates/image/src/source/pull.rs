@@ -29,16 +29,16 @@ const MANIFEST_TYPES: [&str; 4] = [
     "application/vnd.docker.distribution.manifest.list.v2+json",
     "application/vnd.docker.distribution.manifest.v2+json",
 ];
-/// A registry that sends nothing for so long is taken for dead.
+/// The time after which a registry that sends nothing is considered dead.
 const SILENCE: Duration = Duration::from_secs(60);
 const CONNECT: Duration = Duration::from_secs(20);
-/// How often a blob is asked for before its failure is final.
+/// The number of attempts to fetch a blob.
 const ATTEMPTS: u32 = 3;
 
 /// Who asks.
 #[derive(Clone, Default)]
 pub enum Credentials {
-    /// Nobody in particular.
+    /// No credentials are sent.
     #[default]
     Anonymous,
     /// A user with a password or token.

@@ -1,4 +1,4 @@
-//! Where an image's parts are read from: a directory, or a tar archive of one.
+//! The storage from which an image's parts are read: a directory, or a tar archive of one.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -84,7 +84,7 @@ impl Store {
         }
     }
 
-    /// True if there is a file of this name.
+    /// Whether a file with this name exists.
     pub(crate) fn has(&self, name: &str) -> bool {
         match self {
             Self::Dir(dir) => dir.join(name).is_file(),
@@ -92,8 +92,9 @@ impl Store {
         }
     }
 
-    /// Opens a file and tells its length. Names come from this crate or are checked digests, but for those in a
-    /// `docker save` manifest, which only archives have: they are looked up, not opened.
+    /// Opens a file and returns its length. Names come from this crate or are checked digests,
+    /// except for those in a `docker save` manifest. Only archives have that, and names in them are
+    /// looked up, not opened.
     pub(crate) fn read(&self, name: &str) -> Result<(Box<dyn Read + '_>, u64)> {
         match self {
             Self::Dir(dir) => {

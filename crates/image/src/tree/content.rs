@@ -1,4 +1,4 @@
-//! Where the bytes of regular files are until they are written into an image.
+//! The content of regular files until it is written into an image.
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -43,10 +43,10 @@ impl Content {
         }
     }
 
-    /// Opens it for reading.
+    /// Opens the content for reading.
     ///
     /// # Errors
-    /// If a host file cannot be opened or is not the one that was found.
+    /// A host file cannot be opened, or is not the one that was found.
     pub(crate) fn open(&self) -> Result<ContentReader<'_>> {
         Ok(match self {
             Self::Bytes(bytes) => ContentReader::Bytes(bytes),
@@ -91,7 +91,7 @@ impl ContentReader<'_> {
     /// Ends the reading.
     ///
     /// # Errors
-    /// If a host file changed while it was read: what was read is then neither its old nor its new content.
+    /// A host file changed while it was read, so the bytes are neither its old nor its new content.
     pub(crate) fn finish(self) -> Result<()> {
         match self {
             Self::Host(found, file) => found.check(&file),
@@ -122,7 +122,7 @@ impl Spool {
         })
     }
 
-    /// Takes exactly `len` bytes from a stream.
+    /// Reads exactly `len` bytes from a stream into the spool.
     ///
     /// # Errors
     /// The inner result is the stream's error, which the caller can name better.

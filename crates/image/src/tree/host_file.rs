@@ -1,7 +1,8 @@
 //! Files of the host that an image is made from, found below an open directory.
 //!
-//! Every step is taken from a descriptor and follows no link, so a directory that somebody else writes to cannot lead
-//! out of itself; and no path is too long, since none is handed to the kernel whole.
+//! Every path is resolved from a descriptor without following links, so a directory that another
+//! user can write to cannot lead outside of itself. Paths of any length work, since they are
+//! resolved in parts.
 
 use std::fs::File;
 use std::io;
@@ -28,7 +29,7 @@ pub(crate) struct HostDir {
 }
 
 impl HostDir {
-    /// Opens the directory at this path, which is the caller's own word: links in it are followed.
+    /// Opens the directory at a path from the caller, in which links are followed.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let dir = rustix::fs::open(path, flags, Mode::empty())
@@ -97,7 +98,7 @@ pub(crate) struct HostFile {
     data: Arc<[(u64, u64)]>,
 }
 
-/// What tells one content of one file from another.
+/// Identifies a file and its content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Facts {
     dev: u64,
@@ -149,7 +150,7 @@ impl HostFile {
         Ok(this)
     }
 
-    /// A file as it is now. Links to it are followed: the path is the caller's own word.
+    /// The present state of the file at a path from the caller, in which links are followed.
     pub(crate) fn at(path: &Path) -> Result<Self> {
         let path = std::fs::canonicalize(path).map_err(ImageError::io("open", path))?;
         let stat = rustix::fs::stat(&path)
@@ -173,7 +174,7 @@ impl HostFile {
         &self.data
     }
 
-    /// Opens it, if it is still the one that was found.
+    /// Opens the file, if it is still the one that was found.
     pub(crate) fn open(&self) -> Result<File> {
         let file = self
             .root

@@ -7,12 +7,12 @@ use crate::Result;
 const MAX_NAME: usize = 255;
 /// The longest path that Linux takes in one call (`PATH_MAX`).
 const MAX_PATH: usize = 4096;
-/// How deep directories may lie: more than any system has, and few enough to walk by recursion.
+/// The depth limit of directories: more than any system has, and few enough for recursion.
 pub(crate) const MAX_DEPTH: usize = 1024;
-/// As many symbolic links as Linux follows in one path (`MAXSYMLINKS`).
+/// The most symbolic links in one path, as in Linux (`MAXSYMLINKS`).
 const MAX_LINKS: u32 = 40;
 
-/// Why a path is refused or leads nowhere.
+/// The reason why a path is refused or does not exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum PathError {
     #[error("its path leads out of the image by `..`")]
@@ -60,21 +60,21 @@ pub(crate) fn components(path: &[u8]) -> Result<Vec<&[u8]>, PathError> {
     Ok(parts)
 }
 
-/// A path on its way through a tree.
+/// The state of resolving a path in a tree.
 struct Walk {
-    /// The names still to go, the next one last.
+    /// The remaining names, the next one last.
     todo: Vec<Vec<u8>>,
-    /// The directories from the root down to where the walk is.
+    /// The directories from the root to the present one.
     trail: Vec<NodeId>,
-    /// How many symbolic links were followed.
+    /// The number of symbolic links that were followed.
     links: u32,
 }
 
-/// How far a [`Walk`] came.
+/// The result of a [`Walk`].
 enum Reached {
-    /// To the path's end.
+    /// The walk reached the path's end.
     End(NodeId),
-    /// To a directory that has no entry of the next name.
+    /// The walk reached a directory that has no entry of the next name.
     Missing { dir: NodeId, name: Vec<u8> },
 }
 

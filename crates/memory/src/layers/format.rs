@@ -9,10 +9,10 @@
 //!               nonce (16), parent id (32, zero for none), id (32)
 //! ```
 //! All numbers are little-endian. The id is the blake3 of the extents, the checksums and the
-//! trailer up to it: so it names the content, where it goes, and all layers below. A *transient*
-//! layer (flag 0 clear) has no checksums; a random nonce makes its id unique.
+//! trailer up to the id, so it identifies the content, its place, and all layers below. A
+//! *transient* layer (flag 0 clear) has no checksums; a random nonce makes its id unique.
 //!
-//! There is one encoding of each content: whatever deviates is refused.
+//! There is one encoding of each content; any deviation is refused.
 
 use std::fs::File;
 use std::io;
@@ -24,10 +24,10 @@ use super::LayerId;
 use crate::layout::{PAGE_SIZE, RamLayout};
 use crate::pages::PageSet;
 
-/// RAM is checksummed by pieces of this many bytes.
+/// The size of the pieces of RAM that have a checksum each, in bytes.
 pub const CHUNK_SIZE: u64 = 2 << 20;
 pub(crate) const CHUNK_PAGES: u64 = CHUNK_SIZE / PAGE_SIZE;
-/// More extents than this are refused: a hostile file must not make its reader take much memory.
+/// The most extents of a layer, so that a hostile file cannot make its reader use much memory.
 pub(crate) const MAX_EXTENTS: u64 = 1 << 22;
 
 const MAGIC: &[u8; 8] = b"CLONELYR";
@@ -40,25 +40,25 @@ const HASH_LEN: u64 = 32;
 /// A blake3 hash.
 pub(crate) type Hash = [u8; 32];
 
-/// What a layer's pages hold.
+/// The content of a layer's pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
     /// Bytes in the layer's file.
     Data,
-    /// Zeros, whatever lies below.
+    /// Zeros, which override the layers below.
     Zero,
 }
 
 /// Neighbouring pages that a layer overrides.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Extent {
-    /// Their numbers.
+    /// The page numbers.
     pub pages: Range<u64>,
-    /// What they hold.
+    /// The content of the pages.
     pub content: Content,
 }
 
-/// Everything in a layer but its pages.
+/// A layer without its pages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Index {
     pub(crate) layout: RamLayout,
@@ -67,28 +67,28 @@ pub(crate) struct Index {
     pub(crate) sums: Sums,
 }
 
-/// How a layer's content is vouched for.
+/// The means of verifying a layer's content.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Sums {
-    /// By the hash of each chunk that has data, in order.
+    /// The hash of each chunk that has data, in order.
     Chunks(Vec<Hash>),
-    /// Not at all.
+    /// None; the nonce makes the layer's id unique.
     Transient { nonce: [u8; 16] },
 }
 
-/// Why bytes are not a layer's index.
+/// The reason why bytes are not a layer's index.
 #[derive(Debug, thiserror::Error)]
 pub enum FormatError {
-    /// No trailer where one must be.
+    /// There is no trailer at the end of the file.
     #[error("it is no layer, or cut short: it does not end with a layer's trailer")]
     Trailer,
-    /// A later writer's.
+    /// The format version is newer than this build can read.
     #[error("it is of format version {0}, and this program reads version {VERSION}")]
     Version(u32),
-    /// A bit flipped in the index.
+    /// The index does not match its checksum.
     #[error("its index does not match its checksum")]
     IndexChecksum,
-    /// The index contradicts itself or the rules.
+    /// The index is inconsistent, or breaks a rule of the format.
     #[error("its index is invalid: {0}")]
     Invalid(&'static str),
 }
@@ -125,7 +125,7 @@ impl Index {
         (bytes, id)
     }
 
-    /// Reads and checks the index of a layer's file.
+    /// Reads the index of a layer's file and checks it.
     pub(crate) fn read(file: &File) -> io::Result<Result<(Self, LayerId), FormatError>> {
         let len = file.metadata()?.len();
         let Some(trailer_at) = len.checked_sub(TRAILER_LEN) else {
@@ -143,7 +143,7 @@ impl Index {
     }
 }
 
-/// The fixed part at a file's end, its sizes checked against the file's.
+/// The fixed part at the end of a file, after its sizes were checked against the file's.
 struct Trailer {
     layout: RamLayout,
     has_sums: bool,
@@ -174,7 +174,7 @@ impl Trailer {
         if extents > MAX_EXTENTS || sums > ram.div_ceil(CHUNK_SIZE) {
             return Err(FormatError::Invalid("too many extents or checksums"));
         }
-        // No overflow: RAM is at most 2^46 bytes, the counts were bounded just now.
+        // This cannot overflow: RAM is at most 2^46 bytes, and the counts were bounded above.
         if ram + extents * EXTENT_LEN + sums * HASH_LEN + TRAILER_LEN != file_len {
             return Err(FormatError::Trailer);
         }
@@ -193,7 +193,7 @@ impl Trailer {
         })
     }
 
-    /// The index whose bytes, trailer included, are these.
+    /// Decodes the index from its bytes, including the trailer.
     fn index(self, bytes: &[u8]) -> Result<(Index, LayerId), FormatError> {
         let hashed = &bytes[..bytes.len() - HASH_LEN as usize];
         if blake3::hash(hashed) != self.id.0 {
@@ -257,26 +257,26 @@ fn extent(first: u64, count: u64) -> Result<Extent, FormatError> {
     })
 }
 
-/// The pages of those extents that hold this.
+/// The pages of the extents with this content.
 pub(crate) fn pages_with(extents: &[Extent], content: Content) -> PageSet {
     let matching = extents.iter().filter(|extent| extent.content == content);
     matching.map(|extent| extent.pages.clone()).collect()
 }
 
-/// A piece of [`CHUNK_SIZE`] of RAM: the runs of pages of which a layer has data, at least one.
+/// A piece of [`CHUNK_SIZE`] of RAM: the runs of pages for which a layer has data, at least one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Chunk {
     pub(crate) runs: Vec<Range<u64>>,
 }
 
 impl Chunk {
-    /// Its place among all of RAM's pieces.
+    /// The chunk's number, counted from the start of RAM.
     pub(crate) fn number(&self) -> u64 {
         self.runs[0].start / CHUNK_PAGES
     }
 }
 
-/// The chunks of RAM that have pages of this set, in order.
+/// The chunks of RAM that contain pages of this set, in order.
 pub(crate) fn chunks(data: &PageSet) -> Vec<Chunk> {
     let mut chunks: Vec<Chunk> = Vec::new();
     for run in data.runs() {
@@ -307,7 +307,7 @@ pub(crate) fn hash_chunk(file: &File, chunk: &Chunk, buffer: &mut Vec<u8>) -> io
     Ok(*hasher.finalize().as_bytes())
 }
 
-/// Takes numbers off the front of bytes whose length was checked before.
+/// Reads numbers from the front of bytes whose length was checked before.
 struct Fields<'a>(&'a [u8]);
 
 impl Fields<'_> {

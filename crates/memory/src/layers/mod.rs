@@ -1,8 +1,8 @@
 //! Layers: sets of guest pages in files, each overriding the layers under it.
 //!
-//! A layer's file holds RAM by RAM offset, so that it can be mapped as it is, and an index of the
-//! pages that it overrides (see [`mod@format`]). Layers never change once written. What is kept
-//! where, and under which names, is the snapshot's business, not this module's.
+//! A layer's file holds RAM by RAM offset, so that it can be mapped directly, and an index of the
+//! pages that it overrides (see [`mod@format`]). Layers never change once written. The places and
+//! names of layer files are decided by the snapshot, not by this module.
 
 pub mod format;
 mod stack;
@@ -23,7 +23,7 @@ pub use self::stack::{LayerStack, MAX_MAPPINGS, Piece, Source};
 use crate::layout::{PAGE_SIZE, RamLayout};
 use crate::pages::PageSet;
 
-/// A layer's name: the hash of its content, of where that goes, and of the layers below.
+/// The id of a layer: the hash of its content, of the content's place, and of the layers below.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LayerId(pub [u8; 32]);
 
@@ -39,28 +39,28 @@ impl fmt::Debug for LayerId {
     }
 }
 
-/// Why a layer could not be read, written or used.
+/// The errors of reading, writing or using a layer.
 #[derive(Debug, thiserror::Error)]
 pub enum LayerError {
-    /// The host failed.
+    /// An operation of the host failed.
     #[error("cannot {what} memory layer {layer}: {source}")]
     Io {
         /// What was tried.
         what: &'static str,
         /// The layer's name.
         layer: String,
-        /// The host's answer.
+        /// The host's error.
         source: io::Error,
     },
-    /// The file is no valid layer.
+    /// The file is not a valid layer.
     #[error("cannot use memory layer {layer}: {source}")]
     Format {
         /// The layer's name.
         layer: String,
-        /// What is wrong with it.
+        /// The problem with the file.
         source: FormatError,
     },
-    /// The content is not what was written.
+    /// The content does not match its checksum.
     #[error(
         "memory layer {layer} is corrupt: its pages at RAM offset {offset:#x} (2 MiB) do not match \
          their checksum"
@@ -68,7 +68,7 @@ pub enum LayerError {
     Corrupt {
         /// The layer's name.
         layer: String,
-        /// Where the piece that does not match starts, in bytes.
+        /// The RAM offset of the piece that does not match, in bytes.
         offset: u64,
     },
     /// The layer was written without checksums.
@@ -77,36 +77,36 @@ pub enum LayerError {
         /// The layer's name.
         layer: String,
     },
-    /// The layer belongs on another one.
+    /// The layer was made for another parent.
     #[error("memory layer {layer} belongs on {}, but lies on {}", name(.wanted), name(.found))]
     Parent {
         /// The layer's name.
         layer: String,
-        /// The parent that it was made for.
+        /// The parent that the layer was made for.
         wanted: Option<LayerId>,
-        /// What it was put on.
+        /// The layer that it was put on.
         found: Option<LayerId>,
     },
-    /// The layer is of a machine with other RAM.
+    /// The layer is of a machine with another size of RAM.
     #[error("memory layer {layer} is of {found} bytes of RAM, not {wanted}")]
     RamSize {
         /// The layer's name.
         layer: String,
-        /// The RAM that it has to fit.
+        /// The required size of RAM, in bytes.
         wanted: u64,
-        /// The RAM that it is of.
+        /// The size of RAM of the layer, in bytes.
         found: u64,
     },
-    /// A stack of nothing.
+    /// A stack needs at least one layer.
     #[error("a stack of memory layers needs at least one")]
     NoLayer,
-    /// The file to write to is in use.
+    /// The file to write to is not empty.
     #[error("cannot write memory layer {layer}: the file is not empty")]
     NotEmpty {
         /// The layer's name.
         layer: String,
     },
-    /// More pieces than the format takes.
+    /// The layer has more extents than the format allows.
     #[error(
         "cannot write memory layer {layer}: {extents} extents, and at most {} are possible",
         format::MAX_EXTENTS
@@ -114,7 +114,7 @@ pub enum LayerError {
     TooManyExtents {
         /// The layer's name.
         layer: String,
-        /// How many there are.
+        /// The number of extents.
         extents: usize,
     },
 }
@@ -123,7 +123,7 @@ fn name(id: &Option<LayerId>) -> String {
     id.map_or_else(|| "nothing".to_owned(), |id| format!("layer {id}"))
 }
 
-/// A layer: immutable, cheap to clone.
+/// A layer. It is immutable and cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Layer {
     inner: Arc<Inner>,
@@ -138,14 +138,15 @@ struct Inner {
 }
 
 impl Layer {
-    /// Opens a layer's file and checks its index, but not its pages (see [`Layer::verify`]).
-    /// `name` is what errors call it: a path, most often.
+    /// Opens a layer's file and checks its index, but not its pages (see [`Layer::verify`]). `name`
+    /// identifies the layer in errors; most often it is a path.
     ///
-    /// The file must not change or shrink from now on, or guests that map it read other data or
-    /// die: it belongs in a directory that only its owner writes, or in a sealed memory file.
+    /// The file must not change or shrink while the layer is in use; otherwise guests that map it
+    /// read other data or are killed. So it must be in a directory that only its owner writes, or
+    /// be a sealed memory file.
     ///
     /// # Errors
-    /// [`LayerError::Format`] if it is no valid layer: nothing in it is trusted.
+    /// [`LayerError::Format`] if the file is not a valid layer. Nothing in the file is trusted.
     pub fn open(file: File, name: impl Into<String>) -> Result<Self, LayerError> {
         let layer = name.into();
         match Index::read(&file) {
@@ -170,51 +171,51 @@ impl Layer {
         }
     }
 
-    /// Its id.
+    /// The layer's id.
     pub fn id(&self) -> LayerId {
         self.inner.id
     }
 
-    /// The layer that it was made to lie on; `None` for a base.
+    /// The parent that the layer was made for; `None` for a base.
     pub fn parent(&self) -> Option<LayerId> {
         self.inner.index.parent
     }
 
-    /// What errors call it.
+    /// The layer's name in errors.
     pub fn name(&self) -> &str {
         &self.inner.name
     }
 
-    /// The RAM that it is of.
+    /// The layout of the RAM.
     pub fn layout(&self) -> &RamLayout {
         &self.inner.index.layout
     }
 
-    /// The pages that it overrides, ascending.
+    /// The pages that the layer overrides, ascending.
     pub fn extents(&self) -> &[Extent] {
         &self.inner.index.extents
     }
 
-    /// The pages of which it holds data.
+    /// The pages for which the layer has data.
     pub fn data(&self) -> PageSet {
         self.inner.index.data()
     }
 
-    /// Its file: RAM by RAM offset, then the index.
+    /// The layer's file: RAM by RAM offset, then the index.
     pub fn file(&self) -> &File {
         &self.inner.file
     }
 
-    /// Whether it has checksums.
+    /// Whether the layer has checksums.
     pub fn is_checksummed(&self) -> bool {
         matches!(self.inner.index.sums, Sums::Chunks(_))
     }
 
-    /// Checks all its pages on so many threads (at least one).
+    /// Checks all pages on `threads` threads (at least one).
     ///
     /// # Errors
-    /// [`LayerError::Corrupt`] with the first offset found wrong, [`LayerError::Transient`] if
-    /// there is nothing to check them by.
+    /// [`LayerError::Corrupt`] with the first wrong offset that is found, or
+    /// [`LayerError::Transient`] if the layer has no checksums.
     pub fn verify(&self, threads: usize) -> Result<(), LayerError> {
         let work = self.checksums()?;
         let next = AtomicUsize::new(0);
@@ -238,8 +239,8 @@ impl Layer {
         })
     }
 
-    /// Checks the pages of the 2 MiB of RAM around an offset: what verification piece by piece, in
-    /// the order of need, is made of. A piece without data is right.
+    /// Checks the pages of the 2 MiB of RAM around an offset, for verification piece by piece in
+    /// the order of use. A piece without data is always correct.
     ///
     /// # Errors
     /// As [`Layer::verify`].
@@ -279,9 +280,9 @@ impl Layer {
         })
     }
 
-    /// The same layer in a sealed memory file: it neither changes nor waits for a disk, and takes
-    /// host memory for its data as long as somebody uses it. One copy serves all clones that are
-    /// given its file.
+    /// Copies the layer into a sealed memory file: the copy cannot change and never waits for a
+    /// disk, and uses host memory for its data while it is open anywhere. One copy serves all
+    /// clones that are given its file.
     ///
     /// # Errors
     /// [`LayerError::Io`] if the layer cannot be read or the host is out of memory.
@@ -326,11 +327,11 @@ impl Layer {
     }
 }
 
-/// Makes a written layer durable under its final name: data first, then the name, so that a crash
-/// leaves either no file of that name or all of it.
+/// Makes a written layer durable under its final name: the data first, then the name, so a crash
+/// leaves either no file of that name or the whole file.
 ///
 /// # Errors
-/// The host's, as it is.
+/// The host's error, unchanged.
 pub fn install(file: &File, temporary: &Path, target: &Path) -> io::Result<()> {
     file.sync_all()?;
     std::fs::rename(temporary, target)?;

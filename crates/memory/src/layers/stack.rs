@@ -1,4 +1,4 @@
-//! Layers on top of each other, and what one sees through them.
+//! Stacks of layers, and the memory that a stack gives.
 
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -7,11 +7,11 @@ use super::format::Content;
 use super::{Layer, LayerError};
 use crate::layout::{PAGE_SIZE, RamLayout};
 
-/// A stack that needs more mappings than this is to be flattened first. A process may have 65,530
-/// (`vm.max_map_count`), and each costs a fork time.
+/// The most mappings of a stack; one that needs more must be flattened first. A process may have
+/// 65,530 (`vm.max_map_count`), and each mapping makes a fork slower.
 pub const MAX_MAPPINGS: usize = 4096;
 
-/// Where pages come from.
+/// The source of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// No layer, or a layer that zeroed them.
@@ -20,16 +20,16 @@ pub enum Source {
     Layer(usize),
 }
 
-/// Neighbouring pages that come from one source.
+/// Neighbouring pages from one source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Piece {
-    /// Their numbers.
+    /// The page numbers.
     pub pages: Range<u64>,
-    /// Where they come from.
+    /// The source of the pages.
     pub source: Source,
 }
 
-/// Layers that belong together, from the base up.
+/// A stack of layers that were made for each other, from the base up.
 #[derive(Clone, Debug)]
 pub struct LayerStack {
     layers: Vec<Layer>,
@@ -37,7 +37,7 @@ pub struct LayerStack {
 }
 
 impl LayerStack {
-    /// Puts layers on top of each other, the base first.
+    /// Makes a stack of layers, the base first.
     ///
     /// # Errors
     /// [`LayerError::Parent`] if one is missing, swapped or of another stack;
@@ -74,32 +74,34 @@ impl LayerStack {
         Ok(Self { layers, pieces })
     }
 
-    /// Its layers, the base first.
+    /// The layers, the base first.
     pub fn layers(&self) -> &[Layer] {
         &self.layers
     }
 
-    /// The layer that a new one would lie on.
+    /// The top layer, which is the parent of a new one.
     pub fn top(&self) -> &Layer {
         &self.layers[self.layers.len() - 1]
     }
 
-    /// The RAM that it is of.
+    /// The layout of the RAM.
     pub fn layout(&self) -> &RamLayout {
         self.top().layout()
     }
 
-    /// All of RAM, cut by where pages come from, ascending, no two neighbours of one source.
+    /// All of RAM as pieces from one source each, ascending. No two neighbours have the same
+    /// source.
     pub fn pieces(&self) -> &[Piece] {
         &self.pieces
     }
 
-    /// Whether it takes more than [`MAX_MAPPINGS`] to map.
+    /// Whether mapping the stack takes more than [`MAX_MAPPINGS`] mappings.
     pub fn needs_flatten(&self) -> bool {
         self.pieces.len() > MAX_MAPPINGS
     }
 
-    /// Reads pages as a clone would see them. `bytes` is a whole number of pages, within RAM.
+    /// Reads pages as a clone sees them. The length of `bytes` must be a multiple of the page size,
+    /// and the pages within RAM.
     ///
     /// # Errors
     /// [`LayerError::Io`].
@@ -128,13 +130,13 @@ impl LayerStack {
     }
 }
 
-/// What is seen after one more layer is put on top.
+/// The pieces after another layer is put on top.
 fn overlaid(below: &[Piece], layer: &Layer, index: usize) -> Vec<Piece> {
     let mut pieces = Vec::with_capacity(below.len() + layer.extents().len());
     let mut rest = below.iter();
     let mut current = rest.next().cloned();
     for extent in layer.extents() {
-        // Pieces, or what is left of them, that start before the extent.
+        // Pieces, or their remainders, that start before the extent.
         while let Some(piece) = current.take_if(|piece| piece.pages.start < extent.pages.start) {
             push(
                 &mut pieces,
@@ -154,7 +156,7 @@ fn overlaid(below: &[Piece], layer: &Layer, index: usize) -> Vec<Piece> {
             Content::Zero => Source::Zero,
         };
         push(&mut pieces, extent.pages.clone(), source);
-        // Those that it covers.
+        // Pieces that the extent covers.
         while let Some(piece) = current.take_if(|piece| piece.pages.start < extent.pages.end) {
             current = match piece.pages.end > extent.pages.end {
                 true => Some(Piece {

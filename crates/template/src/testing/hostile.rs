@@ -1,4 +1,4 @@
-//! Whole templates from a hostile hand: valid hashes, hostile content.
+//! Test support: hostile templates, with valid hashes and hostile content.
 //!
 //! Bytes, a fuzzer's or a property test's, decide what becomes of a good template: its manifest is
 //! changed as a structure (fields removed, replaced, added, lists that grow), its files are
@@ -20,7 +20,7 @@ use crate::{hash_of, manifest};
 
 /// Edits beyond so many show nothing that fewer do not.
 const MAX_EDITS: usize = 8;
-/// What paths, names and texts of a manifest are replaced by.
+/// The replacements for paths, names and texts of a manifest.
 const WORDS: [&str; 16] = [
     "/etc/ANYTHING",
     "/etc/shadow",
@@ -199,7 +199,7 @@ fn walk<'v>(mut value: &'v mut Value, dice: &mut Dice<'_>) -> &'v mut Value {
         value = match value {
             Value::Object(fields) => fields.iter_mut().nth(at).unwrap().1,
             Value::Array(items) => &mut items[at],
-            // It has a length.
+            // This arm is not reached, since such a value has length 0 above.
             other => return other,
         };
     }
@@ -253,7 +253,7 @@ fn edit_file(dir: &Path, dice: &mut Dice<'_>) {
         _ => {
             if let Some(file) = own(&path) {
                 let len = file.metadata().unwrap().len().max(1);
-                // What means most lies at the beginning and at the end.
+                // The fields that matter most are at the beginning and at the end of a file.
                 let at = match dice.below(3) {
                     0 => dice.number() % len,
                     1 => u64::from(dice.byte()),
@@ -267,7 +267,7 @@ fn edit_file(dir: &Path, dice: &mut Dice<'_>) {
     }
 }
 
-/// A file for writing, which no other template shares; none for what is no file.
+/// Opens a file for writing that no other template shares; `None` if the entry is not a file.
 fn own(path: &Path) -> Option<File> {
     if !path.symlink_metadata().ok()?.is_file() {
         return None;
@@ -335,7 +335,7 @@ fn made_right(path: &Path, layer: bool) -> Option<(u64, String)> {
     Some((len, hash_of(&file).ok()?))
 }
 
-/// Makes the checksums of a state's sections right; whether one was not.
+/// Corrects the checksums of a state's sections; returns whether any was wrong.
 fn check_sections(state: &mut [u8]) -> bool {
     let mut changed = false;
     // After the magic number and the version: a name, a length, a checksum, the content.

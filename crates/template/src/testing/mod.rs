@@ -1,5 +1,5 @@
-//! What unit tests and fuzz targets share: templates of machines that never were, and a recorder of
-//! what code touches on its host.
+//! Test support for unit tests and fuzz targets: templates of machines that never ran, and a
+//! recorder of the code's accesses to its host.
 
 mod hostile;
 mod place;

@@ -1,4 +1,4 @@
-//! A place for templates of machines that never were.
+//! Test support: a directory for templates of machines that never ran.
 
 #![allow(clippy::unwrap_used)]
 
@@ -26,7 +26,7 @@ use crate::{NewTemplate, Parts, Store, Template};
 
 /// RAM of the machines, in bytes.
 pub const RAM: u64 = 16 << 20;
-/// What a template's guest would reboot into.
+/// The kernel that a template's guest would reboot into.
 const KERNEL: &[u8] = b"a kernel";
 
 /// A directory for a test, with a store of templates and a runtime directory in it.
@@ -34,7 +34,7 @@ const KERNEL: &[u8] = b"a kernel";
 pub struct Place {
     /// The directory; it goes with this.
     pub dir: tempfile::TempDir,
-    /// Which templates were verified: `run` in the directory.
+    /// The record of verified templates: `run` in the directory.
     pub verified: Verified,
 }
 
@@ -45,7 +45,7 @@ impl Default for Place {
 }
 
 impl Place {
-    /// An empty one.
+    /// Makes an empty place.
     pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let run = dir.path().join("run");
@@ -54,12 +54,12 @@ impl Place {
         Self { dir, verified }
     }
 
-    /// Its store.
+    /// The place's store.
     pub fn store(&self) -> Store {
         Store::at(self.dir.path().join("store"))
     }
 
-    /// Where a template of this name is in the store.
+    /// The path of the template `name` in the store.
     pub fn path(&self, name: &str) -> PathBuf {
         self.store().path(name).unwrap()
     }
@@ -70,7 +70,7 @@ impl Place {
         path
     }
 
-    /// A template of a VM that never was; over `parent` where there is one.
+    /// Makes a template of a VM that never ran, over `parent` if given.
     pub fn make(&self, name: &str, parent: Option<&Template>) -> Template {
         let mut new = NewTemplate::begin(&self.path(name)).unwrap();
         self.fill(&mut new, parent).unwrap();
@@ -119,7 +119,7 @@ impl Place {
         }
     }
 
-    /// The description of the VM that never was, with all that a host can be asked for.
+    /// The description of the VM that never ran, with every host resource that can be requested.
     pub fn config(&self) -> VmConfig {
         VmConfig {
             name: "never-was".into(),
@@ -140,7 +140,7 @@ impl Place {
         }
     }
 
-    /// What a manifest says beside what the files tell.
+    /// The parts of a manifest that are not determined by the files.
     pub fn parts(&self, parent: Option<&Template>) -> Parts {
         Parts {
             parent: parent.map(|parent| parent.manifest().id.clone()),
@@ -168,7 +168,7 @@ fn written_disk(template: &Template) -> Disk {
 /// The saved state of a device of this kind which no driver has seen, and that has no state of its
 /// own.
 pub fn device_state(kind: u32) -> VirtioPciState {
-    // Its first field is the kind; of all else nothing is there.
+    // The first field is the kind; all others are zero.
     let mut bytes = [0; 64];
     bytes[0] = u8::try_from(kind).unwrap();
     postcard::from_bytes(&bytes).unwrap()

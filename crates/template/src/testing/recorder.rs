@@ -1,8 +1,8 @@
-//! What code touches on its host: every path that it opens, every name that it makes, every socket.
+//! Test support: records every path that code opens, every name that it makes, and every socket.
 //!
 //! The code runs on a thread under a seccomp filter (seccomp(2), `SECCOMP_RET_USER_NOTIF`) that
-//! stops it at each call that takes a path or makes a socket. The recorder notes the call and lets
-//! it go on. So nothing that the code does is missed for having been forgotten in a mock.
+//! stops it at each call that takes a path or makes a socket. The recorder records the call and
+//! lets it continue. Unlike with a mock, no access can be missed.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -13,7 +13,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::mpsc;
 
-/// Something that was done to the host.
+/// An access to the host.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Access {
     /// A path was opened for reading.
@@ -26,7 +26,7 @@ pub enum Access {
     Unknown(i64),
 }
 
-/// Where code may reach.
+/// The accesses that are allowed.
 #[derive(Debug, Clone)]
 pub struct Bounds {
     /// Directories in which everything may be read.
@@ -35,17 +35,17 @@ pub struct Bounds {
     pub write: Vec<PathBuf>,
 }
 
-/// What every process may read of itself.
+/// The files that every process may read about itself.
 const OWN: [&str; 3] = [
     "/proc/self/",
     "/proc/thread-self/",
     "/sys/devices/system/cpu/",
 ];
-/// Where layers that end with their VM are: files there have no name.
+/// The directory for layers that end with their VM; files there have no names.
 const NAMELESS: &str = "/var/tmp";
 
 impl Bounds {
-    /// The accesses that lie outside.
+    /// The accesses outside of these bounds.
     pub fn broken_by<'a>(&self, accesses: &'a BTreeSet<Access>) -> Vec<&'a Access> {
         let outside = |access: &&Access| !self.allow(access);
         accesses.iter().filter(outside).collect()
@@ -74,10 +74,10 @@ impl Bounds {
     }
 }
 
-/// Runs `work` on a thread of its own, and returns what it gave and all that it touched.
+/// Runs `work` on a separate thread, and returns its result and all accesses.
 ///
 /// # Errors
-/// Where the kernel has no seccomp notifications.
+/// The kernel has no seccomp notifications.
 pub fn record<T: Send>(work: impl FnOnce() -> T + Send) -> io::Result<(T, BTreeSet<Access>)> {
     let (send, receive) = mpsc::channel();
     std::thread::scope(|scope| {
@@ -128,7 +128,7 @@ const CALLS: [libc::c_long; 26] = [
     libc::SYS_bind,
 ];
 
-/// Puts the filter on this thread; gives the descriptor by which its calls are heard of.
+/// Installs the filter on this thread; returns the descriptor that receives the notifications.
 fn install() -> io::Result<OwnedFd> {
     // A filter is a program of classic BPF over the call's number, the first field of its data.
     let step = |code: u32, jt: u8, k: u32| libc::sock_filter {
@@ -173,7 +173,7 @@ fn install() -> io::Result<OwnedFd> {
 const NOTIF_RECV: u64 = 0xc050_2100;
 const NOTIF_SEND: u64 = 0xc018_2101;
 
-/// Hears of all calls until the last thread with the filter has ended.
+/// Receives the notifications of all calls until the last thread with the filter has ended.
 fn listen(listener: &OwnedFd) -> io::Result<BTreeSet<Access>> {
     let mut touched = BTreeSet::new();
     loop {
@@ -273,7 +273,8 @@ fn resolve(dir: u64, path: u64) -> PathBuf {
     base.map_or(path.clone(), |base| base.join(path))
 }
 
-/// As much as there is of `len` bytes at an address of this process, whose owner waits in a call.
+/// Reads up to `len` bytes at an address of this process, as far as the memory is mapped. The
+/// thread that owns the memory waits in a call.
 fn read_own(address: u64, len: usize) -> Vec<u8> {
     let own = std::process::id() as libc::pid_t;
     let mut bytes = vec![0; len];

@@ -1,4 +1,4 @@
-//! Changes to a template's files by somebody who can also compute its id again.
+//! Test support: changes a template's files like an attacker who can also compute its id again.
 
 #![allow(clippy::unwrap_used)]
 

@@ -1,4 +1,4 @@
-//! One who is attached to the console.
+//! One client that is attached to the console.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -7,10 +7,10 @@ use std::os::unix::net::UnixStream;
 use clone_vmm::event_loop::Registrar;
 use vmm_sys_util::epoll::EventSet;
 
-/// Output that may wait for one client.
+/// The most bytes of output that may wait for one client.
 const MAX_WAITING: usize = 128 << 10;
 
-/// A client: its stream, what it has not read yet, and what it missed.
+/// A client: its stream, the output that waits for it, and the amount that it missed.
 pub(super) struct Client {
     stream: UnixStream,
     waiting: VecDeque<u8>,
@@ -19,7 +19,7 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// A client whose stream is already watched for `watched`.
+    /// Makes a client whose stream is already registered for `watched`.
     pub(super) fn new(stream: UnixStream, watched: EventSet) -> Self {
         Self {
             stream,
@@ -33,7 +33,8 @@ impl Client {
         &self.stream
     }
 
-    /// Sends now what can be sent, keeps the rest, and drops what is too much.
+    /// Sends `bytes` as far as the stream takes them, keeps the rest, and drops the excess over
+    /// [`MAX_WAITING`].
     pub(super) fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         if self.missed > 0 || self.waiting.len() + bytes.len() > MAX_WAITING {
             self.missed += bytes.len() as u64;
@@ -43,7 +44,7 @@ impl Client {
         self.flush()
     }
 
-    /// Sends what waits, as much as the stream takes.
+    /// Sends waiting output, as much as the stream takes.
     pub(super) fn flush(&mut self) -> io::Result<()> {
         loop {
             while !self.waiting.is_empty() {
@@ -56,7 +57,7 @@ impl Client {
                 }
             }
             if self.missed == 0 {
-                // An idle VM keeps no room for output that once was.
+                // An idle VM keeps no output buffer.
                 self.waiting = VecDeque::new();
                 return Ok(());
             }
@@ -66,7 +67,7 @@ impl Client {
         }
     }
 
-    /// Reads at most `room` bytes into `typed`; an error where the client is gone.
+    /// Reads at most `room` bytes into `typed`; returns an error if the client has disconnected.
     pub(super) fn read(&mut self, typed: &mut VecDeque<u8>, room: usize) -> io::Result<()> {
         let mut buffer = [0; 512];
         let room = room.min(buffer.len());
@@ -86,7 +87,7 @@ impl Client {
         }
     }
 
-    /// Watches the stream for `input`, and for room where output waits.
+    /// Registers the stream for `input`, and for writing while output waits.
     pub(super) fn watch(
         &mut self,
         registrar: &Registrar,

@@ -1,14 +1,14 @@
 //! The console's log: two files that together keep the latest output, up to a limit.
 //!
-//! Both are open from the start, since a jailed process opens nothing. When the current one holds
-//! half the limit, its content replaces that of the old one and it starts again: `console.log`
-//! always ends with the latest output.
+//! Both are open from the start, since a jailed process opens no files. When the current one holds
+//! half the limit, its content replaces the content of the old one, and it is emptied. So
+//! `console.log` always ends with the latest output.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// How much is copied at once.
+/// The size of the copy buffer.
 const CHUNK: usize = 4096;
 
 /// The log of one console.
@@ -21,7 +21,7 @@ pub struct ConsoleLog {
 }
 
 impl ConsoleLog {
-    /// An empty log in two empty files, open for reading and writing.
+    /// Makes an empty log in two empty files, which must be open for reading and writing.
     pub fn new(current: File, old: File, limit: u64) -> Self {
         Self {
             current,
@@ -32,7 +32,7 @@ impl ConsoleLog {
         }
     }
 
-    /// Adds output at the end.
+    /// Appends output.
     pub(super) fn append(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         let half = (self.limit / 2).max(1);
         while !bytes.is_empty() {
@@ -48,7 +48,7 @@ impl ConsoleLog {
         Ok(())
     }
 
-    /// The last `count` bytes, or all where there are fewer.
+    /// The last `count` bytes, or all if there are fewer.
     pub(super) fn latest(&self, count: u64) -> io::Result<Vec<u8>> {
         let from_current = count.min(self.length);
         let from_old = (count - from_current).min(self.old_length);

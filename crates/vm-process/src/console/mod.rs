@@ -1,11 +1,11 @@
-//! The serial console's other end: a log of limited size, and whoever is attached.
+//! The host side of the serial console: a log of limited size, and the attached clients.
 //!
-//! The guest's output is gathered by [`ConsoleOutput`] on the vCPU that prints and handed out by
-//! the [`ConsoleHub`] in the event loop a moment later, so that a byte costs the guest no system
-//! call, and a line wakes the event loop once and not for each of its bytes. What
-//! attached clients send is typed into the serial port as it takes it. Clients come and go on a
-//! Unix stream socket that carries plain bytes both ways; one that reads too slowly misses output
-//! and is told so.
+//! The vCPU that prints gathers output in [`ConsoleOutput`], and the [`ConsoleHub`] in the event
+//! loop passes it on a moment later. So a byte costs the guest no system call, and a line wakes the
+//! event loop once and not for each of its bytes. The input of attached clients is sent to the
+//! serial port as fast as the port accepts it. Clients connect to a Unix stream socket that carries
+//! plain bytes in both directions; one that reads too slowly misses output and receives a notice of
+//! that.
 
 mod client;
 mod log;
@@ -28,15 +28,17 @@ use vmm_sys_util::eventfd::EventFd;
 use client::Client;
 pub use log::ConsoleLog;
 
-/// How long output is gathered: a guest prints byte by byte, and nobody sees what is later by this.
+/// The time for which output is gathered. A guest prints byte by byte, and a delay this short is
+/// not noticed.
 const GATHERING: Duration = Duration::from_millis(2);
-/// Output that may wait for the event loop. Far above what comes while it does anything else.
+/// The most bytes of output that may wait for the event loop, far more than a guest prints while
+/// the loop serves another handler.
 const MAX_PENDING_OUTPUT: usize = 256 << 10;
-/// Input that may wait for the guest; clients that send more wait.
+/// The most bytes of input that may wait for the guest; beyond that, clients wait.
 const MAX_PENDING_INPUT: usize = 4 << 10;
-/// Who may be attached at once.
+/// The most clients attached at once.
 const MAX_CLIENTS: usize = 16;
-/// How much of the latest output one sees who attaches.
+/// The amount of recent output that a new client receives, in bytes.
 const REPLAY: u64 = 16 << 10;
 
 const OUTPUT: u32 = 0;
@@ -44,9 +46,9 @@ const LISTENER: u32 = 1;
 const DRAINED: u32 = 2;
 const FIRST_CLIENT: u32 = 16;
 
-/// Where input goes: the serial port, or a test.
+/// The receiver of input: the serial port, or a test.
 pub trait ConsoleInput: Send {
-    /// Takes some of `bytes`, and tells how many.
+    /// Accepts some of `bytes`, and returns how many.
     fn input(&self, bytes: &[u8]) -> usize;
 }
 
@@ -62,9 +64,9 @@ struct Pending {
     lost: u64,
 }
 
-/// The end that the serial port writes to; never blocks.
+/// The writer for the serial port's output; it never blocks.
 pub struct ConsoleOutput {
-    // Held for a copy of bytes only: by the vCPU that prints and by the hub.
+    // The vCPU that prints and the hub hold this lock only to copy bytes.
     pending: Arc<Mutex<Pending>>,
     gathered: Arc<Timer>,
 }
@@ -104,8 +106,8 @@ pub struct ConsoleHub {
 }
 
 impl ConsoleHub {
-    /// A hub that waits in `registrar`'s slot for clients of `listener` (non-blocking), and the
-    /// end for the serial port.
+    /// Makes a hub that accepts clients of `listener`, which must be non-blocking, in `registrar`'s
+    /// slot, and the writer for the serial port.
     pub fn new(
         registrar: Registrar,
         listener: UnixListener,
@@ -133,7 +135,8 @@ impl ConsoleHub {
         Ok((hub, output))
     }
 
-    /// Connects the port that input goes to; `drained` is written when it has taken all.
+    /// Connects the port that receives input. The port signals `drained` when it has sent all its
+    /// input to the guest.
     pub fn connect(&mut self, port: Box<dyn ConsoleInput>, drained: EventFd) -> io::Result<()> {
         self.registrar.add(&drained, DRAINED, EventSet::IN)?;
         self.port = Some((port, drained));
@@ -141,12 +144,12 @@ impl ConsoleHub {
         Ok(())
     }
 
-    /// How many are attached, for others to read.
+    /// The number of attached clients, shared with readers outside of the hub.
     pub fn attached(&self) -> Arc<AtomicU32> {
         Arc::clone(&self.attached)
     }
 
-    /// Hands out what the guest has printed since.
+    /// Writes the gathered output to the log and to all clients.
     pub fn flush(&mut self) {
         let Pending { bytes, lost } = {
             let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
@@ -156,7 +159,8 @@ impl ConsoleHub {
         if lost > 0 {
             self.hand_out(format!("\r\n[clone: {lost} bytes of output lost]\r\n").as_bytes());
         }
-        // Give the room back, so that the next lines need no new memory; but no more than that.
+        // The buffer is returned, so that the next lines need no allocation, but not if it has
+        // grown large.
         let mut bytes = bytes;
         if bytes.capacity() <= 4096 {
             bytes.clear();
@@ -174,7 +178,8 @@ impl ConsoleHub {
         if let Some(log) = &mut self.log
             && let Err(error) = log.append(bytes)
         {
-            // Once: a full file system would otherwise be told with each line.
+            // The log stops at the first error; otherwise a full file system would be reported with
+            // each line.
             tracing::error!(%error, "the console's log ends here");
             self.log = None;
         }
@@ -216,7 +221,7 @@ impl ConsoleHub {
         Ok(())
     }
 
-    /// What clients are watched for beside room for output.
+    /// The events that clients are registered for besides writing.
     fn interest(&self) -> EventSet {
         if self.typed.len() < MAX_PENDING_INPUT {
             EventSet::IN
@@ -225,7 +230,7 @@ impl ConsoleHub {
         }
     }
 
-    /// Does something with a client; one that is gone is let go.
+    /// Applies `act` to a client, and disconnects the client if that fails.
     fn with_client(&mut self, index: usize, act: impl FnOnce(&mut Client) -> io::Result<()>) {
         let input = self.interest();
         let Some(Some(client)) = self.clients.get_mut(index) else {
@@ -234,7 +239,7 @@ impl ConsoleHub {
         let token = FIRST_CLIENT + index as u32;
         let alive = act(client).and_then(|()| client.watch(&self.registrar, token, input));
         if alive.is_err() {
-            // Gone in the ordinary way or by a fault of its own: the VM does not care which.
+            // A client that closed and one that failed are treated alike.
             let _ = self.registrar.remove(client.stream());
             self.clients[index] = None;
             self.attached.fetch_sub(1, Ordering::Relaxed);
@@ -245,12 +250,12 @@ impl ConsoleHub {
         let room = MAX_PENDING_INPUT.saturating_sub(self.typed.len());
         let mut typed = std::mem::take(&mut self.typed);
         self.with_client(index, |client| client.read(&mut typed, room));
-        // Nobody else types meanwhile: the hub has one thread.
+        // Nothing else adds input meanwhile, since the hub runs on one thread.
         self.typed = typed;
         self.type_pending();
     }
 
-    /// Types what waits, as much as the port takes.
+    /// Sends waiting input to the port, as much as it accepts.
     fn type_pending(&mut self) {
         let Some((port, _)) = &self.port else { return };
         let was_full = self.typed.len() >= MAX_PENDING_INPUT;
@@ -273,14 +278,14 @@ impl EventHandler for ConsoleHub {
     fn handle_event(&mut self, token: u32, ready: EventSet) {
         match token {
             OUTPUT => {
-                // Not due any more: somebody flushed in between.
+                // The read fails if a flush has already drained the eventfd.
                 let _ = self.gathered.take();
                 self.flush();
             }
             LISTENER => self.accept(),
             DRAINED => {
                 if let Some((_, drained)) = &self.port {
-                    // EAGAIN: a spurious event.
+                    // The read fails with EAGAIN at a spurious event.
                     let _ = drained.read();
                 }
                 self.type_pending();
@@ -292,7 +297,8 @@ impl EventHandler for ConsoleHub {
                 }
                 let gone = ready.intersects(EventSet::HANG_UP | EventSet::ERROR);
                 if gone && self.typed.len() >= MAX_PENDING_INPUT {
-                    // It cannot be read from and would be reported for ever.
+                    // A client that hung up is reported at every wait. While no more input is
+                    // accepted it cannot be read to its end, so it is disconnected.
                     self.with_client(index, |_| Err(io::ErrorKind::UnexpectedEof.into()));
                 } else if gone || ready.contains(EventSet::IN) {
                     self.read_client(index);

@@ -1,4 +1,4 @@
-//! One client of the control socket: bytes in, requests out, answers back.
+//! One client connection of the control socket: reads requests and writes answers.
 
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
@@ -10,40 +10,44 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::http::{self, MAX_BODY, MAX_HEAD, Parsed, Request, Response};
 
-/// Read in one event, so that a client that sends without end does not hold the loop.
+/// The most bytes read in one event, so that a client that sends without end does not occupy the
+/// loop.
 const READ_AT_ONCE: usize = 16 << 10;
-/// Files that may come with one request: two for each of as many disks as a VM can have, and two.
+/// The most files received with one request: two for each of the most disks of a VM, and two more.
 const MAX_FILES: usize = 64;
-/// Answers that may wait for a client; while there are more, its requests wait too.
+/// The most bytes of answers that may wait for a client; while there are more, the client's
+/// requests wait as well.
 const MAX_OUTPUT: usize = 128 << 10;
 
-/// Whether the client wants to go on with the connection.
+/// Whether the client wants to keep the connection.
 type KeepAlive = bool;
 
-/// A connection and what is under way on it.
+/// A connection and its state.
 pub(super) struct Connection {
-    /// Never used again, so that a late answer finds its own connection or none.
+    /// The connection's id. Ids are never reused, so a late answer reaches its own connection or
+    /// none.
     pub(super) id: u64,
     stream: UnixStream,
     input: Vec<u8>,
     output: Vec<u8>,
-    /// How much of `output` was sent.
+    /// The number of bytes of `output` that were sent.
     sent: usize,
-    /// No more requests: what waits is sent, then it is closed.
+    /// Whether the connection accepts no more requests: the waiting output is sent, then it is
+    /// closed.
     closing: bool,
-    /// The client sends no more.
+    /// Whether the client has closed its sending side.
     finished: bool,
-    /// Files that came, for the next request.
+    /// The files received for the next request.
     files: Vec<OwnedFd>,
-    /// A request is being worked on elsewhere; what it said of the connection. No other is looked
-    /// at meanwhile.
+    /// Whether another thread works on a request, and whether that request keeps the connection. No
+    /// other request is handled meanwhile.
     pending: Option<KeepAlive>,
     watched: EventSet,
     pub(super) last_active: u64,
 }
 
 impl Connection {
-    /// A connection whose stream is watched for input.
+    /// Makes a connection whose stream is already registered for input.
     pub(super) fn new(stream: UnixStream, id: u64, now: u64) -> Self {
         Self {
             id,
@@ -64,8 +68,8 @@ impl Connection {
         &self.stream
     }
 
-    /// Does what `ready` allows; false where the connection is done with. `answer` gives nothing
-    /// where the answer comes later, by [`Connection::complete`].
+    /// Reads, answers and writes as far as `ready` allows; returns false when the connection is
+    /// finished. `answer` returns `None` if the answer comes later by [`Connection::complete`].
     pub(super) fn advance(
         &mut self,
         ready: EventSet,
@@ -79,18 +83,18 @@ impl Connection {
         loop {
             self.answer_requests(&mut answer);
             self.write()?;
-            // Once there is room again, requests that waited for it are answered.
+            // When the output is sent, the requests that waited for room are answered.
             if self.waiting() > 0 || !self.has_request() {
                 break;
             }
         }
-        // Half a request that will not be completed is none.
+        // An incomplete request at the end of the input is ignored.
         self.closing |= self.finished && self.pending.is_none() && !self.has_request();
         Ok(!(self.closing && self.waiting() == 0 && self.pending.is_none()))
     }
 
-    /// The answer to the request that was worked on elsewhere. To be followed by
-    /// [`Connection::advance`], which sends it.
+    /// Queues the answer to the pending request. The caller then calls [`Connection::advance`],
+    /// which sends it.
     pub(super) fn complete(&mut self, response: &Response) {
         if let Some(keep_alive) = self.pending.take() {
             self.closing |= !keep_alive;
@@ -98,7 +102,7 @@ impl Connection {
         }
     }
 
-    /// Watches for input while more is wanted, and for room while answers wait.
+    /// Registers for input while more may be read, and for output while answers wait.
     pub(super) fn watch(&mut self, registrar: &Registrar, token: u32) -> io::Result<()> {
         let mut wanted = EventSet::empty();
         if !self.closing
@@ -138,7 +142,7 @@ impl Connection {
             let part = room.min(chunk.len());
             match self.receive(&mut chunk[..part]) {
                 Ok(0) => {
-                    // It sends no more, and may still read.
+                    // The client sends no more, but may still read.
                     self.finished = true;
                     break;
                 }
@@ -154,7 +158,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Receives bytes, and the files that come with them.
+    /// Receives bytes, and the files sent with them.
     fn receive(&mut self, chunk: &mut [u8]) -> io::Result<usize> {
         let count = descriptors::receive(&self.stream, chunk, &mut self.files)?;
         if self.files.len() > MAX_FILES {
@@ -194,7 +198,7 @@ impl Connection {
         }
         self.input.drain(..done);
         if self.input.is_empty() {
-            // An idle connection keeps no room for a request that once was.
+            // An idle connection keeps no buffer.
             self.input = Vec::new();
         }
     }

@@ -1,4 +1,4 @@
-//! From a request to what the VM is asked, and from its answer to a response.
+//! Dispatches a request to the VM's operation, and turns the result into a response.
 
 use std::os::fd::OwnedFd;
 
@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use super::http::{Request, Response};
 use super::{Responder, VmControl};
 
-/// Asks `control` what `request` wants. Without an answer now there will be one from `responder`.
+/// Carries out `request` on `control`. `None` means that `responder` sends the answer later.
 pub(super) fn answer(
     control: &mut dyn VmControl,
     request: &Request<'_>,
@@ -33,11 +33,11 @@ pub(super) fn answer(
     }
 }
 
-/// What an operation gave.
+/// The result of an operation.
 enum Answer {
     /// The body of the answer, for operations that have one.
     Now(Option<Vec<u8>>),
-    /// The responder will tell.
+    /// The responder sends the answer.
     Later,
 }
 

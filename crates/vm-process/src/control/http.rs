@@ -1,7 +1,7 @@
-//! Reading HTTP/1.1 requests from bytes, and writing answers (RFC 9112).
+//! Parses HTTP/1.1 requests, and writes responses (RFC 9112).
 //!
-//! Pure functions on bytes that a hostile client chose. Bodies come with a `Content-Length`;
-//! chunked ones are refused.
+//! The functions are pure, and take bytes that a hostile client may have chosen. A body needs a
+//! `Content-Length`; chunked bodies are refused.
 
 use clone_api::{ApiError, ErrorCode};
 
@@ -9,30 +9,31 @@ use clone_api::{ApiError, ErrorCode};
 pub const MAX_HEAD: usize = 8 << 10;
 /// The largest body that is read.
 pub const MAX_BODY: usize = 64 << 10;
-/// How many headers a request may have.
+/// The most headers of a request.
 const MAX_HEADERS: usize = 48;
 
 /// A request.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Request<'a> {
-    /// The method, as it came.
+    /// The method, as the client sent it.
     pub method: &'a str,
     /// The path without a query.
     pub path: &'a str,
-    /// The body; empty where there is none.
+    /// The body; empty if the request has none.
     pub body: &'a [u8],
-    /// Whether the client wants to go on with this connection.
+    /// Whether the client wants to keep this connection.
     pub keep_alive: bool,
 }
 
-/// What some bytes are.
+/// The result of parsing the received bytes.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Parsed<'a> {
-    /// The beginning of a request.
+    /// The bytes are an incomplete request.
     Partial,
-    /// A request and how many bytes it is.
+    /// A request, and its length in bytes.
     Complete(Request<'a>, usize),
-    /// No request that is served. Where the next one begins cannot be known: close after the answer.
+    /// The request cannot be served. Since it is unknown where the next one begins, the connection
+    /// must be closed after the answer.
     Bad(ApiError),
 }
 
@@ -103,11 +104,11 @@ fn body_length(headers: &[httparse::Header<'_>]) -> Result<usize, Parsed<'static
     if lengths.next().is_some() {
         return Err(bad("the request has more than one Content-Length"));
     }
-    // Digits only: `parse` alone would also take a sign.
+    // `parse` alone would also accept a sign.
     let digits = !length.is_empty() && length.iter().all(u8::is_ascii_digit);
     let text = std::str::from_utf8(length).ok().filter(|_| digits);
     match text {
-        // So many digits that it is no usize: larger than any limit.
+        // A number that overflows `usize` is larger than any limit.
         Some(text) => Ok(text.parse().unwrap_or(usize::MAX)),
         None => Err(bad("the Content-Length is not a number")),
     }
@@ -127,29 +128,29 @@ fn keep_alive(headers: &[httparse::Header<'_>], version: u8) -> bool {
     }
 }
 
-/// An answer.
+/// A response.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Response {
-    /// The status, as in 200.
+    /// The status code.
     pub status: u16,
-    /// The JSON in the body; without one the body is empty.
+    /// The JSON body; `None` means an empty body.
     pub body: Option<Vec<u8>>,
-    /// The methods that the path has, for status 405.
+    /// The methods that the path allows, for status 405.
     pub allow: Option<String>,
 }
 
 impl Response {
-    /// The answer to what went wrong.
+    /// Makes the response for `error`.
     pub fn error(error: &ApiError) -> Self {
         Self {
             status: error.code.http_status(),
-            // An error is two texts and a code: it always serialises.
+            // An error consists of two strings and a code, so it always serialises.
             body: Some(serde_json::to_vec(error).unwrap_or_default()),
             allow: None,
         }
     }
 
-    /// Adds the answer to `out` as it goes over the wire.
+    /// Appends the response to `out` in HTTP's format.
     pub fn write(&self, keep_alive: bool, out: &mut Vec<u8>) {
         let body = self.body.as_deref().unwrap_or_default();
         let mut head = format!("HTTP/1.1 {} {}\r\n", self.status, reason(self.status));

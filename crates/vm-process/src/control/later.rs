@@ -1,4 +1,4 @@
-//! Answers that another thread gives, brought back to the event loop.
+//! Answers that other threads give, which the event loop sends to the clients.
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,12 +10,13 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::http::Response;
 
 struct Shared {
-    /// Written by threads with answers, emptied by the event loop; each holds it for a push.
+    /// The answers by connection id. Threads push answers and the event loop takes them all; each
+    /// holds the lock for that only.
     answers: Mutex<Vec<(u64, Response)>>,
     fd: EventFd,
 }
 
-/// The event loop's end.
+/// The event loop's side, which takes the answers.
 pub(super) struct Later {
     shared: Arc<Shared>,
     next_id: u64,
@@ -32,18 +33,18 @@ impl Later {
         })
     }
 
-    /// Readable once there are answers.
+    /// An eventfd that is readable while there are answers.
     pub(super) fn fd(&self) -> &EventFd {
         &self.shared.fd
     }
 
-    /// An id for a new connection.
+    /// Returns an id for a new connection.
     pub(super) fn next_id(&mut self) -> u64 {
         self.next_id += 1;
         self.next_id
     }
 
-    /// What answers the connection of this id.
+    /// Makes the responder for the connection `id`.
     pub(super) fn responder(&self, id: u64) -> Responder {
         Responder {
             shared: Arc::clone(&self.shared),
@@ -52,7 +53,7 @@ impl Later {
         }
     }
 
-    /// The answers that came, by connection.
+    /// Takes the answers given so far, with the ids of their connections.
     pub(super) fn take(&self) -> Vec<(u64, Response)> {
         let _ = self.shared.fd.read();
         std::mem::take(&mut *self.lock())
@@ -66,8 +67,8 @@ impl Later {
     }
 }
 
-/// Answers one request, from any thread. Where it is dropped without an answer (a panic), the
-/// client is told so.
+/// Answers one request, from any thread. If it is dropped without an answer, as by a panic, the
+/// client receives an error.
 pub struct Responder {
     shared: Arc<Shared>,
     id: u64,
@@ -75,7 +76,7 @@ pub struct Responder {
 }
 
 impl Responder {
-    /// Gives the answer.
+    /// Sends the answer.
     pub fn answer<T: Serialize>(mut self, result: Result<T, ApiError>) {
         let encoded = result.and_then(|value| {
             serde_json::to_vec(&value).map_err(|error| ApiError::internal(&error))

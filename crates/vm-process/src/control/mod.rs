@@ -1,9 +1,9 @@
 //! The control socket's server: HTTP/1.1 and JSON from the VM's event loop.
 //!
-//! Nothing here blocks: each client has a bounded buffer each way, and one that is slow waits
-//! for itself only. What is asked of the VM goes through [`VmControl`], so that all of it is
-//! tested without a machine. Every route of `clone_api::routes` is served: [`dispatch`] matches
-//! on the operations.
+//! Nothing here blocks: each client has a bounded buffer in each direction, and a slow client
+//! delays only itself. Operations on the VM go through [`VmControl`], so the server is tested
+//! without a machine. Every route of `clone_api::routes` is served: [`dispatch`] matches on the
+//! operations.
 
 mod connection;
 mod dispatch;
@@ -27,38 +27,39 @@ use connection::Connection;
 use later::Later;
 pub use later::Responder;
 
-/// Who may be connected at once. One more pushes out who was silent for longest.
+/// The most connections at once. One more closes the connection that was idle longest.
 const MAX_CONNECTIONS: usize = 32;
 
 const LISTENER: u32 = 0;
 const ANSWERS: u32 = 1;
 const FIRST_CONNECTION: u32 = 2;
 
-/// What a VM can be asked through its control socket. No call may block for long.
+/// The operations that a VM offers through its control socket. No call may block for long.
 pub trait VmControl: Send {
-    /// What it is and what it is doing.
+    /// Returns the VM's description and state.
     fn info(&self) -> VmInfo;
-    /// What it uses.
+    /// Returns the VM's use of resources.
     fn stats(&mut self) -> Result<VmStats, ApiError>;
-    /// Stops vCPUs and devices; a paused VM stays so.
+    /// Stops vCPUs and devices; does nothing to a paused VM.
     fn pause(&mut self) -> Result<(), ApiError>;
-    /// Lets them go on; a running VM stays so.
+    /// Resumes vCPUs and devices; does nothing to a running VM.
     fn resume(&mut self) -> Result<(), ApiError>;
     /// Asks the guest to shut down.
     fn power_button(&mut self) -> Result<(), ApiError>;
-    /// Ends the VM; the answer is still sent.
+    /// Ends the VM after the answer is sent.
     fn kill(&mut self);
-    /// What the balloon holds.
+    /// Returns the balloon's status.
     fn balloon(&mut self) -> Result<BalloonStatus, ApiError>;
-    /// Sets what it should hold.
+    /// Sets the balloon's target size, and returns its status.
     fn set_balloon(&mut self, size: Bytes) -> Result<BalloonStatus, ApiError>;
-    /// Where the console is.
+    /// Returns the paths of the console's socket and log.
     fn console(&self) -> ConsoleInfo;
-    /// Takes a snapshot into `files`; the answer comes by `responder`, from another thread.
+    /// Takes a snapshot into `files` on another thread, which answers by `responder`.
     fn snapshot(&mut self, request: SnapshotRequest, files: Vec<OwnedFd>, responder: Responder);
-    /// Takes the name, and lets a standby run whose jail has what is required.
+    /// Gives a standby its name and lets its guest run, provided that its jail has the required
+    /// layers.
     fn adopt(&mut self, adoption: &Adoption) -> Result<(), ApiError>;
-    /// Which pages its guest has touched.
+    /// Returns the pages that the guest has touched.
     fn touched_pages(&self) -> Result<TouchedPages, ApiError>;
 }
 
@@ -68,14 +69,15 @@ pub struct ControlServer {
     listener: UnixListener,
     control: Box<dyn VmControl>,
     connections: Vec<Option<Connection>>,
-    /// Answers that other threads give.
+    /// The answers that other threads give.
     later: Later,
-    /// Counts events, to tell who was silent for longest.
+    /// Counts events, to find the connection that was idle longest.
     clock: u64,
 }
 
 impl ControlServer {
-    /// A server that waits in `registrar`'s slot for clients of `listener` (non-blocking).
+    /// Makes a server that accepts clients of `listener`, which must be non-blocking, in
+    /// `registrar`'s slot.
     pub fn new(
         registrar: Registrar,
         listener: UnixListener,
@@ -98,7 +100,8 @@ impl ControlServer {
         while let Ok((stream, _)) = self.listener.accept() {
             let index = self.free_slot();
             match self.welcome(index, stream) {
-                // Its request is most often there already: a wait less on the way of a fork.
+                // The request has most often arrived already: serving it now saves one wait, which
+                // shortens a fork.
                 Ok(()) => self.serve(index, EventSet::IN),
                 Err(error) => {
                     tracing::warn!(%error, "a client of the control socket could not be served");
@@ -107,7 +110,7 @@ impl ControlServer {
         }
     }
 
-    /// A free slot, if need be that of the connection which was silent for longest.
+    /// Returns a free slot, if need be by closing the connection that was idle longest.
     fn free_slot(&mut self) -> usize {
         if let Some(free) = self.connections.iter().position(Option::is_none) {
             return free;
@@ -133,13 +136,14 @@ impl ControlServer {
 
     fn close(&mut self, index: usize) {
         if let Some(connection) = self.connections[index].take() {
-            // The stream is closed with it, which removes it from the loop too.
+            // The stream is closed when the connection is dropped, which removes it from the loop
+            // too.
             let _ = self.registrar.remove(connection.stream());
         }
     }
 
-    /// Answers that other threads have given go to the connections that wait for them, where those
-    /// are still there.
+    /// Passes the answers of other threads to the connections that wait for them, where those still
+    /// exist.
     fn answer_later(&mut self) {
         for (id, response) in self.later.take() {
             let waits = |slot: &Option<Connection>| slot.as_ref().is_some_and(|c| c.id == id);

@@ -1,5 +1,5 @@
-//! Landlock without a single rule: no path may be opened, no port used, no process outside of the
-//! jail signalled, whatever namespaces would allow. What is open stays usable.
+//! A Landlock ruleset without any rule: the process can open no path, use no port, and signal no
+//! process outside of the jail, whatever its namespaces would allow. Open descriptors stay usable.
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetError,
@@ -8,12 +8,13 @@ use landlock::{
 
 use super::{JailError, Layer, failed};
 
-/// What this layer must take away to count as there: paths and TCP ports (Linux 6.7).
+/// The oldest version that counts as this layer: it restricts paths and TCP ports (Linux 6.7).
 const NEEDED: ABI = ABI::V4;
-/// The newest rights known here; older kernels leave out those they do not know.
+/// The newest version whose rights are restricted; older kernels ignore the rights that they do not
+/// know.
 const NEWEST: ABI = ABI::V6;
 
-/// Takes every right away that Landlock knows of.
+/// Removes every right that Landlock can restrict.
 pub(super) fn forbid_everything() -> Result<Layer, JailError> {
     let status = restrict().map_err(|error| failed("take Landlock rights away")(io(error)))?;
     Ok(match status {

@@ -1,19 +1,21 @@
-//! The jail of a VM's process: what is left to somebody who took it over from inside the guest.
+//! The jail of a VM's process, which limits what an attacker can do who took the process over from
+//! inside the guest.
 //!
-//! The process calls [`enter`] when it has opened everything it needs and before its first thread
-//! starts. From then on it has an empty root, networks and IPC of its own, a user id of its own
-//! (where it was root), no capability and no way to a new one. Its threads are filtered one by
-//! one, each to the system calls that its work needs: vCPUs by [`confine_vcpu`], the event loop by
-//! [`confine_event_loop`] when the machine is built. Threads that the event loop starts (disks'
+//! The process calls [`enter`] after it has opened everything that it needs, and before it starts
+//! its first thread. From then on it has an empty root, its own networks and IPC, its own user id
+//! (if it was started as root), no capability and no way to gain one. Each thread is filtered to
+//! the system calls that its work needs: vCPUs by [`confine_vcpu`], the event loop by
+//! [`confine_event_loop`] once the machine is built. Threads that the event loop starts (the disks'
 //! workers) inherit its filter.
 //!
-//! Each layer stands alone: where the host lacks one, the others are still put up, and the VM's
-//! status says what is missing and why ([`JailStatus`]); whoever requires it has the VM refused.
-//! Host resources of a VM outside of its process (taps, its directory) are left to others.
+//! The layers are independent: where the host lacks one, the others are still applied, and the VM's
+//! status says which is missing and why ([`JailStatus`]). A start that requires the missing layer
+//! is refused. Host resources of a VM outside of its process (taps, the runtime directory) are
+//! handled elsewhere.
 //!
 //! # What stays open
-//! A descriptor goes on giving what its opener could do, whatever the process lost since. So each
-//! kind that the process keeps has a reason why it is harmless in a guest's hands:
+//! A descriptor keeps the access that it was opened with, whatever the process has lost since. So
+//! for each kind that the process keeps, this table says why it is harmless in a guest's hands:
 //!
 //! | descriptor | what can be done with it |
 //! | --- | --- |
@@ -27,9 +29,9 @@
 //! | `/proc/self/smaps_rollup` | sums over this process's own memory; what it reads was checked at `open` |
 //! | eventfds, timers, epoll, userfaultfd, io_uring | this process's own objects; rings take only reads, writes and syncs of registered files |
 //!
-//! No directory, no `/proc` file of another process, no netlink or packet socket and nothing of the
-//! launcher's is among them: everything that is not a standard stream is closed first of all
-//! ([`crate`]).
+//! The process has no directory, no `/proc` file of another process, no netlink or packet socket,
+//! and no descriptor of its launcher: everything but the standard streams is closed before anything
+//! else ([`crate`]).
 
 mod landlock;
 mod namespaces;
@@ -44,14 +46,14 @@ use std::path::PathBuf;
 use clone_api::jail::{JailLayer, JailStatus, MissingLayer};
 use clone_start::cgroup::{self, Limits};
 
-/// What a jail is built around.
+/// The facts about a VM that its jail depends on.
 #[derive(Debug, Clone)]
 pub(super) struct JailSpec {
     /// The VM's runtime directory.
     pub runtime_dir: PathBuf,
     /// The RAM promised to the guest, for the memory limit.
     pub guest_memory_bytes: u64,
-    /// How many vCPU threads there will be, for the limit of threads.
+    /// The number of vCPU threads, for the limit of threads.
     pub vcpus: u32,
 }
 
@@ -59,13 +61,13 @@ pub(super) struct JailSpec {
 #[derive(Debug, thiserror::Error)]
 #[error("cannot jail the VM's process: {action}: {source}")]
 pub(super) struct JailError {
-    /// What was tried.
+    /// The step that failed, in the form "verb object".
     pub action: &'static str,
-    /// The system's answer.
+    /// The operating system's error.
     pub source: io::Error,
 }
 
-/// For `map_err`: the error of `action`.
+/// Makes a closure for `map_err` that wraps the error of `action`.
 fn failed<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> JailError {
     move |error| JailError {
         action,
@@ -73,16 +75,16 @@ fn failed<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> JailErr
     }
 }
 
-/// Whether a layer that hosts may lack was put up, or why not.
+/// The outcome of a layer that a host may lack: applied, or the reason why not.
 type Layer = Result<(), String>;
 
-/// Confines the calling process, which has one thread. The layers that this host lacks are in the
-/// status, and in the log.
+/// Confines the calling process, which must have one thread. Layers that this host lacks are in the
+/// returned status and in the log.
 ///
-/// The first things to go are those that need paths and privileges to be set up.
+/// The layers that need paths and privileges to be set up are applied first.
 ///
 /// # Errors
-/// Where a layer fails that this host has. Nothing of the VM may be run then.
+/// A layer that this host has could not be applied. The VM must not be run then.
 pub(super) fn enter(spec: &JailSpec) -> Result<JailStatus, JailError> {
     let limits = Limits {
         guest_memory_bytes: spec.guest_memory_bytes,
@@ -117,8 +119,8 @@ pub(super) fn confine_vcpu() -> io::Result<()> {
     seccomp::apply(seccomp::Kind::Vcpu)
 }
 
-/// Filters the calling thread, the event loop's, when everything of the machine is made and before
-/// the guest runs. Threads that it starts later inherit the filter.
+/// Filters the calling thread, which runs the event loop, after the machine is built and before the
+/// guest runs. Threads that it starts later inherit the filter.
 pub(super) fn confine_event_loop() -> io::Result<()> {
     seccomp::apply(seccomp::Kind::EventLoop)
 }

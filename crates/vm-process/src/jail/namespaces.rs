@@ -1,9 +1,9 @@
-//! Leaving the host's file systems, networks, IPC and names.
+//! Moves the process out of the host's file systems, networks, IPC and host names.
 //!
-//! The new root is an empty, read-only tmpfs: sockets and files are open already, and stay
-//! reachable by their descriptors only. The process stays in its launcher's PID namespace, as a
-//! process enters one only by being born into it. Ids of other processes are of no use to it:
-//! there is no `/proc`, its user id is its own, and no system call that takes one is allowed.
+//! The new root is an empty, read-only tmpfs: sockets and files are open already, and can be
+//! reached only by their descriptors. The process stays in its launcher's PID namespace, since only
+//! a newly forked process enters another one. It cannot use the ids of other processes: it has no
+//! `/proc`, its user id is its own, and its filters allow no system call that takes such an id.
 
 use std::fs;
 use std::io;
@@ -15,10 +15,11 @@ use rustix::thread::UnshareFlags;
 
 use super::{JailError, Layer, failed};
 
-/// Moves the process into namespaces of its own with nothing in them. `spot` is any directory to
-/// mount the new root on; nobody else sees that.
+/// Moves the process into new, empty namespaces. `spot` is any directory on which to mount the new
+/// root; the mount is not visible outside of the process.
 ///
-/// Without root it needs a user namespace. Where the host forbids those, this layer is missing.
+/// A process that is not root needs a user namespace. Where the host forbids those, this layer is
+/// missing.
 pub(super) fn leave_the_host(spot: &Path) -> Result<Layer, JailError> {
     match isolate(spot) {
         Ok(()) => Ok(Ok(())),
@@ -50,10 +51,11 @@ fn isolate(spot: &Path) -> Result<(), JailError> {
     empty_root(spot)
 }
 
-/// In the user namespace there is one user and one group, with the ids they have outside.
+/// Maps one user and one group into the user namespace, with the same ids as outside.
 fn map_only_ourselves(uid: Uid, gid: Gid) -> io::Result<()> {
     let (uid, gid) = (uid.as_raw(), gid.as_raw());
-    // Without this the group's map is refused: groups could be dropped that deny something.
+    // The kernel refuses the group's map unless setgroups is denied, since dropping a group could
+    // grant access that the group denies.
     fs::write("/proc/self/setgroups", "deny")?;
     fs::write("/proc/self/uid_map", format!("{uid} {uid} 1"))?;
     fs::write("/proc/self/gid_map", format!("{gid} {gid} 1"))
@@ -76,7 +78,7 @@ fn empty_root(spot: &Path) -> Result<(), JailError> {
     )
     .map_err(failed("mount an empty root"))?;
     process::chdir(spot).map_err(failed("enter the empty root"))?;
-    // The old root is put over the new one, and is then the first that `.` leads to.
+    // The old root is mounted over the new one, so `.` leads to the old one.
     process::pivot_root(".", ".").map_err(failed("change the root"))?;
     mount::unmount(".", UnmountFlags::DETACH).map_err(failed("let go of the old root"))?;
     process::chdir("/").map_err(failed("enter the new root"))

@@ -1,4 +1,4 @@
-//! Giving up the user, all capabilities, the ways to regain them, and the size of some resources.
+//! Gives up the user id, all capabilities and the ways to regain them, and limits some resources.
 
 use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, Gid, Resource, Rlimit, Uid};
@@ -6,14 +6,16 @@ use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 
 use super::{JailError, Layer, failed};
 
-/// Open files a VM may have: vsock connections are what there may be thousands of.
+/// The most open files of a VM. Vsock connections are the only kind that may number thousands.
 const MAX_FILES: u64 = 16 << 10;
 
-/// Where the user ids of jailed processes begin, far from those of people and services. Each has
-/// its own, which is its process id above this: no two VMs can reach each other as the same user.
+/// The start of the user ids of jailed processes, far from those of people and services. Each
+/// process has its own, this number plus its process id, so no two VMs can reach each other as the
+/// same user.
 const FIRST_UID: u32 = 2_000_000_000;
 
-/// Limits what the process can take from the host; both values of each limit, for good.
+/// Limits the host resources that the process can use. Both the soft and the hard limits are set,
+/// so they cannot be raised again.
 pub(super) fn limit_resources() -> Result<(), JailError> {
     let limit = |resource, most: u64, action| {
         let now = rustix::process::getrlimit(resource);
@@ -25,14 +27,16 @@ pub(super) fn limit_resources() -> Result<(), JailError> {
         rustix::process::setrlimit(resource, limit).map_err(failed(action))
     };
     limit(Resource::Nofile, MAX_FILES, "limit open files")?;
-    // A dump would hold the guest's memory.
+    // A core dump would contain the guest's memory.
     limit(Resource::Core, 0, "forbid core dumps")?;
     limit(Resource::Msgqueue, 0, "forbid message queues")
 }
 
-/// Takes every privilege away, for good. The layer is the user id: only root can change it.
+/// Drops every privilege for good. The jail layer that this returns is the user id, which only root
+/// can change.
 pub(super) fn drop_all() -> Result<Layer, JailError> {
-    // Changing the user clears it, and until the VM is reported it must end with its launcher.
+    // Changing the user clears this signal, but until the VM is reported it must end with its
+    // launcher.
     let death = rustix::process::parent_process_death_signal()
         .map_err(failed("read the signal of its launcher's death"))?;
     rustix::thread::clear_ambient_capability_set()
@@ -63,14 +67,14 @@ pub(super) fn drop_all() -> Result<Layer, JailError> {
 }
 
 fn clear_bounding_set() -> Result<(), JailError> {
-    // Ids beyond the kernel's last are refused as invalid.
+    // The kernel refuses ids beyond its last capability as invalid.
     for id in 0..64 {
         let capability = CapabilitySet::from_bits_retain(1 << id);
         match rustix::thread::remove_capability_from_bounding_set(capability) {
             Ok(()) => {}
             Err(Errno::INVAL) => break,
-            // Neither root nor in a user namespace: there is no capability to bound, and without
-            // new privileges none will come.
+            // The process is neither root nor in a user namespace: it has no capability to bound,
+            // and can gain none without new privileges.
             Err(Errno::PERM) if !rustix::process::geteuid().is_root() => break,
             Err(error) => return Err(failed("empty its capability bounding set")(error)),
         }
@@ -78,7 +82,7 @@ fn clear_bounding_set() -> Result<(), JailError> {
     Ok(())
 }
 
-/// Being user 0 shall mean nothing any more.
+/// Sets and locks the securebits, so that user id 0 no longer implies any capability.
 fn lock_root_out() -> Result<(), JailError> {
     type Bits = CapabilitiesSecureBits;
     let bits = Bits::NO_ROOT
@@ -92,10 +96,11 @@ fn lock_root_out() -> Result<(), JailError> {
     }
 }
 
-/// Becomes a user that no one else is. Everything it works with is open already.
+/// Changes to a user id that no other process has. Everything that the process needs is open
+/// already.
 fn become_nobody() -> Result<(), JailError> {
     let id = FIRST_UID + std::process::id();
-    // In this order: changing groups needs a privilege that goes with the user.
+    // The groups are changed first, since that needs a privilege which is lost with the user id.
     rustix::thread::set_thread_groups(&[]).map_err(failed("leave its groups"))?;
     let gid = Gid::from_raw(id);
     rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(failed("change its group"))?;

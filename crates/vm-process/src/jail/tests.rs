@@ -1,4 +1,4 @@
-//! Attempts from inside the very jail that VMs get. Each is made by a process of its own.
+//! Attempts to break out of the jail that VMs get. Each is made by a separate process.
 
 use std::fs;
 use std::io::{self, Read, Write};

@@ -1,9 +1,10 @@
-//! The log of a VM's process, whose guest must not fill it.
+//! The log of a VM's process, bounded so that the guest cannot fill it.
 //!
-//! It lies in the runtime directory, which is in memory. Every line passes here, so that a warning
-//! needs no care of its own where it is written: lines of one place in the code have a rate, all
-//! of them together a size, and their text is printable. Errors, of which the last may tell why
-//! the VM ended, have some room of their own.
+//! The log is a file in the runtime directory, which is in memory. Every line passes through this
+//! module, so code that writes a warning need not limit itself: the lines of one place in the code
+//! have a rate limit, all lines together have a size limit, and their text is made printable.
+//! Errors have a reserve of their own beyond that limit, because the last one may explain why the
+//! VM ended.
 
 use std::collections::HashMap;
 use std::io::{self, Write};
@@ -15,13 +16,13 @@ use tracing::callsite::Identifier;
 use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Lines that one place in the code may write at once.
+/// The number of lines that one place in the code may write in a burst.
 const BURST: u32 = 20;
-/// How long it takes until it may write one more.
+/// The time after which a place in the code may write one more line.
 const REFILL: Duration = Duration::from_secs(10);
-/// The most bytes of all lines together.
+/// The size limit of all lines together, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
-/// The bytes beyond that for errors.
+/// The bytes beyond [`MAX_BYTES`] that are reserved for errors.
 const ERROR_BYTES: u64 = 64 << 10;
 
 /// Writes lines to `W`, within their bounds.
@@ -31,17 +32,17 @@ struct State<W> {
     out: W,
     written: u64,
     is_full: bool,
-    /// Whether lines have a rate. Whoever asked for more than warnings wants all of them.
+    /// Whether lines are rate limited. They are not when `CLONE_LOG` asks for more than warnings.
     has_rate: bool,
     places: HashMap<Identifier, Place>,
 }
 
-/// A place in the code that writes lines.
+/// The rate limit of one place in the code that writes lines: a token bucket.
 struct Place {
     tokens: u32,
     /// The time up to which `tokens` has been refilled.
     since: Instant,
-    /// Lines left out since the last one that was written.
+    /// The number of lines dropped since the last one that was written.
     left_out: u64,
 }
 
@@ -54,10 +55,11 @@ impl Place {
         }
     }
 
-    /// Whether a line may be written now, and how many were left out before it.
+    /// Takes a token for one line: the number of lines dropped before it, or `None` where this line
+    /// must be dropped as well.
     fn take(&mut self, now: Instant) -> Option<u64> {
         let earned = now.saturating_duration_since(self.since).as_secs() / REFILL.as_secs();
-        // A place that was silent for so long that the number is larger has all tokens again.
+        // A number too large for `u32` means a pause long enough to refill all tokens.
         let earned = u32::try_from(earned).unwrap_or(BURST).min(BURST);
         self.tokens = (self.tokens + earned).min(BURST);
         self.since = match self.tokens {
@@ -78,7 +80,7 @@ impl Place {
 }
 
 impl<W: Write> BoundedLog<W> {
-    /// A log in `out`, which is empty.
+    /// Makes a log that writes to `out`, which must be empty.
     pub(super) fn new(out: W, has_rate: bool) -> Self {
         Self(Mutex::new(State {
             out,
@@ -91,7 +93,7 @@ impl<W: Write> BoundedLog<W> {
 }
 
 impl<W: Write> State<W> {
-    /// Writes the line `text` of a place in the code, if that may write one.
+    /// Writes the line `text` of a place in the code, if its rate and the size limit allow it.
     fn line(&mut self, place: Identifier, level: Level, now: Instant, text: &str) {
         if self.has_rate {
             let place = self.places.entry(place);
@@ -114,7 +116,7 @@ impl<W: Write> State<W> {
         let len = line.len() as u64 + 1;
         if self.written + len > room {
             if !std::mem::replace(&mut self.is_full, true) {
-                // There is nobody to tell where the log cannot be written.
+                // An error of the log itself cannot be reported anywhere.
                 let _ = writeln!(self.out, "the log is full: only errors follow");
             }
             return;
@@ -124,7 +126,7 @@ impl<W: Write> State<W> {
     }
 }
 
-/// Where one line is written.
+/// The writer of one line.
 pub(super) struct Line<'a, W> {
     log: &'a BoundedLog<W>,
     place: Option<(Identifier, Level)>,
@@ -135,7 +137,7 @@ impl<W: Write> Write for Line<'_, W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if let Some((place, level)) = &self.place {
             let text = String::from_utf8_lossy(bytes);
-            // A panic while the lock was held left a line unwritten at the worst.
+            // A panic while the lock was held lost one line at most; the state is still usable.
             let mut state = self.log.0.lock().unwrap_or_else(PoisonError::into_inner);
             state.line(place.clone(), *level, Instant::now(), text.trim());
         }
@@ -173,7 +175,7 @@ mod tests {
 
     use super::*;
 
-    /// What was written, and whoever writes it.
+    /// A writer that shares its bytes with the test.
     #[derive(Clone, Default)]
     struct Written(Arc<Mutex<Vec<u8>>>);
 
@@ -193,7 +195,7 @@ mod tests {
         }
     }
 
-    /// What is written while `work` writes to a log.
+    /// The bytes that the log writes while `work` runs.
     fn logged(has_rate: bool, work: impl FnOnce()) -> String {
         let written = Written::default();
         let lines = super::super::lines(BoundedLog::new(written.clone(), has_rate));

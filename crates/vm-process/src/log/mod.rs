@@ -1,4 +1,4 @@
-//! What the process tells of itself, on standard error.
+//! The log of the VM's process, on standard error.
 
 mod bounded;
 
@@ -12,7 +12,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use bounded::BoundedLog;
 
-/// Starts the log, which is bounded: what `CLONE_LOG` asks for, else warnings.
+/// Starts the bounded log, at the levels that `CLONE_LOG` asks for, by default warnings.
 pub(super) fn start() {
     let wanted = wanted();
     let log = BoundedLog::new(std::io::stderr(), wanted.is_none());
@@ -22,7 +22,7 @@ pub(super) fn start() {
         .try_init();
 }
 
-/// Events as lines, for a writer that takes a whole one at a time.
+/// Formats events as lines, for a writer that receives one whole line per call.
 fn lines<S, W>(writer: W) -> impl Layer<S>
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
@@ -34,8 +34,8 @@ where
         .without_time()
 }
 
-/// What `CLONE_LOG` asks for; nothing where it asks for what there is not, which cannot be told
-/// yet.
+/// The levels that `CLONE_LOG` asks for. An invalid value gives `None`, since the log that could
+/// report it has not started yet.
 fn wanted() -> Option<Targets> {
     std::env::var("CLONE_LOG").ok()?.parse().ok()
 }

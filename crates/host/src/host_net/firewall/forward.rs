@@ -1,8 +1,8 @@
-//! Other rules of the host that cut guests off from the world.
+//! Finds other rules of the host that block guests' traffic.
 //!
-//! That one table accepts a packet does not keep another from dropping it. Docker and many
-//! firewalls drop all forwarded packets that they have no rule for. Their rules are their owners',
-//! so nothing is changed there: it is said when a VM starts, with what helps.
+//! A packet that one table accepts may still be dropped by another. Docker and many firewalls drop
+//! all forwarded packets that they have no rule for. Those rules belong to their owners, so they
+//! are not changed; instead, a notice at the start of a VM says what helps.
 
 use std::fs;
 use std::process::Command;
@@ -12,14 +12,14 @@ use serde_json::Value;
 use super::nft;
 use super::{BRIDGE, HostNetError};
 
-/// A chain of another table that drops what is forwarded and not named in it.
+/// A chain of another table that drops forwarded packets which it has no rule for.
 struct Chain {
     family: String,
     table: String,
     name: String,
 }
 
-/// A sentence for each firewall that drops what guests send to the world.
+/// One notice for each firewall that drops guests' packets to other networks.
 pub(super) fn obstacles() -> Result<Vec<String>, HostNetError> {
     let mut notices = Vec::new();
     let Some(chains) = nft::list_json("list chains")? else {
@@ -69,7 +69,7 @@ fn docker_advice(program: &str) -> String {
     )
 }
 
-/// The chains that forwarded IPv4 passes, and whether their policy drops it.
+/// The chains that forwarded IPv4 packets pass, and whether their policy is to drop.
 fn forwarding(listed: &Value) -> Vec<(Chain, bool)> {
     let chains = listed["nftables"].as_array().into_iter().flatten();
     let word = |value: &Value| value.as_str().unwrap_or_default().to_owned();
@@ -88,7 +88,7 @@ fn forwarding(listed: &Value) -> Vec<(Chain, bool)> {
         .collect()
 }
 
-/// Whether a chain's last rule drops all that is left.
+/// Whether a chain's last rule drops all remaining packets.
 fn ends_with_drop(family: &str, table: &str, name: &str) -> Result<bool, HostNetError> {
     let listed = nft::list_json(&format!("list chain {family} {table} {name}"))?;
     let last = listed.as_ref().and_then(|listed| {
@@ -110,7 +110,7 @@ fn ends_with_drop(family: &str, table: &str, name: &str) -> Result<bool, HostNet
     }))
 }
 
-/// The same of the tables that `nft` does not show, which older iptables make.
+/// The notice for a dropping table of an older iptables version, which `nft` does not show.
 fn legacy_obstacle() -> Option<String> {
     let tables = fs::read_to_string("/proc/net/ip_tables_names").ok()?;
     if !tables.lines().any(|table| table == "filter") {

@@ -1,17 +1,17 @@
-//! The program `nft`.
+//! Runs the program `nft`.
 
 use std::io::{self, ErrorKind, Write as _};
 use std::process::{Command, Output, Stdio};
 
 use super::HostNetError;
 
-/// Runs a script, which nft does as one transaction.
+/// Runs a script as one transaction.
 pub(super) fn run(script: &str, action: &'static str) -> Result<(), HostNetError> {
     let failed = |stderr: String| HostNetError::Nft { action, stderr };
     let mut child = spawn(&["-f", "-"]).map_err(|error| not_started(&error, action))?;
     if let Some(mut stdin) = child.stdin.take()
         && let Err(error) = stdin.write_all(script.as_bytes())
-        // It ends early where it finds a mistake, and says so itself.
+        // At a syntax error, nft ends early and reports it itself.
         && error.kind() != ErrorKind::BrokenPipe
     {
         return Err(failed(format!("it takes no script: {error}")));
@@ -22,13 +22,13 @@ pub(super) fn run(script: &str, action: &'static str) -> Result<(), HostNetError
     success(output, action).map(|_| ())
 }
 
-/// What nft lists, without the elements of sets that packets add; `None` where there is no such
+/// Returns nft's listing, without the elements that packets add to sets; `None` if there is no such
 /// table.
 pub(super) fn list(command: &str) -> Result<Option<String>, HostNetError> {
     query(&[&["-s", "-t"], words(command).as_slice()].concat())
 }
 
-/// The same as JSON.
+/// Returns nft's listing as JSON.
 pub(super) fn list_json(command: &str) -> Result<Option<serde_json::Value>, HostNetError> {
     let text = query(&[&["-j", "-t"], words(command).as_slice()].concat())?;
     Ok(text.and_then(|text| serde_json::from_str(&text).ok()))
@@ -79,7 +79,7 @@ fn not_started(error: &io::Error, action: &'static str) -> HostNetError {
 
 fn spawn(arguments: &[&str]) -> io::Result<std::process::Child> {
     let mut last = io::Error::from(ErrorKind::NotFound);
-    // The usual place is not in every user's PATH.
+    // The usual directory is not in every user's PATH.
     for program in ["nft", "/usr/sbin/nft", "/sbin/nft"] {
         let spawned = Command::new(program)
             .args(arguments)

@@ -1,19 +1,19 @@
 //! A small assembler of classic BPF, which the kernel's traffic control runs on each frame.
 //!
 //! Programs are built of nested blocks, so there are no labels: a condition skips the block after
-//! it. A load beyond a frame's end ends a program with 0, which is [`REJECT`]: no length need be
-//! checked by hand. Source: the Linux kernel's `networking/filter.rst`.
+//! it. A load beyond a frame's end ends the program with 0, which is [`REJECT`], so no length needs
+//! an explicit check. Source: the Linux kernel's `networking/filter.rst`.
 
 use std::net::Ipv6Addr;
 
 use clone_api::MacAddr;
 
-/// The program's answer that lets the frame pass.
+/// The program's result that lets the frame pass.
 const ACCEPT: u32 = 1;
-/// The program's answer that does not, and the one of a load beyond the frame's end.
+/// The program's result that drops the frame, also the result of a load beyond the frame's end.
 const REJECT: u32 = 0;
 
-/// Where loads of facts about a frame start that are not in its bytes (`SKF_AD_OFF`).
+/// The offset of metadata about a frame, which is not in its bytes (`SKF_AD_OFF`).
 const ANCILLARY: u32 = 0xffff_f000;
 
 const LOAD_WORD: u16 = 0x20;
@@ -33,19 +33,19 @@ struct Instruction {
     operand: u32,
 }
 
-/// A value that a program can look at, by offsets from the frame's first byte.
+/// A value that a program can load, by its offset from the frame's first byte.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Field {
     Byte(u32),
     Half(u32),
     Word(u32),
-    /// A half-word of which only these bits are looked at.
+    /// Some bits of a half-word, by offset and mask.
     HalfBits(u32, u32),
-    /// A byte of which only these bits are looked at.
+    /// Some bits of a byte, by offset and mask.
     ByteBits(u32, u32),
-    /// A word of which only these bits are looked at.
+    /// Some bits of a word, by offset and mask.
     WordBits(u32, u32),
-    /// Whether the kernel took a VLAN tag off the frame: 1 or 0.
+    /// Whether the kernel removed a VLAN tag from the frame: 1 or 0.
     VlanTagged,
     /// The mark that the packet filter set.
     Mark,
@@ -73,7 +73,7 @@ impl Field {
     }
 }
 
-/// What must all be true of a frame: fields and their values.
+/// A conjunction: fields, and the values that they must all have.
 pub(super) type Condition = Vec<(Field, u32)>;
 
 /// Whether `field` is `value`.
@@ -101,14 +101,14 @@ pub(super) fn ipv6_at(offset: u32, address: Ipv6Addr) -> Condition {
         .collect()
 }
 
-/// A program, or a block of one. What runs off its end goes on with what follows it.
+/// A program, or a block of one. Execution continues after the end of a block with the next one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Program {
     instructions: Vec<Instruction>,
 }
 
 impl Program {
-    /// The block of `parts` one after the other.
+    /// Concatenates `parts` to one block.
     pub(super) fn of(parts: impl IntoIterator<Item = Self>) -> Self {
         Self {
             instructions: parts
@@ -128,7 +128,7 @@ impl Program {
         Self::answer(REJECT)
     }
 
-    /// Ends with this answer.
+    /// Ends the program with this result.
     pub(super) fn answer(answer: u32) -> Self {
         let mut program = Self::default();
         program.push(RETURN, 0, 0, answer);

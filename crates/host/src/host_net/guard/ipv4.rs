@@ -21,7 +21,7 @@ const VERSION_AND_LENGTH: Field = Field::Byte(14);
 const PROTOCOL: Field = Field::Byte(23);
 const FROM: Field = Field::Word(26);
 const TO: u32 = 30;
-/// The offset of a fragment, with or without the bit that says that more follow.
+/// The offset of a fragment, ignoring the bit that says that more fragments follow.
 const FRAGMENT_OFFSET: Field = Field::HalfBits(20, 0x1fff);
 const FRAGMENT: Field = Field::HalfBits(20, 0x3fff);
 
@@ -32,7 +32,7 @@ const UDP: u32 = 17;
 const TRANSPORTS: [u32; 8] = [ICMP, 6, UDP, 33, 47, 50, 132, 136];
 /// ICMP without redirects (5) and router discovery (9, 10): a guest is no router.
 const ICMP_TYPES: [u32; 7] = [0, 3, 8, 11, 12, 13, 14];
-/// IGMP's reports and leaves; questions are a router's.
+/// IGMP's reports and leaves; only routers send queries.
 const IGMP_TYPES: [u32; 4] = [0x12, 0x16, 0x17, 0x22];
 const DHCP_SERVER: u32 = 67;
 const DHCP_CLIENT_TO_SERVER: u32 = 68 << 16 | DHCP_SERVER;
@@ -58,7 +58,8 @@ impl Guard<'_> {
         ])
     }
 
-    /// A guest asks and answers as itself. One without neighbours speaks to the host alone.
+    /// A guest may send ARP requests and replies only with its own addresses. A guest without
+    /// neighbours may send them to the host only.
     fn arp_behind_nat(&self, own: u32, range: &Range) -> Program {
         let question = Program::of([
             Program::require(is(OPERATION, QUESTION)),
@@ -73,7 +74,8 @@ impl Guard<'_> {
                 Program::unless(broadcast(), to_host),
             ])
         };
-        // A station that makes sure of its address has none yet, and asks for it.
+        // A station that probes for its address (RFC 5227) has none yet, and requests the address
+        // itself.
         let probe = vec![(OPERATION, QUESTION), (SENDER, 0), (TARGET, own)];
         Program::of([destination, Program::require_one([is(SENDER, own), probe])])
     }
@@ -100,8 +102,8 @@ impl Guard<'_> {
         ])
     }
 
-    /// A guest without neighbours sends to the host alone, and the host carries nothing on to
-    /// other guests.
+    /// A guest without neighbours sends to the host only, and the host does not forward to other
+    /// guests.
     fn ipv4_destination(&self, range: &Range) -> Program {
         let host = || mac_at(DESTINATION, Range::mac_of(range.gateway()));
         let mask = range.netmask().to_bits();
@@ -121,13 +123,13 @@ impl Guard<'_> {
             stations(multicast()),
             Program::when(is(FROM, 0), self.dhcp_client()),
             source(FROM, addresses, reserved),
-            // Multicast addresses and those above them are never sources.
+            // Multicast addresses and those above them are never valid sources.
             Program::when(is(Field::ByteBits(26, 0xe0), 0xe0), Program::reject()),
             Program::when(is(PROTOCOL, IGMP), self.igmp()),
         ])
     }
 
-    /// A guest that has no address yet may ask for one by DHCP, and nothing else.
+    /// A guest that has no address yet may request one by DHCP, and may send nothing else.
     fn dhcp_client(&self) -> Program {
         Program::of([
             Program::require(without_options()),
@@ -161,7 +163,7 @@ impl Guard<'_> {
         ])
     }
 
-    /// Drops what goes to destinations that are not allowed.
+    /// Drops packets to destinations that are not allowed.
     fn allowed(&self) -> Program {
         match self.egress {
             Egress::Full => Program::default(),
@@ -182,7 +184,7 @@ fn within(network: &Ipv4Network) -> Condition {
 }
 
 fn arp_on_bridge(addresses: &[IpAddr], reserved: &[Ipv4Addr]) -> Program {
-    // A station that makes sure of its address has none yet.
+    // A station that probes for its address (RFC 5227) has none yet.
     let probe = Program::of([Program::require(is(OPERATION, QUESTION)), Program::accept()]);
     Program::of([
         stations(Program::reject()),
@@ -191,7 +193,7 @@ fn arp_on_bridge(addresses: &[IpAddr], reserved: &[Ipv4Addr]) -> Program {
     ])
 }
 
-/// Holds an address to `addresses`, or where there are none to those that are not reserved.
+/// Accepts an address only if it is in `addresses` or, if that is empty, not in `reserved`.
 fn source(field: Field, addresses: &[IpAddr], reserved: &[Ipv4Addr]) -> Program {
     if addresses.is_empty() {
         let reserved = reserved.iter().map(|address| address.to_bits());
@@ -209,14 +211,14 @@ fn multicast() -> Program {
     Program::require(is(Field::WordBits(DESTINATION, 0xffff_ff00), 0x0100_5e00))
 }
 
-/// Version 4 and a header of five words. Options name routes, which could lead around a limit of
-/// destinations.
+/// Version 4 and a header of five words, which has no options. An option may name a route, which
+/// could lead around the destination limits.
 fn without_options() -> Condition {
     is(VERSION_AND_LENGTH, 0x45)
 }
 
-/// Drops what only routers and servers send. Fragments after the first have neither types nor ports,
-/// and cannot change those of the first.
+/// Drops packets that only routers and servers send. Fragments after the first have neither types
+/// nor ports, and cannot change those of the first.
 fn payload() -> Program {
     let icmp = Program::require_value(Field::Byte(34), &ICMP_TYPES);
     let dhcp_server = vec![(PROTOCOL, UDP), (Field::Half(34), DHCP_SERVER)];

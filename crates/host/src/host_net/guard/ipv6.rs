@@ -1,4 +1,4 @@
-//! The IPv6 that a guest on an owner's bridge may send. Behind NAT there is none.
+//! The IPv6 packets that a guest on an owner's bridge may send. Behind NAT there is no IPv6.
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -12,7 +12,7 @@ const FROM: u32 = 22;
 const HOP_BY_HOP: u32 = 0;
 const UDP: u32 = 17;
 const ICMPV6: u32 = 58;
-/// TCP, UDP, DCCP, GRE, ESP, SCTP and UDP-Lite. ICMPv6 has rules of its own; extension headers,
+/// TCP, UDP, DCCP, GRE, ESP, SCTP and UDP-Lite. ICMPv6 has rules of its own. Extension headers,
 /// which could hide it, are dropped.
 const TRANSPORTS: [u32; 7] = [6, UDP, 33, 47, 50, 132, 136];
 
@@ -22,7 +22,7 @@ const NEIGHBOUR_SOLICITATION: u32 = 135;
 const NEIGHBOUR_ADVERTISEMENT: u32 = 136;
 /// Errors and echoes.
 const MESSAGES: [u32; 6] = [1, 2, 3, 4, 128, 129];
-/// MLD's reports and leaves; questions are a router's.
+/// MLD's reports and leaves; only routers send queries.
 const MLD_TYPES: [u32; 3] = [131, 132, 143];
 const DHCP_SERVER: u32 = 547;
 
@@ -38,14 +38,15 @@ impl Guard<'_> {
         };
         let own: Vec<Ipv6Addr> = addresses.iter().filter_map(ipv6_of).collect();
         let is_known = !addresses.is_empty();
-        // Limits of destinations are IPv4's.
+        // Destination limits exist for IPv4 only, so limited guests may send no IPv6.
         if !self.egress.is_full() || (is_known && own.is_empty()) {
             return Program::default();
         }
         Program::when(is(ETHER_TYPE, IPV6), self.judge_ipv6(&own))
     }
 
-    /// `own` has the only addresses that the guest may use; any where there are none.
+    /// Builds the rules for IPv6. `own` lists the only addresses that the guest may use; empty
+    /// means any.
     fn judge_ipv6(&self, own: &[Ipv6Addr]) -> Program {
         let group = Program::require(is(Field::Half(DESTINATION), 0x3333));
         let dhcp_server = vec![(NEXT_HEADER, UDP), (Field::Half(54), DHCP_SERVER)];
@@ -63,7 +64,7 @@ impl Guard<'_> {
         ])
     }
 
-    /// Neighbour discovery, as a station and never as a router.
+    /// Accepts neighbour discovery messages of a station, and none of a router.
     fn discovery(&self, own: &[Ipv6Addr]) -> Program {
         const TARGET: u32 = 62;
         let target = if own.is_empty() {
@@ -82,8 +83,9 @@ impl Guard<'_> {
         ])
     }
 
-    /// Accepts a message of `length` bytes with no option or with one: one that names a hardware
-    /// address, which must be the guest's, or one that names none.
+    /// Accepts a message of `length` bytes without an option or with one: either one of `naming`,
+    /// which contain a hardware address that must be the guest's, or one of `others`, which contain
+    /// none.
     fn options(&self, length: u32, naming: &[u32], others: &[u32]) -> Program {
         let option = 54 + length;
         let with = |kind| vec![(PAYLOAD_LENGTH, length + 8), (Field::Half(option), kind)];
@@ -110,8 +112,8 @@ fn unspecified() -> Condition {
     ipv6_at(FROM, Ipv6Addr::UNSPECIFIED)
 }
 
-/// Holds the source to `own`, or where there are none to what is no multicast address. A station
-/// that has no address yet has none here.
+/// Accepts a source only if it is in `own` or, if that is empty, not a multicast address. A station
+/// without an address has none here.
 fn source(own: &[Ipv6Addr]) -> Program {
     if own.is_empty() {
         return Program::when(is(Field::Byte(FROM), 0xff), Program::reject());
@@ -120,8 +122,8 @@ fn source(own: &[Ipv6Addr]) -> Program {
     Program::require_one(own.chain([unspecified()]))
 }
 
-/// Membership of groups, the only use of a hop-by-hop header that is let pass: one of eight bytes,
-/// and the message after it.
+/// Accepts group membership reports. This is the only use of a hop-by-hop header that is allowed: a
+/// header of eight bytes, and the message after it.
 fn mld() -> Program {
     Program::of([
         Program::require(vec![(Field::Byte(54), ICMPV6), (Field::Byte(55), 0)]),

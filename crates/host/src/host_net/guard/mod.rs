@@ -1,11 +1,12 @@
-//! What a guest may send and receive, as programs that the kernel runs on the guest's own tap.
+//! The rules for the frames that a guest may send and receive, as programs that the kernel runs on
+//! the guest's own tap.
 //!
-//! The programs sit at the tap's traffic control hook (`tc`): the first place where a received
-//! frame is judged, before the bridge, the packet filter and the host's stack, so that no frame
-//! has a way around them. They are kept apart from the packet filter on purpose: `nft flush
-//! ruleset`, which a restart of many firewalls does, leaves them in force.
+//! The programs are attached to the tap's traffic control hook (`tc`). A received frame passes this
+//! hook first, before the bridge, the packet filter and the host's stack, so no frame can avoid
+//! them. They are deliberately separate from the packet filter: `nft flush ruleset`, which a
+//! restart of many firewalls does, leaves them in force.
 //!
-//! What is not listed here is dropped: this is a list of what may pass. The numbers are those of
+//! The rules list the frames that may pass; every other frame is dropped. The numbers are those of
 //! RFC 826 (ARP), 791 (IPv4), 792 (ICMP), 2131 (DHCP), 8200 (IPv6), 4443 and 4861 (ICMPv6), 3376
 //! (IGMP), 2710 and 3810 (MLD).
 
@@ -31,20 +32,20 @@ const IPV4: u32 = 0x0800;
 const ARP: u32 = 0x0806;
 const IPV6: u32 = 0x86dd;
 
-/// The kernel's answer of a program that drops (`TC_ACT_SHOT`).
+/// The traffic control action that drops a frame (`TC_ACT_SHOT`).
 const SHOT: u32 = 2;
 
 /// The mark of packets to guests that passed the packet filter's rules.
 pub(super) const PASSED_MARK: u32 = 0xc10e_0001;
 
-/// What a guest's interface is held to.
+/// The rules for one guest's interface.
 #[derive(Clone, Debug)]
 pub(super) struct Guard<'a> {
     /// The guest's hardware address.
     pub(super) mac: MacAddr,
     /// The network that the interface is on.
     pub(super) place: Place<'a>,
-    /// Whether the guest may reach others of which the same is true.
+    /// Whether the guest may reach other guests that have this set too.
     pub(super) neighbours: bool,
     /// The destinations that the guest may send to.
     pub(super) egress: &'a Egress,
@@ -53,30 +54,30 @@ pub(super) struct Guard<'a> {
 /// The network that a guest's interface is on.
 #[derive(Clone, Debug)]
 pub(super) enum Place<'a> {
-    /// Behind the bridge of our own.
+    /// Behind our own bridge.
     Nat {
         /// The guest's address.
         address: Ipv4Addr,
-        /// The network that it is in.
+        /// The network of that address.
         range: Range,
     },
-    /// On a bridge of the owner's.
+    /// On an owner's bridge.
     Bridge {
         /// The only addresses that the guest may use; any where there are none.
         addresses: &'a [IpAddr],
         /// Addresses of the host on this bridge and of its routers there, which no guest has.
         reserved: Vec<Ipv4Addr>,
-        /// Other guests on this bridge that this one does not hear.
+        /// Other guests on this bridge from which this one receives nothing.
         strangers: Vec<MacAddr>,
     },
 }
 
-/// A program as the kernel takes it.
+/// A program in the kernel's format.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Encoded {
     /// The instructions.
     pub(super) bytes: Vec<u8>,
-    /// How many they are.
+    /// The number of instructions.
     pub(super) count: usize,
 }
 
@@ -88,17 +89,17 @@ impl From<Program> for Encoded {
 }
 
 impl Guard<'_> {
-    /// Judges what the guest sends.
+    /// The program for frames that the guest sends.
     pub(super) fn ingress(&self) -> Encoded {
         self.judge_sent().into()
     }
 
-    /// Judges what the guest is to receive.
+    /// The program for frames that the guest receives.
     pub(super) fn egress(&self) -> Encoded {
         self.judge_received().into()
     }
 
-    /// Whether what is sent to a group reaches the guest.
+    /// Whether multicast frames reach the guest.
     pub(super) fn hears_groups(&self) -> bool {
         self.neighbours || matches!(self.place, Place::Bridge { .. })
     }
@@ -126,8 +127,9 @@ impl Guard<'_> {
         }
     }
 
-    /// A guest without neighbours hears the host alone. One with neighbours hears no ARP about
-    /// others, which is all that guests without neighbours send to more than the host.
+    /// A guest without neighbours receives from the host only. One with neighbours receives no ARP
+    /// about other guests; broadcast ARP is all that guests without neighbours can send beyond the
+    /// host.
     fn judge_received_behind_nat(&self, address: Ipv4Addr, range: &Range) -> Program {
         let target = Field::Word(38);
         let from_host = Program::require(mac_at(SOURCE, Range::mac_of(range.gateway())));
@@ -147,8 +149,9 @@ impl Guard<'_> {
     }
 }
 
-/// Drops what the host sends to guests without having passed a rule of the packet filter. While the
-/// rules are missing nobody opens a connection to a guest, and no connection of a guest is answered.
+/// Drops packets from the host to guests that did not pass a rule of the packet filter. While the
+/// rules are missing, no connection to a guest can be opened, and no connection of a guest is
+/// answered.
 pub(super) fn only_filtered() -> Encoded {
     let program = Program::of([
         Program::when(is(ETHER_TYPE, ARP), Program::accept()),
@@ -159,7 +162,8 @@ pub(super) fn only_filtered() -> Encoded {
     program.into()
 }
 
-/// Drops every frame. Unlike the other programs' answers, this one's is an action of the kernel's.
+/// Drops every frame. Unlike the results of the other programs, this one's result is a traffic
+/// control action.
 pub(super) fn drop_all() -> Encoded {
     Program::answer(SHOT).into()
 }
@@ -168,8 +172,8 @@ fn broadcast() -> Condition {
     mac_at(DESTINATION, MacAddr([0xff; 6]))
 }
 
-/// Lets frames for single stations and for all of them pass, and of those for groups what `group`
-/// lets pass. The addresses that bridges do not forward (01:80:C2:00:00:0X) are such groups.
+/// Accepts unicast and broadcast frames, and those multicast frames that `group` accepts. The
+/// addresses that bridges do not forward (01:80:C2:00:00:0X) are multicast too.
 fn stations(group: Program) -> Program {
     let is_group = is(Field::ByteBits(DESTINATION, 1), 1);
     Program::when(is_group, Program::unless(broadcast(), group))

@@ -1,4 +1,4 @@
-//! The programs, run by an interpreter. That the kernel agrees is tested with real taps.
+//! Runs the programs in an interpreter. Guest tests run them in the kernel, on real taps.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

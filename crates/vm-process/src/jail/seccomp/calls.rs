@@ -1,32 +1,33 @@
-//! The lists: which calls, with which arguments. What a call does to a descriptor is not judged:
-//! only what was opened before the jail, or accepted in it, has one.
+//! The lists of allowed system calls and their arguments. A filter does not check which descriptor
+//! a call acts on: the process has only descriptors that were opened before the jail, or accepted
+//! in it.
 //!
-//! Entries of the same call are alternatives, and all of them have a condition or none has.
+//! Entries of the same call are alternatives. Either all of them have a condition or none has.
 
 use libc::c_long;
 
-/// A call, and when it is allowed.
+/// A system call, and the condition under which it is allowed.
 pub(super) type Allowed = (c_long, When);
 
-/// A condition on a call's arguments, which count from 0.
+/// A condition on a call's arguments, which are numbered from 0.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum When {
-    /// None.
+    /// The call is allowed with any arguments.
     Always,
     /// The argument's lower 32 bits have this value.
     Is(u8, u64),
     /// The pointer is null.
     Null(u8),
-    /// Of the bits in `mask`, those of `value` are set.
+    /// The argument's bits in `mask` equal `value`.
     Bits { argument: u8, mask: u64, value: u64 },
-    /// The argument is the id of this very process.
+    /// The argument is this process's id.
     OwnProcess(u8),
 }
 
 use When::{Always, Bits, Is, Null, OwnProcess};
 
-/// Tried by the C library and by us, with another way to go on where they fail: paths (there are
-/// none), and the thread-making call whose flags a filter cannot see.
+/// Calls that the C library or our code tries, and that each has a fallback for: paths (the jail
+/// has none), and `clone3`, whose flags a filter cannot inspect.
 pub(super) const REFUSED: &[c_long] = &[
     libc::SYS_open,
     libc::SYS_openat,
@@ -70,10 +71,10 @@ const PAGEMAP: u8 = b'f';
 /// linux/userfaultfd.h.
 const UFFD_USER_MODE_ONLY: u64 = 1;
 
-/// What every thread needs: memory, locks, time, signals, and what devices do when the guest sets
-/// them up, which happens on any thread.
+/// The calls that every thread needs: memory, locks, time, signals, and the device set-up that the
+/// guest triggers, which happens on any thread.
 pub(super) const ALL: &[Allowed] = &[
-    // Memory. Nothing new becomes code.
+    // Memory. No new mapping may be executable.
     (libc::SYS_brk, Always),
     without_exec(libc::SYS_mmap),
     without_exec(libc::SYS_mprotect),
@@ -98,7 +99,7 @@ pub(super) const ALL: &[Allowed] = &[
     (libc::SYS_sigaltstack, Always),
     (libc::SYS_restart_syscall, Always),
     (libc::SYS_tgkill, OwnProcess(0)),
-    // Time and chance.
+    // Clocks and random numbers.
     (libc::SYS_clock_gettime, Always),
     (libc::SYS_clock_nanosleep, Always),
     (libc::SYS_nanosleep, Always),
@@ -117,7 +118,7 @@ pub(super) const ALL: &[Allowed] = &[
     (libc::SYS_pwritev2, Always),
     (libc::SYS_close, Always),
     (libc::SYS_shutdown, Always),
-    // Devices that the guest sets up are handed copies of eventfds.
+    // Activating a device duplicates its eventfds.
     (libc::SYS_fcntl, Is(1, libc::F_GETFL as u64)),
     (libc::SYS_fcntl, Is(1, libc::F_SETFL as u64)),
     (libc::SYS_fcntl, Is(1, libc::F_GETFD as u64)),
@@ -154,7 +155,7 @@ pub(super) const ALL: &[Allowed] = &[
     ioctl(VHOST, 0x30),
 ];
 
-/// What a vCPU's thread needs beside that: its own state in KVM.
+/// The calls that a vCPU's thread needs besides [`ALL`]: its state in KVM.
 pub(super) const VCPU: &[Allowed] = &[
     // RUN; {GET,SET}_{REGS,SREGS,MSRS,FPU,LAPIC,CPUID2}.
     ioctl(KVM, 0x80),
@@ -189,13 +190,13 @@ pub(super) const VCPU: &[Allowed] = &[
     ioctl(KVM, 0xCF),
 ];
 
-/// What the event loop needs beside [`ALL`], and the disks' threads that it starts: waiting, its
-/// clients, and files.
+/// The calls that the event loop, and the disks' threads that it starts, need besides [`ALL`]:
+/// waiting, its clients, and files.
 pub(super) const EVENT_LOOP: &[Allowed] = &[
     (libc::SYS_epoll_wait, Always),
     (libc::SYS_epoll_pwait, Always),
     (libc::SYS_epoll_pwait2, Always),
-    // Clients of the sockets that it listens on. Nothing is sent to an address.
+    // Clients of the sockets that the process listens on. Nothing is sent to an address.
     (libc::SYS_accept4, Always),
     (libc::SYS_recvfrom, Always),
     (libc::SYS_recvmsg, Always),
@@ -218,9 +219,8 @@ pub(super) const EVENT_LOOP: &[Allowed] = &[
     // BLKSSZGET, BLKGETSIZE64.
     ioctl(BLOCK, 104),
     ioctl(BLOCK, 114),
-    // Snapshots: what changed is found by asynchronous write-protection (UFFDIO_API, REGISTER,
+    // Snapshots: changed pages are found by asynchronous write protection (UFFDIO_API, REGISTER,
     // UNREGISTER, WRITEPROTECT) and by the page tables (PAGEMAP_SCAN).
-    // Of the process's own faults only: what a kernel's access meets cannot be held up by it.
     (
         libc::SYS_userfaultfd,
         Bits {
@@ -249,12 +249,12 @@ pub(super) const EVENT_LOOP: &[Allowed] = &[
         },
     ),
     (libc::SYS_prctl, Is(0, libc::PR_SET_NAME as u64)),
-    // The report to the launcher, and becoming independent of it.
+    // The report to the launcher, after which the VM no longer ends with it.
     (libc::SYS_prctl, Is(0, libc::PR_SET_PDEATHSIG as u64)),
     (libc::SYS_pipe2, Always),
     (libc::SYS_dup2, Always),
     (libc::SYS_dup3, Always),
-    // Its statistics.
+    // The VM's CPU statistics.
     (libc::SYS_getrusage, Always),
 ];
 

@@ -1,8 +1,8 @@
-//! System call filters: what each kind of thread may ask of the kernel (seccomp(2)).
+//! System call filters: the calls that each kind of thread may make (seccomp(2)).
 //!
-//! Two filters are stacked, of which the kernel takes the stricter answer. One ends the process at
-//! any call that is not on the list of its kind ([`calls`]). The other answers "no such call" to
-//! those few that well-meant code tries, and can do without.
+//! Two filters are stacked; the kernel applies the stricter answer of the two. One ends the process
+//! at any call that is not on the list of the thread's kind ([`calls`]). The other answers "no such
+//! call" to the few calls that legitimate code tries and can do without.
 
 mod calls;
 
@@ -25,16 +25,17 @@ pub(super) enum Kind {
     EventLoop,
 }
 
-/// Filters the calling thread, for good. It must have given up new privileges.
+/// Installs the filters of `kind` on the calling thread, for good. The thread must have set
+/// `no_new_privs`.
 pub(super) fn apply(kind: Kind) -> io::Result<()> {
-    // The strict one last: it ends the process at the very call that would add another.
+    // The ending filter is installed last, since it does not allow the call that installs another.
     for program in [refusing()?, ending(kind)?] {
         seccompiler::apply_filter(&program).map_err(io::Error::other)?;
     }
     Ok(())
 }
 
-/// Lets through what `kind` needs, and ends the process at all else.
+/// The filter that allows the calls of `kind`, and ends the process at any other.
 fn ending(kind: Kind) -> io::Result<BpfProgram> {
     let lists = match kind {
         Kind::Vcpu => [calls::ALL, calls::VCPU],
@@ -51,7 +52,7 @@ fn ending(kind: Kind) -> io::Result<BpfProgram> {
     compile(rules, SeccompAction::KillProcess, SeccompAction::Allow)
 }
 
-/// Refuses some calls, and lets all others through.
+/// The filter that refuses some calls, and allows all others.
 fn refusing() -> io::Result<BpfProgram> {
     let rules = calls::REFUSED.iter().map(|call| (*call, Vec::new()));
     let refuse = SeccompAction::Errno(libc::ENOSYS as u32);

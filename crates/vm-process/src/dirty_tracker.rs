@@ -1,8 +1,8 @@
-//! What a VM's memory has in common with layers that are kept: its template's, or those of the
-//! last kept snapshot of it.
+//! Tracks which pages of a VM's memory differ from its parent layers: the layers of its template,
+//! or of the last snapshot of the VM that was kept.
 //!
-//! A clone that was never snapshotted is not tracked: what it changed are its private pages. The
-//! first kept snapshot starts tracking, and from then on what changed since is known.
+//! A clone that was never snapshotted is not tracked: its private pages are the ones that it
+//! changed. The first snapshot that is kept starts the tracking, which later snapshots continue.
 
 use std::sync::Arc;
 
@@ -12,22 +12,23 @@ use clone_memory::{
     Pagemap,
 };
 
-/// The lineage of one VM's memory.
-pub(super) struct Lineage {
+/// Tracks the changed pages of one VM's memory.
+pub(super) struct DirtyTracker {
     memory: Arc<GuestMemory>,
     pagemap: Pagemap,
-    /// What is kept; none for a VM that was booted and never snapshotted.
+    /// The layers that a diff builds on; `None` for a VM that was booted and never snapshotted.
     parent: Option<LayerStack>,
-    /// Finds what changes; from the first snapshot on, where that was kept.
+    /// Detects changes; present from the first snapshot on, where that was kept.
     tracker: Option<ChangeTracker>,
-    /// What is known to have changed since `parent`, beside what the tracker has yet to tell.
+    /// The pages known to have changed since `parent`, besides those that `tracker` has not
+    /// reported yet.
     changed: PageSet,
-    /// Whether RAM was emptied since `parent`, by a reboot.
+    /// Whether a reboot replaced RAM by zero pages since `parent`.
     renewed: bool,
 }
 
-impl Lineage {
-    /// Of a VM that has just been booted or forked.
+impl DirtyTracker {
+    /// The tracker of a VM that has just been booted or forked.
     pub(super) fn new(memory: Arc<GuestMemory>, pagemap: Pagemap) -> Self {
         let parent = memory.layers().cloned();
         Self {
@@ -40,8 +41,8 @@ impl Lineage {
         }
     }
 
-    /// The guest rebooted: `memory` is its RAM now, all zero. What was kept is its past all the
-    /// same: its next snapshot may be told as the difference.
+    /// Records that the guest rebooted, and that the all-zero `memory` is its RAM now. The parent
+    /// stays: the next snapshot may still be written as a difference from it.
     pub(super) fn renewed(&mut self, memory: Arc<GuestMemory>) {
         self.tracker = None;
         self.changed = PageSet::new();
@@ -57,12 +58,12 @@ impl Lineage {
         &self.pagemap
     }
 
-    /// The layer that a diff lies on.
+    /// The id of the layer that a diff builds on.
     pub(super) fn parent_id(&self) -> Option<LayerId> {
         self.parent.as_ref().map(|stack| stack.top().id())
     }
 
-    /// Starts to look for changes: gives all pages that differ from the parent.
+    /// Starts tracking changes, and returns all pages that differ from the parent.
     pub(super) fn begin(&mut self) -> Result<PageSet, DirtyError> {
         if self.tracker.is_some() {
             self.take_changed()?;
@@ -77,7 +78,7 @@ impl Lineage {
         Ok(self.changed.clone())
     }
 
-    /// The pages that changed since the last call, or since [`Lineage::begin`].
+    /// The pages that changed since the last call, or since [`DirtyTracker::begin`].
     pub(super) fn take_changed(&mut self) -> Result<PageSet, DirtyError> {
         let Some(tracker) = &self.tracker else {
             return Ok(PageSet::new());
@@ -87,7 +88,7 @@ impl Lineage {
         Ok(now)
     }
 
-    /// All pages that are not zero for sure: the parent's and those that changed.
+    /// All pages that may have data: the parent's and those that changed.
     pub(super) fn all_data(&self) -> PageSet {
         match self.renewed {
             true => self.changed.clone(),
@@ -111,8 +112,8 @@ impl Lineage {
         all.difference(&zero)
     }
 
-    /// A snapshot that is kept was taken: its layer is the parent of the next, over the present
-    /// parent or (a full one) by itself.
+    /// Records a snapshot that is kept: `layer` becomes the parent of the next snapshot, on top of
+    /// the present parent or, if it is `full`, alone.
     pub(super) fn kept(&mut self, layer: Layer, full: bool) -> Result<(), LayerError> {
         let mut layers = match &self.parent {
             Some(stack) if !full => stack.layers().to_vec(),
@@ -125,8 +126,8 @@ impl Lineage {
         Ok(())
     }
 
-    /// A snapshot was taken that is not kept, or none: a VM that was not tracked before need not
-    /// be from now on.
+    /// Records that the snapshot failed or is not kept. Tracking stops again unless it had already
+    /// run before that snapshot.
     pub(super) fn not_kept(&mut self, was_tracked: bool) {
         if !was_tracked {
             self.tracker = None;
@@ -175,18 +176,21 @@ mod tests {
         let stack = LayerStack::new(vec![base.clone()]).unwrap();
         let memory = Arc::new(GuestMemory::from_layers(&layout, &stack).unwrap());
         memory.ram().write_obj(7_u64, address(4)).unwrap();
-        let mut lineage = Lineage::new(Arc::clone(&memory), Pagemap::open().unwrap());
-        assert_eq!(lineage.begin().unwrap(), std::iter::once(4..5).collect());
+        let mut dirty_tracker = DirtyTracker::new(Arc::clone(&memory), Pagemap::open().unwrap());
+        assert_eq!(
+            dirty_tracker.begin().unwrap(),
+            std::iter::once(4..5).collect()
+        );
 
-        lineage.renewed(Arc::new(memory.renewed().unwrap()));
-        let memory = Arc::clone(lineage.memory());
+        dirty_tracker.renewed(Arc::new(memory.renewed().unwrap()));
+        let memory = Arc::clone(dirty_tracker.memory());
         memory.ram().write_obj(5_u64, address(2)).unwrap();
-        let changed = lineage.begin().unwrap();
-        let diff = layer(&memory, lineage.parent_id(), &changed);
+        let changed = dirty_tracker.begin().unwrap();
+        let diff = layer(&memory, dirty_tracker.parent_id(), &changed);
         let both = LayerStack::new(vec![base, diff]).unwrap();
         let forked = GuestMemory::from_layers(&layout, &both).unwrap();
         assert_eq!(content(&forked), content(&memory));
-        let full = layer(&memory, None, &lineage.all_data());
+        let full = layer(&memory, None, &dirty_tracker.all_data());
         let alone = LayerStack::new(vec![full]).unwrap();
         let forked = GuestMemory::from_layers(&layout, &alone).unwrap();
         assert_eq!(content(&forked), content(&memory));
