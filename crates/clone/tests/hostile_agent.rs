@@ -18,7 +18,7 @@ use clone_api::jail::JailStatus;
 use clone_host::runtime::Runtime;
 use clone_start::Process;
 use clone_start::VmDir;
-use clone_start::vm_dir::Parent;
+use clone_start::document::Parent;
 
 /// What a command may take on a machine under load, where no wait in it is longer than 5 seconds.
 const SOON: Duration = Duration::from_secs(20);

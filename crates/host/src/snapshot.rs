@@ -17,9 +17,8 @@ use clone_api::shape::Ceilings;
 use clone_api::{ApiError, Client, ClientError, ErrorCode, Shape, VmConfig};
 use clone_start::SharedFile;
 use clone_start::cgroup;
-use clone_start::document::ForkDisk;
+use clone_start::document::{ForkDisk, Parent};
 use clone_start::error::{Result, failed};
-use clone_start::vm_dir::Parent;
 use clone_template::{NewTemplate, Parts, Template};
 
 use crate::runtime::{LiveDir, RunningVm, Runtime};

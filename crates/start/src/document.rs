@@ -42,30 +42,42 @@ pub enum Origin {
     /// The guest boots a kernel.
     Boot(BootSource),
     /// The guest continues from a snapshot. It is boxed because it is large.
-    Fork(Box<Fork>),
+    Fork(Box<ForkSpec>),
 }
 
-/// A snapshot to continue from.
+/// A clone to start: all files that it is made of, and how it starts.
+///
+/// What a caller asks for is turned into one of these, once; the clone's process opens its files.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Fork {
-    /// The memory layers, the base first.
-    pub memory: Vec<SharedFile>,
+pub struct ForkSpec {
+    /// The layers, the disks and the kernel that the clone shares with others.
+    pub parent: Parent,
     /// The machine's state.
     pub state: SharedFile,
-    /// Files that the process locks shared as long as the VM runs, so that nobody removes the files
-    /// that it uses.
-    pub locks: Vec<SharedFile>,
-    /// The disks, in the order of the description.
-    pub disks: Vec<ForkDisk>,
-    /// Whether the clone is a standby, whose guest runs only when it is adopted.
-    pub standby: bool,
     /// The record of the pages to map before the guest runs.
     pub prefetch: Option<SharedFile>,
+    /// Whether the clone is a standby, whose guest runs only when it is adopted.
+    pub standby: bool,
     /// Whether pages are mapped one by one, so that those that the guest touches can be recorded.
     /// Otherwise the kernel also maps the neighbours of a page that is read.
     pub observed: bool,
-    /// The kernel that the guest boots when it reboots; absent for a template of an older format,
-    /// which has none.
+}
+
+/// The files that snapshots and forks of a VM build on.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Parent {
+    /// The template that the VM was forked from, or the last kept snapshot of the VM.
+    pub template: Option<PathBuf>,
+    /// The memory layers, the base first; empty for a VM that was booted.
+    pub memory: Vec<SharedFile>,
+    /// The files of each disk below its own writes.
+    pub disks: Vec<ForkDisk>,
+    /// Files that each user locks shared for as long as it runs, so that nobody removes the files
+    /// that it uses.
+    pub locks: Vec<SharedFile>,
+    /// The kernel that forks boot when they reboot; absent for a template of an older format, which
+    /// has none.
+    #[serde(default)]
     pub boot: Option<BootSource>,
 }
 
@@ -109,10 +121,11 @@ impl Start {
     pub fn check(&self) -> Result<()> {
         let (problems, disks) = match &self.origin {
             // A standby is given its final name when it is adopted.
-            Origin::Fork(fork) if fork.standby => {
-                (validate_unnamed(&self.config), Some(fork.disks.len()))
-            }
-            Origin::Fork(fork) => (validate(&self.config), Some(fork.disks.len())),
+            Origin::Fork(fork) if fork.standby => (
+                validate_unnamed(&self.config),
+                Some(fork.parent.disks.len()),
+            ),
+            Origin::Fork(fork) => (validate(&self.config), Some(fork.parent.disks.len())),
             Origin::Boot(_) => (validate(&self.config), None),
         };
         let refuse = |message: String| ApiError::new(ErrorCode::InvalidConfig, message);
@@ -245,15 +258,12 @@ mod tests {
                 kernel: "/k".into(),
                 ..VmConfig::default()
             },
-            origin: Origin::Fork(Box::new(Fork {
-                memory: Vec::new(),
+            origin: Origin::Fork(Box::new(ForkSpec {
+                parent: Parent::default(),
                 state: SharedFile::named("/s".into()),
-                locks: Vec::new(),
-                disks: Vec::new(),
-                standby: false,
                 prefetch: None,
+                standby: false,
                 observed: false,
-                boot: None,
             })),
             nets: Vec::new(),
             required_jail: RequiredJail::default(),

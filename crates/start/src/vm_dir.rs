@@ -24,10 +24,9 @@ use rustix::fs::FlockOperation;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::document::{BootSource, ForkDisk};
+use crate::document::Parent;
 use crate::error::{Result, failed};
 use crate::process::Process;
-use crate::shared_file::SharedFile;
 
 /// The file with the path at which a standby's directory was made.
 const BIRTH_PATH: &str = "born";
@@ -263,23 +262,6 @@ pub struct GuestInterface {
     pub mac: MacAddr,
     /// The address configuration, if the host assigns it.
     pub address: Option<GuestAddress>,
-}
-
-/// The files that snapshots and forks of a VM build on.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Parent {
-    /// The template that the VM was forked from, or the last kept snapshot of the VM.
-    pub template: Option<PathBuf>,
-    /// The memory layers, the base first; empty for a VM that was booted.
-    pub memory: Vec<SharedFile>,
-    /// The files of each disk below its own writes.
-    pub disks: Vec<ForkDisk>,
-    /// The files that users of the parent must lock.
-    pub locks: Vec<SharedFile>,
-    /// The kernel that forks boot when they reboot; absent for a template of an older format, which
-    /// has none.
-    #[serde(default)]
-    pub boot: Option<BootSource>,
 }
 
 /// The address configuration of a guest's interface.

@@ -60,10 +60,9 @@ pub use verify::{Verified, hash_of};
 
 use crate::trust::caller;
 use clone_start::SharedFile;
-use clone_start::document::{BootSource, ForkDisk};
+use clone_start::document::{BootSource, ForkDisk, Parent};
 use clone_start::error::{Result, failed};
 use clone_start::prefetch;
-use clone_start::vm_dir::Parent;
 use content::HashedFile;
 use folder::Folder;
 use names::refused;

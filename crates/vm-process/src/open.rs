@@ -13,7 +13,7 @@ use clone_disk::DiskFiles;
 use clone_memory::{Layer, LayerError, LayerStack, Pagemap};
 use clone_start::SharedFile;
 use clone_start::VmDir;
-use clone_start::document::{BootSource, Fork, ForkDisk, Origin, Start};
+use clone_start::document::{BootSource, ForkDisk, ForkSpec, Origin, Start};
 use clone_start::error::{Result, failed};
 use clone_start::{disks, fits};
 use clone_vmm::machine::{Kernel, MachineState};
@@ -110,7 +110,7 @@ pub(super) fn open(dir: &VmDir, start: Start, taps: Vec<OwnedFd>) -> Result<(VmC
     let config = start.config;
     let shared_disks: Vec<Option<ForkDisk>> = match &start.origin {
         Origin::Boot(_) => config.disks.iter().map(|_| None).collect(),
-        Origin::Fork(fork) => fork.disks.iter().cloned().map(Some).collect(),
+        Origin::Fork(fork) => fork.parent.disks.iter().cloned().map(Some).collect(),
     };
     let layers_dir = start.layers_dir.as_deref();
     let origin = open_origin(start.origin, &config)?;
@@ -173,15 +173,15 @@ fn open_boot(source: &BootSource) -> Result<BootFiles> {
     })
 }
 
-fn open_fork(fork: &Fork, config: &VmConfig) -> Result<OpenFork> {
-    let locks = fork.locks.iter().map(open_lock);
+fn open_fork(fork: &ForkSpec, config: &VmConfig) -> Result<OpenFork> {
+    let locks = fork.parent.locks.iter().map(open_lock);
     let locks = locks.collect::<Result<_>>()?;
     let damaged = |error: LayerError| {
         ApiError::new(ErrorCode::InvalidConfig, error.to_string())
             .advise("`clone template verify` tells all that is wrong")
     };
-    let mut layers = Vec::with_capacity(fork.memory.len());
-    for shared in &fork.memory {
+    let mut layers = Vec::with_capacity(fork.parent.memory.len());
+    for shared in &fork.parent.memory {
         let name = shared.path.display().to_string();
         layers.push(Layer::open(shared.open()?, name).map_err(damaged)?);
     }
@@ -191,11 +191,16 @@ fn open_fork(fork: &Fork, config: &VmConfig) -> Result<OpenFork> {
         prefetch: fork.prefetch.as_ref().map(SharedFile::open).transpose()?,
         observed: fork.observed,
         // A clone needs its kernel only when it reboots.
-        boot: match &fork.boot {
+        boot: match &fork.parent.boot {
             Some(source) => open_boot(source).map_err(|error| error.message),
             None => Err(NO_KERNEL.to_owned()),
         },
-        disk_layers: fork.disks.iter().map(|disk| disk.layers.len()).collect(),
+        disk_layers: fork
+            .parent
+            .disks
+            .iter()
+            .map(|disk| disk.layers.len())
+            .collect(),
         standby: fork.standby,
         locks,
     };

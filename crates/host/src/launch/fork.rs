@@ -23,10 +23,8 @@ use clone_api::control::SnapshotTaken;
 use clone_api::shape::Ceilings;
 use clone_api::validate::validate_unnamed;
 use clone_api::{ApiError, Client, ErrorCode, VmConfig};
-use clone_start::SharedFile;
-use clone_start::document::{Fork, Origin};
+use clone_start::document::{ForkSpec, Origin, Parent};
 use clone_start::error::Result;
-use clone_start::vm_dir::Parent;
 use clone_start::{Process, VmDir};
 use clone_template::Template;
 use serde::Serialize;
@@ -49,14 +47,12 @@ pub struct Source {
     config: VmConfig,
     /// The limits that every clone is narrowed to.
     ceilings: Ceilings,
-    parent: Parent,
-    state: SharedFile,
-    prefetch: Option<SharedFile>,
+    /// The files that every clone is made of.
+    spec: ForkSpec,
     /// The template's id; `None` for a live fork, which has no standbys.
     template_id: Option<String>,
     /// Whether the guest has an agent, which can give it an identity.
     has_agent: bool,
-    observed: bool,
     /// Keeps the files from being removed until the clones hold them.
     _held: Held,
 }
@@ -79,12 +75,15 @@ impl Source {
         Ok(Self {
             config: template_config(template, &parent),
             ceilings: content.ceilings.clone(),
-            state: template.shared_state()?,
-            prefetch: template.prefetch()?,
+            spec: ForkSpec {
+                parent,
+                state: template.shared_state()?,
+                prefetch: template.prefetch()?,
+                standby: false,
+                observed: false,
+            },
             template_id: Some(template.manifest().id.clone()),
             has_agent: content.agent_version.is_some(),
-            observed: false,
-            parent,
             _held: Held::Template {
                 _lock: template.hold()?,
             },
@@ -95,16 +94,17 @@ impl Source {
     #[cfg(any(test, feature = "testing"))]
     #[doc(hidden)]
     pub fn boots(&self) -> Result<()> {
-        let boot = self.parent.boot.as_ref();
+        let boot = self.spec.parent.boot.as_ref();
         boot.map_or(Ok(()), |boot| boot.kernel.open().map(drop))
     }
 
     /// Returns a source for clones that report which pages they touch. They are never standbys.
     pub(super) fn observed(self) -> Self {
-        Self {
+        let spec = ForkSpec {
             observed: true,
-            ..self
-        }
+            ..self.spec
+        };
+        Self { spec, ..self }
     }
 
     /// A source that is a running VM in its present state. The VM continues to run.
@@ -115,12 +115,15 @@ impl Source {
         let source = Self {
             ceilings: Ceilings::of(&config),
             config,
-            parent: layers.parent,
-            state: layers.state,
-            prefetch: None,
+            spec: ForkSpec {
+                parent: layers.parent,
+                state: layers.state,
+                prefetch: None,
+                standby: false,
+                observed: false,
+            },
             template_id: None,
             has_agent,
-            observed: false,
             _held: Held::Live { _dir: layers.dir },
         };
         Ok((source, taken))
@@ -160,15 +163,9 @@ impl Source {
     }
 
     fn origin(&self, standby: bool) -> Origin {
-        Origin::Fork(Box::new(Fork {
-            memory: self.parent.memory.clone(),
-            state: self.state.clone(),
-            locks: self.parent.locks.clone(),
-            disks: self.parent.disks.clone(),
+        Origin::Fork(Box::new(ForkSpec {
             standby,
-            prefetch: self.prefetch.clone(),
-            observed: self.observed,
-            boot: self.parent.boot.clone(),
+            ..self.spec.clone()
         }))
     }
 }
@@ -422,7 +419,7 @@ fn adopt(
     let Some(template_id) = source
         .template_id
         .as_deref()
-        .filter(|_| overrides.is_none() && !source.observed)
+        .filter(|_| overrides.is_none() && !source.spec.observed)
     else {
         return Ok(None);
     };
@@ -478,7 +475,7 @@ fn start_cold(
     overrides: &Overrides,
 ) -> Result<(RunningVm, Option<Child>)> {
     let Plan { config, origin } = source.plan(name, overrides, false)?;
-    let launched = start_or_abandon(runtime, config, &origin, &source.parent)?;
+    let launched = start_or_abandon(runtime, config, &origin, &source.spec.parent)?;
     let vm = RunningVm {
         dir: launched.dir,
         process: launched.process,
@@ -494,7 +491,7 @@ pub(super) fn start_standby(runtime: &Runtime, source: &Source) -> Result<(VmDir
     };
     let name = Runtime::standby_name(template_id)?;
     let Plan { config, origin } = source.plan(&name, &Overrides::default(), true)?;
-    let launched = start_or_abandon(runtime, config, &origin, &source.parent)?;
+    let launched = start_or_abandon(runtime, config, &origin, &source.spec.parent)?;
     reaper::adopt(launched.child);
     Ok((launched.dir, launched.process))
 }

@@ -29,9 +29,8 @@ use clone_api::jail::JailStatus;
 use clone_api::{ApiError, ErrorCode, VmConfig};
 use clone_start::SharedFile;
 use clone_start::cpu::open_kvm;
-use clone_start::document::{self, BootSource, Origin, Start};
+use clone_start::document::{self, BootSource, Origin, Parent, Start};
 use clone_start::error::{Result, failed};
-use clone_start::vm_dir::Parent;
 use clone_start::{Process, VmDir};
 use clone_start::{disks, invocation, report};
 
