@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
 use super::*;
-use crate::testing::{Place, RAM, tamper};
+use crate::testing::{FORMAT_1, Place, RAM, as_format_1, rewrite_text, tamper};
 
 pub(super) fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).unwrap();
@@ -199,4 +199,30 @@ fn a_template_is_verified_once_and_again_when_it_was_touched() {
     fs::write(&stamp, "another").unwrap();
     template.ensure_verified(&place.verified).unwrap();
     assert_ne!(fs::read_to_string(&stamp).unwrap(), "another");
+}
+
+#[test]
+fn a_template_of_the_first_format_is_upgraded_with_the_callers_kernel_and_can_then_travel() {
+    let place = Place::new();
+    drop(place.make("a", None));
+    rewrite_text(&place.path("a"), FORMAT_1, as_format_1);
+    let old = place.store().open("a").unwrap();
+    assert!(old.parent().unwrap().boot.is_none());
+    send(&old, &mut Vec::new()).unwrap_err();
+    let path = |name: &str| place.dir.path().join(name);
+    fs::write(path("vmlinux"), "the caller's kernel").unwrap();
+    fs::write(path("initrd.img"), "the caller's initrd").unwrap();
+    let (kernel, initrd) = (path("vmlinux"), path("initrd.img"));
+    let target = place.path("b");
+    let new = upgrade(&place.verified, &old, &target, &kernel, Some(&initrd)).unwrap();
+    new.verify(|_| {}).unwrap();
+    assert_eq!(new.manifest().format, manifest::FORMAT);
+    let boot = new.parent().unwrap().boot.unwrap();
+    let text = |file: &SharedFile| std::io::read_to_string(file.open().unwrap()).unwrap();
+    assert_eq!(text(&boot.kernel), "the caller's kernel");
+    assert_eq!(text(&boot.initrd.unwrap()), "the caller's initrd");
+    // What it has in common with the old one is not copied.
+    let inode = |name: &str| fs::metadata(place.path(name).join("memory-0.layer")).unwrap().ino();
+    assert_eq!(inode("a"), inode("b"));
+    send(&new, &mut Vec::new()).unwrap();
 }
