@@ -15,22 +15,27 @@ use crate::templates::Template;
 #[serde(deny_unknown_fields)]
 pub struct BuildTemplate {
     /// The name of the new template.
+    #[schema(max_length = 48)]
     pub template: String,
     /// The base template of the build, or a tag that points to it.
+    #[schema(max_length = 48)]
     pub from: String,
-    /// The steps of the build, at least one. They run one after the other.
-    #[schema(min_items = 1)]
+    /// The steps of the build, 1 to 1,000. They run one after the other.
+    #[schema(min_items = 1, max_items = 1000)]
     pub steps: Vec<BuildStep>,
     /// Environment variables that are added to those of each command. They are not kept in the
     /// template.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schema(schema_with = crate::limits::environment)]
     pub environment: BTreeMap<String, String>,
     /// Labels that the build host must have. Without any, every host qualifies.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schema(schema_with = crate::limits::labels)]
     pub host_labels: BTreeMap<String, String>,
-    /// The time limit of all steps together, in seconds, at least 1. The default is 3,600.
+    /// The time limit of all steps together, in seconds, 1 to 2,592,000 (30 days). The default is
+    /// 3,600.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(minimum = 1)]
+    #[schema(minimum = 1, maximum = 2592000)]
     pub timeout_s: Option<u64>,
 }
 

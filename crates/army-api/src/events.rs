@@ -29,5 +29,6 @@ pub struct EventFilter {
     /// Only events with a higher id are sent. The default is the id in the `Last-Event-ID` header;
     /// without that header, only new events are sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[param(minimum = 0)]
     pub after: Option<i64>,
 }

@@ -31,16 +31,42 @@ pub struct Host {
     pub reason: Option<String>,
     /// The labels of the host, which placement can select.
     pub labels: BTreeMap<String, String>,
-    /// The time of the last report from the host, in milliseconds since 1970.
-    pub seen_ms: u64,
-    /// The resources of the host and how much of them is in use.
-    pub capacity: Capacity,
+    /// The time of the last report from the host, in milliseconds since 1970. Only administrators
+    /// see it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seen_ms: Option<u64>,
+    /// The resources of the host and how much of them is in use. Only administrators see them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capacity: Option<Capacity>,
     /// The layers that are missing from the jail of the VMs on this host. It is absent if the jail
-    /// is complete.
+    /// is complete. Only administrators see it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub missing_jail_layers: Vec<MissingJailLayer>,
-    /// The number of VMs on the host that have not ended.
-    pub vms: u32,
+    /// Notices: what an administrator should know about the host, as sentences. Only administrators
+    /// see them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notices: Vec<String>,
+    /// The number of VMs on the host that have not ended. Only administrators see it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vms: Option<u32>,
+}
+
+impl Host {
+    /// What users see of the host: its name, its labels, and whether it accepts VMs, by its state.
+    #[must_use]
+    pub fn for_users(self) -> Self {
+        Self {
+            name: self.name,
+            state: self.state,
+            labels: self.labels,
+            reason: None,
+            seen_ms: None,
+            capacity: None,
+            missing_jail_layers: Vec::new(),
+            notices: Vec::new(),
+            vms: None,
+        }
+    }
 }
 
 /// A layer that is missing from the jail of the VMs on a host.
@@ -57,8 +83,9 @@ pub struct MissingJailLayer {
 #[serde(deny_unknown_fields)]
 pub struct ChangeHost {
     /// The labels to set, or, where the value is null, to remove. Labels that are not mentioned are
-    /// kept. A host has at most 64 labels; keys and values have 1 to 200 characters.
+    /// kept. A host has at most 64 labels; keys have 1 to 63 characters, and values 1 to 255.
     #[serde(default)]
+    #[schema(schema_with = crate::limits::label_changes)]
     pub labels: BTreeMap<String, Option<String>>,
 }
 

@@ -23,13 +23,15 @@ pub enum Role {
 #[serde(deny_unknown_fields)]
 pub struct CreateKey {
     /// The tenant that owns the key. A tenant exists as soon as a key names it.
+    #[schema(max_length = 48)]
     pub tenant: String,
     /// The role of the key.
     pub role: Role,
-    /// The quota of the tenant: the number of VMs that it may have at a time. It replaces any
-    /// earlier quota of the tenant. If it is absent, an earlier quota is kept; without one, the
-    /// number is unlimited.
+    /// The quota of the tenant: the number of VMs that it may have at a time, at most 1,000,000. It
+    /// replaces any earlier quota of the tenant. If it is absent, an earlier quota is kept; without
+    /// one, the number is unlimited.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(maximum = 1000000)]
     pub max_vms: Option<u32>,
 }
 

@@ -12,6 +12,7 @@ pub mod events;
 pub mod exec;
 pub mod hosts;
 pub mod keys;
+mod limits;
 pub mod problem;
 pub mod templates;
 pub mod vms;

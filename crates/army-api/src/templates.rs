@@ -10,9 +10,11 @@ use utoipa::{IntoParams, ToSchema};
 #[serde(deny_unknown_fields)]
 pub struct RegisterTemplate {
     /// The name of the template in the host's store.
+    #[schema(max_length = 48)]
     pub name: String,
     /// The host that has the template. It can be omitted if there is only one host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(max_length = 200)]
     pub host: Option<String>,
     /// The number of standbys to keep on each host that has the template, 0 to 1,000. Standbys are
     /// clones that are started in advance: they use memory, and a VM that is created from one
@@ -77,6 +79,7 @@ pub struct CpuFeatures {
 #[serde(deny_unknown_fields)]
 pub struct CopyTemplate {
     /// The name of the host to copy the template to.
+    #[schema(max_length = 200)]
     pub host: String,
 }
 
@@ -86,6 +89,7 @@ pub struct CopyTemplate {
 #[serde(deny_unknown_fields)]
 pub struct SetTag {
     /// The name of the template that the tag points to.
+    #[schema(max_length = 48)]
     pub template: String,
 }
 
@@ -96,6 +100,7 @@ pub struct SetTag {
 pub struct ImportTemplate {
     /// The host that stores the template. It can be omitted if there is only one host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[param(max_length = 200)]
     pub host: Option<String>,
 }
 

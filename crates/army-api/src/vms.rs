@@ -7,11 +7,16 @@ use utoipa::{IntoParams, ToSchema};
 
 use crate::Problem;
 
+/// The longest time of a request, in seconds: 10 years. It is far below what clocks and databases
+/// can represent.
+pub const MAX_SECONDS: u64 = 315_360_000;
+
 /// A request to create one or more identical VMs.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateVms {
     /// The template from which the VMs are forked, or a tag that points to it.
+    #[schema(max_length = 48)]
     pub template: String,
     /// The number of VMs to create, 1 to 1,000. The default is 1.
     #[serde(default = "one")]
@@ -21,21 +26,27 @@ pub struct CreateVms {
     /// are named NAME-1, NAME-2 and so on. By default, a name is derived from the name of the
     /// template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(max_length = 48)]
     pub name: Option<String>,
-    /// Labels of the VMs, by which they can be listed.
+    /// Labels of the VMs, by which they can be listed: at most 64, with keys of 1 to 63 characters
+    /// and values of at most 255.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schema(schema_with = crate::limits::labels)]
     pub labels: BTreeMap<String, String>,
     /// Labels that a host must have for the VMs to be placed on it. Without any, every host
     /// qualifies.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schema(schema_with = crate::limits::labels)]
     pub host_labels: BTreeMap<String, String>,
-    /// Environment variables that are added to those of every command that is run in the VMs.
+    /// Environment variables that are added to those of every command that is run in the VMs:
+    /// at most 256, and 64 KiB of names and values together.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schema(schema_with = crate::limits::environment)]
     pub environment: BTreeMap<String, String>,
-    /// The lifetime of the VMs, in seconds, at least 1. After it, they are destroyed even if they
-    /// are in use. By default, there is no limit.
+    /// The lifetime of the VMs, in seconds, 1 to 315,360,000 (10 years). After it, they are
+    /// destroyed even if they are in use. By default, there is no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(minimum = 1)]
+    #[schema(minimum = 1, maximum = 315360000)]
     pub ttl_s: Option<u64>,
     /// The idle policy: what happens to VMs that nobody uses. By default, nothing happens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -77,8 +88,9 @@ fn one() -> u32 {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct IdlePolicy {
-    /// The time without a command after which the VM counts as idle, in seconds, at least 1.
-    #[schema(minimum = 1)]
+    /// The time without a command after which the VM counts as idle, in seconds, 1 to 315,360,000
+    /// (10 years).
+    #[schema(minimum = 1, maximum = 315360000)]
     pub after_s: u64,
     /// The action that is taken when the VM is idle.
     pub action: IdleAction,
@@ -220,6 +232,7 @@ pub struct ForkVm {
     /// The name of the fork, which is also the guest's host name. If several forks are created,
     /// they are named NAME-1, NAME-2 and so on. By default, a name is derived from the VM's name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(max_length = 48)]
     pub name: Option<String>,
 }
 
@@ -228,6 +241,7 @@ pub struct ForkVm {
 #[serde(deny_unknown_fields)]
 pub struct SnapshotVm {
     /// The name of the new template.
+    #[schema(max_length = 48)]
     pub template: String,
     /// Whether to store only the changes since the VM's own template. The default is false.
     #[serde(default)]
@@ -238,7 +252,8 @@ pub struct SnapshotVm {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SetBalloon {
-    /// The amount of guest memory that the balloon should hold, in bytes.
+    /// The amount of guest memory that the balloon should hold, in bytes, at most 64 TiB.
+    #[schema(maximum = 70368744177664_i64)]
     pub bytes: u64,
 }
 
@@ -262,12 +277,15 @@ pub struct Balloon {
 pub struct VmFilter {
     /// Only VMs that were forked from this template are listed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[param(max_length = 200)]
     pub template: Option<String>,
     /// Only VMs on this host are listed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[param(max_length = 200)]
     pub host: Option<String>,
     /// Only VMs with this label are listed, written as `key=value`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[param(max_length = 400)]
     pub label: Option<String>,
     /// Whether VMs that have ended are listed as well. The default is false.
     #[serde(default)]
@@ -278,6 +296,7 @@ pub struct VmFilter {
     pub limit: Option<u32>,
     /// The position at which the page begins: the value of `next` in the previous page.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[param(max_length = 20)]
     pub after: Option<String>,
 }
 

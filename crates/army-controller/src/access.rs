@@ -2,6 +2,9 @@
 
 use army_api::keys::{CreateKey, Key, NewKey};
 
+use tokio::sync::broadcast::error::RecvError;
+
+use crate::store::keys::KEY_REMOVED;
 use crate::{Controller, Error, ErrorKind, Result};
 
 impl Controller {
@@ -32,6 +35,31 @@ impl Controller {
     /// Revokes a key. The last administrator key cannot be removed.
     pub async fn remove_key(&self, id: &str) -> Result<()> {
         self.store.remove_key(id).await
+    }
+
+    /// Completes when the key with this id is removed, or has been.
+    pub fn key_removed(&self, id: &str) -> impl Future<Output = ()> + Send + use<> {
+        let (store, id) = (self.store.clone(), id.to_owned());
+        // What is removed from now on is news, and what was removed before is seen in the database.
+        let mut news = self.store.subscribe();
+        async move {
+            loop {
+                match store.has_key(&id).await {
+                    Ok(true) => {}
+                    Ok(false) => return,
+                    // A stream does not end because the database is busy: news still end it.
+                    Err(error) => tracing::warn!(%error, "cannot look up a key"),
+                }
+                loop {
+                    match news.recv().await {
+                        Ok(event) if event.kind == KEY_REMOVED && event.subject == id => return,
+                        Ok(_) => {}
+                        Err(RecvError::Lagged(_)) => break,
+                        Err(RecvError::Closed) => return,
+                    }
+                }
+            }
+        }
     }
 
     /// Checks that the database answers.

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Instant;
 
 use army_api::templates::Template;
-use army_api::vms::{CreateVms, ForkTimes, ForkVm, Vm, VmFilter, VmState};
+use army_api::vms::{CreateVms, ForkTimes, ForkVm, MAX_SECONDS, Vm, VmFilter, VmState};
 use army_node_api::requests::{
     CreateVmsRequest, CreateVmsResponse, CreatedVm, ForkVmRequest, VmSpec,
 };
@@ -17,6 +17,7 @@ use army_node_api::time::now_ms;
 use army_node_api::{NodeApi, validate};
 
 use crate::admission::AdmittedRequest;
+use crate::error::RETRY_S;
 use crate::scheduler::{Need, UNKNOWN_COST};
 use crate::store::vms::NewVms;
 use crate::{Controller, Error, ErrorKind, Result, deadlines, random};
@@ -25,6 +26,8 @@ use placement::Placement;
 
 /// The most VMs of one request.
 const MAX_COUNT: u32 = 1000;
+/// The most bytes of the names and values of a request's environment together.
+const MAX_ENVIRONMENT: usize = 64 << 10;
 /// The first part of the template name of a VM that was forked from a running VM.
 const LIVE_PREFIX: &str = "vm:";
 
@@ -153,10 +156,43 @@ impl Controller {
             idempotency_key: idempotency_key.map(str::to_owned),
             details,
         };
-        let hosts = vec![parent.host.clone(); request.details.count as usize];
         let mut admitted = self.admission.admit()?;
+        let hosts = self.place_beside(parent, &request, &mut admitted).await?;
         let vms = self.record_vms(&request, hosts, &mut admitted).await?;
         self.create_on_hosts(&request, None, vms, start).await
+    }
+
+    /// Admits live forks to the host of their parent, by the same rules as any VM is admitted to a
+    /// host: it must accept VMs and have memory for them.
+    async fn place_beside(
+        &self,
+        parent: &Vm,
+        request: &CreateRequest,
+        admitted: &mut AdmittedRequest<'_>,
+    ) -> Result<Vec<String>> {
+        // What the forks are made of is on that host alone.
+        let origin = Template {
+            hosts: vec![parent.host.clone()],
+            ..Template::default()
+        };
+        let mut views = self.host_views(&origin, &BTreeMap::new()).await?;
+        views.retain(|view| view.name == parent.host);
+        if !views.iter().any(|view| view.open) {
+            let message = format!(
+                "the host {} takes no VMs now, and a live fork is on its parent's host: it is \
+                 drained, or does not answer",
+                parent.host
+            );
+            return Err(Error::new(ErrorKind::Busy, message)
+                .advise("make a template of the VM, and create VMs from it")
+                .retry_after(RETRY_S));
+        }
+        let need = Need {
+            cost_bytes: self.cost(&request.details.template).await?,
+            anywhere: false,
+        };
+        let chosen = admitted.place(&mut views, need, request.details.count)?;
+        Ok(vec![parent.host.clone(); chosen.len()])
     }
 
     /// Records VMs that are about to be created, one on each of `hosts`.
@@ -341,8 +377,12 @@ fn check(details: &CreateVms) -> Result<()> {
             details.count
         ));
     }
-    if details.ttl_s == Some(0) || details.idle.is_some_and(|idle| idle.after_s == 0) {
-        return invalid("`ttl_s` and `idle.after_s` must be at least 1".to_owned());
+    let times = [details.ttl_s, details.idle.map(|idle| idle.after_s)];
+    let is_invalid = |seconds: u64| !(1..=MAX_SECONDS).contains(&seconds);
+    if times.into_iter().flatten().any(is_invalid) {
+        return invalid(format!(
+            "`ttl_s` and `idle.after_s` must be 1 to {MAX_SECONDS}"
+        ));
     }
     if let Some(name) = &details.name
         && !clone_api::validate::is_valid_name(&format!("{name}-{}", details.count))
@@ -351,6 +391,12 @@ fn check(details: &CreateVms) -> Result<()> {
     }
     if let Some(network) = &details.network {
         validate::egress(network)?;
+    }
+    let size = |(key, value): (&String, &String)| key.len() + value.len();
+    if details.environment.iter().map(size).sum::<usize>() > MAX_ENVIRONMENT {
+        return invalid(format!(
+            "`environment` exceeds {MAX_ENVIRONMENT} bytes of names and values together"
+        ));
     }
     for (key, value) in &details.environment {
         if key.is_empty() || key.contains(['=', '\0']) || value.contains('\0') {

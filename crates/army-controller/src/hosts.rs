@@ -10,14 +10,17 @@ use army_node_api::Remote;
 use army_node_api::cluster::token::Token;
 use army_node_api::time::now_ms;
 
+use crate::border::Checked;
 use crate::error::RETRY_S;
 use crate::scheduler::HostView;
 use crate::{Cluster, Controller, Error, ErrorKind, LastReport, Node, Result, random};
 
 /// The most labels of a host.
 const MAX_LABELS: usize = 64;
-/// The most characters of a label's key, and of its value.
-const MAX_LABEL: usize = 200;
+/// The most characters of a label's key.
+const MAX_KEY: usize = 63;
+/// The most characters of a label's value.
+const MAX_VALUE: usize = 255;
 
 impl Controller {
     pub(crate) fn nodes(&self) -> Vec<Node> {
@@ -70,7 +73,7 @@ impl Controller {
             .enrol_host(host, &address.to_string(), secret)
             .await?;
         let mut nodes = self.nodes.write().unwrap_or_else(PoisonError::into_inner);
-        nodes.insert(host.to_owned(), Arc::new(remote));
+        nodes.insert(host.to_owned(), Arc::new(Checked(Arc::new(remote))));
         Ok(())
     }
 
@@ -78,8 +81,9 @@ impl Controller {
     pub async fn remove_host(&self, name: &str) -> Result<()> {
         self.cluster()?;
         let host = self.host(name).await?;
-        if host.state != HostState::Unreachable && host.vms > 0 {
-            let message = format!("the host {name} has {} VMs", host.vms);
+        let vms = host.vms.unwrap_or(0);
+        if host.state != HostState::Unreachable && vms > 0 {
+            let message = format!("the host {name} has {vms} VMs");
             return Err(Error::new(ErrorKind::Conflict, message)
                 .advise("drain the host, and destroy its VMs or wait for them to end"));
         }
@@ -108,6 +112,7 @@ impl Controller {
         let counts = self.store.vms_by_host().await?;
         let rows = self.store.hosts().await?;
         let mut missing = self.missing_jail_layers();
+        let mut notices = self.host_notices();
         Ok(rows
             .into_iter()
             .map(|row| {
@@ -122,14 +127,15 @@ impl Controller {
                     (true, false) => (HostState::Ready, None),
                 };
                 Host {
-                    vms: counts.get(&row.name).copied().unwrap_or(0),
+                    vms: Some(counts.get(&row.name).copied().unwrap_or(0)),
                     missing_jail_layers: missing.remove(&row.name).unwrap_or_default(),
+                    notices: notices.remove(&row.name).unwrap_or_default(),
                     name: row.name,
                     state,
                     reason,
                     labels: row.labels,
-                    seen_ms: row.seen_ms,
-                    capacity: row.capacity,
+                    seen_ms: Some(row.seen_ms),
+                    capacity: Some(row.capacity),
                 }
             })
             .collect())
@@ -141,6 +147,15 @@ impl Controller {
         let missing = reports.iter();
         missing
             .map(|(host, last)| (host.clone(), last.report.missing_jail_layers.clone()))
+            .collect()
+    }
+
+    /// The notices of the last reports, by host.
+    fn host_notices(&self) -> HashMap<String, Vec<String>> {
+        let reports = self.reports();
+        let notices = reports.iter();
+        notices
+            .map(|(host, last)| (host.clone(), last.report.notices.clone()))
             .collect()
     }
 
@@ -159,14 +174,15 @@ impl Controller {
                 None => labels.remove(key),
             };
         }
-        let is_invalid = |text: &String| text.is_empty() || text.chars().count() > MAX_LABEL;
+        let is_invalid = |text: &str, most: usize| text.is_empty() || text.chars().count() > most;
         if labels.len() > MAX_LABELS
             || labels
                 .iter()
-                .any(|(key, value)| is_invalid(key) || is_invalid(value))
+                .any(|(key, value)| is_invalid(key, MAX_KEY) || is_invalid(value, MAX_VALUE))
         {
             let message = format!(
-                "at most {MAX_LABELS} labels, with keys and values of 1 to {MAX_LABEL} characters"
+                "at most {MAX_LABELS} labels, with keys of 1 to {MAX_KEY} characters and values of \
+                 1 to {MAX_VALUE}"
             );
             return Err(Error::new(ErrorKind::InvalidRequest, message));
         }
@@ -184,17 +200,18 @@ impl Controller {
         let reports = self.reports();
         let views = hosts.into_iter().map(|host| {
             let last = reports.get(&host.name);
+            let capacity = host.capacity.unwrap_or_default();
             let ready = last.and_then(|last| last.report.ready.get(&template.name).copied());
             HostView {
                 suits: labels
                     .iter()
                     .all(|(key, value)| host.labels.get(key) == Some(value)),
                 open: host.state == HostState::Ready,
-                cpus: host.capacity.cpus,
-                load_milli: host.capacity.load_milli,
-                memory_bytes: host.capacity.memory_bytes,
-                available_bytes: host.capacity.available_bytes,
-                vms: host.vms,
+                cpus: capacity.cpus,
+                load_milli: capacity.load_milli,
+                memory_bytes: capacity.memory_bytes,
+                available_bytes: capacity.available_bytes,
+                vms: host.vms.unwrap_or(0),
                 lacks: lacks(template.cpu.as_ref(), last),
                 has_template: template.hosts.contains(&host.name),
                 ready: ready.unwrap_or(0),

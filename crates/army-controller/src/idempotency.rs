@@ -50,8 +50,11 @@ impl Controller {
     }
 
     /// Answers the requests that an earlier process left unanswered with what became of their VMs.
-    pub(crate) async fn answer_interrupted_requests(&self) -> Result<()> {
-        for (tenant, request) in self.store.unanswered_requests().await? {
+    pub(crate) async fn answer_interrupted_requests(
+        &self,
+        interrupted: Vec<(String, String)>,
+    ) -> Result<()> {
+        for (tenant, request) in interrupted {
             let vms = self.store.vms_of_request(&tenant, &request).await?;
             if vms.is_empty() {
                 self.store.discard_request(&tenant, &request).await?;

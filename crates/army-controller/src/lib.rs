@@ -15,6 +15,7 @@
 
 mod access;
 mod admission;
+mod border;
 mod builds;
 mod creation;
 mod deadlines;
@@ -23,6 +24,7 @@ mod events;
 pub mod guest;
 mod hosts;
 mod idempotency;
+mod loops;
 mod random;
 mod reconcile;
 mod renewal;
@@ -45,8 +47,11 @@ pub use builds::BuildListener;
 pub use creation::{CreatedVms, CreationFailure};
 pub use error::{Error, ErrorKind, Result};
 pub use events::EventReader;
+pub use reconcile::InterruptedRequests;
 
 use admission::Admission;
+use border::Checked;
+use loops::Loops;
 use store::Store;
 
 /// A controller of one or several hosts.
@@ -60,11 +65,12 @@ pub struct Controller {
     /// The VMs that this process creates. VMs that an earlier process did not finish are recorded by
     /// the reports of their hosts.
     admission: Admission,
+    loops: Loops,
     started: Instant,
     cluster: Option<Cluster>,
 }
 
-/// A node, in this process or elsewhere.
+/// A node, in this process or elsewhere. Those of a controller are [`Checked`].
 type Node = Arc<dyn NodeApi>;
 
 /// What a controller of several hosts needs.
@@ -124,12 +130,15 @@ impl Controller {
     }
 
     fn new(database: Database, nodes: BTreeMap<String, Node>, cluster: Option<Cluster>) -> Self {
+        let nodes = nodes.into_iter();
+        let nodes = nodes.map(|(name, node)| (name, Arc::new(Checked(node)) as Node));
         Self {
             store: database.0,
-            nodes: RwLock::new(nodes),
+            nodes: RwLock::new(nodes.collect()),
             reports: Mutex::default(),
             unreachable: Mutex::default(),
             admission: Admission::default(),
+            loops: Loops::default(),
             started: Instant::now(),
             cluster,
         }

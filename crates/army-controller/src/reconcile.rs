@@ -13,7 +13,7 @@ use futures_util::future::join_all;
 
 use crate::store::vms::PlacedVm;
 use crate::vms::DESTROYED;
-use crate::{Controller, LastReport, Node, Result, deadlines};
+use crate::{Controller, LastReport, Node, Result, deadlines, loops};
 
 /// How often hosts are polled.
 const ROUND: Duration = Duration::from_secs(1);
@@ -23,6 +23,9 @@ const SILENCE: Duration = Duration::from_secs(15);
 /// this process has run for so long: until then the request may still be on its way.
 const CREATION: Duration = Duration::from_secs(60);
 
+/// Requests that an earlier process left unanswered, as tenant and idempotency key.
+pub struct InterruptedRequests(Vec<(String, String)>);
+
 impl Controller {
     /// Continues where an earlier process stopped: standbys of templates are kept again, and
     /// requests that were not answered are answered with what became of their VMs.
@@ -30,18 +33,38 @@ impl Controller {
     /// # Errors
     /// Where the database cannot be used.
     pub async fn recover(&self) -> Result<()> {
+        let interrupted = self.interrupted_requests().await?;
+        self.recover_requests(interrupted).await
+    }
+
+    /// The requests that an earlier process left unanswered. They are read before the first request
+    /// of this process.
+    ///
+    /// # Errors
+    /// Where the database cannot be used.
+    pub async fn interrupted_requests(&self) -> Result<InterruptedRequests> {
+        Ok(InterruptedRequests(self.store.unanswered_requests().await?))
+    }
+
+    /// The same as [`recover`](Self::recover), while new requests are served already.
+    ///
+    /// # Errors
+    /// Where the database cannot be used.
+    pub async fn recover_requests(&self, interrupted: InterruptedRequests) -> Result<()> {
         self.poll_nodes().await;
+        self.loops.begin_round(loops::RECONCILE);
         for template in self.store.templates().await? {
             if let Err(error) = self.apply_standbys(&template).await {
                 tracing::warn!(template = template.name, %error, "cannot keep standbys ready");
             }
         }
-        self.answer_interrupted_requests().await
+        self.answer_interrupted_requests(interrupted.0).await
     }
 
     /// Polls all nodes, without an end.
     pub async fn reconcile(self: Arc<Self>) {
         loop {
+            self.loops.begin_round(loops::RECONCILE);
             self.poll_nodes().await;
             tokio::time::sleep(ROUND).await;
         }

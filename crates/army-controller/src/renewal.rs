@@ -7,7 +7,7 @@ use army_node_api::cluster::Member;
 use army_node_api::cluster::authority::Authority;
 use army_node_api::requests::{InstallCertificateRequest, RenewalRequest};
 
-use crate::{Controller, Node, Result, blocking, deadlines};
+use crate::{Controller, Node, Result, blocking, deadlines, loops};
 
 /// How often hosts are asked. A host wants a new certificate weeks before the old one ends, so a
 /// round that it misses does no harm.
@@ -17,6 +17,7 @@ impl Controller {
     /// Renews the certificates of hosts, without an end.
     pub async fn renew_certificates(self: Arc<Self>, authority: Arc<Authority>) {
         loop {
+            self.loops.begin_round(loops::RENEWAL);
             self.renew_certificates_once(&authority).await;
             tokio::time::sleep(ROUND).await;
         }

@@ -69,9 +69,14 @@ impl Records {
         applied.await.map(drop)
     }
 
+    /// Spoils the record of a VM as no release does.
+    pub async fn spoil_vm(&self, id: &str) -> Result<()> {
+        self.0.spoil_vm(id).await
+    }
+
     /// One VM.
     pub async fn vm(&self, id: &str) -> Result<Vm> {
-        self.0.vm(id, None).await
+        self.0.vm(id).await
     }
 
     /// A page of VMs.

@@ -12,16 +12,18 @@ use army_node_api::requests::{
     SnapshotVmRequest,
 };
 
+use crate::store::vms::VmOwner;
 use crate::{Controller, Error, ErrorKind, Node, Result, blocking, deadlines};
 
 /// Why a VM ended that a client destroyed.
 pub(crate) const DESTROYED: &str = "destroyed";
 
 impl Controller {
-    /// One VM by its id, or by the name of one that has not ended; only `tenant`'s where one is
-    /// given.
-    pub async fn vm(&self, key: &str, tenant: Option<&str>) -> Result<Vm> {
-        self.store.vm(key, tenant).await
+    /// The VM that a caller of the tenant `own` means by `key`: its id, the name of a VM of that
+    /// tenant that has not ended, or `TENANT/NAME`. Only VMs of the tenant `scope` are found where
+    /// one is given.
+    pub async fn vm(&self, key: &str, own: &str, scope: Option<&str>) -> Result<Vm> {
+        self.store.find_vm(key, VmOwner { own, scope }).await
     }
 
     /// A page of VMs; only `tenant`'s where one is given.
@@ -75,7 +77,7 @@ impl Controller {
                 Err(error) => return Err(error),
             }
         }
-        self.store.vm(&vm.id, None).await
+        self.store.vm(&vm.id).await
     }
 
     async fn destroy_on_host(&self, vm: &Vm) -> Result<()> {
@@ -106,7 +108,7 @@ impl Controller {
     async fn record_state(&self, vm: &Vm, state: VmState) -> Result<Vm> {
         let ids = std::slice::from_ref(&vm.id);
         self.store.set_vm_states(ids, state, "").await?;
-        self.store.vm(&vm.id, None).await
+        self.store.vm(&vm.id).await
     }
 
     /// Reads a VM's balloon, after requesting the size `target_bytes` where it is given.

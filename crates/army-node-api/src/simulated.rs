@@ -338,6 +338,7 @@ impl NodeApi for SimulatedNode {
             vms: vms.collect(),
             ready: HashMap::new(),
             cpu: self.cpu.clone(),
+            notices: Vec::new(),
         };
         Box::pin(async move {
             self.reports.pass().await;

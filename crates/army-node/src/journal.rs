@@ -1,12 +1,17 @@
 //! The record of a node's VMs that survives the node's process: one small file for each VM.
 //!
 //! A VM is recorded before it is created, and every step after it was taken. Files are replaced as a
-//! whole, so a kill at any point leaves the step before or the step after. Whether a VM really runs
-//! is not known here; [`crate::supervise`] compares.
+//! whole and written through to the disk, so a kill or a loss of power at any point leaves the step
+//! before or the step after. Whether a VM really runs is not known here; [`crate::supervise`]
+//! compares.
+//!
+//! A file that cannot be read does not stop the node, whose other VMs would be lost with it: the file
+//! is renamed to `*.unreadable`, and an administrator is told.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -18,7 +23,7 @@ use army_node_api::{Error, ErrorKind, Result};
 
 use crate::lock;
 
-/// The version of the files. Files of another version are refused.
+/// The version of the files. Files of another version cannot be read.
 const VERSION: u32 = 1;
 
 /// The record of a VM.
@@ -125,26 +130,38 @@ impl From<&VmSpec> for Entry {
 pub struct Journal {
     folder: PathBuf,
     entries: Mutex<BTreeMap<String, Entry>>,
+    /// What an administrator should know about the files, as sentences.
+    notices: Vec<String>,
 }
 
 impl Journal {
-    /// Opens the journal in `folder`, which is created where it does not exist.
+    /// Opens the journal in `folder`, which is created where it does not exist. Only its owner can
+    /// read it. Files that cannot be read, or are of another version, are put aside.
     ///
     /// # Errors
-    /// Where a file cannot be read, or is of another version.
+    /// Where the folder cannot be used.
     pub fn open(folder: PathBuf) -> Result<Self> {
         fs::create_dir_all(&folder).map_err(|error| failed("create", &folder, &error))?;
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o700))
+            .map_err(|error| failed("protect", &folder, &error))?;
         let mut entries = BTreeMap::new();
+        let mut notices = Vec::new();
         let list = fs::read_dir(&folder).map_err(|error| failed("list", &folder, &error))?;
-        for file in list {
-            let path = file
-                .map_err(|error| failed("list", &folder, &error))?
-                .path();
+        // The list comes first, so that files that are renamed are not found twice.
+        let list: io::Result<Vec<_>> = list.collect();
+        for file in list.map_err(|error| failed("list", &folder, &error))? {
+            let path = file.path();
             match path.extension().and_then(|it| it.to_str()) {
-                Some("json") => {
-                    let entry = read(&path)?;
-                    entries.insert(entry.id.clone(), entry);
-                }
+                Some("json") => match read(&path) {
+                    Ok(entry) => {
+                        entries.insert(entry.id.clone(), entry);
+                    }
+                    Err(error) => notices.push(put_aside(&path, &error)),
+                },
+                Some("unreadable") => notices.push(format!(
+                    "{} was put aside because it could not be read",
+                    path.display()
+                )),
                 // The write of this file was interrupted; the file that it was to replace exists.
                 Some("new") => {
                     fs::remove_file(&path).map_err(|error| failed("remove", &path, &error))?;
@@ -155,7 +172,13 @@ impl Journal {
         Ok(Self {
             folder,
             entries: Mutex::new(entries),
+            notices,
         })
+    }
+
+    /// What an administrator should know about the files, as sentences.
+    pub fn notices(&self) -> &[String] {
+        &self.notices
     }
 
     /// All records.
@@ -239,12 +262,18 @@ impl Journal {
         let path = self.path(&entry.id);
         let new = path.with_extension("new");
         let write = || {
-            let mut file = File::create(&new)?;
-            serde_json::to_writer(&mut file, entry)?;
-            file.flush()?;
-            // A host that loses power loses its VMs, too. So the order of writes is enough, and
-            // they are not synced.
-            fs::rename(&new, &path)
+            let mut file = fs::OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&new)?;
+            file.write_all(&serde_json::to_vec(entry)?)?;
+            // The file's content must be on the disk before its name is, or a loss of power leaves
+            // an empty file.
+            file.sync_all()?;
+            fs::rename(&new, &path)?;
+            File::open(&self.folder)?.sync_all()
         };
         write().map_err(|error| failed("write", &path, &error))
     }
@@ -267,6 +296,17 @@ fn read(path: &Path) -> Result<Entry> {
         return Err(Error::new(ErrorKind::Internal, detail));
     }
     Ok(entry)
+}
+
+/// Puts a file aside that cannot be read. Returns a sentence about it.
+fn put_aside(path: &Path, error: &Error) -> String {
+    let aside = path.with_extension("unreadable");
+    let place = match fs::rename(path, &aside) {
+        Ok(()) => format!("it was renamed to {}", aside.display()),
+        Err(error) => format!("it cannot be renamed: {error}"),
+    };
+    tracing::error!(%error, "a VM of the journal is unknown; {place}");
+    format!("a VM of the journal is unknown: {error}; {place}")
 }
 
 fn failed(action: &str, path: &Path, error: &io::Error) -> Error {
@@ -346,6 +386,46 @@ mod tests {
             golden.replace(":1,\"id\"", ":2,\"id\""),
         )
         .unwrap();
-        assert!(Journal::open(folder.path().to_owned()).is_err());
+        // A file of the future is put aside, and is not lost.
+        let journal = Journal::open(folder.path().to_owned()).unwrap();
+        assert_eq!(journal.all().len(), 1);
+        assert!(folder.path().join("2.unreadable").exists());
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_put_aside_and_the_node_starts() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = || Journal::open(folder.path().to_owned()).unwrap();
+        open().begin(&entry("1", 1)).unwrap();
+        for (name, content) in [
+            ("2.json", ""),
+            ("3.json", "{\"version\":1"),
+            ("4.json", "\0"),
+        ] {
+            fs::write(folder.path().join(name), content).unwrap();
+        }
+        fs::create_dir(folder.path().join("5.json")).unwrap();
+        let journal = open();
+        assert_eq!(journal.all(), [entry("1", 1)]);
+        assert_eq!(journal.notices().len(), 4, "{:?}", journal.notices());
+        assert!(
+            journal
+                .notices()
+                .iter()
+                .any(|it| it.contains("3.unreadable"))
+        );
+        // The VM can be created again under the same id, and the notices remain.
+        journal.begin(&entry("2", 1)).unwrap();
+        assert_eq!((open().all().len(), open().notices().len()), (2, 4));
+    }
+
+    #[test]
+    fn only_the_owner_reads_the_journal() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vms");
+        let journal = Journal::open(path.clone()).unwrap();
+        journal.begin(&entry("1", 1)).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&path), mode(&path.join("1.json"))), (0o700, 0o600));
     }
 }

@@ -40,6 +40,7 @@ impl Node {
             vms,
             ready: self.standbys.ready(),
             cpu: self.cpu.clone(),
+            notices: self.journal.notices().to_vec(),
         }
     }
 

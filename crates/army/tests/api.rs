@@ -10,6 +10,7 @@ use army_api::keys::{Key, Role};
 use army_api::vms::{CreateVms, CreatedVms, Egress, ForkTimes, NetworkPolicy, Vm, VmPage, VmState};
 use army_api::{Problem, ProblemKind};
 use army_controller::{Database, ErrorKind};
+use futures_util::StreamExt;
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -44,6 +45,12 @@ on_each_database! {
     a_build_that_cannot_begin_is_refused_before_anything_is_done,
     labels_decide_which_hosts_a_vm_may_go_to,
     a_stream_that_is_no_template_leaves_nothing,
+    a_lifetime_beyond_the_clock_is_refused_and_an_old_record_of_one_is_listed,
+    a_record_that_cannot_be_read_does_not_hide_the_others,
+    a_nul_is_refused_wherever_it_is_sent,
+    a_name_means_the_callers_own_vm_and_another_tenants_is_named_with_its_tenant,
+    users_see_which_hosts_there_are_and_not_what_they_are,
+    a_stream_of_events_ends_with_the_key_that_opened_it,
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -78,6 +85,8 @@ async fn nothing_is_told_without_a_key_but_health_and_the_apis_description(serve
         let refused = problem(nobody.get(path, &()).await);
         assert_eq!(refused.kind, ProblemKind::Unauthorized, "{path}");
     }
+    let ready: Value = nobody.get("/readyz", &()).await.unwrap();
+    assert!(ready["version"].is_string());
     let health: Value = nobody.get("/healthz", &()).await.unwrap();
     assert_eq!(health["version"], env!("CARGO_PKG_VERSION"));
     let document: Value = nobody.get("/openapi.json", &()).await.unwrap();
@@ -356,7 +365,8 @@ async fn a_build_that_cannot_begin_is_refused_before_anything_is_done(server: Se
     assert!(refused.detail.contains("base"), "{refused}");
     let key = create_key(&server.records, "red", Role::User, None).await;
     let user = Client::new(&server.url, key.secret).unwrap();
-    let asked = json!({"template": "new", "from": "base", "steps": []});
+    let run = json!([{"kind": "run", "command": ["true"]}]);
+    let asked = json!({"template": "new", "from": "base", "steps": run});
     let refused = problem(user.send(Method::POST, "/v1/builds", &asked).await);
     assert_eq!(refused.kind, ProblemKind::Forbidden);
 }
@@ -417,4 +427,169 @@ async fn a_stream_that_is_no_template_leaves_nothing(server: Server) {
     assert_eq!(left.map_or(0, Iterator::count), 0);
     let refused = problem(admin.get(path, &()).await);
     assert_eq!(refused.kind, ProblemKind::NotFound);
+}
+
+/// The record of a VM that no host has.
+fn record(id: &str, name: &str, tenant: &str) -> Vm {
+    Vm {
+        id: id.to_owned(),
+        name: name.to_owned(),
+        tenant: tenant.to_owned(),
+        template: "t".to_owned(),
+        host: "here".to_owned(),
+        state: VmState::Creating,
+        reason: None,
+        labels: BTreeMap::new(),
+        created_ms: 1,
+        expires_ms: None,
+        network: None,
+        fork: None,
+        notices: Vec::new(),
+        memory: None,
+    }
+}
+
+async fn a_lifetime_beyond_the_clock_is_refused_and_an_old_record_of_one_is_listed(server: Server) {
+    let records = &server.records;
+    records.insert_template(&template("t")).await.unwrap();
+    for body in [
+        json!({"template": "t", "ttl_s": 9_300_000_000_000_000_u64}),
+        json!({"template": "t", "ttl_s": 315_360_001}),
+        json!({"template": "t", "idle": {"after_s": u64::MAX, "action": "pause"}}),
+    ] {
+        let refused = problem(server.admin.send(Method::POST, "/v1/vms", &body).await);
+        assert_eq!(
+            refused.kind,
+            ProblemKind::InvalidRequest,
+            "{body}: {refused}"
+        );
+    }
+    let mut old = record("0a0b0c0d0e0f", "a", "root");
+    old.expires_ms = Some(u64::MAX);
+    let vms = std::slice::from_ref(&old);
+    records.insert_vms(vms, &BTreeMap::new()).await.unwrap();
+    let page: VmPage = server.admin.get("/v1/vms?all=true", &()).await.unwrap();
+    assert_eq!(page.vms.len(), 1);
+    assert_eq!(page.vms[0].expires_ms, Some(i64::MAX as u64));
+    assert_eq!(page.vms[0], records.vm(&old.id).await.unwrap());
+}
+
+async fn a_record_that_cannot_be_read_does_not_hide_the_others(server: Server) {
+    let records = &server.records;
+    let ids = ["000000000001", "000000000002", "000000000003"];
+    let vms = ids.map(|id| record(id, &format!("vm-{id}"), "root"));
+    records.insert_vms(&vms, &BTreeMap::new()).await.unwrap();
+    records.spoil_vm(ids[1]).await.unwrap();
+    let page: VmPage = server.admin.get("/v1/vms?limit=2", &()).await.unwrap();
+    assert_eq!((page.vms.len(), page.next.as_deref()), (1, Some("2")));
+    let page: VmPage = server.admin.get("/v1/vms?all=true", &()).await.unwrap();
+    let listed: Vec<&str> = page.vms.iter().map(|vm| vm.id.as_str()).collect();
+    assert_eq!(listed, [ids[0], ids[2]]);
+    records.apply_node_report("here", &[]).await.unwrap();
+}
+
+async fn a_nul_is_refused_wherever_it_is_sent(server: Server) {
+    let admin = &server.admin;
+    server
+        .records
+        .insert_template(&template("t"))
+        .await
+        .unwrap();
+    for path in [
+        "/v1/vms/a%00b",
+        "/v1/templates/%00",
+        "/v1/vms?template=%00",
+        "/v1/hosts/%00",
+    ] {
+        let refused = problem(admin.get(path, &()).await);
+        assert_eq!(
+            refused.kind,
+            ProblemKind::InvalidRequest,
+            "{path}: {refused}"
+        );
+    }
+    for body in [
+        json!({"template": "\0"}),
+        json!({"template": "t", "labels": {"a": "\0"}}),
+        json!({"template": "t", "labels": {"\0": "a"}}),
+        json!({"template": "t", "environment": {"A": "\0"}}),
+    ] {
+        let refused = problem(admin.send(Method::POST, "/v1/vms", &body).await);
+        assert_eq!(
+            refused.kind,
+            ProblemKind::InvalidRequest,
+            "{body}: {refused}"
+        );
+    }
+    let large =
+        json!({"template": "t", "environment": {"A": "x".repeat(32768), "B": "x".repeat(32768)}});
+    let refused = problem(admin.send(Method::POST, "/v1/vms", &large).await);
+    assert_eq!(refused.kind, ProblemKind::InvalidRequest, "{refused}");
+}
+
+async fn a_name_means_the_callers_own_vm_and_another_tenants_is_named_with_its_tenant(
+    server: Server,
+) {
+    let records = &server.records;
+    let own = record("000000000001", "anna", "root");
+    // A tenant lies in wait: its VM is newer.
+    let others = record("000000000002", "anna", "red");
+    let only_theirs = record("000000000003", "bert", "red");
+    for vm in [&own, &others, &only_theirs] {
+        let vms = std::slice::from_ref(vm);
+        records.insert_vms(vms, &BTreeMap::new()).await.unwrap();
+    }
+    let get = async |client: &Client, vm: &str| -> Result<String, ProblemKind> {
+        let path = format!("/v1/vms/{}", army_api::client::segment(vm));
+        let found = client.get::<Value>(&path, &()).await;
+        match found {
+            Ok(vm) => Ok(vm["id"].as_str().unwrap().to_owned()),
+            refused => Err(problem(refused).kind),
+        }
+    };
+    let admin = &server.admin;
+    assert_eq!(get(admin, "anna").await.unwrap(), own.id);
+    assert_eq!(get(admin, "bert").await, Err(ProblemKind::NotFound));
+    assert_eq!(get(admin, "red/anna").await.unwrap(), others.id);
+    assert_eq!(get(admin, &others.id).await.unwrap(), others.id);
+    let user = server.client("red", Role::User).await;
+    assert_eq!(get(&user, "anna").await.unwrap(), others.id);
+    assert_eq!(get(&user, "red/anna").await.unwrap(), others.id);
+    for hidden in ["root/anna", &own.id] {
+        assert_eq!(get(&user, hidden).await, Err(ProblemKind::NotFound));
+    }
+}
+
+async fn users_see_which_hosts_there_are_and_not_what_they_are(server: Server) {
+    let labels = json!({"labels": {"gpu": "yes"}});
+    let path = "/v1/hosts/here";
+    let changed: Value = server
+        .admin
+        .send(Method::PATCH, path, &labels)
+        .await
+        .unwrap();
+    assert!(changed["capacity"]["cpus"].as_u64().unwrap() > 0);
+    let expected = json!({"name": "here", "state": "ready", "labels": {"gpu": "yes"}});
+    for role in [Role::User, Role::Viewer] {
+        let client = server.client("red", role).await;
+        let one: Value = client.get(path, &()).await.unwrap();
+        let all: Value = client.get("/v1/hosts", &()).await.unwrap();
+        assert_eq!((one, all), (expected.clone(), json!([expected])));
+    }
+}
+
+async fn a_stream_of_events_ends_with_the_key_that_opened_it(server: Server) {
+    let key = create_key(&server.records, "red", Role::User, None).await;
+    let user = Client::new(&server.url, key.secret).unwrap();
+    let events = user.events(None).await.unwrap();
+    let other = server.client("red", Role::User).await;
+    let others = other.events(None).await.unwrap();
+    let path = format!("/v1/keys/{}", key.key.id);
+    server.admin.plain(Method::DELETE, &path).await.unwrap();
+    let soon = std::time::Duration::from_secs(10);
+    let ended = tokio::time::timeout(soon, events.count()).await;
+    assert!(ended.is_ok(), "the stream goes on");
+    let a_moment = std::time::Duration::from_millis(100);
+    let goes_on = tokio::time::timeout(a_moment, others.count()).await;
+    assert!(goes_on.is_err(), "another key's stream has ended");
 }

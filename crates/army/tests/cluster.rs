@@ -131,7 +131,7 @@ async fn a_host_joins_once_with_a_token_and_is_heard_of() {
     let (_, _, task) = army.host("a").await;
     let reconcile = tokio::spawn(Arc::clone(&army.controller).reconcile());
     army.wait(
-        |hosts| matches!(hosts, [it] if it.state == HostState::Ready && it.capacity.cpus > 0),
+        |hosts| matches!(hosts, [it] if it.state == HostState::Ready && it.capacity.is_some_and(|it| it.cpus > 0)),
     )
     .await;
     // Its name is taken, and a token works once, for whoever comes first.

@@ -164,3 +164,25 @@ async fn other_failures_are_not_tried_elsewhere() {
     fleet.controller.set_draining("b", false).await.unwrap();
     assert_eq!((bad.requested_vms(), drained.requested_vms()), (1, 0));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drained_host_takes_no_live_forks_as_it_takes_no_vms() {
+    let only = Arc::new(host("a", None));
+    let fleet = Fleet::of(&[&only]).await;
+    let parent = fleet.create(1).await.unwrap().vms.remove(0);
+    let fork = async || {
+        let request = ForkVm {
+            count: 2,
+            name: None,
+        };
+        let controller = &fleet.controller;
+        controller.fork_vm("default", &parent, request, None).await
+    };
+    fleet.controller.set_draining("a", true).await.unwrap();
+    let error = fork().await.unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Busy, "{error}");
+    assert!(error.message.contains("drained"), "{error}");
+    assert_eq!(only.requested_vms(), 1);
+    fleet.controller.set_draining("a", false).await.unwrap();
+    assert_eq!(fork().await.unwrap().vms.len(), 2);
+}

@@ -55,7 +55,7 @@ async fn a_vm_that_is_created_or_destroyed_while_its_host_is_polled_is_not_lost(
     host.reports.arrival().await;
     host.creations.release();
     let id = creation.await.unwrap().id;
-    let vm = async || -> Vm { controller.store.vm(&id, None).await.unwrap() };
+    let vm = async || -> Vm { controller.store.vm(&id).await.unwrap() };
     host.reports.release();
     polled.await.unwrap();
     assert_eq!(vm().await.state, VmState::Running, "{:?}", vm().await);
@@ -85,7 +85,7 @@ async fn a_vm_that_its_host_does_not_know_any_more_is_lost() {
     host.lose_vms();
     host.reports.release();
     controller.poll_nodes().await;
-    let vm = controller.store.vm(&id, None).await.unwrap();
+    let vm = controller.store.vm(&id).await.unwrap();
     assert_eq!(vm.state, VmState::Failed);
     assert!(vm.reason.unwrap().contains("does not know the VM"));
 }

@@ -4,7 +4,7 @@ use army_api::events::Event;
 use sqlx::any::AnyRow;
 use tokio::sync::broadcast;
 
-use super::{Change, Store, number, query_failed, text, unsigned};
+use super::{Change, Store, number, query_failed, readable, stored, text, unsigned};
 use crate::Result;
 use army_node_api::time::now_ms;
 
@@ -27,7 +27,7 @@ impl Change<'_> {
             "INSERT INTO events (id, time_ms, kind, subject, tenant, detail) \
              SELECT COALESCE(MAX(id), 0) + 1, $1, $2, $3, $4, $5 FROM events RETURNING id",
         )
-        .bind(time_ms as i64)
+        .bind(stored(time_ms))
         .bind(kind)
         .bind(subject)
         .bind(tenant)
@@ -69,7 +69,7 @@ impl Store {
         .fetch_all(&self.pool)
         .await
         .map_err(query_failed)?;
-        rows.iter().map(event).collect()
+        Ok(readable(&rows, "events", event))
     }
 
     /// The id of the newest event; 0 where there is none.

@@ -6,7 +6,10 @@ use std::net::SocketAddr;
 use army_api::hosts::Capacity;
 use sqlx::any::AnyRow;
 
-use super::{Store, is_taken, json, number, optional_text, query_failed, text, to_json, unsigned};
+use super::{
+    Store, is_taken, json, number, optional_text, query_failed, readable, stored, text, to_json,
+    unsigned,
+};
 use crate::store::keys::hash;
 use crate::{Error, ErrorKind, Result};
 use army_node_api::time::now_ms;
@@ -38,7 +41,7 @@ impl Store {
              ON CONFLICT (name) DO UPDATE SET seen_ms = $2, capacity = $3",
         )
         .bind(name)
-        .bind(now_ms() as i64)
+        .bind(stored(now_ms()))
         .bind(to_json(capacity)?)
         .execute(change.connection())
         .await
@@ -50,13 +53,13 @@ impl Store {
     pub(crate) async fn add_token(&self, secret: &str, expires_ms: u64) -> Result<()> {
         let mut change = self.change().await?;
         sqlx::query("DELETE FROM join_tokens WHERE expires_ms < $1")
-            .bind(now_ms() as i64)
+            .bind(stored(now_ms()))
             .execute(change.connection())
             .await
             .map_err(query_failed)?;
         sqlx::query("INSERT INTO join_tokens (hash, expires_ms) VALUES ($1, $2)")
             .bind(hash(secret))
-            .bind(expires_ms as i64)
+            .bind(stored(expires_ms))
             .execute(change.connection())
             .await
             .map_err(query_failed)?;
@@ -72,7 +75,7 @@ impl Store {
         let mut change = self.change().await?;
         let used = sqlx::query("DELETE FROM join_tokens WHERE hash = $1 AND expires_ms >= $2")
             .bind(hash(secret))
-            .bind(now_ms() as i64)
+            .bind(stored(now_ms()))
             .execute(change.connection())
             .await
             .map_err(query_failed)?;
@@ -140,7 +143,7 @@ impl Store {
             .fetch_all(&self.pool)
             .await
             .map_err(query_failed)?;
-        rows.iter().map(host).collect()
+        Ok(readable(&rows, "hosts", host))
     }
 
     /// Replaces the labels of a host.

@@ -3,13 +3,16 @@
 use army_api::keys::{CreateKey, Key, NewKey, Role};
 use sqlx::any::AnyRow;
 
-use super::{Store, from_word, query_failed, text, unsigned, word};
+use super::{Store, from_word, query_failed, readable, stored, text, unsigned, word};
 use crate::random;
 use crate::{Error, ErrorKind, Result};
 use army_node_api::time::now_ms;
 
 /// The beginning of every secret, by which a secret that has leaked is recognized.
 const SECRET_PREFIX: &str = "army_";
+
+/// The kind of the event that a key was removed.
+pub(crate) const KEY_REMOVED: &str = "key.removed";
 
 impl Store {
     /// Whether there is any key.
@@ -39,7 +42,7 @@ impl Store {
         .bind(hash(&secret))
         .bind(&key.tenant)
         .bind(word(&key.role)?)
-        .bind(key.created_ms as i64)
+        .bind(stored(key.created_ms))
         .execute(change.connection())
         .await
         .map_err(query_failed)?;
@@ -60,6 +63,16 @@ impl Store {
         Ok(NewKey { key, secret })
     }
 
+    /// Whether there is a key with this id.
+    pub(crate) async fn has_key(&self, id: &str) -> Result<bool> {
+        let row = sqlx::query("SELECT id FROM access_keys WHERE id = $1")
+            .bind(id)
+            .fetch_optional(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        Ok(row.is_some())
+    }
+
     /// The key with this secret.
     pub(crate) async fn find_key(&self, secret: &str) -> Result<Option<Key>> {
         // The lookup is by hash, so the time that it takes reveals nothing about other secrets.
@@ -77,7 +90,7 @@ impl Store {
             .fetch_all(&self.pool)
             .await
             .map_err(query_failed)?;
-        rows.iter().map(key).collect()
+        Ok(readable(&rows, "access_keys", key))
     }
 
     /// Removes a key. The last administrator key cannot be removed.
@@ -104,7 +117,7 @@ impl Store {
             return Err(Error::new(ErrorKind::Conflict, message).advise("create another one first"));
         }
         change
-            .event("key.removed", id, "", "a key was removed")
+            .event(KEY_REMOVED, id, "", "a key was removed")
             .await?;
         change.commit().await
     }

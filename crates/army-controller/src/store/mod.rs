@@ -12,6 +12,8 @@ pub(crate) mod requests;
 pub(crate) mod templates;
 pub(crate) mod vms;
 
+use std::fs::{OpenOptions, Permissions};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::sync::Arc;
 
 use crate::{Error, ErrorKind, Result};
@@ -28,9 +30,9 @@ use army_api::events::Event;
 const CONNECTIONS: u32 = 8;
 /// The number of events that a slow reader may miss before it has to read the database.
 const EVENTS_AHEAD: usize = 1024;
-/// The settings of each connection. Writers wait for each other, and a kill of the process loses
-/// nothing that was committed.
-const SQLITE_SETTINGS: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; \
+/// The settings of each connection. Writers wait for each other, and neither a kill of the process
+/// nor a loss of power loses what was committed.
+const SQLITE_SETTINGS: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; \
      PRAGMA busy_timeout = 10000; PRAGMA foreign_keys = ON;";
 
 /// The lock that a controller holds in PostgreSQL while it runs: two controllers would undo each
@@ -62,7 +64,13 @@ impl Store {
         }
         let lock = match is_postgres {
             true => Some(Arc::new(Mutex::new(lock(url).await?))),
-            false => None,
+            false => {
+                protect(url).map_err(|error| {
+                    let message = format!("cannot protect the database: {error}");
+                    Error::new(ErrorKind::Internal, message)
+                })?;
+                None
+            }
         };
         let pool = AnyPoolOptions::new()
             .max_connections(CONNECTIONS)
@@ -107,6 +115,29 @@ impl Store {
         change.run("BEGIN").await.map_err(|e| failed("begin", &e))?;
         Ok(change)
     }
+}
+
+/// Makes the files of an SQLite database readable by their owner only: they have everybody's
+/// environment variables and the hashes of keys. SQLite gives the files beside the database the
+/// database's own permissions.
+fn protect(url: &str) -> std::io::Result<()> {
+    let path = url.trim_start_matches("sqlite:").trim_start_matches("//");
+    let (path, options) = path.split_once('?').unwrap_or((path, ""));
+    if path.is_empty() || path == ":memory:" {
+        return Ok(());
+    }
+    if options.contains("mode=rwc") {
+        let mut create = OpenOptions::new();
+        create.create(true).append(true).mode(0o600).open(path)?;
+    }
+    for suffix in ["", "-wal", "-shm"] {
+        let private = Permissions::from_mode(0o600);
+        match std::fs::set_permissions(format!("{path}{suffix}"), private) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// Takes the lock of a PostgreSQL database, which is held as long as the connection exists.
@@ -202,6 +233,29 @@ fn unsigned(row: &AnyRow, column: &str) -> Result<u64> {
     Ok(number(row, column)?.max(0) as u64)
 }
 
+/// A number as the database holds it. One beyond the database's range becomes the largest, and never
+/// a negative one.
+fn stored(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// The rows of a list that can be read. A row that cannot is logged and left out: one bad record must
+/// not make all others unreachable.
+fn readable<T>(
+    rows: &[AnyRow],
+    table: &'static str,
+    read: impl Fn(&AnyRow) -> Result<T>,
+) -> Vec<T> {
+    let read = |row| match read(row) {
+        Ok(value) => Some(value),
+        Err(error) => {
+            tracing::error!(table, %error, "a record cannot be read and is left out");
+            None
+        }
+    };
+    rows.iter().filter_map(read).collect()
+}
+
 fn json<T: DeserializeOwned>(row: &AnyRow, column: &str) -> Result<T> {
     parse(&text(row, column)?)
 }
@@ -224,4 +278,30 @@ fn word(value: &impl Serialize) -> Result<String> {
 
 fn from_word<T: DeserializeOwned>(word: &str) -> Result<T> {
     parse(&format!("\"{word}\""))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_the_owner_reads_the_database_which_survives_a_loss_of_power() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("army.db");
+        // The file of a former release could be read by everybody.
+        std::fs::write(&path, "").unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        let url = crate::Database::sqlite_url(&path);
+        let store = Store::open(&url).await.unwrap();
+        store.has_keys().await.unwrap();
+        let files = std::fs::read_dir(dir.path()).unwrap();
+        for file in files.map(|file| file.unwrap()) {
+            let mode = file.metadata().unwrap().permissions().mode() & 0o777;
+            assert_eq!(mode, 0o600, "{:?}", file.path());
+        }
+        let row = sqlx::query("PRAGMA synchronous")
+            .fetch_one(&store.pool)
+            .await;
+        assert_eq!(row.unwrap().try_get::<i64, _>(0).unwrap(), 2);
+    }
 }

@@ -1,6 +1,6 @@
 //! Requests with an idempotency key, and their answers.
 
-use super::{Store, optional_text, query_failed, text};
+use super::{Store, optional_text, query_failed, stored, text};
 use crate::{Error, ErrorKind, Result};
 use army_node_api::time::now_ms;
 
@@ -32,7 +32,7 @@ impl Store {
         let now = now_ms();
         let mut change = self.change().await?;
         sqlx::query("DELETE FROM requests WHERE created_ms < $1 AND answer IS NOT NULL")
-            .bind(now.saturating_sub(KEPT_MS) as i64)
+            .bind(stored(now.saturating_sub(KEPT_MS)))
             .execute(change.connection())
             .await
             .map_err(query_failed)?;
@@ -43,7 +43,7 @@ impl Store {
         .bind(tenant)
         .bind(key)
         .bind(&hash)
-        .bind(now as i64)
+        .bind(stored(now))
         .execute(change.connection())
         .await
         .map_err(query_failed)?;

@@ -3,7 +3,7 @@
 use army_api::templates::Template;
 use sqlx::any::AnyRow;
 
-use super::{Change, Store, is_taken, number, parse, query_failed, text, to_json};
+use super::{Change, Store, is_taken, number, parse, query_failed, readable, text, to_json};
 use crate::{Error, ErrorKind, Result};
 
 impl Store {
@@ -56,8 +56,8 @@ impl Store {
             .await
             .map_err(query_failed)?;
         let mut templates = Vec::with_capacity(rows.len());
-        for row in &rows {
-            templates.push(self.with_hosts(template(row)?).await?);
+        for template in readable(&rows, "templates", template) {
+            templates.push(self.with_hosts(template).await?);
         }
         Ok(templates)
     }

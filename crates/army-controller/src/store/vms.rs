@@ -8,8 +8,8 @@ use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::{
-    Store, from_word, is_taken, json, number, optional_text, parse, query_failed, text, to_json,
-    unsigned, word,
+    Store, from_word, is_taken, json, number, optional_text, parse, query_failed, readable, stored,
+    text, to_json, unsigned, word,
 };
 use crate::{Error, ErrorKind, Result};
 use army_node_api::requests::VmReport;
@@ -32,7 +32,8 @@ macro_rules! page_query {
             $object,
             "('id', id, 'name', name, 'tenant', tenant, 'template', template, 'host', host, \
              'state', state, 'reason', reason, 'labels', json(labels), 'created_ms', created_ms, \
-             'expires_ms', expires_ms, 'network', json(network), 'fork', json(fork), \
+             'expires_ms', CASE WHEN expires_ms < 0 THEN 9223372036854775807 ELSE expires_ms END, \
+             'network', json(network), 'fork', json(fork), \
              'notices', json(COALESCE(notices, '[]')), 'memory', json(memory)))), '[]') \
              AS TEXT) AS page \
              FROM (SELECT * FROM vms WHERE number > $1 AND ($2 = '*' OR tenant = $2) \
@@ -42,11 +43,29 @@ macro_rules! page_query {
     };
 }
 
-/// A VM of a page.
+/// A VM of a page. It is `None` where its record cannot be read.
 #[derive(Deserialize)]
 struct Listed {
     number: i64,
-    vm: Vm,
+    vm: Option<Vm>,
+}
+
+/// The VMs of a page, as the database wrote it. A record that cannot be read is logged and left out.
+fn listed(page: &str) -> Result<Vec<Listed>> {
+    if let Ok(listed) = serde_json::from_str(page) {
+        return Ok(listed);
+    }
+    // The slower way is taken only where a record is bad.
+    let rows: Vec<serde_json::Value> = parse(page)?;
+    let listed = rows.into_iter().map(|row| {
+        let number = row["number"].as_i64().unwrap_or(0);
+        let read = serde_json::from_value::<Listed>(row);
+        read.unwrap_or_else(|error| {
+            tracing::error!(number, %error, "the record of a VM cannot be read and is left out");
+            Listed { number, vm: None }
+        })
+    });
+    Ok(listed.collect())
 }
 
 /// VMs that are about to be created.
@@ -57,6 +76,15 @@ pub(crate) struct NewVms<'a> {
     pub(crate) environment: &'a BTreeMap<String, String>,
     /// The idempotency key of the request.
     pub(crate) request: Option<&'a str>,
+}
+
+/// The caller on whose behalf a VM is looked up.
+#[derive(Clone, Copy)]
+pub(crate) struct VmOwner<'a> {
+    /// The caller's own tenant, in which names are looked up.
+    pub(crate) own: &'a str,
+    /// The only tenant whose VMs the caller may see; `None` for all.
+    pub(crate) scope: Option<&'a str>,
 }
 
 /// A VM that has not ended, as reconciliation sees it.
@@ -115,8 +143,8 @@ impl Store {
             .bind(word(&vm.state)?)
             .bind(to_json(&vm.labels)?)
             .bind(to_json(new.environment)?)
-            .bind(vm.created_ms as i64)
-            .bind(vm.expires_ms.map(|time| time as i64))
+            .bind(stored(vm.created_ms))
+            .bind(vm.expires_ms.map(stored))
             .bind(new.request)
             .bind(vm.network.as_ref().map(to_json).transpose()?)
             .execute(change.connection())
@@ -212,12 +240,12 @@ impl Store {
             .fetch_all(&self.pool)
             .await
             .map_err(query_failed)?;
-        let mut known = BTreeMap::new();
-        for row in &rows {
+        let known = readable(&rows, "vms", |row| {
             let state: VmState = from_word(&text(row, "state")?)?;
             let memory = optional_text(row, "memory")?;
-            known.insert(text(row, "id")?, (state, text(row, "tenant")?, memory));
-        }
+            Ok((text(row, "id")?, (state, text(row, "tenant")?, memory)))
+        });
+        let known: BTreeMap<_, _> = known.into_iter().collect();
         let mut over = Vec::new();
         let mut change = self.change().await?;
         for report in reports {
@@ -312,26 +340,39 @@ impl Store {
             .fetch_all(&self.pool)
             .await
             .map_err(query_failed)?;
-        rows.iter()
-            .map(|row| {
-                Ok(PlacedVm {
-                    id: text(row, "id")?,
-                    state: from_word(&text(row, "state")?)?,
-                    wanted: number(row, "wanted")? != 0,
-                })
+        Ok(readable(&rows, "vms", |row| {
+            Ok(PlacedVm {
+                id: text(row, "id")?,
+                state: from_word(&text(row, "state")?)?,
+                wanted: number(row, "wanted")? != 0,
             })
-            .collect()
+        }))
     }
 
-    /// A VM by its id, or by the name of one that has not ended; only `tenant`'s where one is
-    /// given.
-    pub(crate) async fn vm(&self, key: &str, tenant: Option<&str>) -> Result<Vm> {
+    /// The VM with this id.
+    pub(crate) async fn vm(&self, id: &str) -> Result<Vm> {
+        let whose = VmOwner {
+            own: "",
+            scope: None,
+        };
+        self.find_vm(id, whose).await
+    }
+
+    /// The VM that a caller means by `key`: its id, the name of a VM of the caller's own tenant that
+    /// has not ended, or `TENANT/NAME`. This is the one place where VMs are looked up for callers.
+    ///
+    /// A bare name never means another tenant's VM, whoever asks: tenants choose the names of their
+    /// VMs, and one of them could catch what is meant for another.
+    pub(crate) async fn find_vm(&self, key: &str, caller: VmOwner<'_>) -> Result<Vm> {
+        let (tenant, name) = key.split_once('/').unwrap_or((caller.own, key));
         let row = sqlx::query(
-            "SELECT * FROM vms WHERE (id = $1 OR (name = $1 AND alive = 1)) \
-             AND ($2 = '*' OR tenant = $2) ORDER BY (id = $1) DESC, number DESC LIMIT 1",
+            "SELECT * FROM vms WHERE (id = $1 OR (name = $2 AND tenant = $3 AND alive = 1)) \
+             AND ($4 = '' OR tenant = $4) ORDER BY (id = $1) DESC, number DESC LIMIT 1",
         )
         .bind(key)
-        .bind(tenant.unwrap_or("*"))
+        .bind(name)
+        .bind(tenant)
+        .bind(caller.scope.unwrap_or_default())
         .fetch_optional(&self.pool)
         .await
         .map_err(query_failed)?;
@@ -363,7 +404,7 @@ impl Store {
                 .fetch_all(&self.pool)
                 .await
                 .map_err(query_failed)?;
-        rows.iter().map(vm).collect()
+        Ok(readable(&rows, "vms", vm))
     }
 
     /// A page of VMs, of one tenant or of all.
@@ -371,10 +412,13 @@ impl Store {
         let limit = filter.limit.unwrap_or(PAGE).clamp(1, 10_000);
         let after = match &filter.after {
             None => 0,
-            Some(after) => after.parse::<i64>().map_err(|_| {
-                let message = "`after` must be the `next` of a page";
-                Error::new(ErrorKind::InvalidRequest, message)
-            })?,
+            Some(after) => {
+                let number = after.parse::<i64>().ok().filter(|number| *number >= 0);
+                number.ok_or_else(|| {
+                    let message = "`after` must be the `next` of a page";
+                    Error::new(ErrorKind::InvalidRequest, message)
+                })?
+            }
         };
         let label = match &filter.label {
             None => None,
@@ -398,7 +442,7 @@ impl Store {
             .fetch_one(&self.pool)
             .await
             .map_err(query_failed)?;
-        let mut listed: Vec<Listed> = json(&row, "page")?;
+        let mut listed = listed(&text(&row, "page")?)?;
         let more = listed.len() > limit as usize;
         listed.truncate(limit as usize);
         let last = listed.last().filter(|_| more);
@@ -406,9 +450,21 @@ impl Store {
         let has_label = |vm: &Vm| {
             label.is_none_or(|(key, value)| vm.labels.get(key).is_some_and(|it| it == value))
         };
-        let vms = listed.into_iter().map(|listed| listed.vm);
+        let vms = listed.into_iter().filter_map(|listed| listed.vm);
         let vms = vms.filter(has_label).collect();
         Ok(VmPage { vms, next })
+    }
+
+    /// Spoils the record of a VM as no release does.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) async fn spoil_vm(&self, id: &str) -> Result<()> {
+        let mut change = self.change().await?;
+        sqlx::query("UPDATE vms SET state = 'unheard of' WHERE id = $1")
+            .bind(id)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        change.commit().await
     }
 
     /// The number of VMs that have not ended, by template.
@@ -451,7 +507,8 @@ fn vm(row: &AnyRow) -> Result<Vm> {
         reason: optional("reason")?,
         labels: json(row, "labels")?,
         created_ms: unsigned(row, "created_ms")?,
-        expires_ms: expires.map(|time| time.max(0) as u64),
+        // A former release stored times beyond the database's range as negative numbers.
+        expires_ms: expires.map(|time| u64::try_from(time).unwrap_or(i64::MAX as u64)),
         network: optional("network")?.as_deref().map(parse).transpose()?,
         fork,
         notices: optional("notices")?

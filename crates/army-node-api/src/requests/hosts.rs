@@ -33,6 +33,10 @@ pub struct HostReport {
     /// The CPU features that clones can have on the host, where the node says so.
     #[serde(default)]
     pub cpu: Option<CpuFeatures>,
+    /// What an administrator should know about the host, as sentences: for example that a file of
+    /// its journal could not be read.
+    #[serde(default)]
+    pub notices: Vec<String>,
 }
 
 /// The state of one VM.

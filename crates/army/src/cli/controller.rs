@@ -70,9 +70,12 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
                 tracing::error!(%error, "hosts cannot join any more");
             }
         };
+        // Neither ends, unless it fails; then the process does.
         Ok(tokio::spawn(async {
-            // The renewal never ends.
-            tokio::join!(renewal, joining);
+            tokio::select! {
+                () = renewal => {}
+                () = joining => {}
+            }
         }))
     };
     serve::api(controller, listener, enrol).await?;

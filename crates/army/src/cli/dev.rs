@@ -50,7 +50,7 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
     let name = args.host_name.unwrap_or_else(serve::host_name);
     let node = serve::node(name, &args.state, &args.jail).await?;
     let controller = Controller::of_one_host(database, Arc::new(NodeService::in_process(node)));
-    let nothing = |_: &_| Ok(tokio::spawn(async {}));
+    let nothing = |_: &_| Ok(tokio::spawn(std::future::pending()));
     serve::api(controller, listener, nothing).await?;
     Ok(ExitCode::SUCCESS)
 }

@@ -22,7 +22,7 @@ const TIMED_OUT: u8 = 124;
 /// Run a command in a VM, print its output, and exit with its exit status.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// The VM: its id or name.
+    /// The VM: its id, its name, or TENANT/NAME for another tenant's.
     vm: String,
     /// The program and its arguments.
     #[arg(required = true, trailing_var_arg = true)]

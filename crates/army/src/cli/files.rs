@@ -106,15 +106,32 @@ pub(super) async fn open(path: &Path) -> Result<reqwest::Body> {
     Ok(file.into())
 }
 
-/// The VM and the path of `VM:/path`. An argument that is not text is a file of this host.
+/// The VM and the path of `VM:/path` or `TENANT/VM:/path`. An argument that is not text is a file of
+/// this host.
 fn inside(text: &OsStr) -> Option<(&str, &str)> {
     let (vm, path) = text.to_str()?.split_once(':')?;
-    (clone_api::validate::is_valid_name(vm) && path.starts_with('/')).then_some((vm, path))
+    let (tenant, name) = vm.split_once('/').unzip();
+    let mut names = [tenant, Some(name.unwrap_or(vm))].into_iter().flatten();
+    (names.all(clone_api::validate::is_valid_name) && path.starts_with('/')).then_some((vm, path))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_in_a_vm_is_named_with_its_vm_and_its_tenant_where_that_is_another() {
+        for (text, expected) in [
+            ("anna:/x", Some(("anna", "/x"))),
+            ("red/anna:/x", Some(("red/anna", "/x"))),
+            ("./anna:/x", None),
+            ("/red/anna:/x", None),
+            ("a/b/c:/x", None),
+            ("anna:x", None),
+        ] {
+            assert_eq!(inside(OsStr::new(text)), expected, "{text}");
+        }
+    }
     use std::os::unix::ffi::OsStrExt;
 
     #[tokio::test]

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use army_api::client::segment;
-use army_api::hosts::{ChangeHost, CreateJoinToken, Host, JoinToken};
+use army_api::hosts::{Capacity, ChangeHost, CreateJoinToken, Host, JoinToken};
 use reqwest::Method;
 
 use super::context::Context;
@@ -92,14 +92,19 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
 
 fn hosts_table(hosts: &[Host]) -> String {
     let lines = hosts.iter().map(|host| {
+        // Users do not see these.
+        let size = |value: fn(&Capacity) -> u64| match &host.capacity {
+            Some(capacity) => bytes(value(capacity)),
+            None => "-".to_owned(),
+        };
         vec![
             host.name.clone(),
             word(&host.state),
-            host.vms.to_string(),
-            bytes(host.capacity.memory_bytes),
-            bytes(host.capacity.available_bytes),
-            bytes(host.capacity.private_bytes),
-            bytes(host.capacity.promised_bytes),
+            host.vms.map_or("-".to_owned(), |vms| vms.to_string()),
+            size(|it| it.memory_bytes),
+            size(|it| it.available_bytes),
+            size(|it| it.private_bytes),
+            size(|it| it.promised_bytes),
             labels(&host.labels),
         ]
     });
@@ -115,6 +120,9 @@ fn hosts_table(hosts: &[Host]) -> String {
     ];
     let mut text = table(&heads, lines.collect());
     for host in hosts {
+        for notice in &host.notices {
+            text += &format!("warning: {}: {notice}\n", host.name);
+        }
         for missing in &host.missing_jail_layers {
             let (name, layer, reason) = (&host.name, &missing.layer, &missing.reason);
             text +=

@@ -31,7 +31,7 @@ const PIECE: usize = 64 << 10;
 /// client on their own loopback interface.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// The VM: its id or name.
+    /// The VM: its id, its name, or TENANT/NAME for another tenant's.
     vm: String,
     /// The VM's port, preceded by the port of this host if that differs; 0 chooses a free one.
     #[arg(required = true, value_name = "[LOCAL:]PORT")]

@@ -1,8 +1,10 @@
 //! What the servers of this program have in common: their log, their state directory, and their end.
 
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use army_api::keys::{CreateKey, Role};
@@ -28,6 +30,9 @@ pub(super) fn begin(state: &Path) -> Result<std::fs::File> {
     start_log()?;
     raise_open_files().context("cannot raise the limit of open files")?;
     std::fs::create_dir_all(state).with_context(|| format!("cannot make {}", state.display()))?;
+    // It has keys, the database and the journal.
+    std::fs::set_permissions(state, std::fs::Permissions::from_mode(0o700))
+        .with_context(|| format!("cannot protect {}", state.display()))?;
     only_one(state)
 }
 
@@ -174,25 +179,63 @@ impl ApiListener {
     }
 }
 
-/// Serves the API until a signal ends the process.
+/// How long the announcement of the server waits for the first reports of hosts.
+const FIRST_REPORTS: Duration = Duration::from_secs(3);
+
+/// Serves the API until a signal ends the process. It is served before hosts have reported, one of
+/// which may not answer. A loop that ends, which it never should, ends the process with an error.
 pub(super) async fn api(
     controller: Controller,
     listener: ApiListener,
     beside: impl FnOnce(&Arc<Controller>) -> Result<tokio::task::JoinHandle<()>>,
 ) -> Result<()> {
     let controller = Arc::new(controller);
-    let beside = beside(&controller)?;
-    controller.recover().await?;
+    let mut beside = beside(&controller)?;
+    let interrupted = controller.interrupted_requests().await?;
     let url = listener.url()?;
     first_key(&controller, &url).await?;
-    output::print(&format!(
-        "Army answers at {url}; the dashboard is there, too."
-    ));
-    let reconcile = tokio::spawn(Arc::clone(&controller).reconcile());
-    let served = until_asked(listener.serve(server::router(controller))).await;
+    let mut reconcile = {
+        let controller = Arc::clone(&controller);
+        tokio::spawn(async move {
+            controller.recover_requests(interrupted).await?;
+            controller.reconcile().await;
+            Ok::<_, army_controller::Error>(())
+        })
+    };
+    let announced = announce(&controller, url);
+    let serve = listener.serve(server::router(Arc::clone(&controller)));
+    let serve = async { tokio::join!(announced, serve).1 };
+    let served = tokio::select! {
+        served = until_asked(serve) => served,
+        ended = &mut reconcile => Err(loop_ended("reconcile", ended.map(|it| it.map_err(Into::into)))),
+        ended = &mut beside => Err(loop_ended("cluster", ended.map(Ok))),
+    };
     reconcile.abort();
     beside.abort();
     served
+}
+
+/// The error that a loop has ended.
+fn loop_ended(name: &str, ended: Result<Result<()>, tokio::task::JoinError>) -> anyhow::Error {
+    match ended {
+        Ok(Ok(())) => anyhow::anyhow!("the loop `{name}` has ended"),
+        Ok(Err(error)) => error.context(format!("the loop `{name}` has failed")),
+        Err(error) => anyhow::anyhow!("the loop `{name}` has failed: {error}"),
+    }
+}
+
+/// Says where the server answers, once it has heard of its hosts or has waited some time for them.
+async fn announce(controller: &Controller, url: String) {
+    let heard = async {
+        while controller.unready().is_some() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    // Requests are served meanwhile.
+    let _ = tokio::time::timeout(FIRST_REPORTS, heard).await;
+    output::print(&format!(
+        "Army answers at {url}; the dashboard is there, too."
+    ));
 }
 
 /// Creates and prints an administrator's key where there is no key yet.

@@ -22,7 +22,7 @@ const END_OF_INPUT: u8 = 4;
 /// Open a shell in a VM.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// The VM: its id or name.
+    /// The VM: its id, its name, or TENANT/NAME for another tenant's.
     vm: String,
     /// A command to run instead of the user's shell.
     #[arg(trailing_var_arg = true)]

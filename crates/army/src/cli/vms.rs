@@ -26,7 +26,7 @@ pub(super) enum Command {
     Ls(ListArgs),
     /// Show one VM.
     Inspect {
-        /// The VM: its id or name.
+        /// The VM: its id, its name, or TENANT/NAME for another tenant's.
         vm: String,
     },
     /// Fork a running VM, which continues to run.

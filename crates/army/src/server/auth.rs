@@ -1,5 +1,7 @@
 //! Authentication of callers, and what their roles permit.
 
+use std::sync::Arc;
+
 use army_api::keys::{Key, Role};
 use army_api::vms::Vm;
 use army_api::{Problem, ProblemKind};
@@ -8,6 +10,7 @@ use axum::http::header;
 use axum::http::request::Parts;
 
 use super::{App, Failure};
+use army_controller::Controller;
 
 /// The beginning of the WebSocket subprotocol in which a browser's terminal sends its key, because it
 /// cannot set headers.
@@ -17,6 +20,7 @@ const SUBPROTOCOL: &str = "army.key.";
 pub struct Caller {
     /// The caller's key.
     pub key: Key,
+    controller: Arc<Controller>,
 }
 
 impl Caller {
@@ -26,6 +30,12 @@ impl Caller {
             Role::Admin => None,
             Role::User | Role::Viewer => Some(&self.key.tenant),
         }
+    }
+
+    /// Completes when the caller's key is removed. A response that goes on for some time must end
+    /// then.
+    pub fn revoked(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.controller.key_removed(&self.key.id)
     }
 
     /// Checks that the caller may do what a `role` may.
@@ -42,9 +52,11 @@ impl Caller {
         Err(Failure(Problem::new(ProblemKind::Forbidden, detail)))
     }
 
-    /// A VM by its id or name. A VM that the caller may not see is not found.
+    /// A VM by its id, by its name in the caller's own tenant, or as `TENANT/NAME`. A VM that the
+    /// caller may not see is not found.
     pub async fn vm(&self, app: &App, key: &str) -> Result<Vm, Failure> {
-        Ok(app.controller.vm(key, self.scope()).await?)
+        let vm = app.controller.vm(key, &self.key.tenant, self.scope());
+        Ok(vm.await?)
     }
 }
 
@@ -60,7 +72,10 @@ impl FromRequestParts<App> for Caller {
         };
         let secret = secret(parts).ok_or_else(|| unauthorized("the request has no key"))?;
         match app.controller.find_key(&secret).await? {
-            Some(key) => Ok(Self { key }),
+            Some(key) => Ok(Self {
+                key,
+                controller: Arc::clone(&app.controller),
+            }),
             None => Err(unauthorized("the key is unknown")),
         }
     }

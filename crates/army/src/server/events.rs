@@ -16,7 +16,8 @@ use super::{Answer, App};
 
 /// Streams events, the oldest first, and continues as they happen.
 ///
-/// Each event is sent with its id, so that a client that reconnects resumes where it stopped.
+/// Each event is sent with its id, so that a client that reconnects resumes where it stopped. The
+/// stream ends when the caller's key is removed.
 #[utoipa::path(get, path = "/v1/events", params(EventFilter),
     responses((status = 200, content_type = "text/event-stream", body = Event)))]
 pub(super) async fn events(
@@ -33,6 +34,7 @@ pub(super) async fn events(
     let events = stream::unfold(reader, |mut reader| async move {
         Some((Ok(sse_event(&reader.next().await?)), reader))
     });
+    let events = events.take_until(caller.revoked());
     Ok(Sse::new(events).keep_alive(KeepAlive::default()))
 }
 

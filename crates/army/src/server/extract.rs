@@ -1,6 +1,7 @@
 //! Extractors. A request that cannot be read is answered with a problem document.
 
 use army_api::{Problem, ProblemKind};
+use axum::body::Bytes;
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::ws::WebSocketUpgrade;
 use axum::extract::{self, FromRequest, FromRequestParts, Json, Query, Request};
@@ -8,6 +9,7 @@ use axum::http::StatusCode;
 use axum::http::request::Parts;
 use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::{App, BODY_LIMIT, Failure, MAX_BODY};
 
@@ -26,11 +28,16 @@ impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
             let detail = "the request body was not received in time";
             return Err(Failure(Problem::new(ProblemKind::Timeout, detail)));
         };
-        let request = Request::from_parts(parts, read?.into());
-        match Json::<T>::from_request(request, app).await {
-            Ok(Json(value)) => Ok(Self(value)),
-            Err(rejection) => Err(Failure(unreadable(&rejection))),
-        }
+        let bytes = Bytes::from(read?);
+        let request = Request::from_parts(parts.clone(), bytes.clone().into());
+        let value = match Json::<T>::from_request(request, app).await {
+            Ok(Json(value)) => value,
+            Err(rejection) => return Err(Failure(unreadable(&rejection))),
+        };
+        // The limits are those of the document, so they are checked on the body as it was sent.
+        let sent: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
+        app.bounds.check_body(&parts, &sent)?;
+        Ok(Self(value))
     }
 }
 
@@ -76,7 +83,15 @@ impl<T: DeserializeOwned> FromRequestParts<App> for Params<T> {
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Failure> {
         let read: Result<Query<T>, QueryRejection> = Query::from_request_parts(parts, app).await;
         match read {
-            Ok(Query(value)) => Ok(Self(value)),
+            Ok(Query(value)) => {
+                let sent = Query::<Vec<(String, String)>>::try_from_uri(&parts.uri);
+                let sent = sent.map_or_else(|_| Vec::new(), |Query(sent)| sent);
+                let sent = sent
+                    .iter()
+                    .map(|(name, text)| (name.as_str(), text.as_str()));
+                app.bounds.check_parameters(parts, "query", sent)?;
+                Ok(Self(value))
+            }
             Err(rejection) => Err(Failure(Problem::new(
                 ProblemKind::InvalidRequest,
                 rejection.body_text(),
@@ -95,7 +110,13 @@ impl<T: DeserializeOwned + Send> FromRequestParts<App> for Path<T> {
         let read: Result<extract::Path<T>, PathRejection> =
             extract::Path::from_request_parts(parts, app).await;
         match read {
-            Ok(extract::Path(value)) => Ok(Self(value)),
+            Ok(extract::Path(value)) => {
+                let sent = extract::RawPathParams::from_request_parts(parts, app).await;
+                if let Ok(sent) = sent {
+                    app.bounds.check_parameters(parts, "path", sent.iter())?;
+                }
+                Ok(Self(value))
+            }
             Err(rejection) => Err(Failure(Problem::new(
                 ProblemKind::InvalidRequest,
                 rejection.body_text(),

@@ -16,21 +16,31 @@ const TOKEN_MINUTES: u32 = 15;
 /// The longest time that a token can be valid, in minutes.
 const MAX_TOKEN_MINUTES: u32 = 24 * 60;
 
-/// Lists all hosts.
+/// Lists all hosts. Users see their names, states and labels; administrators see all of them.
 #[utoipa::path(get, path = "/v1/hosts", responses((status = 200, body = Vec<Host>)))]
-pub(super) async fn list(State(app): State<App>, _: Caller) -> Answer<Json<Vec<Host>>> {
-    Ok(Json(app.controller.hosts().await?))
+pub(super) async fn list(State(app): State<App>, caller: Caller) -> Answer<Json<Vec<Host>>> {
+    let hosts = app.controller.hosts().await?.into_iter();
+    Ok(Json(hosts.map(|host| visible(&caller, host)).collect()))
 }
 
-/// Returns one host.
+/// Returns one host. Users see its name, state and labels; administrators see all of it.
 #[utoipa::path(get, path = "/v1/hosts/{name}", params(("name" = String, Path)),
     responses((status = 200, body = Host)))]
 pub(super) async fn inspect(
     State(app): State<App>,
-    _: Caller,
+    caller: Caller,
     Path(name): Path<String>,
 ) -> Answer<Json<Host>> {
-    Ok(Json(app.controller.host(&name).await?))
+    let host = app.controller.host(&name).await?;
+    Ok(Json(visible(&caller, host)))
+}
+
+/// What a caller may see of a host.
+fn visible(caller: &Caller, host: Host) -> Host {
+    match caller.may(Role::Admin) {
+        Ok(()) => host,
+        Err(_) => host.for_users(),
+    }
 }
 
 /// Excludes a host from placement. Its VMs continue to run.

@@ -35,27 +35,34 @@ pub(super) async fn metrics(State(app): State<App>, caller: Caller) -> Answer<Re
     family(
         "host_vms",
         "Number of VMs on the host.",
-        by_host(&|host| host.vms.into()),
+        by_host(&|host| host.vms.unwrap_or(0).into()),
     );
     family(
         "host_memory_bytes",
         "Total memory of the host.",
-        by_host(&|host| host.capacity.memory_bytes),
+        by_host(&|host| host.capacity.unwrap_or_default().memory_bytes),
     );
     family(
         "host_memory_available_bytes",
         "Memory that is available without swapping.",
-        by_host(&|host| host.capacity.available_bytes),
+        by_host(&|host| host.capacity.unwrap_or_default().available_bytes),
     );
     family(
         "host_memory_promised_bytes",
         "Total memory size of the VMs.",
-        by_host(&|host| host.capacity.promised_bytes),
+        by_host(&|host| host.capacity.unwrap_or_default().promised_bytes),
     );
     family(
         "host_memory_private_bytes",
         "Memory that the VMs do not share.",
-        by_host(&|host| host.capacity.private_bytes),
+        by_host(&|host| host.capacity.unwrap_or_default().private_bytes),
+    );
+    let ages = app.controller.loop_ages().into_iter();
+    family(
+        "loop_age_seconds",
+        "Time since the controller's loop began its last round.",
+        ages.map(|(name, age)| (label("loop", name), age.as_secs()))
+            .collect(),
     );
     let templates = app.controller.templates().await?;
     let by_template = |value: &dyn Fn(&army_api::templates::Template) -> u32| {

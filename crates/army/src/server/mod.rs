@@ -1,9 +1,10 @@
 //! The REST API. It translates between HTTP and the [`Controller`], and decides nothing itself.
 //!
 //! There is one file for each kind of object. [`auth`] authenticates callers, `extract` reads
-//! requests, and `failure` converts errors into problem documents.
+//! requests, whose limits `bounds` enforces, and `failure` converts errors into problem documents.
 
 pub mod auth;
+mod bounds;
 mod builds;
 mod commands;
 mod dashboard;
@@ -42,6 +43,8 @@ pub use failure::Failure;
 
 use army_controller::Controller;
 
+use bounds::Bounds;
+
 /// The largest body of a request, except for files.
 const MAX_BODY: usize = 1 << 20;
 /// How long a client may take to send the body of a request, except for files and terminals.
@@ -54,6 +57,8 @@ const AGENT_LIMIT: Duration = Duration::from_secs(20);
 #[derive(Clone)]
 pub struct App {
     controller: Arc<Controller>,
+    /// The limits of requests.
+    bounds: Bounds,
 }
 
 #[derive(OpenApi)]
@@ -83,6 +88,7 @@ impl utoipa::Modify for BearerKey {
 fn api() -> OpenApiRouter<App> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(health::health))
+        .routes(routes!(health::ready))
         .routes(routes!(metrics::metrics))
         .routes(routes!(keys::list, keys::create))
         .routes(routes!(keys::remove))
@@ -165,6 +171,7 @@ fn problem(description: &str) -> utoipa::openapi::Response {
 /// All routes: the API, its OpenAPI document, and the dashboard.
 pub fn router(controller: Arc<Controller>) -> Router {
     let (router, document) = describe();
+    let bounds = Bounds::of(&document);
     let document = document.to_json().unwrap_or_default();
     let description = move || {
         let document = document.clone();
@@ -177,7 +184,7 @@ pub fn router(controller: Arc<Controller>) -> Router {
         .method_not_allowed_fallback(extract::no_such_method)
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(middleware::from_fn(harden))
-        .with_state(App { controller })
+        .with_state(App { controller, bounds })
 }
 
 /// Adds headers for browsers to every response.

@@ -1,4 +1,5 @@
-//! VMs. In paths, a VM is named by its id, or by the name of a VM that has not ended.
+//! VMs. In paths, a VM is named by its id, by the name of a VM of the caller's own tenant that has
+//! not ended, or as `TENANT/NAME`, whose `/` is percent-encoded.
 
 use army_api::keys::Role;
 use army_api::templates::Template;

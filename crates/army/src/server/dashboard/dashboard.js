@@ -80,9 +80,9 @@ async function look() {
   rows("hosts", hosts.map((host) => ({
     id: host.name,
     cells: [
-      host.name, host.state, String(host.vms), size(host.capacity.memory_bytes),
-      size(host.capacity.private_bytes), size(host.capacity.promised_bytes),
-      size(host.capacity.available_bytes),
+      host.name, host.state, host.vms === undefined ? '' : String(host.vms), size(host.capacity?.memory_bytes),
+      size(host.capacity?.private_bytes), size(host.capacity?.promised_bytes),
+      size(host.capacity?.available_bytes),
     ],
   })));
   rows("templates", templates.map((it) => ({
