@@ -222,7 +222,11 @@ fn a_template_of_the_first_format_is_upgraded_with_the_callers_kernel_and_can_th
     assert_eq!(text(&boot.kernel), "the caller's kernel");
     assert_eq!(text(&boot.initrd.unwrap()), "the caller's initrd");
     // What it has in common with the old one is not copied.
-    let inode = |name: &str| fs::metadata(place.path(name).join("memory-0.layer")).unwrap().ino();
+    let inode = |name: &str| {
+        fs::metadata(place.path(name).join("memory-0.layer"))
+            .unwrap()
+            .ino()
+    };
     assert_eq!(inode("a"), inode("b"));
     send(&new, &mut Vec::new()).unwrap();
 }

@@ -153,16 +153,27 @@ impl Connection {
 
     /// Receives the next message of a known kind.
     fn receive(&mut self) -> Result<from_agent::Kind> {
+        loop {
+            if let Some(kind) = self.receive_or_credit()? {
+                return Ok(kind);
+            }
+        }
+    }
+
+    /// Receives the next message, or `None` after one that only granted credit for more input: the
+    /// caller may have something to send before it waits again.
+    fn receive_or_credit(&mut self) -> Result<Option<from_agent::Kind>> {
         let mut chunk = [0; 16 << 10];
         // The deadline of a message in a stream that has arrived in part.
         let mut begun = None;
         loop {
-            while let Some(kind) = self.incoming.next()? {
-                match kind {
-                    from_agent::Kind::InputTaken(taken) => self.outgoing.input_taken(taken),
-                    kind => return Ok(kind),
+            match self.incoming.next()? {
+                Some(from_agent::Kind::InputTaken(taken)) => {
+                    self.outgoing.input_taken(taken);
+                    return Ok(None);
                 }
-                begun = None;
+                Some(kind) => return Ok(Some(kind)),
+                None => {}
             }
             let timing = self.outgoing.timing();
             let deadline = match timing {

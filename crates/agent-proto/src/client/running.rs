@@ -78,8 +78,14 @@ impl Running {
     /// # Errors
     /// [`ClientError::Late`] if the deadline has passed, or a stream stalls.
     pub fn next_event(&mut self) -> Result<Event> {
-        self.acknowledge()?;
-        let message = self.connection.receive()?;
+        let message = loop {
+            // An acknowledgement that had to wait is tried again after each message. An agent whose
+            // buffer is full sends nothing more until it has come.
+            self.acknowledge()?;
+            if let Some(message) = self.connection.receive_or_credit()? {
+                break message;
+            }
+        };
         let event = self.cursors.event(message)?;
         if let Event::Exited(_) = event {
             // This lets the agent drop the command's record. The agent may have ended already.

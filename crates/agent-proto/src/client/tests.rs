@@ -395,3 +395,48 @@ fn notices_of_a_guest_are_bounded_and_harmless_to_a_terminal() {
     assert!(!notices.concat().contains(char::is_control));
     guest.join().unwrap().unwrap();
 }
+
+#[test]
+fn an_acknowledgement_that_had_to_wait_is_sent_although_nothing_more_arrives() {
+    let first = [
+        hello(),
+        started(),
+        output(crate::OUTPUT_WINDOW / 4),
+        encoded(from_agent::Kind::InputTaken(1)),
+    ];
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    theirs.write_all(&first.concat()).unwrap();
+    let agent = thread::spawn(move || {
+        // Meanwhile the host's input fills the socket, and its acknowledgement has to wait.
+        thread::sleep(SHORT);
+        theirs.set_read_timeout(Some(LONG)).unwrap();
+        let mut decoder = frame::Decoder::default();
+        let mut chunk = vec![0; 64 << 10];
+        loop {
+            while let Some(message) = decoder.next::<FromHost>().unwrap() {
+                if let Some(from_host::Kind::Acknowledge(_)) = message.kind {
+                    let exited = encoded(from_agent::Kind::Exited(Exited::default()));
+                    return theirs.write_all(&exited).unwrap();
+                }
+            }
+            let len = theirs.read(&mut chunk).unwrap();
+            decoder.push(&chunk[..len]);
+        }
+    });
+    let connection = Connection::greet(ours, Deadline::after(LONG)).unwrap();
+    let mut running = connection
+        .exec(Exec {
+            input: true,
+            ..Exec::default()
+        })
+        .unwrap();
+    let input = running.input();
+    let writer = thread::spawn(move || input.write(&vec![0; 4 << 20]));
+    // By then the writer is blocked in sending.
+    thread::sleep(SHORT / 2);
+    assert!(matches!(running.next_event().unwrap(), Event::Output(..)));
+    assert!(matches!(running.next_event().unwrap(), Event::Exited(_)));
+    agent.join().unwrap();
+    drop(running);
+    let _ = writer.join().unwrap();
+}
