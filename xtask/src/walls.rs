@@ -72,6 +72,7 @@ fn the_machine_knows_nothing_of_what_is_above_it() {
 fn what_travels_over_the_network_knows_no_vm() {
     never_links("army-api", &["clone-api", "clone-host", "axum", "sqlx"]);
     never_links("agent-proto", &["tokio", "clone-api", "serde_json"]);
+    never_links("agent-client", &["clone-api", "hyper", "serde_json"]);
 }
 
 #[test]

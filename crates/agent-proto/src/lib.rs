@@ -11,12 +11,14 @@
 //!
 //! - [`messages`]: the messages, as protobuf.
 //! - [`frame`], [`incoming`], [`exec`]: the codec, without I/O.
-//! - [`client`]: the host's side with blocking I/O.
+//! - [`exchange`]: the rules of an exchange, without I/O.
+//! - [`client`]: the host's side with blocking I/O. The crate `agent-client` has it for tokio.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod client;
 pub mod deadline;
 pub mod error;
+pub mod exchange;
 pub mod exec;
 pub mod frame;
 pub mod incoming;

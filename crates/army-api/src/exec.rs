@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-/// A command to run in a VM.
+/// The longest time limit of a command that a request waits for, in milliseconds: 1 hour.
+pub const MAX_EXEC_MS: u64 = 3_600_000;
+
+/// A command to run in a VM, whose end the request waits for.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Exec {
@@ -23,15 +26,53 @@ pub struct Exec {
     /// root.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// The complete standard input of the command. Commands that are started without waiting for
-    /// them accept none.
+    /// The complete standard input of the command.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stdin: Option<String>,
     /// The time limit, in milliseconds, at least 1, after which the command is killed. The default
-    /// is 60,000; commands that are started without waiting for them have no limit by default.
+    /// is 60,000, and the maximum is 3,600,000 (1 hour). Start a longer command without waiting for
+    /// it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 3_600_000)]
+    pub timeout_ms: Option<u64>,
+}
+
+/// A command to start in a VM without waiting for its end. It gets no input.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StartCommand {
+    /// The program and its arguments, at least one element. The program is executed directly,
+    /// without a shell.
+    #[schema(min_items = 1)]
+    pub command: Vec<String>,
+    /// Environment variables that are added to those of the VM.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub environment: BTreeMap<String, String>,
+    /// The working directory of the command. The default is the user's home directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub directory: Option<String>,
+    /// The user that runs the command, as a name or a number. The default is the agent's user,
+    /// root.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// The time limit, in milliseconds, at least 1, after which the command is killed. By default
+    /// there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub timeout_ms: Option<u64>,
+}
+
+impl From<StartCommand> for Exec {
+    fn from(start: StartCommand) -> Self {
+        Self {
+            command: start.command,
+            environment: start.environment,
+            directory: start.directory,
+            user: start.user,
+            stdin: None,
+            timeout_ms: start.timeout_ms,
+        }
+    }
 }
 
 /// The outcome of a command.

@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use agent_proto::client::Connection;
+use agent_client::Connection;
 use agent_proto::messages::Put;
 use army_api::builds::{BuildEvent, BuildStep, BuildTemplate};
 use army_api::exec::{CommandEvent, Ended, Exec, FilePath};
@@ -15,7 +15,7 @@ use army_api::vms::{CreateVms, SnapshotVm, Vm};
 use army_node_api::validate::check_template_name;
 use tokio::sync::mpsc;
 
-use crate::{Controller, Error, ErrorKind, Result, blocking, guest};
+use crate::{Controller, Error, ErrorKind, Result, guest};
 
 /// The time limit of the steps, where the request has none.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(3600);
@@ -103,19 +103,14 @@ impl Controller {
                 return Err(Error::new(ErrorKind::Timeout, message));
             }
             let step = async {
-                let (connection, in_use) = self.agent(vm, guest::with_grace(left)).await?;
-                let (listener, environment) = (listener.clone(), environment.clone());
-                blocking(move || {
-                    let _in_use = in_use;
-                    match work {
-                        Work::Run(command) => {
-                            let exec = guest::exec(command, environment, Some(left));
-                            run(connection, exec, &listener)
-                        }
-                        Work::Write(put, text) => Ok(connection.put(put, &mut text.as_bytes())?),
+                let connection = self.agent(vm, guest::with_grace(left)).await?;
+                match work {
+                    Work::Run(command) => {
+                        let exec = guest::exec(command, environment.clone(), Some(left));
+                        run(connection, exec, listener).await
                     }
-                })
-                .await
+                    Work::Write(put, text) => write(connection, put, &text).await,
+                }
             };
             step.await.map_err(|mut error| {
                 error.message = format!("step {number} of {count}: {}", error.message);
@@ -127,17 +122,18 @@ impl Controller {
 }
 
 /// Runs a command whose output goes to the listener.
-fn run(
+async fn run(
     connection: Connection,
     exec: agent_proto::messages::Exec,
     listener: &BuildListener,
 ) -> Result<()> {
-    let running = connection.exec(exec)?;
+    let running = connection.exec(exec).await?;
     let ended = guest::follow(running, listener, |event| match event {
         CommandEvent::Output { stream, text, .. } => Some(BuildEvent::Output { stream, text }),
         // Nothing is lost of output that is read from the beginning.
         CommandEvent::Lost { .. } | CommandEvent::Ended(_) => None,
-    })?;
+    })
+    .await?;
     match ended {
         Ended {
             timed_out: true, ..
@@ -160,6 +156,13 @@ fn run(
             Err(Error::new(ErrorKind::Conflict, message))
         }
     }
+}
+
+/// Writes a file.
+async fn write(connection: Connection, put: Put, text: &str) -> Result<()> {
+    let mut upload = connection.put(put)?;
+    upload.write(text.as_bytes()).await?;
+    Ok(upload.finish().await?)
 }
 
 /// Checks the steps before anything is done.

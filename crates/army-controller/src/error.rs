@@ -1,6 +1,6 @@
 //! Errors of the controller. They know nothing of HTTP: whoever serves the API converts them.
 
-use agent_proto::client::ClientError;
+use agent_proto::error::ClientError;
 use army_node_api::ErrorKind as NodeErrorKind;
 
 /// A result of the controller.

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use agent_proto::client::{Event as AgentEvent, Running};
+use agent_client::{Event as AgentEvent, Running};
 use agent_proto::messages::{Exec as AgentExec, Exited, Put, Stream};
-use army_api::exec::{CommandEvent, Ended, Exec, FilePath, OutputStream};
-use tokio::sync::{mpsc, oneshot};
+use army_api::exec::{CommandEvent, Ended, Exec, FilePath, MAX_EXEC_MS, OutputStream};
+use tokio::sync::mpsc;
 
 use crate::{Error, ErrorKind, Result};
 
@@ -31,6 +31,23 @@ pub fn check_command(command: &[String]) -> Result<()> {
         return Err(Error::new(ErrorKind::InvalidRequest, message));
     }
     Ok(())
+}
+
+/// The time limit of a command that a request waits for, where the request has one.
+///
+/// # Errors
+/// [`ErrorKind::InvalidRequest`] where it is longer than a request may wait.
+pub fn check_time_limit(timeout_ms: Option<u64>) -> Result<Option<Duration>> {
+    match timeout_ms {
+        Some(limit) if limit > MAX_EXEC_MS => {
+            let message = format!(
+                "`timeout_ms` is {limit}, and a request waits for a command for {MAX_EXEC_MS} at \
+                 most (1 hour): start a longer command in the background"
+            );
+            Err(Error::new(ErrorKind::InvalidRequest, message))
+        }
+        limit => Ok(limit.map(Duration::from_millis)),
+    }
 }
 
 /// A command in the agent's protocol, with the VM's environment, and with a time limit if there is
@@ -86,28 +103,22 @@ pub fn put(file: FilePath) -> Result<Put> {
 }
 
 /// Sends the events of a command to a listener, as far as `wrap` makes something of them, and
-/// returns how the command ended. Blocks, and must be called within a runtime.
+/// returns how the command ended. A slow listener makes the command wait.
 ///
 /// # Errors
-/// Where the connection to the agent is lost. A listener that goes away causes that, too, even
-/// while the command has no output.
-pub fn follow<T: Send + 'static>(
+/// Where the connection to the agent is lost, or where the listener goes away, even while the
+/// command has no output.
+pub async fn follow<T: Send + 'static>(
     mut running: Running,
     listener: &mpsc::Sender<T>,
     wrap: impl Fn(CommandEvent) -> Option<T>,
 ) -> Result<Ended> {
-    let input = running.input();
-    let watched_listener = listener.clone();
-    let (_at_end, done) = oneshot::channel::<()>();
-    tokio::spawn(async move {
-        tokio::select! {
-            () = watched_listener.closed() => input.disconnect(),
-            _ = done => {}
-        }
-    });
     let mut texts = [Text::default(), Text::default()];
     loop {
-        let event = running.next_event()?;
+        let event = tokio::select! {
+            event = running.next_event() => event?,
+            () = listener.closed() => return Err(client_disconnected()),
+        };
         let arrived = running.arrived();
         let (event, ended) = match event {
             AgentEvent::Output(stream, data) => {
@@ -130,7 +141,10 @@ pub fn follow<T: Send + 'static>(
                 (CommandEvent::Ended(ended), Some(ended))
             }
         };
-        let sent = wrap(event).is_none_or(|event| listener.blocking_send(event).is_ok());
+        let sent = match wrap(event) {
+            Some(event) => listener.send(event).await.is_ok(),
+            None => true,
+        };
         match ended {
             Some(ended) => return Ok(ended),
             None if sent => {}
@@ -182,6 +196,16 @@ impl Text {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_request_waits_for_a_command_for_an_hour_at_most() {
+        assert_eq!(check_time_limit(None).unwrap(), None);
+        let hour = check_time_limit(Some(3_600_000)).unwrap();
+        assert_eq!(hour, Some(Duration::from_secs(3600)));
+        let refused = check_time_limit(Some(3_600_001)).unwrap_err();
+        assert_eq!(refused.kind, ErrorKind::InvalidRequest);
+        assert!(refused.message.contains("1 hour"), "{refused}");
+    }
 
     #[test]
     fn characters_that_are_cut_in_two_come_whole() {

@@ -3,17 +3,16 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use agent_proto::client::{Connection, Deadline};
+use agent_client::{Connection, Deadline};
 use army_api::templates::Template;
 use army_api::vms::{Balloon, SnapshotVm, Vm, VmFilter, VmPage, VmState};
-use army_node_api::InUse;
 use army_node_api::requests::{
     BalloonRequest, ConnectAgentRequest, DestroyVmRequest, PauseVmRequest, ResumeVmRequest,
     SnapshotVmRequest,
 };
 
 use crate::store::vms::VmOwner;
-use crate::{Controller, Error, ErrorKind, Node, Result, blocking, deadlines};
+use crate::{Controller, Error, ErrorKind, Node, Result, deadlines};
 
 /// Why a VM ended that a client destroyed.
 pub(crate) const DESTROYED: &str = "destroyed";
@@ -47,18 +46,15 @@ impl Controller {
     }
 
     /// Connects to the agent in a VM. The connection is for one request, which must end within
-    /// `limit`; the VM counts as used while the second value lives.
-    pub async fn agent(&self, vm: &Vm, limit: Duration) -> Result<(Connection, InUse)> {
+    /// `limit`; the VM counts as used while the connection lives, or what becomes of it.
+    pub async fn agent(&self, vm: &Vm, limit: Duration) -> Result<Connection> {
         let node = self.node_of(vm)?;
         let request = ConnectAgentRequest { vm: vm.id.clone() };
         let deadline = deadlines::agent();
         let stream = node.connect_agent(request, deadline).await?;
-        blocking(move || {
-            let (mut connection, in_use) = stream.open(deadline)?;
-            connection.set_deadline(Deadline::after(limit));
-            Ok((connection, in_use))
-        })
-        .await
+        let mut connection = stream.open(deadline).await?;
+        connection.set_deadline(Deadline::after(limit));
+        Ok(connection)
     }
 
     /// Ends a VM. A VM that has ended is returned unchanged.

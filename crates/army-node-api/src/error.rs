@@ -1,6 +1,6 @@
 //! Errors of nodes. They travel from a node to the controller, and know nothing of HTTP.
 
-use agent_proto::client::ClientError;
+use agent_proto::error::ClientError;
 use clone_api::ApiError;
 use serde::{Deserialize, Serialize};
 

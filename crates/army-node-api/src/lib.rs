@@ -12,6 +12,7 @@ mod api;
 pub mod chunks;
 pub mod cluster;
 mod error;
+mod relay;
 pub mod remote;
 pub mod requests;
 pub mod router;
@@ -19,7 +20,7 @@ pub mod simulated;
 pub mod time;
 pub mod validate;
 
-pub use agent::{AgentStream, InUse};
+pub use agent::AgentStream;
 pub use agent_proto::deadline::Deadline;
 pub use api::{NodeApi, Reply};
 pub use error::{Error, ErrorKind, Result};

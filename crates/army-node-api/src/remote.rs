@@ -1,10 +1,9 @@
 //! A node on another host: the client of [`router`](crate::router).
 
-use std::io;
 use std::net::SocketAddr;
-use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use agent_client::AgentSocket;
 use army_api::vms::Balloon;
 use reqwest::{RequestBuilder, Response, StatusCode, header};
 use rustls::ClientConfig;
@@ -20,8 +19,8 @@ use crate::requests::{
     ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
 };
 use crate::{
-    AGENT_PROTOCOL, AgentStream, DEADLINE_HEADER, Deadline, Error, ErrorKind, InUse, NodeApi,
-    Reply, Result, VERSION,
+    AGENT_PROTOCOL, AgentStream, DEADLINE_HEADER, Deadline, Error, ErrorKind, NodeApi, Reply,
+    Result, VERSION,
 };
 
 /// The longest time that connecting with a host may take.
@@ -134,17 +133,9 @@ impl Remote {
             .header(header::CONNECTION, "upgrade")
             .header(header::UPGRADE, AGENT_PROTOCOL);
         let response = self.send(request, deadline).await?;
-        let mut far = response
-            .upgrade()
-            .await
-            .map_err(|error| self.lost(&error))?;
-        let local = |error: io::Error| Error::internal("connect a guest's agent", &error);
-        let (ours, theirs) = UnixStream::pair().map_err(local)?;
-        theirs.set_nonblocking(true).map_err(local)?;
-        let mut theirs = tokio::net::UnixStream::from_std(theirs).map_err(local)?;
-        // Ends when either side does; the other side then sees the end of its stream.
-        tokio::spawn(async move { tokio::io::copy_bidirectional(&mut far, &mut theirs).await });
-        Ok(AgentStream::raw(ours, InUse::tracked_by_node()))
+        let upgraded = response.upgrade().await;
+        let upgraded = upgraded.map_err(|error| self.lost(&error))?;
+        Ok(AgentStream::raw(AgentSocket::new(upgraded)))
     }
 }
 

@@ -3,7 +3,6 @@
 //! Only the controller may command a node. Other members of the cluster may read its templates, and
 //! nobody else is heard; [`cluster::tls`](crate::cluster::tls) proves who a peer is.
 
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,11 +15,11 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use futures_util::StreamExt;
 use hyper_util::rt::TokioIo;
-use tokio::io::AsyncWriteExt;
 
 use crate::chunks;
 use crate::cluster::Member;
 use crate::cluster::tls::Peer;
+use crate::relay::relay;
 use crate::requests::{
     ConnectAgentRequest, ExportTemplateRequest, ImportTemplateRequest, Operation, TemplateFacts,
 };
@@ -155,19 +154,11 @@ async fn connect_agent(
         return Err(Error::new(ErrorKind::InvalidRequest, message).into());
     }
     let agent = node.connect_agent(ConnectAgentRequest { vm }, deadline);
-    let (stream, greeting, in_use) = agent.await?.into_parts()?;
-    let local = |error: io::Error| Error::internal("connect the guest's agent", &error);
-    stream.set_nonblocking(true).map_err(local)?;
-    let mut near = tokio::net::UnixStream::from_std(stream).map_err(local)?;
+    let (near, greeting) = agent.await?.into_parts()?;
     let upgrade = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
-        let _in_use = in_use;
         let Ok(upgraded) = upgrade.await else { return };
-        let mut far = TokioIo::new(upgraded);
-        if far.write_all(&greeting).await.is_ok() {
-            // Ends when either side does.
-            let _ = tokio::io::copy_bidirectional(&mut far, &mut near).await;
-        }
+        relay(TokioIo::new(upgraded), near, greeting).await;
     });
     let headers = [
         (header::CONNECTION, "upgrade"),

@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
-use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use agent_client::{AgentSocket, Transport};
 use army_api::hosts::Capacity;
 use army_api::templates::CpuFeatures;
 use army_api::vms::{Balloon, VmState};
@@ -18,7 +18,7 @@ use crate::requests::{
     PauseVmRequest, RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest,
     ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest, TemplateFacts, VmReport, VmSpec,
 };
-use crate::{AgentStream, Deadline, Error, ErrorKind, InUse, NodeApi, Reply, Result};
+use crate::{AgentStream, Deadline, Error, ErrorKind, NodeApi, Reply, Result};
 
 /// Bytes of a template that are sent in one chunk.
 const CHUNK: usize = 64 << 10;
@@ -42,7 +42,7 @@ struct State {
     vms: BTreeMap<String, VmState>,
     templates: BTreeMap<String, SimulatedTemplate>,
     /// Streams to agents that wait to be connected.
-    agents: VecDeque<UnixStream>,
+    agents: VecDeque<AgentSocket>,
     requested: usize,
 }
 
@@ -150,8 +150,8 @@ impl SimulatedNode {
     }
 
     /// Lets the next connection to an agent be this stream, whose other end the test holds.
-    pub fn add_agent(&self, stream: UnixStream) {
-        self.state().agents.push_back(stream);
+    pub fn add_agent(&self, stream: impl Transport) {
+        self.state().agents.push_back(AgentSocket::new(stream));
     }
 
     /// The number of VMs that were requested of this host.
@@ -257,7 +257,7 @@ impl NodeApi for SimulatedNode {
     fn connect_agent(&self, _: ConnectAgentRequest, _: Deadline) -> Reply<'_, AgentStream> {
         let stream = self.state().agents.pop_front();
         ready(match stream {
-            Some(stream) => Ok(AgentStream::raw(stream, InUse::until_dropped(()))),
+            Some(stream) => Ok(AgentStream::raw(stream)),
             None => Err(Error::new(
                 ErrorKind::GuestUnavailable,
                 "no agent answers in the guest",

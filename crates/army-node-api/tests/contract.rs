@@ -1,9 +1,7 @@
 //! The contract over mutual TLS: what a simulated node answers arrives at the controller unchanged.
 #![allow(clippy::unwrap_used)]
 
-use std::io::{Read, Write};
 use std::net::SocketAddr;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +17,8 @@ use army_node_api::requests::{
 };
 use army_node_api::simulated::SimulatedNode;
 use army_node_api::{Deadline, Error, ErrorKind, NodeApi, Remote, router};
-use tokio::net::TcpListener;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, UnixStream};
 
 fn deadline() -> Deadline {
     Deadline::after(Duration::from_secs(60))
@@ -147,20 +146,17 @@ async fn an_agents_stream_outlives_the_deadline_of_connecting() {
     let limit = Duration::from_millis(300);
     let request = || ConnectAgentRequest { vm: "1".into() };
     let stream = remote.connect_agent(request(), Deadline::after(limit));
-    let (mut ours, read, _in_use) = stream.await.unwrap().into_parts().unwrap();
+    let (mut ours, read) = stream.await.unwrap().into_parts().unwrap();
     assert!(read.is_empty());
     // Longer than the client waits for a late answer.
     tokio::time::sleep(limit + Duration::from_secs(3)).await;
-    let exchange = move || {
-        agent.write_all(b"hello").unwrap();
-        let mut bytes = [0; 5];
-        ours.read_exact(&mut bytes).unwrap();
-        assert_eq!(&bytes, b"hello");
-        drop(ours);
-        // The agent sees that its client is gone.
-        assert_eq!(agent.read(&mut bytes).unwrap(), 0);
-    };
-    tokio::task::spawn_blocking(exchange).await.unwrap();
+    agent.write_all(b"hello").await.unwrap();
+    let mut bytes = [0; 5];
+    ours.read_exact(&mut bytes).await.unwrap();
+    assert_eq!(&bytes, b"hello");
+    drop(ours);
+    // The agent sees that its client is gone.
+    assert_eq!(agent.read(&mut bytes).await.unwrap(), 0);
     let error = remote.connect_agent(request(), deadline()).await;
     assert_eq!(
         error.map(drop).unwrap_err().kind,

@@ -35,6 +35,7 @@ use clone_host::launch::fork::Source;
 use clone_host::programs;
 use clone_host::runtime::{RunningVm, Runtime};
 use clone_template::Store;
+use tokio::sync::Semaphore;
 
 use agent::Usage;
 use journal::{Journal, Stage};
@@ -62,6 +63,8 @@ pub struct Node {
     cpu: Option<CpuFeatures>,
     /// How each VM is used, by id.
     usage: Mutex<HashMap<String, Usage>>,
+    /// A permit for each thread that may look at a VM for a connection to its agent.
+    looking: Semaphore,
     /// How complete the jail of VMs is on this host, once it was checked.
     jail: OnceLock<JailStatus>,
 }
@@ -88,6 +91,7 @@ impl Node {
             reports: ReportCache::default(),
             cpu: host_cpu(),
             usage: Mutex::default(),
+            looking: Semaphore::new(agent::LOOKING),
             jail: OnceLock::new(),
         });
         node.recover();

@@ -1,7 +1,8 @@
 //! The node as the controller sees it: [`Node`] behind the contract.
 //!
 //! A node blocks. Each call runs on a thread of the runtime's pool for blocking work, which goes on
-//! where the caller gives up: what it has done is in the journal.
+//! where the caller gives up: what it has done is in the journal. Streams to agents are asynchronous
+//! and hold no thread.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -129,7 +130,7 @@ impl NodeService {
 }
 
 /// Runs blocking work, and gives up waiting for it soon after the deadline.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     deadline: Deadline,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
@@ -204,9 +205,9 @@ impl NodeApi for NodeService {
         request: ConnectAgentRequest,
         deadline: Deadline,
     ) -> Reply<'_, AgentStream> {
-        self.run(deadline, move |node| {
-            let (connection, in_use) = node.agent(&request.vm, deadline)?;
-            Ok(AgentStream::greeted(connection, in_use))
+        Box::pin(async move {
+            let connection = self.node.agent(&request.vm, deadline).await?;
+            Ok(AgentStream::greeted(connection))
         })
     }
 

@@ -16,35 +16,28 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use prost::Message;
-
 pub use self::running::{Collected, Input, Running};
 pub use self::tunnel::{TunnelIn, TunnelOut};
 pub use crate::deadline::{ByteLimit, Deadline};
 pub use crate::error::ClientError;
 pub use crate::exec::Event;
 
-use self::outgoing::{Outgoing, Timing};
+use self::outgoing::Outgoing;
 use self::socket::{connect_by, read_by, wait_by, write_by};
-use crate::frame::{self, FIRST_MAX_MESSAGE, Framed};
+use crate::CHUNK;
+use crate::exchange::{
+    self, CONNECT_ANSWER_MAX, ConnectAnswer, IncomingFile, Timing, connect_line, file_time,
+};
+use crate::frame;
 use crate::incoming::Incoming;
 use crate::messages::{
-    Acknowledge, Attach, CommandInfo, Connect, Empty, Exec, FileInfo, FromAgent, FromHost, Get,
-    Hello, Identity, Info, Put, Request, Shutdown, SignalCommand, Started, from_agent, from_host,
+    Acknowledge, Attach, CommandInfo, Connect, Empty, Exec, FileInfo, FromAgent, Get, Hello,
+    Identity, Info, Put, Shutdown, SignalCommand, Started, from_agent, from_host,
     request::Operation,
 };
-use crate::{CHUNK, PORT};
 
-/// An upper bound of the bytes around a request in its message.
-const MESSAGE_OVERHEAD: usize = 16;
 /// The most notices that are kept of an agent, since a guest chooses how many it sends.
 const MAX_NOTICES: usize = 32;
-/// The longest answer to `CONNECT`.
-const CONNECT_ANSWER_MAX: usize = 32;
-/// The lowest rate of a file transfer, in bytes per second: each byte extends the deadline by the
-/// time that it takes at this rate.
-const MIN_FILE_RATE: u64 = 64 << 10;
-
 type Result<T> = std::result::Result<T, ClientError>;
 
 /// A connection to an agent, before its one request.
@@ -71,8 +64,7 @@ impl Connection {
 
     fn try_open(path: &Path, deadline: Deadline) -> Result<Self> {
         let stream = connect_by(path, deadline)?;
-        let connect = format!("CONNECT {PORT}\n");
-        write_by(&stream, connect.as_bytes(), deadline).map_err(|_| ClientError::NoAgent)?;
+        write_by(&stream, connect_line().as_bytes(), deadline).map_err(|_| ClientError::NoAgent)?;
         let begun = read_connect_answer(&stream, deadline)?;
         Self::start(stream, &begun, deadline)
     }
@@ -92,12 +84,8 @@ impl Connection {
             hello: Hello::default(),
         };
         connection.incoming.push(begun);
-        match connection.receive() {
-            Ok(from_agent::Kind::Hello(hello)) => connection.hello = hello,
-            Ok(_) => return Err(ClientError::OutOfTurn),
-            Err(ClientError::Lost(_)) => return Err(ClientError::NoAgent),
-            Err(error) => return Err(error),
-        }
+        let received = connection.receive();
+        connection.hello = exchange::greeting(received)?;
         Ok(connection)
     }
 
@@ -128,9 +116,8 @@ impl Connection {
 
     /// Extends the deadline.
     fn extend_deadline(&mut self, by: Duration) {
-        if let Timing::Exchange(deadline) = self.outgoing.timing() {
-            self.set_deadline(deadline.extended(by));
-        }
+        let timing = self.outgoing.timing();
+        self.outgoing.set_timing(timing.extended(by));
     }
 
     fn send(&mut self, kind: from_host::Kind) -> Result<()> {
@@ -138,17 +125,8 @@ impl Connection {
     }
 
     fn request(&mut self, operation: Operation) -> Result<()> {
-        let request = Request {
-            operation: Some(operation),
-        };
-        let max = self.hello.max_message;
-        let max = max.map_or(FIRST_MAX_MESSAGE, |max| max as usize);
-        // Besides the request, a frame contains its tag and its length.
-        let len = request.encoded_len() + MESSAGE_OVERHEAD;
-        if len > max.min(FromHost::MAX) {
-            return Err(ClientError::TooLong { len, max });
-        }
-        self.send(from_host::Kind::Request(request))
+        let request = exchange::request(operation, &self.hello)?;
+        self.send(request)
     }
 
     /// Receives the next message of a known kind.
@@ -200,26 +178,17 @@ impl Connection {
     }
 
     fn expect_done(&mut self) -> Result<()> {
-        match self.receive()? {
-            from_agent::Kind::Done(_) => Ok(()),
-            _ => Err(ClientError::OutOfTurn),
-        }
+        exchange::done(self.receive()?)
     }
 
     fn expect_started(&mut self) -> Result<Started> {
-        match self.receive()? {
-            from_agent::Kind::Started(started) => Ok(started),
-            _ => Err(ClientError::OutOfTurn),
-        }
+        exchange::started(self.receive()?)
     }
 
     /// Requests facts about the guest.
     pub fn info(mut self) -> Result<Info> {
         self.request(Operation::Info(Empty {}))?;
-        match self.receive()? {
-            from_agent::Kind::Info(info) => Ok(info),
-            _ => Err(ClientError::OutOfTurn),
-        }
+        exchange::info(self.receive()?)
     }
 
     /// Makes the guest write dirty data to its disks.
@@ -257,10 +226,7 @@ impl Connection {
     /// The commands that the agent knows.
     pub fn commands(mut self) -> Result<Vec<CommandInfo>> {
         self.request(Operation::ListCommands(Empty {}))?;
-        match self.receive()? {
-            from_agent::Kind::Commands(list) => Ok(list.commands),
-            _ => Err(ClientError::OutOfTurn),
-        }
+        exchange::commands(self.receive()?)
     }
 
     /// Writes a file in the guest with the content of `source`. The deadline excludes the time that
@@ -297,34 +263,21 @@ impl Connection {
         self.request(Operation::Get(Get {
             path: path.to_owned(),
         }))?;
-        let from_agent::Kind::File(info) = self.receive()? else {
-            return Err(ClientError::OutOfTurn);
-        };
-        let mut room = limit.bytes();
-        loop {
-            match self.receive()? {
-                from_agent::Kind::Data(data) => {
-                    room = room.checked_sub(data.len() as u64).ok_or_else(|| {
-                        ClientError::TooMuch(format!("{} bytes of a file", limit.bytes()))
-                    })?;
-                    let before = Instant::now();
-                    sink.write_all(&data).map_err(ClientError::Local)?;
-                    self.extend_deadline(before.elapsed() + file_time(data.len()));
-                }
-                from_agent::Kind::Done(_) => return Ok(info),
-                _ => return Err(ClientError::OutOfTurn),
-            }
+        let mut file = IncomingFile::begin(self.receive()?, limit)?;
+        while let Some(data) = file.next(self.receive()?)? {
+            let before = Instant::now();
+            sink.write_all(&data).map_err(ClientError::Local)?;
+            self.extend_deadline(before.elapsed() + file_time(data.len()));
         }
+        Ok(file.info())
     }
 
     /// Connects to a TCP port on the guest's loopback, and returns both directions, each for a
     /// separate thread. The deadline applies to connecting only.
     pub fn connect(mut self, port: u16) -> Result<(TunnelOut, TunnelIn)> {
         self.request(Operation::Connect(Connect { port: port.into() }))?;
-        match self.receive()? {
-            from_agent::Kind::Connected(_) => Ok(TunnelOut::split(self)),
-            _ => Err(ClientError::OutOfTurn),
-        }
+        exchange::connected(self.receive()?)?;
+        Ok(TunnelOut::split(self))
     }
 
     /// Runs a command, until the deadline or without one after [`Running::streaming`].
@@ -350,25 +303,17 @@ impl Connection {
     }
 }
 
-/// The time that `len` bytes of a file may take at the lowest rate.
-fn file_time(len: usize) -> Duration {
-    Duration::from_micros(len as u64 * 1_000_000 / MIN_FILE_RATE)
-}
-
-/// Reads the answer to `CONNECT`, and returns the bytes after it.
+/// Reads the answer to `CONNECT`, and gives what came after it.
 fn read_connect_answer(stream: &UnixStream, deadline: Deadline) -> Result<Vec<u8>> {
-    let mut read = Vec::new();
+    let mut answer = ConnectAnswer::default();
     let mut chunk = [0; CONNECT_ANSWER_MAX];
     loop {
         let len = match read_by(stream, &mut chunk, Some(deadline)) {
             Ok(len) if len > 0 => len,
             _ => return Err(ClientError::NoAgent),
         };
-        read.extend_from_slice(&chunk[..len]);
-        match read.iter().position(|&byte| byte == b'\n') {
-            Some(end) if read.starts_with(b"OK ") => return Ok(read.split_off(end + 1)),
-            None if read.len() < CONNECT_ANSWER_MAX => {}
-            _ => return Err(ClientError::NoAgent),
+        if let Some(rest) = answer.push(&chunk[..len])? {
+            return Ok(rest);
         }
     }
 }

@@ -5,38 +5,12 @@ use std::io;
 use std::net::Shutdown as SocketEnd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::Duration;
 
 use super::socket::{write_by, write_now};
-use crate::INPUT_WINDOW;
 use crate::deadline::Deadline;
 use crate::error::ClientError;
-use crate::frame;
-use crate::messages::{FromHost, from_host};
-
-/// The time limit for a message of a stream from its first byte to its last, in either direction.
-const STALL_LIMIT: Duration = Duration::from_secs(120);
-
-/// The time limits of a connection.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Timing {
-    /// The whole exchange must end before this deadline.
-    Exchange(Deadline),
-    /// A stream that lasts as long as its command. It may be silent, because a command may be, and
-    /// ends when its reader does. A message that has begun must be complete within [`STALL_LIMIT`],
-    /// and sent bytes must be received within the same time.
-    Stream,
-}
-
-impl Timing {
-    /// The deadline of a message that begins now.
-    pub(super) fn of_message(self) -> Deadline {
-        match self {
-            Self::Exchange(deadline) => deadline,
-            Self::Stream => Deadline::after(STALL_LIMIT),
-        }
-    }
-}
+use crate::exchange::{InputCredit, Timing, encode};
+use crate::messages::from_host;
 
 /// The sending side.
 pub(super) struct Outgoing {
@@ -54,8 +28,7 @@ pub(super) struct Outgoing {
 /// The number of bytes of input that may be sent.
 #[derive(Default)]
 struct Credit {
-    sent: u64,
-    taken: u64,
+    input: InputCredit,
     lost: bool,
 }
 
@@ -92,13 +65,13 @@ impl Outgoing {
         kind: from_host::Kind,
         deadline: Deadline,
     ) -> Result<(), ClientError> {
-        let bytes = encoded(kind)?;
+        let bytes = encode(kind)?;
         self.write(&lock(&self.stream), &bytes, deadline)
     }
 
     /// Sends a message if it can be sent without blocking; returns whether it was sent.
     pub(super) fn try_send(&self, kind: from_host::Kind) -> Result<bool, ClientError> {
-        let bytes = encoded(kind)?;
+        let bytes = encode(kind)?;
         let stream = match self.stream.try_lock() {
             Ok(stream) => stream,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -129,7 +102,7 @@ impl Outgoing {
 
     /// Records how much input the command has read.
     pub(super) fn input_taken(&self, taken: u64) {
-        self.change_credit(|credit| credit.taken = taken);
+        self.change_credit(|credit| credit.input.taken(taken));
     }
 
     /// Ends all waiting for credit, since no thread reads the agent's messages any more.
@@ -145,7 +118,7 @@ impl Outgoing {
     /// Waits until `len` more bytes of input may be sent, and counts them as sent.
     pub(super) fn take_credit(&self, len: u64) -> Result<(), ClientError> {
         let mut credit = lock(&self.credit);
-        while !credit.lost && credit.sent + len > credit.taken.saturating_add(INPUT_WINDOW as u64) {
+        while !credit.lost && len > credit.input.available() {
             credit = self
                 .credit_changed
                 .wait(credit)
@@ -154,15 +127,9 @@ impl Outgoing {
         if credit.lost {
             return Err(ClientError::Lost(io::ErrorKind::NotConnected.into()));
         }
-        credit.sent += len;
+        credit.input.spend(len);
         Ok(())
     }
-}
-
-fn encoded(kind: from_host::Kind) -> Result<Vec<u8>, ClientError> {
-    let mut bytes = Vec::new();
-    frame::encode(&FromHost { kind: Some(kind) }, &mut bytes)?;
-    Ok(bytes)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -1,18 +1,15 @@
 //! A command that runs in a guest.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use super::outgoing::{Outgoing, Timing};
+use super::outgoing::Outgoing;
 use super::{Connection, Result};
 use crate::CHUNK;
 use crate::deadline::{ByteLimit, Deadline};
 use crate::error::ClientError;
+use crate::exchange::{FAREWELL_LIMIT, Timing};
 use crate::exec::{Event, OutputCursors};
 use crate::messages::{Acknowledge, Empty, Exited, Started, Stream, TerminalSize, from_host};
-
-/// The time limit for sending an agent the last message about an ended command.
-const FAREWELL_LIMIT: Duration = Duration::from_secs(5);
 
 /// A command that runs in the guest.
 pub struct Running {

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use super::outgoing::{Outgoing, Timing};
+use super::outgoing::Outgoing;
 use super::{Connection, Result};
 use crate::CHUNK;
-use crate::error::ClientError;
-use crate::messages::{Empty, from_agent, from_host};
+use crate::exchange::{Timing, tunnel_output};
+use crate::messages::{Empty, from_host};
 
 /// The receiving side of a connection in the guest.
 pub struct TunnelOut {
@@ -24,11 +24,7 @@ impl TunnelOut {
 
     /// The next bytes; empty at the end. The other direction continues then.
     pub fn read(&mut self) -> Result<Option<Vec<u8>>> {
-        match self.connection.receive()? {
-            from_agent::Kind::Data(data) => Ok(Some(data)),
-            from_agent::Kind::Done(_) => Ok(None),
-            _ => Err(ClientError::OutOfTurn),
-        }
+        tunnel_output(self.connection.receive()?)
     }
 }
 

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, bail};
 use army_api::client::segment;
 use army_api::exec::{
-    Command, CommandEvent, Cursor, Ended, Exec, ExecResult, OutputStream, SendSignal,
+    Command, CommandEvent, Cursor, Ended, Exec, ExecResult, OutputStream, SendSignal, StartCommand,
 };
 use futures_util::StreamExt;
 use reqwest::Method;
@@ -36,7 +36,8 @@ pub(super) struct Args {
     /// The user to run the command as.
     #[arg(long, short)]
     user: Option<String>,
-    /// Kill the command after this number of seconds.
+    /// Kill the command after this number of seconds: 60 by default and 3600 at most. A detached
+    /// command has neither limit.
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
     /// Send standard input to the command.
@@ -55,6 +56,21 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
             .context("write a variable as KEY=VALUE")?;
         environment.insert(key.to_owned(), value.to_owned());
     }
+    let timeout_ms = args.timeout.map(|seconds| seconds.saturating_mul(1000));
+    if args.detach {
+        let request = StartCommand {
+            command: args.command,
+            environment,
+            directory: args.directory,
+            user: args.user,
+            timeout_ms,
+        };
+        let path = format!("/v1/vms/{}/commands", segment(&args.vm));
+        let client = context.client()?;
+        let started: Command = client.send(Method::POST, &path, &request).await?;
+        context.show(&started, |it| it.id.to_string())?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let stdin = match args.input {
         true => Some(std::io::read_to_string(std::io::stdin()).context("the input is no text")?),
         false => None,
@@ -65,17 +81,8 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
         directory: args.directory,
         user: args.user,
         stdin,
-        timeout_ms: args.timeout.map(|seconds| seconds.saturating_mul(1000)),
+        timeout_ms,
     };
-    if args.detach {
-        let path = format!("/v1/vms/{}/commands", segment(&args.vm));
-        let started: Command = context
-            .client()?
-            .send(Method::POST, &path, &request)
-            .await?;
-        context.show(&started, |it| it.id.to_string())?;
-        return Ok(ExitCode::SUCCESS);
-    }
     let path = format!("/v1/vms/{}/exec", segment(&args.vm));
     let result: ExecResult = context
         .client()?

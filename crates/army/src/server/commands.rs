@@ -5,9 +5,9 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
-use agent_proto::client::Connection;
+use agent_client::Connection;
 use agent_proto::messages::Acknowledge;
-use army_api::exec::{Command, CommandEvent, Cursor, Exec, SendSignal};
+use army_api::exec::{Command, CommandEvent, Cursor, SendSignal, StartCommand};
 use army_api::keys::Role;
 use army_api::{Problem, ProblemKind};
 use axum::Json;
@@ -20,15 +20,14 @@ use tokio::sync::mpsc;
 use super::auth::Caller;
 use super::events::sent_events;
 use super::extract::{Body, Params, Path};
-use super::{AGENT_LIMIT, Answer, App, blocking};
-use army_controller::guest;
-use army_node_api::InUse;
+use super::{AGENT_LIMIT, Answer, App};
+use army_controller::{Error, guest};
 
 /// The number of events that may wait for a slow reader, before the guest has to wait.
 const AHEAD: usize = 4;
 
 /// Connects to the agent in a VM that the caller may use.
-async fn connect(app: &App, caller: &Caller, vm: &str) -> Answer<(Connection, InUse)> {
+async fn connect(app: &App, caller: &Caller, vm: &str) -> Answer<Connection> {
     caller.may(Role::User)?;
     let vm = caller.vm(app, vm).await?;
     Ok(app.controller.agent(&vm, AGENT_LIMIT).await?)
@@ -37,33 +36,25 @@ async fn connect(app: &App, caller: &Caller, vm: &str) -> Answer<(Connection, In
 /// Starts a command without waiting for its end.
 ///
 /// The command has no time limit unless one is given, and it gets no input.
-#[utoipa::path(post, path = "/v1/vms/{vm}/commands", params(("vm" = String, Path)), request_body = Exec,
+#[utoipa::path(post, path = "/v1/vms/{vm}/commands", params(("vm" = String, Path)), request_body = StartCommand,
     responses((status = 201, body = Command)))]
 pub(super) async fn start(
     State(app): State<App>,
     caller: Caller,
     Path(vm): Path<String>,
-    Body(request): Body<Exec>,
+    Body(request): Body<StartCommand>,
 ) -> Answer<(StatusCode, Json<Command>)> {
     guest::check_command(&request.command)?;
-    if request.stdin.is_some() {
-        let detail = "`stdin` is not supported for background commands: write a file first";
-        return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
-    }
     caller.may(Role::User)?;
     let found = caller.vm(&app, &vm).await?;
     let environment = app.controller.environment(&found).await?;
-    let (connection, in_use) = connect(&app, &caller, &found.id).await?;
+    let connection = connect(&app, &caller, &found.id).await?;
     let command = request.command.clone();
-    let started = blocking(move || {
-        let _in_use = in_use;
-        let limit = request.timeout_ms.map(Duration::from_millis);
-        let mut exec = guest::exec(request, environment, limit);
-        exec.detached = true;
-        let running = connection.exec(exec)?;
-        Ok(running.started())
-    })
-    .await?;
+    let limit = request.timeout_ms.map(Duration::from_millis);
+    let mut exec = guest::exec(request.into(), environment, limit);
+    exec.detached = true;
+    let running = connection.exec(exec).await.map_err(Error::from)?;
+    let started = running.started();
     let command = Command {
         id: started.id,
         pid: started.pid,
@@ -84,12 +75,8 @@ pub(super) async fn list(
     caller: Caller,
     Path(vm): Path<String>,
 ) -> Answer<Json<Vec<Command>>> {
-    let (connection, in_use) = connect(&app, &caller, &vm).await?;
-    let commands = blocking(move || {
-        let _in_use = in_use;
-        Ok(connection.commands()?)
-    })
-    .await?;
+    let connection = connect(&app, &caller, &vm).await?;
+    let commands = connection.commands().await.map_err(Error::from)?;
     let commands = commands.into_iter().map(|it| Command {
         id: it.id,
         pid: it.pid,
@@ -112,17 +99,13 @@ pub(super) async fn output(
     Path((vm, id)): Path<(String, u64)>,
     Params(cursor): Params<Cursor>,
 ) -> Answer<Sse<impl Stream<Item = std::result::Result<Event, Infallible>>>> {
-    let (connection, in_use) = connect(&app, &caller, &vm).await?;
-    let running = blocking(move || {
-        let running = connection.attach(id, of_cursor(cursor));
-        Ok(running?.streaming())
-    })
-    .await?;
+    let connection = connect(&app, &caller, &vm).await?;
+    let running = connection.attach(id, of_cursor(cursor)).await;
+    let running = running.map_err(Error::from)?.streaming();
     let (sender, receiver) = mpsc::channel(AHEAD);
-    tokio::task::spawn_blocking(move || {
-        let _in_use = in_use;
+    tokio::spawn(async move {
         // The response ends where the connection is lost. The client resumes with its last cursors.
-        let _ = guest::follow(running, &sender, Some);
+        let _ = guest::follow(running, &sender, Some).await;
     });
     Ok(sent_events(None, receiver))
 }
@@ -141,12 +124,9 @@ pub(super) async fn signal(
         let detail = format!("invalid signal {}: it must be 1 to 64", request.signal);
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
-    let (connection, in_use) = connect(&app, &caller, &vm).await?;
-    blocking(move || {
-        let _in_use = in_use;
-        Ok(connection.signal_command(id, request.signal)?)
-    })
-    .await?;
+    let connection = connect(&app, &caller, &vm).await?;
+    let sent = connection.signal_command(id, request.signal).await;
+    sent.map_err(Error::from)?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -1,19 +1,18 @@
 //! Commands in guests, with their output in the response.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use agent_proto::client::{Connection, Event};
+use agent_client::{Event, Running};
 use agent_proto::messages::Stream;
-use army_api::exec::{Exec, ExecResult};
+use army_api::exec::{Ended, Exec, ExecResult};
 use army_api::keys::Role;
 use axum::Json;
 use axum::extract::State;
 
 use super::auth::Caller;
 use super::extract::{Body, Path};
-use super::{Answer, App, blocking};
-use army_controller::guest;
+use super::{Answer, App};
+use army_controller::{Error, guest};
 
 /// The most output that a response has, of both streams together.
 const MAX_OUTPUT: usize = 16 << 20;
@@ -21,6 +20,8 @@ const MAX_OUTPUT: usize = 16 << 20;
 const DEFAULT_LIMIT: Duration = Duration::from_secs(60);
 
 /// Runs a command in a VM and returns its output and its exit status.
+///
+/// The command is killed when the client disconnects.
 #[utoipa::path(post, path = "/v1/vms/{vm}/exec", params(("vm" = String, Path)), request_body = Exec,
     responses((status = 200, body = ExecResult)))]
 pub(super) async fn exec(
@@ -32,60 +33,31 @@ pub(super) async fn exec(
     let start = Instant::now();
     caller.may(Role::User)?;
     guest::check_command(&request.command)?;
+    let limit = guest::check_time_limit(request.timeout_ms)?.unwrap_or(DEFAULT_LIMIT);
     let vm = caller.vm(&app, &vm).await?;
     let environment = app.controller.environment(&vm).await?;
-    let limit = request
-        .timeout_ms
-        .map_or(DEFAULT_LIMIT, Duration::from_millis);
-    let agent = app.controller.agent(&vm, guest::with_grace(limit));
-    let (connection, in_use) = agent.await?;
-    let mut result = blocking(move || {
-        let _in_use = in_use;
-        run(connection, request, environment, limit)
-    })
-    .await?;
+    let connection = app.controller.agent(&vm, guest::with_grace(limit)).await?;
+    let stdin = request.stdin.clone();
+    let exec = guest::exec(request, environment, Some(limit));
+    let running = connection.exec(exec).await.map_err(Error::from)?;
+    let mut result = run(running, stdin).await?;
     result.took_us = start.elapsed().as_micros() as u64;
     Ok(Json(result))
 }
 
-fn run(
-    connection: Connection,
-    request: Exec,
-    environment: BTreeMap<String, String>,
-    limit: Duration,
-) -> army_controller::Result<ExecResult> {
-    let stdin = request.stdin.clone();
-    let exec = guest::exec(request, environment, Some(limit));
-    let mut running = connection.exec(exec)?;
+/// Runs a command to its end. It is killed where this future is dropped, as it is when the client
+/// disconnects.
+async fn run(mut running: Running, stdin: Option<String>) -> army_controller::Result<ExecResult> {
     if let Some(text) = stdin {
-        let input = running.input();
-        // The input is written by another thread: a command that prints before it has read all of it
-        // would otherwise wait for its output to be read, without an end.
-        std::thread::spawn(move || {
-            // A command that does not want its input closes its end.
-            let _ = input.write(text.as_bytes()).and_then(|()| input.end());
-        });
+        running.write(text.as_bytes());
+        running.end_input();
     }
     let mut output = Output::default();
     loop {
-        match running.next_event()? {
+        match running.next_event().await? {
             Event::Output(stream, data) => output.add(stream, &data),
-            Event::Lost(_, count) => output.omitted += count,
-            Event::Exited(exited) => {
-                let (stdout, lossy_out) = text(output.stdout);
-                let (stderr, lossy_err) = text(output.stderr);
-                let ended = guest::exit_status(exited);
-                return Ok(ExecResult {
-                    exit_code: ended.exit_code,
-                    signal: ended.signal,
-                    timed_out: ended.timed_out,
-                    stdout,
-                    stderr,
-                    lossy: lossy_out || lossy_err,
-                    omitted_bytes: output.omitted,
-                    took_us: 0,
-                });
-            }
+            Event::Lost(_, count) => output.omitted = output.omitted.saturating_add(count),
+            Event::Exited(exited) => return Ok(output.result(guest::exit_status(exited))),
         }
     }
 }
@@ -108,6 +80,22 @@ impl Output {
             Stream::Stderr => &mut self.stderr,
         };
         kept.extend_from_slice(&data[..taken]);
+    }
+
+    /// The result of the command that wrote it.
+    fn result(self, ended: Ended) -> ExecResult {
+        let (stdout, lossy_out) = text(self.stdout);
+        let (stderr, lossy_err) = text(self.stderr);
+        ExecResult {
+            exit_code: ended.exit_code,
+            signal: ended.signal,
+            timed_out: ended.timed_out,
+            stdout,
+            stderr,
+            lossy: lossy_out || lossy_err,
+            omitted_bytes: self.omitted,
+            took_us: 0,
+        }
     }
 }
 

@@ -3,18 +3,20 @@
 use std::io;
 use std::time::Duration;
 
-use agent_proto::client::ByteLimit;
+use agent_client::{ByteLimit, ClientError, Download};
 use army_api::exec::FilePath;
 use army_api::keys::Role;
+use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
-use axum::http::StatusCode;
-use axum::response::Response;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use futures_util::{Stream, StreamExt, stream};
 
 use super::auth::Caller;
 use super::extract::{Params, Path};
-use super::{Answer, App, blocking, failure};
-use army_controller::{Error, ErrorKind, guest};
-use army_node_api::chunks::{self, ChunkReader, ChunkWriter};
+use super::{Answer, App};
+use army_controller::{Error, guest};
+use army_node_api::chunks;
 
 /// How long a guest may take to begin with a file, and to end it. The bytes of the file add to that.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -33,16 +35,33 @@ pub(super) async fn read(
     caller.may(Role::User)?;
     let file = guest::put(file)?;
     let vm = caller.vm(&app, &vm).await?;
-    let (connection, in_use) = app.controller.agent(&vm, LIMIT).await?;
-    let (sender, content) = chunks::channel();
-    tokio::task::spawn_blocking(move || {
-        let mut sink = ChunkWriter(sender.clone());
-        if let Err(error) = connection.get(&file.path, &mut sink, MAX_FILE) {
-            let _ = sender.blocking_send(Err(io::Error::other(Error::from(error))));
+    let connection = app.controller.agent(&vm, LIMIT).await?;
+    let mut download = connection
+        .get(&file.path, MAX_FILE)
+        .await
+        .map_err(Error::from)?;
+    // An error before the first bytes becomes the response.
+    let first = download.next().await.map_err(Error::from)?;
+    let body = match first {
+        Some(first) => Body::from_stream(bytes(first, download)),
+        None => Body::empty(),
+    };
+    let media = [(header::CONTENT_TYPE, "application/octet-stream")];
+    Ok((media, body).into_response())
+}
+
+/// The bytes of a file. They are read from the guest as the client takes them, and not any more
+/// where the client disconnects.
+fn bytes(first: Vec<u8>, download: Download) -> impl Stream<Item = io::Result<Bytes>> {
+    let rest = stream::unfold(Some(download), |download| async {
+        let mut download = download?;
+        match download.next().await {
+            Ok(Some(data)) => Some((Ok(data.into()), Some(download))),
+            Ok(None) => None,
+            Err(error) => Some((Err(io::Error::other(error)), None)),
         }
-        drop(in_use);
     });
-    failure::bytes(content, ErrorKind::GuestUnavailable).await
+    stream::iter([Ok(first.into())]).chain(rest)
 }
 
 /// Writes the body of the request, of any size, to a file in a guest.
@@ -61,12 +80,15 @@ pub(super) async fn write(
     caller.may(Role::User)?;
     let file = guest::put(file)?;
     let vm = caller.vm(&app, &vm).await?;
-    let content = chunks::receive(request.into_body().into_data_stream());
-    let (connection, in_use) = app.controller.agent(&vm, LIMIT).await?;
-    blocking(move || {
-        let _in_use = in_use;
-        Ok(connection.put(file, &mut ChunkReader::new(content))?)
-    })
-    .await?;
+    let mut content = chunks::receive(request.into_body().into_data_stream());
+    let connection = app.controller.agent(&vm, LIMIT).await?;
+    let mut upload = connection.put(file).map_err(Error::from)?;
+    while let Some(chunk) = content.recv().await {
+        let chunk = chunk.map_err(ClientError::Local).map_err(Error::from)?;
+        if !upload.write(&chunk).await.map_err(Error::from)? {
+            break;
+        }
+    }
+    upload.finish().await.map_err(Error::from)?;
     Ok(StatusCode::NO_CONTENT)
 }

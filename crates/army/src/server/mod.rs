@@ -26,7 +26,7 @@ mod vms;
 use std::sync::Arc;
 use std::time::Duration;
 
-use army_api::{Problem, ProblemKind};
+use army_api::Problem;
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::header;
@@ -204,16 +204,3 @@ async fn harden(request: Request, next: Next) -> Response {
 
 /// What handlers return.
 type Answer<T> = Result<T, Failure>;
-
-/// Runs work that blocks on a thread for such work.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> army_controller::Result<T> + Send + 'static,
-) -> Answer<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => Ok(result?),
-        Err(error) => {
-            let detail = format!("a task failed: {error}");
-            Err(Problem::new(ProblemKind::Internal, detail).into())
-        }
-    }
-}

@@ -2,9 +2,9 @@
 //!
 //! Binary messages are the bytes of the connection, and text messages are [`PortMessage`]s. The two
 //! directions are independent, because a server that waits for its client to read must continue to
-//! read from the client. The agent's connection blocks, so each direction also has a thread.
+//! read from the client.
 
-use agent_proto::client::{ClientError, TunnelIn, TunnelOut};
+use agent_client::Tunnel;
 use army_api::exec::PortMessage;
 use army_api::keys::Role;
 use army_api::{Problem, ProblemKind};
@@ -13,18 +13,15 @@ use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
 use axum::response::Response;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
-use tokio::sync::{mpsc, oneshot};
 
 use super::auth::Caller;
 use super::extract::{Path, Upgrade};
-use super::{AGENT_LIMIT, Answer, App, blocking};
-use army_node_api::InUse;
+use super::{AGENT_LIMIT, Answer, App};
+use army_controller::Error;
 
 /// The subprotocol that a browser offers beside its key. The response has to select one of those
 /// that were offered.
 const SUBPROTOCOL: &str = "army.port";
-/// The number of messages that may wait for a slow side, before the other side has to wait.
-const AHEAD: usize = 16;
 /// The largest message of a client, in bytes.
 const MAX_MESSAGE: usize = 256 * 1024;
 
@@ -47,77 +44,45 @@ pub(super) async fn connect(
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     let vm = caller.vm(&app, &vm).await?;
-    let (connection, in_use) = app.controller.agent(&vm, AGENT_LIMIT).await?;
-    let (out, into) = blocking(move || Ok(connection.connect(port)?)).await?;
+    let connection = app.controller.agent(&vm, AGENT_LIMIT).await?;
+    let tunnel = connection.connect(port).await.map_err(Error::from)?;
     let upgrade = upgrade
         .protocols([SUBPROTOCOL])
         .max_message_size(MAX_MESSAGE);
-    Ok(upgrade.on_upgrade(move |socket| serve(socket, out, into, in_use)))
+    Ok(upgrade.on_upgrade(move |socket| serve(socket, tunnel)))
 }
 
-/// Bytes from the guest; `None` at their end.
-type Output = Result<Option<Vec<u8>>, ClientError>;
-
-async fn serve(socket: WebSocket, mut out: TunnelOut, into: TunnelIn, in_use: InUse) {
-    let (sender, receiver) = socket.split();
-    let (outgoing, output) = mpsc::channel::<Output>(AHEAD);
-    let (incoming, mut input) = mpsc::channel::<Option<Vec<u8>>>(AHEAD);
-    tokio::task::spawn_blocking(move || {
-        loop {
-            let read = out.read();
-            let more = matches!(read, Ok(Some(_)));
-            if outgoing.blocking_send(read).is_err() || !more {
-                return;
-            }
-        }
-    });
-    let writer = into.clone();
-    tokio::task::spawn_blocking(move || {
-        while let Some(piece) = input.blocking_recv() {
-            let written = match piece {
-                Some(bytes) => writer.write(&bytes),
-                None => writer.end(),
-            };
-            // The reading direction reports the reason.
-            if written.is_err() {
-                return;
-            }
-        }
-    });
-    let (client_end, ended) = oneshot::channel();
-    tokio::select! {
-        () = to_client(sender, output, ended) => {}
-        () = to_guest(receiver, incoming, client_end) => {}
-    }
-    into.disconnect();
-    drop(in_use);
+/// A client, and the connection in the guest that it uses.
+struct Session {
+    receiver: SplitStream<WebSocket>,
+    tunnel: Tunnel,
+    /// The client has no more bytes to send.
+    has_client_ended: bool,
 }
 
-/// Sends to the client until both sides have ended, or the guest's side is lost.
-async fn to_client(
-    mut sender: SplitSink<WebSocket, Message>,
-    mut output: mpsc::Receiver<Output>,
-    client_ended: oneshot::Receiver<()>,
-) {
-    let code = loop {
-        match output.recv().await {
-            Some(Ok(Some(bytes))) => {
-                if sender.send(Message::Binary(bytes.into())).await.is_err() {
-                    return;
-                }
-            }
-            Some(Ok(None)) => {
-                let text = serde_json::to_string(&PortMessage::End).unwrap_or_default();
-                if sender.send(Message::Text(text.into())).await.is_err() {
-                    return;
-                }
-                // A client that disconnects without an end message is noticed by the other direction.
-                let _ = client_ended.await;
-                break close_code::NORMAL;
-            }
-            Some(Err(_)) | None => break close_code::ERROR,
-        }
+/// Why a session is over before both sides have ended.
+enum Over {
+    /// The client has disconnected.
+    Client,
+    /// The connection in the guest is lost.
+    Guest,
+}
+
+/// Serves a connection until both sides have ended, or either is lost. Dropping the tunnel then ends
+/// the connection in the guest.
+async fn serve(socket: WebSocket, tunnel: Tunnel) {
+    let (mut sender, receiver) = socket.split();
+    let mut session = Session {
+        receiver,
+        tunnel,
+        has_client_ended: false,
     };
+    let code = match session.run(&mut sender).await {
+        Ok(()) => close_code::NORMAL,
+        Err(Over::Guest) => close_code::ERROR,
+        Err(Over::Client) => return,
+    };
+    drop(session);
     let frame = CloseFrame {
         code,
         reason: "".into(),
@@ -125,33 +90,69 @@ async fn to_client(
     let _ = sender.send(Message::Close(Some(frame))).await;
 }
 
-/// Receives from the client until it disconnects.
-async fn to_guest(
-    mut receiver: SplitStream<WebSocket>,
-    incoming: mpsc::Sender<Option<Vec<u8>>>,
-    client_end: oneshot::Sender<()>,
-) {
-    let mut client_end = Some(client_end);
-    while let Some(Ok(message)) = receiver.next().await {
-        let piece = match message {
-            Message::Binary(bytes) => Some(bytes.to_vec()),
-            Message::Text(text) => match serde_json::from_str(&text) {
-                Ok(PortMessage::End) => None,
-                // Other messages are ignored.
-                Err(_) => continue,
-            },
-            Message::Close(_) => return,
-            Message::Ping(_) | Message::Pong(_) => continue,
-        };
-        let is_end = piece.is_none();
-        if client_end.is_none() {
-            // The client has ended its side before.
-            continue;
+impl Session {
+    /// Passes on bytes in both directions until both have ended.
+    async fn run(&mut self, sender: &mut SplitSink<WebSocket, Message>) -> Result<(), Over> {
+        loop {
+            let message = tokio::select! {
+                output = self.tunnel.read() => match output.map_err(|_| Over::Guest)? {
+                    Some(bytes) => Message::Binary(bytes.into()),
+                    None => break,
+                },
+                message = self.receiver.next(), if self.tunnel.accepts_input() => {
+                    self.receive(message)?;
+                    continue;
+                }
+            };
+            self.deliver(sender, message).await?;
         }
-        // Where the guest takes no more, the other direction tells the client why.
-        let _ = incoming.send(piece).await;
-        if is_end && let Some(client_end) = client_end.take() {
-            let _ = client_end.send(());
+        let text = serde_json::to_string(&PortMessage::End).unwrap_or_default();
+        self.deliver(sender, Message::Text(text.into())).await?;
+        while !self.has_client_ended || self.tunnel.has_unsent() {
+            self.serve_client().await?;
         }
+        Ok(())
+    }
+
+    /// Sends a message to the client, and serves the other direction meanwhile.
+    async fn deliver(
+        &mut self,
+        sender: &mut SplitSink<WebSocket, Message>,
+        message: Message,
+    ) -> Result<(), Over> {
+        let mut sending = std::pin::pin!(sender.send(message));
+        loop {
+            tokio::select! {
+                sent = &mut sending => return sent.map_err(|_| Over::Client),
+                served = self.serve_client() => served?,
+            }
+        }
+    }
+
+    /// Waits until something was received of the client, or was sent to the guest.
+    async fn serve_client(&mut self) -> Result<(), Over> {
+        tokio::select! {
+            message = self.receiver.next(), if self.tunnel.accepts_input() => self.receive(message),
+            sent = self.tunnel.send(), if self.tunnel.has_unsent() => {
+                sent.map_err(|_| Over::Guest)
+            }
+        }
+    }
+
+    /// Takes a message of the client.
+    fn receive(&mut self, message: Option<Result<Message, axum::Error>>) -> Result<(), Over> {
+        match message {
+            Some(Ok(Message::Binary(bytes))) => self.tunnel.write(&bytes),
+            Some(Ok(Message::Text(text))) => {
+                // Other messages are ignored, and so is what follows the end.
+                if let Ok(PortMessage::End) = serde_json::from_str(&text) {
+                    self.has_client_ended = true;
+                    self.tunnel.end();
+                }
+            }
+            Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+            Some(Ok(Message::Close(_)) | Err(_)) | None => return Err(Over::Client),
+        }
+        Ok(())
     }
 }

@@ -1,11 +1,10 @@
 //! Terminals: a program in a guest, interactive, over a WebSocket.
 //!
-//! Binary messages are the bytes of the terminal, and text messages are [`TerminalMessage`]s. The
-//! agent's connection blocks, so each terminal has a thread that reads and a thread that writes.
+//! Binary messages are the bytes of the terminal, and text messages are [`TerminalMessage`]s.
 
 use std::time::{Duration, Instant};
 
-use agent_proto::client::{Connection, Event, Input, Running};
+use agent_client::{Connection, Event, Running};
 use agent_proto::messages::{Exec, TerminalSize};
 use army_api::exec::{Terminal, TerminalMessage};
 use army_api::keys::Role;
@@ -13,19 +12,16 @@ use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
 use axum::response::Response;
-use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::auth::Caller;
 use super::extract::{Params, Path, Upgrade};
-use super::{AGENT_LIMIT, Answer, App, blocking};
-use army_node_api::InUse;
+use super::{AGENT_LIMIT, Answer, App};
+use army_controller::Error;
 
 /// The subprotocol that a browser offers beside its key. The response has to select one of those
 /// that were offered.
 const SUBPROTOCOL: &str = "army.terminal";
-/// The number of messages that may wait for a slow client, before the guest has to wait.
-const AHEAD: usize = 64;
 /// How often a client is pinged. Browsers answer by themselves.
 const PING_EVERY: Duration = Duration::from_secs(20);
 /// A client that sends nothing for so long, or accepts nothing, has disconnected without notice.
@@ -51,15 +47,15 @@ pub(super) async fn terminal(
     caller.may(Role::User)?;
     let vm = caller.vm(&app, &vm).await?;
     let environment = app.controller.environment(&vm).await?;
-    let (connection, in_use) = app.controller.agent(&vm, AGENT_LIMIT).await?;
-    let running = blocking(move || start(connection, request, &environment)).await?;
+    let connection = app.controller.agent(&vm, AGENT_LIMIT).await?;
+    let running = start(connection, request, &environment).await?;
     let upgrade = upgrade
         .protocols([SUBPROTOCOL])
         .max_message_size(MAX_MESSAGE);
-    Ok(upgrade.on_upgrade(move |socket| serve(socket, running, in_use)))
+    Ok(upgrade.on_upgrade(move |socket| serve(socket, running)))
 }
 
-fn start(
+async fn start(
     connection: Connection,
     request: Terminal,
     environment: &std::collections::BTreeMap<String, String>,
@@ -91,101 +87,85 @@ fn start(
         input: true,
         ..Exec::default()
     };
-    let running = connection.exec(exec)?;
+    let running = connection.exec(exec).await.map_err(Error::from)?;
     Ok(running.streaming())
 }
 
-/// A message from the guest to the client.
-enum Outgoing {
-    Bytes(Vec<u8>),
-    Exited(Option<i32>),
-}
-
-async fn serve(mut socket: WebSocket, mut running: Running, in_use: InUse) {
-    let input = running.input();
-    let (outgoing, mut output) = mpsc::channel(AHEAD);
-    let (typed, mut keys) = mpsc::channel::<Message>(AHEAD);
-    tokio::task::spawn_blocking(move || {
-        while let Ok(event) = running.next_event() {
-            let message = match event {
-                Event::Output(_, data) => Outgoing::Bytes(data),
-                Event::Lost(..) => continue,
-                Event::Exited(exited) => Outgoing::Exited(exited.code),
-            };
-            let ended = matches!(message, Outgoing::Exited(_));
-            if outgoing.blocking_send(message).is_err() || ended {
-                break;
-            }
-        }
-    });
-    let writer = input.clone();
-    tokio::task::spawn_blocking(move || {
-        while let Some(message) = keys.blocking_recv() {
-            if type_in(&writer, message).is_err() {
-                break;
-            }
-        }
-    });
+/// Serves a terminal until its program ends or its client disconnects. The agent in the guest then
+/// hangs up the terminal.
+async fn serve(mut socket: WebSocket, mut running: Running) {
     let mut ping = tokio::time::interval(PING_EVERY);
     let mut last_message = Instant::now();
+    // When the guest began to accept no input.
+    let mut full_since = None;
     loop {
+        // While a guest accepts no input, it is not noticed that its client has closed the
+        // connection in order: that message is behind the input.
+        let accepts_input = running.accepts_input();
+        match accepts_input {
+            true => full_since = None,
+            false => {
+                full_since.get_or_insert_with(Instant::now);
+                last_message = Instant::now();
+            }
+        }
         tokio::select! {
             _ = ping.tick() => {
-                if last_message.elapsed() > SILENCE || !send(&mut socket, Message::Ping(Bytes::new())).await {
-                    break;
+                let is_full = full_since.is_some_and(|since| since.elapsed() > INPUT_LIMIT);
+                let is_silent = last_message.elapsed() > SILENCE;
+                if is_full || is_silent || !send(&mut socket, Message::Ping(Bytes::new())).await {
+                    return;
                 }
             }
-            message = output.recv() => match message {
-                Some(Outgoing::Bytes(bytes)) => {
-                    if !send(&mut socket, Message::Binary(bytes.into())).await {
-                        break;
+            event = running.next_event() => match event {
+                Ok(Event::Output(_, data)) => {
+                    if !send(&mut socket, Message::Binary(data.into())).await {
+                        return;
                     }
                 }
-                Some(Outgoing::Exited(exit_code)) => {
-                    let text = serde_json::to_string(&TerminalMessage::Exited { exit_code });
-                    send(&mut socket, Message::Text(text.unwrap_or_default().into())).await;
-                    let frame = CloseFrame { code: close_code::NORMAL, reason: "exited".into() };
-                    send(&mut socket, Message::Close(Some(frame))).await;
-                    break;
-                }
-                None => break,
+                Ok(Event::Lost(..)) => {}
+                Ok(Event::Exited(exited)) => return close(socket, exited.code).await,
+                Err(_) => return,
             },
-            message = socket.recv() => match message {
-                Some(Ok(Message::Close(_)) | Err(_)) | None => break,
+            message = socket.recv(), if accepts_input => match message {
+                Some(Ok(Message::Close(_)) | Err(_)) | None => return,
                 Some(Ok(message)) => {
                     last_message = Instant::now();
-                    // While a guest accepts no input, it is not noticed that its client has
-                    // disconnected.
-                    let sent = timeout(INPUT_LIMIT, typed.send(message)).await;
-                    if !matches!(sent, Ok(Ok(()))) {
-                        break;
-                    }
+                    type_in(&mut running, message);
                 }
             },
         }
     }
-    // The agent in the guest hangs up the terminal.
-    input.disconnect();
-    drop(in_use);
+}
+
+/// Tells the client that the program has ended.
+async fn close(mut socket: WebSocket, exit_code: Option<i32>) {
+    let text = serde_json::to_string(&TerminalMessage::Exited { exit_code });
+    send(&mut socket, Message::Text(text.unwrap_or_default().into())).await;
+    let frame = CloseFrame {
+        code: close_code::NORMAL,
+        reason: "exited".into(),
+    };
+    send(&mut socket, Message::Close(Some(frame))).await;
 }
 
 /// Returns false where the client has disconnected.
 async fn send(socket: &mut WebSocket, message: Message) -> bool {
-    let sent = tokio::time::timeout(SILENCE, socket.send(message)).await;
+    let sent = timeout(SILENCE, socket.send(message)).await;
     matches!(sent, Ok(Ok(())))
 }
 
-fn type_in(input: &Input, message: Message) -> Result<(), agent_proto::client::ClientError> {
+fn type_in(running: &mut Running, message: Message) {
     match message {
-        Message::Binary(bytes) => input.write(&bytes),
+        Message::Binary(bytes) => running.write(&bytes),
         Message::Text(text) => match serde_json::from_str(&text) {
-            Ok(TerminalMessage::Resize { rows, columns }) => input.resize(TerminalSize {
+            Ok(TerminalMessage::Resize { rows, columns }) => running.resize(TerminalSize {
                 rows: rows.into(),
                 columns: columns.into(),
             }),
             // Other messages are ignored.
-            Ok(TerminalMessage::Exited { .. }) | Err(_) => Ok(()),
+            Ok(TerminalMessage::Exited { .. }) | Err(_) => {}
         },
-        Message::Ping(_) | Message::Pong(_) | Message::Close(_) => Ok(()),
+        Message::Ping(_) | Message::Pong(_) | Message::Close(_) => {}
     }
 }

@@ -8,7 +8,8 @@ mod rig;
 
 use std::time::{Duration, Instant};
 
-use agent_proto::client::{Connection, Deadline};
+use agent_proto::client::{ByteLimit, Connection, Deadline};
+use agent_proto::messages::Exec as AgentExec;
 use anyhow::{Context as _, Result};
 use army_api::client::{Client, ClientError};
 use army_api::exec::{Exec, ExecResult};
@@ -66,7 +67,7 @@ fn execs(rig: &Rig<'_>, record: &mut Record, count: usize) -> Result<()> {
         )?;
         let agent = start.elapsed();
         let start = Instant::now();
-        exec_on(rig.node.agent(&vm.id, Deadline::after(LIMIT))?.0, &["true"])?;
+        rig.wait(node_exec(rig, &vm.id))?;
         let node = start.elapsed();
         let start = Instant::now();
         let result = rig.wait(exec(&rig.client, &vm.id))?;
@@ -84,6 +85,19 @@ fn execs(rig: &Rig<'_>, record: &mut Record, count: usize) -> Result<()> {
     record.ratio("exec: API", "exec: agent", None)?;
     own(record, "exec", &times[2], &times[0], 1.0);
     rig.destroy(&vm)
+}
+
+/// An exec of `true` through Army's node.
+async fn node_exec(rig: &Rig<'_>, vm: &str) -> Result<()> {
+    let connection = rig.node.agent(vm, Deadline::after(LIMIT)).await?;
+    let exec = AgentExec {
+        command: vec!["true".to_owned()],
+        ..AgentExec::default()
+    };
+    let running = connection.exec(exec).await?.streaming();
+    let collected = running.collect(ByteLimit::new(1 << 20)).await?;
+    anyhow::ensure!(collected.exited.code == Some(0), "`true` in the guest");
+    Ok(())
 }
 
 fn creates(rig: &Rig<'_>, record: &mut Record, kind: &str, count: usize) -> Result<()> {
