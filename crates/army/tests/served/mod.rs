@@ -15,6 +15,7 @@ use army_api::templates::Template;
 use army_controller::testing::Records;
 use army_controller::{Controller, Database};
 use army_node::{Node, NodeService};
+use army_node_api::NodeApi;
 
 /// The user and group without rights.
 const NOBODY: u32 = 65534;
@@ -121,9 +122,26 @@ pub async fn server(postgres: Option<Postgres>) -> Server {
         let templates = clone_template::Store::at(path.join("templates"));
         Node::open("here".into(), path.join("vms"), runtime, templates).unwrap()
     });
+    let node = NodeService::in_process(node.await.unwrap());
+    serve(dir, database, Arc::new(node), postgres).await
+}
+
+/// The API over one host, with a database in a file.
+pub async fn server_of(node: Arc<dyn NodeApi>) -> Server {
+    let dir = tempfile::tempdir().unwrap();
+    let url = Database::sqlite_url(&dir.path().join("army.db"));
+    let database = Database::open(&url).await.unwrap();
+    serve(dir, database, node, None).await
+}
+
+async fn serve(
+    dir: tempfile::TempDir,
+    database: Database,
+    node: Arc<dyn NodeApi>,
+    postgres: Option<Postgres>,
+) -> Server {
     let records = Records::of(&database);
-    let service = NodeService::in_process(node.await.unwrap());
-    let controller = Controller::of_one_host(database, Arc::new(service));
+    let controller = Controller::of_one_host(database, node);
     controller.recover().await.unwrap();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
