@@ -8,7 +8,7 @@
 //! A file that cannot be read does not stop the node, whose other VMs would be lost with it: the file
 //! is renamed to `*.unreadable`, and an administrator is told.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -132,6 +132,8 @@ pub struct Journal {
     entries: Mutex<BTreeMap<String, Entry>>,
     /// What an administrator should know about the files, as sentences.
     notices: Vec<String>,
+    /// The ids of VMs whose files were put aside.
+    put_aside: BTreeSet<String>,
 }
 
 impl Journal {
@@ -146,22 +148,30 @@ impl Journal {
             .map_err(|error| failed("protect", &folder, &error))?;
         let mut entries = BTreeMap::new();
         let mut notices = Vec::new();
+        let mut put_aside_ids = BTreeSet::new();
         let list = fs::read_dir(&folder).map_err(|error| failed("list", &folder, &error))?;
         // The list comes first, so that files that are renamed are not found twice.
         let list: io::Result<Vec<_>> = list.collect();
         for file in list.map_err(|error| failed("list", &folder, &error))? {
             let path = file.path();
+            let id = path.file_stem().unwrap_or_default().to_string_lossy();
             match path.extension().and_then(|it| it.to_str()) {
                 Some("json") => match read(&path) {
                     Ok(entry) => {
                         entries.insert(entry.id.clone(), entry);
                     }
-                    Err(error) => notices.push(put_aside(&path, &error)),
+                    Err(error) => {
+                        put_aside_ids.insert(id.into_owned());
+                        notices.push(put_aside(&path, &error));
+                    }
                 },
-                Some("unreadable") => notices.push(format!(
-                    "{} was put aside because it could not be read",
-                    path.display()
-                )),
+                Some("unreadable") => {
+                    put_aside_ids.insert(id.into_owned());
+                    notices.push(format!(
+                        "{} was put aside because it could not be read; its VM is left as it is",
+                        path.display()
+                    ));
+                }
                 // The write of this file was interrupted; the file that it was to replace exists.
                 Some("new") => {
                     fs::remove_file(&path).map_err(|error| failed("remove", &path, &error))?;
@@ -173,12 +183,19 @@ impl Journal {
             folder,
             entries: Mutex::new(entries),
             notices,
+            put_aside: put_aside_ids,
         })
     }
 
     /// What an administrator should know about the files, as sentences.
     pub fn notices(&self) -> &[String] {
         &self.notices
+    }
+
+    /// Whether the file of this VM was put aside: the VM may be running, and is wanted by what could
+    /// not be read.
+    pub fn is_put_aside(&self, id: &str) -> bool {
+        self.put_aside.contains(id)
     }
 
     /// All records.
@@ -306,7 +323,7 @@ fn put_aside(path: &Path, error: &Error) -> String {
         Err(error) => format!("it cannot be renamed: {error}"),
     };
     tracing::error!(%error, "a VM of the journal is unknown; {place}");
-    format!("a VM of the journal is unknown: {error}; {place}")
+    format!("a VM of the journal is unknown, and left as it is: {error}; {place}")
 }
 
 fn failed(action: &str, path: &Path, error: &io::Error) -> Error {
@@ -414,6 +431,7 @@ mod tests {
                 .iter()
                 .any(|it| it.contains("3.unreadable"))
         );
+        assert!(journal.is_put_aside("3") && !journal.is_put_aside("1"));
         // The VM can be created again under the same id, and the notices remain.
         journal.begin(&entry("2", 1)).unwrap();
         assert_eq!((open().all().len(), open().notices().len()), (2, 4));

@@ -172,7 +172,8 @@ impl Node {
         }
     }
 
-    /// Ends VMs of Army that are not in the journal, because it was lost.
+    /// Ends VMs of Army that are not in the journal, because it was lost. A VM whose file could not be
+    /// read is left running, for an administrator to decide about.
     fn end_unknown_vms(&self) {
         let Ok(running) = self.runtime.running() else {
             return;
@@ -185,7 +186,10 @@ impl Node {
             .collect();
         for vm in running {
             let name = vm.dir.name();
-            if name.starts_with(VM_PREFIX) && !known.contains(&name) {
+            let Some(id) = name.strip_prefix(VM_PREFIX) else {
+                continue;
+            };
+            if !known.contains(&name) && !self.journal.is_put_aside(id) {
                 tracing::warn!(vm = name, "ending a VM that is not in the journal");
                 fork::end(&self.runtime, &vm);
             }
