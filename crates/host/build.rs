@@ -17,7 +17,7 @@ fn main() -> io::Result<()> {
             Some(folder) => included(&folder.join(name))?,
             None => "None".to_owned(),
         };
-        code += &format!("pub(super) const {constant}: Option<&[u8]> = {bytes};\n");
+        code += &format!("pub(super) const {constant}: Option<super::Carried> = {bytes};\n");
     }
     let out = env::var_os("OUT_DIR").ok_or_else(|| io::Error::other("cargo sets OUT_DIR"))?;
     fs::write(Path::new(&out).join("carried.rs"), code)
@@ -26,5 +26,10 @@ fn main() -> io::Result<()> {
 fn included(program: &Path) -> io::Result<String> {
     println!("cargo::rerun-if-changed={}", program.display());
     let program = fs::canonicalize(program)?;
-    Ok(format!("Some(include_bytes!({program:?}))"))
+    // Computed here, so that no command has to hash the program before it starts a VM.
+    let hash = blake3::hash(&fs::read(&program)?).to_hex();
+    Ok(format!(
+        "Some(super::Carried {{ bytes: include_bytes!({program:?}), hash: {:?} }})",
+        &hash[..32]
+    ))
 }

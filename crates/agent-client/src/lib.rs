@@ -29,9 +29,10 @@ pub use agent_proto::deadline::{ByteLimit, Deadline};
 pub use agent_proto::error::ClientError;
 pub use agent_proto::exec::Event;
 
+pub use agent_proto::exec::Collected;
 pub use connection::Connection;
 pub use file::{Download, Upload};
-pub use running::{Collected, Running};
+pub use running::Running;
 pub use socket::{AgentSocket, Transport};
 pub use tunnel::Tunnel;
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use agent_proto::deadline::{ByteLimit, Deadline};
 use agent_proto::error::ClientError;
 use agent_proto::exchange::{FAREWELL_LIMIT, Timing};
-use agent_proto::exec::{Event, OutputCursors};
+use agent_proto::exec::{Collected, Event, OutputCursors};
 use agent_proto::messages::{Acknowledge, Empty, Exited, Started, Stream, TerminalSize, from_host};
 
 use crate::Result;
@@ -24,17 +24,6 @@ pub struct Running {
     size: Option<TerminalSize>,
     exited: Option<Exited>,
     is_farewell_sent: bool,
-}
-
-/// A command's end, and what it printed before.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Collected {
-    /// How it ended.
-    pub exited: Exited,
-    /// All of its standard output.
-    pub stdout: Vec<u8>,
-    /// All of its standard error.
-    pub stderr: Vec<u8>,
 }
 
 impl Running {

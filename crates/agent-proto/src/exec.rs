@@ -19,6 +19,17 @@ pub enum Event {
     Exited(Exited),
 }
 
+/// A command's end, and its output.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Collected {
+    /// The command's end.
+    pub exited: Exited,
+    /// The whole standard output.
+    pub stdout: Vec<u8>,
+    /// The whole standard error.
+    pub stderr: Vec<u8>,
+}
+
 /// The position up to which a command's output has arrived, and the position that the agent knows.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct OutputCursors {

@@ -43,7 +43,7 @@ impl Refusal {
 /// The reason why a session ended before its request was answered.
 #[derive(Debug)]
 pub(crate) enum End {
-    /// The request was refused; the host is told the reason.
+    /// The request was refused. The answer to the host contains the reason.
     Refused(Refusal),
     /// The connection is lost, or a message is invalid.
     Lost,

@@ -6,7 +6,7 @@
 //! compares.
 //!
 //! A file that cannot be read does not stop the node, whose other VMs would be lost with it: the file
-//! is renamed to `*.unreadable`, and an administrator is told.
+//! is renamed to `*.unreadable`, and the host reports it to administrators.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};

@@ -204,7 +204,7 @@ fn host_cpu() -> Option<CpuFeatures> {
     match clone_start::cpu::of_host() {
         Ok(cpu) => Some(cpu_features(cpu)),
         Err(error) => {
-            // The first fork fails for the same reason, and its client is told.
+            // The first fork fails for the same reason, and its client receives the error.
             tracing::warn!(
                 message = error.message,
                 "this host's CPU features are unknown"

@@ -14,7 +14,7 @@ use futures_util::StreamExt;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use served::{Postgres, Server, create_key, template};
+use served::{Postgres, Server, create_key, record, template};
 
 /// Each test runs with each kind of database.
 macro_rules! on_each_database {
@@ -427,26 +427,6 @@ async fn a_stream_that_is_no_template_leaves_nothing(server: Server) {
     assert_eq!(left.map_or(0, Iterator::count), 0);
     let refused = problem(admin.get(path, &()).await);
     assert_eq!(refused.kind, ProblemKind::NotFound);
-}
-
-/// The record of a VM that no host has.
-fn record(id: &str, name: &str, tenant: &str) -> Vm {
-    Vm {
-        id: id.to_owned(),
-        name: name.to_owned(),
-        tenant: tenant.to_owned(),
-        template: "t".to_owned(),
-        host: "here".to_owned(),
-        state: VmState::Creating,
-        reason: None,
-        labels: BTreeMap::new(),
-        created_ms: 1,
-        expires_ms: None,
-        network: None,
-        fork: None,
-        notices: Vec::new(),
-        memory: None,
-    }
 }
 
 async fn a_lifetime_beyond_the_clock_is_refused_and_an_old_record_of_one_is_listed(server: Server) {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use agent_proto::frame;
 use agent_proto::messages::{FromAgent, Hello, from_agent};
-use army_api::vms::{Vm, VmPage, VmState};
+use army_api::vms::{VmPage, VmState};
 use army_node_api::simulated::SimulatedNode;
 use futures_util::future::join_all;
 use reqwest::Method;
@@ -20,7 +20,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
-use served::{Server, server_of};
+use served::{Server, record, server_of};
 
 /// Commands at once: more than the threads that the server may have.
 const COMMANDS: usize = 300;
@@ -41,7 +41,7 @@ async fn with_silent_agents(count: usize) -> (Server, Vec<UnixStream>) {
         agents.push(theirs);
     }
     let server = server_of(node).await;
-    let vms = [vm()];
+    let vms = [record("000000000001", "silent", "root")];
     let records = &server.records;
     records.insert_vms(&vms, &BTreeMap::new()).await.unwrap();
     let ids = [vms[0].id.clone()];
@@ -57,25 +57,6 @@ fn greeting() -> Vec<u8> {
     let mut bytes = Vec::new();
     frame::encode(&FromAgent { kind: Some(hello) }, &mut bytes).unwrap();
     bytes
-}
-
-fn vm() -> Vm {
-    Vm {
-        id: "000000000001".to_owned(),
-        name: "silent".to_owned(),
-        tenant: "root".to_owned(),
-        template: "t".to_owned(),
-        host: "here".to_owned(),
-        state: VmState::Creating,
-        reason: None,
-        labels: BTreeMap::new(),
-        created_ms: 1,
-        expires_ms: None,
-        network: None,
-        fork: None,
-        notices: Vec::new(),
-        memory: None,
-    }
 }
 
 /// Starts commands that take as long as an exec may.

@@ -1,4 +1,4 @@
-//! What a command tells of itself, on standard error.
+//! The log of a command, on standard error.
 
 use std::io::IsTerminal;
 

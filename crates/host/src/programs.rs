@@ -28,7 +28,15 @@ struct Program {
     name: &'static str,
     /// Whether the program is also looked for beside the running one.
     beside: bool,
-    carried: Option<&'static [u8]>,
+    carried: Option<Carried>,
+}
+
+/// A program that this one carries.
+#[derive(Debug, Clone, Copy)]
+struct Carried {
+    bytes: &'static [u8],
+    /// The hash of the bytes, in hexadecimal digits.
+    hash: &'static str,
 }
 
 const VM_PROCESS: Program = Program {
@@ -74,11 +82,11 @@ impl Program {
         if let Some(path) = self.installed() {
             return Ok(path);
         }
-        let Some(bytes) = self.carried else {
+        let Some(carried) = self.carried else {
             return Err(self.missing());
         };
         let dir = carried_dir().ok_or_else(|| self.missing())?;
-        put(&dir, self.name, bytes)
+        put(&dir, self.name, carried)
     }
 
     fn installed(self) -> Option<PathBuf> {
@@ -112,15 +120,15 @@ fn carried_dir() -> Option<PathBuf> {
 
 /// Writes a program into `dir` under its hash, unless it exists, and removes those of other builds.
 /// Processes that run those have them open.
-fn put(dir: &Path, name: &str, bytes: &[u8]) -> Result<PathBuf> {
+fn put(dir: &Path, name: &str, carried: Carried) -> Result<PathBuf> {
+    let Carried { bytes, hash } = carried;
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o755)
         .create(dir)
         .map_err(failed("make", dir))?;
     check_owned(dir)?;
-    let hash = blake3::hash(bytes).to_hex();
-    let path = dir.join(format!("{name}-{}", &hash[..32]));
+    let path = dir.join(format!("{name}-{hash}"));
     match fs::symlink_metadata(&path) {
         Ok(meta) if meta.is_file() && meta.len() == bytes.len() as u64 => {
             check_owned(&path)?;
@@ -185,6 +193,14 @@ mod tests {
 
     use super::*;
 
+    /// A program whose content is its hash.
+    fn carried(content: &'static str) -> Carried {
+        Carried {
+            bytes: content.as_bytes(),
+            hash: content,
+        }
+    }
+
     #[test]
     fn a_program_is_found_beside_ours_or_where_packages_have_it() {
         let root = tempfile::tempdir().unwrap();
@@ -206,14 +222,14 @@ mod tests {
     fn a_carried_program_is_put_once_and_replaces_those_of_other_builds() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("programs");
-        let first = put(&dir, "clone-vm", b"first").unwrap();
+        let first = put(&dir, "clone-vm", carried("first")).unwrap();
         let inode = |path: &Path| fs::metadata(path).unwrap().ino();
         let made = inode(&first);
-        assert_eq!(put(&dir, "clone-vm", b"first").unwrap(), first);
+        assert_eq!(put(&dir, "clone-vm", carried("first")).unwrap(), first);
         assert_eq!(inode(&first), made);
         assert_eq!(fs::metadata(&first).unwrap().mode() & 0o777, 0o755);
-        let agent = put(&dir, "clone-agent", b"agent").unwrap();
-        let second = put(&dir, "clone-vm", b"second").unwrap();
+        let agent = put(&dir, "clone-agent", carried("agent")).unwrap();
+        let second = put(&dir, "clone-vm", carried("second")).unwrap();
         assert_eq!(fs::read(&second).unwrap(), b"second");
         assert!(agent.exists() && !first.exists());
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 2);
@@ -222,20 +238,23 @@ mod tests {
     #[test]
     fn a_carried_program_that_was_cut_short_is_written_again() {
         let root = tempfile::tempdir().unwrap();
-        let path = put(root.path(), "clone-vm", b"whole").unwrap();
+        let path = put(root.path(), "clone-vm", carried("whole")).unwrap();
         fs::write(&path, "who").unwrap();
-        assert_eq!(put(root.path(), "clone-vm", b"whole").unwrap(), path);
+        assert_eq!(
+            put(root.path(), "clone-vm", carried("whole")).unwrap(),
+            path
+        );
         assert_eq!(fs::read(&path).unwrap(), b"whole");
     }
 
     #[test]
     fn a_program_that_others_can_change_is_not_run() {
         let root = tempfile::tempdir().unwrap();
-        let path = put(root.path(), "clone-vm", b"ours").unwrap();
+        let path = put(root.path(), "clone-vm", carried("ours")).unwrap();
         for changed in [&path, &root.path().to_owned()] {
             let mode = fs::metadata(changed).unwrap().permissions();
             fs::set_permissions(changed, fs::Permissions::from_mode(0o777)).unwrap();
-            let error = put(root.path(), "clone-vm", b"ours").unwrap_err();
+            let error = put(root.path(), "clone-vm", carried("ours")).unwrap_err();
             assert_eq!(error.code, ErrorCode::HostUnsupported);
             fs::set_permissions(changed, mode).unwrap();
         }

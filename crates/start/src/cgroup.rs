@@ -78,7 +78,7 @@ pub fn grow(runtime_dir: &Path, bytes: i64) -> io::Result<()> {
     };
     match now.trim().parse::<u64>() {
         Ok(now) => fs::write(&limit, now.saturating_add_signed(bytes).to_string()),
-        // The limit is "max", which is no number.
+        // The limit is "max": the cgroup has none.
         Err(_) => Ok(()),
     }
 }

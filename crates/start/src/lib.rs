@@ -6,7 +6,7 @@
 //! - [`report`]: what it answers.
 //! - [`vm_dir`]: a VM's runtime directory; [`process`]: a process that cannot be mistaken for
 //!   another; [`cgroup`]: the VM's control group.
-//! - [`disks`], [`cpu`], [`fits`], [`prefetch`]: from a description to open disks, to KVM, and to
+//! - [`disks`], [`cpu`], [`fits`]: from a description to open disks, to KVM, and to
 //!   saved states that belong to it.
 //!
 //! This crate starts no process and serves no socket.
@@ -19,7 +19,6 @@ pub mod document;
 pub mod error;
 pub mod fits;
 pub mod invocation;
-pub mod prefetch;
 pub mod process;
 pub mod report;
 pub mod shared_file;

@@ -277,7 +277,7 @@ fn a_directory_that_holds_something_else_is_not_removed() {
     // A template that is damaged can be removed.
     drop(place.make("a", None));
     fs::remove_file(place.path("a").join("state")).unwrap();
-    fs::write(place.path("a").join(prefetch::FILE), "").unwrap();
+    fs::write(place.path("a").join(names::PREFETCH), "").unwrap();
     place.store().remove("a").unwrap();
     assert_eq!(names(&place.dir.path().join("store")), ["other"]);
 }

@@ -62,7 +62,6 @@ use crate::trust::caller;
 use clone_start::SharedFile;
 use clone_start::document::{BootSource, ForkDisk, Parent};
 use clone_start::error::{Result, failed};
-use clone_start::prefetch;
 use content::HashedFile;
 use folder::Folder;
 use names::refused;
@@ -201,8 +200,8 @@ impl Template {
     /// The record of the pages that clones touch first, if there is one. It belongs to this host,
     /// and is not part of the template.
     pub fn prefetch(&self) -> Result<Option<SharedFile>> {
-        match self.folder.open_file(prefetch::FILE) {
-            Ok(file) => SharedFile::of(self.path(prefetch::FILE), &file).map(Some),
+        match self.folder.open_file(names::PREFETCH) {
+            Ok(file) => SharedFile::of(self.path(names::PREFETCH), &file).map(Some),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => {
                 tracing::warn!(%error, "the record of touched pages is not used");
@@ -220,8 +219,8 @@ impl Template {
         };
         written
             .and_then(|mut file| file.write_all(record))
-            .and_then(|()| self.folder.rename(new, prefetch::FILE))
-            .map_err(failed("write", &self.path(prefetch::FILE)))
+            .and_then(|()| self.folder.rename(new, names::PREFETCH))
+            .map_err(failed("write", &self.path(names::PREFETCH)))
     }
 
     /// The stack of memory layers. Their indexes are checked, but not their pages.

@@ -3,10 +3,11 @@
 use std::path::{Component, Path};
 
 use clone_api::{ApiError, ErrorCode};
-use clone_start::prefetch;
 
 /// The manifest's name in its directory.
 pub(crate) const MANIFEST: &str = "manifest.json";
+/// The record of the pages that clones touch first.
+pub(crate) const PREFETCH: &str = "prefetch";
 pub(crate) const STATE: &str = "state";
 pub(crate) const KERNEL: &str = "kernel";
 pub(crate) const INITRD: &str = "initrd";
@@ -15,14 +16,7 @@ pub(crate) const INITRD: &str = "initrd";
 pub(crate) fn is_file_of_a_template(name: &str) -> bool {
     let memory = name.starts_with("memory-") && name.ends_with(".layer");
     let disk = name.starts_with("disk-") && (name.ends_with(".raw") || name.contains(".layer-"));
-    let others = [
-        MANIFEST,
-        STATE,
-        KERNEL,
-        INITRD,
-        prefetch::FILE,
-        "prefetch.new",
-    ];
+    let others = [MANIFEST, STATE, KERNEL, INITRD, PREFETCH, "prefetch.new"];
     memory || disk || others.contains(&name)
 }
 

@@ -16,11 +16,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub use self::running::{Collected, Input, Running};
+pub use self::running::{Input, Running};
 pub use self::tunnel::{TunnelIn, TunnelOut};
 pub use crate::deadline::{ByteLimit, Deadline};
 pub use crate::error::ClientError;
-pub use crate::exec::Event;
+pub use crate::exec::{Collected, Event};
 
 use self::outgoing::Outgoing;
 use self::socket::{connect_by, read_by, wait_by, write_by};

@@ -8,25 +8,14 @@ use crate::CHUNK;
 use crate::deadline::{ByteLimit, Deadline};
 use crate::error::ClientError;
 use crate::exchange::{FAREWELL_LIMIT, Timing};
-use crate::exec::{Event, OutputCursors};
-use crate::messages::{Acknowledge, Empty, Exited, Started, Stream, TerminalSize, from_host};
+use crate::exec::{Collected, Event, OutputCursors};
+use crate::messages::{Acknowledge, Empty, Started, Stream, TerminalSize, from_host};
 
 /// A command that runs in the guest.
 pub struct Running {
     connection: Connection,
     started: Started,
     cursors: OutputCursors,
-}
-
-/// A command's end, and its output.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Collected {
-    /// The command's end.
-    pub exited: Exited,
-    /// The whole standard output.
-    pub stdout: Vec<u8>,
-    /// The whole standard error.
-    pub stderr: Vec<u8>,
 }
 
 impl Running {

@@ -161,7 +161,7 @@ async fn lock(url: &str) -> Result<AnyConnection> {
 /// A transaction, and the events that describe it.
 ///
 /// The connection of a transaction that is not committed is closed. Where SQLite cannot write, it may
-/// end a transaction by itself, or leave it open although it was told to end it. The driver's own
+/// end a transaction by itself, or leave it open after a `COMMIT` or `ROLLBACK`. The driver's own
 /// transactions lose count then, and later reads on their connection are old and writes fail.
 struct Change<'a> {
     connection: PoolConnection<sqlx::Any>,

@@ -62,7 +62,7 @@ impl Bounds {
             };
             let schema = &parameter["schema"];
             let value = match is_of_type(schema, "integer") {
-                // What is no number was refused before.
+                // A value that is not a number was refused before.
                 true => serde_json::from_str(text).unwrap_or(Value::Null),
                 false => Value::from(text),
             };

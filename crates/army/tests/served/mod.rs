@@ -2,6 +2,7 @@
 // Each test program uses its part of it.
 #![allow(dead_code, unreachable_pub)]
 
+use std::collections::BTreeMap;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -12,6 +13,7 @@ use army::server;
 use army_api::client::Client;
 use army_api::keys::{CreateKey, NewKey, Role};
 use army_api::templates::Template;
+use army_api::vms::{Vm, VmState};
 use army_controller::testing::Records;
 use army_controller::{Controller, Database};
 use army_node::{Node, NodeService};
@@ -201,5 +203,25 @@ pub fn template(name: &str) -> Template {
         vcpus: 1,
         taken_ms: 1,
         ..Template::default()
+    }
+}
+
+/// The record of a VM that no host has.
+pub fn record(id: &str, name: &str, tenant: &str) -> Vm {
+    Vm {
+        id: id.to_owned(),
+        name: name.to_owned(),
+        tenant: tenant.to_owned(),
+        template: "t".to_owned(),
+        host: "here".to_owned(),
+        state: VmState::Creating,
+        reason: None,
+        labels: BTreeMap::new(),
+        created_ms: 1,
+        expires_ms: None,
+        network: None,
+        fork: None,
+        notices: Vec::new(),
+        memory: None,
     }
 }
