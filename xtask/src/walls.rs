@@ -1,6 +1,7 @@
 //! The walls of the workspace, held by tests: which crates must not reach which, and that the
 //! modules of a crate do not import each other in circles.
 
+mod army;
 mod circles;
 
 use std::collections::BTreeSet;
@@ -24,8 +25,18 @@ const LAUNCHING: [&str; 9] = [
 
 /// The packages that a package links, itself among them.
 fn linked(package: &str) -> BTreeSet<String> {
+    tree(package, &[])
+}
+
+/// The packages that a package names as its dependencies, and itself.
+fn linked_directly(package: &str) -> BTreeSet<String> {
+    tree(package, &["--depth", "1"])
+}
+
+fn tree(package: &str, options: &[&str]) -> BTreeSet<String> {
     let output = Command::new(env!("CARGO"))
         .args(["tree", "--offline", "--locked", "--edges", "normal"])
+        .args(options)
         .args(["--prefix", "none", "--format", "{p}", "--package", package])
         .current_dir(paths::workspace())
         .output()
@@ -66,6 +77,7 @@ fn the_machine_knows_nothing_of_what_is_above_it() {
     never_links("clone-vmm", &above);
     never_links("clone-api", &["clone-vmm", "clone-disk", "clone-memory"]);
     never_links("clone-memory", &["kvm-ioctls", "clone-disk"]);
+    never_links("clone-base", &["serde", "libc", "clone-memory"]);
 }
 
 #[test]

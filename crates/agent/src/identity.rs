@@ -152,21 +152,12 @@ fn renew_seed_files(report: &mut Report) {
         .filter(|it| it.is_file())
     {
         let mut seed = [0; SEED_BYTES];
-        let renewed = getrandom(&mut seed).and_then(|()| replace(path, &seed, 0o600));
+        let renewed = clone_base::random::fill(&mut seed).and_then(|()| replace(path, &seed, 0o600));
         match renewed {
             Ok(how) => report.replaced(path, how),
             Err(error) => report.add(format!("cannot write {}: {error}", path.display())),
         }
     }
-}
-
-fn getrandom(bytes: &mut [u8]) -> io::Result<()> {
-    let mut filled = 0;
-    while filled < bytes.len() {
-        let flags = rustix::rand::GetRandomFlags::empty();
-        filled += rustix::rand::getrandom(&mut bytes[filled..], flags)?;
-    }
-    Ok(())
 }
 
 /// Whether the kernel and all programs take `name` for a host name.

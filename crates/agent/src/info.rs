@@ -1,7 +1,7 @@
 //! Facts about the guest: its kernel, memory, load and uptime.
 
 use std::fs;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use agent_proto::messages::Info;
 
@@ -9,9 +9,7 @@ use agent_proto::messages::Info;
 pub(crate) fn gather(commands: u32, idle: Duration) -> Info {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let system = rustix::system::uname();
-    let clock = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or_default();
+    let clock = clone_base::clock::since_1970();
     Info {
         hostname: system.nodename().to_string_lossy().into_owned(),
         kernel: system.release().to_string_lossy().into_owned(),

@@ -5,7 +5,7 @@
 //! on a read-only root: the guest sees the new content until its next boot.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
@@ -80,11 +80,10 @@ impl FreshFile {
             .file_name()
             .ok_or(io::ErrorKind::InvalidInput)?
             .to_string_lossy();
-        let mut random = [0; 8];
-        File::open("/dev/urandom")?.read_exact(&mut random)?;
+        let random = clone_base::random::hex::<8>()?;
         // The original name may already have the longest length that the file system allows.
         let short: String = name.chars().take(40).collect();
-        let path = path.with_file_name(format!(".{short}.{:016x}", u64::from_ne_bytes(random)));
+        let path = path.with_file_name(format!(".{short}.{random}"));
         let file = OpenOptions::new()
             .write(true)
             .create_new(true)

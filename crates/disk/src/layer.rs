@@ -44,13 +44,7 @@ pub struct LayerId([u8; 16]);
 impl LayerId {
     /// Makes a new random id.
     fn random() -> io::Result<Self> {
-        let mut id = [0; 16];
-        let mut filled = 0;
-        while filled < id.len() {
-            filled +=
-                rustix::rand::getrandom(&mut id[filled..], rustix::rand::GetRandomFlags::empty())?;
-        }
-        Ok(Self(id))
+        clone_base::random::bytes().map(Self)
     }
 
     /// The id's bytes.

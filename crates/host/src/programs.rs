@@ -8,8 +8,8 @@
 //! ([`carried_dir`]), so that all VMs of a build run the same file and share its pages.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -138,33 +138,17 @@ fn put(dir: &Path, name: &str, carried: Carried) -> Result<PathBuf> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(failed("look at", &path)(error)),
     }
-    write_program(&path, bytes).map_err(failed("write", &path))?;
+    clone_base::file::replace(&path, 0o755, bytes).map_err(failed("write", &path))?;
     remove_others(dir, name, &path).map_err(failed("clear", dir))?;
     Ok(path)
-}
-
-/// Writes the file atomically, even if the host loses power.
-fn write_program(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let new = path.with_extension(format!("new{}", std::process::id()));
-    let mut file = File::options()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o755)
-        .open(&new)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    drop(file);
-    fs::rename(&new, path)
 }
 
 fn remove_others(dir: &Path, name: &str, kept: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
         let file = path.file_name().unwrap_or_default().to_string_lossy();
-        // Another command is writing a file whose name contains `.new`.
-        let other = file.starts_with(&format!("{name}-")) && !file.contains(".new");
-        if other && path != kept {
+        // A file that another command is writing has a hidden name.
+        if file.starts_with(&format!("{name}-")) && path != kept {
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use agent_proto::client::{Connection, Deadline};
 use clone_api::config::{DiskConfig, Overlay};
@@ -121,7 +121,7 @@ pub fn take(
         shape: Shape::of(&config, &vec![0; config.disks.len()]),
         ceilings: Ceilings::of(&config),
         cpu: taken.cpu.clone(),
-        created_unix_ms: now_unix_ms(),
+        created_unix_ms: clone_base::clock::unix_ms(),
     };
     let template = new.commit(parts, Some(&runtime.verified()))?;
     vm.dir.write_parent(&template.parent()?)?;
@@ -313,11 +313,6 @@ fn drop_unwritten(new: &mut NewTemplate, taken: &SnapshotTaken) -> Result<()> {
         new.drop_initrd()?;
     }
     Ok(())
-}
-
-fn now_unix_ms() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.map_or(0, |now| now.as_millis() as u64)
 }
 
 /// Keeps a VM paused while this value lives, unless it was paused before.

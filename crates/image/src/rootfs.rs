@@ -2,7 +2,6 @@
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 use tracing::info_span;
@@ -176,7 +175,7 @@ fn all_as_text<S: serde::Serializer>(paths: &[PathBuf], serializer: S) -> Result
 pub fn build_rootfs(spec: &RootfsSpec, progress: &dyn Progress) -> Result<RootfsReport> {
     let _span = info_span!("rootfs_build", source = %spec.source.describe(), output = %spec.output.display()).entered();
     let staging = Staging::create(&spec.output, spec.replace)?;
-    let created = spec.created.unwrap_or_else(now);
+    let created = spec.created.unwrap_or_else(|| clone_base::clock::since_1970().as_secs());
     let mut tree = Tree::new(spec.limits);
     let mut spool = Spool::new(staging.dir(), spec.limits.content_bytes)?;
     let Filled { config, left_out } = fill(&mut tree, &mut spool, spec, staging.dir(), progress)?;
@@ -276,18 +275,10 @@ fn fill(
     }
 }
 
-fn now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs()
-}
-
 /// A random UUID (version 4, RFC 9562).
 fn random_uuid() -> Result<[u8; 16]> {
-    let mut uuid = [0; 16];
-    let filled = rustix::rand::getrandom(&mut uuid[..], rustix::rand::GetRandomFlags::empty());
-    filled.map_err(|e| ImageError::io("read random bytes for", "a UUID")(e.into()))?;
+    let random = clone_base::random::bytes::<16>();
+    let mut uuid = random.map_err(ImageError::io("read random bytes for", "a UUID"))?;
     uuid[6] = uuid[6] & 0x0f | 0x40;
     uuid[8] = uuid[8] & 0x3f | 0x80;
     Ok(uuid)

@@ -180,7 +180,7 @@ impl LayerWriter {
         };
         index.sums = match checksums {
             Checksums::Yes => self.hashes(&index.data()).map(Sums::Chunks),
-            Checksums::Transient => nonce().map(|nonce| Sums::Transient { nonce }),
+            Checksums::Transient => clone_base::random::bytes().map(|nonce| Sums::Transient { nonce }),
         }
         .map_err(|e| self.failed("checksum", e))?;
         let (bytes, id) = index.encode();
@@ -273,13 +273,4 @@ fn by_content(
         }
         Some((start..pages.end, kind))
     })
-}
-
-fn nonce() -> io::Result<[u8; 16]> {
-    let mut nonce = [0; 16];
-    let got = rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty())?;
-    match got == nonce.len() {
-        true => Ok(nonce),
-        false => Err(io::Error::other("the host gave too few random bytes")),
-    }
 }

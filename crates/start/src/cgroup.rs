@@ -9,7 +9,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 /// The limits of a VM's cgroup.
@@ -104,9 +103,7 @@ pub fn remove(runtime_dir: &Path) -> io::Result<()> {
 
 /// Waits for a change of a `cgroup.events` file; false if there was none in time.
 fn changes(events: &File) -> io::Result<bool> {
-    let limit = Timespec::try_from(PATIENCE).map_err(io::Error::other)?;
-    let mut polled = [PollFd::new(events, PollFlags::PRI)];
-    Ok(poll(&mut polled, Some(&limit))? > 0)
+    clone_base::wait::exceptional(events, Some(PATIENCE))
 }
 
 /// The directory of the cgroup of the VM in `runtime_dir`.

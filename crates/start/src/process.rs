@@ -5,10 +5,10 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clone_api::{ApiError, ErrorCode};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use clone_base::wait;
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
@@ -80,7 +80,7 @@ impl Process {
     pub fn wait(self, limit: Option<Duration>) -> Result<bool> {
         match self.open()? {
             Some(handle) => {
-                wait_readable(&handle, limit).map_err(|error| self.failed("wait for", error))
+                wait::readable(&handle, limit).map_err(|error| self.failed("wait for", error))
             }
             None => Ok(true),
         }
@@ -100,9 +100,8 @@ impl Process {
     /// Writes the process to `path` atomically.
     pub fn write(self, path: &Path) -> Result<()> {
         // The file is renamed when it is complete, so readers never see a part of it.
-        let new = path.with_extension("new");
-        fs::write(&new, format!("{} {}\n", self.pid, self.start_time))
-            .and_then(|()| fs::rename(&new, path))
+        let text = format!("{} {}\n", self.pid, self.start_time);
+        clone_base::file::replace_volatile(path, 0o644, text.as_bytes())
             .map_err(failed("write", path))
     }
 
@@ -134,23 +133,6 @@ fn start_time(stat: &str) -> Option<u64> {
 
 fn is_zombie(stat: &str) -> bool {
     matches!(fields(stat).and_then(|mut f| f.next()), Some("Z" | "X"))
-}
-
-fn wait_readable(handle: &OwnedFd, limit: Option<Duration>) -> std::result::Result<bool, Errno> {
-    let end = limit.map(|limit| Instant::now() + limit);
-    loop {
-        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
-        let left = left.map(|left| Timespec {
-            tv_sec: left.as_secs() as i64,
-            tv_nsec: left.subsec_nanos().into(),
-        });
-        let mut fds = [PollFd::new(handle, PollFlags::IN)];
-        match poll(&mut fds, left.as_ref()) {
-            Ok(ready) => return Ok(ready > 0),
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -249,10 +249,7 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
 /// Writes the file atomically.
 fn write_json<T: Serialize + ?Sized>(path: &Path, value: &T) -> Result<()> {
     let text = serde_json::to_vec_pretty(value).map_err(|error| ApiError::internal(&error))?;
-    let new = path.with_extension("new");
-    fs::write(&new, text)
-        .and_then(|()| fs::rename(&new, path))
-        .map_err(failed("write", path))
+    clone_base::file::replace_volatile(path, 0o644, &text).map_err(failed("write", path))
 }
 
 /// A network interface as its guest must configure it.

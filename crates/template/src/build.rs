@@ -455,10 +455,7 @@ fn taken(target: &Path) -> ApiError {
 
 /// Makes an unused hidden name in the directory of `target`.
 pub(super) fn hidden_name(target: &Path) -> Result<PathBuf> {
-    let mut random = [0; 6];
-    rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
-        .map_err(|error| ApiError::internal(&io::Error::from(error)))?;
-    let suffix: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    let suffix = clone_base::random::hex::<6>().map_err(|error| ApiError::internal(&error))?;
     let name = target.file_name().unwrap_or_default().to_string_lossy();
     Ok(target.with_file_name(format!(".{name}{MARK}{suffix}")))
 }

@@ -222,9 +222,7 @@ fn restore(
             .map_err(machine_error)?;
         timeline.reach(StartStage::PreFaulted);
     }
-    let mut generation = [0; 16];
-    rustix::rand::getrandom(&mut generation, rustix::rand::GetRandomFlags::empty())
-        .map_err(|error| ApiError::internal(&std::io::Error::from(error)))?;
+    let generation = clone_base::random::bytes().map_err(|error| ApiError::internal(&error))?;
     machine.set_generation(generation).map_err(machine_error)?;
     Ok(machine)
 }

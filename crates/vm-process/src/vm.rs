@@ -7,7 +7,6 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use clone_api::control::{
     Adoption, BalloonStatus, ConsoleInfo, CpuStats, GuestPages, LayerPages, MemoryStats,
@@ -178,7 +177,6 @@ pub(super) struct VmHandles {
 impl VmHandle {
     /// Makes a handle of `vm`.
     pub(super) fn new(vm: &Vm, dir: &VmDir, config: VmConfig, handles: VmHandles) -> Self {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
         Self {
             machine: Arc::clone(&vm.machine),
             timeline: Arc::clone(&vm.timeline),
@@ -191,7 +189,7 @@ impl VmHandle {
             },
             config,
             handles,
-            started_unix_ms: now.map_or(0, |now| now.as_millis() as u64),
+            started_unix_ms: clone_base::clock::unix_ms(),
         }
     }
 

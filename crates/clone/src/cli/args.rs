@@ -359,10 +359,9 @@ fn check(config: &VmConfig) -> Result<()> {
 
 /// Generates a name. It is most likely unused, and making the runtime directory checks that.
 fn invent_name() -> String {
-    let mut random = [0; 3];
     // If no random bytes are available, zeros make a valid name too.
-    let _ = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty());
-    format!("vm-{:02x}{:02x}{:02x}", random[0], random[1], random[2])
+    let random = clone_base::random::hex::<3>().unwrap_or_else(|_| "000000".to_owned());
+    format!("vm-{random}")
 }
 
 #[cfg(test)]

@@ -6,14 +6,15 @@
 //! removed after the interface is gone. So an interface without a VM is found by its file.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use clone_api::MacAddr;
 use clone_api::config::Egress;
+use clone_start::Process;
 use rustix::fs::{FlockOperation, flock};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -107,17 +108,11 @@ impl Creator {
 }
 
 fn now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
+    clone_base::clock::since_1970().as_secs()
 }
 
 fn start_time(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command's name, in parentheses, may contain anything. The start time is the 20th field
-    // after it.
-    let (_, rest) = stat.rsplit_once(')')?;
-    rest.split_whitespace().nth(19)?.parse().ok()
+    Process::of(pid).map(|process| process.start_time)
 }
 
 /// The record of the network that all VMs on our own bridge share.
@@ -288,14 +283,9 @@ impl Leases {
 
     /// Writes a file atomically.
     fn write(&self, path: &Path, value: &impl Serialize) -> Result<(), HostNetError> {
-        let temporary = self.dir.join("new");
         let written = serde_json::to_vec(value)
             .map_err(io::Error::from)
-            .and_then(|bytes| {
-                let mut file = File::create(&temporary)?;
-                file.write_all(&bytes)?;
-                fs::rename(&temporary, path)
-            });
+            .and_then(|bytes| clone_base::file::replace_volatile(path, 0o644, &bytes));
         written.map_err(failed("write", path))
     }
 }

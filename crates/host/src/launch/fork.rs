@@ -515,11 +515,10 @@ pub fn names(given: Option<&str>, of: &str, count: usize) -> Result<Vec<String>>
         Some(name) if count == 1 => return Ok(vec![name.to_owned()]),
         Some(name) => name.to_owned(),
         None => {
-            let mut random = [0; 2];
-            rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
-                .map_err(|error| ApiError::internal(&std::io::Error::from(error)))?;
+            let random = clone_base::random::hex::<2>();
+            let random = random.map_err(|error| ApiError::internal(&error))?;
             let of: String = of.chars().take(30).collect();
-            format!("{of}-{:02x}{:02x}", random[0], random[1])
+            format!("{of}-{random}")
         }
     };
     if given.is_none() && count == 1 {

@@ -5,7 +5,7 @@
 //! as this module tells it.
 
 use std::io;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use agent_proto::client::{ClientError, Connection, Deadline};
 use agent_proto::messages::{Identity, Interface};
@@ -72,7 +72,7 @@ fn give_within(limits: &Limits, vm: &RunningVm, name: &str) -> Result<Vec<String
 }
 
 fn identity(name: &str, interfaces: &[GuestInterface]) -> io::Result<Identity> {
-    let machine_id: String = random::<16>()?.iter().map(|b| format!("{b:02x}")).collect();
+    let machine_id: String = clone_base::random::bytes::<16>()?.iter().map(|b| format!("{b:02x}")).collect();
     let mut dns = Vec::new();
     let mut settings = Vec::new();
     for (index, interface) in interfaces.iter().enumerate() {
@@ -92,13 +92,12 @@ fn identity(name: &str, interfaces: &[GuestInterface]) -> io::Result<Identity> {
         }
         settings.push(setting);
     }
-    let seed = random::<32>()?.to_vec();
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let seed = clone_base::random::bytes::<32>()?.to_vec();
     Ok(Identity {
         hostname: host_name(name),
         machine_id,
         seed,
-        clock_ns: now.map_or(0, |now| now.as_nanos() as u64),
+        clock_ns: clone_base::clock::unix_ns(),
         interfaces: settings,
         dns,
         new_ssh_host_keys: true,
@@ -108,13 +107,6 @@ fn identity(name: &str, interfaces: &[GuestInterface]) -> io::Result<Identity> {
 /// Converts a VM's name to a host name, which may not contain `_`.
 fn host_name(name: &str) -> String {
     name.replace('_', "-")
-}
-
-fn random<const N: usize>() -> io::Result<[u8; N]> {
-    let mut bytes = [0; N];
-    // Reads of up to 256 bytes are never short.
-    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
-    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -60,10 +60,9 @@ impl LiveDir {
             .map_err(failed("make", place))?;
         // This lock keeps sweepers from seeing the directory before it is locked itself.
         let _place = lock_in(place)?;
-        let mut random = [0; 8];
-        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
-            .map_err(|error| ApiError::internal(&io::Error::from(error)))?;
-        let path = place.join(format!("{PREFIX}{:016x}", u64::from_le_bytes(random)));
+        let random = clone_base::random::hex::<8>();
+        let random = random.map_err(|error| ApiError::internal(&error))?;
+        let path = place.join(format!("{PREFIX}{random}"));
         fs::DirBuilder::new()
             .mode(0o700)
             .create(&path)

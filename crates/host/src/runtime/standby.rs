@@ -5,7 +5,6 @@
 //! process. No server takes part.
 
 use std::fs;
-use std::io;
 
 use clone_api::{ApiError, ErrorCode};
 use clone_start::error::{Result, failed};
@@ -20,14 +19,9 @@ pub(super) const PREFIX: &str = ".standby-";
 impl Runtime {
     /// Makes a name for a new standby of the template with this id.
     pub fn standby_name(template_id: &str) -> Result<String> {
-        let mut random = [0; 4];
-        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
-            .map_err(|error| ApiError::internal(&io::Error::from(error)))?;
-        Ok(format!(
-            "{PREFIX}{}-{:08x}",
-            short(template_id),
-            u32::from_le_bytes(random)
-        ))
+        let random = clone_base::random::hex::<4>();
+        let random = random.map_err(|error| ApiError::internal(&error))?;
+        Ok(format!("{PREFIX}{}-{random}", short(template_id)))
     }
 
     /// The standbys of a template that are ready.

@@ -11,7 +11,6 @@ use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -76,9 +75,7 @@ impl Stamp {
 impl Stamp {
     /// True once a change from now on is sure to show: timestamps are coarse, and two writes in one tick look alike.
     fn is_settled(&self) -> bool {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
+        let now = clone_base::clock::since_1970();
         i64::try_from(now.as_secs()).is_ok_and(|now| now > self.ctime + 1)
     }
 }

@@ -5,6 +5,7 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use tracing::debug;
 
@@ -13,6 +14,8 @@ use crate::progress::{Progress, Step};
 use crate::tree::{Spool, Tree};
 use crate::{ImageError, Result};
 
+/// How long a failing mmdebstrap may take to end with an error of its own.
+const MOMENT: Duration = Duration::from_secs(3);
 /// As many last lines of mmdebstrap's log go into an error.
 const LOG_LINES: usize = 12;
 
@@ -150,16 +153,8 @@ impl Running {
         let flags = rustix::process::PidfdFlags::empty();
         let fd = pid.and_then(|pid| rustix::process::pidfd_open(pid, flags).ok());
         let Some(fd) = fd else { return Ok(()) };
-        let mut poll = [rustix::event::PollFd::new(
-            &fd,
-            rustix::event::PollFlags::IN,
-        )];
-        let limit = rustix::event::Timespec {
-            tv_sec: 3,
-            tv_nsec: 0,
-        };
-        match rustix::event::poll(&mut poll, Some(&limit)) {
-            Ok(1) => self.finish(),
+        match clone_base::wait::readable(&fd, Some(MOMENT)) {
+            Ok(true) => self.finish(),
             _ => Ok(()),
         }
     }

@@ -11,7 +11,6 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -325,21 +324,6 @@ impl Layer {
             source,
         }
     }
-}
-
-/// Makes a written layer durable under its final name: the data first, then the name, so a crash
-/// leaves either no file of that name or the whole file.
-///
-/// # Errors
-/// The host's error, unchanged.
-pub fn install(file: &File, temporary: &Path, target: &Path) -> io::Result<()> {
-    file.sync_all()?;
-    std::fs::rename(temporary, target)?;
-    let directory = match target.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    File::open(directory)?.sync_all()
 }
 
 #[cfg(test)]

@@ -343,29 +343,6 @@ fn a_stack_in_too_many_pieces_is_refused_until_it_is_flattened() {
 }
 
 #[test]
-fn installing_gives_the_layer_its_final_name() {
-    let directory = tempfile::tempdir().unwrap();
-    let (temporary, target) = (directory.path().join("tmp"), directory.path().join("base"));
-    let mut options = File::options();
-    let file = options
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&temporary)
-        .unwrap();
-    let written = LayerWriter::new(file, "base", layout(), None).unwrap();
-    let written = written.finish(Checksums::Yes).unwrap();
-    install(written.file(), &temporary, &target).unwrap();
-    assert!(!temporary.exists());
-    assert_eq!(
-        Layer::open(File::open(&target).unwrap(), "base")
-            .unwrap()
-            .id(),
-        written.id()
-    );
-}
-
-#[test]
 fn writing_over_an_existing_file_is_refused() {
     let file = tempfile().unwrap();
     file.write_all_at(b"precious", 0).unwrap();
