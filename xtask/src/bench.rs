@@ -17,7 +17,7 @@ use crate::{guest, host, kvm, paths, static_program};
 const PROFILE: &str = "measure";
 
 /// Benches that need no guests, and run here.
-const WITHOUT_GUESTS: [&str; 2] = ["list", "place"];
+const WITHOUT_GUESTS: [&str; 3] = ["list", "place", "fleet"];
 
 #[derive(Args)]
 pub(crate) struct Options {

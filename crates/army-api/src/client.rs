@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 
 use crate::Problem;
 use crate::events::Event;
+use crate::operations::{Operation, Wait};
 
 /// The reason that a request failed.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +47,15 @@ pub enum ClientError {
         /// What is wrong with the certificates.
         cause: String,
     },
+}
+
+/// What became of a request that was not waited for to its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Begun<T> {
+    /// The request has made this.
+    Made(T),
+    /// The request is in progress.
+    InProgress(Box<Operation>),
 }
 
 /// A client: the URL of a server, and the key that is sent with each request.
@@ -152,6 +162,35 @@ impl Client {
             request = request.header("Idempotency-Key", key);
         }
         self.json(request).await
+    }
+
+    /// Sends `body` with `POST`, and waits for at most `wait_s` seconds for what it makes.
+    pub async fn begin<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+        idempotency_key: Option<&str>,
+        wait_s: u64,
+    ) -> Result<Begun<T>, ClientError> {
+        let wait = Wait { wait: Some(wait_s) };
+        let mut request = self.request(Method::POST, path).query(&wait).json(body);
+        if let Some(key) = idempotency_key {
+            request = request.header("Idempotency-Key", key);
+        }
+        let answer = self.answer(request).await?;
+        match answer.status() {
+            StatusCode::ACCEPTED => Ok(Begun::InProgress(Box::new(self.parse(answer).await?))),
+            _ => Ok(Begun::Made(self.parse(answer).await?)),
+        }
+    }
+
+    /// Sends `DELETE` to `path`. Returns the operation where the removal has not ended yet.
+    pub async fn remove(&self, path: &str) -> Result<Option<Operation>, ClientError> {
+        let answer = self.answer(self.request(Method::DELETE, path)).await?;
+        match answer.status() {
+            StatusCode::ACCEPTED => Ok(Some(self.parse(answer).await?)),
+            _ => Ok(None),
+        }
     }
 
     /// Sends a request without a body, and ignores the body of the response.
@@ -291,6 +330,10 @@ impl Client {
 
     async fn json<T: DeserializeOwned>(&self, request: RequestBuilder) -> Result<T, ClientError> {
         let answer = self.answer(request).await?;
+        self.parse(answer).await
+    }
+
+    async fn parse<T: DeserializeOwned>(&self, answer: Response) -> Result<T, ClientError> {
         let text = answer.bytes().await.map_err(|error| self.lost(&error))?;
         serde_json::from_slice(&text).map_err(|error| self.garbled(&error))
     }

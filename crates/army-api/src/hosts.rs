@@ -127,4 +127,8 @@ pub struct Capacity {
     pub private_bytes: u64,
     /// The free disk space for templates, in bytes.
     pub disk_free_bytes: u64,
+    /// The free space of the runtime directory, in bytes. It is absent if the host does not report
+    /// it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run_free_bytes: Option<u64>,
 }

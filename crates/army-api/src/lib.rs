@@ -13,6 +13,7 @@ pub mod exec;
 pub mod hosts;
 pub mod keys;
 mod limits;
+pub mod operations;
 pub mod problem;
 pub mod templates;
 pub mod vms;

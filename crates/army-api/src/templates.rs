@@ -24,6 +24,17 @@ pub struct RegisterTemplate {
     pub standbys: u32,
 }
 
+/// The state of a template.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TemplateState {
+    /// VMs can be created from the template.
+    #[default]
+    Ready,
+    /// The template is being removed from its hosts. It cannot be used any more.
+    Removing,
+}
+
 /// A template from which VMs can be forked.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Template {
@@ -31,6 +42,9 @@ pub struct Template {
     pub name: String,
     /// The id of the template: the hash of its content.
     pub id: String,
+    /// The state of the template.
+    #[serde(default)]
+    pub state: TemplateState,
     /// The template on which this one builds. Only the difference to it is stored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,

@@ -1,11 +1,11 @@
 //! Keys: who may use the API.
 
 use army_api::keys::{CreateKey, Key, NewKey};
-
+use army_api::operations::OperationKind;
 use tokio::sync::broadcast::error::RecvError;
 
 use crate::store::keys::KEY_REMOVED;
-use crate::{Controller, Error, ErrorKind, Result};
+use crate::{Controller, Error, ErrorKind, Requester, Result};
 
 impl Controller {
     /// Whether there is any key.
@@ -13,13 +13,25 @@ impl Controller {
         self.store.has_keys().await
     }
 
+    /// Creates a key on a client's behalf. Its secret is in the answer and nowhere else.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] where the client has sent the request before.
+    pub async fn create_requested_key(
+        &self,
+        requester: &Requester,
+        request: &CreateKey,
+    ) -> Result<NewKey> {
+        check_tenant(request)?;
+        let kind = OperationKind::CreateKey;
+        let new = self.new_request(requester, kind, &request.tenant, request, request)?;
+        self.store.create_key(request, Some(new.operation())).await
+    }
+
     /// Creates a key. Its secret is in the answer and nowhere else.
     pub async fn create_key(&self, request: &CreateKey) -> Result<NewKey> {
-        if !clone_api::validate::is_valid_name(&request.tenant) {
-            let message = format!("invalid tenant name `{}`", request.tenant.escape_debug());
-            return Err(Error::new(ErrorKind::InvalidRequest, message));
-        }
-        self.store.create_key(request).await
+        check_tenant(request)?;
+        self.store.create_key(request, None).await
     }
 
     /// The key with this secret.
@@ -66,4 +78,12 @@ impl Controller {
     pub async fn check_database(&self) -> Result<()> {
         self.store.has_keys().await.map(drop)
     }
+}
+
+fn check_tenant(request: &CreateKey) -> Result<()> {
+    if clone_api::validate::is_valid_name(&request.tenant) {
+        return Ok(());
+    }
+    let message = format!("invalid tenant name `{}`", request.tenant.escape_debug());
+    Err(Error::new(ErrorKind::InvalidRequest, message))
 }

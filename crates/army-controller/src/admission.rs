@@ -1,48 +1,92 @@
 //! Admission of requests for VMs: how many are in progress, the memory that they have reserved, and
 //! the number of forks that a host carries out at a time.
 //!
-//! A burst of requests is placed in no time, while VMs are created one after the other. So memory
-//! that a request was given counts as used until the host was measured with the VMs in it, and each
-//! host works on as many forks at a time as it has use for. A request that would have to wait too
-//! long is refused and does not hold a place meanwhile.
+//! A burst of requests is placed in no time, while VMs are created one after the other. So a VM
+//! counts as using what the clones of its template use on average, from its placement until the figures
+//! of its host have it, and each host works on as many forks at a time as it has use for.
+//!
+//! A request that finds no room only because of such estimates waits, since hosts are measured all
+//! the time, and what is measured is mostly less. Requests for the same template wait in a queue,
+//! whose first one tries again. A request is refused at once where the measured figures leave no
+//! room, and where the queue is full.
 
-use std::collections::{HashMap, HashSet};
+mod counts;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 
 use crate::error::RETRY_S;
 use crate::scheduler::{self, HostView, Need};
 use crate::{Error, ErrorKind, Result};
 
-/// The number of requests that may be in progress, including those that wait for a fork permit.
-const REQUESTS: usize = 512;
+use counts::Counts;
+
+/// The number of requests that may be in progress, including those that wait. Each is a task and
+/// some rows; none holds a thread.
+const REQUESTS: usize = 8192;
 /// The number of forks that even the smallest host carries out at a time.
 const FORKS: usize = 8;
+/// How long a request waits for the measurement of hosts whose room is only estimated.
+pub(super) const WAIT: Duration = Duration::from_secs(30);
+/// How often at most the first request of a queue tries again.
+const TRY: Duration = Duration::from_millis(50);
 
 /// All requests for VMs that are in progress.
 pub(super) struct Admission {
     requests: Arc<Semaphore>,
     forks: Mutex<HashMap<String, Arc<Semaphore>>>,
     state: Mutex<State>,
+    /// Notified when a host was measured.
+    measured: Notify,
+    queues: Mutex<HashMap<Queue, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+/// The requests that wait in one queue: those for the same template on the same hosts.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Queue {
+    /// The name of the template.
+    pub(super) template: String,
+    /// The labels that hosts must have.
+    pub(super) labels: BTreeMap<String, String>,
 }
 
 #[derive(Default)]
 struct State {
     /// The ids of the VMs that are being created.
     vms: HashSet<String>,
-    /// Memory for VMs that are being created, in bytes, by host.
-    reserved: HashMap<String, u64>,
-    /// Memory of VMs that were created since their host was last measured, in bytes, by host.
-    unmeasured: HashMap<String, u64>,
+    /// VMs that are being created.
+    reserved: Counts,
+    /// VMs that were created since their host was last measured.
+    unmeasured: Counts,
+    /// The unmeasured VMs of hosts that are being measured.
+    measuring: HashMap<String, Counts>,
+    /// The VMs that each host's last measurement has found for the first time.
+    measured: HashMap<String, Counts>,
+    /// The cost of a clone of each template, in bytes, as last measured.
+    costs: HashMap<String, u64>,
 }
 
 /// A request that was admitted. It ends when this is dropped.
-pub(super) struct AdmittedRequest<'a> {
-    admission: &'a Admission,
+pub(super) struct AdmittedRequest {
+    admission: Arc<Admission>,
     vms: Vec<String>,
-    reserved: Vec<(String, u64)>,
+    reserved: Counts,
     _place: OwnedSemaphorePermit,
+}
+
+/// Why VMs were not placed.
+#[derive(Debug)]
+pub(super) enum Refusal {
+    /// There is room by what was measured, but not by what is estimated since.
+    Estimated(Error),
+    /// There is no room, or no host that may be chosen.
+    Final(Error),
 }
 
 impl Default for Admission {
@@ -51,6 +95,8 @@ impl Default for Admission {
             requests: Arc::new(Semaphore::new(REQUESTS)),
             forks: Mutex::default(),
             state: Mutex::default(),
+            measured: Notify::new(),
+            queues: Mutex::default(),
         }
     }
 }
@@ -64,7 +110,7 @@ impl Admission {
     ///
     /// # Errors
     /// [`ErrorKind::Busy`] where too many are in progress.
-    pub(super) fn admit(&self) -> Result<AdmittedRequest<'_>> {
+    pub(super) fn admit(self: &Arc<Self>) -> Result<AdmittedRequest> {
         let place = Arc::clone(&self.requests).try_acquire_owned();
         let place = place.map_err(|_| {
             let message = format!("{REQUESTS} requests for VMs are in progress");
@@ -73,9 +119,9 @@ impl Admission {
                 .retry_after(RETRY_S)
         })?;
         Ok(AdmittedRequest {
-            admission: self,
+            admission: Arc::clone(self),
             vms: Vec::new(),
-            reserved: Vec::new(),
+            reserved: Counts::default(),
             _place: place,
         })
     }
@@ -85,9 +131,37 @@ impl Admission {
         self.state().vms.clone()
     }
 
-    /// Records that a host was measured, so that the VMs on it count by what they use.
+    /// Records that a host is about to be measured: VMs that are created from now on may be missing
+    /// in the result.
+    pub(super) fn begin_measurement(&self, host: &str) {
+        let mut state = self.state();
+        let unmeasured = state.unmeasured.of_host(host);
+        state.measuring.insert(host.to_owned(), unmeasured);
+    }
+
+    /// Records that a host was measured. The VMs that were on it when the measurement before began
+    /// count by what they use from now on: whoever has read the figures of that one, or places VMs by
+    /// them at this moment, still finds the VMs counted that are missing there.
     pub(super) fn host_measured(&self, host: &str) {
-        self.state().unmeasured.remove(host);
+        let mut state = self.state();
+        let seen = state.measuring.remove(host);
+        let mut seen = seen.unwrap_or_else(|| state.unmeasured.of_host(host));
+        let before = state.measured.remove(host).unwrap_or_default();
+        state.unmeasured.subtract(&before);
+        seen.subtract(&before);
+        state.measured.insert(host.to_owned(), seen);
+        drop(state);
+        self.measured.notify_waiters();
+    }
+
+    /// Records what a clone of a template costs, in bytes.
+    pub(super) fn template_measured(&self, template: &str, cost_bytes: u64) {
+        self.state().costs.insert(template.to_owned(), cost_bytes);
+    }
+
+    /// What a clone of a template cost when some were last measured, in bytes.
+    pub(super) fn measured_cost(&self, template: &str) -> Option<u64> {
+        self.state().costs.get(template).copied()
     }
 
     /// Waits until a host with `cpus` processors may carry out one more request's forks.
@@ -103,30 +177,102 @@ impl Admission {
         // The semaphore is never closed.
         forks.acquire_owned().await.ok()
     }
+
+    /// Tries to place VMs until that succeeds, is refused for good, or has been tried for `limit`.
+    pub(super) async fn place_in_turn<T, F>(
+        &self,
+        queue: Queue,
+        limit: Duration,
+        mut attempt: impl FnMut() -> F,
+    ) -> Result<T>
+    where
+        F: Future<Output = Result<std::result::Result<T, Refusal>>>,
+    {
+        match attempt().await? {
+            Ok(placed) => return Ok(placed),
+            Err(Refusal::Final(error)) => return Err(error),
+            Err(Refusal::Estimated(_)) => {}
+        }
+        let end = Instant::now() + limit;
+        let turn = {
+            let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+            // Queues in which nobody waits are only held here.
+            queues.retain(|_, turn| Arc::strong_count(turn) > 1);
+            Arc::clone(queues.entry(queue).or_default())
+        };
+        let first = tokio::time::timeout_at(end, turn.lock()).await;
+        loop {
+            let measured = self.measured.notified();
+            match attempt().await? {
+                Ok(placed) => return Ok(placed),
+                Err(Refusal::Final(error)) => return Err(error),
+                Err(Refusal::Estimated(error)) if first.is_err() || Instant::now() >= end => {
+                    return Err(error);
+                }
+                Err(Refusal::Estimated(_)) => {}
+            }
+            tokio::time::sleep(TRY).await;
+            let _ = tokio::time::timeout_at(end, measured).await;
+        }
+    }
 }
 
-impl AdmittedRequest<'_> {
-    /// Chooses hosts for `count` VMs, and reserves their memory. The views come without
+impl State {
+    /// The expected use of VMs that are not part of what was measured of a host: private memory,
+    /// nominal memory, and their number.
+    fn expected(&self, host: &str) -> Expected {
+        let mut expected = Expected::default();
+        for counts in [&self.reserved, &self.unmeasured] {
+            for (template, vms) in counts.on(host) {
+                let cost = self.costs.get(template).copied().unwrap_or(vms.cost_bytes);
+                let count = u64::from(vms.count);
+                let add = |sum: u64, each: u64| sum.saturating_add(each.saturating_mul(count));
+                expected.bytes = add(expected.bytes, cost);
+                expected.promised_bytes = add(expected.promised_bytes, vms.nominal_bytes);
+            }
+        }
+        expected
+    }
+}
+
+#[derive(Default)]
+struct Expected {
+    bytes: u64,
+    promised_bytes: u64,
+}
+
+impl AdmittedRequest {
+    /// Chooses hosts for `count` VMs of `template`, and reserves their memory. The views come without
     /// reservations.
     pub(super) fn place(
         &mut self,
-        views: &mut [HostView],
+        mut views: Vec<HostView>,
+        template: &str,
         need: Need,
         count: u32,
-    ) -> Result<Vec<usize>> {
+    ) -> std::result::Result<Vec<String>, Refusal> {
         let mut state = self.admission.state();
-        for view in views.iter_mut() {
-            let of = |all: &HashMap<String, u64>| all.get(&view.name).copied().unwrap_or(0);
-            let taken = of(&state.reserved).saturating_add(of(&state.unmeasured));
-            view.available_bytes = view.available_bytes.saturating_sub(taken);
+        let mut measured = views.clone();
+        for view in &mut views {
+            let expected = state.expected(&view.name);
+            view.available_bytes = view.available_bytes.saturating_sub(expected.bytes);
+            view.promised_bytes = view.promised_bytes.saturating_add(expected.promised_bytes);
         }
-        let chosen = scheduler::place(views, need, count)?;
-        for index in &chosen {
-            let host = &views[*index].name;
-            *state.reserved.entry(host.clone()).or_default() += need.cost_bytes;
-            self.reserved.push((host.clone(), need.cost_bytes));
+        let chosen = scheduler::place(&mut views, need, count).map_err(|error| {
+            match scheduler::place(&mut measured, need, count) {
+                Ok(_) => Refusal::Estimated(error),
+                Err(_) => Refusal::Final(error),
+            }
+        })?;
+        let hosts: Vec<String> = chosen
+            .into_iter()
+            .map(|index| views[index].name.clone())
+            .collect();
+        for host in &hosts {
+            state.reserved.add(host, template, need);
+            self.reserved.add(host, template, need);
         }
-        Ok(chosen)
+        Ok(hosts)
     }
 
     /// Adds VMs that this request creates.
@@ -139,105 +285,13 @@ impl AdmittedRequest<'_> {
     }
 }
 
-impl Drop for AdmittedRequest<'_> {
+impl Drop for AdmittedRequest {
     fn drop(&mut self) {
         let mut state = self.admission.state();
         for id in &self.vms {
             state.vms.remove(id);
         }
-        for (host, bytes) in self.reserved.drain(..) {
-            if let Some(reserved) = state.reserved.get_mut(&host) {
-                *reserved = reserved.saturating_sub(bytes);
-            }
-            *state.unmeasured.entry(host).or_default() += bytes;
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const GIB: u64 = 1 << 30;
-
-    fn views() -> [HostView; 1] {
-        [HostView {
-            name: "a".into(),
-            open: true,
-            suits: true,
-            cpus: 1,
-            memory_bytes: 10 * GIB,
-            available_bytes: 4 * GIB,
-            has_template: true,
-            ..HostView::default()
-        }]
-    }
-
-    fn place<'a>(admission: &'a Admission, count: u32) -> Result<AdmittedRequest<'a>> {
-        let need = Need {
-            cost_bytes: GIB,
-            anywhere: false,
-        };
-        let mut request = admission.admit()?;
-        request.place(&mut views(), need, count)?;
-        Ok(request)
-    }
-
-    #[test]
-    fn a_reservation_holds_until_the_host_is_measured_with_its_vms() {
-        let admission = Admission::default();
-        // A tenth of ten is kept back, so that there is room for three.
-        let first = place(&admission, 2).unwrap();
-        let refused = place(&admission, 2).map(drop).unwrap_err();
-        assert_eq!(
-            (refused.kind, refused.retry_after_s),
-            (ErrorKind::Busy, Some(5))
-        );
-        let second = place(&admission, 1).unwrap();
-        // Reservations remain while the host is measured.
-        admission.host_measured("a");
-        place(&admission, 1).map(drop).unwrap_err();
-        drop(first);
-        place(&admission, 1).map(drop).unwrap_err();
-        admission.host_measured("a");
-        drop((place(&admission, 2).unwrap(), second));
-    }
-
-    #[test]
-    fn vms_are_in_creation_while_their_request_lives() {
-        let admission = Admission::default();
-        let mut request = admission.admit().unwrap();
-        request.add_vms(["x".to_owned()].into_iter());
-        assert!(admission.vms_in_creation().contains("x"));
-        drop(request);
-        assert!(admission.vms_in_creation().is_empty());
-    }
-
-    #[test]
-    fn a_request_beyond_the_limit_is_told_when_to_try_again() {
-        let admission = Admission::default();
-        let all: Vec<_> = (0..REQUESTS).map(|_| admission.admit().unwrap()).collect();
-        let refused = admission.admit().map(drop).unwrap_err();
-        assert_eq!(
-            (refused.kind, refused.retry_after_s),
-            (ErrorKind::Busy, Some(RETRY_S))
-        );
-        drop(all);
-        admission.admit().unwrap();
-    }
-
-    #[tokio::test]
-    async fn a_host_has_a_number_of_fork_permits_and_does_not_delay_another() {
-        let admission = Admission::default();
-        let mut permits = Vec::new();
-        for _ in 0..FORKS {
-            permits.push(admission.fork_permit("a", 1).await.unwrap());
-        }
-        let soon = std::time::Duration::from_millis(20);
-        let late = tokio::time::timeout(soon, admission.fork_permit("a", 1)).await;
-        assert!(late.is_err(), "there was a permit too many");
-        drop(admission.fork_permit("b", 1).await.unwrap());
-        permits.pop();
-        drop(admission.fork_permit("a", 1).await.unwrap());
+        state.reserved.subtract(&self.reserved);
+        state.unmeasured.merge(&self.reserved);
     }
 }

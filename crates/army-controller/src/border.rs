@@ -21,7 +21,7 @@ use army_node_api::requests::{
     PauseVmRequest, RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest,
     ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
 };
-use army_node_api::{AgentStream, Deadline, Error, NodeApi, Reply, Result};
+use army_node_api::{AgentStream, Call, Error, NodeApi, Reply, Result};
 
 /// The largest size that a node can report, in bytes. Sums of such sizes do not overflow.
 const MAX_BYTES: u64 = 1 << 52;
@@ -152,6 +152,7 @@ impl Check for Capacity {
             promised_bytes: self.promised_bytes.check(),
             private_bytes: self.private_bytes.check(),
             disk_free_bytes: self.disk_free_bytes.check(),
+            run_free_bytes: self.run_free_bytes.check(),
         }
     }
 }
@@ -215,6 +216,12 @@ impl Check for HostReport {
         Self {
             capacity: self.capacity.check(),
             ready: ready.map(|(name, count)| (name.check(), count)).collect(),
+            standbys: self.standbys.map(|standbys| {
+                let standbys = standbys.into_iter();
+                standbys
+                    .map(|(name, count)| (name.check(), count))
+                    .collect()
+            }),
             cpu: self.cpu.check(),
             notices: self.notices.check(),
             ..self
@@ -230,8 +237,8 @@ fn checked<'a, T: Check + Send + 'a>(reply: Reply<'a, T>) -> Reply<'a, T> {
 /// Passes calls on, and checks their answers.
 macro_rules! pass_on {
     ($($name:ident: $request:ty => $response:ty;)*) => {
-        $(fn $name(&self, request: $request, deadline: Deadline) -> Reply<'_, $response> {
-            checked(self.0.$name(request, deadline))
+        $(fn $name(&self, request: $request, call: Call) -> Reply<'_, $response> {
+            checked(self.0.$name(request, call))
         })*
     };
 }
@@ -269,9 +276,9 @@ impl NodeApi for Checked {
         &self,
         request: ImportTemplateRequest,
         content: ChunkReceiver,
-        deadline: Deadline,
+        call: Call,
     ) -> Reply<'_, TemplateFacts> {
-        checked(self.0.import_template(request, content, deadline))
+        checked(self.0.import_template(request, content, call))
     }
 }
 
@@ -335,8 +342,8 @@ mod tests {
             template: "t".into(),
             vms: vec![vm],
         };
-        let deadline = crate::deadlines::operation();
-        let response = Checked(Arc::new(node)).create_vms(request, deadline).await;
+        let call = crate::deadlines::operation();
+        let response = Checked(Arc::new(node)).create_vms(request, call).await;
         let error = match response {
             Ok(response) => response.results.into_iter().next().unwrap().unwrap_err(),
             Err(error) => error,

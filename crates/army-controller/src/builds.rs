@@ -1,24 +1,34 @@
 //! Templates that are built from others: a clone, steps that are run in it, and a template of the
 //! result.
 //!
-//! A build lasts as long as somebody listens to its progress; then it is cancelled, and its VM ends.
-//! A build whose controller dies leaves a VM that its host ends when the time of the build is over.
+//! A build is an operation: it goes on when nobody listens to its progress any more. That of a
+//! controller that has ended is completed where its host has the template whole; otherwise its VM is
+//! ended.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use agent_client::Connection;
 use agent_proto::messages::Put;
 use army_api::builds::{BuildEvent, BuildStep, BuildTemplate};
 use army_api::exec::{CommandEvent, Ended, Exec, FilePath};
-use army_api::templates::Template;
+use army_api::operations::OperationKind;
 use army_api::vms::{CreateVms, SnapshotVm, Vm};
 use army_node_api::validate::check_template_name;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
-use crate::{Controller, Error, ErrorKind, Result, guest};
+use crate::creation::check;
+use crate::operations::{Outcome, Output, Requester, StartedOperation, detached};
+use crate::store::reservations::Reservation;
+use crate::{Controller, CreatedVms, Error, ErrorKind, Result, guest};
 
 /// The time limit of the steps, where the request has none.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(3600);
+/// The number of events that may wait for a slow client, before the guest has to wait.
+const AHEAD: usize = 4;
+/// How long a client may take to read the progress of a build that has ended.
+const LAST_PROGRESS: Duration = Duration::from_secs(10);
 /// The label of a build's VM. Its value is the name of the new template.
 const LABEL: &str = "build";
 /// How much longer than its steps a build's VM may live, for the snapshot.
@@ -27,6 +37,15 @@ const GRACE: Duration = Duration::from_secs(600);
 /// Receives the progress of a build.
 pub type BuildListener = mpsc::Sender<BuildEvent>;
 
+/// A build that was checked.
+struct Build {
+    /// The name of the new template.
+    template: String,
+    work: Vec<Work>,
+    /// The time limit of all steps together.
+    limit: Duration,
+}
+
 /// A step that was checked.
 enum Work {
     Run(Exec),
@@ -34,52 +53,104 @@ enum Work {
 }
 
 impl Controller {
-    /// Builds a template. The listener receives the steps and their output; the result is for the
-    /// caller to tell. Progress begins when there is a VM, so an error without any progress means
-    /// that the build could not begin.
+    /// Begins to build a template. The listener receives the steps and their output as long as it is
+    /// there; the build goes on without it.
     pub async fn build(
-        &self,
-        tenant: &str,
+        self: &Arc<Self>,
+        requester: &Requester,
         request: BuildTemplate,
-        listener: &BuildListener,
-    ) -> Result<Template> {
+        listener: Option<BuildListener>,
+    ) -> Result<StartedOperation> {
+        let start = Instant::now();
         let limit = request.timeout_s.map_or(DEFAULT_LIMIT, Duration::from_secs);
         if limit.is_zero() {
             let message = "`timeout_s` must be at least 1";
             return Err(Error::new(ErrorKind::InvalidRequest, message));
         }
-        let work = check_steps(request.steps)?;
+        let work = check_steps(request.steps.clone())?;
         // This is checked before an hour's work, and not only after it.
         check_template_name(&request.template)?;
-        self.check_name_is_free(&request.template).await?;
+        let record = serde_json::json!({ "from": request.from });
+        let kind = OperationKind::BuildTemplate;
+        let new = self.new_request(requester, kind, &request.template, &request, &record)?;
+        if let Some(known) = self.repeated(&new).await? {
+            return Ok(known);
+        }
+        let build = Build {
+            template: request.template.clone(),
+            work,
+            limit,
+        };
         let details = CreateVms {
             template: request.from,
             count: 1,
-            labels: [(LABEL.to_owned(), request.template.clone())].into(),
+            labels: [(LABEL.to_owned(), request.template)].into(),
             host_labels: request.host_labels,
             environment: request.environment,
             ttl_s: Some(limit.saturating_add(GRACE).as_secs()),
             ..CreateVms::default()
         };
-        let mut created = self.create(tenant, details, None).await?;
+        check(&details)?;
+        let (controller, tenant) = (Arc::clone(self), requester.tenant.clone());
+        detached(async move {
+            let mut creation = controller.place_creation(&tenant, details).await?;
+            for host in creation.hosts() {
+                let node = controller.node(host)?;
+                controller.check_store_lacks(&node, &build.template).await?;
+            }
+            let vms = creation.vms(Some(new.id()))?;
+            let reservation = Reservation {
+                vms: Some(&vms),
+                new_template: Some(&build.template),
+                ..Reservation::default()
+            };
+            if let Some(known) = controller.begin(&new, reservation).await? {
+                return Ok(known);
+            }
+            let (id, builder) = (new.id().to_owned(), Arc::clone(&controller));
+            Ok(controller.carry_out_and_record(id.clone(), async move {
+                let created = creation.carry_out(None, start).await?;
+                builder.build_in(&id, created, build, listener).await
+            }))
+        })
+        .await
+    }
+
+    /// Builds a template in the VM that was created for it.
+    async fn build_in(
+        &self,
+        operation: &str,
+        mut created: CreatedVms,
+        build: Build,
+        listener: Option<BuildListener>,
+    ) -> Outcome {
         let vm = created.vms.pop().ok_or_else(|| {
             let message = "the VM was created but is missing from the result";
             Error::new(ErrorKind::Internal, message)
         })?;
-        let built = match self.run_steps(&vm, work, limit, listener).await {
-            Ok(()) => {
-                let snapshot = SnapshotVm {
-                    template: request.template,
-                    diff: true,
-                };
-                self.snapshot(&vm, snapshot).await
-            }
-            Err(error) => Err(error),
+        let (progress, forwarded) = forward(listener);
+        let built = async {
+            self.run_steps(&vm, build.work, build.limit, &progress)
+                .await?;
+            let request = SnapshotVm {
+                template: build.template,
+                diff: true,
+            };
+            self.take_snapshot(operation, &vm, &request).await
         };
-        if let Err(error) = self.destroy(&vm).await {
+        let built = built.await;
+        self.end_build_vm(&vm).await;
+        drop(progress);
+        // The client gets all of the progress before the result, unless it does not read it.
+        let _ = tokio::time::timeout(LAST_PROGRESS, forwarded).await;
+        Ok(Output::Template(Box::new(built?)))
+    }
+
+    /// Ends the VM of a build.
+    pub(crate) async fn end_build_vm(&self, vm: &Vm) {
+        if let Err(error) = self.destroy(vm).await {
             tracing::warn!(vm = vm.id, %error, "a build VM runs until its lifetime expires");
         }
-        built
     }
 
     async fn run_steps(
@@ -119,6 +190,22 @@ impl Controller {
         }
         Ok(())
     }
+}
+
+/// A listener that receives the progress of a build for a client, and goes on to receive it when the
+/// client has gone away.
+fn forward(client: Option<BuildListener>) -> (BuildListener, JoinHandle<()>) {
+    let (sender, mut receiver) = mpsc::channel(AHEAD);
+    let forwarded = tokio::spawn(async move {
+        let mut client = client;
+        while let Some(event) = receiver.recv().await {
+            client = match client {
+                Some(listener) => listener.send(event).await.is_ok().then_some(listener),
+                None => None,
+            };
+        }
+    });
+    (sender, forwarded)
 }
 
 /// Runs a command whose output goes to the listener.

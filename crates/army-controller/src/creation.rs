@@ -1,53 +1,38 @@
 //! Creating VMs: they are placed, recorded, created by their hosts, and placed again where a host
 //! turns out to be unable to run them.
 
+#[cfg(test)]
+mod bursts;
+mod check;
 mod placement;
+mod results;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::time::Instant;
 
+use army_api::operations::OperationKind;
 use army_api::templates::Template;
-use army_api::vms::{CreateVms, ForkTimes, ForkVm, MAX_SECONDS, Vm, VmFilter, VmState};
+use army_api::vms::{CreateVms, ForkVm, Vm, VmFilter, VmState};
+use army_node_api::NodeApi;
 use army_node_api::requests::{
     CreateVmsRequest, CreateVmsResponse, CreatedVm, ForkVmRequest, VmSpec,
 };
 use army_node_api::time::now_ms;
-use army_node_api::{NodeApi, validate};
 
-use crate::admission::AdmittedRequest;
-use crate::error::RETRY_S;
-use crate::scheduler::{Need, UNKNOWN_COST};
-use crate::store::vms::NewVms;
+use crate::operations::{Output, Requester, StartedOperation, detached, record_of_failures};
+use crate::scheduler::UNKNOWN_COST;
+use crate::store::creation::{ForkResult, LIVE_PREFIX, NewVms};
+use crate::store::operations::End;
+use crate::store::reservations::Reservation;
 use crate::{Controller, Error, ErrorKind, Result, deadlines, random};
 
+pub(crate) use check::check;
 use placement::Placement;
-
-/// The most VMs of one request.
-const MAX_COUNT: u32 = 1000;
-/// The most bytes of the names and values of a request's environment together.
-const MAX_ENVIRONMENT: usize = 64 << 10;
-/// The first part of the template name of a VM that was forked from a running VM.
-const LIVE_PREFIX: &str = "vm:";
-
-/// What became of a request for VMs.
-#[derive(Debug)]
-pub struct CreatedVms {
-    /// The VMs that run, in the order of the request.
-    pub vms: Vec<Vm>,
-    /// The VMs that could not be created.
-    pub failures: Vec<CreationFailure>,
-}
-
-/// A VM that could not be created.
-#[derive(Debug)]
-pub struct CreationFailure {
-    /// The name of the VM.
-    pub name: String,
-    /// Why it could not be created.
-    pub error: Error,
-}
+pub use results::{CreatedVms, CreationFailure};
+use results::{answer, created_vms, fork_result, micros, split};
 
 /// A request for VMs, whatever they are made of.
 struct CreateRequest {
@@ -55,7 +40,6 @@ struct CreateRequest {
     tenant: String,
     /// What the VMs' names begin with where the request does not name them.
     stem: String,
-    idempotency_key: Option<String>,
     details: CreateVms,
 }
 
@@ -90,118 +74,190 @@ impl Origin {
 /// VMs with the results of their creation.
 type Results = Vec<(Vm, Result<CreatedVm>)>;
 
-/// The times of a fork, and its notices.
-type Forked = (ForkTimes, Vec<String>);
-
 impl Controller {
-    /// Creates VMs from a template, and answers when they run.
+    /// Begins to create VMs from a template. Waits in a queue where hosts have room only by what
+    /// was measured, and not by what is estimated.
     pub async fn create(
-        &self,
-        tenant: &str,
+        self: &Arc<Self>,
+        requester: &Requester,
         details: CreateVms,
-        idempotency_key: Option<&str>,
-    ) -> Result<CreatedVms> {
+    ) -> Result<StartedOperation> {
         let start = Instant::now();
         check(&details)?;
+        let (controller, requester) = (Arc::clone(self), requester.clone());
+        detached(async move { controller.begin_creation(&requester, details, start).await }).await
+    }
+
+    /// Creates VMs from a template, and waits until they run.
+    pub async fn create_and_wait(
+        self: &Arc<Self>,
+        requester: &Requester,
+        details: CreateVms,
+    ) -> Result<CreatedVms> {
+        let started = self.create(requester, details).await?;
+        created_vms(self.outcome(started, None).await?)
+    }
+
+    async fn begin_creation(
+        self: Arc<Self>,
+        requester: &Requester,
+        details: CreateVms,
+        start: Instant,
+    ) -> Result<StartedOperation> {
+        let kind = OperationKind::CreateVms;
+        let record = without_environment(&details);
+        let request = self.new_request(requester, kind, &details.template, &details, &record)?;
+        if let Some(known) = self.repeated(&request).await? {
+            return Ok(known);
+        }
+        let mut creation = self.place_creation(&requester.tenant, details).await?;
+        let vms = creation.vms(Some(request.id()))?;
+        let reservation = Reservation {
+            vms: Some(&vms),
+            ..Reservation::default()
+        };
+        if let Some(known) = self.begin(&request, reservation).await? {
+            return Ok(known);
+        }
+        let id = request.id().to_owned();
+        Ok(self.carry_out(id.clone(), async move {
+            creation.carry_out(Some(&id), start).await.map(Output::Vms)
+        }))
+    }
+
+    /// Chooses hosts for VMs of a template.
+    pub(crate) async fn place_creation(
+        self: &Arc<Self>,
+        tenant: &str,
+        details: CreateVms,
+    ) -> Result<Creation> {
         let template = self.store.template_or_tag(&details.template).await?;
         let request = CreateRequest {
             origin: Origin::Template(template.name.clone()),
             tenant: tenant.to_owned(),
             stem: template.name.clone(),
-            idempotency_key: idempotency_key.map(str::to_owned),
             details: CreateVms {
                 template: template.name.clone(),
                 ..details
             },
         };
-        let need = Need {
-            cost_bytes: self.cost(&template.name).await?,
-            // The template is copied to a host that has room.
-            anywhere: true,
-        };
         let admitted = self.admission.admit()?;
-        let mut placement = Placement::new(self, &request, template, need, admitted);
+        let labels = request.details.host_labels.clone();
+        let mut placement = Placement::new(Arc::clone(self), labels, template, admitted);
         let hosts = placement.place(request.details.count).await?;
-        let vms = self
-            .record_vms(&request, hosts, &mut placement.admitted)
-            .await?;
-        self.create_on_hosts(&request, Some(placement), vms, start)
-            .await
+        Creation::new(request, placement, hosts)
     }
 
-    /// Creates forks of a running VM, which continues to run, on its own host.
+    /// Begins to create forks of a running VM, which continues to run, on its own host.
     pub async fn fork_vm(
-        &self,
-        tenant: &str,
+        self: &Arc<Self>,
+        requester: &Requester,
         parent: &Vm,
         fork: ForkVm,
-        idempotency_key: Option<&str>,
-    ) -> Result<CreatedVms> {
+    ) -> Result<StartedOperation> {
         let start = Instant::now();
         self.node_of(parent)?;
         let details = CreateVms {
             template: format!("{LIVE_PREFIX}{}", parent.id),
             count: fork.count,
-            name: fork.name,
+            name: fork.name.clone(),
             labels: parent.labels.clone(),
             environment: self.store.environment(&parent.id).await?,
             network: parent.network.clone(),
             ..CreateVms::default()
         };
         check(&details)?;
-        let request = CreateRequest {
+        let (controller, requester) = (Arc::clone(self), requester.clone());
+        let parent = parent.clone();
+        detached(async move {
+            controller
+                .begin_fork(&requester, parent, fork, details, start)
+                .await
+        })
+        .await
+    }
+
+    async fn begin_fork(
+        self: Arc<Self>,
+        requester: &Requester,
+        parent: Vm,
+        fork: ForkVm,
+        details: CreateVms,
+        start: Instant,
+    ) -> Result<StartedOperation> {
+        let kind = OperationKind::ForkVm;
+        let content = (&parent.id, &fork);
+        let request = self.new_request(requester, kind, &parent.id, &content, &fork)?;
+        if let Some(known) = self.repeated(&request).await? {
+            return Ok(known);
+        }
+        let count = details.count;
+        let plan = CreateRequest {
             origin: Origin::RunningVm(parent.id.clone()),
-            tenant: tenant.to_owned(),
+            tenant: parent.tenant.clone(),
             stem: parent.name.clone(),
-            idempotency_key: idempotency_key.map(str::to_owned),
             details,
         };
-        let mut admitted = self.admission.admit()?;
-        let hosts = self.place_beside(parent, &request, &mut admitted).await?;
-        let vms = self.record_vms(&request, hosts, &mut admitted).await?;
-        self.create_on_hosts(&request, None, vms, start).await
-    }
-
-    /// Admits live forks to the host of their parent, by the same rules as any VM is admitted to a
-    /// host: it must accept VMs and have memory for them.
-    async fn place_beside(
-        &self,
-        parent: &Vm,
-        request: &CreateRequest,
-        admitted: &mut AdmittedRequest<'_>,
-    ) -> Result<Vec<String>> {
-        // What the forks are made of is on that host alone.
-        let origin = Template {
-            hosts: vec![parent.host.clone()],
-            ..Template::default()
+        let admitted = self.admission.admit()?;
+        let mut placement = Placement::beside(Arc::clone(&self), &parent, admitted);
+        let hosts = placement.place(count).await?;
+        let mut creation = Creation::new(plan, placement, hosts)?;
+        let vms = creation.vms(Some(request.id()))?;
+        let reservation = Reservation {
+            vms: Some(&vms),
+            ..Reservation::default()
         };
-        let mut views = self.host_views(&origin, &BTreeMap::new()).await?;
-        views.retain(|view| view.name == parent.host);
-        if !views.iter().any(|view| view.open) {
-            let message = format!(
-                "the host {} takes no VMs now, and a live fork is on its parent's host: it is \
-                 drained, or does not answer",
-                parent.host
-            );
-            return Err(Error::new(ErrorKind::Busy, message)
-                .advise("make a template of the VM, and create VMs from it")
-                .retry_after(RETRY_S));
+        if let Some(known) = self.begin(&request, reservation).await? {
+            return Ok(known);
         }
-        let need = Need {
-            cost_bytes: self.cost(&request.details.template).await?,
-            anywhere: false,
-        };
-        let chosen = admitted.place(&mut views, need, request.details.count)?;
-        Ok(vec![parent.host.clone(); chosen.len()])
+        let id = request.id().to_owned();
+        Ok(self.carry_out(id.clone(), async move {
+            creation.carry_out(Some(&id), start).await.map(Output::Vms)
+        }))
     }
 
-    /// Records VMs that are about to be created, one on each of `hosts`.
-    async fn record_vms(
-        &self,
-        request: &CreateRequest,
-        hosts: Vec<String>,
-        admitted: &mut AdmittedRequest<'_>,
-    ) -> Result<Vec<Vm>> {
+    /// What a clone of a template costs, as measured of those that run, in bytes.
+    async fn measured_cost(&self, template: &str) -> Result<Option<u64>> {
+        let filter = VmFilter {
+            template: Some(template.to_owned()),
+            limit: Some(100),
+            ..VmFilter::default()
+        };
+        let page = self.store.vms(&filter, None).await?;
+        let measured: Vec<u64> = page
+            .vms
+            .iter()
+            .filter_map(|vm| Some(vm.memory?.private_bytes))
+            .collect();
+        let count = measured.len() as u64;
+        Ok((count > 0).then(|| measured.iter().sum::<u64>() / count))
+    }
+
+    /// What a clone of a template is expected to cost, in bytes: what clones that run cost, or what
+    /// others have cost before, or a guess.
+    async fn cost(&self, template: &str, nominal_bytes: u64) -> Result<u64> {
+        if let Some(measured) = self.measured_cost(template).await? {
+            self.admission.template_measured(template, measured);
+        }
+        let guess = match nominal_bytes {
+            0 => UNKNOWN_COST,
+            nominal => UNKNOWN_COST.min(nominal),
+        };
+        Ok(self.admission.measured_cost(template).unwrap_or(guess))
+    }
+}
+
+/// VMs that were placed and are being created.
+pub(crate) struct Creation {
+    request: CreateRequest,
+    placement: Placement,
+    /// The VMs, all in state [`VmState::Creating`].
+    vms: Vec<Vm>,
+}
+
+impl Creation {
+    /// VMs that are about to be created, one on each of `hosts`.
+    fn new(request: CreateRequest, placement: Placement, hosts: Vec<String>) -> Result<Self> {
         let names = request.names()?;
         let created_ms = now_ms();
         let details = &request.details;
@@ -227,70 +283,87 @@ impl Controller {
                 memory: None,
             });
         }
-        let new = NewVms {
-            vms: &vms,
-            environment: &details.environment,
-            request: request.idempotency_key.as_deref(),
-        };
-        // This comes first, so that no report finds VMs in the database that nobody creates.
-        admitted.add_vms(vms.iter().map(|vm| vm.id.clone()));
-        self.store.insert_vms(&new).await?;
-        Ok(vms)
-    }
-
-    /// The memory that a clone of a template is expected to cost, by those that were measured.
-    async fn cost(&self, template: &str) -> Result<u64> {
-        let filter = VmFilter {
-            template: Some(template.to_owned()),
-            limit: Some(100),
-            ..VmFilter::default()
-        };
-        let page = self.store.vms(&filter, None).await?;
-        let measured: Vec<u64> = page
-            .vms
-            .iter()
-            .filter_map(|vm| Some(vm.memory?.private_bytes))
-            .collect();
-        Ok(match measured.len() as u64 {
-            0 => UNKNOWN_COST,
-            count => measured.iter().sum::<u64>() / count,
+        Ok(Self {
+            request,
+            placement,
+            vms,
         })
     }
 
-    /// Has all hosts create their VMs at the same time, and records the results. With a placement,
-    /// VMs that their host cannot run are created by another one.
-    async fn create_on_hosts(
-        &self,
-        request: &CreateRequest,
-        mut placement: Option<Placement<'_>>,
-        vms: Vec<Vm>,
+    /// The host of each VM.
+    pub(crate) fn hosts(&self) -> impl Iterator<Item = &str> {
+        self.vms.iter().map(|vm| vm.host.as_str())
+    }
+
+    /// The VMs as they are recorded. From now on they are in creation, so that no report finds VMs in
+    /// the database that nobody creates.
+    pub(crate) fn vms<'a>(&'a mut self, operation: Option<&'a str>) -> Result<NewVms<'a>> {
+        let ids = self.vms.iter().map(|vm| vm.id.clone());
+        self.placement.admitted.add_vms(ids);
+        Ok(NewVms {
+            vms: &self.vms,
+            environment: &self.request.details.environment,
+            operation,
+        })
+    }
+
+    /// Has all hosts create their VMs at the same time, and records the results, and the end of
+    /// `operation` with them. VMs that their host cannot run are created by another one.
+    pub(crate) async fn carry_out(
+        self,
+        operation: Option<&str>,
         start: Instant,
     ) -> Result<CreatedVms> {
+        let Self {
+            request,
+            mut placement,
+            vms,
+        } = self;
+        let controller = Arc::clone(&placement.controller);
         let ids: Vec<String> = vms.iter().map(|vm| vm.id.clone()).collect();
         let placement_us = micros(start);
         let mut finished = HashMap::new();
         let mut remaining = vms;
-        while !remaining.is_empty() {
-            let template = placement.as_ref().map(|it| &it.template);
-            let results = self.create_once(request, template, remaining).await;
-            let (refused, mut rest) = split(results, placement.is_some());
+        loop {
+            let template = placement.template();
+            let results = controller.create_once(&request, template, remaining).await;
+            let (refused, mut rest) = split(results, placement.may_move());
             remaining = Vec::new();
-            if let Some(placement) = &mut placement
-                && !refused.is_empty()
-            {
+            if !refused.is_empty() {
                 let (moved, failed) = placement.place_again(refused).await?;
                 remaining = moved;
                 rest.extend(failed);
             }
-            for (vm, result) in rest {
+            let rest = rest.into_iter().map(|(vm, result)| {
                 let forked = result.map(|created| fork_result(created, placement_us, start));
-                self.store.record_fork_result(&vm.id, &forked).await?;
-                finished.insert(vm.id.clone(), (vm, forked));
+                (vm, forked)
+            });
+            let rest: Vec<(Vm, ForkResult)> = rest.collect();
+            let recorded = rest.iter().map(|(vm, forked)| (vm.id.as_str(), forked));
+            let recorded: Vec<(&str, &ForkResult)> = recorded.collect();
+            if !remaining.is_empty() {
+                controller
+                    .store
+                    .record_fork_results(&recorded, None)
+                    .await?;
+                finished.extend(rest.into_iter().map(|it| (it.0.id.clone(), it)));
+                continue;
             }
+            let all = rest.iter().map(|it| (it.0.id.clone(), it.clone()));
+            finished.extend(all);
+            let created = answer(&ids, finished);
+            let end = match &created {
+                Ok(created) => End::Succeeded(record_of_failures(&created.failures)?),
+                Err(error) => End::Failed(error.clone()),
+            };
+            let end = operation.map(|operation| (operation, &end));
+            controller.store.record_fork_results(&recorded, end).await?;
+            return created;
         }
-        answer(ids, finished)
     }
+}
 
+impl Controller {
     /// Has each host create its VMs once.
     async fn create_once(
         &self,
@@ -368,103 +441,10 @@ impl CreateRequest {
     }
 }
 
-/// Checks what can be checked before anything is done.
-fn check(details: &CreateVms) -> Result<()> {
-    let invalid = |message: String| Err(Error::new(ErrorKind::InvalidRequest, message));
-    if !(1..=MAX_COUNT).contains(&details.count) {
-        return invalid(format!(
-            "`count` must be 1 to {MAX_COUNT}, not {}",
-            details.count
-        ));
+/// What is kept of a request: the environment is kept with the VMs only.
+pub(crate) fn without_environment(details: &CreateVms) -> CreateVms {
+    CreateVms {
+        environment: BTreeMap::new(),
+        ..details.clone()
     }
-    let times = [details.ttl_s, details.idle.map(|idle| idle.after_s)];
-    let is_invalid = |seconds: u64| !(1..=MAX_SECONDS).contains(&seconds);
-    if times.into_iter().flatten().any(is_invalid) {
-        return invalid(format!(
-            "`ttl_s` and `idle.after_s` must be 1 to {MAX_SECONDS}"
-        ));
-    }
-    if let Some(name) = &details.name
-        && !clone_api::validate::is_valid_name(&format!("{name}-{}", details.count))
-    {
-        return invalid(format!("invalid VM name `{}`", name.escape_debug()));
-    }
-    if let Some(network) = &details.network {
-        validate::egress(network)?;
-    }
-    let size = |(key, value): (&String, &String)| key.len() + value.len();
-    if details.environment.iter().map(size).sum::<usize>() > MAX_ENVIRONMENT {
-        return invalid(format!(
-            "`environment` exceeds {MAX_ENVIRONMENT} bytes of names and values together"
-        ));
-    }
-    for (key, value) in &details.environment {
-        if key.is_empty() || key.contains(['=', '\0']) || value.contains('\0') {
-            return invalid(format!(
-                "invalid environment variable `{}`",
-                key.escape_debug()
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// Separates the VMs that another host may be able to run from the others.
-fn split(results: Results, may_move: bool) -> (Vec<(Vm, Error)>, Results) {
-    let (mut refused, mut rest) = (Vec::new(), Vec::new());
-    for (vm, result) in results {
-        match result {
-            Err(error) if may_move && error.kind == ErrorKind::HostUnsupported => {
-                refused.push((vm, error));
-            }
-            result => rest.push((vm, result)),
-        }
-    }
-    (refused, rest)
-}
-
-/// The answer to the client, in the order of the request.
-fn answer(
-    ids: Vec<String>,
-    mut finished: HashMap<String, (Vm, Result<Forked>)>,
-) -> Result<CreatedVms> {
-    let mut created = CreatedVms {
-        vms: Vec::new(),
-        failures: Vec::new(),
-    };
-    for id in ids {
-        match finished.remove(&id) {
-            Some((mut vm, Ok((times, notices)))) => {
-                vm.state = VmState::Running;
-                vm.fork = Some(times);
-                vm.notices = notices;
-                created.vms.push(vm);
-            }
-            Some((vm, Err(error))) => created.failures.push(CreationFailure {
-                name: vm.name,
-                error,
-            }),
-            None => {}
-        }
-    }
-    // A request for one VM fails as its creation does.
-    if created.vms.is_empty() && created.failures.len() == 1 {
-        return Err(created.failures.remove(0).error);
-    }
-    Ok(created)
-}
-
-fn fork_result(created: CreatedVm, placement_us: u64, start: Instant) -> Forked {
-    let times = ForkTimes {
-        warm: created.warm,
-        placement_us,
-        running_us: created.running_us,
-        identity_us: created.identity_us,
-        total_us: micros(start),
-    };
-    (times, created.notices)
-}
-
-fn micros(start: Instant) -> u64 {
-    start.elapsed().as_micros() as u64
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use army_node_api::{Deadline, NodeApi};
+use army_node_api::{Call, Deadline, NodeApi};
 
 /// The limit of an operation on VMs or templates of one host.
 const OPERATION: Duration = Duration::from_secs(300);
@@ -12,28 +12,38 @@ const EACH_VM: Duration = Duration::from_secs(1);
 const TRANSFER: Duration = Duration::from_secs(3600);
 /// The limit of an export, whose client may be slow.
 const EXPORT: Duration = Duration::from_secs(24 * 3600);
+/// The limit of ending a VM in the task of its host, which tries again.
+const DESTRUCTION: Duration = Duration::from_secs(10);
 /// The limit of connecting with a guest's agent. After a fork, the agent first takes back its
 /// connections.
 const AGENT: Duration = Duration::from_secs(20);
-/// The limit of short questions to a host elsewhere. One host that does not answer holds up the
-/// next round of reports of all.
+/// The limit of short questions to a host elsewhere.
 const QUESTION: Duration = Duration::from_secs(8);
 
-pub(crate) fn operation() -> Deadline {
-    Deadline::after(OPERATION)
+/// A call with this limit. [`Fenced`](crate::fenced::Fenced) adds the epoch of its host.
+fn after(limit: Duration) -> Call {
+    Deadline::after(limit).into()
 }
 
-pub(crate) fn creation(vms: usize) -> Deadline {
+pub(crate) fn operation() -> Call {
+    after(OPERATION)
+}
+
+pub(crate) fn creation(vms: usize) -> Call {
     let each = EACH_VM.saturating_mul(u32::try_from(vms).unwrap_or(u32::MAX));
-    Deadline::after(OPERATION.saturating_add(each))
+    after(OPERATION.saturating_add(each))
 }
 
-pub(crate) fn transfer() -> Deadline {
-    Deadline::after(TRANSFER)
+pub(crate) fn transfer() -> Call {
+    after(TRANSFER)
 }
 
-pub(crate) fn export() -> Deadline {
-    Deadline::after(EXPORT)
+pub(crate) fn export() -> Call {
+    after(EXPORT)
+}
+
+pub(crate) fn destruction() -> Call {
+    after(DESTRUCTION)
 }
 
 pub(crate) fn agent() -> Deadline {
@@ -41,9 +51,9 @@ pub(crate) fn agent() -> Deadline {
 }
 
 /// A node in this process is not unreachable: what takes it long is the number of its VMs.
-pub(crate) fn question(node: &dyn NodeApi) -> Deadline {
+pub(crate) fn question(node: &dyn NodeApi) -> Call {
     match node.address() {
-        Some(_) => Deadline::after(QUESTION),
+        Some(_) => after(QUESTION),
         None => operation(),
     }
 }

@@ -2,6 +2,7 @@
 
 use agent_proto::error::ClientError;
 use army_node_api::ErrorKind as NodeErrorKind;
+use serde::{Deserialize, Serialize};
 
 /// A result of the controller.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -10,7 +11,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub(crate) const RETRY_S: u32 = 5;
 
 /// The kind of an [`Error`], for programs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ErrorKind {
     /// A value of the request is not allowed.
     InvalidRequest,
@@ -38,12 +40,14 @@ pub enum ErrorKind {
     HostUnsupported,
     /// The operation did not finish in time.
     Timeout,
+    /// Another controller has taken over from this one, which ends.
+    Superseded,
     /// The controller itself failed.
     Internal,
 }
 
 /// Why the controller did not do what it was asked for.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
 pub struct Error {
     /// The kind of the error.
@@ -94,6 +98,7 @@ impl From<army_node_api::Error> for Error {
             NodeErrorKind::GuestUnavailable => ErrorKind::GuestUnavailable,
             NodeErrorKind::HostUnreachable => ErrorKind::HostUnavailable,
             NodeErrorKind::HostUnsupported => ErrorKind::HostUnsupported,
+            NodeErrorKind::StaleEpoch => ErrorKind::Superseded,
             NodeErrorKind::DeadlineExceeded => ErrorKind::Timeout,
             NodeErrorKind::Internal => ErrorKind::Internal,
         };

@@ -1,20 +1,25 @@
 //! Hosts: joining, labels, draining, and what the scheduler sees of them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
-use army_api::hosts::{ChangeHost, Host, HostState, MissingJailLayer};
+use army_api::hosts::{ChangeHost, Host, HostState};
+use army_api::operations::OperationKind;
 use army_api::templates::{CpuFeatures, Template};
-use army_node_api::Remote;
 use army_node_api::cluster::token::Token;
 use army_node_api::time::now_ms;
 
-use crate::border::Checked;
 use crate::error::RETRY_S;
+use crate::operations::{Outcome, Output, Requester, StartedOperation, detached};
 use crate::scheduler::HostView;
+use crate::store::hosts::HostRow;
+use crate::store::reservations::Reservation;
 use crate::{Cluster, Controller, Error, ErrorKind, LastReport, Node, Result, random};
 
+/// A host is unreachable when it has not reported for so long.
+const SILENCE: Duration = Duration::from_secs(15);
 /// The most labels of a host.
 const MAX_LABELS: usize = 64;
 /// The most characters of a label's key.
@@ -25,12 +30,12 @@ const MAX_VALUE: usize = 255;
 impl Controller {
     pub(crate) fn nodes(&self) -> Vec<Node> {
         let nodes = self.nodes.read().unwrap_or_else(PoisonError::into_inner);
-        nodes.values().cloned().collect()
+        nodes.values().map(|it| Node::clone(&it.node)).collect()
     }
 
     pub(crate) fn find_node(&self, host: &str) -> Option<Node> {
         let nodes = self.nodes.read().unwrap_or_else(PoisonError::into_inner);
-        nodes.get(host).cloned()
+        nodes.get(host).map(|it| Node::clone(&it.node))
     }
 
     pub(crate) fn node(&self, host: &str) -> Result<Node> {
@@ -50,14 +55,26 @@ impl Controller {
 
     /// Creates a token with which one host can join within `minutes`. The second value is when the
     /// token expires, in milliseconds since 1970.
-    pub async fn create_join_token(&self, minutes: u32) -> Result<(Token, u64)> {
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] where `requester` has sent the request before: the token was in the
+    /// first answer only.
+    pub async fn create_join_token(
+        &self,
+        requester: &Requester,
+        minutes: u32,
+    ) -> Result<(Token, u64)> {
         let cluster = self.cluster()?;
         let token = Token {
             secret: random::hex::<32>()?,
             fingerprint: cluster.fingerprint.clone(),
         };
         let expires_ms = now_ms() + u64::from(minutes) * 60_000;
-        self.store.add_token(&token.secret, expires_ms).await?;
+        let kind = OperationKind::CreateJoinToken;
+        let new = self.new_request(requester, kind, "a token", &minutes, &minutes)?;
+        self.store
+            .add_token(&token.secret, expires_ms, Some(new.operation()))
+            .await?;
         Ok((token, expires_ms))
     }
 
@@ -68,12 +85,12 @@ impl Controller {
     /// [`ErrorKind::Unauthenticated`] where the token is not valid, and [`ErrorKind::Conflict`]
     /// where a host has this name.
     pub async fn enrol_host(&self, host: &str, address: SocketAddr, secret: &str) -> Result<()> {
-        let remote = Remote::new(host, address, self.cluster()?.tls.clone())?;
+        self.cluster()?;
         self.store
             .enrol_host(host, &address.to_string(), secret)
             .await?;
-        let mut nodes = self.nodes.write().unwrap_or_else(PoisonError::into_inner);
-        nodes.insert(host.to_owned(), Arc::new(Checked(Arc::new(remote))));
+        self.host_rows().await?;
+        self.fleet_changed.notify_one();
         Ok(())
     }
 
@@ -88,10 +105,9 @@ impl Controller {
                 .advise("drain the host, and destroy its VMs or wait for them to end"));
         }
         self.store.remove_host(name).await?;
-        let mut nodes = self.nodes.write().unwrap_or_else(PoisonError::into_inner);
-        nodes.remove(name);
-        drop(nodes);
-        self.reports().remove(name);
+        self.host_rows().await?;
+        self.forget_host(name);
+        self.fleet_changed.notify_one();
         Ok(())
     }
 
@@ -110,59 +126,86 @@ impl Controller {
     /// All hosts.
     pub async fn hosts(&self) -> Result<Vec<Host>> {
         let counts = self.store.vms_by_host().await?;
-        let rows = self.store.hosts().await?;
-        let mut missing = self.missing_jail_layers();
-        let mut notices = self.host_notices();
-        Ok(rows
-            .into_iter()
-            .map(|row| {
-                let is_connected = self.find_node(&row.name).is_some();
-                let is_reachable = is_connected && self.is_reachable(&row.name);
-                let (state, reason) = match (is_reachable, row.draining) {
-                    (false, _) => (
-                        HostState::Unreachable,
-                        Some("the host has not reported for some time".to_owned()),
-                    ),
-                    (true, true) => (HostState::Draining, None),
-                    (true, false) => (HostState::Ready, None),
-                };
-                Host {
-                    vms: Some(counts.get(&row.name).copied().unwrap_or(0)),
-                    missing_jail_layers: missing.remove(&row.name).unwrap_or_default(),
-                    notices: notices.remove(&row.name).unwrap_or_default(),
-                    name: row.name,
-                    state,
-                    reason,
-                    labels: row.labels,
-                    seen_ms: Some(row.seen_ms),
-                    capacity: Some(row.capacity),
-                }
-            })
-            .collect())
+        let rows = self.host_rows().await?;
+        let reports = self.reports();
+        let hosts = rows.iter().map(|row| {
+            let last = self.own_report(&reports, row);
+            let report = last.map(|last| &last.report);
+            let state = self.host_state(row, last);
+            let reason = "the host has not reported for some time";
+            Host {
+                name: row.name.clone(),
+                state,
+                reason: (state == HostState::Unreachable).then(|| reason.to_owned()),
+                labels: row.labels.clone(),
+                seen_ms: Some(last.map_or(row.seen_ms, |last| last.seen_ms)),
+                capacity: Some(report.map_or(row.capacity, |it| it.capacity)),
+                vms: Some(counts.get(&row.name).copied().unwrap_or(0)),
+                missing_jail_layers: match report {
+                    Some(report) => report.missing_jail_layers.clone(),
+                    None => row.facts.missing_jail_layers.clone(),
+                },
+                notices: match report {
+                    Some(report) => report.notices.clone(),
+                    None => row.facts.notices.clone(),
+                },
+            }
+        });
+        Ok(hosts.collect())
     }
 
-    /// The layers that the jails of VMs lack by the last reports, by host.
-    fn missing_jail_layers(&self) -> HashMap<String, Vec<MissingJailLayer>> {
-        let reports = self.reports();
-        let missing = reports.iter();
-        missing
-            .map(|(host, last)| (host.clone(), last.report.missing_jail_layers.clone()))
-            .collect()
+    /// The last report of a host, where this controller owns the host.
+    fn own_report<'a>(
+        &self,
+        reports: &'a HashMap<String, LastReport>,
+        row: &HostRow,
+    ) -> Option<&'a LastReport> {
+        reports.get(&row.name).filter(|_| self.is_own(row))
     }
 
-    /// The notices of the last reports, by host.
-    fn host_notices(&self) -> HashMap<String, Vec<String>> {
-        let reports = self.reports();
-        let notices = reports.iter();
-        notices
-            .map(|(host, last)| (host.clone(), last.report.notices.clone()))
-            .collect()
+    /// The state of a host: by its last report where this controller has its reports, and else by
+    /// what its owner has recorded.
+    fn host_state(&self, row: &HostRow, last: Option<&LastReport>) -> HostState {
+        let is_reachable = match self.is_own(row) {
+            true => last.is_some_and(LastReport::is_recent),
+            false => row.is_reachable,
+        };
+        match (is_reachable, row.draining) {
+            (false, _) => HostState::Unreachable,
+            (true, true) => HostState::Draining,
+            (true, false) => HostState::Ready,
+        }
+    }
+
+    /// Begins to exclude a host from placement, or to include it again.
+    pub async fn set_draining(
+        self: &Arc<Self>,
+        requester: &Requester,
+        name: &str,
+        draining: bool,
+    ) -> Result<StartedOperation> {
+        // A host that there is not is no operation.
+        self.host(name).await?;
+        let kind = match draining {
+            true => OperationKind::DrainHost,
+            false => OperationKind::UndrainHost,
+        };
+        let new = self.new_request(requester, kind, name, &name, &())?;
+        let (controller, name) = (Arc::clone(self), name.to_owned());
+        detached(async move {
+            let work =
+                |controller: Arc<Self>| async move { controller.drain(&name, draining).await };
+            controller
+                .begin_and_carry_out(new, Reservation::default(), work)
+                .await
+        })
+        .await
     }
 
     /// Excludes a host from placement, or includes it again.
-    pub async fn set_draining(&self, name: &str, draining: bool) -> Result<Host> {
+    pub(crate) async fn drain(&self, name: &str, draining: bool) -> Outcome {
         self.store.set_draining(name, draining).await?;
-        self.host(name).await
+        Ok(Output::Host(Box::new(self.host(name).await?)))
     }
 
     /// Changes the labels of a host.
@@ -196,36 +239,72 @@ impl Controller {
         template: &Template,
         labels: &BTreeMap<String, String>,
     ) -> Result<Vec<HostView>> {
-        let hosts = self.hosts().await?;
+        let rows = self.host_rows().await?;
+        let holders: HashSet<&str> = template.hosts.iter().map(String::as_str).collect();
         let reports = self.reports();
-        let views = hosts.into_iter().map(|host| {
-            let last = reports.get(&host.name);
-            let capacity = host.capacity.unwrap_or_default();
-            let ready = last.and_then(|last| last.report.ready.get(&template.name).copied());
+        let views = rows.iter().map(|row| {
+            let last = self.own_report(&reports, row);
+            let capacity = last.map_or(row.capacity, |last| last.report.capacity);
+            let cpu = match last {
+                Some(last) => last.report.cpu.as_ref(),
+                None => row.facts.cpu.as_ref(),
+            };
+            let ready = match last {
+                Some(last) => last.report.ready.get(&template.name),
+                None => row.facts.ready.get(&template.name),
+            };
             HostView {
                 suits: labels
                     .iter()
-                    .all(|(key, value)| host.labels.get(key) == Some(value)),
-                open: host.state == HostState::Ready,
+                    .all(|(key, value)| row.labels.get(key) == Some(value)),
+                open: self.host_state(row, last) == HostState::Ready,
                 cpus: capacity.cpus,
                 load_milli: capacity.load_milli,
                 memory_bytes: capacity.memory_bytes,
                 available_bytes: capacity.available_bytes,
-                vms: host.vms.unwrap_or(0),
-                lacks: lacks(template.cpu.as_ref(), last),
-                has_template: template.hosts.contains(&host.name),
-                ready: ready.unwrap_or(0),
-                name: host.name,
+                promised_bytes: capacity.promised_bytes,
+                promise_limit_bytes: self.limits.promise_limit(capacity.memory_bytes),
+                // A host that does not say how much is free says 0.
+                disk_free_bytes: Some(capacity.disk_free_bytes).filter(|free| *free > 0),
+                run_free_bytes: capacity.run_free_bytes,
+                vms: last.map_or(row.facts.vms, |last| last.vms),
+                lacks: lacks(template.cpu.as_ref(), cpu),
+                has_template: holders.contains(row.name.as_str()),
+                ready: ready.copied().unwrap_or(0),
+                name: row.name.clone(),
             }
         });
         Ok(views.collect())
     }
+
+    /// The number of standbys of a template that are ready on all hosts.
+    pub(crate) fn ready_standbys(&self, rows: &[HostRow], template: &str) -> u32 {
+        let reports = self.reports();
+        let ready = rows
+            .iter()
+            .filter_map(|row| match self.own_report(&reports, row) {
+                Some(last) => last.report.ready.get(template),
+                None => row.facts.ready.get(template),
+            });
+        ready.sum()
+    }
+}
+
+impl LastReport {
+    /// Whether the report is recent enough for the host to count as reachable.
+    pub(crate) fn is_recent(&self) -> bool {
+        is_recent(self.at)
+    }
+}
+
+/// Whether a host whose last sign of life was then counts as reachable.
+pub(crate) fn is_recent(at: Instant) -> bool {
+    at.elapsed() < SILENCE
 }
 
 /// The CPU features that clones need and the host lacks, as far as both are known. Where they are
 /// not known, the host refuses the fork, and another host is tried.
-fn lacks(needed: Option<&CpuFeatures>, last: Option<&LastReport>) -> Vec<String> {
-    let host = last.and_then(|last| last.report.cpu.as_ref());
+fn lacks(needed: Option<&CpuFeatures>, host: Option<&CpuFeatures>) -> Vec<String> {
     let features = |cpu: &CpuFeatures| clone_api::control::CpuFeatures {
         vendor: cpu.vendor.clone(),
         features: cpu.features.clone(),

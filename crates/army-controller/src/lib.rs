@@ -4,8 +4,11 @@
 //! - `store` is the database: what was requested, and what hosts last reported. It is private.
 //! - [`scheduler`] chooses hosts for new VMs, `admission` limits how many are created at a time, and
 //!   `creation` has hosts create them.
-//! - `reconcile` polls the nodes, and acts on the difference between what was requested and what
-//!   they report.
+//! - `shards` runs a task for each host that this controller owns (`host_task`). `reconcile` compares
+//!   what a host reports with what was requested, by the copy that `mirror` has of it.
+//! - `fenced` adds the host's epoch to each call, by which nodes refuse controllers that were replaced.
+//! - [`operations`] has work that goes on to its end whatever becomes of its client: it is recorded
+//!   first, and a controller that has ended leaves it to another one.
 //! - `templates`, `builds`, `hosts`, `vms` and `access` are the requests about each kind of object.
 //! - [`guest`] has what is done in guests through their agents.
 //!
@@ -17,60 +20,92 @@ mod access;
 mod admission;
 mod border;
 mod builds;
+mod commands;
 mod creation;
 mod deadlines;
 mod error;
 mod events;
+mod fenced;
 pub mod guest;
+mod host_task;
 mod hosts;
-mod idempotency;
+mod limits;
 mod loops;
+mod measured;
+mod mirror;
+pub mod operations;
+mod purge;
 mod random;
 mod reconcile;
 mod renewal;
 pub mod scheduler;
+mod shards;
 mod store;
 mod templates;
+mod terms;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod vms;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use army_node_api::NodeApi;
 use army_node_api::requests::HostReport;
-use army_node_api::{NodeApi, Remote};
+use tokio::sync::Notify;
 
 pub use builds::BuildListener;
 pub use creation::{CreatedVms, CreationFailure};
 pub use error::{Error, ErrorKind, Result};
 pub use events::EventReader;
-pub use reconcile::InterruptedRequests;
+pub use limits::Limits;
+pub use operations::{Operation, Outcome, Output, Requester, StartedOperation};
+pub use purge::DEFAULT_KEPT;
 
 use admission::Admission;
-use border::Checked;
+use fenced::HostEpoch;
 use loops::Loops;
+use measured::Written;
+use mirror::Mirror;
+use operations::Running;
+use reconcile::Creators;
+use shards::{Connected, HostTable};
 use store::Store;
 
 /// A controller of one or several hosts.
 pub struct Controller {
     store: Store,
-    nodes: RwLock<BTreeMap<String, Node>>,
-    /// The last report of each host.
+    /// The nodes of all hosts.
+    nodes: RwLock<BTreeMap<String, Connected>>,
+    /// All hosts, as they were last read from the database.
+    hosts: Mutex<Option<HostTable>>,
+    /// The last report of each own host.
     reports: Mutex<HashMap<String, LastReport>>,
-    /// The hosts that were recorded as unreachable.
-    unreachable: Mutex<HashSet<String>>,
+    /// What was last written down of each own host.
+    written: Mutex<Written>,
+    /// The VMs of own hosts.
+    mirror: Mirror,
+    /// The standbys that each host should keep, by template, as they were last read.
+    standbys: Mutex<HashMap<String, BTreeMap<String, u32>>>,
+    /// The other controllers, as they were last read.
+    creators: Mutex<Creators>,
+    /// Notified when the own hosts have changed.
+    fleet_changed: Notify,
+    /// How long the records of VMs that have ended are kept.
+    kept_ended: Duration,
     /// The VMs that this process creates. VMs that an earlier process did not finish are recorded by
     /// the reports of their hosts.
-    admission: Admission,
+    admission: Arc<Admission>,
+    operations: Running,
+    limits: Limits,
     loops: Loops,
     started: Instant,
     cluster: Option<Cluster>,
 }
 
-/// A node, in this process or elsewhere. Those of a controller are [`Checked`].
+/// A node, in this process or elsewhere.
 type Node = Arc<dyn NodeApi>;
 
 /// What a controller of several hosts needs.
@@ -82,13 +117,18 @@ pub struct Cluster {
 }
 
 /// The last report of a host.
-#[derive(Clone)]
 struct LastReport {
+    /// The report, without its VMs.
     report: HostReport,
+    /// The number of its VMs that have not ended.
+    vms: u32,
     at: Instant,
+    /// The same in milliseconds since 1970.
+    seen_ms: u64,
 }
 
-/// A database that is open. A PostgreSQL database is locked for one controller while it is.
+/// A database that is open, in a term of its own: with PostgreSQL beside other controllers, and with
+/// SQLite instead of them.
 pub struct Database(Store);
 
 impl Database {
@@ -100,7 +140,7 @@ impl Database {
     /// Opens the database at `url`, of SQLite or PostgreSQL, and migrates it to the latest version.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] where another controller uses it.
+    /// Where the database cannot be used.
     pub async fn open(url: &str) -> Result<Self> {
         Store::open(url).await.map(Self)
     }
@@ -109,39 +149,72 @@ impl Database {
 impl Controller {
     /// A controller of one host, whose node is in this process.
     pub fn of_one_host(database: Database, node: Arc<dyn NodeApi>) -> Self {
-        let nodes = BTreeMap::from([(node.name().to_owned(), node)]);
+        let name = node.name().to_owned();
+        let epoch = HostEpoch::new(&name, database.0.clone(), true);
+        let nodes = BTreeMap::from([(name, Connected::new(node, epoch))]);
         Self::new(database, nodes, None)
     }
 
     /// A controller of the hosts that have joined, and of those that will.
     ///
     /// # Errors
-    /// Where the database cannot be read.
+    /// [`ErrorKind::Conflict`] where other controllers of the database have another authority, and
+    /// where the database cannot be used.
     pub async fn of_cluster(database: Database, cluster: Cluster) -> Result<Self> {
-        let mut nodes: BTreeMap<String, Node> = BTreeMap::new();
-        for host in database.0.hosts().await? {
-            let Some(address) = host.address else {
-                continue;
-            };
-            let remote = Remote::new(&host.name, address, cluster.tls.clone())?;
-            nodes.insert(host.name, Arc::new(remote));
-        }
-        Ok(Self::new(database, nodes, Some(cluster)))
+        database.0.check_authority(&cluster.fingerprint).await?;
+        let controller = Self::new(database, BTreeMap::new(), Some(cluster));
+        controller.host_rows().await?;
+        Ok(controller)
     }
 
-    fn new(database: Database, nodes: BTreeMap<String, Node>, cluster: Option<Cluster>) -> Self {
-        let nodes = nodes.into_iter();
-        let nodes = nodes.map(|(name, node)| (name, Arc::new(Checked(node)) as Node));
+    /// A controller of the hosts of these nodes, which are simulated. Those that have not joined do.
+    ///
+    /// # Errors
+    /// Where the database cannot be used.
+    #[cfg(any(test, feature = "testing"))]
+    pub async fn of_simulated(
+        database: Database,
+        nodes: impl IntoIterator<Item = Arc<dyn NodeApi>>,
+    ) -> Result<Self> {
+        let mut connected = BTreeMap::new();
+        for node in nodes {
+            database.0.join_host(node.name()).await?;
+            let epoch = HostEpoch::new(node.name(), database.0.clone(), false);
+            let name = node.name().to_owned();
+            connected.insert(name, Connected::new(node, epoch));
+        }
+        Ok(Self::new(database, connected, Some(testing::no_cluster()?)))
+    }
+
+    fn new(
+        database: Database,
+        nodes: BTreeMap<String, Connected>,
+        cluster: Option<Cluster>,
+    ) -> Self {
         Self {
             store: database.0,
-            nodes: RwLock::new(nodes.collect()),
+            nodes: RwLock::new(nodes),
+            hosts: Mutex::default(),
             reports: Mutex::default(),
-            unreachable: Mutex::default(),
-            admission: Admission::default(),
+            written: Mutex::default(),
+            mirror: Mirror::default(),
+            standbys: Mutex::default(),
+            creators: Mutex::default(),
+            fleet_changed: Notify::new(),
+            kept_ended: purge::DEFAULT_KEPT,
+            admission: Arc::default(),
+            operations: Running::default(),
+            limits: Limits::default(),
             loops: Loops::default(),
             started: Instant::now(),
             cluster,
         }
+    }
+
+    /// Sets the limits of an operator.
+    #[must_use]
+    pub fn with_limits(self, limits: Limits) -> Self {
+        Self { limits, ..self }
     }
 
     fn reports(&self) -> MutexGuard<'_, HashMap<String, LastReport>> {

@@ -1,248 +1,286 @@
-//! Polling the nodes, and acting on the difference between what was requested and what they report.
+//! Comparing what hosts report with what was requested, and recording the difference. The
+//! task of each host (`host_task`) asks for the reports, and acts on what is found.
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use army_api::vms::VmState;
-use army_node_api::requests::{DestroyVmRequest, ForgetVmsRequest, HostReport, ReportRequest};
-use futures_util::future::join_all;
+use army_node_api::requests::{HostReport, VmReport};
+use army_node_api::time::now_ms;
 
-use crate::store::vms::PlacedVm;
-use crate::vms::DESTROYED;
-use crate::{Controller, LastReport, Node, Result, deadlines, loops};
+use crate::mirror::Known;
+use crate::store::vm_states::StateChange;
+use crate::{Controller, LastReport, Result, hosts, loops};
 
-/// How often hosts are polled.
-const ROUND: Duration = Duration::from_secs(1);
-/// A host is unreachable when it has not reported for so long.
-const SILENCE: Duration = Duration::from_secs(15);
-/// A VM that an earlier process was creating, and that its host does not know, counts as lost when
-/// this process has run for so long: until then the request may still be on its way.
-const CREATION: Duration = Duration::from_secs(60);
+/// A VM that a controller was creating whose term has ended, and that its host does not know, counts
+/// as lost after so long: until then the request may still be on its way.
+const CREATION: Duration = Duration::from_secs(10);
 
-/// Requests that an earlier process left unanswered, as tenant and idempotency key.
-pub struct InterruptedRequests(Vec<(String, String)>);
+/// How long hosts are waited for before operations of controllers that have ended are resumed.
+const FIRST_ROUND: Duration = Duration::from_secs(10);
+
+/// The controllers that create VMs.
+#[derive(Default)]
+pub(crate) struct Creators {
+    /// Those whose terms have not ended.
+    live: HashSet<String>,
+    /// When it was first noticed that others have ended.
+    ended: HashMap<String, Instant>,
+}
+
+/// What was known when a host was asked for its report.
+#[derive(Default)]
+pub(crate) struct Asked {
+    /// The last change of VMs that was known. VMs that were changed since may be otherwise in the
+    /// report.
+    last_change: i64,
+    /// The VMs that this process was creating. One may be missing in the report although its
+    /// creation has finished when the report arrives.
+    in_creation: HashSet<String>,
+}
+
+/// What is to be done on a host after its report. All are ids of VMs.
+#[derive(Default)]
+pub(crate) struct Findings {
+    /// VMs that are to be ended, and then recorded as such.
+    pub(crate) unwanted: Vec<String>,
+    /// VMs that run and have ended by the database.
+    pub(crate) ended_but_running: Vec<String>,
+    /// VMs that have ended and are recorded as such: the node may forget them.
+    pub(crate) ended: Vec<String>,
+}
+
+/// How the VMs of a report differ from those that are known.
+#[derive(Default)]
+struct Comparison {
+    unwanted: Vec<String>,
+    /// VMs in another state, as indices of the report, with the change that they are known by.
+    changed: Vec<(usize, i64)>,
+    /// VMs that the host does not have, with the change that they are known by.
+    missing: Vec<(String, i64)>,
+    /// VMs that are not known, as indices of the report.
+    unknown: Vec<usize>,
+}
 
 impl Controller {
-    /// Continues where an earlier process stopped: standbys of templates are kept again, and
-    /// requests that were not answered are answered with what became of their VMs.
+    /// Continues where an earlier process stopped: hosts report, and the operations of controllers
+    /// that have ended are resumed, while new requests are served already.
     ///
     /// # Errors
     /// Where the database cannot be used.
-    pub async fn recover(&self) -> Result<()> {
-        let interrupted = self.interrupted_requests().await?;
-        self.recover_requests(interrupted).await
-    }
-
-    /// The requests that an earlier process left unanswered. They are read before the first request
-    /// of this process.
-    ///
-    /// # Errors
-    /// Where the database cannot be used.
-    pub async fn interrupted_requests(&self) -> Result<InterruptedRequests> {
-        Ok(InterruptedRequests(self.store.unanswered_requests().await?))
-    }
-
-    /// The same as [`recover`](Self::recover), while new requests are served already.
-    ///
-    /// # Errors
-    /// Where the database cannot be used.
-    pub async fn recover_requests(&self, interrupted: InterruptedRequests) -> Result<()> {
-        self.poll_nodes().await;
+    pub async fn recover(self: &Arc<Self>) -> Result<()> {
+        self.take_hosts().await?;
+        // What is not done by then is done by the tasks of the hosts.
+        if let Ok(polled) = tokio::time::timeout(FIRST_ROUND, self.poll_nodes()).await {
+            polled?;
+        }
         self.loops.begin_round(loops::RECONCILE);
-        for template in self.store.templates().await? {
-            if let Err(error) = self.apply_standbys(&template).await {
-                tracing::warn!(template = template.name, %error, "cannot keep standbys ready");
-            }
-        }
-        self.answer_interrupted_requests(interrupted.0).await
+        self.take_over_operations().await
     }
 
-    /// Polls all nodes, without an end.
-    pub async fn reconcile(self: Arc<Self>) {
-        loop {
-            self.loops.begin_round(loops::RECONCILE);
-            self.poll_nodes().await;
-            tokio::time::sleep(ROUND).await;
-        }
-    }
-
-    /// Polls all nodes at the same time, so that one that does not answer does not delay others.
-    async fn poll_nodes(&self) {
-        let nodes = self.nodes();
-        join_all(nodes.iter().map(|node| async {
-            let recorded = match self.poll_node(node).await {
-                Ok(()) => self.mark_reachable(node.name()).await,
-                Err(error) => {
-                    tracing::debug!(host = node.name(), %error, "a host does not report");
-                    self.mark_unreachable(node.name()).await
-                }
-            };
-            if let Err(error) = recorded {
-                tracing::error!(host = node.name(), %error, "cannot record the state of a host");
-            }
-        }))
-        .await;
+    /// What is known before a host is asked for its report.
+    pub(crate) async fn prepare_report(&self, host: &str) -> Result<Asked> {
+        self.mirror.add_host(&self.store, host).await?;
+        let asked = Asked {
+            last_change: self.mirror.last(),
+            in_creation: self.admission.vms_in_creation(),
+        };
+        self.admission.begin_measurement(host);
+        Ok(asked)
     }
 
     /// Records a host as unreachable when it has not reported for some time. Its VMs may be running.
-    async fn mark_unreachable(&self, host: &str) -> Result<()> {
-        let last = self.reports().get(host).map(|last| last.at);
-        if last.unwrap_or(self.started).elapsed() < SILENCE {
+    pub(crate) async fn mark_unreachable(&self, host: &str) -> Result<()> {
+        let is_recent = self.reports().get(host).map(LastReport::is_recent);
+        if is_recent.unwrap_or_else(|| hosts::is_recent(self.started)) {
             return Ok(());
         }
-        let vms = self.store.vms_of_host(host).await?;
-        let ids: Vec<String> = vms
-            .into_iter()
-            .filter(|vm| matches!(vm.state, VmState::Running | VmState::Paused))
-            .map(|vm| vm.id)
-            .collect();
-        if self.set_unreachable(host, true) {
-            let detail = format!("does not answer; {} VMs are on it", ids.len());
-            self.store
-                .record_host_event("host.unreachable", host, &detail)
-                .await?;
+        let vms = self.mirror.with_host(host, |vms| {
+            let vms = vms.iter();
+            let alive =
+                vms.filter(|(_, vm)| matches!(vm.state, VmState::Running | VmState::Paused));
+            alive.map(|(id, _)| id.clone()).collect::<Vec<String>>()
+        });
+        let vms = vms.unwrap_or_default();
+        if vms.is_empty() && self.is_known_unreachable(host).await? {
+            return Ok(());
         }
+        let detail = format!("does not answer; {} VMs are on it", vms.len());
+        self.store.set_reachable(host, false, &detail).await?;
         let reason = "its host does not answer; the VM may still be running";
-        self.store
-            .set_vm_states(&ids, VmState::Unreachable, reason)
-            .await
+        let unreachable = self.store.set_vm_states(&vms, VmState::Unreachable, reason);
+        unreachable.await
     }
 
-    async fn mark_reachable(&self, host: &str) -> Result<()> {
-        match self.set_unreachable(host, false) {
-            true => {
-                self.store
-                    .record_host_event("host.back", host, "answers")
-                    .await
-            }
-            false => Ok(()),
-        }
+    async fn is_known_unreachable(&self, host: &str) -> Result<bool> {
+        let rows = self.host_rows().await?;
+        let row = rows.iter().find(|row| row.name == host);
+        Ok(row.is_some_and(|row| !row.is_reachable))
     }
 
-    /// Returns whether that is a change.
-    fn set_unreachable(&self, host: &str, unreachable: bool) -> bool {
-        let mut all = self
-            .unreachable
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        match unreachable {
-            true => all.insert(host.to_owned()),
-            false => all.remove(host),
-        }
-    }
-
-    /// Whether a host has reported lately.
-    pub(crate) fn is_reachable(&self, host: &str) -> bool {
-        let reports = self.reports();
-        reports
-            .get(host)
-            .is_some_and(|last| last.at.elapsed() < SILENCE)
-    }
-
-    async fn poll_node(&self, node: &Node) -> Result<()> {
-        let host = node.name();
-        // Both are read before the host is asked: VMs that are placed meanwhile are not in its
-        // report, and a VM that is being created now may be missing there although its creation
-        // has finished when the report arrives.
-        let known = self.store.vms_of_host(host).await?;
-        let mut in_creation = self.admission.vms_in_creation();
-        let deadline = deadlines::question(node.as_ref());
-        let report = node.report(ReportRequest::default(), deadline).await?;
+    /// Records what a host reports. Returns what is to be done on it.
+    pub(crate) async fn apply_report(
+        &self,
+        host: &str,
+        mut report: HostReport,
+        asked: Asked,
+    ) -> Result<Findings> {
+        let vms = std::mem::take(&mut report.vms);
+        let alive = vms.iter().filter(|vm| vm.state.is_alive()).count();
         // This precedes the database: a full disk of the controller does not make a host
         // unreachable.
         let last = LastReport {
-            report: report.clone(),
+            report,
+            vms: alive as u32,
             at: Instant::now(),
+            seen_ms: now_ms(),
         };
-        self.reports().insert(host.to_owned(), last);
+        let former = self.reports().insert(host.to_owned(), last);
         self.admission.host_measured(host);
-        self.store
-            .upsert_host_report(host, &report.capacity)
-            .await?;
+        if former.is_none_or(|former| !former.is_recent()) {
+            self.store.set_reachable(host, true, "answers").await?;
+        }
+        // Changes since the host was asked are read, so that few VMs are unknown.
+        self.mirror.refresh(&self.store).await?;
         // VMs that were added since may be in the report; whoever creates them records them.
+        let mut in_creation = asked.in_creation;
         in_creation.extend(self.admission.vms_in_creation());
-        let ended = self
-            .store
-            .apply_node_report(host, &report.vms, &in_creation)
-            .await?;
-        self.delete_unwanted(node, &known).await?;
-        self.record_lost(host, known, &report, &in_creation).await?;
-        self.clean_up(node, ended, &report).await
+        let is_in_creation = |id: &str, vm: &Known| {
+            in_creation.contains(id)
+                || (vm.state == VmState::Creating && self.may_be_creating(vm.creator.as_deref()))
+        };
+        let compared = self.mirror.with_host(host, |known| {
+            compare(known, &vms, asked.last_change, is_in_creation)
+        });
+        let Some(compared) = compared else {
+            // The host is not this controller's any more.
+            return Ok(Findings::default());
+        };
+        let mut findings = Findings {
+            unwanted: compared.unwanted,
+            ..Findings::default()
+        };
+        self.record_lost(compared.missing).await?;
+        let changes = compared.changed.iter().map(|(index, changed)| StateChange {
+            id: &vms[*index].id,
+            state: vms[*index].state,
+            reason: vms[*index].reason.as_deref(),
+            unless_changed_since: Some(*changed),
+        });
+        let changes: Vec<_> = changes.collect();
+        let changed = self.store.change_vm_states(&changes).await?;
+        let ended: HashSet<&str> = changes
+            .iter()
+            .filter(|change| !change.state.is_alive())
+            .map(|change| change.id)
+            .collect();
+        findings.ended = changed;
+        findings.ended.retain(|id| ended.contains(id.as_str()));
+        let unknown = compared.unknown.iter().map(|index| &vms[*index]);
+        let unknown = unknown.filter(|vm| !in_creation.contains(&vm.id));
+        let (alive, over): (Vec<_>, Vec<_>) = unknown.partition(|vm| vm.state.is_alive());
+        let ids = |vms: Vec<&VmReport>| -> Vec<String> {
+            vms.into_iter().map(|vm| vm.id.clone()).collect()
+        };
+        findings.ended_but_running = self.store.ended_vms(&ids(alive)).await?;
+        findings
+            .ended
+            .extend(self.store.ended_vms(&ids(over)).await?);
+        Ok(findings)
     }
 
-    /// Ends VMs that were destroyed while their host was unreachable.
-    async fn delete_unwanted(&self, node: &Node, known: &[PlacedVm]) -> Result<()> {
-        for vm in known.iter().filter(|vm| !vm.wanted) {
-            let request = DestroyVmRequest {
-                vm: vm.id.clone(),
-                reason: DESTROYED.to_owned(),
-            };
-            node.destroy_vm(request, deadlines::operation()).await?;
-            self.store
-                .set_vm_states(std::slice::from_ref(&vm.id), VmState::Ended, DESTROYED)
-                .await?;
-        }
+    /// Reads which controllers there are.
+    pub(crate) async fn read_creators(&self) -> Result<()> {
+        let live = self.store.live_controllers().await?.into_iter();
+        let mut creators = self.creators.lock().unwrap_or_else(PoisonError::into_inner);
+        creators.live = live.map(|term| term.id).collect();
+        let Creators { live, ended } = &mut *creators;
+        ended.retain(|id, _| !live.contains(id));
         Ok(())
     }
 
-    /// Records VMs as failed that their host does not know.
-    async fn record_lost(
-        &self,
-        host: &str,
-        known: Vec<PlacedVm>,
-        report: &HostReport,
-        in_creation: &HashSet<String>,
-    ) -> Result<()> {
-        let reported: HashSet<&str> = report.vms.iter().map(|vm| vm.id.as_str()).collect();
-        let is_lost = |vm: &PlacedVm| {
-            vm.wanted
-                && !reported.contains(vm.id.as_str())
-                && !in_creation.contains(&vm.id)
-                && self.has_arrived(vm.state)
-        };
-        let lost = known.into_iter().filter(is_lost).map(|vm| vm.id);
-        let mut lost: Vec<String> = lost.collect();
-        if !lost.is_empty() {
-            // A VM that was destroyed meanwhile is not lost.
-            let now = self.store.vms_of_host(host).await?;
-            lost.retain(|id| now.iter().any(|vm| vm.id == *id && vm.wanted));
+    /// Whether the request of a controller to create a VM, which this process is not creating, may
+    /// still arrive at its host.
+    fn may_be_creating(&self, creator: Option<&str>) -> bool {
+        // The only node is in this process, and no older than it.
+        if self.cluster.is_none() {
+            return false;
         }
-        let reason = "its host does not know the VM";
-        self.store
-            .set_vm_states(&lost, VmState::Failed, reason)
-            .await
+        let creator = creator.unwrap_or_default();
+        if creator == self.store.term().id {
+            return false;
+        }
+        let mut creators = self.creators.lock().unwrap_or_else(PoisonError::into_inner);
+        if creators.live.contains(creator) {
+            return true;
+        }
+        let ended = creators.ended.entry(creator.to_owned());
+        ended.or_insert_with(Instant::now).elapsed() < CREATION
     }
 
-    /// Whether the request to create a VM in this state must have arrived at its host. The request
-    /// of an earlier process may take long, because the template is copied first.
-    fn has_arrived(&self, state: VmState) -> bool {
-        let grace = match self.cluster {
-            Some(_) => CREATION,
-            // The only node is in this process, and no older than it.
-            None => Duration::ZERO,
-        };
-        state != VmState::Creating || self.started.elapsed() >= grace
+    /// Records VMs as failed that their host does not know, unless they were changed meanwhile.
+    async fn record_lost(&self, missing: Vec<(String, i64)>) -> Result<()> {
+        let lost = missing.iter().map(|(id, changed)| StateChange {
+            id,
+            state: VmState::Failed,
+            reason: Some("its host does not know the VM"),
+            unless_changed_since: Some(*changed),
+        });
+        let lost: Vec<_> = lost.collect();
+        self.store.change_vm_states(&lost).await.map(drop)
     }
+}
 
-    /// Ends VMs on their host that have ended in the database, and lets the node forget them.
-    async fn clean_up(&self, node: &Node, ended: Vec<String>, report: &HostReport) -> Result<()> {
-        let running = report.vms.iter().filter(|vm| vm.state.is_alive());
-        let running: HashSet<&str> = running.map(|vm| vm.id.as_str()).collect();
-        for id in ended.iter().filter(|id| running.contains(id.as_str())) {
-            let request = DestroyVmRequest {
-                vm: id.clone(),
-                reason: "the controller has recorded that it ended".to_owned(),
-            };
-            node.destroy_vm(request, deadlines::operation()).await?;
+/// Compares a report with the VMs that are known of its host. VMs that were changed after
+/// `last_change` are left alone, and so are those that are being created.
+fn compare(
+    known: &mut HashMap<String, Known>,
+    reported: &[VmReport],
+    last_change: i64,
+    is_in_creation: impl Fn(&str, &Known) -> bool,
+) -> Comparison {
+    let mut compared = Comparison::default();
+    let seen = known.values().map(|vm| vm.seen).max().unwrap_or(0) + 1;
+    let mut found = 0;
+    for (index, report) in reported.iter().enumerate() {
+        let Some(vm) = known.get_mut(&report.id) else {
+            compared.unknown.push(index);
+            continue;
+        };
+        vm.seen = seen;
+        found += 1;
+        if report.memory.is_some() {
+            vm.memory = report.memory;
         }
-        if ended.is_empty() {
-            return Ok(());
+        if vm.changed > last_change
+            || report.state == VmState::Creating
+            || is_in_creation(&report.id, vm)
+        {
+            continue;
         }
-        let request = ForgetVmsRequest { vms: ended };
-        Ok(node.forget_vms(request, deadlines::operation()).await?)
+        if !vm.wanted && report.state.is_alive() {
+            compared.unwanted.push(report.id.clone());
+        }
+        if vm.state != report.state {
+            compared.changed.push((index, vm.changed));
+        }
     }
+    if found == known.len() {
+        return compared;
+    }
+    for (id, vm) in known.iter().filter(|(_, vm)| vm.seen != seen) {
+        if vm.changed > last_change || is_in_creation(id, vm) {
+            continue;
+        }
+        match vm.wanted {
+            true => compared.missing.push((id.clone(), vm.changed)),
+            // The host has ended it, or never had it: asking again makes sure of it.
+            false => compared.unwanted.push(id.clone()),
+        }
+    }
+    compared
 }

@@ -23,9 +23,13 @@ impl Controller {
         }
     }
 
-    /// Asks every host whether it wants a new certificate, and issues one to each that does.
+    /// Asks every own host whether it wants a new certificate, and issues one to each that does.
     pub async fn renew_certificates_once(&self, authority: &Arc<Authority>) {
-        for node in self.nodes() {
+        let nodes = match self.own_nodes().await {
+            Ok(nodes) => nodes,
+            Err(error) => return tracing::warn!(%error, "cannot read which hosts there are"),
+        };
+        for (_, node) in nodes {
             let host = node.name();
             match renew(&node, authority).await {
                 Ok(false) => {}

@@ -2,13 +2,19 @@
 //!
 //! Memory counts by the private memory of VMs as measured, and not by their nominal size, because
 //! clones share most of it. A host that was just given VMs is charged for them at once, by the cost
-//! of other VMs of their template, until it is measured again.
+//! of other VMs of their template, until it is measured again. An operator can limit the nominal size
+//! of all VMs of a host, too. Whatever puts a VM on a host is filtered here.
+
+use std::collections::BTreeSet;
 
 use crate::error::RETRY_S;
 use crate::{Error, ErrorKind, Result};
 
 /// The memory of a host that is kept free: one part in so many of all of it.
 const RESERVE: u64 = 10;
+/// The space that must be free on a host's disk and in its runtime directory besides what a VM is
+/// known to need, in bytes.
+const FREE_SPACE: u64 = 64 << 20;
 /// The assumed cost of a clone where none of its template was measured yet, in bytes.
 pub const UNKNOWN_COST: u64 = 64 << 20;
 /// What it adds to a host's score that it has the template, and that a standby is ready: the host
@@ -36,6 +42,15 @@ pub struct HostView {
     pub memory_bytes: u64,
     /// The memory that is available, less what was given away since it was measured, in bytes.
     pub available_bytes: u64,
+    /// The nominal memory of all VMs on the host, in bytes.
+    pub promised_bytes: u64,
+    /// The most nominal memory that the VMs of the host may have together, in bytes; `None` where
+    /// there is no limit.
+    pub promise_limit_bytes: Option<u64>,
+    /// The free space of the disk with the templates, in bytes; `None` where it is not known.
+    pub disk_free_bytes: Option<u64>,
+    /// The free space of the runtime directory, in bytes; `None` where it is not known.
+    pub run_free_bytes: Option<u64>,
     /// The number of VMs on the host.
     pub vms: u32,
     /// Whether the host has the template.
@@ -45,10 +60,14 @@ pub struct HostView {
 }
 
 /// What each VM of a request needs.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Need {
     /// The private memory that a VM is expected to have, in bytes.
     pub cost_bytes: u64,
+    /// The memory size of a VM, in bytes.
+    pub nominal_bytes: u64,
+    /// The disk space that the template takes on a host that does not have it yet, in bytes.
+    pub template_bytes: u64,
     /// Whether a host without the template can be chosen.
     pub anywhere: bool,
 }
@@ -84,7 +103,31 @@ fn fits(host: &HostView, need: Need) -> bool {
         && host.suits
         && host.lacks.is_empty()
         && (host.has_template || need.anywhere)
-        && host.available_bytes >= need.cost_bytes + host.memory_bytes / RESERVE
+        && shortage(host, need).is_none()
+}
+
+/// What a host does not have enough of for one more VM.
+fn shortage(host: &HostView, need: Need) -> Option<&'static str> {
+    let template_bytes = match host.has_template {
+        true => 0,
+        false => need.template_bytes,
+    };
+    let disk_bytes = template_bytes.saturating_add(FREE_SPACE);
+    let promised = host.promised_bytes.saturating_add(need.nominal_bytes);
+    if host.available_bytes < need.cost_bytes.saturating_add(host.memory_bytes / RESERVE) {
+        Some("memory")
+    } else if host
+        .promise_limit_bytes
+        .is_some_and(|limit| promised > limit)
+    {
+        Some("memory that may be promised (--memory-promise)")
+    } else if host.disk_free_bytes.is_some_and(|free| free < disk_bytes) {
+        Some("space on the disk with the templates")
+    } else if host.run_free_bytes.is_some_and(|free| free < FREE_SPACE) {
+        Some("space in the runtime directory")
+    } else {
+        None
+    }
 }
 
 /// The score of a host, where more is better: its shares of free memory and of idle processors, and
@@ -105,6 +148,7 @@ fn score(host: &HostView) -> f64 {
 
 fn charge(host: &mut HostView, need: Need) {
     host.available_bytes = host.available_bytes.saturating_sub(need.cost_bytes);
+    host.promised_bytes = host.promised_bytes.saturating_add(need.nominal_bytes);
     host.vms += 1;
     host.ready = host.ready.saturating_sub(1);
 }
@@ -121,7 +165,14 @@ fn refusal(hosts: &[HostView], need: Need, count: u32, placed: usize) -> Error {
     } else if !need.anywhere && !hosts.iter().any(|host| host.open && host.has_template) {
         "no host that has the template takes VMs now".to_owned()
     } else {
-        format!("there is memory for {placed} of the {count} VMs only")
+        let fitting = hosts.iter().filter(|host| host.open && host.suits);
+        let short: BTreeSet<_> = fitting.filter_map(|host| shortage(host, need)).collect();
+        let short: Vec<_> = short.into_iter().collect();
+        let short = match short.as_slice() {
+            [] => "room".to_owned(),
+            short => short.join(", and elsewhere "),
+        };
+        format!("there is {short} for {placed} of the {count} VMs only")
     };
     Error::new(ErrorKind::Busy, message)
         .advise("try again later, destroy VMs, or add a host")
@@ -175,7 +226,7 @@ mod tests {
     fn need(cost_bytes: u64) -> Need {
         Need {
             cost_bytes,
-            anywhere: false,
+            ..Need::default()
         }
     }
 
@@ -197,6 +248,49 @@ mod tests {
         let error = place(&mut hosts, need(GIB), 1).unwrap_err();
         assert_eq!(error.kind, ErrorKind::Busy);
         assert_eq!(error.retry_after_s, Some(5));
+    }
+
+    #[test]
+    fn what_a_host_is_short_of_is_named() {
+        let short = |change: fn(&mut HostView)| {
+            let mut hosts = [host("a")];
+            change(&mut hosts[0]);
+            let need = Need {
+                cost_bytes: GIB,
+                nominal_bytes: 4 * GIB,
+                template_bytes: GIB,
+                anywhere: true,
+            };
+            place(&mut hosts, need, 1).map_err(|error| error.message)
+        };
+        let is_short = |change, of: &str| {
+            let message = short(change).unwrap_err();
+            assert!(message.contains(of), "{message}");
+        };
+        is_short(|host| host.available_bytes = GIB, "memory");
+        is_short(
+            |host| host.run_free_bytes = Some(1 << 20),
+            "runtime directory",
+        );
+        is_short(|host| host.disk_free_bytes = Some(1 << 20), "disk");
+        is_short(
+            |host| {
+                host.promised_bytes = 62 * GIB;
+                host.promise_limit_bytes = Some(64 * GIB);
+            },
+            "promised",
+        );
+        // A template that has to be copied takes its space.
+        is_short(
+            |host| {
+                host.has_template = false;
+                host.disk_free_bytes = Some(GIB);
+            },
+            "disk",
+        );
+        short(|host| host.disk_free_bytes = Some(GIB)).unwrap();
+        // A host that does not say is not refused.
+        short(|_| {}).unwrap();
     }
 
     #[test]

@@ -1,50 +1,22 @@
 //! Templates: which hosts have them, and how many standbys are kept of them.
+//!
+//! Making them is in `make`, and removing them in `removal`.
+
+mod make;
+mod removal;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use army_api::templates::{RegisterTemplate, Template};
+use army_api::templates::Template;
 use army_node_api::chunks::ChunkReceiver;
-use army_node_api::requests::{
-    ExportTemplateRequest, FetchTemplateRequest, ImportTemplateRequest, InspectTemplateRequest,
-    RemoveTemplateRequest, SetStandbysRequest, TemplateFacts,
-};
+use army_node_api::requests::{ExportTemplateRequest, SetStandbysRequest};
 
 use crate::error::RETRY_S;
+use crate::store::hosts::HostRow;
 use crate::{Controller, Error, ErrorKind, Node, Result, deadlines};
 
 impl Controller {
-    /// Registers a template that is in a host's store.
-    pub async fn register_template(&self, request: &RegisterTemplate) -> Result<Template> {
-        let node = self.named_or_only_node(request.host.as_deref()).await?;
-        let inspect = InspectTemplateRequest {
-            template: request.name.clone(),
-        };
-        let facts = node
-            .inspect_template(inspect, deadlines::operation())
-            .await?;
-        self.register(&request.name, node.name(), request.standbys, facts)
-            .await
-    }
-
-    /// Sends a template as a stream to a host, and registers it.
-    pub async fn import_template(
-        &self,
-        name: &str,
-        host: Option<&str>,
-        content: ChunkReceiver,
-    ) -> Result<Template> {
-        self.check_name_is_free(name).await?;
-        let node = self.named_or_only_node(host).await?;
-        let request = ImportTemplateRequest {
-            template: name.to_owned(),
-        };
-        let facts = node
-            .import_template(request, content, deadlines::transfer())
-            .await?;
-        self.register(name, node.name(), 0, facts).await
-    }
-
     /// Opens the content of a template as a stream, from a host that has it. An error after the
     /// beginning is the last item of the stream.
     pub async fn export_template(&self, name: &str) -> Result<ChunkReceiver> {
@@ -55,18 +27,6 @@ impl Controller {
             template: template.name,
         };
         Ok(node.export_template(request, deadlines::export()).await?)
-    }
-
-    /// Checks that neither a template nor a tag has this name.
-    pub(crate) async fn check_name_is_free(&self, name: &str) -> Result<()> {
-        match self.store.template_or_tag(name).await {
-            Ok(_) => {
-                let message = format!("a template or a tag named `{name}` already exists");
-                Err(Error::new(ErrorKind::Conflict, message))
-            }
-            Err(error) if error.kind == ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
-        }
     }
 
     async fn named_or_only_node(&self, host: Option<&str>) -> Result<Node> {
@@ -90,35 +50,6 @@ impl Controller {
     async fn named_node(&self, host: &str) -> Result<Node> {
         self.host(host).await?;
         self.node(host)
-    }
-
-    /// Records a template that is in the store of `host`.
-    pub(crate) async fn register(
-        &self,
-        name: &str,
-        host: &str,
-        standbys: u32,
-        facts: TemplateFacts,
-    ) -> Result<Template> {
-        let template = Template {
-            name: name.to_owned(),
-            id: facts.id,
-            parent: facts.parent,
-            host: host.to_owned(),
-            hosts: vec![host.to_owned()],
-            tags: Vec::new(),
-            memory_bytes: facts.memory_bytes,
-            data_bytes: facts.data_bytes,
-            vcpus: facts.vcpus,
-            taken_ms: facts.taken_ms,
-            cpu: facts.cpu,
-            standbys,
-            ready: 0,
-            vms: 0,
-        };
-        self.store.insert_template(&template).await?;
-        self.apply_standbys(&template).await?;
-        Ok(template)
     }
 
     /// Changes the number of standbys of a template, which each host that has it keeps.
@@ -145,70 +76,6 @@ impl Controller {
         Ok(node.set_standbys(request, deadlines::operation()).await?)
     }
 
-    /// Copies a template to another host.
-    pub async fn copy_template(&self, name: &str, host: &str) -> Result<Template> {
-        let template = self.store.template(name).await?;
-        self.ensure_template(&self.named_node(host).await?, &template)
-            .await?;
-        self.template(name).await
-    }
-
-    /// Copies a template to the host of `node`, unless it is there.
-    pub(crate) async fn ensure_template(&self, node: &Node, template: &Template) -> Result<()> {
-        if template.hosts.iter().any(|host| host == node.name()) {
-            return Ok(());
-        }
-        let mut fetched = Err(no_host_answers(template));
-        for host in &template.hosts {
-            let Some(address) = self.find_node(host).and_then(|node| node.address()) else {
-                continue;
-            };
-            let request = FetchTemplateRequest {
-                host: host.clone(),
-                address,
-                template: template.name.clone(),
-                id: template.id.clone(),
-            };
-            let result = node.fetch_template(request, deadlines::transfer()).await;
-            fetched = result.map_err(Error::from);
-            match &fetched {
-                Err(error) if error.kind == ErrorKind::HostUnavailable => {}
-                _ => break,
-            }
-        }
-        fetched?;
-        self.store.insert_copy(&template.name, node.name()).await?;
-        self.apply_standbys_on(node, template).await
-    }
-
-    /// Removes a template that no VM uses, also from its hosts.
-    pub async fn remove_template(&self, name: &str) -> Result<()> {
-        let template = self.template(name).await?;
-        if template.vms > 0 {
-            let message = format!("{} VMs use the template `{name}`", template.vms);
-            return Err(Error::new(ErrorKind::Conflict, message)
-                .advise("destroy them first: they share its memory"));
-        }
-        if let Some(tag) = template.tags.first() {
-            let message = format!("the tag `{tag}` points to the template `{name}`");
-            return Err(Error::new(ErrorKind::Conflict, message)
-                .advise("move the tag to another template, or remove it: army template untag"));
-        }
-        for host in template.hosts {
-            let request = RemoveTemplateRequest {
-                template: name.to_owned(),
-            };
-            let node = self.node(&host)?;
-            let removed = node.remove_template(request, deadlines::operation()).await;
-            match removed.map_err(Error::from) {
-                // An earlier attempt did not reach all hosts, or the template was removed by hand.
-                Err(error) if error.kind == ErrorKind::NotFound => {}
-                removed => removed?,
-            }
-        }
-        self.store.remove_template(name).await
-    }
-
     /// Creates a tag that points to a template, or moves it there.
     pub async fn tag(&self, tag: &str, template: &str) -> Result<Template> {
         if !clone_api::validate::is_valid_name(tag) {
@@ -228,25 +95,28 @@ impl Controller {
     pub async fn template(&self, name: &str) -> Result<Template> {
         let template = self.store.template(name).await?;
         let used = self.store.vms_by_template().await?;
-        Ok(self.with_counts(template, &used))
+        let rows = self.host_rows().await?;
+        Ok(self.with_counts(template, &used, &rows))
     }
 
     /// All templates, with their present numbers of VMs and standbys.
     pub async fn templates(&self) -> Result<Vec<Template>> {
         let used = self.store.vms_by_template().await?;
         let templates = self.store.templates().await?;
+        let rows = self.host_rows().await?;
         let templates = templates.into_iter();
-        Ok(templates.map(|it| self.with_counts(it, &used)).collect())
+        let templates = templates.map(|it| self.with_counts(it, &used, &rows));
+        Ok(templates.collect())
     }
 
-    fn with_counts(&self, mut template: Template, used: &BTreeMap<String, u32>) -> Template {
+    fn with_counts(
+        &self,
+        mut template: Template,
+        used: &BTreeMap<String, u32>,
+        rows: &[HostRow],
+    ) -> Template {
         template.vms = used.get(&template.name).copied().unwrap_or(0);
-        let reports = self.reports();
-        let ready = template.hosts.iter().filter_map(|host| {
-            let ready = &reports.get(host)?.report.ready;
-            ready.get(&template.name)
-        });
-        template.ready = ready.sum();
+        template.ready = self.ready_standbys(rows, &template.name);
         template
     }
 }

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use agent_client::{Connection, Deadline};
 use army_api::templates::Template;
-use army_api::vms::{Balloon, SnapshotVm, Vm, VmFilter, VmPage, VmState};
+use army_api::vms::{Balloon, Vm, VmFilter, VmPage, VmState};
 use army_node_api::requests::{
     BalloonRequest, ConnectAgentRequest, DestroyVmRequest, PauseVmRequest, ResumeVmRequest,
-    SnapshotVmRequest,
 };
 
+use crate::admission::{AdmittedRequest, Refusal};
+use crate::scheduler::Need;
 use crate::store::vms::VmOwner;
 use crate::{Controller, Error, ErrorKind, Node, Result, deadlines};
 
@@ -51,7 +52,7 @@ impl Controller {
         let node = self.node_of(vm)?;
         let request = ConnectAgentRequest { vm: vm.id.clone() };
         let deadline = deadlines::agent();
-        let stream = node.connect_agent(request, deadline).await?;
+        let stream = node.connect_agent(request, deadline.into()).await?;
         let mut connection = stream.open(deadline).await?;
         connection.set_deadline(Deadline::after(limit));
         Ok(connection)
@@ -97,8 +98,39 @@ impl Controller {
     pub async fn resume(&self, vm: &Vm) -> Result<Vm> {
         let request = ResumeVmRequest { vm: vm.id.clone() };
         let node = self.node_of(vm)?;
+        let _room = self.admit_resumption(vm).await?;
         node.resume_vm(request, deadlines::operation()).await?;
         self.record_state(vm, VmState::Running).await
+    }
+
+    /// Reserves the memory on a VM's host that the VM had given back while it was paused. A VM is on its
+    /// host already, so a drained host resumes it.
+    async fn admit_resumption(&self, vm: &Vm) -> Result<Option<AdmittedRequest>> {
+        let swapped_bytes = vm.memory.unwrap_or_default().swapped_bytes;
+        if swapped_bytes == 0 {
+            return Ok(None);
+        }
+        let origin = Template {
+            name: vm.template.clone(),
+            hosts: vec![vm.host.clone()],
+            ..Template::default()
+        };
+        let mut views = self.host_views(&origin, &BTreeMap::new()).await?;
+        views.retain(|view| view.name == vm.host);
+        for view in &mut views {
+            view.open = true;
+        }
+        let need = Need {
+            cost_bytes: swapped_bytes,
+            ..Need::default()
+        };
+        let mut admitted = self.admission.admit()?;
+        // It counts for itself, and not as what a clone of its template costs.
+        let placed = admitted.place(views, &format!("resumed:{}", vm.id), need, 1);
+        match placed {
+            Ok(_) => Ok(Some(admitted)),
+            Err(Refusal::Estimated(error) | Refusal::Final(error)) => Err(error),
+        }
     }
 
     async fn record_state(&self, vm: &Vm, state: VmState) -> Result<Vm> {
@@ -115,18 +147,5 @@ impl Controller {
         };
         let node = self.node_of(vm)?;
         Ok(node.balloon(request, deadlines::operation()).await?)
-    }
-
-    /// Creates a template from a VM, which continues to run, and registers it.
-    pub async fn snapshot(&self, vm: &Vm, request: SnapshotVm) -> Result<Template> {
-        let node = self.node_of(vm)?;
-        let name = request.template;
-        let request = SnapshotVmRequest {
-            vm: vm.id.clone(),
-            template: name.clone(),
-            diff: request.diff,
-        };
-        let facts = node.snapshot_vm(request, deadlines::transfer()).await?;
-        self.register(&name, &vm.host, 0, facts).await
     }
 }

@@ -13,7 +13,7 @@ use crate::requests::{
     RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
     SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
 };
-use crate::{AgentStream, Deadline, Result};
+use crate::{AgentStream, Call, Result};
 
 /// What an operation returns: a future, boxed so that the controller can hold nodes of several
 /// kinds.
@@ -26,7 +26,9 @@ pub type Reply<'a, T> = BoxFuture<'a, Result<T>>;
 /// [`SimulatedNode`](crate::simulated::SimulatedNode) for tests. [`router`](crate::router::router)
 /// serves any of them to [`Remote`](crate::Remote).
 ///
-/// Every call has a deadline. A call that fails with
+/// Every call has a deadline and the epoch of the host ([`Call`]). A call of an older epoch than the
+/// node has seen is refused with [`StaleEpoch`](crate::ErrorKind::StaleEpoch); only
+/// [`export_template`](NodeApi::export_template) is not, which other nodes call. A call that fails with
 /// [`DeadlineExceeded`](crate::ErrorKind::DeadlineExceeded) or
 /// [`HostUnreachable`](crate::ErrorKind::HostUnreachable) may still have an effect, or have it
 /// later; the next [`report`](NodeApi::report) shows it.
@@ -48,66 +50,54 @@ pub trait NodeApi: Send + Sync + 'static {
     /// in a later one is refused with [`Conflict`](crate::ErrorKind::Conflict), so that a repeated
     /// request does not create it twice. [`HostUnsupported`](crate::ErrorKind::HostUnsupported)
     /// means that another host may be able to run the VM.
-    fn create_vms(
-        &self,
-        request: CreateVmsRequest,
-        deadline: Deadline,
-    ) -> Reply<'_, CreateVmsResponse>;
+    fn create_vms(&self, request: CreateVmsRequest, call: Call) -> Reply<'_, CreateVmsResponse>;
 
     /// Creates VMs as forks of a running VM, which continues to run. Otherwise the same as
     /// [`create_vms`](NodeApi::create_vms).
-    fn fork_vm(&self, request: ForkVmRequest, deadline: Deadline) -> Reply<'_, CreateVmsResponse>;
+    fn fork_vm(&self, request: ForkVmRequest, call: Call) -> Reply<'_, CreateVmsResponse>;
 
     /// Ends a VM. It is not an error if the VM has ended, or is unknown.
-    fn destroy_vm(&self, request: DestroyVmRequest, deadline: Deadline) -> Reply<'_, ()>;
+    fn destroy_vm(&self, request: DestroyVmRequest, call: Call) -> Reply<'_, ()>;
 
     /// Stops the CPUs of a running VM.
-    fn pause_vm(&self, request: PauseVmRequest, deadline: Deadline) -> Reply<'_, ()>;
+    fn pause_vm(&self, request: PauseVmRequest, call: Call) -> Reply<'_, ()>;
 
     /// Lets the CPUs of a paused VM run again.
-    fn resume_vm(&self, request: ResumeVmRequest, deadline: Deadline) -> Reply<'_, ()>;
+    fn resume_vm(&self, request: ResumeVmRequest, call: Call) -> Reply<'_, ()>;
 
     /// Reads the memory balloon of a VM, after requesting a new size where the request has one. The
     /// guest changes the size gradually.
-    fn balloon(&self, request: BalloonRequest, deadline: Deadline) -> Reply<'_, Balloon>;
+    fn balloon(&self, request: BalloonRequest, call: Call) -> Reply<'_, Balloon>;
 
     /// Creates a template from a running VM, which continues to run.
-    fn snapshot_vm(
-        &self,
-        request: SnapshotVmRequest,
-        deadline: Deadline,
-    ) -> Reply<'_, TemplateFacts>;
+    fn snapshot_vm(&self, request: SnapshotVmRequest, call: Call) -> Reply<'_, TemplateFacts>;
 
     /// Connects to the agent in a VM. The VM counts as used while the stream or the connection that
     /// is made of it lives, and is resumed where it was paused because it was idle.
-    fn connect_agent(
-        &self,
-        request: ConnectAgentRequest,
-        deadline: Deadline,
-    ) -> Reply<'_, AgentStream>;
+    fn connect_agent(&self, request: ConnectAgentRequest, call: Call) -> Reply<'_, AgentStream>;
 
     /// Describes a template in the host's store.
     fn inspect_template(
         &self,
         request: InspectTemplateRequest,
-        deadline: Deadline,
+        call: Call,
     ) -> Reply<'_, TemplateFacts>;
 
     /// Verifies a template and keeps that many standbys of it ready from now on.
-    fn set_standbys(&self, request: SetStandbysRequest, deadline: Deadline) -> Reply<'_, ()>;
+    fn set_standbys(&self, request: SetStandbysRequest, call: Call) -> Reply<'_, ()>;
 
     /// Removes a template that no VM uses from the host's store, and ends its standbys.
-    fn remove_template(&self, request: RemoveTemplateRequest, deadline: Deadline) -> Reply<'_, ()>;
+    fn remove_template(&self, request: RemoveTemplateRequest, call: Call) -> Reply<'_, ()>;
 
     /// Copies a template from another host, unless this host has it.
-    fn fetch_template(&self, request: FetchTemplateRequest, deadline: Deadline) -> Reply<'_, ()>;
+    fn fetch_template(&self, request: FetchTemplateRequest, call: Call) -> Reply<'_, ()>;
 
     /// Opens a template and sends all of it as one stream. An error after the beginning is the last
     /// item of the stream.
     fn export_template(
         &self,
         request: ExportTemplateRequest,
-        deadline: Deadline,
+        call: Call,
     ) -> Reply<'_, ChunkReceiver>;
 
     /// Receives a template as one stream, verifies it, and puts it into the host's store.
@@ -115,27 +105,19 @@ pub trait NodeApi: Send + Sync + 'static {
         &self,
         request: ImportTemplateRequest,
         content: ChunkReceiver,
-        deadline: Deadline,
+        call: Call,
     ) -> Reply<'_, TemplateFacts>;
 
     /// Reports the state of the host and of all VMs in its journal.
-    fn report(&self, request: ReportRequest, deadline: Deadline) -> Reply<'_, HostReport>;
+    fn report(&self, request: ReportRequest, call: Call) -> Reply<'_, HostReport>;
 
     /// Removes VMs that have ended from the node's journal, once the controller has recorded it.
-    fn forget_vms(&self, request: ForgetVmsRequest, deadline: Deadline) -> Reply<'_, ()>;
+    fn forget_vms(&self, request: ForgetVmsRequest, call: Call) -> Reply<'_, ()>;
 
     /// Asks for a certificate signing request, which the node makes where its certificate is getting
     /// old.
-    fn request_renewal(
-        &self,
-        request: RenewalRequest,
-        deadline: Deadline,
-    ) -> Reply<'_, RenewalResponse>;
+    fn request_renewal(&self, request: RenewalRequest, call: Call) -> Reply<'_, RenewalResponse>;
 
     /// Installs the certificate that the node has last requested.
-    fn install_certificate(
-        &self,
-        request: InstallCertificateRequest,
-        deadline: Deadline,
-    ) -> Reply<'_, ()>;
+    fn install_certificate(&self, request: InstallCertificateRequest, call: Call) -> Reply<'_, ()>;
 }

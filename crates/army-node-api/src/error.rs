@@ -29,6 +29,9 @@ pub enum ErrorKind {
     HostUnreachable,
     /// The host lacks a feature that the VM needs; another host may have it.
     HostUnsupported,
+    /// The call is of an older epoch of the host than the node has seen: another controller has taken
+    /// the host over.
+    StaleEpoch,
     /// The deadline of the call has passed.
     DeadlineExceeded,
     /// The node itself failed. An unknown kind, which a newer node may send, is read as this one.

@@ -9,6 +9,7 @@
 
 mod agent;
 mod api;
+mod call;
 pub mod chunks;
 pub mod cluster;
 mod error;
@@ -23,6 +24,7 @@ pub mod validate;
 pub use agent::AgentStream;
 pub use agent_proto::deadline::Deadline;
 pub use api::{NodeApi, Reply};
+pub use call::{Call, Fence};
 pub use error::{Error, ErrorKind, Result};
 pub use remote::Remote;
 
@@ -32,6 +34,9 @@ pub const VERSION: &str = "v2";
 
 /// The protocol that a connection to an agent is upgraded to: from then on it is the agent's own.
 const AGENT_PROTOCOL: &str = "army-agent";
+
+/// The header with the host's epoch, as the caller knows it.
+const EPOCH_HEADER: &str = "army-epoch";
 
 /// The header with the time that remains until a call's deadline, in milliseconds.
 const DEADLINE_HEADER: &str = "army-deadline-ms";

@@ -19,8 +19,8 @@ use crate::requests::{
     ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
 };
 use crate::{
-    AGENT_PROTOCOL, AgentStream, DEADLINE_HEADER, Deadline, Error, ErrorKind, NodeApi, Reply,
-    Result, VERSION,
+    AGENT_PROTOCOL, AgentStream, Call, DEADLINE_HEADER, EPOCH_HEADER, Error, ErrorKind, NodeApi,
+    Reply, Result, VERSION,
 };
 
 /// The longest time that connecting with a host may take.
@@ -65,19 +65,23 @@ impl Remote {
     }
 
     /// Sends an operation's request, and reads its response.
-    fn call<O: Operation>(&self, request: O, deadline: Deadline) -> Reply<'_, O::Response> {
+    fn call<O: Operation>(&self, request: O, call: Call) -> Reply<'_, O::Response> {
         Box::pin(async move {
             let url = format!("{}/{}", self.url, O::NAME);
-            let response = self.send(self.http.post(url).json(&request), deadline);
+            let response = self.send(self.http.post(url).json(&request), call);
             self.read(response.await?).await
         })
     }
 
     /// Sends a request, whose response must be a success.
-    async fn send(&self, request: RequestBuilder, deadline: Deadline) -> Result<Response> {
-        let remaining = deadline.remaining().ok_or_else(Error::deadline_exceeded)?;
+    async fn send(&self, request: RequestBuilder, call: Call) -> Result<Response> {
+        let remaining = call
+            .deadline
+            .remaining()
+            .ok_or_else(Error::deadline_exceeded)?;
         let response = request
             .header(DEADLINE_HEADER, remaining.as_millis().to_string())
+            .header(EPOCH_HEADER, call.epoch.to_string())
             .timeout(remaining.saturating_add(GRACE))
             .send()
             .await
@@ -99,17 +103,12 @@ impl Remote {
     }
 
     /// Creates VMs. The node must answer for each of them.
-    fn create<O>(
-        &self,
-        count: usize,
-        request: O,
-        deadline: Deadline,
-    ) -> Reply<'_, CreateVmsResponse>
+    fn create<O>(&self, count: usize, request: O, call: Call) -> Reply<'_, CreateVmsResponse>
     where
         O: Operation<Response = CreateVmsResponse>,
     {
         Box::pin(async move {
-            let response = self.call(request, deadline).await?;
+            let response = self.call(request, call).await?;
             match response.results.len() == count {
                 true => Ok(response),
                 false => Err(self.unreachable("its response is about other VMs")),
@@ -126,13 +125,13 @@ impl Remote {
         Error::new(ErrorKind::HostUnreachable, message)
     }
 
-    async fn open_agent(&self, vm: &str, deadline: Deadline) -> Result<AgentStream> {
+    async fn open_agent(&self, vm: &str, call: Call) -> Result<AgentStream> {
         let request = self
             .http
             .get(format!("{}/agent/{vm}", self.url))
             .header(header::CONNECTION, "upgrade")
             .header(header::UPGRADE, AGENT_PROTOCOL);
-        let response = self.send(request, deadline).await?;
+        let response = self.send(request, call).await?;
         let upgraded = response.upgrade().await;
         let upgraded = upgraded.map_err(|error| self.lost(&error))?;
         Ok(AgentStream::raw(AgentSocket::new(upgraded)))
@@ -165,78 +164,66 @@ impl NodeApi for Remote {
         Some(self.address)
     }
 
-    fn create_vms(
-        &self,
-        request: CreateVmsRequest,
-        deadline: Deadline,
-    ) -> Reply<'_, CreateVmsResponse> {
-        self.create(request.vms.len(), request, deadline)
+    fn create_vms(&self, request: CreateVmsRequest, call: Call) -> Reply<'_, CreateVmsResponse> {
+        self.create(request.vms.len(), request, call)
     }
 
-    fn fork_vm(&self, request: ForkVmRequest, deadline: Deadline) -> Reply<'_, CreateVmsResponse> {
-        self.create(request.vms.len(), request, deadline)
+    fn fork_vm(&self, request: ForkVmRequest, call: Call) -> Reply<'_, CreateVmsResponse> {
+        self.create(request.vms.len(), request, call)
     }
 
-    fn destroy_vm(&self, request: DestroyVmRequest, deadline: Deadline) -> Reply<'_, ()> {
-        self.call(request, deadline)
+    fn destroy_vm(&self, request: DestroyVmRequest, call: Call) -> Reply<'_, ()> {
+        self.call(request, call)
     }
 
-    fn pause_vm(&self, request: PauseVmRequest, deadline: Deadline) -> Reply<'_, ()> {
-        self.call(request, deadline)
+    fn pause_vm(&self, request: PauseVmRequest, call: Call) -> Reply<'_, ()> {
+        self.call(request, call)
     }
 
-    fn resume_vm(&self, request: ResumeVmRequest, deadline: Deadline) -> Reply<'_, ()> {
-        self.call(request, deadline)
+    fn resume_vm(&self, request: ResumeVmRequest, call: Call) -> Reply<'_, ()> {
+        self.call(request, call)
     }
 
-    fn balloon(&self, request: BalloonRequest, deadline: Deadline) -> Reply<'_, Balloon> {
-        self.call(request, deadline)
+    fn balloon(&self, request: BalloonRequest, call: Call) -> Reply<'_, Balloon> {
+        self.call(request, call)
     }
 
-    fn snapshot_vm(
-        &self,
-        request: SnapshotVmRequest,
-        deadline: Deadline,
-    ) -> Reply<'_, TemplateFacts> {
-        self.call(request, deadline)
+    fn snapshot_vm(&self, request: SnapshotVmRequest, call: Call) -> Reply<'_, TemplateFacts> {
+        self.call(request, call)
     }
 
-    fn connect_agent(
-        &self,
-        request: ConnectAgentRequest,
-        deadline: Deadline,
-    ) -> Reply<'_, AgentStream> {
-        Box::pin(async move { self.open_agent(&request.vm, deadline).await })
+    fn connect_agent(&self, request: ConnectAgentRequest, call: Call) -> Reply<'_, AgentStream> {
+        Box::pin(async move { self.open_agent(&request.vm, call).await })
     }
 
     fn inspect_template(
         &self,
         request: InspectTemplateRequest,
-        deadline: Deadline,
+        call: Call,
     ) -> Reply<'_, TemplateFacts> {
-        self.call(request, deadline)
+        self.call(request, call)
     }
 
-    fn set_standbys(&self, request: SetStandbysRequest, deadline: Deadline) -> Reply<'_, ()> {
-        self.call(request, deadline)
+    fn set_standbys(&self, request: SetStandbysRequest, call: Call) -> Reply<'_, ()> {
+        self.call(request, call)
     }
 
-    fn remove_template(&self, request: RemoveTemplateRequest, deadline: Deadline) -> Reply<'_, ()> {
-        self.call(request, deadline)
+    fn remove_template(&self, request: RemoveTemplateRequest, call: Call) -> Reply<'_, ()> {
+        self.call(request, call)
     }
 
-    fn fetch_template(&self, request: FetchTemplateRequest, deadline: Deadline) -> Reply<'_, ()> {
-        self.call(request, deadline)
+    fn fetch_template(&self, request: FetchTemplateRequest, call: Call) -> Reply<'_, ()> {
+        self.call(request, call)
     }
 
     fn export_template(
         &self,
         request: ExportTemplateRequest,
-        deadline: Deadline,
+        call: Call,
     ) -> Reply<'_, ChunkReceiver> {
         Box::pin(async move {
             let url = format!("{}/content/{}", self.url, request.template);
-            let response = self.send(self.http.get(url), deadline).await?;
+            let response = self.send(self.http.get(url), call).await?;
             let host = self.name.clone();
             let body = futures_util::StreamExt::map(response.bytes_stream(), move |chunk| {
                 chunk.map_err(|error| format!("the host {host} was lost: {}", causes(&error)))
@@ -249,37 +236,29 @@ impl NodeApi for Remote {
         &self,
         request: ImportTemplateRequest,
         content: ChunkReceiver,
-        deadline: Deadline,
+        call: Call,
     ) -> Reply<'_, TemplateFacts> {
         Box::pin(async move {
             let url = format!("{}/content/{}", self.url, request.template);
             let body = reqwest::Body::wrap_stream(chunks::into_stream(content));
-            let response = self.send(self.http.put(url).body(body), deadline).await?;
+            let response = self.send(self.http.put(url).body(body), call).await?;
             self.read(response).await
         })
     }
 
-    fn report(&self, request: ReportRequest, deadline: Deadline) -> Reply<'_, HostReport> {
-        self.call(request, deadline)
+    fn report(&self, request: ReportRequest, call: Call) -> Reply<'_, HostReport> {
+        self.call(request, call)
     }
 
-    fn forget_vms(&self, request: ForgetVmsRequest, deadline: Deadline) -> Reply<'_, ()> {
-        self.call(request, deadline)
+    fn forget_vms(&self, request: ForgetVmsRequest, call: Call) -> Reply<'_, ()> {
+        self.call(request, call)
     }
 
-    fn request_renewal(
-        &self,
-        request: RenewalRequest,
-        deadline: Deadline,
-    ) -> Reply<'_, RenewalResponse> {
-        self.call(request, deadline)
+    fn request_renewal(&self, request: RenewalRequest, call: Call) -> Reply<'_, RenewalResponse> {
+        self.call(request, call)
     }
 
-    fn install_certificate(
-        &self,
-        request: InstallCertificateRequest,
-        deadline: Deadline,
-    ) -> Reply<'_, ()> {
-        self.call(request, deadline)
+    fn install_certificate(&self, request: InstallCertificateRequest, call: Call) -> Reply<'_, ()> {
+        self.call(request, call)
     }
 }

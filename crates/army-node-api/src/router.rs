@@ -24,7 +24,8 @@ use crate::requests::{
     ConnectAgentRequest, ExportTemplateRequest, ImportTemplateRequest, Operation, TemplateFacts,
 };
 use crate::{
-    AGENT_PROTOCOL, DEADLINE_HEADER, Deadline, Error, ErrorKind, NodeApi, Reply, Result, VERSION,
+    AGENT_PROTOCOL, Call, DEADLINE_HEADER, Deadline, EPOCH_HEADER, Error, ErrorKind, NodeApi,
+    Reply, Result, VERSION,
 };
 
 /// The largest body of a request, except for templates.
@@ -64,14 +65,14 @@ pub fn router(node: Arc<dyn NodeApi>) -> Router {
 
 /// The route of an operation that the controller may request.
 fn operation<O: Operation>(
-    call: for<'a> fn(&'a dyn NodeApi, O, Deadline) -> Reply<'a, O::Response>,
+    operation: for<'a> fn(&'a dyn NodeApi, O, Call) -> Reply<'a, O::Response>,
 ) -> Router<Node> {
     let handler = move |State(node): State<Node>,
                         ConnectInfo(peer): ConnectInfo<Peer>,
-                        Until(deadline): Until,
+                        Carried(call): Carried,
                         Json(request): Json<O>| async move {
         check_controller(&peer)?;
-        let response = call(&*node, request, deadline).await?;
+        let response = operation(&*node, request, call).await?;
         Ok::<_, Refusal>(Json(response))
     };
     Router::new().route(&format!("/{}", O::NAME), post(handler))
@@ -87,22 +88,27 @@ fn check_controller(peer: &Peer) -> Result<()> {
     }
 }
 
-/// The deadline of a request, by this host's clock.
-struct Until(Deadline);
+/// The deadline of a request, by this host's clock, and its epoch.
+struct Carried(Call);
 
-impl<S: Sync> FromRequestParts<S> for Until {
+impl<S: Sync> FromRequestParts<S> for Carried {
     type Rejection = Refusal;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> std::result::Result<Self, Refusal> {
-        let value = parts.headers.get(DEADLINE_HEADER);
-        let remaining_ms = value.and_then(|it| it.to_str().ok()?.parse().ok());
-        match remaining_ms {
-            Some(remaining_ms) => Ok(Self(Deadline::after(Duration::from_millis(remaining_ms)))),
-            None => Err(Refusal(Error::new(
+        let number = |header| {
+            let value = parts.headers.get(header)?.to_str().ok()?;
+            value.parse::<u64>().ok()
+        };
+        let Some(remaining_ms) = number(DEADLINE_HEADER) else {
+            return Err(Refusal(Error::new(
                 ErrorKind::InvalidRequest,
                 format!("the request has no valid {DEADLINE_HEADER} header"),
-            ))),
-        }
+            )));
+        };
+        let deadline = Deadline::after(Duration::from_millis(remaining_ms));
+        // Other nodes know no epoch.
+        let epoch = number(EPOCH_HEADER).unwrap_or(0);
+        Ok(Self(Call { deadline, epoch }))
     }
 }
 
@@ -121,7 +127,9 @@ impl IntoResponse for Refusal {
             ErrorKind::InvalidRequest => StatusCode::BAD_REQUEST,
             ErrorKind::PermissionDenied => StatusCode::FORBIDDEN,
             ErrorKind::NotFound => StatusCode::NOT_FOUND,
-            ErrorKind::Conflict | ErrorKind::HostUnsupported => StatusCode::CONFLICT,
+            ErrorKind::Conflict | ErrorKind::HostUnsupported | ErrorKind::StaleEpoch => {
+                StatusCode::CONFLICT
+            }
             ErrorKind::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             ErrorKind::Exhausted => StatusCode::TOO_MANY_REQUESTS,
             ErrorKind::GuestUnavailable | ErrorKind::HostUnreachable => {
@@ -143,7 +151,7 @@ type Answer<T> = std::result::Result<T, Refusal>;
 async fn connect_agent(
     State(node): State<Node>,
     ConnectInfo(peer): ConnectInfo<Peer>,
-    Until(deadline): Until,
+    Carried(call): Carried,
     Path(vm): Path<String>,
     mut request: Request,
 ) -> Answer<Response> {
@@ -153,7 +161,7 @@ async fn connect_agent(
         let message = format!("this path requires `Upgrade: {AGENT_PROTOCOL}`");
         return Err(Error::new(ErrorKind::InvalidRequest, message).into());
     }
-    let agent = node.connect_agent(ConnectAgentRequest { vm }, deadline);
+    let agent = node.connect_agent(ConnectAgentRequest { vm }, call);
     let (near, greeting) = agent.await?.into_parts()?;
     let upgrade = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
@@ -171,7 +179,7 @@ async fn connect_agent(
 async fn export_template(
     State(node): State<Node>,
     ConnectInfo(peer): ConnectInfo<Peer>,
-    Until(deadline): Until,
+    Carried(call): Carried,
     Path(template): Path<String>,
 ) -> Answer<Response> {
     if peer.member.is_none() {
@@ -179,7 +187,7 @@ async fn export_template(
         return Err(Error::new(ErrorKind::PermissionDenied, message).into());
     }
     let request = ExportTemplateRequest { template };
-    let mut content = node.export_template(request, deadline).await?;
+    let mut content = node.export_template(request, call).await?;
     // An error before the first chunk becomes the response.
     let first = match content.recv().await {
         Some(Err(error)) => return Err(Error::internal("send the template", &error).into()),
@@ -195,14 +203,12 @@ async fn export_template(
 async fn import_template(
     State(node): State<Node>,
     ConnectInfo(peer): ConnectInfo<Peer>,
-    Until(deadline): Until,
+    Carried(call): Carried,
     Path(template): Path<String>,
     request: Request,
 ) -> Answer<Json<TemplateFacts>> {
     check_controller(&peer)?;
     let content = chunks::receive(request.into_body().into_data_stream());
     let request = ImportTemplateRequest { template };
-    Ok(Json(
-        node.import_template(request, content, deadline).await?,
-    ))
+    Ok(Json(node.import_template(request, content, call).await?))
 }

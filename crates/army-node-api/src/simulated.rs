@@ -1,13 +1,14 @@
 //! A node without VMs, for tests and for measurements of the controller.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use agent_client::{AgentSocket, Transport};
 use army_api::hosts::Capacity;
 use army_api::templates::CpuFeatures;
-use army_api::vms::{Balloon, VmState};
+use army_api::vms::{Balloon, VmMemory, VmState};
 use tokio::sync::Semaphore;
 
 use crate::chunks::{self, ChunkReceiver};
@@ -18,7 +19,7 @@ use crate::requests::{
     PauseVmRequest, RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest,
     ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest, TemplateFacts, VmReport, VmSpec,
 };
-use crate::{AgentStream, Deadline, Error, ErrorKind, NodeApi, Reply, Result};
+use crate::{AgentStream, Call, Error, ErrorKind, Fence, NodeApi, Reply, Result};
 
 /// Bytes of a template that are sent in one chunk.
 const CHUNK: usize = 64 << 10;
@@ -30,10 +31,18 @@ pub struct SimulatedNode {
     capacity: Capacity,
     cpu: Option<CpuFeatures>,
     creation: Result<CreatedVm>,
+    vm_cost: u64,
+    vm_size: u64,
     /// Holds answers to requests for new VMs.
     pub creations: Gate,
     /// Holds reports, whose content is what it was when they were requested.
     pub reports: Gate,
+    fence: Fence,
+    /// Holds answers to requests that make templates, copy them or remove them. What they are for has
+    /// been done by then.
+    pub transfers: Gate,
+    address: Option<SocketAddr>,
+    unreachable: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -44,6 +53,19 @@ struct State {
     /// Streams to agents that wait to be connected.
     agents: VecDeque<AgentSocket>,
     requested: usize,
+    /// The ids of all VMs that were ever created.
+    created: HashSet<String>,
+    /// The ids of VMs that were created although they had been created before.
+    created_twice: Vec<String>,
+    /// How destroying a VM ends, where it does not succeed; `None` where it never does.
+    stubborn: HashMap<String, Option<Error>>,
+    /// Whether no call is answered.
+    frozen: bool,
+    /// The standbys to keep of templates, all of which are ready.
+    standbys: HashMap<String, u32>,
+    /// The memory of each VM that runs.
+    memory: Option<VmMemory>,
+    reports: usize,
 }
 
 struct SimulatedTemplate {
@@ -112,8 +134,14 @@ impl SimulatedNode {
                 identity_us: 1,
                 notices: Vec::new(),
             }),
+            vm_cost: 0,
+            vm_size: 0,
             creations: Gate::new(true),
             reports: Gate::new(true),
+            fence: Fence::new(0),
+            transfers: Gate::new(true),
+            address: None,
+            unreachable: AtomicBool::new(false),
             state: Mutex::default(),
         }
     }
@@ -140,6 +168,66 @@ impl SimulatedNode {
         self
     }
 
+    /// Holds answers to requests about templates until the gate releases them.
+    #[must_use]
+    pub fn with_gated_transfers(mut self) -> Self {
+        self.transfers = Gate::new(false);
+        self
+    }
+
+    /// Lets the host have this address, as one that is elsewhere.
+    #[must_use]
+    pub fn with_address(mut self, address: SocketAddr) -> Self {
+        self.address = Some(address);
+        self
+    }
+
+    /// Lets the host have this capacity.
+    #[must_use]
+    pub fn with_capacity(mut self, capacity: Capacity) -> Self {
+        self.capacity = capacity;
+        self
+    }
+
+    /// Lets each VM use so much memory as soon as it runs, by the host's own account.
+    #[must_use]
+    pub fn with_vm_cost(mut self, bytes: u64) -> Self {
+        self.vm_cost = bytes;
+        self
+    }
+
+    /// Lets each VM have so much memory by its description.
+    #[must_use]
+    pub fn with_vm_size(mut self, bytes: u64) -> Self {
+        self.vm_size = bytes;
+        self
+    }
+
+    /// Lets the host answer nothing, or answer again.
+    pub fn set_unreachable(&self, unreachable: bool) {
+        self.unreachable.store(unreachable, Ordering::SeqCst);
+    }
+
+    /// Lets a VM run on the host, as after a request whose answer was lost.
+    pub fn add_vm(&self, id: &str) {
+        self.state().vms.insert(id.to_owned(), VmState::Running);
+    }
+
+    /// The names of the templates in the host's store.
+    pub fn templates(&self) -> Vec<String> {
+        self.state().templates.keys().cloned().collect()
+    }
+
+    fn check_reachable(&self) -> Result<()> {
+        match self.unreachable.load(Ordering::SeqCst) {
+            false => Ok(()),
+            true => {
+                let message = format!("the host {} does not answer", self.name);
+                Err(Error::new(ErrorKind::HostUnreachable, message))
+            }
+        }
+    }
+
     /// Puts a template into the host's store.
     pub fn add_template(&self, name: &str, facts: TemplateFacts, content: &[u8]) {
         let template = SimulatedTemplate {
@@ -164,6 +252,114 @@ impl SimulatedNode {
         self.state().vms.clear();
     }
 
+    /// The number of times that the host has reported.
+    pub fn reports_made(&self) -> usize {
+        self.state().reports
+    }
+
+    /// The ids of the VMs that the host has, whether they run or have ended.
+    pub fn vms(&self) -> Vec<String> {
+        self.state().vms.keys().cloned().collect()
+    }
+
+    /// The ids of the VMs that run on the host.
+    pub fn running_vms(&self) -> Vec<String> {
+        let state = self.state();
+        let running = state.vms.iter().filter(|(_, state)| state.is_alive());
+        running.map(|(id, _)| id.clone()).collect()
+    }
+
+    /// The ids of VMs that were created although they had been created before.
+    pub fn created_twice(&self) -> Vec<String> {
+        self.state().created_twice.clone()
+    }
+
+    /// Lets a VM that runs end by itself.
+    pub fn end_vm(&self, id: &str) {
+        if let Some(state) = self.state().vms.get_mut(id) {
+            *state = VmState::Ended;
+        }
+    }
+
+    /// Lets every request to destroy this VM end with an error, or never end.
+    pub fn refuse_to_destroy(&self, id: &str, error: Option<Error>) {
+        self.state().stubborn.insert(id.to_owned(), error);
+    }
+
+    /// Lets the host answer no call, or answer again.
+    pub fn freeze(&self, frozen: bool) {
+        self.state().frozen = frozen;
+    }
+
+    /// Lets every VM that runs report this memory.
+    pub fn set_memory(&self, memory: VmMemory) {
+        self.state().memory = Some(memory);
+    }
+
+    /// The standbys that the host was told to keep of a template.
+    pub fn standbys(&self, template: &str) -> Option<u32> {
+        self.state().standbys.get(template).copied()
+    }
+
+    /// Lets the host forget which standbys to keep, as a restart of its node does.
+    pub fn forget_standbys(&self) {
+        self.state().standbys.clear();
+    }
+
+    /// What the host would report now.
+    pub fn present_report(&self) -> HostReport {
+        let capacity = self.measured();
+        let state = self.state();
+        let of_cost = (self.vm_cost > 0).then(|| VmMemory {
+            private_bytes: self.vm_cost,
+            ..VmMemory::default()
+        });
+        let memory = state.memory.or(of_cost);
+        let vms = state.vms.iter().map(|(id, vm)| VmReport {
+            id: id.clone(),
+            state: *vm,
+            reason: None,
+            memory: memory.filter(|_| vm.is_alive()),
+        });
+        HostReport {
+            capacity,
+            vms: vms.collect(),
+            ready: state.standbys.clone(),
+            standbys: Some(state.standbys.clone()),
+            cpu: self.cpu.clone(),
+            ..HostReport::default()
+        }
+    }
+
+    /// Admits a call, or waits for its deadline where the host answers none.
+    async fn admit(&self, call: Call) -> Result<()> {
+        if self.state().frozen {
+            return self.no_answer(call).await;
+        }
+        self.check_reachable()?;
+        self.fence.admit(call.epoch, |_| Ok(()))
+    }
+
+    /// What a caller gets of a host that does not answer.
+    async fn no_answer<T>(&self, call: Call) -> Result<T> {
+        let remaining = call.deadline.remaining().unwrap_or_default();
+        tokio::time::sleep(remaining).await;
+        let message = format!("the host {} does not answer", self.name);
+        Err(Error::new(ErrorKind::HostUnreachable, message))
+    }
+
+    /// The answer of an operation that needs no waiting.
+    fn answer<'a, T: Send + 'a>(
+        &'a self,
+        call: Call,
+        work: impl FnOnce() -> Result<T> + Send + 'a,
+    ) -> Reply<'a, T> {
+        Box::pin(async move {
+            self.admit(call).await?;
+            work()
+        })
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -176,17 +372,33 @@ impl SimulatedNode {
         })
     }
 
-    async fn create(&self, vms: Vec<VmSpec>) -> CreateVmsResponse {
+    async fn create(&self, vms: Vec<VmSpec>, call: Call) -> Result<CreateVmsResponse> {
+        self.admit(call).await?;
         self.state().requested += vms.len();
         self.creations.pass().await;
         let mut state = self.state();
         let results = vms.into_iter().map(|vm| {
             let created = self.creation.clone()?;
+            if !state.created.insert(vm.id.clone()) {
+                state.created_twice.push(vm.id.clone());
+            }
             state.vms.insert(vm.id, VmState::Running);
             Ok(created)
         });
-        CreateVmsResponse {
+        Ok(CreateVmsResponse {
             results: results.collect(),
+        })
+    }
+
+    /// The capacity less what the VMs use.
+    fn measured(&self) -> Capacity {
+        let alive = |state: &&VmState| state.is_alive();
+        let vms = self.state().vms.values().filter(alive).count() as u64;
+        let used = vms.saturating_mul(self.vm_cost);
+        Capacity {
+            available_bytes: self.capacity.available_bytes.saturating_sub(used),
+            promised_bytes: vms.saturating_mul(self.vm_size),
+            ..self.capacity
         }
     }
 
@@ -204,14 +416,9 @@ impl SimulatedNode {
     }
 }
 
-/// The answer of an operation that needs no waiting.
-fn ready<'a, T: Send + 'a>(result: Result<T>) -> Reply<'a, T> {
-    Box::pin(std::future::ready(result))
-}
-
-fn unsupported<'a, T: Send + 'a>() -> Reply<'a, T> {
+fn unsupported<T>() -> Result<T> {
     let message = "a simulated node does not support this operation";
-    ready(Err(Error::new(ErrorKind::Internal, message)))
+    Err(Error::new(ErrorKind::Internal, message))
 }
 
 impl NodeApi for SimulatedNode {
@@ -220,43 +427,58 @@ impl NodeApi for SimulatedNode {
     }
 
     fn address(&self) -> Option<SocketAddr> {
-        None
+        self.address
     }
 
-    fn create_vms(&self, request: CreateVmsRequest, _: Deadline) -> Reply<'_, CreateVmsResponse> {
-        Box::pin(async move { Ok(self.create(request.vms).await) })
+    fn create_vms(&self, request: CreateVmsRequest, call: Call) -> Reply<'_, CreateVmsResponse> {
+        Box::pin(self.create(request.vms, call))
     }
 
-    fn fork_vm(&self, request: ForkVmRequest, _: Deadline) -> Reply<'_, CreateVmsResponse> {
-        Box::pin(async move { Ok(self.create(request.vms).await) })
+    fn fork_vm(&self, request: ForkVmRequest, call: Call) -> Reply<'_, CreateVmsResponse> {
+        Box::pin(self.create(request.vms, call))
     }
 
-    fn destroy_vm(&self, request: DestroyVmRequest, _: Deadline) -> Reply<'_, ()> {
-        if let Some(state) = self.state().vms.get_mut(&request.vm) {
-            *state = VmState::Ended;
-        }
-        ready(Ok(()))
+    fn destroy_vm(&self, request: DestroyVmRequest, call: Call) -> Reply<'_, ()> {
+        Box::pin(async move {
+            self.admit(call).await?;
+            let stubborn = self.state().stubborn.get(&request.vm).cloned();
+            match stubborn {
+                Some(Some(error)) => return Err(error),
+                Some(None) => return self.no_answer(call).await,
+                None => {}
+            }
+            self.end_vm(&request.vm);
+            Ok(())
+        })
     }
 
-    fn pause_vm(&self, request: PauseVmRequest, _: Deadline) -> Reply<'_, ()> {
-        ready(self.set_vm(&request.vm, VmState::Paused))
+    fn pause_vm(&self, request: PauseVmRequest, call: Call) -> Reply<'_, ()> {
+        self.answer(call, move || self.set_vm(&request.vm, VmState::Paused))
     }
 
-    fn resume_vm(&self, request: ResumeVmRequest, _: Deadline) -> Reply<'_, ()> {
-        ready(self.set_vm(&request.vm, VmState::Running))
+    fn resume_vm(&self, request: ResumeVmRequest, call: Call) -> Reply<'_, ()> {
+        self.answer(call, move || self.set_vm(&request.vm, VmState::Running))
     }
 
-    fn balloon(&self, _: BalloonRequest, _: Deadline) -> Reply<'_, Balloon> {
-        unsupported()
+    fn balloon(&self, _: BalloonRequest, call: Call) -> Reply<'_, Balloon> {
+        self.answer(call, unsupported)
     }
 
-    fn snapshot_vm(&self, _: SnapshotVmRequest, _: Deadline) -> Reply<'_, TemplateFacts> {
-        unsupported()
+    fn snapshot_vm(&self, request: SnapshotVmRequest, call: Call) -> Reply<'_, TemplateFacts> {
+        Box::pin(async move {
+            self.admit(call).await?;
+            let facts = TemplateFacts {
+                id: blake3::hash(request.vm.as_bytes()).to_hex().to_string(),
+                ..TemplateFacts::default()
+            };
+            self.add_template(&request.template, facts.clone(), &[]);
+            self.transfers.pass().await;
+            Ok(facts)
+        })
     }
 
-    fn connect_agent(&self, _: ConnectAgentRequest, _: Deadline) -> Reply<'_, AgentStream> {
-        let stream = self.state().agents.pop_front();
-        ready(match stream {
+    fn connect_agent(&self, _: ConnectAgentRequest, call: Call) -> Reply<'_, AgentStream> {
+        self.answer(call, || match self.state().agents.pop_front() {
             Some(stream) => Ok(AgentStream::raw(stream)),
             None => Err(Error::new(
                 ErrorKind::GuestUnavailable,
@@ -268,47 +490,71 @@ impl NodeApi for SimulatedNode {
     fn inspect_template(
         &self,
         request: InspectTemplateRequest,
-        _: Deadline,
+        call: Call,
     ) -> Reply<'_, TemplateFacts> {
-        ready(self.template(&request.template, |it| it.facts.clone()))
+        self.answer(call, move || {
+            self.template(&request.template, |it| it.facts.clone())
+        })
     }
 
-    fn set_standbys(&self, _: SetStandbysRequest, _: Deadline) -> Reply<'_, ()> {
-        ready(Ok(()))
+    fn set_standbys(&self, request: SetStandbysRequest, call: Call) -> Reply<'_, ()> {
+        self.answer(call, move || {
+            let mut state = self.state();
+            match request.standbys {
+                0 => state.standbys.remove(&request.template),
+                count => state.standbys.insert(request.template, count),
+            };
+            Ok(())
+        })
     }
 
-    fn remove_template(&self, request: RemoveTemplateRequest, _: Deadline) -> Reply<'_, ()> {
-        let known = self.template(&request.template, |_| ());
-        self.state().templates.remove(&request.template);
-        ready(known)
+    fn remove_template(&self, request: RemoveTemplateRequest, call: Call) -> Reply<'_, ()> {
+        Box::pin(async move {
+            self.admit(call).await?;
+            let known = self.template(&request.template, |_| ());
+            {
+                let mut state = self.state();
+                state.templates.remove(&request.template);
+                state.standbys.remove(&request.template);
+            }
+            self.transfers.pass().await;
+            known
+        })
     }
 
-    fn fetch_template(&self, _: FetchTemplateRequest, _: Deadline) -> Reply<'_, ()> {
-        unsupported()
+    fn fetch_template(&self, request: FetchTemplateRequest, call: Call) -> Reply<'_, ()> {
+        Box::pin(async move {
+            self.admit(call).await?;
+            let facts = TemplateFacts {
+                id: request.id,
+                ..TemplateFacts::default()
+            };
+            self.add_template(&request.template, facts, &[]);
+            self.transfers.pass().await;
+            Ok(())
+        })
     }
 
-    fn export_template(
-        &self,
-        request: ExportTemplateRequest,
-        _: Deadline,
-    ) -> Reply<'_, ChunkReceiver> {
+    fn export_template(&self, request: ExportTemplateRequest, _: Call) -> Reply<'_, ChunkReceiver> {
         let content = self.template(&request.template, |it| it.content.clone());
-        ready(content.map(|content| {
+        let content = content.map(|content| {
             let chunks = content
                 .chunks(CHUNK)
                 .map(|it| Ok::<_, String>(it.to_vec().into()));
             let chunks: Vec<_> = chunks.collect();
             chunks::receive(futures_util::stream::iter(chunks))
-        }))
+        });
+        Box::pin(std::future::ready(content))
     }
 
     fn import_template(
         &self,
         request: ImportTemplateRequest,
         mut content: ChunkReceiver,
-        _: Deadline,
+        call: Call,
     ) -> Reply<'_, TemplateFacts> {
         Box::pin(async move {
+            self.admit(call).await?;
             let mut bytes = Vec::new();
             while let Some(chunk) = content.recv().await {
                 let chunk = chunk.map_err(|error| Error::internal("receive a template", &error))?;
@@ -320,47 +566,40 @@ impl NodeApi for SimulatedNode {
                 ..TemplateFacts::default()
             };
             self.add_template(&request.template, facts.clone(), &bytes);
+            self.transfers.pass().await;
             Ok(facts)
         })
     }
 
-    fn report(&self, _: ReportRequest, _: Deadline) -> Reply<'_, HostReport> {
-        let vms = self.state().vms.clone();
-        let vms = vms.into_iter().map(|(id, state)| VmReport {
-            id,
-            state,
-            reason: None,
-            memory: None,
-        });
-        let report = HostReport {
-            capacity: self.capacity,
-            missing_jail_layers: Vec::new(),
-            vms: vms.collect(),
-            ready: HashMap::new(),
-            cpu: self.cpu.clone(),
-            notices: Vec::new(),
-        };
+    fn report(&self, _: ReportRequest, call: Call) -> Reply<'_, HostReport> {
         Box::pin(async move {
+            self.admit(call).await?;
+            let report = self.present_report();
+            self.state().reports += 1;
             self.reports.pass().await;
             Ok(report)
         })
     }
 
-    fn forget_vms(&self, request: ForgetVmsRequest, _: Deadline) -> Reply<'_, ()> {
-        let mut state = self.state();
-        for id in &request.vms {
-            state.vms.remove(id);
-        }
-        ready(Ok(()))
+    fn forget_vms(&self, request: ForgetVmsRequest, call: Call) -> Reply<'_, ()> {
+        self.answer(call, move || {
+            let mut state = self.state();
+            for id in &request.vms {
+                state.vms.remove(id);
+            }
+            Ok(())
+        })
     }
 
-    fn request_renewal(&self, _: RenewalRequest, _: Deadline) -> Reply<'_, RenewalResponse> {
-        ready(Ok(RenewalResponse {
-            signing_request: None,
-        }))
+    fn request_renewal(&self, _: RenewalRequest, call: Call) -> Reply<'_, RenewalResponse> {
+        self.answer(call, || {
+            Ok(RenewalResponse {
+                signing_request: None,
+            })
+        })
     }
 
-    fn install_certificate(&self, _: InstallCertificateRequest, _: Deadline) -> Reply<'_, ()> {
-        unsupported()
+    fn install_certificate(&self, _: InstallCertificateRequest, call: Call) -> Reply<'_, ()> {
+        self.answer(call, unsupported)
     }
 }

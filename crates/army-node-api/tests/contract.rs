@@ -16,12 +16,12 @@ use army_node_api::requests::{
     VmSpec,
 };
 use army_node_api::simulated::SimulatedNode;
-use army_node_api::{Deadline, Error, ErrorKind, NodeApi, Remote, router};
+use army_node_api::{Call, Deadline, Error, ErrorKind, NodeApi, Remote, router};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixStream};
 
-fn deadline() -> Deadline {
-    Deadline::after(Duration::from_secs(60))
+fn deadline() -> Call {
+    Deadline::after(Duration::from_secs(60)).into()
 }
 
 fn identity(authority: &Authority, member: &Member) -> Identity {
@@ -90,11 +90,11 @@ async fn errors_arrive_as_they_are() {
 async fn a_call_ends_with_its_deadline() {
     let node = Arc::new(SimulatedNode::new("a").gated());
     let remote = remote(&node).await;
-    let passed = Deadline::after(Duration::ZERO);
+    let passed = Deadline::after(Duration::ZERO).into();
     let error = remote.report(ReportRequest::default(), passed).await;
     assert_eq!(error.unwrap_err().kind, ErrorKind::DeadlineExceeded);
     // The node never answers.
-    let soon = Deadline::after(Duration::from_millis(50));
+    let soon = Deadline::after(Duration::from_millis(50)).into();
     let error = remote.report(ReportRequest::default(), soon).await;
     assert_eq!(error.unwrap_err().kind, ErrorKind::HostUnreachable);
 }
@@ -145,7 +145,7 @@ async fn an_agents_stream_outlives_the_deadline_of_connecting() {
     node.add_agent(near);
     let limit = Duration::from_millis(300);
     let request = || ConnectAgentRequest { vm: "1".into() };
-    let stream = remote.connect_agent(request(), Deadline::after(limit));
+    let stream = remote.connect_agent(request(), Deadline::after(limit).into());
     let (mut ours, read) = stream.await.unwrap().into_parts().unwrap();
     assert!(read.is_empty());
     // Longer than the client waits for a late answer.
@@ -162,4 +162,31 @@ async fn an_agents_stream_outlives_the_deadline_of_connecting() {
         error.map(drop).unwrap_err().kind,
         ErrorKind::GuestUnavailable
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_of_an_older_epoch_is_refused_whatever_it_asks_for() {
+    let node = Arc::new(SimulatedNode::new("a"));
+    let remote = remote(&node).await;
+    let report = ReportRequest::default;
+    remote
+        .report(report(), deadline().in_epoch(7))
+        .await
+        .unwrap();
+    for epoch in [0, 6] {
+        let old = deadline().in_epoch(epoch);
+        let error = remote.report(report(), old).await.unwrap_err();
+        assert_eq!(error.kind, ErrorKind::StaleEpoch);
+        let request = CreateVmsRequest {
+            template: "t".into(),
+            vms: vec![VmSpec::new("1".into(), 1, "1".into())],
+        };
+        let error = remote.create_vms(request, old).await.unwrap_err();
+        assert_eq!(error.kind, ErrorKind::StaleEpoch);
+    }
+    assert_eq!(node.requested_vms(), 0);
+    remote
+        .report(report(), deadline().in_epoch(8))
+        .await
+        .unwrap();
 }

@@ -5,8 +5,9 @@ use std::path::Path;
 
 use army_api::hosts::Capacity;
 
-/// Measures the host. What VMs use is added by the caller.
-pub fn measure(templates: &Path) -> Capacity {
+/// Measures the host: the file systems of the templates and of the runtime directory among the rest.
+/// What VMs use is added by the caller.
+pub fn measure(templates: &Path, runtime: &Path) -> Capacity {
     let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let memory = text("/proc/meminfo");
     let load = text("/proc/loadavg");
@@ -18,7 +19,8 @@ pub fn measure(templates: &Path) -> Capacity {
         load_milli: (load * 1000.0) as u32,
         memory_bytes: field(&memory, "MemTotal:"),
         available_bytes: field(&memory, "MemAvailable:"),
-        disk_free_bytes: free(templates),
+        disk_free_bytes: free(templates).unwrap_or(0),
+        run_free_bytes: free(runtime),
         ..Capacity::default()
     }
 }
@@ -36,11 +38,12 @@ fn field(memory: &str, name: &str) -> u64 {
     kib.unwrap_or(0) * 1024
 }
 
-/// The free space of the file system where a directory is or will be, in bytes.
-fn free(path: &Path) -> u64 {
-    let there = path.ancestors().find(|path| path.exists());
-    let found = there.and_then(|path| rustix::fs::statvfs(path).ok());
-    found.map_or(0, |found| found.f_bavail * found.f_frsize)
+/// The free space of the file system where a directory is or will be, in bytes. `None` where it cannot
+/// be told; a tmpfs without a limit has no blocks.
+fn free(path: &Path) -> Option<u64> {
+    let there = path.ancestors().find(|path| path.exists())?;
+    let found = rustix::fs::statvfs(there).ok()?;
+    (found.f_blocks > 0).then_some(found.f_bavail * found.f_frsize)
 }
 
 #[cfg(test)]
@@ -49,11 +52,12 @@ mod tests {
 
     #[test]
     fn the_host_has_capacity() {
-        let capacity = measure(Path::new("/nowhere/at/all"));
+        let capacity = measure(Path::new("/nowhere/at/all"), Path::new("/nowhere"));
         assert!(capacity.cpus > 0);
         assert!(capacity.memory_bytes >= capacity.available_bytes);
         assert!(capacity.available_bytes > 0);
         assert!(capacity.disk_free_bytes > 0);
+        assert!(capacity.run_free_bytes > Some(0));
         assert_eq!(field("MemTotal:  12 kB\nMemFree: 3 kB", "MemFree:"), 3072);
         assert_eq!(field("", "MemFree:"), 0);
     }

@@ -11,6 +11,7 @@
 
 mod agent;
 pub mod capacity;
+mod fence;
 mod fork;
 pub mod journal;
 pub mod membership;
@@ -38,6 +39,7 @@ use clone_template::Store;
 use tokio::sync::Semaphore;
 
 use agent::Usage;
+use fence::FenceFile;
 use journal::{Journal, Stage};
 use report::ReportCache;
 
@@ -53,6 +55,7 @@ pub struct Node {
     runtime: Runtime,
     store: Store,
     journal: Journal,
+    fence: FenceFile,
     /// Templates that are open to be forked, by name.
     sources: Mutex<HashMap<String, Arc<Source>>>,
     standbys: Standbys,
@@ -79,7 +82,8 @@ impl Node {
         // VMs are started from the program of this build, whatever is installed over it later. Where
         // there is none, each start says so.
         let _ = programs::vm_process();
-        let journal = Journal::open(state)?;
+        let journal = Journal::open(state.clone())?;
+        let fence = FenceFile::open(&state)?;
         let node = Arc::new(Self {
             name,
             receiving: Mutex::default(),
@@ -87,6 +91,7 @@ impl Node {
             runtime,
             store,
             journal,
+            fence,
             sources: Mutex::default(),
             reports: ReportCache::default(),
             cpu: host_cpu(),

@@ -27,7 +27,7 @@ impl Node {
     /// Reports the state of the host and of all VMs in the journal.
     pub fn report(&self) -> HostReport {
         let templates = self.store.path("x").unwrap_or_default();
-        let mut capacity = capacity::measure(&templates);
+        let mut capacity = capacity::measure(&templates, self.runtime.vms_dir());
         let entries = self.journal.all();
         let vms: Vec<VmReport> = entries
             .iter()
@@ -39,6 +39,7 @@ impl Node {
             missing_jail_layers: self.jail.get().map(missing_layers).unwrap_or_default(),
             vms,
             ready: self.standbys.ready(),
+            standbys: Some(self.standbys.wanted()),
             cpu: self.cpu.clone(),
             notices: self.journal.notices().to_vec(),
         }

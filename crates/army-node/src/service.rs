@@ -17,7 +17,9 @@ use army_node_api::requests::{
     RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
     SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
 };
-use army_node_api::{AgentStream, Deadline, Error, ErrorKind, NodeApi, Remote, Reply, Result};
+use army_node_api::{
+    AgentStream, Call, Deadline, Error, ErrorKind, NodeApi, Remote, Reply, Result,
+};
 use rustls::ClientConfig;
 use tokio::sync::Mutex;
 
@@ -65,25 +67,33 @@ impl NodeService {
         })
     }
 
-    /// Runs blocking work of the node.
+    /// Runs blocking work of the node, where its epoch is admitted.
     fn run<T: Send + 'static>(
         &self,
-        deadline: Deadline,
+        call: Call,
         work: impl FnOnce(&Node) -> Result<T> + Send + 'static,
     ) -> Reply<'_, T> {
         let node = Arc::clone(&self.node);
-        Box::pin(blocking(deadline, move || work(&node)))
+        Box::pin(blocking(call.deadline, move || {
+            node.fence.admit(call.epoch)?;
+            work(&node)
+        }))
+    }
+
+    /// Admits the epoch of a call.
+    async fn admit(&self, call: Call) -> Result<()> {
+        self.run(call, |_| Ok(())).await
     }
 
     /// Runs blocking work of the node's membership of a cluster.
     fn run_membership<T: Send + 'static>(
         &self,
-        deadline: Deadline,
+        call: Call,
         work: impl FnOnce(&Membership) -> Result<T> + Send + 'static,
     ) -> Reply<'_, T> {
         Box::pin(async move {
             let membership = Arc::clone(&self.cluster()?.membership);
-            blocking(deadline, move || work(&membership)).await
+            self.run(call, move |_| work(&membership)).await
         })
     }
 
@@ -94,11 +104,12 @@ impl NodeService {
         })
     }
 
-    async fn fetch(&self, request: FetchTemplateRequest, deadline: Deadline) -> Result<()> {
+    async fn fetch(&self, request: FetchTemplateRequest, call: Call) -> Result<()> {
         let cluster = self.cluster()?;
+        self.admit(call).await?;
         let _turn = self.fetching.lock().await;
         let name = request.template.clone();
-        match self.run(deadline, move |node| node.template(&name)).await {
+        match self.run(call, move |node| node.template(&name)).await {
             Ok(facts) if facts.id == request.id => return Ok(()),
             Ok(_) => {
                 let message = format!(
@@ -116,13 +127,13 @@ impl NodeService {
         let export = ExportTemplateRequest {
             template: request.template.clone(),
         };
-        let content = origin.export_template(export, deadline).await;
+        let content = origin.export_template(export, call.in_epoch(0)).await;
         let content = content.map_err(|error| {
             let host = &request.host;
             let message = format!("cannot get the template from {host}: {}", error.message);
             Error::new(ErrorKind::HostUnreachable, message)
         })?;
-        let received = self.run(deadline, move |node| {
+        let received = self.run(call, move |node| {
             node.receive_template(&request.template, Some(&request.id), content)
         });
         received.await.map(drop)
@@ -152,61 +163,48 @@ impl NodeApi for NodeService {
         None
     }
 
-    fn create_vms(
-        &self,
-        request: CreateVmsRequest,
-        deadline: Deadline,
-    ) -> Reply<'_, CreateVmsResponse> {
-        self.run(deadline, move |node| {
+    fn create_vms(&self, request: CreateVmsRequest, call: Call) -> Reply<'_, CreateVmsResponse> {
+        self.run(call, move |node| {
             let results = node.create(&request.template, &request.vms);
             Ok(CreateVmsResponse { results })
         })
     }
 
-    fn fork_vm(&self, request: ForkVmRequest, deadline: Deadline) -> Reply<'_, CreateVmsResponse> {
-        self.run(deadline, move |node| {
+    fn fork_vm(&self, request: ForkVmRequest, call: Call) -> Reply<'_, CreateVmsResponse> {
+        self.run(call, move |node| {
             let results = node.fork_vm(&request.parent, &request.vms);
             Ok(CreateVmsResponse { results })
         })
     }
 
-    fn destroy_vm(&self, request: DestroyVmRequest, deadline: Deadline) -> Reply<'_, ()> {
-        self.run(deadline, move |node| {
-            node.destroy(&request.vm, &request.reason)
-        })
+    fn destroy_vm(&self, request: DestroyVmRequest, call: Call) -> Reply<'_, ()> {
+        self.run(call, move |node| node.destroy(&request.vm, &request.reason))
     }
 
-    fn pause_vm(&self, request: PauseVmRequest, deadline: Deadline) -> Reply<'_, ()> {
-        self.run(deadline, move |node| node.pause(&request.vm))
+    fn pause_vm(&self, request: PauseVmRequest, call: Call) -> Reply<'_, ()> {
+        self.run(call, move |node| node.pause(&request.vm))
     }
 
-    fn resume_vm(&self, request: ResumeVmRequest, deadline: Deadline) -> Reply<'_, ()> {
-        self.run(deadline, move |node| node.resume(&request.vm))
+    fn resume_vm(&self, request: ResumeVmRequest, call: Call) -> Reply<'_, ()> {
+        self.run(call, move |node| node.resume(&request.vm))
     }
 
-    fn balloon(&self, request: BalloonRequest, deadline: Deadline) -> Reply<'_, Balloon> {
-        self.run(deadline, move |node| {
+    fn balloon(&self, request: BalloonRequest, call: Call) -> Reply<'_, Balloon> {
+        self.run(call, move |node| {
             node.balloon(&request.vm, request.target_bytes)
         })
     }
 
-    fn snapshot_vm(
-        &self,
-        request: SnapshotVmRequest,
-        deadline: Deadline,
-    ) -> Reply<'_, TemplateFacts> {
-        self.run(deadline, move |node| {
+    fn snapshot_vm(&self, request: SnapshotVmRequest, call: Call) -> Reply<'_, TemplateFacts> {
+        self.run(call, move |node| {
             node.snapshot(&request.vm, &request.template, request.diff)
         })
     }
 
-    fn connect_agent(
-        &self,
-        request: ConnectAgentRequest,
-        deadline: Deadline,
-    ) -> Reply<'_, AgentStream> {
+    fn connect_agent(&self, request: ConnectAgentRequest, call: Call) -> Reply<'_, AgentStream> {
         Box::pin(async move {
-            let connection = self.node.agent(&request.vm, deadline).await?;
+            self.admit(call).await?;
+            let connection = self.node.agent(&request.vm, call.deadline).await?;
             Ok(AgentStream::greeted(connection))
         })
     }
@@ -214,63 +212,63 @@ impl NodeApi for NodeService {
     fn inspect_template(
         &self,
         request: InspectTemplateRequest,
-        deadline: Deadline,
+        call: Call,
     ) -> Reply<'_, TemplateFacts> {
-        self.run(deadline, move |node| node.template(&request.template))
+        self.run(call, move |node| node.template(&request.template))
     }
 
-    fn set_standbys(&self, request: SetStandbysRequest, deadline: Deadline) -> Reply<'_, ()> {
-        self.run(deadline, move |node| {
+    fn set_standbys(&self, request: SetStandbysRequest, call: Call) -> Reply<'_, ()> {
+        self.run(call, move |node| {
             node.set_standbys(&request.template, request.standbys)
         })
     }
 
-    fn remove_template(&self, request: RemoveTemplateRequest, deadline: Deadline) -> Reply<'_, ()> {
-        self.run(deadline, move |node| {
-            node.remove_template(&request.template)
-        })
+    fn remove_template(&self, request: RemoveTemplateRequest, call: Call) -> Reply<'_, ()> {
+        self.run(call, move |node| node.remove_template(&request.template))
     }
 
-    fn fetch_template(&self, request: FetchTemplateRequest, deadline: Deadline) -> Reply<'_, ()> {
-        Box::pin(self.fetch(request, deadline))
+    fn fetch_template(&self, request: FetchTemplateRequest, call: Call) -> Reply<'_, ()> {
+        Box::pin(self.fetch(request, call))
     }
 
     fn export_template(
         &self,
         request: ExportTemplateRequest,
-        deadline: Deadline,
+        call: Call,
     ) -> Reply<'_, ChunkReceiver> {
-        self.run(deadline, move |node| {
+        let node = Arc::clone(&self.node);
+        // Other nodes ask for it, too, and they know no epoch.
+        Box::pin(blocking(call.deadline, move || {
             let template = node.open_template(&request.template)?;
             let (sender, content) = chunks::channel();
             tokio::task::spawn_blocking(move || templates::send(&template, sender));
             Ok(content)
-        })
+        }))
     }
 
     fn import_template(
         &self,
         request: ImportTemplateRequest,
         content: ChunkReceiver,
-        deadline: Deadline,
+        call: Call,
     ) -> Reply<'_, TemplateFacts> {
-        self.run(deadline, move |node| {
+        self.run(call, move |node| {
             node.receive_template(&request.template, None, content)
         })
     }
 
-    fn report(&self, _: ReportRequest, deadline: Deadline) -> Reply<'_, HostReport> {
-        self.run(deadline, |node| Ok(node.report()))
+    fn report(&self, _: ReportRequest, call: Call) -> Reply<'_, HostReport> {
+        self.run(call, |node| Ok(node.report()))
     }
 
-    fn forget_vms(&self, request: ForgetVmsRequest, deadline: Deadline) -> Reply<'_, ()> {
-        self.run(deadline, move |node| {
+    fn forget_vms(&self, request: ForgetVmsRequest, call: Call) -> Reply<'_, ()> {
+        self.run(call, move |node| {
             node.forget(&request.vms);
             Ok(())
         })
     }
 
-    fn request_renewal(&self, _: RenewalRequest, deadline: Deadline) -> Reply<'_, RenewalResponse> {
+    fn request_renewal(&self, _: RenewalRequest, call: Call) -> Reply<'_, RenewalResponse> {
         if self.cluster.is_none() {
             // A node in the controller's own process has no certificate.
             let response = RenewalResponse {
@@ -278,18 +276,14 @@ impl NodeApi for NodeService {
             };
             return Box::pin(std::future::ready(Ok(response)));
         }
-        self.run_membership(deadline, |membership| {
+        self.run_membership(call, |membership| {
             let signing_request = membership.request_renewal()?;
             Ok(RenewalResponse { signing_request })
         })
     }
 
-    fn install_certificate(
-        &self,
-        request: InstallCertificateRequest,
-        deadline: Deadline,
-    ) -> Reply<'_, ()> {
-        self.run_membership(deadline, move |membership| {
+    fn install_certificate(&self, request: InstallCertificateRequest, call: Call) -> Reply<'_, ()> {
+        self.run_membership(call, move |membership| {
             membership.install_certificate(&request.certificate)
         })
     }

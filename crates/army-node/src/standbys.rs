@@ -80,6 +80,15 @@ impl Standbys {
             .collect()
     }
 
+    /// The number of standbys that are kept, by the template's name.
+    pub(crate) fn wanted(&self) -> HashMap<String, u32> {
+        let keepers = lock(&self.keepers);
+        let wanted = keepers.iter();
+        wanted
+            .map(|(name, keeper)| (name.clone(), keeper.wanted.load(Ordering::Relaxed)))
+            .collect()
+    }
+
     fn start(&self, name: &str, template: Template, count: u32) -> std::io::Result<Keeper> {
         let (read, write) = rustix::pipe::pipe_with(
             rustix::pipe::PipeFlags::CLOEXEC | rustix::pipe::PipeFlags::NONBLOCK,

@@ -6,9 +6,10 @@ mod served;
 use std::collections::BTreeMap;
 
 use army_api::client::{Client, ClientError};
-use army_api::keys::{Key, Role};
-use army_api::vms::{CreateVms, CreatedVms, Egress, ForkTimes, NetworkPolicy, Vm, VmPage, VmState};
+use army_api::keys::{CreateKey, Key, Role};
+use army_api::vms::{CreateVms, Egress, ForkTimes, NetworkPolicy, Vm, VmPage, VmState};
 use army_api::{Problem, ProblemKind};
+use army_controller::testing::Records;
 use army_controller::{Database, ErrorKind};
 use futures_util::StreamExt;
 use reqwest::Method;
@@ -54,13 +55,18 @@ on_each_database! {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_shared_database_has_one_controller() {
+async fn a_shared_database_has_several_controllers() {
     let postgres = Postgres::start();
     let first = postgres.open().await;
-    let error = Database::open(&postgres.url()).await.map(drop).unwrap_err();
-    assert_eq!(error.kind, ErrorKind::Conflict);
-    drop(first);
-    postgres.open().await;
+    let second = postgres.open().await;
+    let key = CreateKey {
+        tenant: "t".into(),
+        role: Role::User,
+        max_vms: None,
+    };
+    for database in [&first, &second, &first] {
+        Records::of(database).create_key(&key).await.unwrap();
+    }
     let error = Database::open("mysql://x").await.map(drop).unwrap_err();
     assert_eq!(error.kind, ErrorKind::InvalidRequest);
 }
@@ -181,8 +187,9 @@ async fn a_fork_that_fails_is_told_written_down_and_leaves_its_name_free(server:
         count: 2,
         ..asked.clone()
     };
-    let created: CreatedVms = server.admin.create("/v1/vms", &two, None).await.unwrap();
-    assert_eq!((created.vms.len(), created.failures.len()), (0, 2));
+    let refused = problem(server.admin.create("/v1/vms", &two, None).await);
+    assert_eq!(refused.kind, ProblemKind::NotFound);
+    assert!(refused.detail.contains("none of the 2 VMs"), "{refused}");
     let page = async |query: &str| -> VmPage {
         let path = format!("/v1/vms?{query}");
         server.admin.get(&path, &()).await.unwrap()
@@ -465,7 +472,7 @@ async fn a_record_that_cannot_be_read_does_not_hide_the_others(server: Server) {
     let page: VmPage = server.admin.get("/v1/vms?all=true", &()).await.unwrap();
     let listed: Vec<&str> = page.vms.iter().map(|vm| vm.id.as_str()).collect();
     assert_eq!(listed, [ids[0], ids[2]]);
-    records.apply_node_report("here", &[]).await.unwrap();
+    records.apply_node_report(&[]).await.unwrap();
 }
 
 async fn a_nul_is_refused_wherever_it_is_sent(server: Server) {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use army::enrol;
 use army_api::ProblemKind;
 use army_api::hosts::HostState;
-use army_controller::{Cluster, Controller, Database};
+use army_controller::{Cluster, Controller, Database, Requester};
 use army_node::membership::Membership;
 use army_node::{Node, NodeService};
 use army_node_api::cluster::authority::{Authority, Credentials};
@@ -19,7 +19,7 @@ use army_node_api::requests::{
     ConnectAgentRequest, FetchTemplateRequest, HostReport, RenewalRequest, RenewalResponse,
     ReportRequest,
 };
-use army_node_api::{Deadline, ErrorKind, NodeApi, Remote, Result, router};
+use army_node_api::{Call, Deadline, ErrorKind, NodeApi, Remote, Result, router};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use tokio::net::TcpListener;
@@ -69,7 +69,11 @@ impl Army {
     async fn host(&self, name: &str) -> (SocketAddr, Credentials, JoinHandle<()>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let (token, _) = self.controller.create_join_token(1).await.unwrap();
+        let (token, _) = self
+            .controller
+            .create_join_token(&Requester::default(), 1)
+            .await
+            .unwrap();
         let credentials = enrol::join(self.desk, &token, name, address).await.unwrap();
         let file = self.dir.path().join(format!("{name}.json"));
         let member = Membership::join(file, name.to_owned(), credentials.clone()).unwrap();
@@ -112,8 +116,9 @@ fn node(credentials: &Credentials, name: &str, address: SocketAddr) -> Remote {
     Remote::new(name, address, tls).unwrap()
 }
 
-fn deadline() -> Deadline {
-    Deadline::after(Duration::from_secs(60))
+/// A call of an epoch that is newer than any that the controller gives out.
+fn deadline() -> Call {
+    Call::from(Deadline::after(Duration::from_secs(60))).in_epoch(u64::MAX)
 }
 
 async fn renewal(node: &Remote) -> Result<RenewalResponse> {
@@ -136,7 +141,11 @@ async fn a_host_joins_once_with_a_token_and_is_heard_of() {
     .await;
     // Its name is taken, and a token works once, for whoever comes first.
     let address = "127.0.0.1:1".parse().unwrap();
-    let (token, _) = army.controller.create_join_token(1).await.unwrap();
+    let (token, _) = army
+        .controller
+        .create_join_token(&Requester::default(), 1)
+        .await
+        .unwrap();
     let problem = enrol::join(army.desk, &token, "a", address)
         .await
         .err()
@@ -151,7 +160,11 @@ async fn a_host_joins_once_with_a_token_and_is_heard_of() {
         .err()
         .unwrap();
     assert_eq!(problem.kind, ProblemKind::Unauthorized);
-    let (token, _) = army.controller.create_join_token(1).await.unwrap();
+    let (token, _) = army
+        .controller
+        .create_join_token(&Requester::default(), 1)
+        .await
+        .unwrap();
     let problem = enrol::join(army.desk, &token, "../x", address)
         .await
         .err()
@@ -168,7 +181,11 @@ async fn a_host_joins_once_with_a_token_and_is_heard_of() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_is_told_to_no_other_controller() {
     let (ours, theirs) = (army().await, army().await);
-    let (token, _) = ours.controller.create_join_token(1).await.unwrap();
+    let (token, _) = ours
+        .controller
+        .create_join_token(&Requester::default(), 1)
+        .await
+        .unwrap();
     let address = "127.0.0.1:1".parse().unwrap();
     let problem = enrol::join(theirs.desk, &token, "a", address)
         .await
@@ -218,7 +235,11 @@ async fn an_old_certificate_is_renewed_while_its_node_goes_on() {
     let army = army().await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let (token, _) = army.controller.create_join_token(1).await.unwrap();
+    let (token, _) = army
+        .controller
+        .create_join_token(&Requester::default(), 1)
+        .await
+        .unwrap();
     let joined = enrol::join(army.desk, &token, "a", address).await.unwrap();
     // A file that does not say when it was certified is of long ago.
     let file = army.dir.path().join("a.json");

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use army_api::templates::CpuFeatures;
-use army_api::vms::CreateVms;
+use army_api::vms::{CreateVms, VmMemory};
 use army_node_api::ErrorKind as NodeErrorKind;
 use army_node_api::simulated::SimulatedNode;
 
@@ -34,9 +34,16 @@ fn cpu(leaf_7: u32) -> CpuFeatures {
     }
 }
 
+fn requester() -> Requester {
+    Requester {
+        tenant: "default".into(),
+        ..Requester::default()
+    }
+}
+
 /// A controller of hosts that have the template `t`, which needs AVX-512.
 struct Fleet {
-    controller: Controller,
+    controller: Arc<Controller>,
     _dir: tempfile::TempDir,
 }
 
@@ -44,12 +51,11 @@ impl Fleet {
     async fn of(hosts: &[&Arc<SimulatedNode>]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let url = Database::sqlite_url(&dir.path().join("army.db"));
-        let nodes = hosts.iter().map(|host| {
-            let node: Node = Arc::<SimulatedNode>::clone(host);
-            (node.name().to_owned(), node)
-        });
+        let nodes = hosts
+            .iter()
+            .map(|host| -> Node { Arc::<SimulatedNode>::clone(host) });
         let database = Database::open(&url).await.unwrap();
-        let controller = Controller::new(database, nodes.collect(), None);
+        let controller = Arc::new(Controller::of_simulated(database, nodes).await.unwrap());
         controller.recover().await.unwrap();
         let template = Template {
             name: "t".into(),
@@ -57,7 +63,11 @@ impl Fleet {
             cpu: Some(cpu(1 << 16)),
             ..Template::default()
         };
-        controller.store.insert_template(&template).await.unwrap();
+        controller
+            .store
+            .insert_template(&template, None)
+            .await
+            .unwrap();
         for host in &hosts[1..] {
             let copied = controller.store.insert_copy("t", host.name()).await;
             copied.unwrap();
@@ -75,7 +85,7 @@ impl Fleet {
             count,
             ..CreateVms::default()
         };
-        self.controller.create("default", request, None).await
+        self.controller.create_and_wait(&requester(), request).await
     }
 
     async fn vm(&self, name: &str) -> Vm {
@@ -146,7 +156,7 @@ async fn where_a_host_that_may_be_able_takes_none_it_is_worth_waiting() {
     let new = Arc::new(host("b-new", Some(u32::MAX)));
     let fleet = Fleet::of(&[&old, &new]).await;
     let controller = &fleet.controller;
-    controller.set_draining("b-new", true).await.unwrap();
+    controller.drain("b-new", true).await.unwrap();
     let error = fleet.create(1).await.unwrap_err();
     assert_eq!(error.kind, ErrorKind::HostUnavailable);
     assert!(error.message.contains("avx512f (7.ebx bit 16)"), "{error}");
@@ -158,10 +168,10 @@ async fn other_failures_are_not_tried_elsewhere() {
     let bad = refusing("a", None, NodeErrorKind::Conflict);
     let drained = Arc::new(host("b", None));
     let fleet = Fleet::of(&[&bad, &drained]).await;
-    fleet.controller.set_draining("b", true).await.unwrap();
+    fleet.controller.drain("b", true).await.unwrap();
     let error = fleet.create(1).await.unwrap_err();
     assert_eq!(error.kind, ErrorKind::Conflict);
-    fleet.controller.set_draining("b", false).await.unwrap();
+    fleet.controller.drain("b", false).await.unwrap();
     assert_eq!((bad.requested_vms(), drained.requested_vms()), (1, 0));
 }
 
@@ -176,13 +186,39 @@ async fn a_drained_host_takes_no_live_forks_as_it_takes_no_vms() {
             name: None,
         };
         let controller = &fleet.controller;
-        controller.fork_vm("default", &parent, request, None).await
+        let started = controller.fork_vm(&requester(), &parent, request).await?;
+        created_vms(controller.outcome(started, None).await?)
     };
-    fleet.controller.set_draining("a", true).await.unwrap();
+    fleet.controller.drain("a", true).await.unwrap();
     let error = fork().await.unwrap_err();
     assert_eq!(error.kind, ErrorKind::Busy, "{error}");
     assert!(error.message.contains("drained"), "{error}");
     assert_eq!(only.requested_vms(), 1);
-    fleet.controller.set_draining("a", false).await.unwrap();
+    fleet.controller.drain("a", false).await.unwrap();
     assert_eq!(fork().await.unwrap().vms.len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_paused_vm_is_resumed_where_there_is_room_for_what_it_gave_back() {
+    let only = Arc::new(host("a", None));
+    let fleet = Fleet::of(&[&only]).await;
+    let vm = fleet.create(1).await.unwrap().vms.remove(0);
+    let paused = fleet.controller.pause(&vm).await.unwrap();
+    let swapped = |swapped_bytes: u64| Vm {
+        memory: Some(VmMemory {
+            swapped_bytes,
+            ..VmMemory::default()
+        }),
+        ..paused.clone()
+    };
+    let error = fleet
+        .controller
+        .resume(&swapped(1 << 40))
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Busy, "{error}");
+    // The host is not asked for anything but this VM, which it has.
+    fleet.controller.drain("a", true).await.unwrap();
+    let resumed = fleet.controller.resume(&swapped(1 << 20)).await.unwrap();
+    assert_eq!(resumed.state, VmState::Running);
 }

@@ -1,6 +1,7 @@
 //! Events. Each is recorded in the transaction of the change that it describes.
 
 use army_api::events::Event;
+use sqlx::AnyPool;
 use sqlx::any::AnyRow;
 use tokio::sync::broadcast;
 
@@ -59,17 +60,7 @@ impl Store {
     /// A page of the events after `id`, the oldest first: those of `tenant` and those that concern
     /// all tenants, or every event where no tenant is given.
     pub(crate) async fn events_after(&self, id: i64, tenant: Option<&str>) -> Result<Vec<Event>> {
-        let rows = sqlx::query(
-            "SELECT * FROM events WHERE id > $1 AND ($2 = '*' OR tenant = $2 OR tenant = '') \
-             ORDER BY id LIMIT $3",
-        )
-        .bind(id)
-        .bind(tenant.unwrap_or("*"))
-        .bind(PAGE)
-        .fetch_all(&self.pool)
-        .await
-        .map_err(query_failed)?;
-        Ok(readable(&rows, "events", event))
+        page(&self.pool, id, tenant).await
     }
 
     /// The id of the newest event; 0 where there is none.
@@ -85,6 +76,21 @@ impl Store {
     pub(crate) fn subscribe(&self) -> broadcast::Receiver<Event> {
         self.news.subscribe()
     }
+}
+
+/// See [`Store::events_after`].
+pub(super) async fn page(pool: &AnyPool, id: i64, tenant: Option<&str>) -> Result<Vec<Event>> {
+    let rows = sqlx::query(
+        "SELECT * FROM events WHERE id > $1 AND ($2 = '*' OR tenant = $2 OR tenant = '') \
+         ORDER BY id LIMIT $3",
+    )
+    .bind(id)
+    .bind(tenant.unwrap_or("*"))
+    .bind(PAGE)
+    .fetch_all(pool)
+    .await
+    .map_err(query_failed)?;
+    Ok(readable(&rows, "events", event))
 }
 
 fn event(row: &AnyRow) -> Result<Event> {

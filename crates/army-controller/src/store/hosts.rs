@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use army_api::hosts::Capacity;
+use army_api::hosts::{Capacity, MissingJailLayer};
+use army_api::templates::CpuFeatures;
+use army_api::vms::VmState;
+use serde::{Deserialize, Serialize};
 use sqlx::any::AnyRow;
 
 use super::{
@@ -11,6 +14,8 @@ use super::{
     unsigned,
 };
 use crate::store::keys::hash;
+use crate::store::vm_states::StateChange;
+use crate::store::operations::NewOperation;
 use crate::{Error, ErrorKind, Result};
 use army_node_api::time::now_ms;
 
@@ -29,28 +34,109 @@ pub(crate) struct HostRow {
     pub(crate) capacity: Capacity,
     /// The address where its node listens; `None` for a node in this process.
     pub(crate) address: Option<SocketAddr>,
+    /// The controller that runs the host's task; `None` where none does.
+    pub(crate) owner: Option<String>,
+    /// The epoch of the host.
+    pub(crate) epoch: u64,
+    /// Whether the owner has reports of the host.
+    pub(crate) is_reachable: bool,
+    /// What else was last recorded of its reports.
+    pub(crate) facts: HostFacts,
+}
+
+/// What controllers other than the owner need to know of a host's last report, beside its capacity.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct HostFacts {
+    /// The number of VMs that have not ended.
+    pub(crate) vms: u32,
+    /// The number of standbys that are ready, by the template's name.
+    pub(crate) ready: BTreeMap<String, u32>,
+    /// The CPU features that clones can have on the host.
+    pub(crate) cpu: Option<CpuFeatures>,
+    /// The layers that the jail of the host's VMs lacks.
+    pub(crate) missing_jail_layers: Vec<MissingJailLayer>,
+    /// What an administrator should know about the host.
+    pub(crate) notices: Vec<String>,
+}
+
+/// What an owner has measured of a host.
+pub(crate) struct Measured {
+    /// The host's name.
+    pub(crate) host: String,
+    /// When the host reported, in milliseconds since 1970.
+    pub(crate) seen_ms: u64,
+    /// What the host has, and how much of it is left.
+    pub(crate) capacity: Capacity,
+    /// What else it reported.
+    pub(crate) facts: HostFacts,
 }
 
 impl Store {
-    /// Records the report of a host, which may be new.
-    pub(crate) async fn upsert_host_report(&self, name: &str, capacity: &Capacity) -> Result<()> {
+    /// Records what was measured of hosts. Nobody is told of it.
+    pub(crate) async fn record_measured(&self, measured: &[Measured]) -> Result<()> {
+        if measured.is_empty() {
+            return Ok(());
+        }
         let mut change = self.change().await?;
-        sqlx::query(
-            "INSERT INTO hosts (name, labels, draining, seen_ms, capacity) \
-             VALUES ($1, '{}', 0, $2, $3) \
-             ON CONFLICT (name) DO UPDATE SET seen_ms = $2, capacity = $3",
-        )
-        .bind(name)
-        .bind(stored(now_ms()))
-        .bind(to_json(capacity)?)
-        .execute(change.connection())
-        .await
-        .map_err(query_failed)?;
+        for it in measured {
+            sqlx::query(
+                "UPDATE hosts SET seen_ms = $1, capacity = $2, facts = $3 \
+                 WHERE name = $4 AND owner = $5",
+            )
+            .bind(stored(it.seen_ms))
+            .bind(to_json(&it.capacity)?)
+            .bind(to_json(&it.facts)?)
+            .bind(&it.host)
+            .bind(&self.term().id)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        }
         change.commit().await
     }
 
-    /// Adds a token with which a host may join until `expires_ms`.
-    pub(crate) async fn add_token(&self, secret: &str, expires_ms: u64) -> Result<()> {
+    /// Records whether the owner has reports of a host. Where that is a change, it is an event with
+    /// this detail. Returns whether it is.
+    pub(crate) async fn set_reachable(
+        &self,
+        name: &str,
+        is_reachable: bool,
+        detail: &str,
+    ) -> Result<bool> {
+        let mut change = self.change().await?;
+        let changed = sqlx::query(
+            "UPDATE hosts SET reachable = $1 WHERE name = $2 AND reachable <> $1 \
+             RETURNING seen_ms",
+        )
+        .bind(i64::from(is_reachable))
+        .bind(name)
+        .fetch_optional(change.connection())
+        .await
+        .map_err(query_failed)?;
+        if let Some(row) = &changed {
+            // The first report of a host is not its return.
+            match is_reachable {
+                true if number(row, "seen_ms")? == 0 => {}
+                true => change.event("host.back", name, "", detail).await?,
+                false => change.event("host.unreachable", name, "", detail).await?,
+            }
+        }
+        change.commit().await?;
+        Ok(changed.is_some())
+    }
+
+    /// Adds a token with which a host may join until `expires_ms`. With an operation, that is recorded
+    /// as ended.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] where the request is a repetition.
+    pub(crate) async fn add_token(
+        &self,
+        secret: &str,
+        expires_ms: u64,
+        operation: Option<&NewOperation>,
+    ) -> Result<()> {
         let mut change = self.change().await?;
         sqlx::query("DELETE FROM join_tokens WHERE expires_ms < $1")
             .bind(stored(now_ms()))
@@ -63,6 +149,9 @@ impl Store {
             .execute(change.connection())
             .await
             .map_err(query_failed)?;
+        if let Some(operation) = operation {
+            change.record_made(operation, "a token").await?;
+        }
         change.commit().await
     }
 
@@ -84,13 +173,17 @@ impl Store {
             return Err(Error::new(ErrorKind::Unauthenticated, message)
                 .advise("create another one: army host token"));
         }
+        // The host is this controller's until it is somebody else's turn.
+        let now = change.clock().await?;
         sqlx::query(
-            "INSERT INTO hosts (name, labels, draining, seen_ms, capacity, address) \
-             VALUES ($1, '{}', 0, 0, $2, $3)",
+            "INSERT INTO hosts (name, labels, draining, seen_ms, capacity, address, owner, epoch) \
+             VALUES ($1, '{}', 0, 0, $2, $3, $4, $5)",
         )
         .bind(name)
         .bind(to_json(&Capacity::default())?)
         .bind(address)
+        .bind(&self.term().id)
+        .bind(now)
         .execute(change.connection())
         .await
         .map_err(|error| match is_taken(&error) {
@@ -103,7 +196,9 @@ impl Store {
         })?;
         let detail = format!("joined, at {address}");
         change.event("host.joined", name, "", &detail).await?;
-        change.commit().await
+        change.commit().await?;
+        self.note_host_change();
+        Ok(())
     }
 
     /// Removes a host and its copies of templates, and records its VMs as failed.
@@ -112,8 +207,6 @@ impl Store {
         for query in [
             "DELETE FROM hosts WHERE name = $1",
             "DELETE FROM template_copies WHERE host = $1",
-            "UPDATE vms SET state = 'failed', alive = 0, reason = 'its host was removed' \
-             WHERE host = $1 AND alive = 1",
         ] {
             sqlx::query(query)
                 .bind(name)
@@ -121,20 +214,24 @@ impl Store {
                 .await
                 .map_err(query_failed)?;
         }
+        let vms = sqlx::query("SELECT id FROM vms WHERE host = $1 AND alive = 1")
+            .bind(name)
+            .fetch_all(change.connection())
+            .await
+            .map_err(query_failed)?;
+        for vm in vms {
+            let failed = StateChange {
+                id: &text(&vm, "id")?,
+                state: VmState::Failed,
+                reason: Some("its host was removed"),
+                unless_changed_since: None,
+            };
+            change.change_vm_state(&failed).await?;
+        }
         change.event("host.removed", name, "", "removed").await?;
-        change.commit().await
-    }
-
-    /// Records an event of a host.
-    pub(crate) async fn record_host_event(
-        &self,
-        kind: &str,
-        name: &str,
-        detail: &str,
-    ) -> Result<()> {
-        let mut change = self.change().await?;
-        change.event(kind, name, "", detail).await?;
-        change.commit().await
+        change.commit().await?;
+        self.note_host_change();
+        Ok(())
     }
 
     /// All hosts, by name.
@@ -159,7 +256,9 @@ impl Store {
             .execute(change.connection())
             .await
             .map_err(query_failed)?;
-        change.commit().await
+        change.commit().await?;
+        self.note_host_change();
+        Ok(())
     }
 
     /// Excludes a host from placement, or includes it again.
@@ -180,7 +279,9 @@ impl Store {
             false => ("host.ready", "accepts VMs again"),
         };
         change.event(kind, name, "", detail).await?;
-        change.commit().await
+        change.commit().await?;
+        self.note_host_change();
+        Ok(())
     }
 }
 
@@ -192,5 +293,9 @@ fn host(row: &AnyRow) -> Result<HostRow> {
         seen_ms: unsigned(row, "seen_ms")?,
         capacity: json(row, "capacity")?,
         address: optional_text(row, "address")?.and_then(|it| it.parse().ok()),
+        owner: optional_text(row, "owner")?,
+        epoch: unsigned(row, "epoch")?,
+        is_reachable: number(row, "reachable")? != 0,
+        facts: json(row, "facts")?,
     })
 }

@@ -3,6 +3,7 @@
 use army_api::keys::{CreateKey, Key, NewKey, Role};
 use sqlx::any::AnyRow;
 
+use super::operations::NewOperation;
 use super::{Store, from_word, query_failed, readable, stored, text, unsigned, word};
 use crate::random;
 use crate::{Error, ErrorKind, Result};
@@ -24,8 +25,16 @@ impl Store {
         Ok(row.is_some())
     }
 
-    /// Creates a key. Only the hash of its secret is stored.
-    pub(crate) async fn create_key(&self, request: &CreateKey) -> Result<NewKey> {
+    /// Creates a key. Only the hash of its secret is stored. With an operation, that is recorded as
+    /// ended.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] where the request is a repetition.
+    pub(crate) async fn create_key(
+        &self,
+        request: &CreateKey,
+        operation: Option<&NewOperation>,
+    ) -> Result<NewKey> {
         let secret = format!("{SECRET_PREFIX}{}", random::hex::<32>()?);
         let key = Key {
             id: random::hex::<6>()?,
@@ -59,6 +68,9 @@ impl Store {
         change
             .event("key.created", &key.id, &key.tenant, &detail)
             .await?;
+        if let Some(operation) = operation {
+            change.record_made(operation, &key.id).await?;
+        }
         change.commit().await?;
         Ok(NewKey { key, secret })
     }

@@ -10,7 +10,7 @@ use sqlx::SqlStr;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 
 /// The name and the SQL of each step. The version of a step is its place, counted from one.
-const STEPS: [(&str, &str); 5] = [
+const STEPS: [(&str, &str); 7] = [
     ("start", include_str!("../../migrations/0001_start.sql")),
     (
         "several hosts",
@@ -19,6 +19,14 @@ const STEPS: [(&str, &str); 5] = [
     ("tags", include_str!("../../migrations/0003_tags.sql")),
     ("network", include_str!("../../migrations/0004_network.sql")),
     ("notices", include_str!("../../migrations/0005_notices.sql")),
+    (
+        "controllers",
+        include_str!("../../migrations/0006_controllers.sql"),
+    ),
+    (
+        "operations",
+        include_str!("../../migrations/0007_operations.sql"),
+    ),
 ];
 
 /// All steps.

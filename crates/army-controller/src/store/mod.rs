@@ -4,28 +4,44 @@
 //! the list of VMs. Changes that belong together are one transaction, so that a kill at any point
 //! leaves all of them or none.
 
+pub(crate) mod creation;
 pub(crate) mod events;
+#[cfg(any(test, feature = "testing"))]
+mod filling;
 pub(crate) mod hosts;
 pub(crate) mod keys;
+pub(crate) mod leases;
 mod migrations;
-pub(crate) mod requests;
+pub(crate) mod operations;
+#[cfg(test)]
+mod plans;
+mod relay;
+pub(crate) mod reservations;
+mod shards;
 pub(crate) mod templates;
+mod vm_pages;
+pub(crate) mod vm_states;
 pub(crate) mod vms;
 
 use std::fs::{OpenOptions, Permissions};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::{Error, ErrorKind, Result};
+use leases::OwnTerm;
+use relay::Relay;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sqlx::any::{AnyPoolOptions, AnyRow};
 use sqlx::pool::PoolConnection;
-use sqlx::{AnyConnection, AnyPool, Connection as _, Row};
+use sqlx::{AnyConnection, AnyPool, Row};
 use tokio::sync::{Mutex, MutexGuard, broadcast};
 
 use army_api::events::Event;
 
+/// Commits a transaction of PostgreSQL, and tells all controllers.
+const POSTGRES_COMMIT: &str = "NOTIFY army; COMMIT";
 /// The number of connections to the database.
 const CONNECTIONS: u32 = 8;
 /// The number of events that a slow reader may miss before it has to read the database.
@@ -35,9 +51,9 @@ const EVENTS_AHEAD: usize = 1024;
 const SQLITE_SETTINGS: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; \
      PRAGMA busy_timeout = 10000; PRAGMA foreign_keys = ON;";
 
-/// The lock that a controller holds in PostgreSQL while it runs: two controllers would undo each
-/// other's work.
-const POSTGRES_LOCK: i64 = 0x41_52_4d_59;
+/// Begins a transaction of PostgreSQL. Writers wait for each other there, too, whichever controller
+/// they belong to, so that numbers grow in the order in which transactions are committed.
+const POSTGRES_BEGIN: &str = "BEGIN; SELECT 1 FROM pg_advisory_xact_lock(1095912793)";
 /// The schemes of the URLs of PostgreSQL databases.
 const POSTGRES: [&str; 2] = ["postgres://", "postgresql://"];
 
@@ -46,11 +62,16 @@ const POSTGRES: [&str; 2] = ["postgres://", "postgresql://"];
 pub(crate) struct Store {
     pool: AnyPool,
     is_postgres: bool,
-    /// Holds the lock of a shared database.
-    _lock: Option<Arc<Mutex<AnyConnection>>>,
+    term: OwnTerm,
     /// Held by the writer. In the database, writers would have to try again instead of waiting.
     turn: Arc<Mutex<()>>,
     news: broadcast::Sender<Event>,
+    /// Grows with each transaction that may have changed VMs, of this process or another.
+    changes: Arc<AtomicU64>,
+    /// Grows with each change of hosts by this process.
+    host_changes: Arc<AtomicU64>,
+    /// What brings the events of other controllers; `None` where there can be none.
+    relay: Option<Arc<Relay>>,
 }
 
 impl Store {
@@ -62,16 +83,12 @@ impl Store {
             let message = "the database URL must begin with `postgres://` or `sqlite://`";
             return Err(Error::new(ErrorKind::InvalidRequest, message));
         }
-        let lock = match is_postgres {
-            true => Some(Arc::new(Mutex::new(lock(url).await?))),
-            false => {
-                protect(url).map_err(|error| {
-                    let message = format!("cannot protect the database: {error}");
-                    Error::new(ErrorKind::Internal, message)
-                })?;
-                None
-            }
-        };
+        if !is_postgres {
+            protect(url).map_err(|error| {
+                let message = format!("cannot protect the database: {error}");
+                Error::new(ErrorKind::Internal, message)
+            })?;
+        }
         let pool = AnyPoolOptions::new()
             .max_connections(CONNECTIONS)
             .after_connect(move |connection, _| {
@@ -92,27 +109,68 @@ impl Store {
             let message = format!("cannot migrate the database to the latest version: {error}");
             Error::new(ErrorKind::Internal, message)
         })?;
-        Ok(Self {
+        let mut store = Self {
             pool,
             is_postgres,
-            _lock: lock,
+            term: OwnTerm::new()?,
             turn: Arc::default(),
             news: broadcast::channel(EVENTS_AHEAD).0,
-        })
+            changes: Arc::default(),
+            host_changes: Arc::default(),
+            relay: None,
+        };
+        store.begin_term().await?;
+        if is_postgres {
+            store.relay = Some(Arc::new(Relay::start(url, &store).await?));
+        }
+        Ok(store)
     }
 
-    /// Begins a transaction. It is rolled back unless it is committed.
+    /// A number that grows with each transaction that may have changed VMs.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// A number that grows with each change of hosts by this process. Other processes may change
+    /// hosts only where [`is_shared`](Self::is_shared).
+    pub(crate) fn host_changes(&self) -> u64 {
+        self.host_changes.load(Ordering::Acquire)
+    }
+
+    fn note_host_change(&self) {
+        self.host_changes.fetch_add(1, Ordering::Release);
+    }
+
+    /// Whether other controllers may use the database.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.is_postgres
+    }
+
+    /// Begins a transaction. It is rolled back unless it is committed, and it can be committed while
+    /// the term of this process lasts.
     async fn change(&self) -> Result<Change<'_>> {
+        let mut change = self.change_before_term().await?;
+        change.term = Some(&self.term);
+        Ok(change)
+    }
+
+    /// Begins a transaction that does not depend on the term of this process.
+    async fn change_before_term(&self) -> Result<Change<'_>> {
         let turn = self.turn.lock().await;
         let connection = self.pool.acquire().await.map_err(|e| failed("begin", &e))?;
         let mut change = Change {
             connection,
+            term: None,
             committed: false,
             events: Vec::new(),
-            news: &self.news,
+            store: self,
             _turn: turn,
         };
-        change.run("BEGIN").await.map_err(|e| failed("begin", &e))?;
+        let begin = match self.is_postgres {
+            true => POSTGRES_BEGIN,
+            false => "BEGIN",
+        };
+        change.run(begin).await.map_err(|e| failed("begin", &e))?;
         Ok(change)
     }
 }
@@ -140,24 +198,6 @@ fn protect(url: &str) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Takes the lock of a PostgreSQL database, which is held as long as the connection exists.
-async fn lock(url: &str) -> Result<AnyConnection> {
-    let opened = |error| failed("open the store", &error);
-    let mut connection = AnyConnection::connect(url).await.map_err(opened)?;
-    let row = sqlx::query("SELECT pg_try_advisory_lock($1) AS taken")
-        .bind(POSTGRES_LOCK)
-        .fetch_one(&mut connection)
-        .await
-        .map_err(opened)?;
-    match row.try_get("taken").map_err(opened)? {
-        true => Ok(connection),
-        false => {
-            let message = "another Army server uses this database";
-            Err(Error::new(ErrorKind::Conflict, message).advise("stop it, or use another database"))
-        }
-    }
-}
-
 /// A transaction, and the events that describe it.
 ///
 /// The connection of a transaction that is not committed is closed. Where SQLite cannot write, it may
@@ -165,9 +205,11 @@ async fn lock(url: &str) -> Result<AnyConnection> {
 /// transactions lose count then, and later reads on their connection are old and writes fail.
 struct Change<'a> {
     connection: PoolConnection<sqlx::Any>,
+    /// The term that must last until the transaction is committed; `None` where none is needed.
+    term: Option<&'a OwnTerm>,
     committed: bool,
     events: Vec<Event>,
-    news: &'a broadcast::Sender<Event>,
+    store: &'a Store,
     _turn: MutexGuard<'a, ()>,
 }
 
@@ -182,12 +224,27 @@ impl Change<'_> {
     }
 
     /// Commits the transaction, and then publishes its events.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Superseded`] where the term of this process has ended.
     async fn commit(mut self) -> Result<()> {
-        self.run("COMMIT").await.map_err(|e| failed("commit", &e))?;
+        self.check_term().await?;
+        let commit = match self.store.is_postgres {
+            true => POSTGRES_COMMIT,
+            false => "COMMIT",
+        };
+        self.run(commit).await.map_err(|e| failed("commit", &e))?;
         self.committed = true;
-        for event in self.events.drain(..) {
-            // There may be no receiver.
-            let _ = self.news.send(event);
+        self.store.changes.fetch_add(1, Ordering::Release);
+        match &self.store.relay {
+            // Events of all controllers are published in their order.
+            Some(relay) => relay.wake(),
+            None => {
+                for event in self.events.drain(..) {
+                    // There may be no receiver.
+                    let _ = self.store.news.send(event);
+                }
+            }
         }
         Ok(())
     }

@@ -30,6 +30,10 @@ pub struct HostReport {
     pub vms: Vec<VmReport>,
     /// The number of standbys that are ready, by the template's name.
     pub ready: HashMap<String, u32>,
+    /// The number of standbys that the node keeps, by the template's name; `None` where the node does
+    /// not say. A node forgets it when its process ends.
+    #[serde(default)]
+    pub standbys: Option<HashMap<String, u32>>,
     /// The CPU features that clones can have on the host, where the node says so.
     #[serde(default)]
     pub cpu: Option<CpuFeatures>,

@@ -147,7 +147,7 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<Template> {
             BuildEvent::Failed { problem } => return Err(ClientError::Refused(problem).into()),
         }
     }
-    bail!("the server went away, and the build with it")
+    bail!("the server went away; `army operation ls` tells what became of the build")
 }
 
 fn title(step: &BuildStep) -> String {

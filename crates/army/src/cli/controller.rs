@@ -43,6 +43,9 @@ pub(super) struct Args {
         hide_env_values = true
     )]
     database: Option<String>,
+    #[command(flatten)]
+    records: serve::RecordArgs,
+    limits: serve::LimitArgs,
 }
 
 pub(super) async fn run(args: Args) -> Result<ExitCode> {
@@ -57,7 +60,10 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
         tls: identity.client()?,
         fingerprint: tls::fingerprint(&certificate),
     };
-    let controller = Controller::of_cluster(database, cluster).await?;
+    let controller = Controller::of_cluster(database, cluster)
+        .await?
+        .with_limits(args.limits.limits())
+        .keeping_ended_vms(args.records.keep_ended());
     // Hosts that join have no certificate yet.
     let joining = Listener::new(joining, &identity, true)?;
     let enrol = move |controller: &Arc<Controller>| {

@@ -34,9 +34,13 @@ pub(super) struct Args {
         hide_env_values = true
     )]
     database: Option<String>,
+    #[command(flatten)]
+    records: serve::RecordArgs,
     /// The name of the host.
     #[arg(long)]
     host_name: Option<String>,
+    #[command(flatten)]
+    limits: serve::LimitArgs,
     #[command(flatten)]
     jail: serve::JailArgs,
 }
@@ -49,7 +53,9 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
     let database = serve::database(args.database.as_deref(), &args.state).await?;
     let name = args.host_name.unwrap_or_else(serve::host_name);
     let node = serve::node(name, &args.state, &args.jail).await?;
-    let controller = Controller::of_one_host(database, Arc::new(NodeService::in_process(node)));
+    let controller = Controller::of_one_host(database, Arc::new(NodeService::in_process(node)))
+        .with_limits(args.limits.limits())
+        .keeping_ended_vms(args.records.keep_ended());
     let nothing = |_: &_| Ok(tokio::spawn(std::future::pending()));
     serve::api(controller, listener, nothing).await?;
     Ok(ExitCode::SUCCESS)

@@ -10,6 +10,7 @@ mod files;
 mod hosts;
 mod keys;
 mod node;
+mod operations;
 mod output;
 mod ports;
 mod serve;
@@ -68,6 +69,9 @@ enum Command {
     PortForward(ports::Args),
     /// Copy a file into or out of a VM: one side is VM:PATH.
     Cp(files::CopyArgs),
+    /// Manage operations, such as creates that nobody waits for: list, show, wait.
+    #[command(subcommand)]
+    Operation(operations::Command),
     /// Print events as they happen.
     Events(events::Args),
     /// Manage keys: list, create, remove.
@@ -112,6 +116,7 @@ async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Shell(args) => shell::run(&context, args).await,
         Command::PortForward(args) => ports::run(&context, args).await,
         Command::Cp(args) => files::copy(&context, args).await,
+        Command::Operation(command) => operations::run(&context, command).await,
         Command::Events(args) => events::run(&context, args).await,
         Command::Key(command) => keys::run(&context, command).await,
         Command::Openapi => {

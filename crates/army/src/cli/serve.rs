@@ -20,7 +20,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use super::output;
 use crate::server;
 use crate::server::tls::{self, Files};
-use army_controller::{Controller, Database};
+use army_controller::{Controller, DEFAULT_KEPT, Database, Limits};
 use army_node::Node;
 use army_node_api::cluster::tls::Listener;
 
@@ -110,6 +110,35 @@ impl JailArgs {
     }
 }
 
+/// Limits of placement.
+#[derive(clap::Args)]
+pub(super) struct LimitArgs {
+    /// Place VMs on a host only while the memory sizes of all its VMs together are at most FACTOR
+    /// times the host's memory. Without it, the memory that VMs use counts, and not their size:
+    /// clones share most of it, so a host can be promised many times over.
+    #[arg(long, value_name = "FACTOR", env = "ARMY_MEMORY_PROMISE", value_parser = factor)]
+    memory_promise: Option<f64>,
+}
+
+impl LimitArgs {
+    pub(super) fn limits(&self) -> Limits {
+        Limits {
+            memory_promise: self.memory_promise,
+        }
+    }
+}
+
+/// Reads a factor above 0.
+fn factor(text: &str) -> Result<f64, String> {
+    let factor: f64 = text
+        .parse()
+        .map_err(|_| "write it as a number, as in 4.5")?;
+    match factor.is_finite() && factor > 0.0 {
+        true => Ok(factor),
+        false => Err("it must be more than 0".to_owned()),
+    }
+}
+
 /// Opens the node of this host, and starts to supervise its VMs.
 pub(super) async fn node(name: String, state: &Path, jail: &JailArgs) -> Result<Arc<Node>> {
     let journal = state.join("vms");
@@ -128,6 +157,27 @@ pub(super) async fn node(name: String, state: &Path, jail: &JailArgs) -> Result<
         })?;
     node.supervise().context("cannot supervise VMs")?;
     Ok(node)
+}
+
+/// How long records are kept.
+#[derive(clap::Args)]
+pub(super) struct RecordArgs {
+    /// The number of days for which the record of a VM that has ended is kept. Its environment
+    /// variables are removed at once.
+    #[arg(
+        long,
+        value_name = "DAYS",
+        default_value_t = DEFAULT_KEPT.as_secs() / DAY_S,
+        value_parser = clap::value_parser!(u64).range(0..=36_500),
+        env = "ARMY_KEEP_ENDED"
+    )]
+    keep_ended: u64,
+}
+
+impl RecordArgs {
+    pub(super) fn keep_ended(&self) -> Duration {
+        Duration::from_secs(self.keep_ended * DAY_S)
+    }
 }
 
 /// Whether and how connections of clients are encrypted.
@@ -179,6 +229,8 @@ impl ApiListener {
     }
 }
 
+/// The seconds of a day.
+const DAY_S: u64 = 24 * 3600;
 /// How long the announcement of the server waits for the first reports of hosts.
 const FIRST_REPORTS: Duration = Duration::from_secs(3);
 
@@ -191,27 +243,34 @@ pub(super) async fn api(
 ) -> Result<()> {
     let controller = Arc::new(controller);
     let mut beside = beside(&controller)?;
-    let interrupted = controller.interrupted_requests().await?;
     let url = listener.url()?;
     first_key(&controller, &url).await?;
     let mut reconcile = {
         let controller = Arc::clone(&controller);
         tokio::spawn(async move {
-            controller.recover_requests(interrupted).await?;
-            controller.reconcile().await;
-            Ok::<_, army_controller::Error>(())
+            controller.recover().await?;
+            Err::<(), _>(controller.reconcile().await)
         })
     };
+    let mut term = tokio::spawn(Arc::clone(&controller).hold_term());
     let announced = announce(&controller, url);
     let serve = listener.serve(server::router(Arc::clone(&controller)));
     let serve = async { tokio::join!(announced, serve).1 };
     let served = tokio::select! {
         served = until_asked(serve) => served,
         ended = &mut reconcile => Err(loop_ended("reconcile", ended.map(|it| it.map_err(Into::into)))),
+        ended = &mut term => Err(loop_ended("term", ended.map(|error| Err(error.into())))),
         ended = &mut beside => Err(loop_ended("cluster", ended.map(Ok))),
     };
     reconcile.abort();
     beside.abort();
+    term.abort();
+    if served.is_ok() {
+        // Otherwise others wait until the lease has run out.
+        if let Err(error) = controller.end_term().await {
+            tracing::warn!(%error, "cannot give back the lease of this controller");
+        }
+    }
     served
 }
 

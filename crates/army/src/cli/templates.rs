@@ -12,6 +12,7 @@ use reqwest::Method;
 
 use super::build;
 use super::context::Context;
+use super::operations;
 use super::output::{bytes, table};
 
 /// Manage templates.
@@ -139,9 +140,10 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
             client.send(Method::PATCH, &path, &request).await?
         }
         Command::Rm { name } => {
-            client
-                .plain(Method::DELETE, &format!("/v1/templates/{}", segment(&name)))
-                .await?;
+            let path = format!("/v1/templates/{}", segment(&name));
+            if let Some(operation) = client.remove(&path).await? {
+                operations::show(context, &operation)?;
+            }
             return Ok(ExitCode::SUCCESS);
         }
     };

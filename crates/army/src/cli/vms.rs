@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use army_api::client::segment;
+use army_api::client::{Begun, segment};
 use army_api::templates::Template;
 use army_api::vms::{
     Balloon, CreateVms, CreatedVms, Egress, ForkVm, IdleAction, IdlePolicy, NetworkPolicy,
@@ -14,6 +14,7 @@ use clone_api::Bytes;
 use reqwest::Method;
 
 use super::context::Context;
+use super::operations;
 use super::output::{bytes, ms, note, pair, table, word};
 use super::templates::templates_table;
 
@@ -111,6 +112,9 @@ pub(super) struct CreateArgs {
     /// A request that is sent again with the same key is not executed again.
     #[arg(long, value_name = "KEY")]
     idempotency_key: Option<String>,
+    /// Do not wait for the VMs: show the operation that creates them (army operation wait).
+    #[arg(long)]
+    no_wait: bool,
 }
 
 /// `army vm ls`.
@@ -160,9 +164,17 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
                         .map(|after| idle(after, IdleAction::Destroy))),
                 network: args.egress.as_deref().map(network),
             };
-            let created: CreatedVms = client
-                .create("/v1/vms", &request, args.idempotency_key.as_deref())
-                .await?;
+            let key = args.idempotency_key.as_deref();
+            if args.no_wait {
+                return match client.begin("/v1/vms", &request, key, 0).await? {
+                    Begun::Made(created) => created_vms(context, &created),
+                    Begun::InProgress(operation) => {
+                        operations::show(context, &operation)?;
+                        Ok(ExitCode::SUCCESS)
+                    }
+                };
+            }
+            let created: CreatedVms = client.create("/v1/vms", &request, key).await?;
             return created_vms(context, &created);
         }
         Command::Fork { vm, count, name } => {

@@ -10,7 +10,7 @@ use axum::http::header;
 use axum::http::request::Parts;
 
 use super::{App, Failure};
-use army_controller::Controller;
+use army_controller::{Controller, Requester};
 
 /// The beginning of the WebSocket subprotocol in which a browser's terminal sends its key, because it
 /// cannot set headers.
@@ -29,6 +29,15 @@ impl Caller {
         match self.key.role {
             Role::Admin => None,
             Role::User | Role::Viewer => Some(&self.key.tenant),
+        }
+    }
+
+    /// The caller as an operation records it.
+    pub fn requester(&self, idempotency_key: Option<String>) -> Requester {
+        Requester {
+            tenant: self.key.tenant.clone(),
+            key: self.key.id.clone(),
+            idempotency_key,
         }
     }
 

@@ -1,19 +1,20 @@
 //! Templates that are built from others.
 
-use std::convert::Infallible;
-
 use army_api::builds::{BuildEvent, BuildTemplate};
 use army_api::keys::Role;
+use army_api::operations::{Operation, Wait};
+use army_api::templates::Template;
 use army_api::{Problem, ProblemKind};
 use axum::extract::State;
-use axum::response::sse::{Event, Sse};
-use futures_util::Stream;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
 use tokio::sync::mpsc;
 
 use super::auth::Caller;
 use super::events::sent_events;
-use super::extract::Body;
-use super::{Answer, App, failure};
+use super::extract::{Body, IdempotencyKey};
+use super::operations::Waiting;
+use super::{Answer, App, failure, operations};
 
 /// The number of events that may wait for a slow reader, before the guest has to wait.
 const AHEAD: usize = 4;
@@ -22,34 +23,43 @@ const AHEAD: usize = 4;
 ///
 /// Forks the base template, runs the steps in the clone, and stores the result as a template that
 /// contains only the changes. The response reports the progress as server-sent events; it is an
-/// error if the build cannot start. If the client disconnects before the last event, the build is
-/// cancelled and everything that it created is removed.
+/// error if the build cannot start. The build goes on if the client disconnects: its operation tells
+/// how it ended. With `wait`, the response has no progress: it is the template, or, after that time,
+/// the operation.
 #[utoipa::path(post, path = "/v1/builds", request_body = BuildTemplate,
-    responses((status = 200, body = BuildEvent, content_type = "text/event-stream")))]
+    params(Wait, ("Idempotency-Key" = Option<String>, Header)),
+    responses((status = 200, body = BuildEvent, content_type = "text/event-stream"),
+        (status = 201, body = Template), (status = 202, body = Operation)))]
 pub(super) async fn build(
     State(app): State<App>,
     caller: Caller,
+    IdempotencyKey(key): IdempotencyKey,
+    waiting: Waiting,
     Body(request): Body<BuildTemplate>,
-) -> Answer<Sse<impl Stream<Item = Result<Event, Infallible>>>> {
+) -> Answer<Response> {
     // Templates are visible to all tenants.
     caller.may(Role::Admin)?;
+    let requester = caller.requester(key);
+    if waiting.is_limited() {
+        let started = app.controller.build(&requester, request, None).await?;
+        return operations::answer(&app, started, waiting, StatusCode::CREATED).await;
+    }
     let (listener, mut events) = mpsc::channel(AHEAD);
-    // The build runs in a task of its own, which ends its VM where its client disconnects.
+    let progress = Some(listener.clone());
+    let started = app.controller.build(&requester, request, progress).await?;
     tokio::spawn(async move {
-        let tenant = &caller.key.tenant;
-        let built = app.controller.build(tenant, request, &listener).await;
-        let last = match built {
+        let built = app.controller.outcome(started, None).await;
+        let built = built.map_err(failure::problem);
+        let last = match built.and_then(operations::template) {
             Ok(template) => BuildEvent::Built { template },
-            Err(error) => BuildEvent::Failed {
-                problem: failure::problem(error),
-            },
+            Err(problem) => BuildEvent::Failed { problem },
         };
         // A client that has disconnected does not want to know.
         let _ = listener.send(last).await;
     });
     match events.recv().await {
         Some(BuildEvent::Failed { problem }) => Err(problem.into()),
-        Some(first) => Ok(sent_events(Some(first), events)),
+        Some(first) => Ok(sent_events(Some(first), events).into_response()),
         None => {
             let detail = "the build ended without a result";
             Err(Problem::new(ProblemKind::Internal, detail).into())

@@ -3,7 +3,6 @@
 //! The agent in the guest keeps them. They outlive connections, and the processes of Army.
 
 use std::convert::Infallible;
-use std::time::Duration;
 
 use agent_client::Connection;
 use agent_proto::messages::Acknowledge;
@@ -19,7 +18,7 @@ use tokio::sync::mpsc;
 
 use super::auth::Caller;
 use super::events::sent_events;
-use super::extract::{Body, Params, Path};
+use super::extract::{Body, IdempotencyKey, Params, Path};
 use super::{AGENT_LIMIT, Answer, App};
 use army_controller::{Error, guest};
 
@@ -35,33 +34,23 @@ async fn connect(app: &App, caller: &Caller, vm: &str) -> Answer<Connection> {
 
 /// Starts a command without waiting for its end.
 ///
-/// The command has no time limit unless one is given, and it gets no input.
-#[utoipa::path(post, path = "/v1/vms/{vm}/commands", params(("vm" = String, Path)), request_body = StartCommand,
+/// The command has no time limit unless one is given, and it gets no input. A repetition with the same
+/// `Idempotency-Key` starts no other command.
+#[utoipa::path(post, path = "/v1/vms/{vm}/commands", params(("vm" = String, Path),
+    ("Idempotency-Key" = Option<String>, Header)), request_body = StartCommand,
     responses((status = 201, body = Command)))]
 pub(super) async fn start(
     State(app): State<App>,
     caller: Caller,
     Path(vm): Path<String>,
+    IdempotencyKey(key): IdempotencyKey,
     Body(request): Body<StartCommand>,
 ) -> Answer<(StatusCode, Json<Command>)> {
-    guest::check_command(&request.command)?;
     caller.may(Role::User)?;
     let found = caller.vm(&app, &vm).await?;
-    let environment = app.controller.environment(&found).await?;
-    let connection = connect(&app, &caller, &found.id).await?;
-    let command = request.command.clone();
-    let limit = request.timeout_ms.map(Duration::from_millis);
-    let mut exec = guest::exec(request.into(), environment, limit);
-    exec.detached = true;
-    let running = connection.exec(exec).await.map_err(Error::from)?;
-    let started = running.started();
-    let command = Command {
-        id: started.id,
-        pid: started.pid,
-        command,
-        ended: None,
-    };
-    Ok((StatusCode::CREATED, Json(command)))
+    let requester = caller.requester(key);
+    let started = app.controller.start_command(&requester, &found, request);
+    Ok((StatusCode::CREATED, Json(started.await?)))
 }
 
 /// Lists the commands in a VM.

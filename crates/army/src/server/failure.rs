@@ -46,7 +46,8 @@ pub(super) fn problem(error: Error) -> Problem {
         ErrorKind::QuotaExceeded => ProblemKind::QuotaExceeded,
         ErrorKind::Busy => ProblemKind::Busy,
         ErrorKind::GuestUnavailable => ProblemKind::GuestUnavailable,
-        ErrorKind::HostUnavailable => ProblemKind::HostUnavailable,
+        // Another controller answers when the request is repeated.
+        ErrorKind::HostUnavailable | ErrorKind::Superseded => ProblemKind::HostUnavailable,
         ErrorKind::HostUnsupported => ProblemKind::HostUnsupported,
         ErrorKind::Timeout => ProblemKind::Timeout,
         ErrorKind::Internal => ProblemKind::Internal,

@@ -2,14 +2,17 @@
 
 use army_api::hosts::{ChangeHost, CreateJoinToken, Host, JoinToken};
 use army_api::keys::Role;
+use army_api::operations::{Operation, Wait};
 use army_api::{Problem, ProblemKind};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::response::Response;
 
 use super::auth::Caller;
-use super::extract::{Body, Path};
-use super::{Answer, App};
+use super::extract::{Body, IdempotencyKey, Path};
+use super::operations::Waiting;
+use super::{Answer, App, operations};
 
 /// How long a token is valid where the client does not say, in minutes.
 const TOKEN_MINUTES: u32 = 15;
@@ -44,30 +47,40 @@ fn visible(caller: &Caller, host: Host) -> Host {
 }
 
 /// Excludes a host from placement. Its VMs continue to run.
-#[utoipa::path(post, path = "/v1/hosts/{name}/drain", params(("name" = String, Path)),
-    responses((status = 200, body = Host)))]
+#[utoipa::path(post, path = "/v1/hosts/{name}/drain", params(("name" = String, Path), Wait),
+    responses((status = 200, body = Host), (status = 202, body = Operation)))]
 pub(super) async fn drain(
     State(app): State<App>,
     caller: Caller,
     Path(name): Path<String>,
-) -> Answer<Json<Host>> {
-    set(&app, &caller, &name, true).await
+    waiting: Waiting,
+) -> Answer<Response> {
+    set(&app, &caller, &name, true, waiting).await
 }
 
 /// Includes a drained host in placement again.
-#[utoipa::path(post, path = "/v1/hosts/{name}/undrain", params(("name" = String, Path)),
-    responses((status = 200, body = Host)))]
+#[utoipa::path(post, path = "/v1/hosts/{name}/undrain", params(("name" = String, Path), Wait),
+    responses((status = 200, body = Host), (status = 202, body = Operation)))]
 pub(super) async fn undrain(
     State(app): State<App>,
     caller: Caller,
     Path(name): Path<String>,
-) -> Answer<Json<Host>> {
-    set(&app, &caller, &name, false).await
+    waiting: Waiting,
+) -> Answer<Response> {
+    set(&app, &caller, &name, false, waiting).await
 }
 
-async fn set(app: &App, caller: &Caller, name: &str, draining: bool) -> Answer<Json<Host>> {
+async fn set(
+    app: &App,
+    caller: &Caller,
+    name: &str,
+    draining: bool,
+    waiting: Waiting,
+) -> Answer<Response> {
     caller.may(Role::Admin)?;
-    Ok(Json(app.controller.set_draining(name, draining).await?))
+    let requester = caller.requester(None);
+    let started = app.controller.set_draining(&requester, name, draining);
+    operations::answer(app, started.await?, waiting, StatusCode::OK).await
 }
 
 /// Changes the labels of a host.
@@ -84,11 +97,15 @@ pub(super) async fn change(
 }
 
 /// Creates a token with which one host can join, once.
+///
+/// A repetition with the same `Idempotency-Key` makes no other token, and is a conflict.
 #[utoipa::path(post, path = "/v1/join-tokens", request_body = CreateJoinToken,
+    params(("Idempotency-Key" = Option<String>, Header)),
     responses((status = 201, body = JoinToken)))]
 pub(super) async fn token(
     State(app): State<App>,
     caller: Caller,
+    IdempotencyKey(key): IdempotencyKey,
     Body(request): Body<CreateJoinToken>,
 ) -> Answer<(StatusCode, Json<JoinToken>)> {
     caller.may(Role::Admin)?;
@@ -97,7 +114,9 @@ pub(super) async fn token(
         let detail = format!("`minutes` must be 1 to {MAX_TOKEN_MINUTES}");
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
-    let (token, expires_ms) = app.controller.create_join_token(minutes).await?;
+    let requester = caller.requester(key);
+    let created = app.controller.create_join_token(&requester, minutes);
+    let (token, expires_ms) = created.await?;
     let token = token.to_string();
     Ok((StatusCode::CREATED, Json(JoinToken { token, expires_ms })))
 }

@@ -6,7 +6,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 
 use super::auth::Caller;
-use super::extract::{Body, Path};
+use super::extract::{Body, IdempotencyKey, Path};
 use super::{Answer, App};
 
 /// Lists all keys, without their secrets.
@@ -18,17 +18,21 @@ pub(super) async fn list(State(app): State<App>, caller: Caller) -> Answer<Json<
 
 /// Creates a key.
 ///
-/// The secret of the key is returned only in this response.
+/// The secret of the key is returned only in this response. A repetition with the same
+/// `Idempotency-Key` makes no other key, and is a conflict that names the first one.
 #[utoipa::path(post, path = "/v1/keys", request_body = CreateKey,
+    params(("Idempotency-Key" = Option<String>, Header)),
     responses((status = 201, body = NewKey)))]
 pub(super) async fn create(
     State(app): State<App>,
     caller: Caller,
+    IdempotencyKey(key): IdempotencyKey,
     Body(request): Body<CreateKey>,
 ) -> Answer<(StatusCode, Json<NewKey>)> {
     caller.may(Role::Admin)?;
-    let key = app.controller.create_key(&request).await?;
-    Ok((StatusCode::CREATED, Json(key)))
+    let requester = caller.requester(key);
+    let key = app.controller.create_requested_key(&requester, &request);
+    Ok((StatusCode::CREATED, Json(key.await?)))
 }
 
 /// Revokes a key.

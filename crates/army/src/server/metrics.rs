@@ -64,6 +64,13 @@ pub(super) async fn metrics(State(app): State<App>, caller: Caller) -> Answer<Re
         ages.map(|(name, age)| (label("loop", name), age.as_secs()))
             .collect(),
     );
+    let ages = app.controller.host_task_ages().into_iter();
+    family(
+        "host_task_age_seconds",
+        "Time since the task of a host that this controller owns began its last round.",
+        ages.map(|(name, age)| (label("host", &name), age.as_secs()))
+            .collect(),
+    );
     let templates = app.controller.templates().await?;
     let by_template = |value: &dyn Fn(&army_api::templates::Template) -> u32| {
         let templates = templates.iter();

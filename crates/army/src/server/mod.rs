@@ -17,6 +17,7 @@ mod health;
 mod hosts;
 mod keys;
 mod metrics;
+mod operations;
 mod ports;
 mod templates;
 mod terminal;
@@ -66,8 +67,11 @@ pub struct App {
     info(
         title = "Army",
         description = "Creates and manages VMs that are clones of templates, on one or many hosts. \
-            Failures are RFC 9457 problem documents. Requests that create VMs accept an \
-            Idempotency-Key header."
+            Failures are RFC 9457 problem documents. Requests that make something accept an \
+            Idempotency-Key header, 1 to 200 visible ASCII characters that the client chooses: a \
+            request that is repeated with the same key waits for the operation of the first one, or \
+            returns what that has made, as it is now. Where the first one made nothing, it is tried \
+            again. Operations go on when their client disconnects."
     ),
     security(("key" = [])),
     components(schemas(Problem)),
@@ -122,6 +126,8 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(ports::connect))
         .routes(routes!(files::read, files::write))
         .routes(routes!(events::events))
+        .routes(routes!(operations::list))
+        .routes(routes!(operations::inspect))
 }
 
 /// The OpenAPI document.

@@ -1,6 +1,9 @@
 //! Templates.
 
+use std::time::Duration;
+
 use army_api::keys::Role;
+use army_api::operations::{Operation, Wait};
 use army_api::templates::{
     ChangeTemplate, CopyTemplate, ImportTemplate, RegisterTemplate, SetTag, Template,
 };
@@ -10,10 +13,14 @@ use axum::http::StatusCode;
 use axum::response::Response;
 
 use super::auth::Caller;
-use super::extract::{Body, Params, Path};
-use super::{Answer, App, failure};
+use super::extract::{Body, IdempotencyKey, Params, Path};
+use super::operations::Waiting;
+use super::{Answer, App, failure, operations};
 use army_controller::ErrorKind;
 use army_node_api::chunks;
+
+/// How long the removal of a template is waited for, where the client does not say.
+const REMOVAL_WAIT: Duration = Duration::from_secs(30);
 
 /// Lists all templates.
 #[utoipa::path(get, path = "/v1/templates", responses((status = 200, body = Vec<Template>)))]
@@ -23,15 +30,22 @@ pub(super) async fn list(State(app): State<App>, _: Caller) -> Answer<Json<Vec<T
 
 /// Registers a template that is in a host's store.
 #[utoipa::path(post, path = "/v1/templates", request_body = RegisterTemplate,
-    responses((status = 201, body = Template)))]
+    params(Wait, ("Idempotency-Key" = Option<String>, Header)),
+    responses((status = 201, body = Template), (status = 202, body = Operation)))]
 pub(super) async fn register(
     State(app): State<App>,
     caller: Caller,
+    IdempotencyKey(key): IdempotencyKey,
+    waiting: Waiting,
     Body(request): Body<RegisterTemplate>,
-) -> Answer<(StatusCode, Json<Template>)> {
+) -> Answer<Response> {
     caller.may(Role::Admin)?;
-    let template = app.controller.register_template(&request).await?;
-    Ok((StatusCode::CREATED, Json(template)))
+    let requester = caller.requester(key);
+    let started = app
+        .controller
+        .register_template(&requester, request)
+        .await?;
+    operations::answer(&app, started, waiting, StatusCode::CREATED).await
 }
 
 /// Returns one template.
@@ -60,17 +74,21 @@ pub(super) async fn change(
 }
 
 /// Copies a template to another host.
-#[utoipa::path(post, path = "/v1/templates/{name}/copies", params(("name" = String, Path)), request_body = CopyTemplate,
-    responses((status = 201, body = Template)))]
+#[utoipa::path(post, path = "/v1/templates/{name}/copies", params(("name" = String, Path), Wait,
+    ("Idempotency-Key" = Option<String>, Header)), request_body = CopyTemplate,
+    responses((status = 201, body = Template), (status = 202, body = Operation)))]
 pub(super) async fn copy(
     State(app): State<App>,
     caller: Caller,
     Path(name): Path<String>,
+    IdempotencyKey(key): IdempotencyKey,
+    waiting: Waiting,
     Body(request): Body<CopyTemplate>,
-) -> Answer<(StatusCode, Json<Template>)> {
+) -> Answer<Response> {
     caller.may(Role::Admin)?;
-    let template = app.controller.copy_template(&name, &request.host).await?;
-    Ok((StatusCode::CREATED, Json(template)))
+    let (controller, requester) = (&app.controller, caller.requester(key));
+    let copied = controller.copy_template(&requester, &name, &request.host);
+    operations::answer(&app, copied.await?, waiting, StatusCode::CREATED).await
 }
 
 /// Exports a template as one stream, in Army's own format, for another Army or as a backup.
@@ -89,7 +107,8 @@ pub(super) async fn export(
 /// Imports a template that was exported with `GET`.
 ///
 /// The content is verified, and the template appears only when it is complete.
-#[utoipa::path(put, path = "/v1/templates/{name}/content", params(("name" = String, Path), ImportTemplate),
+#[utoipa::path(put, path = "/v1/templates/{name}/content", params(("name" = String, Path),
+    ImportTemplate, ("Idempotency-Key" = Option<String>, Header)),
     request_body(content_type = "application/octet-stream"),
     responses((status = 201, body = Template)))]
 pub(super) async fn import(
@@ -97,15 +116,16 @@ pub(super) async fn import(
     caller: Caller,
     Path(name): Path<String>,
     Params(parameters): Params<ImportTemplate>,
+    IdempotencyKey(key): IdempotencyKey,
     request: Request,
 ) -> Answer<(StatusCode, Json<Template>)> {
     caller.may(Role::Admin)?;
     let content = chunks::receive(request.into_body().into_data_stream());
-    let template = app
-        .controller
-        .import_template(&name, parameters.host.as_deref(), content)
-        .await?;
-    Ok((StatusCode::CREATED, Json(template)))
+    let (controller, requester) = (&app.controller, caller.requester(key));
+    let host = parameters.host.as_deref();
+    let started = controller.import_template(&requester, &name, host, content);
+    let output = controller.outcome(started.await?, None).await?;
+    Ok((StatusCode::CREATED, Json(operations::template(output)?)))
 }
 
 /// Creates a tag that points to a template, or moves an existing tag to it.
@@ -135,14 +155,20 @@ pub(super) async fn untag(
 }
 
 /// Removes a template that is not in use, also from its hosts.
-#[utoipa::path(delete, path = "/v1/templates/{name}", params(("name" = String, Path)),
-    responses((status = 204)))]
+///
+/// From then on it cannot be used. A host that does not respond is waited for; if that takes longer
+/// than 30 seconds, or than `wait`, the response is `202 Accepted`.
+#[utoipa::path(delete, path = "/v1/templates/{name}", params(("name" = String, Path), Wait),
+    responses((status = 204), (status = 202, body = Operation)))]
 pub(super) async fn remove(
     State(app): State<App>,
     caller: Caller,
     Path(name): Path<String>,
-) -> Answer<StatusCode> {
+    waiting: Waiting,
+) -> Answer<Response> {
     caller.may(Role::Admin)?;
-    app.controller.remove_template(&name).await?;
-    Ok(StatusCode::NO_CONTENT)
+    let requester = caller.requester(None);
+    let started = app.controller.remove_template(&requester, &name).await?;
+    let waiting = waiting.or(REMOVAL_WAIT);
+    operations::answer(&app, started, waiting, StatusCode::NO_CONTENT).await
 }

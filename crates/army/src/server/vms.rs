@@ -2,19 +2,20 @@
 //! not ended, or as `TENANT/NAME`, whose `/` is percent-encoded.
 
 use army_api::keys::Role;
+use army_api::operations::{Operation, Wait};
 use army_api::templates::Template;
 use army_api::vms::{
     Balloon, CreateVms, CreatedVms, ForkVm, SetBalloon, SnapshotVm, Vm, VmFilter, VmPage,
 };
-use army_api::{Problem, ProblemKind};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::response::Response;
 
 use super::auth::Caller;
 use super::extract::{Body, IdempotencyKey, Params, Path};
-use super::failure::{Failure, created_vms};
-use super::{Answer, App};
+use super::operations::Waiting;
+use super::{Answer, App, operations};
 
 /// Lists VMs, one page at a time.
 #[utoipa::path(get, path = "/v1/vms", params(VmFilter),
@@ -29,31 +30,23 @@ pub(super) async fn list(
 
 /// Creates VMs from a template.
 ///
-/// The response is sent when the VMs are running.
+/// The response is sent when the VMs are running. If none of them can be created, it is an error.
 #[utoipa::path(post, path = "/v1/vms", request_body = CreateVms,
-    params(("Idempotency-Key" = Option<String>, Header,
+    params(Wait, ("Idempotency-Key" = Option<String>, Header,
         description = "A key chosen by the client, 1 to 200 visible ASCII characters. \
             Repeating a request with the same key does not create the VMs twice")),
-    responses((status = 201, body = CreatedVms)))]
+    responses((status = 201, body = CreatedVms), (status = 202, body = Operation)))]
 pub(super) async fn create(
     State(app): State<App>,
     caller: Caller,
     IdempotencyKey(key): IdempotencyKey,
+    waiting: Waiting,
     Body(request): Body<CreateVms>,
-) -> Answer<(StatusCode, Json<CreatedVms>)> {
+) -> Answer<Response> {
     caller.may(Role::User)?;
-    run_to_completion(async move {
-        let (controller, tenant) = (&app.controller, &caller.key.tenant);
-        let key = key.as_deref();
-        let hashed = request.clone();
-        let work = async {
-            let created = controller.create(tenant, request, key).await?;
-            Ok::<_, Failure>(created_vms(created))
-        };
-        let created = controller.idempotent(tenant, key, "create", &hashed, work);
-        Ok((StatusCode::CREATED, Json(created.await?)))
-    })
-    .await
+    let requester = caller.requester(key);
+    let started = app.controller.create(&requester, request).await?;
+    operations::answer(&app, started, waiting, StatusCode::CREATED).await
 }
 
 /// Returns one VM.
@@ -109,48 +102,42 @@ pub(super) async fn resume(
 }
 
 /// Creates live forks of a running VM. The VM itself continues to run.
-#[utoipa::path(post, path = "/v1/vms/{vm}/fork", params(("vm" = String, Path),
+#[utoipa::path(post, path = "/v1/vms/{vm}/fork", params(("vm" = String, Path), Wait,
     ("Idempotency-Key" = Option<String>, Header)), request_body = ForkVm,
-    responses((status = 201, body = CreatedVms)))]
+    responses((status = 201, body = CreatedVms), (status = 202, body = Operation)))]
 pub(super) async fn fork(
     State(app): State<App>,
     caller: Caller,
     Path(vm): Path<String>,
     IdempotencyKey(key): IdempotencyKey,
+    waiting: Waiting,
     Body(request): Body<ForkVm>,
-) -> Answer<(StatusCode, Json<CreatedVms>)> {
+) -> Answer<Response> {
     caller.may(Role::User)?;
     let parent = caller.vm(&app, &vm).await?;
-    run_to_completion(async move {
-        let (controller, tenant) = (&app.controller, &caller.key.tenant);
-        let key = key.as_deref();
-        let hashed = (parent.id.clone(), request.clone());
-        let work = async {
-            let forked = controller
-                .fork_vm(&parent.tenant, &parent, request, key)
-                .await?;
-            Ok::<_, Failure>(created_vms(forked))
-        };
-        let forked = controller.idempotent(tenant, key, "fork", &hashed, work);
-        Ok((StatusCode::CREATED, Json(forked.await?)))
-    })
-    .await
+    let requester = caller.requester(key);
+    let started = app.controller.fork_vm(&requester, &parent, request).await?;
+    operations::answer(&app, started, waiting, StatusCode::CREATED).await
 }
 
 /// Creates a template from a VM. The VM itself continues to run.
-#[utoipa::path(post, path = "/v1/vms/{vm}/snapshot", params(("vm" = String, Path)), request_body = SnapshotVm,
-    responses((status = 201, body = Template)))]
+#[utoipa::path(post, path = "/v1/vms/{vm}/snapshot", params(("vm" = String, Path), Wait,
+    ("Idempotency-Key" = Option<String>, Header)), request_body = SnapshotVm,
+    responses((status = 201, body = Template), (status = 202, body = Operation)))]
 pub(super) async fn snapshot(
     State(app): State<App>,
     caller: Caller,
     Path(vm): Path<String>,
+    IdempotencyKey(key): IdempotencyKey,
+    waiting: Waiting,
     Body(request): Body<SnapshotVm>,
-) -> Answer<(StatusCode, Json<Template>)> {
+) -> Answer<Response> {
     // Templates are visible to all tenants, and so would be everything in the guest's memory.
     caller.may(Role::Admin)?;
     let vm = caller.vm(&app, &vm).await?;
-    let template = app.controller.snapshot(&vm, request).await?;
-    Ok((StatusCode::CREATED, Json(template)))
+    let requester = caller.requester(key);
+    let started = app.controller.snapshot(&requester, &vm, request).await?;
+    operations::answer(&app, started, waiting, StatusCode::CREATED).await
 }
 
 /// Returns the memory balloon of a VM.
@@ -181,15 +168,4 @@ pub(super) async fn set_balloon(
     Ok(Json(
         app.controller.balloon(&vm, Some(request.bytes)).await?,
     ))
-}
-
-/// Runs work to its completion even if its client disconnects: a client that repeats the request
-/// with the same key learns how it ended.
-async fn run_to_completion<T: Send + 'static>(
-    work: impl Future<Output = Answer<T>> + Send + 'static,
-) -> Answer<T> {
-    tokio::spawn(work).await.unwrap_or_else(|error| {
-        let detail = format!("a task failed: {error}");
-        Err(Problem::new(ProblemKind::Internal, detail).into())
-    })
 }

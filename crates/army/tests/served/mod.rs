@@ -143,11 +143,11 @@ async fn serve(
     postgres: Option<Postgres>,
 ) -> Server {
     let records = Records::of(&database);
-    let controller = Controller::of_one_host(database, node);
+    let controller = Arc::new(Controller::of_one_host(database, node));
     controller.recover().await.unwrap();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let router = server::router(Arc::new(controller));
+    let router = server::router(controller);
     let over_tls = router.clone();
     tokio::spawn(async move { axum::serve(listener, router).await });
     let key = create_key(&records, "root", Role::Admin, None).await;

@@ -56,7 +56,7 @@ async fn fill(server: &Server) -> Result<()> {
             server.records.record_fork(&vm.id, times, &[]).await?;
         }
         let reports: Vec<VmReport> = vms.iter().map(report).collect();
-        server.records.apply_node_report("here", &reports).await?;
+        server.records.apply_node_report(&reports).await?;
     }
     Ok(())
 }

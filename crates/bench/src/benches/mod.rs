@@ -4,6 +4,7 @@ mod army;
 mod block;
 mod boot;
 mod exec;
+mod fleet;
 mod fork;
 mod list;
 mod memory;
@@ -68,6 +69,11 @@ pub(crate) const ALL: &[Bench] = &[
         name: "place",
         about: place::ABOUT,
         run: place::run,
+    },
+    Bench {
+        name: "fleet",
+        about: fleet::ABOUT,
+        run: fleet::run,
     },
 ];
 

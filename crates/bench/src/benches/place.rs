@@ -67,6 +67,7 @@ pub(crate) fn run(_: &Context) -> Result<Record> {
         let need = Need {
             cost_bytes: costs[template],
             anywhere: true,
+            ..Need::default()
         };
         let start = Instant::now();
         let chosen = place(&mut hosts, need, count as u32).map_err(|full| anyhow!("{full:?}"))?;

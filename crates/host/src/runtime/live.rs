@@ -1,8 +1,9 @@
 //! Directories for the layers that the clones of a live fork share.
 //!
-//! Such a directory is made in the runtime directory, which is in memory on most hosts, while that
-//! has room, and otherwise on disk. It is removed when no process holds a lock on its [`LIVE_LOCK`]
-//! any more.
+//! Such a directory is made on disk, and not in the runtime directory, which is in memory on most
+//! hosts: the layers of live forks would compete for it with the guests, and with the sockets of every
+//! VM. Only a user without a home has no other place. The directory is removed when no process holds
+//! a lock on its [`LIVE_LOCK`] any more.
 
 use std::fs::{self, File};
 use std::io;
@@ -84,45 +85,41 @@ impl LiveDir {
 }
 
 impl Runtime {
-    /// Sets the directory for live forks that are too large for the runtime directory.
+    /// Sets the directory for live forks.
     #[must_use]
-    pub fn with_spill_dir(self, spill: PathBuf) -> Self {
+    pub fn with_live_dir(self, live: PathBuf) -> Self {
         Self {
-            spill: Some(spill),
+            live: Some(live),
             ..self
         }
     }
 
-    /// Makes a new directory and fills it with `write`, which writes about `bytes`: in the runtime
-    /// directory if that has room, otherwise on disk. If the content does not fit after all, it is
-    /// removed and the next place is tried.
+    /// Makes a new directory and fills it with `write`, which writes about `bytes`.
     ///
     /// # Errors
-    /// [`ErrorCode::OutOfSpace`] if no place has room; otherwise the first failure. The directory
+    /// [`ErrorCode::OutOfSpace`] if the disk has no room; otherwise the first failure. The directory
     /// is removed in both cases.
     pub fn fill_live_dir<T>(
         &self,
         bytes: u64,
-        mut write: impl FnMut(&LiveDir) -> Result<T>,
+        write: impl FnOnce(&LiveDir) -> Result<T>,
     ) -> Result<(LiveDir, T)> {
-        let mut tried = Vec::new();
-        for place in self.live_places() {
-            let room = room_at(place)?;
-            if room >= bytes {
-                let dir = LiveDir::make(place)?;
-                match write(&dir) {
-                    Ok(written) => return Ok((dir, written)),
-                    Err(error) => {
-                        dir.remove();
-                        if error.code != ErrorCode::OutOfSpace {
-                            return Err(error);
-                        }
-                    }
+        let place = self.live.as_deref().unwrap_or(&self.vms);
+        let room = room_at(place)?;
+        if room < bytes {
+            return Err(no_room(bytes, room, place));
+        }
+        let dir = LiveDir::make(place)?;
+        match write(&dir) {
+            Ok(written) => Ok((dir, written)),
+            Err(error) => {
+                dir.remove();
+                match error.code {
+                    ErrorCode::OutOfSpace => Err(no_room(bytes, room, place)),
+                    _ => Err(error),
                 }
             }
-            tried.push(format!("{} in {}", Bytes(room), place.display()));
         }
-        Err(no_room(bytes, &tried))
     }
 
     /// Removes the directories that no clone needs any more.
@@ -130,8 +127,7 @@ impl Runtime {
         for place in self.live_places() {
             let entries = match fs::read_dir(place) {
                 Ok(entries) => entries,
-                // The directory is made when the first live fork does not fit into the runtime
-                // directory.
+                // The directory is made by the first live fork.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(failed("list", place)(error)),
             };
@@ -150,8 +146,10 @@ impl Runtime {
         Ok(())
     }
 
+    /// The places where there may be such directories: former releases made them in the runtime
+    /// directory.
     fn live_places(&self) -> impl Iterator<Item = &Path> {
-        std::iter::once(self.vms.as_path()).chain(self.spill.as_deref())
+        std::iter::once(self.vms.as_path()).chain(self.live.as_deref())
     }
 }
 
@@ -169,15 +167,15 @@ fn room_at(place: &Path) -> Result<u64> {
     Ok(free * found.f_frsize)
 }
 
-fn no_room(bytes: u64, tried: &[String]) -> ApiError {
+fn no_room(bytes: u64, room: u64, place: &Path) -> ApiError {
     let message = format!(
-        "the live fork has no room: it takes about {}, and there is room for {}",
+        "the live fork has no room: it takes about {}, and there is room for {} in {}",
         Bytes(bytes),
-        tried.join(" and ")
+        Bytes(room),
+        place.display()
     );
-    ApiError::new(ErrorCode::OutOfSpace, message).advise(
-        "make room in one of them, or take a snapshot to a disk that has room and fork that",
-    )
+    ApiError::new(ErrorCode::OutOfSpace, message)
+        .advise("make room there, or take a snapshot to a disk that has room and fork that")
 }
 
 /// Removes a directory if no process holds its lock.
@@ -196,7 +194,7 @@ fn remove_unused(dir: &Path) -> Result<()> {
 
 /// The directory on disk for live forks: `/var/lib/clone/live` for root, and
 /// `$XDG_DATA_HOME/clone/live` (or below `~/.local/share`) for others; none without a home.
-pub(super) fn default_spill_dir() -> Option<PathBuf> {
+pub(super) fn default_live_dir() -> Option<PathBuf> {
     let set = |name: &str| {
         let value = std::env::var_os(name).filter(|value| !value.is_empty());
         value.map(PathBuf::from)
@@ -249,7 +247,7 @@ mod tests {
             )
             .unwrap();
             let runtime = Runtime::at(&run).unwrap();
-            let runtime = runtime.with_spill_dir(root.path().join("disk"));
+            let runtime = runtime.with_live_dir(root.path().join("disk"));
             Self { root, runtime }
         }
 
@@ -282,24 +280,11 @@ mod tests {
     }
 
     #[test]
-    fn what_fits_stays_in_the_runtime_directory_and_what_does_not_goes_to_disk() {
+    fn a_live_fork_is_on_disk_however_small_it_is() {
         let host = SmallRun::new(32);
-        let fill = |bytes| host.runtime.fill_live_dir(bytes, |dir| write(dir, bytes));
-        let (small, ()) = fill(4 * MIB).unwrap();
-        assert!(small.path().starts_with(host.run()));
-        let (large, ()) = fill(64 * MIB).unwrap();
-        assert!(large.path().starts_with(host.disk()));
-        // A part of the file system is left to others.
-        let (nearly_all, ()) = fill(27 * MIB).unwrap();
-        assert!(nearly_all.path().starts_with(host.disk()));
-    }
-
-    #[test]
-    fn what_turns_out_larger_than_its_place_is_removed_there_and_goes_to_disk() {
-        let host = SmallRun::new(16);
         let (dir, ()) = host
             .runtime
-            .fill_live_dir(MIB, |dir| write(dir, 64 * MIB))
+            .fill_live_dir(MIB, |dir| write(dir, MIB))
             .unwrap();
         assert!(dir.path().starts_with(host.disk()));
         assert_eq!(live_dirs(&host.run()), 0);
@@ -328,19 +313,20 @@ mod tests {
     }
 
     #[test]
-    fn where_nothing_has_room_the_refusal_says_so_and_nothing_is_left() {
+    fn where_the_disk_has_no_room_the_refusal_says_so_and_nothing_is_left() {
         let mut host = SmallRun::new(16);
-        host.runtime.spill = Some(host.root.path().join("run/spill"));
+        // The small file system stands for a disk.
+        host.runtime.live = Some(host.root.path().join("run/disk"));
         for estimate in [MIB, 1 << 40] {
             let filled = host
                 .runtime
                 .fill_live_dir(estimate, |dir| write(dir, 64 * MIB));
             let error = filled.map(drop).unwrap_err();
             assert_eq!(error.code, ErrorCode::OutOfSpace);
-            assert!(error.message.contains("run/vms"), "{error}");
+            assert!(error.message.contains("run/disk"), "{error}");
             assert!(error.advice.is_some());
             assert_eq!(live_dirs(&host.run()), 0);
-            assert_eq!(live_dirs(&host.root.path().join("run/spill")), 0);
+            assert_eq!(live_dirs(&host.root.path().join("run/disk")), 0);
         }
     }
 
@@ -358,10 +344,13 @@ mod tests {
     #[test]
     fn a_directory_is_swept_wherever_it_is_when_nobody_needs_it() {
         let host = SmallRun::new(16);
-        let fill = |bytes| host.runtime.fill_live_dir(bytes, |dir| write(dir, MIB));
-        let (kept, ()) = fill(64 * MIB).unwrap();
-        let (left, ()) = fill(64 * MIB).unwrap();
-        drop((left, fill(MIB).unwrap()));
+        let fill = || host.runtime.fill_live_dir(MIB, |dir| write(dir, MIB));
+        let (kept, ()) = fill().unwrap();
+        let (left, ()) = fill().unwrap();
+        // A former release made it in the runtime directory.
+        let former = LiveDir::make(&host.run()).unwrap();
+        drop((left, former));
+        assert_eq!((live_dirs(&host.run()), live_dirs(&host.disk())), (1, 2));
         host.runtime.sweep().unwrap();
         assert_eq!((live_dirs(&host.run()), live_dirs(&host.disk())), (0, 1));
         assert!(kept.path().join("memory").exists());

@@ -38,8 +38,8 @@ const MAX_SOCKET_NAME: usize = "/vsock.sock_4294967295".len();
 pub struct Runtime {
     vms: PathBuf,
     required_jail: RequiredJail,
-    /// The directory for live forks that are too large for the runtime directory.
-    spill: Option<PathBuf>,
+    /// The directory for live forks; `None` where there is only the runtime directory.
+    live: Option<PathBuf>,
 }
 
 impl Runtime {
@@ -76,7 +76,7 @@ impl Runtime {
         check_owner(&vms)?;
         Ok(Self {
             vms,
-            spill: live::default_spill_dir(),
+            live: live::default_live_dir(),
             required_jail: RequiredJail::default(),
         })
     }

@@ -14,6 +14,7 @@ use anyhow::{Context as _, Result};
 use army_api::client::{Client, ClientError};
 use army_api::exec::{Exec, ExecResult};
 use army_api::vms::{CreateVms, CreatedVms, Vm};
+use army_controller::Requester;
 use army_node_api::requests::VmSpec;
 use clone_host::launch::fork::{Overrides, fork};
 use futures_util::future::join_all;
@@ -173,8 +174,17 @@ fn create_turn(
         count: 1,
         ..CreateVms::default()
     };
+    let requester = Requester {
+        tenant: "root".to_owned(),
+        ..Requester::default()
+    };
     let start = Instant::now();
-    let made = rig.wait(async { Ok(rig.controller.create("root", asked.clone(), None).await?) })?;
+    let made = rig.wait(async {
+        Ok(rig
+            .controller
+            .create_and_wait(&requester, asked.clone())
+            .await?)
+    })?;
     let controller = start.elapsed();
     rig.destroy(made.vms.first().context("the controller created no VM")?)?;
     let start = Instant::now();

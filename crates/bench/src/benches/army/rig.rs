@@ -9,7 +9,7 @@ use army_api::keys::{CreateKey, Role};
 use army_api::templates::RegisterTemplate;
 use army_api::vms::{CreateVms, CreatedVms, Vm};
 use army_controller::testing::Records;
-use army_controller::{Controller, Database};
+use army_controller::{Controller, Database, Requester};
 use army_node::{Node, NodeService};
 use clone_host::launch::fork;
 use clone_start::VmDir;
@@ -98,7 +98,12 @@ impl<'a> Rig<'a> {
             name: TEMPLATE.to_owned(),
             ..RegisterTemplate::default()
         };
-        tokio.block_on(server.controller.register_template(&asked))?;
+        tokio.block_on(async {
+            let controller = &server.controller;
+            let requester = Requester::default();
+            let started = controller.register_template(&requester, asked).await?;
+            controller.outcome(started, None).await
+        })?;
         Ok(Self {
             node,
             controller: Arc::clone(&server.controller),

@@ -1,0 +1,177 @@
+//! VMs that are created: their records, and the results of their creation.
+
+use std::collections::BTreeMap;
+
+use army_api::vms::{ForkTimes, Vm, VmState};
+
+use super::leases::OwnTerm;
+use super::operations::End;
+use super::vms::{next_change, vm};
+use super::{Change, Store, is_taken, number, query_failed, readable, stored, text, to_json, word};
+use crate::{Error, ErrorKind, Result};
+use army_node_api::time::now_ms;
+
+/// The first part of the template name of a VM that was forked from a running VM.
+pub(crate) const LIVE_PREFIX: &str = "vm:";
+
+/// VMs that are about to be created.
+pub(crate) struct NewVms<'a> {
+    /// The VMs to insert, all in state [`VmState::Creating`].
+    pub(crate) vms: &'a [Vm],
+    /// The variables that are added to the environment of their commands.
+    pub(crate) environment: &'a BTreeMap<String, String>,
+    /// The id of the operation that creates them.
+    pub(crate) operation: Option<&'a str>,
+}
+
+/// What became of the creation of a VM: the times of its fork and its notices, or an error.
+pub(crate) type ForkResult = Result<(ForkTimes, Vec<String>)>;
+
+impl Store {
+    /// Records VMs that nobody creates.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) async fn insert_vms(&self, new: &NewVms<'_>) -> Result<()> {
+        let mut change = self.change().await?;
+        change.insert_vms(new).await?;
+        change.commit().await
+    }
+
+    /// Records the results of the creation of VMs, by their ids, and the end of the operation that
+    /// created them, where it has ended.
+    pub(crate) async fn record_fork_results(
+        &self,
+        results: &[(&str, &ForkResult)],
+        ended: Option<(&str, &End)>,
+    ) -> Result<()> {
+        let mut change = self.change().await?;
+        for (id, result) in results {
+            change.record_fork_result(id, result).await?;
+        }
+        if let Some((operation, end)) = ended {
+            change.end_operation(operation, end).await?;
+        }
+        change.commit().await
+    }
+
+    /// The VMs that an operation creates, in the order of its request.
+    pub(crate) async fn vms_of_operation(&self, operation: &str) -> Result<Vec<Vm>> {
+        let rows = sqlx::query("SELECT * FROM vms WHERE operation = $1 ORDER BY number")
+            .bind(operation)
+            .fetch_all(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        Ok(readable(&rows, "vms", vm))
+    }
+}
+
+impl Change<'_> {
+    /// Records VMs that are about to be created, all or none of them.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] where a name is taken, and [`ErrorKind::QuotaExceeded`].
+    pub(super) async fn insert_vms(&mut self, new: &NewVms<'_>) -> Result<()> {
+        let Some(first) = new.vms.first() else {
+            return Ok(());
+        };
+        if !first.template.starts_with(LIVE_PREFIX) && new.operation.is_some() {
+            self.check_template_is_ready(&first.template).await?;
+        }
+        // VMs are counted for those tenants only that have a quota.
+        let row = sqlx::query(
+            "SELECT last, quota, CASE WHEN quota < 0 THEN 0 ELSE \
+             (SELECT COUNT(*) FROM vms WHERE alive = 1 AND tenant = $1) END AS used \
+             FROM (SELECT (SELECT COALESCE(MAX(number), 0) FROM vms) AS last, \
+             COALESCE((SELECT max_vms FROM tenants WHERE name = $1), -1) AS quota) AS known",
+        )
+        .bind(&first.tenant)
+        .fetch_one(self.connection())
+        .await
+        .map_err(query_failed)?;
+        let (used, quota) = (number(&row, "used")?, number(&row, "quota")?);
+        if quota >= 0 && used + new.vms.len() as i64 > quota {
+            let message = format!(
+                "the tenant {} has {used} of the {quota} VMs that it may have, and requested {}",
+                first.tenant,
+                new.vms.len()
+            );
+            return Err(Error::new(ErrorKind::QuotaExceeded, message)
+                .advise("destroy some VMs, or ask an administrator to raise the quota"));
+        }
+        let mut last = number(&row, "last")?;
+        for vm in new.vms {
+            last += 1;
+            sqlx::query(concat!(
+                "INSERT INTO vms (id, number, name, tenant, template, host, wanted, state, alive, \
+                 labels, environment, created_ms, expires_ms, operation, network, creator, changed) \
+                 VALUES ($1, $2, $3, $4, $5, $6, 1, $7, 1, $8, $9, $10, $11, $12, $13, $14, ",
+                next_change!(),
+                ")"
+            ))
+            .bind(&vm.id)
+            .bind(last)
+            .bind(&vm.name)
+            .bind(&vm.tenant)
+            .bind(&vm.template)
+            .bind(&vm.host)
+            .bind(word(&vm.state)?)
+            .bind(to_json(&vm.labels)?)
+            .bind(to_json(new.environment)?)
+            .bind(stored(vm.created_ms))
+            .bind(vm.expires_ms.map(stored))
+            .bind(new.operation)
+            .bind(vm.network.as_ref().map(to_json).transpose()?)
+            .bind(self.term.map(OwnTerm::id))
+            .execute(self.connection())
+            .await
+            .map_err(|error| match is_taken(&error) {
+                true => {
+                    let message = format!("a VM named `{}` already exists", vm.name);
+                    Error::new(ErrorKind::Conflict, message)
+                }
+                false => query_failed(error),
+            })?;
+            let detail = format!("of {} on {}", vm.template, vm.host);
+            self.event("vm.creating", &vm.id, &vm.tenant, &detail)
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Records the result of a VM's creation: its times and notices, or its error.
+    async fn record_fork_result(&mut self, id: &str, made: &ForkResult) -> Result<()> {
+        let (state, reason, fork, notices) = match made {
+            Ok((times, notices)) => {
+                let notices = (!notices.is_empty())
+                    .then(|| to_json(notices))
+                    .transpose()?;
+                (VmState::Running, None, Some(to_json(times)?), notices)
+            }
+            Err(error) => (VmState::Failed, Some(error.message.clone()), None, None),
+        };
+        // A VM that was destroyed in the meantime stays ended.
+        let changed = sqlx::query(concat!(
+            "UPDATE vms SET state = $1, alive = $2, reason = $3, fork = $4, notices = $5, \
+             environment = CASE WHEN $2 = 1 THEN environment ELSE '{}' END, \
+             ended_ms = CASE WHEN $2 = 1 THEN NULL ELSE $7 END, changed = ",
+            next_change!(),
+            " WHERE id = $6 AND alive = 1 RETURNING tenant"
+        ))
+        .bind(word(&state)?)
+        .bind(i64::from(state.is_alive()))
+        .bind(reason.as_deref())
+        .bind(fork)
+        .bind(notices)
+        .bind(id)
+        .bind(stored(now_ms()))
+        .fetch_optional(self.connection())
+        .await
+        .map_err(query_failed)?;
+        if let Some(row) = changed {
+            let tenant = text(&row, "tenant")?;
+            let kind = format!("vm.{}", word(&state)?);
+            let detail = reason.unwrap_or_default();
+            self.event(&kind, id, &tenant, &detail).await?;
+        }
+        Ok(())
+    }
+}

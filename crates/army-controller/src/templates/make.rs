@@ -1,0 +1,297 @@
+//! Operations that make templates, or copies of them.
+
+use std::sync::Arc;
+
+use army_api::operations::OperationKind;
+use army_api::templates::{RegisterTemplate, Template};
+use army_api::vms::{SnapshotVm, Vm};
+use army_node_api::chunks::ChunkReceiver;
+use army_node_api::requests::{
+    FetchTemplateRequest, ImportTemplateRequest, InspectTemplateRequest, RemoveTemplateRequest,
+    SnapshotVmRequest, TemplateFacts,
+};
+
+use super::no_host_answers;
+use crate::operations::{
+    HostRecord, Outcome, Output, RegisterRecord, Requester, StartedOperation, detached,
+};
+use crate::store::reservations::Reservation;
+use crate::{Controller, Error, ErrorKind, Node, Result, deadlines};
+
+impl Controller {
+    /// Begins to register a template that is in a host's store.
+    pub async fn register_template(
+        self: &Arc<Self>,
+        requester: &Requester,
+        request: RegisterTemplate,
+    ) -> Result<StartedOperation> {
+        let node = self.named_or_only_node(request.host.as_deref()).await?;
+        let (host, standbys) = (node.name().to_owned(), request.standbys);
+        let name = request.name.clone();
+        // A template that the host does not have is no operation.
+        self.inspect(&node, &name).await?;
+        let kind = OperationKind::RegisterTemplate;
+        let record = RegisterRecord {
+            host: host.clone(),
+            standbys,
+        };
+        let new = self.new_request(requester, kind, &name, &request, &record)?;
+        let controller = Arc::clone(self);
+        detached(async move {
+            let reservation = Reservation {
+                new_template: Some(&name.clone()),
+                ..Reservation::default()
+            };
+            let id = new.id().to_owned();
+            let work = |controller: Arc<Self>| async move {
+                controller.register_from(&id, &name, &host, standbys).await
+            };
+            controller.begin_and_carry_out(new, reservation, work).await
+        })
+        .await
+    }
+
+    /// Registers a template that a host has in its store.
+    pub(crate) async fn register_from(
+        &self,
+        operation: &str,
+        name: &str,
+        host: &str,
+        standbys: u32,
+    ) -> Outcome {
+        let facts = self.inspect(&self.node(host)?, name).await?;
+        self.register(operation, name, host, standbys, facts)
+            .await
+            .map(output)
+    }
+
+    /// Begins to receive a template as a stream for a host.
+    pub async fn import_template(
+        self: &Arc<Self>,
+        requester: &Requester,
+        name: &str,
+        host: Option<&str>,
+        content: ChunkReceiver,
+    ) -> Result<StartedOperation> {
+        let node = self.named_or_only_node(host).await?;
+        let record = HostRecord {
+            host: node.name().to_owned(),
+        };
+        let kind = OperationKind::ImportTemplate;
+        let new = self.new_request(requester, kind, name, &record, &record)?;
+        if let Some(known) = self.repeated(&new).await? {
+            return Ok(known);
+        }
+        self.check_store_lacks(&node, name).await?;
+        let (controller, name) = (Arc::clone(self), name.to_owned());
+        detached(async move {
+            let reservation = Reservation {
+                new_template: Some(&name.clone()),
+                ..Reservation::default()
+            };
+            let id = new.id().to_owned();
+            let work = |controller: Arc<Self>| async move {
+                let request = ImportTemplateRequest {
+                    template: name.clone(),
+                };
+                let deadline = deadlines::transfer();
+                let facts = node.import_template(request, content, deadline).await?;
+                let registered = controller.register(&id, &name, node.name(), 0, facts).await;
+                registered.map(output)
+            };
+            controller.begin_and_carry_out(new, reservation, work).await
+        })
+        .await
+    }
+
+    /// Begins to create a template from a VM, which continues to run.
+    pub async fn snapshot(
+        self: &Arc<Self>,
+        requester: &Requester,
+        vm: &Vm,
+        request: SnapshotVm,
+    ) -> Result<StartedOperation> {
+        let kind = OperationKind::SnapshotVm;
+        let record = HostRecord {
+            host: vm.host.clone(),
+        };
+        let content = (&vm.id, &request);
+        let new = self.new_request(requester, kind, &request.template, &content, &record)?;
+        if let Some(known) = self.repeated(&new).await? {
+            return Ok(known);
+        }
+        let node = self.node_of(vm)?;
+        self.check_store_lacks(&node, &request.template).await?;
+        let (controller, vm) = (Arc::clone(self), vm.clone());
+        detached(async move {
+            let name = request.template.clone();
+            let reservation = Reservation {
+                new_template: Some(&name),
+                ..Reservation::default()
+            };
+            let id = new.id().to_owned();
+            let work = |controller: Arc<Self>| async move {
+                let taken = controller.take_snapshot(&id, &vm, &request).await;
+                taken.map(output)
+            };
+            controller.begin_and_carry_out(new, reservation, work).await
+        })
+        .await
+    }
+
+    /// Creates a template from a VM for an operation that has reserved its name, and registers it.
+    pub(crate) async fn take_snapshot(
+        &self,
+        operation: &str,
+        vm: &Vm,
+        request: &SnapshotVm,
+    ) -> Result<Template> {
+        let node = self.node_of(vm)?;
+        let name = &request.template;
+        let request = SnapshotVmRequest {
+            vm: vm.id.clone(),
+            template: name.clone(),
+            diff: request.diff,
+        };
+        let facts = node.snapshot_vm(request, deadlines::transfer()).await?;
+        self.register(operation, name, &vm.host, 0, facts).await
+    }
+
+    /// Begins to copy a template to another host.
+    pub async fn copy_template(
+        self: &Arc<Self>,
+        requester: &Requester,
+        name: &str,
+        host: &str,
+    ) -> Result<StartedOperation> {
+        let record = HostRecord {
+            host: self.named_node(host).await?.name().to_owned(),
+        };
+        let kind = OperationKind::CopyTemplate;
+        let new = self.new_request(requester, kind, name, &record, &record)?;
+        let (controller, name) = (Arc::clone(self), name.to_owned());
+        detached(async move {
+            let reservation = Reservation {
+                template: Some(&name.clone()),
+                ..Reservation::default()
+            };
+            let work = |controller: Arc<Self>| async move {
+                controller.copy_to(&name, &record.host).await
+            };
+            controller.begin_and_carry_out(new, reservation, work).await
+        })
+        .await
+    }
+
+    /// Copies a template to a host, unless it is there.
+    pub(crate) async fn copy_to(&self, name: &str, host: &str) -> Outcome {
+        let template = self.store.template(name).await?;
+        self.ensure_template(&self.node(host)?, &template).await?;
+        self.template(name).await.map(output)
+    }
+
+    /// Copies a template to the host of `node`, unless it is there.
+    pub(crate) async fn ensure_template(&self, node: &Node, template: &Template) -> Result<()> {
+        if template.hosts.iter().any(|host| host == node.name()) {
+            return Ok(());
+        }
+        let mut fetched = Err(no_host_answers(template));
+        for host in &template.hosts {
+            let Some(address) = self.find_node(host).and_then(|node| node.address()) else {
+                continue;
+            };
+            let request = FetchTemplateRequest {
+                host: host.clone(),
+                address,
+                template: template.name.clone(),
+                id: template.id.clone(),
+            };
+            let result = node.fetch_template(request, deadlines::transfer()).await;
+            fetched = result.map_err(Error::from);
+            match &fetched {
+                Err(error) if error.kind == ErrorKind::HostUnavailable => {}
+                _ => break,
+            }
+        }
+        fetched?;
+        self.record_copy(node, template).await?;
+        self.apply_standbys_on(node, template).await
+    }
+
+    /// Records that a host has a copy. Where the template is being removed, so is the copy.
+    async fn record_copy(&self, node: &Node, template: &Template) -> Result<()> {
+        let recorded = self.store.insert_copy(&template.name, node.name()).await;
+        let Err(error) = recorded else {
+            return Ok(());
+        };
+        if matches!(error.kind, ErrorKind::Conflict | ErrorKind::NotFound) {
+            let request = RemoveTemplateRequest {
+                template: template.name.clone(),
+            };
+            let removed = node.remove_template(request, deadlines::operation()).await;
+            if let Err(error) = removed {
+                let (template, host) = (&template.name, node.name());
+                tracing::warn!(template, host, %error, "a copy of a removed template is left");
+            }
+        }
+        Err(error)
+    }
+
+    /// Describes a template in a host's store.
+    async fn inspect(&self, node: &Node, name: &str) -> Result<TemplateFacts> {
+        let request = InspectTemplateRequest {
+            template: name.to_owned(),
+        };
+        let inspected = node.inspect_template(request, deadlines::operation()).await;
+        Ok(inspected?)
+    }
+
+    /// Checks that a host's store has no template of a name that is about to be made there: what is
+    /// there afterwards has been made by the operation.
+    pub(crate) async fn check_store_lacks(&self, node: &Node, name: &str) -> Result<()> {
+        match self.inspect(node, name).await {
+            Ok(_) => {
+                let host = node.name();
+                let message = format!("the store of {host} has a template named `{name}`");
+                Err(Error::new(ErrorKind::Conflict, message)
+                    .advise("use another name, or register it: army template register"))
+            }
+            Err(error) if error.kind == ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Records a template that is in the store of `host`, and that `operation` has made.
+    pub(crate) async fn register(
+        &self,
+        operation: &str,
+        name: &str,
+        host: &str,
+        standbys: u32,
+        facts: TemplateFacts,
+    ) -> Result<Template> {
+        let template = Template {
+            name: name.to_owned(),
+            id: facts.id,
+            parent: facts.parent,
+            host: host.to_owned(),
+            hosts: vec![host.to_owned()],
+            memory_bytes: facts.memory_bytes,
+            data_bytes: facts.data_bytes,
+            vcpus: facts.vcpus,
+            taken_ms: facts.taken_ms,
+            cpu: facts.cpu,
+            standbys,
+            ..Template::default()
+        };
+        self.store
+            .insert_template(&template, Some(operation))
+            .await?;
+        self.apply_standbys(&template).await?;
+        Ok(template)
+    }
+}
+
+fn output(template: Template) -> Output {
+    Output::Template(Box::new(template))
+}

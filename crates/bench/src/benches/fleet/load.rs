@@ -1,0 +1,154 @@
+//! What is done with a fleet, and what it takes.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use army_api::client::Client;
+use army_api::vms::{CreateVms, CreatedVms, VmFilter, VmPage};
+use army_controller::testing::Records;
+use army_node_api::simulated::SimulatedNode;
+use axum::http::Method;
+use futures_util::StreamExt;
+
+use super::{Server, TEMPLATE};
+
+/// The number of clients that create VMs at the same time.
+const CLIENTS: usize = 16;
+
+/// The processor time of this process.
+fn processor_time() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::try_from(now).unwrap_or_default()
+}
+
+/// The processor time of each of so many seconds in which nothing happens, in milliseconds, without
+/// that of the simulated nodes.
+pub(super) async fn ticks(nodes: &[Arc<SimulatedNode>], samples: usize) -> Vec<f64> {
+    let mut ticks = Vec::with_capacity(samples);
+    for _ in 0..samples {
+        let (before, start) = (processor_time(), Instant::now());
+        let reports: usize = nodes.iter().map(|it| it.reports_made()).sum();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let (after, took) = (processor_time(), start.elapsed());
+        let reported: usize = nodes.iter().map(|it| it.reports_made()).sum();
+        let spent = after.saturating_sub(before).as_secs_f64() / took.as_secs_f64();
+        let rounds = (reported - reports) as f64 / took.as_secs_f64() / nodes.len() as f64;
+        let own = nodes_part(nodes).as_secs_f64() * rounds;
+        ticks.push((spent - own).max(0.0) * 1e3);
+    }
+    ticks
+}
+
+/// The processor time that the simulated nodes take for one report of each.
+fn nodes_part(nodes: &[Arc<SimulatedNode>]) -> Duration {
+    let before = processor_time();
+    for node in nodes {
+        drop(node.present_report());
+    }
+    processor_time().saturating_sub(before)
+}
+
+/// Pages of 1,000 VMs from different places of the list.
+pub(super) async fn pages(client: &Client, samples: usize) -> Result<Vec<Duration>> {
+    let mut times = Vec::with_capacity(samples);
+    let mut filter = VmFilter::default();
+    for _ in 0..samples {
+        let start = Instant::now();
+        let page: VmPage = client.get("/v1/vms", &filter).await?;
+        times.push(start.elapsed());
+        anyhow::ensure!(page.vms.len() == 1000, "a page of {} VMs", page.vms.len());
+        filter.after = page.next;
+    }
+    Ok(times)
+}
+
+/// Events that happen at one server and are read at another.
+pub(super) async fn events(at: &Server, read_at: &Server, samples: usize) -> Result<Vec<Duration>> {
+    let events = read_at.client.events(None).await?;
+    let mut events = std::pin::pin!(events);
+    let host = super::fleet_host(0, 1);
+    let mut times = Vec::with_capacity(samples);
+    for turn in 0..samples {
+        let draining = turn % 2 == 0;
+        let kind = if draining {
+            "host.draining"
+        } else {
+            "host.ready"
+        };
+        let start = Instant::now();
+        at.controller.set_draining(&host, draining).await?;
+        loop {
+            let event = events
+                .next()
+                .await
+                .context("the stream of events ended")??;
+            if event.kind == kind && event.subject == host {
+                break;
+            }
+        }
+        times.push(start.elapsed());
+    }
+    if samples % 2 == 1 {
+        at.controller.set_draining(&host, false).await?;
+    }
+    Ok(times)
+}
+
+/// VMs that are created and destroyed for some time: the creates a second, and the time of each.
+pub(super) async fn creates(clients: &[Client], limit: Duration) -> Result<(f64, Vec<Duration>)> {
+    let start = Instant::now();
+    let mut tasks = Vec::new();
+    for number in 0..CLIENTS {
+        let client = clients[number % clients.len()].clone();
+        tasks.push(tokio::spawn(async move {
+            let mut times = Vec::new();
+            while start.elapsed() < limit {
+                let request = CreateVms {
+                    template: TEMPLATE.to_owned(),
+                    count: 1,
+                    ..CreateVms::default()
+                };
+                let begun = Instant::now();
+                let created: CreatedVms = client.create("/v1/vms", &request, None).await?;
+                times.push(begun.elapsed());
+                let vm = created.vms.first().context("no VM was created")?;
+                let path = format!("/v1/vms/{}", vm.id);
+                client.plain(Method::DELETE, &path).await?;
+            }
+            Ok::<_, anyhow::Error>(times)
+        }));
+    }
+    let mut times = Vec::new();
+    for task in tasks {
+        times.extend(task.await??);
+    }
+    let rate = times.len() as f64 / start.elapsed().as_secs_f64();
+    Ok((rate, times))
+}
+
+/// The memory of this process in MiB.
+pub(super) fn memory_mib() -> Result<f64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|it| it.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|it| it.split_whitespace().next());
+    let kib: f64 = kib.context("there is no VmRSS")?.parse()?;
+    Ok(kib / 1024.0)
+}
+
+/// Waits until others own the hosts of a controller that was killed.
+pub(super) async fn moved(killed: &Records, other: &Records) -> Result<Duration> {
+    let start = Instant::now();
+    let killed = killed.controller_id();
+    loop {
+        let owners = other.hosts_by_owner().await?;
+        if !owners.contains_key(&killed) && !owners.contains_key("") {
+            return Ok(start.elapsed());
+        }
+        anyhow::ensure!(
+            start.elapsed() < Duration::from_secs(60),
+            "hosts have not moved"
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
