@@ -152,7 +152,8 @@ fn renew_seed_files(report: &mut Report) {
         .filter(|it| it.is_file())
     {
         let mut seed = [0; SEED_BYTES];
-        let renewed = clone_base::random::fill(&mut seed).and_then(|()| replace(path, &seed, 0o600));
+        let renewed =
+            clone_base::random::fill(&mut seed).and_then(|()| replace(path, &seed, 0o600));
         match renewed {
             Ok(how) => report.replaced(path, how),
             Err(error) => report.add(format!("cannot write {}: {error}", path.display())),

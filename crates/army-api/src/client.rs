@@ -1,13 +1,20 @@
 //! A client of Army's REST API.
 
+use std::net::IpAddr;
+use std::time::Duration;
+
 use futures_util::{Stream, StreamExt};
-use reqwest::{Method, RequestBuilder, Response, StatusCode};
+use reqwest::redirect::Policy;
+use reqwest::{Method, RequestBuilder, Response, StatusCode, Url, header};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::Problem;
 use crate::events::Event;
 use crate::operations::{Operation, Wait};
+
+/// How long a connection is kept for the next request: less than servers keep it.
+const POOL_IDLE: Duration = Duration::from_secs(30);
 
 /// The reason that a request failed.
 #[derive(Debug, thiserror::Error)]
@@ -105,7 +112,10 @@ impl Client {
         // An error means that a provider is already installed, which serves as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let url = url.trim_end_matches('/').to_owned();
-        let mut http = reqwest::Client::builder();
+        // A redirect would show the key to whomever the answer names.
+        let mut http = reqwest::Client::builder()
+            .redirect(Policy::none())
+            .pool_idle_timeout(POOL_IDLE);
         if let Some(certificates) = certificates {
             http = http.tls_certs_only(certificates);
         } else if !url.starts_with("https:") {
@@ -340,10 +350,15 @@ impl Client {
 
     async fn answer(&self, request: RequestBuilder) -> Result<Response, ClientError> {
         let answer = request.send().await.map_err(|error| self.lost(&error))?;
-        if answer.status() < StatusCode::BAD_REQUEST {
+        let status = answer.status();
+        if status.is_redirection() {
+            let target = answer.headers().get(header::LOCATION);
+            let target = target.map_or("", |it| it.to_str().unwrap_or_default());
+            return Err(self.garbled(&format!("it redirects to `{}`", target.escape_debug())));
+        }
+        if status < StatusCode::BAD_REQUEST {
             return Ok(answer);
         }
-        let status = answer.status();
         let text = answer.bytes().await.map_err(|error| self.lost(&error))?;
         match serde_json::from_slice::<Problem>(&text) {
             Ok(problem) => Err(ClientError::Refused(problem)),
@@ -364,6 +379,22 @@ impl Client {
             cause: cause.to_string(),
         }
     }
+}
+
+/// Whether requests to `url` show the key to everybody on the way: it is plain HTTP, and not to this
+/// host itself.
+pub fn exposes_key(url: &str) -> bool {
+    let Ok(url) = Url::parse(url) else {
+        return false;
+    };
+    let is_here = url.host_str().is_some_and(|host| {
+        let address = host.trim_start_matches('[').trim_end_matches(']');
+        host == "localhost"
+            || address
+                .parse()
+                .is_ok_and(|address: IpAddr| address.is_loopback())
+    });
+    url.scheme() == "http" && !is_here
 }
 
 /// Encodes a name as one segment of a path, so that no character of it has a special meaning
@@ -433,6 +464,28 @@ mod tests {
             let url = reqwest::Url::parse(&url).unwrap();
             assert_eq!(url.path_segments().unwrap().count(), 4, "{name}");
             assert!(url.query().is_none() && url.fragment().is_none(), "{name}");
+        }
+    }
+
+    #[test]
+    fn plain_http_beyond_this_host_exposes_the_key() {
+        for url in [
+            "https://army.example",
+            "http://127.0.0.1:7777",
+            "http://127.8.9.1",
+            "http://[::1]:7777",
+            "http://localhost:7777/x",
+        ] {
+            assert!(!exposes_key(url), "{url}");
+        }
+        for url in [
+            "http://army.example",
+            "http://10.0.0.1:7777",
+            "http://localhost.example",
+            "http://127.0.0.1.example",
+            "http://[fe80::1]",
+        ] {
+            assert!(exposes_key(url), "{url}");
         }
     }
 

@@ -19,6 +19,10 @@ pub struct Event {
     pub tenant: String,
     /// A description of the event for people.
     pub detail: String,
+    /// The id of the key with whose request the change was made. It is `system` where Army has
+    /// recorded it by itself.
+    #[serde(default)]
+    pub actor: String,
 }
 
 /// A filter that chooses which events are sent.

@@ -98,6 +98,18 @@ pub struct Problem {
     /// The time after which to retry, in seconds. The `Retry-After` header has the same value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_s: Option<u32>,
+    /// The limit that was reached, where the request was refused because of one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<ReachedLimit>,
+}
+
+/// A limit that was reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ReachedLimit {
+    /// The name of the limit, such as `sessions_per_vm`. The metrics have the same names.
+    pub name: String,
+    /// The value of the limit.
+    pub value: u64,
 }
 
 impl Problem {
@@ -110,7 +122,18 @@ impl Problem {
             detail: detail.into(),
             advice: None,
             retry_after_s: None,
+            limit: None,
         }
+    }
+
+    /// Adds the limit that was reached.
+    #[must_use]
+    pub fn limited_by(mut self, name: impl Into<String>, value: u64) -> Self {
+        self.limit = Some(ReachedLimit {
+            name: name.into(),
+            value,
+        });
+        self
     }
 
     /// Adds advice to the problem.

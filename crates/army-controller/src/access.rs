@@ -1,11 +1,17 @@
 //! Keys: who may use the API.
 
+use std::time::Duration;
+
 use army_api::keys::{CreateKey, Key, NewKey};
 use army_api::operations::OperationKind;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::time::{Instant, timeout_at};
 
 use crate::store::keys::KEY_REMOVED;
 use crate::{Controller, Error, ErrorKind, Requester, Result};
+
+/// How long the removal of a key by another controller of the same database may stay unnoticed.
+const RECHECK: Duration = Duration::from_secs(5);
 
 impl Controller {
     /// Whether there is any key.
@@ -62,12 +68,13 @@ impl Controller {
                     // A stream does not end because the database is busy: news still end it.
                     Err(error) => tracing::warn!(%error, "cannot look up a key"),
                 }
+                let check = Instant::now() + RECHECK;
                 loop {
-                    match news.recv().await {
-                        Ok(event) if event.kind == KEY_REMOVED && event.subject == id => return,
-                        Ok(_) => {}
-                        Err(RecvError::Lagged(_)) => break,
-                        Err(RecvError::Closed) => return,
+                    match timeout_at(check, news.recv()).await {
+                        Ok(Ok(event)) if event.kind == KEY_REMOVED && event.subject == id => return,
+                        Ok(Ok(_)) => {}
+                        Err(_) | Ok(Err(RecvError::Lagged(_))) => break,
+                        Ok(Err(RecvError::Closed)) => return,
                     }
                 }
             }

@@ -15,11 +15,12 @@ use army_api::templates::CpuFeatures;
 use army_api::vms::{Balloon, VmMemory};
 use army_node_api::chunks::ChunkReceiver;
 use army_node_api::requests::{
-    BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse, CreatedVm,
-    DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest,
-    HostReport, ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest,
-    PauseVmRequest, RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest,
-    ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
+    AdmitFetchRequest, BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse,
+    CreatedVm, DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest,
+    ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
+    InstallCertificateRequest, PauseVmRequest, RemoveTemplateRequest, RenewalRequest,
+    RenewalResponse, ReportRequest, ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest,
+    TemplateFacts,
 };
 use army_node_api::{AgentStream, Call, Error, NodeApi, Reply, Result};
 
@@ -265,6 +266,7 @@ impl NodeApi for Checked {
         set_standbys: SetStandbysRequest => ();
         remove_template: RemoveTemplateRequest => ();
         fetch_template: FetchTemplateRequest => ();
+        admit_fetch: AdmitFetchRequest => ();
         export_template: ExportTemplateRequest => ChunkReceiver;
         report: ReportRequest => HostReport;
         forget_vms: ForgetVmsRequest => ();

@@ -27,7 +27,7 @@ use crate::scheduler::UNKNOWN_COST;
 use crate::store::creation::{ForkResult, LIVE_PREFIX, NewVms};
 use crate::store::operations::End;
 use crate::store::reservations::Reservation;
-use crate::{Controller, Error, ErrorKind, Result, deadlines, random};
+use crate::{Controller, Result, deadlines, random};
 
 pub(crate) use check::check;
 use placement::Placement;

@@ -12,11 +12,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use army_api::vms::Balloon;
 use army_node_api::chunks::ChunkReceiver;
 use army_node_api::requests::{
-    BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse, DestroyVmRequest,
-    ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport,
-    ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest, PauseVmRequest,
-    RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
-    SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
+    AdmitFetchRequest, BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse,
+    DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest,
+    HostReport, ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest,
+    PauseVmRequest, RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest,
+    ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
 };
 use army_node_api::{AgentStream, Call, Error, ErrorKind, NodeApi, Reply, Result};
 
@@ -134,6 +134,7 @@ impl NodeApi for Fenced {
         set_standbys: SetStandbysRequest => ();
         remove_template: RemoveTemplateRequest => ();
         fetch_template: FetchTemplateRequest => ();
+        admit_fetch: AdmitFetchRequest => ();
         export_template: ExportTemplateRequest => ChunkReceiver;
         report: ReportRequest => HostReport;
         forget_vms: ForgetVmsRequest => ();

@@ -15,11 +15,14 @@ use crate::error::RETRY_S;
 use crate::operations::{Outcome, Output, Requester, StartedOperation, detached};
 use crate::scheduler::HostView;
 use crate::store::hosts::HostRow;
+pub use crate::store::hosts::Joining;
 use crate::store::reservations::Reservation;
 use crate::{Cluster, Controller, Error, ErrorKind, LastReport, Node, Result, random};
 
 /// A host is unreachable when it has not reported for so long.
 const SILENCE: Duration = Duration::from_secs(15);
+/// The number of digits of a join token's secret.
+const SECRET_LEN: usize = 64;
 /// The most labels of a host.
 const MAX_LABELS: usize = 64;
 /// The most characters of a label's key.
@@ -78,17 +81,45 @@ impl Controller {
         Ok((token, expires_ms))
     }
 
-    /// Adds a host that shows the secret of a token, and connects to its node at `address`. The
-    /// token is used up.
+    /// Checks that a host could join with the secret of a token, before anything is done for it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unauthenticated`] where the token is unknown or has expired.
+    pub async fn check_join_token(&self, secret: &str) -> Result<()> {
+        let is_secret =
+            secret.len() == SECRET_LEN && secret.bytes().all(|it| it.is_ascii_hexdigit());
+        if is_secret && self.store.has_token(secret).await? {
+            return Ok(());
+        }
+        let message = "the token is unknown, or has expired";
+        Err(Error::new(ErrorKind::Unauthenticated, message)
+            .advise("create another one: army host token"))
+    }
+
+    /// Adds a host that shows the secret of a token, connects to its node, and returns the host's
+    /// certificate. The token is used up, but for the same host with the same signing request.
     ///
     /// # Errors
     /// [`ErrorKind::Unauthenticated`] where the token is not valid, and [`ErrorKind::Conflict`]
     /// where a host has this name.
-    pub async fn enrol_host(&self, host: &str, address: SocketAddr, secret: &str) -> Result<()> {
+    pub async fn enrol_host(&self, joining: &Joining<'_>) -> Result<String> {
         self.cluster()?;
-        self.store
-            .enrol_host(host, &address.to_string(), secret)
-            .await?;
+        let certificate = self.store.enrol_host(joining).await?;
+        self.host_rows().await?;
+        self.fleet_changed.notify_one();
+        Ok(certificate)
+    }
+
+    /// Connects to the node of a host at its present address, which the node itself has told.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where the host was removed.
+    pub async fn move_host(&self, host: &str, address: SocketAddr) -> Result<()> {
+        if self.find_node(host).and_then(|node| node.address()) == Some(address) {
+            return Ok(());
+        }
+        self.cluster()?;
+        self.store.set_host_address(host, address).await?;
         self.host_rows().await?;
         self.fleet_changed.notify_one();
         Ok(())

@@ -17,7 +17,9 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod access;
+mod actor;
 mod admission;
+mod audience;
 mod border;
 mod builds;
 mod commands;
@@ -56,10 +58,12 @@ use army_node_api::NodeApi;
 use army_node_api::requests::HostReport;
 use tokio::sync::Notify;
 
+pub use actor::{Actor, SYSTEM};
 pub use builds::BuildListener;
 pub use creation::{CreatedVms, CreationFailure};
 pub use error::{Error, ErrorKind, Result};
 pub use events::EventReader;
+pub use hosts::Joining;
 pub use limits::Limits;
 pub use operations::{Operation, Outcome, Output, Requester, StartedOperation};
 pub use purge::DEFAULT_KEPT;

@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::store::operations::{End, OperationRow, told_once};
-use crate::{Controller, CreatedVms, CreationFailure, Error, ErrorKind, Result};
+use crate::{Actor, Controller, CreatedVms, CreationFailure, Error, ErrorKind, Result};
 
 pub(crate) use begin::detached;
 pub(crate) use records::{HostRecord, RegisterRecord};
@@ -238,7 +238,7 @@ impl Controller {
             progress: Progress::Here(receiver),
         };
         let controller = Arc::clone(self);
-        tokio::spawn(async move {
+        let carried = async move {
             let outcome = AssertUnwindSafe(work).catch_unwind().await;
             let outcome = outcome.unwrap_or_else(|_| {
                 let message = "the task of the operation has failed";
@@ -249,7 +249,8 @@ impl Controller {
             }
             controller.operations.map().remove(&id);
             sender.send_replace(Some(outcome));
-        });
+        };
+        tokio::spawn(Actor::current().carry(carried));
         started
     }
 

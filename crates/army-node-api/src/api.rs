@@ -7,11 +7,11 @@ use futures_util::future::BoxFuture;
 
 use crate::chunks::ChunkReceiver;
 use crate::requests::{
-    BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse, DestroyVmRequest,
-    ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport,
-    ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest, PauseVmRequest,
-    RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
-    SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
+    AdmitFetchRequest, BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse,
+    DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest,
+    HostReport, ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest,
+    PauseVmRequest, RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest,
+    ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
 };
 use crate::{AgentStream, Call, Result};
 
@@ -91,6 +91,12 @@ pub trait NodeApi: Send + Sync + 'static {
 
     /// Copies a template from another host, unless this host has it.
     fn fetch_template(&self, request: FetchTemplateRequest, call: Call) -> Reply<'_, ()>;
+
+    /// Permits another host to fetch a template from this one with a ticket, for some minutes. A node
+    /// that has no network needs no permission.
+    fn admit_fetch(&self, _: AdmitFetchRequest, _: Call) -> Reply<'_, ()> {
+        Box::pin(std::future::ready(Ok(())))
+    }
 
     /// Opens a template and sends all of it as one stream. An error after the beginning is the last
     /// item of the stream.

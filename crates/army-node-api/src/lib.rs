@@ -2,7 +2,8 @@
 //!
 //! [`NodeApi`] is what a controller asks of a node. [`Remote`] asks it of a node on another host,
 //! over mutual TLS between the members of a [`cluster`]; [`router`] is the other end of that
-//! connection. [`requests`] has the types that travel, and [`Error`] what can go wrong.
+//! connection. [`requests`] has the types that travel, and [`Error`] what can go wrong. [`serve`]
+//! accepts the connections of all of Army's servers, also those of the REST API.
 //!
 //! This crate does not depend on how a node runs VMs, nor on how a controller decides.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -17,7 +18,9 @@ mod relay;
 pub mod remote;
 pub mod requests;
 pub mod router;
+pub mod serve;
 pub mod simulated;
+mod tickets;
 pub mod time;
 pub mod validate;
 

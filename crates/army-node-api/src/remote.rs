@@ -5,19 +5,21 @@ use std::time::Duration;
 
 use agent_client::AgentSocket;
 use army_api::vms::Balloon;
-use reqwest::{RequestBuilder, Response, StatusCode, header};
+use reqwest::redirect::Policy;
+use reqwest::{RequestBuilder, Response, StatusCode, Url, header};
 use rustls::ClientConfig;
 use serde::de::DeserializeOwned;
 
 use crate::chunks::{self, ChunkReceiver};
 use crate::cluster::Member;
 use crate::requests::{
-    BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse, DestroyVmRequest,
-    ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport,
-    ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest, Operation,
-    PauseVmRequest, RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest,
-    ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
+    AdmitFetchRequest, BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse,
+    DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest,
+    HostReport, ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest,
+    Operation, PauseVmRequest, RemoveTemplateRequest, RenewalRequest, RenewalResponse,
+    ReportRequest, ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
 };
+use crate::tickets::TICKET_HEADER;
 use crate::{
     AGENT_PROTOCOL, AgentStream, Call, DEADLINE_HEADER, EPOCH_HEADER, Error, ErrorKind, NodeApi,
     Reply, Result, VERSION,
@@ -34,7 +36,7 @@ const GRACE: Duration = Duration::from_secs(2);
 pub struct Remote {
     name: String,
     address: SocketAddr,
-    url: String,
+    url: Url,
     http: reqwest::Client,
 }
 
@@ -54,12 +56,16 @@ impl Remote {
             .tcp_user_timeout(SILENCE)
             .http1_only()
             .no_proxy()
+            // A node that sends its caller elsewhere must not learn what others answer to it.
+            .redirect(Policy::none())
             .build()
             .map_err(|error| Error::internal("set up a client of a node", &error))?;
         Ok(Self {
             name: name.to_owned(),
             address,
-            url: format!("https://{dns}:{}/{VERSION}", address.port()),
+            url: format!("https://{dns}:{}/{VERSION}", address.port())
+                .parse()
+                .map_err(|error| Error::internal("address a node", &error))?,
             http,
         })
     }
@@ -67,10 +73,23 @@ impl Remote {
     /// Sends an operation's request, and reads its response.
     fn call<O: Operation>(&self, request: O, call: Call) -> Reply<'_, O::Response> {
         Box::pin(async move {
-            let url = format!("{}/{}", self.url, O::NAME);
+            let url = self.url(&[O::NAME])?;
             let response = self.send(self.http.post(url).json(&request), call);
             self.read(response.await?).await
         })
+    }
+
+    /// The URL of a path, in which no character of a segment has a special meaning.
+    fn url(&self, segments: &[&str]) -> Result<Url> {
+        let mut url = self.url.clone();
+        if let Some(segment) = segments.iter().find(|it| ["", ".", ".."].contains(it)) {
+            let message = format!("`{segment}` is not a name");
+            return Err(Error::new(ErrorKind::InvalidRequest, message));
+        }
+        if let Ok(mut path) = url.path_segments_mut() {
+            path.extend(segments);
+        }
+        Ok(url)
     }
 
     /// Sends a request, whose response must be a success.
@@ -125,10 +144,33 @@ impl Remote {
         Error::new(ErrorKind::HostUnreachable, message)
     }
 
+    /// Reads a template, with a ticket where the caller is not the controller.
+    ///
+    /// # Errors
+    /// The node's refusal, or [`ErrorKind::HostUnreachable`].
+    pub async fn content(
+        &self,
+        request: ExportTemplateRequest,
+        ticket: Option<&str>,
+        call: Call,
+    ) -> Result<ChunkReceiver> {
+        let url = self.url(&["content", &request.template])?;
+        let mut get = self.http.get(url);
+        if let Some(ticket) = ticket {
+            get = get.header(TICKET_HEADER, ticket);
+        }
+        let response = self.send(get, call).await?;
+        let host = self.name.clone();
+        let body = futures_util::StreamExt::map(response.bytes_stream(), move |chunk| {
+            chunk.map_err(|error| format!("the host {host} was lost: {}", causes(&error)))
+        });
+        Ok(chunks::receive(body))
+    }
+
     async fn open_agent(&self, vm: &str, call: Call) -> Result<AgentStream> {
         let request = self
             .http
-            .get(format!("{}/agent/{vm}", self.url))
+            .get(self.url(&["agent", vm])?)
             .header(header::CONNECTION, "upgrade")
             .header(header::UPGRADE, AGENT_PROTOCOL);
         let response = self.send(request, call).await?;
@@ -216,20 +258,16 @@ impl NodeApi for Remote {
         self.call(request, call)
     }
 
+    fn admit_fetch(&self, request: AdmitFetchRequest, call: Call) -> Reply<'_, ()> {
+        self.call(request, call)
+    }
+
     fn export_template(
         &self,
         request: ExportTemplateRequest,
         call: Call,
     ) -> Reply<'_, ChunkReceiver> {
-        Box::pin(async move {
-            let url = format!("{}/content/{}", self.url, request.template);
-            let response = self.send(self.http.get(url), call).await?;
-            let host = self.name.clone();
-            let body = futures_util::StreamExt::map(response.bytes_stream(), move |chunk| {
-                chunk.map_err(|error| format!("the host {host} was lost: {}", causes(&error)))
-            });
-            Ok(chunks::receive(body))
-        })
+        Box::pin(self.content(request, None, call))
     }
 
     fn import_template(
@@ -239,7 +277,7 @@ impl NodeApi for Remote {
         call: Call,
     ) -> Reply<'_, TemplateFacts> {
         Box::pin(async move {
-            let url = format!("{}/content/{}", self.url, request.template);
+            let url = self.url(&["content", &request.template])?;
             let body = reqwest::Body::wrap_stream(chunks::into_stream(content));
             let response = self.send(self.http.put(url).body(body), call).await?;
             self.read(response).await

@@ -1,7 +1,7 @@
 //! Serves a node to the controller and to other nodes: the other end of [`Remote`](crate::Remote).
 //!
-//! Only the controller may command a node. Other members of the cluster may read its templates, and
-//! nobody else is heard; [`cluster::tls`](crate::cluster::tls) proves who a peer is.
+//! Only the controller may command a node. Another member of the cluster may read a template for
+//! which the controller has given it a ticket, and nobody else is heard; [`cluster::tls`](crate::cluster::tls) proves who a peer is.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,10 +9,10 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts, Path, Request, State};
 use axum::http::request::Parts;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use futures_util::StreamExt;
 use hyper_util::rt::TokioIo;
 
@@ -21,8 +21,10 @@ use crate::cluster::Member;
 use crate::cluster::tls::Peer;
 use crate::relay::relay;
 use crate::requests::{
-    ConnectAgentRequest, ExportTemplateRequest, ImportTemplateRequest, Operation, TemplateFacts,
+    AdmitFetchRequest, ConnectAgentRequest, ExportTemplateRequest, ImportTemplateRequest,
+    InspectTemplateRequest, Operation, TemplateFacts,
 };
+use crate::tickets::{TICKET_HEADER, Tickets};
 use crate::{
     AGENT_PROTOCOL, Call, DEADLINE_HEADER, Deadline, EPOCH_HEADER, Error, ErrorKind, NodeApi,
     Reply, Result, VERSION,
@@ -51,6 +53,7 @@ pub fn router(node: Arc<dyn NodeApi>) -> Router {
         .merge(operation(<dyn NodeApi>::set_standbys))
         .merge(operation(<dyn NodeApi>::remove_template))
         .merge(operation(<dyn NodeApi>::fetch_template))
+        .route(&format!("/{}", AdmitFetchRequest::NAME), post(admit_fetch))
         .merge(operation(<dyn NodeApi>::report))
         .merge(operation(<dyn NodeApi>::forget_vms))
         .merge(operation(<dyn NodeApi>::request_renewal))
@@ -60,6 +63,7 @@ pub fn router(node: Arc<dyn NodeApi>) -> Router {
     Router::new()
         .nest(&format!("/{VERSION}"), routes)
         .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(Extension(Arc::<Tickets>::default()))
         .with_state(node)
 }
 
@@ -175,16 +179,42 @@ async fn connect_agent(
     Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
 }
 
-/// Sends a template to the controller or to another node.
+/// Accepts a ticket with which another node may fetch a template.
+async fn admit_fetch(
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Extension(tickets): Extension<Arc<Tickets>>,
+    Json(request): Json<AdmitFetchRequest>,
+) -> Answer<Json<()>> {
+    check_controller(&peer)?;
+    Ok(Json(tickets.admit(request)?))
+}
+
+/// Sends a template to the controller, or to another node that shows a ticket.
 async fn export_template(
     State(node): State<Node>,
     ConnectInfo(peer): ConnectInfo<Peer>,
+    Extension(tickets): Extension<Arc<Tickets>>,
     Carried(call): Carried,
     Path(template): Path<String>,
+    headers: HeaderMap,
 ) -> Answer<Response> {
-    if peer.member.is_none() {
-        let message = "only members of this cluster may read templates";
-        return Err(Error::new(ErrorKind::PermissionDenied, message).into());
+    match &peer.member {
+        Some(Member::Controller) => {}
+        Some(Member::Node(host)) => {
+            let ticket = headers.get(TICKET_HEADER).and_then(|it| it.to_str().ok());
+            let id = tickets.check(ticket, host, &template)?;
+            let inspect = InspectTemplateRequest {
+                template: template.clone(),
+            };
+            if node.inspect_template(inspect, call).await?.id != id {
+                let message = "the ticket is for another template of this name";
+                return Err(Error::new(ErrorKind::PermissionDenied, message).into());
+            }
+        }
+        None => {
+            let message = "only members of this cluster may read templates";
+            return Err(Error::new(ErrorKind::PermissionDenied, message).into());
+        }
     }
     let request = ExportTemplateRequest { template };
     let mut content = node.export_template(request, call).await?;

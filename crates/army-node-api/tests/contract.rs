@@ -9,12 +9,13 @@ use army_api::vms::VmState;
 use army_node_api::chunks;
 use army_node_api::cluster::Member;
 use army_node_api::cluster::authority::Authority;
-use army_node_api::cluster::tls::{Identity, Listener, Peer};
+use army_node_api::cluster::tls::Identity;
 use army_node_api::requests::{
     ConnectAgentRequest, CreateVmsRequest, DestroyVmRequest, ExportTemplateRequest,
     ImportTemplateRequest, InspectTemplateRequest, PauseVmRequest, ReportRequest, TemplateFacts,
     VmSpec,
 };
+use army_node_api::serve::{Limits, Server, Stop};
 use army_node_api::simulated::SimulatedNode;
 use army_node_api::{Call, Deadline, Error, ErrorKind, NodeApi, Remote, router};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -35,10 +36,10 @@ async fn remote(node: &Arc<SimulatedNode>) -> Remote {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address: SocketAddr = listener.local_addr().unwrap();
     let member = Member::Node(node.name().to_owned());
-    let listener = Listener::new(listener, &identity(&authority, &member), false).unwrap();
+    let tls = identity(&authority, &member).server(false).unwrap();
+    let server = Server::new(listener, Some(tls), Limits::MEMBERS);
     let service: Arc<dyn NodeApi> = Arc::<SimulatedNode>::clone(node);
-    let service = router::router(service).into_make_service_with_connect_info::<Peer>();
-    tokio::spawn(async move { axum::serve(listener, service).await });
+    tokio::spawn(server.serve(router::router(service), Stop::default().stopping()));
     let controller = identity(&authority, &Member::Controller);
     Remote::new(node.name(), address, controller.client().unwrap()).unwrap()
 }

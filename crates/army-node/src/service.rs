@@ -127,7 +127,8 @@ impl NodeService {
         let export = ExportTemplateRequest {
             template: request.template.clone(),
         };
-        let content = origin.export_template(export, call.in_epoch(0)).await;
+        let ticket = request.ticket.as_deref();
+        let content = origin.content(export, ticket, call.in_epoch(0)).await;
         let content = content.map_err(|error| {
             let host = &request.host;
             let message = format!("cannot get the template from {host}: {}", error.message);

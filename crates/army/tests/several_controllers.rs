@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use army_api::hosts::HostState;
 use army_api::vms::{CreateVms, Vm, VmFilter, VmState};
 use army_controller::testing::Records;
-use army_controller::{Cluster, Controller, Database, ErrorKind};
+use army_controller::{Cluster, Controller, Database, ErrorKind, Requester};
 use army_node_api::NodeApi;
 use army_node_api::cluster::Member;
 use army_node_api::cluster::authority::Authority;
@@ -87,13 +87,20 @@ async fn wait(what: &str, limit: Duration, mut done: impl AsyncFnMut() -> bool) 
     start.elapsed()
 }
 
-async fn create(controller: &Controller) -> army_controller::Result<Vm> {
+fn requester() -> Requester {
+    Requester {
+        tenant: "default".into(),
+        ..Requester::default()
+    }
+}
+
+async fn create(controller: &Arc<Controller>) -> army_controller::Result<Vm> {
     let request = CreateVms {
         template: "t".into(),
         count: 1,
         ..CreateVms::default()
     };
-    let created = controller.create("default", request, None).await?;
+    let created = controller.create_and_wait(&requester(), request).await?;
     Ok(created.vms.into_iter().next().unwrap())
 }
 
@@ -286,7 +293,7 @@ async fn an_event_at_one_controller_reaches_readers_at_another() {
     let mut events = second.controller.events(None, None).await.unwrap();
     first
         .controller
-        .set_draining("host-01", true)
+        .set_draining(&requester(), "host-01", true)
         .await
         .unwrap();
     let read = async {

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use agent_proto::frame;
 use agent_proto::messages::{FromAgent, Hello, from_agent};
+use army::server::{Doors, SessionLimits};
 use army_api::vms::{VmPage, VmState};
 use army_node_api::simulated::SimulatedNode;
 use futures_util::future::join_all;
@@ -20,7 +21,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
-use served::{Server, record, server_of};
+use served::{Server, record, server_with};
 
 /// Commands at once: more than the threads that the server may have.
 const COMMANDS: usize = 300;
@@ -40,7 +41,15 @@ async fn with_silent_agents(count: usize) -> (Server, Vec<UnixStream>) {
         theirs.write_all(&greeting()).await.unwrap();
         agents.push(theirs);
     }
-    let server = server_of(node).await;
+    let many = SessionLimits {
+        per_vm: COMMANDS,
+        ..SessionLimits::default()
+    };
+    let server = server_with(node, |doors| Doors {
+        sessions: many,
+        ..doors
+    })
+    .await;
     let vms = [record("000000000001", "silent", "root")];
     let records = &server.records;
     records.insert_vms(&vms, &BTreeMap::new()).await.unwrap();

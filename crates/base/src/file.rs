@@ -18,7 +18,9 @@ const TEMPORARY: &str = ".new";
 /// # Errors
 /// The host's error, and what was there before is unchanged.
 pub fn replace(path: &Path, mode: u32, bytes: &[u8]) -> io::Result<()> {
-    write(path, mode, bytes, |file, new| rename_durably(file, new, path))
+    write(path, mode, bytes, |file, new| {
+        rename_durably(file, new, path)
+    })
 }
 
 /// The same as [`replace`] for a file that need not survive a loss of power, such as one in `/run`:

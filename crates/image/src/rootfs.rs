@@ -175,7 +175,9 @@ fn all_as_text<S: serde::Serializer>(paths: &[PathBuf], serializer: S) -> Result
 pub fn build_rootfs(spec: &RootfsSpec, progress: &dyn Progress) -> Result<RootfsReport> {
     let _span = info_span!("rootfs_build", source = %spec.source.describe(), output = %spec.output.display()).entered();
     let staging = Staging::create(&spec.output, spec.replace)?;
-    let created = spec.created.unwrap_or_else(|| clone_base::clock::since_1970().as_secs());
+    let created = spec
+        .created
+        .unwrap_or_else(|| clone_base::clock::since_1970().as_secs());
     let mut tree = Tree::new(spec.limits);
     let mut spool = Spool::new(staging.dir(), spec.limits.content_bytes)?;
     let Filled { config, left_out } = fill(&mut tree, &mut spool, spec, staging.dir(), progress)?;

@@ -180,7 +180,9 @@ impl LayerWriter {
         };
         index.sums = match checksums {
             Checksums::Yes => self.hashes(&index.data()).map(Sums::Chunks),
-            Checksums::Transient => clone_base::random::bytes().map(|nonce| Sums::Transient { nonce }),
+            Checksums::Transient => {
+                clone_base::random::bytes().map(|nonce| Sums::Transient { nonce })
+            }
         }
         .map_err(|e| self.failed("checksum", e))?;
         let (bytes, id) = index.encode();

@@ -40,7 +40,10 @@ fn controller_and_node_meet_in_the_contract_alone() {
 fn problem_documents_belong_to_the_server_and_its_clients() {
     let mut all = Vec::new();
     for name in ["army-controller", "army-node", "army-node-api"] {
-        sources(&paths::workspace().join("crates").join(name).join("src"), &mut all);
+        sources(
+            &paths::workspace().join("crates").join(name).join("src"),
+            &mut all,
+        );
     }
     assert!(all.len() > 40);
     for (path, text) in all {

@@ -5,7 +5,7 @@ use army_node_api::simulated::SimulatedNode;
 use futures_util::future::join_all;
 
 use super::*;
-use crate::{Database, Limits, Node};
+use crate::{Database, Error, ErrorKind, Limits, Node};
 
 /// What a VM costs on the simulated hosts: much less than what is guessed of a template of which no
 /// VM was measured.

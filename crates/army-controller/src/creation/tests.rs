@@ -8,7 +8,7 @@ use army_node_api::ErrorKind as NodeErrorKind;
 use army_node_api::simulated::SimulatedNode;
 
 use super::*;
-use crate::{Database, Node};
+use crate::{Database, ErrorKind, Node};
 
 /// The error of a fork on a host whose CPU is too old.
 const LACKING: &str = "the saved state of CPU 1 is refused: avx512f (7.ebx bit 16)";

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::{Outcome, Requester, StartedOperation, internal};
 use crate::store::operations::{Idempotency, NewOperation};
 use crate::store::reservations::{Begun, Reservation};
-use crate::{Controller, Result, random};
+use crate::{Actor, Controller, Result, random};
 
 /// A request for an operation.
 pub(crate) struct NewRequest {
@@ -119,7 +119,8 @@ impl Controller {
 pub(crate) async fn detached<T: Send + 'static>(
     work: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
-    tokio::spawn(work).await.unwrap_or_else(|error| {
+    let carried = tokio::spawn(Actor::current().carry(work)).await;
+    carried.unwrap_or_else(|error| {
         let message = format!("a task failed: {error}");
         Err(crate::Error::new(crate::ErrorKind::Internal, message))
     })

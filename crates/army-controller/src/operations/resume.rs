@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::{HostRecord, LOOK, Outcome, Output, RegisterRecord, internal, record_of_failures};
 use crate::error::RETRY_S;
 use crate::store::operations::{End, OperationRow};
-use crate::{Controller, CreatedVms, CreationFailure, Error, ErrorKind, Result, deadlines};
+use crate::{Actor, Controller, CreatedVms, CreationFailure, Error, ErrorKind, Result, deadlines};
 
 /// How long a host elsewhere may go on with a request of a controller that has ended, before a
 /// template that it does not have counts as not made.
@@ -72,7 +72,8 @@ impl Controller {
     /// Brings an operation to its end that another task has begun. It may have come anywhere, and its
     /// host may be working on it.
     fn resume_operation(self: Arc<Self>, row: OperationRow) -> BoxFuture<'static, Outcome> {
-        Box::pin(async move {
+        let actor = Actor::of(&row.actor);
+        Box::pin(actor.carry(async move {
             match row.kind {
                 OperationKind::CreateVms | OperationKind::ForkVm => {
                     return self.resume_creation(&row).await;
@@ -103,7 +104,7 @@ impl Controller {
                 .end_operation(&row.id, &End::of(&outcome))
                 .await?;
             outcome
-        })
+        }))
     }
 
     async fn resume_template_or_host(self: &Arc<Self>, row: &OperationRow) -> Outcome {

@@ -131,7 +131,11 @@ impl Fleet {
             host: "host-0".into(),
             ..Template::default()
         };
-        controller.store.insert_template(&template, None).await.unwrap();
+        controller
+            .store
+            .insert_template(&template, None)
+            .await
+            .unwrap();
         for node in &nodes {
             controller
                 .store
@@ -274,7 +278,10 @@ async fn the_record_of_an_ended_vm_has_no_secrets_and_is_removed_in_the_end() {
         environment: [("PASSWORD".to_owned(), "secret".to_owned())].into(),
         ..CreateVms::default()
     };
-    let created = fleet.controller.create_and_wait(&requester(), request).await;
+    let created = fleet
+        .controller
+        .create_and_wait(&requester(), request)
+        .await;
     let vms = created.unwrap().vms;
     let environment = async |vm: &Vm| fleet.controller.store.environment(&vm.id).await.unwrap();
     assert_eq!(environment(&vms[0]).await["PASSWORD"], "secret");
@@ -315,7 +322,10 @@ async fn nothing_is_left_of_ten_thousand_vms_that_were_created_and_ended() {
             count: AT_ONCE,
             ..CreateVms::default()
         };
-        let created = fleet.controller.create_and_wait(&requester(), request).await;
+        let created = fleet
+            .controller
+            .create_and_wait(&requester(), request)
+            .await;
         for vm in created.unwrap().vms {
             fleet.controller.destroy(&vm).await.unwrap();
         }

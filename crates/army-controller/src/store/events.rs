@@ -6,7 +6,8 @@ use sqlx::any::AnyRow;
 use tokio::sync::broadcast;
 
 use super::{Change, Store, number, query_failed, readable, stored, text, unsigned};
-use crate::Result;
+use crate::audience::{self, Audience};
+use crate::{Actor, Result};
 use army_node_api::time::now_ms;
 
 /// The number of events that are kept.
@@ -23,16 +24,22 @@ impl Change<'_> {
         tenant: &str,
         detail: &str,
     ) -> Result<()> {
+        debug_assert!(
+            audience::decided(kind).is_some(),
+            "`{kind}` has no audience: decide who gets to know of it"
+        );
         let time_ms = now_ms();
+        let actor = Actor::current().name().to_owned();
         let row = sqlx::query(
-            "INSERT INTO events (id, time_ms, kind, subject, tenant, detail) \
-             SELECT COALESCE(MAX(id), 0) + 1, $1, $2, $3, $4, $5 FROM events RETURNING id",
+            "INSERT INTO events (id, time_ms, kind, subject, tenant, detail, actor) \
+             SELECT COALESCE(MAX(id), 0) + 1, $1, $2, $3, $4, $5, $6 FROM events RETURNING id",
         )
         .bind(stored(time_ms))
         .bind(kind)
         .bind(subject)
         .bind(tenant)
         .bind(detail)
+        .bind(&actor)
         .fetch_one(self.connection())
         .await
         .map_err(query_failed)?;
@@ -51,14 +58,15 @@ impl Change<'_> {
             subject: subject.to_owned(),
             tenant: tenant.to_owned(),
             detail: detail.to_owned(),
+            actor,
         });
         Ok(())
     }
 }
 
 impl Store {
-    /// A page of the events after `id`, the oldest first: those of `tenant` and those that concern
-    /// all tenants, or every event where no tenant is given.
+    /// A page of the events after `id`, the oldest first: those that `tenant` gets to know of, or
+    /// every event where no tenant is given.
     pub(crate) async fn events_after(&self, id: i64, tenant: Option<&str>) -> Result<Vec<Event>> {
         page(&self.pool, id, tenant).await
     }
@@ -80,16 +88,20 @@ impl Store {
 
 /// See [`Store::events_after`].
 pub(super) async fn page(pool: &AnyPool, id: i64, tenant: Option<&str>) -> Result<Vec<Event>> {
-    let rows = sqlx::query(
-        "SELECT * FROM events WHERE id > $1 AND ($2 = '*' OR tenant = $2 OR tenant = '') \
-         ORDER BY id LIMIT $3",
-    )
-    .bind(id)
-    .bind(tenant.unwrap_or("*"))
-    .bind(PAGE)
-    .fetch_all(pool)
-    .await
-    .map_err(query_failed)?;
+    let own = audience::sql_list(Audience::Tenant);
+    let everybodys = audience::sql_list(Audience::Everybody);
+    let query = format!(
+        "SELECT * FROM events WHERE id > $1 AND ($2 = '*' OR (tenant = $2 AND kind IN ({own})) \
+         OR kind IN ({everybodys})) ORDER BY id LIMIT $3"
+    );
+    // The text is made of literals of this crate.
+    let rows = sqlx::query(sqlx::AssertSqlSafe(query))
+        .bind(id)
+        .bind(tenant.unwrap_or("*"))
+        .bind(PAGE)
+        .fetch_all(pool)
+        .await
+        .map_err(query_failed)?;
     Ok(readable(&rows, "events", event))
 }
 
@@ -101,5 +113,6 @@ fn event(row: &AnyRow) -> Result<Event> {
         subject: text(row, "subject")?,
         tenant: text(row, "tenant")?,
         detail: text(row, "detail")?,
+        actor: text(row, "actor")?,
     })
 }

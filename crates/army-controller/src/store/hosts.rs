@@ -10,12 +10,12 @@ use serde::{Deserialize, Serialize};
 use sqlx::any::AnyRow;
 
 use super::{
-    Store, is_taken, json, number, optional_text, query_failed, readable, stored, text, to_json,
-    unsigned,
+    Change, Store, is_taken, json, number, optional_text, query_failed, readable, stored, text,
+    to_json, unsigned,
 };
 use crate::store::keys::hash;
-use crate::store::vm_states::StateChange;
 use crate::store::operations::NewOperation;
+use crate::store::vm_states::StateChange;
 use crate::{Error, ErrorKind, Result};
 use army_node_api::time::now_ms;
 
@@ -155,23 +155,40 @@ impl Store {
         change.commit().await
     }
 
-    /// Adds a host that shows the secret of a token, and removes the token.
+    /// Whether a token is known and has not expired. It may have been used.
+    pub(crate) async fn has_token(&self, secret: &str) -> Result<bool> {
+        let row = sqlx::query("SELECT hash FROM join_tokens WHERE hash = $1 AND expires_ms >= $2")
+            .bind(hash(secret))
+            .bind(stored(now_ms()))
+            .fetch_optional(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        Ok(row.is_some())
+    }
+
+    /// Adds a host that shows the secret of a token, which is used then, and returns its
+    /// certificate. A host that has lost the answer and shows the same token and the same signing
+    /// request again gets the certificate of the first time.
     ///
     /// # Errors
     /// [`ErrorKind::Unauthenticated`] where the token is not valid, and [`ErrorKind::Conflict`] where
     /// a host has this name.
-    pub(crate) async fn enrol_host(&self, name: &str, address: &str, secret: &str) -> Result<()> {
+    pub(crate) async fn enrol_host(&self, joining: &Joining<'_>) -> Result<String> {
         let mut change = self.change().await?;
-        let used = sqlx::query("DELETE FROM join_tokens WHERE hash = $1 AND expires_ms >= $2")
-            .bind(hash(secret))
-            .bind(stored(now_ms()))
-            .execute(change.connection())
-            .await
-            .map_err(query_failed)?;
+        let used = sqlx::query(
+            "UPDATE join_tokens SET host = $1, request_hash = $2, certificate = $3 \
+             WHERE hash = $4 AND expires_ms >= $5 AND host IS NULL",
+        )
+        .bind(joining.host)
+        .bind(hash(joining.request))
+        .bind(joining.certificate)
+        .bind(hash(joining.secret))
+        .bind(stored(now_ms()))
+        .execute(change.connection())
+        .await
+        .map_err(query_failed)?;
         if used.rows_affected() == 0 {
-            let message = "the token is unknown, was already used, or has expired";
-            return Err(Error::new(ErrorKind::Unauthenticated, message)
-                .advise("create another one: army host token"));
+            return enrol_again(change, joining).await;
         }
         // The host is this controller's until it is somebody else's turn.
         let now = change.clock().await?;
@@ -179,23 +196,36 @@ impl Store {
             "INSERT INTO hosts (name, labels, draining, seen_ms, capacity, address, owner, epoch) \
              VALUES ($1, '{}', 0, 0, $2, $3, $4, $5)",
         )
-        .bind(name)
+        .bind(joining.host)
         .bind(to_json(&Capacity::default())?)
-        .bind(address)
+        .bind(joining.address.to_string())
         .bind(&self.term().id)
         .bind(now)
         .execute(change.connection())
         .await
         .map_err(|error| match is_taken(&error) {
             true => {
-                let message = format!("a host named `{name}` already exists");
+                let message = format!("a host named `{}` already exists", joining.host);
                 Error::new(ErrorKind::Conflict, message)
                     .advise("use another name, or remove that host: army host rm")
             }
             false => query_failed(error),
         })?;
-        let detail = format!("joined, at {address}");
-        change.event("host.joined", name, "", &detail).await?;
+        let detail = format!("joined, at {}", joining.address);
+        change
+            .event("host.joined", joining.host, "", &detail)
+            .await?;
+        change.commit().await?;
+        self.note_host_change();
+        Ok(joining.certificate.to_owned())
+    }
+
+    /// Records that the node of a host listens at another address.
+    pub(crate) async fn set_host_address(&self, name: &str, address: SocketAddr) -> Result<()> {
+        let mut change = self.change().await?;
+        set_address(&mut change, name, address).await?;
+        let detail = format!("is at {address} now");
+        change.event("host.moved", name, "", &detail).await?;
         change.commit().await?;
         self.note_host_change();
         Ok(())
@@ -282,6 +312,60 @@ impl Store {
         change.commit().await?;
         self.note_host_change();
         Ok(())
+    }
+}
+
+/// A host that joins.
+#[derive(Debug, Clone, Copy)]
+pub struct Joining<'a> {
+    /// The name of the host.
+    pub host: &'a str,
+    /// The address where its node listens.
+    pub address: SocketAddr,
+    /// The secret of its token.
+    pub secret: &'a str,
+    /// Its signing request.
+    pub request: &'a str,
+    /// The certificate that it gets.
+    pub certificate: &'a str,
+}
+
+async fn enrol_again(mut change: Change<'_>, joining: &Joining<'_>) -> Result<String> {
+    let row = sqlx::query(
+        "SELECT certificate FROM join_tokens WHERE hash = $1 AND expires_ms >= $2 \
+         AND host = $3 AND request_hash = $4",
+    )
+    .bind(hash(joining.secret))
+    .bind(stored(now_ms()))
+    .bind(joining.host)
+    .bind(hash(joining.request))
+    .fetch_optional(change.connection())
+    .await
+    .map_err(query_failed)?;
+    let Some(row) = row else {
+        let message = "the token is unknown, was already used, or has expired";
+        return Err(Error::new(ErrorKind::Unauthenticated, message)
+            .advise("create another one: army host token"));
+    };
+    // A host that was removed meanwhile is not found.
+    set_address(&mut change, joining.host, joining.address).await?;
+    change.commit().await?;
+    text(&row, "certificate")
+}
+
+async fn set_address(change: &mut Change<'_>, name: &str, address: SocketAddr) -> Result<()> {
+    let changed = sqlx::query("UPDATE hosts SET address = $1 WHERE name = $2")
+        .bind(address.to_string())
+        .bind(name)
+        .execute(change.connection())
+        .await
+        .map_err(query_failed)?;
+    match changed.rows_affected() {
+        0 => {
+            let message = format!("host `{}` not found", name.escape_debug());
+            Err(Error::new(ErrorKind::NotFound, message))
+        }
+        _ => Ok(()),
     }
 }
 

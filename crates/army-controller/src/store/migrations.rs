@@ -10,7 +10,7 @@ use sqlx::SqlStr;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 
 /// The name and the SQL of each step. The version of a step is its place, counted from one.
-const STEPS: [(&str, &str); 7] = [
+const STEPS: [(&str, &str); 9] = [
     ("start", include_str!("../../migrations/0001_start.sql")),
     (
         "several hosts",
@@ -27,6 +27,8 @@ const STEPS: [(&str, &str); 7] = [
         "operations",
         include_str!("../../migrations/0007_operations.sql"),
     ),
+    ("actor", include_str!("../../migrations/0008_actor.sql")),
+    ("join", include_str!("../../migrations/0009_join.sql")),
 ];
 
 /// All steps.

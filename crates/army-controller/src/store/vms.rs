@@ -6,9 +6,7 @@ use army_api::vms::{ForkTimes, Vm, VmMemory};
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
-use super::{
-    Store, from_word, json, number, optional_text, parse, query_failed, text, unsigned,
-};
+use super::{Store, from_word, json, number, optional_text, parse, query_failed, text, unsigned};
 use crate::{Error, ErrorKind, Result};
 
 /// The number of the next change of a VM.

@@ -7,8 +7,8 @@ use army_api::templates::{RegisterTemplate, Template};
 use army_api::vms::{SnapshotVm, Vm};
 use army_node_api::chunks::ChunkReceiver;
 use army_node_api::requests::{
-    FetchTemplateRequest, ImportTemplateRequest, InspectTemplateRequest, RemoveTemplateRequest,
-    SnapshotVmRequest, TemplateFacts,
+    AdmitFetchRequest, FetchTemplateRequest, ImportTemplateRequest, InspectTemplateRequest,
+    RemoveTemplateRequest, SnapshotVmRequest, TemplateFacts,
 };
 
 use super::no_host_answers;
@@ -16,7 +16,10 @@ use crate::operations::{
     HostRecord, Outcome, Output, RegisterRecord, Requester, StartedOperation, detached,
 };
 use crate::store::reservations::Reservation;
-use crate::{Controller, Error, ErrorKind, Node, Result, deadlines};
+use crate::{Controller, Error, ErrorKind, Node, Result, deadlines, random};
+
+/// How long a node may begin to fetch a template from another one, in seconds.
+const TICKET_VALID_S: u64 = 300;
 
 impl Controller {
     /// Begins to register a template that is in a host's store.
@@ -197,14 +200,30 @@ impl Controller {
         }
         let mut fetched = Err(no_host_answers(template));
         for host in &template.hosts {
-            let Some(address) = self.find_node(host).and_then(|node| node.address()) else {
+            let Some(origin) = self.find_node(host) else {
                 continue;
             };
+            let Some(address) = origin.address() else {
+                continue;
+            };
+            let ticket = random::hex::<32>()?;
+            let admit = AdmitFetchRequest {
+                ticket: ticket.clone(),
+                template: template.name.clone(),
+                id: template.id.clone(),
+                host: node.name().to_owned(),
+                valid_s: TICKET_VALID_S,
+            };
+            if let Err(error) = origin.admit_fetch(admit, deadlines::operation()).await {
+                // A node of a former release knows no tickets, and needs none.
+                tracing::warn!(%host, %error, "cannot announce a copy of a template");
+            }
             let request = FetchTemplateRequest {
                 host: host.clone(),
                 address,
                 template: template.name.clone(),
                 id: template.id.clone(),
+                ticket: Some(ticket),
             };
             let result = node.fetch_template(request, deadlines::transfer()).await;
             fetched = result.map_err(Error::from);

@@ -2,10 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
 
-use axum::extract::connect_info::Connected;
-use axum::serve::IncomingStream;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{ResolvesClientCert, WebPkiServerVerifier};
 use rustls::crypto::CryptoProvider;
@@ -14,19 +11,11 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
-use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::Member;
 use super::authority::Credentials;
 use crate::{Error, Result};
-
-/// How long the handshake with a peer may take.
-const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-/// The number of handshakes that may be in progress.
-const HANDSHAKES: usize = 128;
 
 /// The other end of a connection.
 #[derive(Debug, Clone)]
@@ -37,102 +26,8 @@ pub struct Peer {
     pub member: Option<Member>,
 }
 
-/// Accepts connections, and yields them when their handshake is done.
-pub struct Listener {
-    ready: mpsc::Receiver<(TlsStream<TcpStream>, Peer)>,
-    address: SocketAddr,
-    accept: tokio::task::JoinHandle<()>,
-}
-
-impl Listener {
-    /// Accepts connections of members from `listener`. With `strangers`, peers without a certificate
-    /// are accepted, too; the service decides what they may do.
-    pub fn new(listener: TcpListener, identity: &Identity, strangers: bool) -> Result<Self> {
-        Self::of(listener, identity.server(strangers)?)
-    }
-
-    /// Accepts connections from `listener` with this TLS configuration.
-    pub fn of(listener: TcpListener, config: ServerConfig) -> Result<Self> {
-        let acceptor = TlsAcceptor::from(Arc::new(config));
-        let address = listener
-            .local_addr()
-            .map_err(|error| Error::internal("listen", &error))?;
-        let (done, ready) = mpsc::channel(HANDSHAKES);
-        let places = Arc::new(Semaphore::new(HANDSHAKES));
-        let accept = tokio::spawn(async move {
-            loop {
-                let Ok(place) = Arc::clone(&places).acquire_owned().await else {
-                    return;
-                };
-                let (stream, address) = match listener.accept().await {
-                    Ok(accepted) => accepted,
-                    Err(error) => {
-                        // The error may concern all connections, so that the next attempt would
-                        // fail at once, too.
-                        tracing::warn!(%error, "cannot accept a connection");
-                        tokio::time::sleep(Duration::from_millis(100)).await;
-                        continue;
-                    }
-                };
-                let (acceptor, done) = (acceptor.clone(), done.clone());
-                tokio::spawn(async move {
-                    let _place = place;
-                    let _ = stream.set_nodelay(true);
-                    let shaken = tokio::time::timeout(HANDSHAKE_LIMIT, acceptor.accept(stream));
-                    match shaken.await {
-                        Ok(Ok(stream)) => {
-                            let member = member_of(&stream);
-                            let _ = done.send((stream, Peer { address, member })).await;
-                        }
-                        Ok(Err(error)) => {
-                            tracing::warn!(%address, %error, "a TLS handshake failed");
-                        }
-                        Err(_) => tracing::warn!(%address, "a TLS handshake took too long"),
-                    }
-                });
-            }
-        });
-        Ok(Self {
-            ready,
-            address,
-            accept,
-        })
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        self.accept.abort();
-    }
-}
-
-impl axum::serve::Listener for Listener {
-    type Io = TlsStream<TcpStream>;
-    type Addr = Peer;
-
-    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        match self.ready.recv().await {
-            Some(accepted) => accepted,
-            // The task that accepts has ended with the runtime.
-            None => std::future::pending().await,
-        }
-    }
-
-    fn local_addr(&self) -> std::io::Result<Self::Addr> {
-        Ok(Peer {
-            address: self.address,
-            member: None,
-        })
-    }
-}
-
-impl Connected<IncomingStream<'_, Listener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, Listener>) -> Self {
-        stream.remote_addr().clone()
-    }
-}
-
-fn member_of(stream: &TlsStream<TcpStream>) -> Option<Member> {
+/// The member that the certificate of a peer names.
+pub(crate) fn member_of<S>(stream: &TlsStream<S>) -> Option<Member> {
     let certificate = stream.get_ref().1.peer_certificates()?.first()?;
     let certificate = webpki::EndEntityCert::try_from(certificate).ok()?;
     certificate.valid_dns_names().find_map(Member::of_dns_name)
@@ -183,7 +78,9 @@ impl Identity {
         Ok(())
     }
 
-    fn server(&self, strangers: bool) -> Result<ServerConfig> {
+    /// The configuration of a server for members. With `strangers`, peers without a certificate are
+    /// accepted, too; the service decides what they may do.
+    pub fn server(&self, strangers: bool) -> Result<ServerConfig> {
         let failed = |error: &dyn std::fmt::Display| Error::internal("set up TLS", error);
         let roots = Arc::clone(&self.roots);
         let mut verifier = WebPkiClientVerifier::builder_with_provider(roots, provider());

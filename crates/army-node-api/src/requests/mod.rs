@@ -15,8 +15,8 @@ pub use hosts::{
     HostReport, InstallCertificateRequest, RenewalRequest, RenewalResponse, ReportRequest, VmReport,
 };
 pub use templates::{
-    ExportTemplateRequest, FetchTemplateRequest, ImportTemplateRequest, InspectTemplateRequest,
-    RemoveTemplateRequest, SetStandbysRequest, TemplateFacts,
+    AdmitFetchRequest, ExportTemplateRequest, FetchTemplateRequest, ImportTemplateRequest,
+    InspectTemplateRequest, RemoveTemplateRequest, SetStandbysRequest, TemplateFacts,
 };
 pub use vms::{
     BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse, CreatedVm,

@@ -10,6 +10,7 @@ super::operations! {
     SetStandbysRequest = "set-standbys" -> ();
     RemoveTemplateRequest = "remove-template" -> ();
     FetchTemplateRequest = "fetch-template" -> ();
+    AdmitFetchRequest = "admit-fetch" -> ();
 }
 
 /// What a host knows of a template in its store.
@@ -66,6 +67,24 @@ pub struct FetchTemplateRequest {
     pub template: String,
     /// The hash of the template's content. Another template of the same name is not accepted.
     pub id: String,
+    /// The ticket that the controller has told that host, too.
+    #[serde(default)]
+    pub ticket: Option<String>,
+}
+
+/// See [`NodeApi::admit_fetch`](crate::NodeApi::admit_fetch).
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AdmitFetchRequest {
+    /// The ticket: at least 32 random characters.
+    pub ticket: String,
+    /// The name of the template.
+    pub template: String,
+    /// The hash of the template's content.
+    pub id: String,
+    /// The host that may fetch the template.
+    pub host: String,
+    /// How long the ticket is valid, in seconds. An hour is the most.
+    pub valid_s: u64,
 }
 
 /// See [`NodeApi::export_template`](crate::NodeApi::export_template).

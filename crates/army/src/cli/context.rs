@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use army_api::Client;
+use army_api::client::exposes_key;
 use clap::Args;
 use serde::Serialize;
 
@@ -23,6 +24,15 @@ pub(super) struct Options {
     /// Trust only servers whose certificate is signed by one of the authorities in this PEM file.
     #[arg(long, global = true, value_name = "FILE", env = "ARMY_CA")]
     ca: Option<PathBuf>,
+    /// Send the key to a server over plain HTTP, even if it is on another host: everybody on the way
+    /// can read the key.
+    #[arg(
+        long,
+        global = true,
+        env = "ARMY_ALLOW_PLAIN_HTTP",
+        value_parser = clap::builder::BoolishValueParser::new()
+    )]
+    allow_plain_http: bool,
     /// Print answers in JSON.
     #[arg(long, global = true)]
     json: bool,
@@ -42,6 +52,12 @@ impl Context {
         let key = self.options.key.as_deref().context(
             "there is no key: set ARMY_KEY to what `army dev` printed, or to one of `army key create`",
         )?;
+        let url = &self.options.url;
+        anyhow::ensure!(
+            self.options.allow_plain_http || !exposes_key(url),
+            "{url} is plain HTTP, and would show your key to everybody on the way: use https, or \
+             give --allow-plain-http"
+        );
         let Some(path) = &self.options.ca else {
             return Ok(Client::new(&self.options.url, key)?);
         };

@@ -14,7 +14,15 @@ use crate::enrol;
 use army_controller::{Cluster, Controller};
 use army_node_api::cluster::Member;
 use army_node_api::cluster::authority::Authority;
-use army_node_api::cluster::tls::{self, Identity, Listener, Peer};
+use army_node_api::cluster::tls::{self, Identity};
+use army_node_api::serve::{Limits, Server, Stop};
+
+/// The limits of connections of hosts that join, each of which makes a request or two.
+const JOINING: Limits = Limits {
+    connections: 4096,
+    per_address: 256,
+    ..Limits::STRANGERS
+};
 
 /// Serve the API and the dashboard of several hosts, each of which runs `army node`.
 ///
@@ -23,12 +31,14 @@ use army_node_api::cluster::tls::{self, Identity, Listener, Peer};
 /// server ends.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// The address to listen on for clients. If it is not a loopback address, encrypt the
-    /// connections, with --tls-cert or a proxy.
+    /// The address to listen on for clients. An address that is not a loopback
+    /// address requires --tls-cert, or --serve-plain-http.
     #[arg(long, default_value = "127.0.0.1:7777", env = "ARMY_LISTEN")]
     listen: SocketAddr,
     #[command(flatten)]
     tls: serve::TlsArgs,
+    #[command(flatten)]
+    limits: serve::LimitArgs,
     /// The address to listen on for hosts that join, always with TLS.
     #[arg(long, default_value = "0.0.0.0:7778", env = "ARMY_CLUSTER_LISTEN")]
     cluster_listen: SocketAddr,
@@ -45,12 +55,13 @@ pub(super) struct Args {
     database: Option<String>,
     #[command(flatten)]
     records: serve::RecordArgs,
-    limits: serve::LimitArgs,
+    #[command(flatten)]
+    placement: serve::PlacementArgs,
 }
 
 pub(super) async fn run(args: Args) -> Result<ExitCode> {
     let _lock = serve::begin(&args.state)?;
-    let listener = serve::ApiListener::open(args.listen, args.tls).await?;
+    let api = serve::Api::open(args.listen, args.tls, args.limits).await?;
     let joining = serve::listen(args.cluster_listen).await?;
     let database = serve::database(args.database.as_deref(), &args.state).await?;
     let authority = Authority::open(&args.state)?;
@@ -62,28 +73,22 @@ pub(super) async fn run(args: Args) -> Result<ExitCode> {
     };
     let controller = Controller::of_cluster(database, cluster)
         .await?
-        .with_limits(args.limits.limits())
+        .with_limits(args.placement.limits())
         .keeping_ended_vms(args.records.keep_ended());
     // Hosts that join have no certificate yet.
-    let joining = Listener::new(joining, &identity, true)?;
+    let joining = Server::new(joining, Some(identity.server(true)?), JOINING);
     let enrol = move |controller: &Arc<Controller>| {
         let authority = Arc::new(authority);
         let router = enrol::router(Arc::clone(controller), Arc::clone(&authority));
-        let service = router.into_make_service_with_connect_info::<Peer>();
         let renewal = Arc::clone(controller).renew_certificates(authority);
-        let joining = async move {
-            if let Err(error) = axum::serve(joining, service).await {
-                tracing::error!(%error, "hosts cannot join any more");
-            }
-        };
-        // Neither ends, unless it fails; then the process does.
-        Ok(tokio::spawn(async {
+        // Neither ends; if one did, the process would.
+        Ok(tokio::spawn(async move {
             tokio::select! {
                 () = renewal => {}
-                () = joining => {}
+                () = joining.serve(router, Stop::default().stopping()) => {}
             }
         }))
     };
-    serve::api(controller, listener, enrol).await?;
+    serve::api(controller, api, enrol).await?;
     Ok(ExitCode::SUCCESS)
 }

@@ -20,6 +20,7 @@ mod templates;
 mod vms;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand};
@@ -83,6 +84,9 @@ enum Command {
     Man(generate::ManArgs),
 }
 
+/// How long threads may take to finish what they do when the program ends.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(2);
+
 /// Parses the command line and runs its command.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -90,7 +94,13 @@ pub fn main() -> ExitCode {
         .enable_all()
         .build();
     let result = match runtime {
-        Ok(runtime) => runtime.block_on(run(cli)),
+        Ok(runtime) => {
+            let result = runtime.block_on(run(cli));
+            // A thread that hangs, such as one that waits for a VM's process, does not keep the
+            // program from ending.
+            runtime.shutdown_timeout(SHUTDOWN_LIMIT);
+            result
+        }
         Err(error) => Err(error.into()),
     };
     match result {

@@ -10,7 +10,6 @@ use anyhow::{Context as _, Result};
 use army_api::keys::{CreateKey, Role};
 use clone_api::jail::RequiredJail;
 use rustix::process::{Resource, getrlimit, setrlimit};
-use rustls::ServerConfig;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::Targets;
@@ -18,11 +17,11 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::output;
-use crate::server;
 use crate::server::tls::{self, Files};
-use army_controller::{Controller, DEFAULT_KEPT, Database, Limits};
+use crate::server::{self, BufferLimits, Doors, SessionLimits};
+use army_controller::{Controller, DEFAULT_KEPT, Database};
 use army_node::Node;
-use army_node_api::cluster::tls::Listener;
+use army_node_api::serve::{Limits, Server, Stop};
 
 /// Starts the log, and creates and locks the state directory. It is locked while the returned file is
 /// open.
@@ -112,7 +111,7 @@ impl JailArgs {
 
 /// Limits of placement.
 #[derive(clap::Args)]
-pub(super) struct LimitArgs {
+pub(super) struct PlacementArgs {
     /// Place VMs on a host only while the memory sizes of all its VMs together are at most FACTOR
     /// times the host's memory. Without it, the memory that VMs use counts, and not their size:
     /// clones share most of it, so a host can be promised many times over.
@@ -120,9 +119,9 @@ pub(super) struct LimitArgs {
     memory_promise: Option<f64>,
 }
 
-impl LimitArgs {
-    pub(super) fn limits(&self) -> Limits {
-        Limits {
+impl PlacementArgs {
+    pub(super) fn limits(&self) -> army_controller::Limits {
+        army_controller::Limits {
             memory_promise: self.memory_promise,
         }
     }
@@ -190,42 +189,100 @@ pub(super) struct TlsArgs {
     /// The certificate's private key, a PEM file.
     #[arg(long, value_name = "FILE", env = "ARMY_TLS_KEY", requires = "tls_cert")]
     tls_key: Option<PathBuf>,
+    /// Serve clients without TLS even if the address to listen on is not a loopback address, because
+    /// something else encrypts the connections, such as a private network. Otherwise everybody on
+    /// the way can read keys.
+    #[arg(
+        long,
+        env = "ARMY_SERVE_PLAIN_HTTP",
+        value_parser = clap::builder::BoolishValueParser::new()
+    )]
+    serve_plain_http: bool,
 }
 
-/// The listener for clients.
-pub(super) struct ApiListener {
-    listener: TcpListener,
-    tls: Option<ServerConfig>,
+/// What clients may have at a time. A request beyond a limit is refused with status 429, and the
+/// metrics show all limits.
+#[derive(clap::Args)]
+pub(super) struct LimitArgs {
+    /// The most connections of clients.
+    #[arg(long, value_name = "NUMBER", default_value_t = Limits::STRANGERS.connections)]
+    max_connections: usize,
+    /// The most connections of clients from one address.
+    #[arg(long, value_name = "NUMBER", default_value_t = Limits::STRANGERS.per_address)]
+    max_connections_per_address: usize,
+    /// The most connections to guests: commands, terminals, ports and files that are open.
+    #[arg(long, value_name = "NUMBER", default_value_t = SessionLimits::default().total)]
+    max_sessions: usize,
+    /// The most connections to one VM.
+    #[arg(long, value_name = "NUMBER", default_value_t = SessionLimits::default().per_vm)]
+    max_sessions_per_vm: usize,
+    /// The most connections to guests with one key.
+    #[arg(long, value_name = "NUMBER", default_value_t = SessionLimits::default().per_key)]
+    max_sessions_per_key: usize,
+    /// The most connections to guests of one tenant.
+    #[arg(long, value_name = "NUMBER", default_value_t = SessionLimits::default().per_tenant)]
+    max_sessions_per_tenant: usize,
+    /// The most memory for output of guests that waits for its readers, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = BufferLimits::default().total >> 20)]
+    max_buffers: usize,
+    /// The same for one tenant, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = BufferLimits::default().per_tenant >> 20)]
+    max_buffers_per_tenant: usize,
 }
 
-impl ApiListener {
-    pub(super) async fn open(address: SocketAddr, args: TlsArgs) -> Result<Self> {
-        let tls = match (args.tls_cert, args.tls_key) {
+/// The server for clients.
+pub(super) struct Api {
+    server: Server,
+    doors: Doors,
+    stop: Stop,
+}
+
+impl Api {
+    pub(super) async fn open(address: SocketAddr, tls: TlsArgs, limits: LimitArgs) -> Result<Self> {
+        let config = match (tls.tls_cert, tls.tls_key) {
             (Some(certificate), Some(key)) => Some(tls::config(Files { certificate, key })?),
             // Each of the two requires the other.
             _ => None,
         };
-        let listener = listen(address).await?;
-        Ok(Self { listener, tls })
+        anyhow::ensure!(
+            config.is_some() || tls.serve_plain_http || address.ip().is_loopback(),
+            "--listen {address} would serve plain HTTP to other hosts: give --tls-cert and \
+             --tls-key, or listen on 127.0.0.1 behind a proxy, or give --serve-plain-http"
+        );
+        let connections = Limits {
+            connections: limits.max_connections,
+            per_address: limits.max_connections_per_address,
+            ..Limits::STRANGERS
+        };
+        let server = Server::new(listen(address).await?, config, connections);
+        let stop = Stop::default();
+        let doors = Doors {
+            sessions: SessionLimits {
+                per_vm: limits.max_sessions_per_vm,
+                per_key: limits.max_sessions_per_key,
+                per_tenant: limits.max_sessions_per_tenant,
+                total: limits.max_sessions,
+            },
+            buffers: BufferLimits {
+                per_tenant: limits.max_buffers_per_tenant << 20,
+                total: limits.max_buffers << 20,
+            },
+            connections: Some(server.connections()),
+            ..Doors::new(stop.stopping())
+        };
+        Ok(Self {
+            server,
+            doors,
+            stop,
+        })
     }
 
     fn url(&self) -> Result<String> {
-        let scheme = match self.tls {
-            Some(_) => "https",
-            None => "http",
+        let scheme = match self.server.has_tls() {
+            true => "https",
+            false => "http",
         };
-        Ok(format!("{scheme}://{}", self.listener.local_addr()?))
-    }
-
-    async fn serve(self, router: axum::Router) -> std::io::Result<()> {
-        match self.tls {
-            None => axum::serve(self.listener, router).await,
-            Some(config) => {
-                let listener = Listener::of(self.listener, config);
-                let listener = listener.map_err(std::io::Error::other)?;
-                axum::serve(listener, router).await
-            }
-        }
+        Ok(format!("{scheme}://{}", self.server.local_addr()?))
     }
 }
 
@@ -236,14 +293,17 @@ const FIRST_REPORTS: Duration = Duration::from_secs(3);
 
 /// Serves the API until a signal ends the process. It is served before hosts have reported, one of
 /// which may not answer. A loop that ends, which it never should, ends the process with an error.
+///
+/// At the end, requests that are in progress may finish for some seconds. What those that are cut
+/// off began is in the journal.
 pub(super) async fn api(
     controller: Controller,
-    listener: ApiListener,
+    api: Api,
     beside: impl FnOnce(&Arc<Controller>) -> Result<tokio::task::JoinHandle<()>>,
 ) -> Result<()> {
     let controller = Arc::new(controller);
     let mut beside = beside(&controller)?;
-    let url = listener.url()?;
+    let url = api.url()?;
     first_key(&controller, &url).await?;
     let mut reconcile = {
         let controller = Arc::clone(&controller);
@@ -253,15 +313,24 @@ pub(super) async fn api(
         })
     };
     let mut term = tokio::spawn(Arc::clone(&controller).hold_term());
-    let announced = announce(&controller, url);
-    let serve = listener.serve(server::router(Arc::clone(&controller)));
-    let serve = async { tokio::join!(announced, serve).1 };
+    let announced = async {
+        announce(&controller, url).await;
+        std::future::pending().await
+    };
+    let router = server::router_with(Arc::clone(&controller), api.doors);
+    let mut serve = std::pin::pin!(api.server.serve(router, api.stop.stopping()));
     let served = tokio::select! {
-        served = until_asked(serve) => served,
+        asked = asked_to_end() => asked,
+        () = &mut serve => Ok(()),
+        () = announced => Ok(()),
         ended = &mut reconcile => Err(loop_ended("reconcile", ended.map(|it| it.map_err(Into::into)))),
         ended = &mut term => Err(loop_ended("term", ended.map(|error| Err(error.into())))),
         ended = &mut beside => Err(loop_ended("cluster", ended.map(Ok))),
     };
+    if served.is_ok() {
+        api.stop.begin();
+        serve.await;
+    }
     reconcile.abort();
     beside.abort();
     term.abort();
@@ -315,12 +384,24 @@ async fn first_key(controller: &Controller, url: &str) -> Result<()> {
     Ok(())
 }
 
-/// Serves until SIGTERM or SIGINT. Requests that are in progress are dropped with their connections;
-/// what they began is in the journal.
-pub(super) async fn until_asked(serve: impl Future<Output = std::io::Result<()>>) -> Result<()> {
+/// Serves until a signal ends the process. Requests that are in progress may then finish for some
+/// seconds; what those that are cut off began is in the journal.
+pub(super) async fn until_asked(server: Server, router: axum::Router) -> Result<()> {
+    let stop = Stop::default();
+    let mut serve = std::pin::pin!(server.serve(router, stop.stopping()));
+    tokio::select! {
+        asked = asked_to_end() => asked?,
+        () = &mut serve => {}
+    }
+    stop.begin();
+    serve.await;
+    Ok(())
+}
+
+/// Completes with SIGTERM or SIGINT.
+async fn asked_to_end() -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
-        served = serve => served?,
         _ = terminate.recv() => {}
         interrupted = tokio::signal::ctrl_c() => interrupted?,
     }
@@ -336,5 +417,44 @@ pub(super) fn host_name() -> String {
     match army_node_api::cluster::is_host_name(&name) {
         true => name,
         false => "host".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Args {
+        #[command(flatten)]
+        tls: TlsArgs,
+        #[command(flatten)]
+        limits: LimitArgs,
+    }
+
+    async fn open(address: &str, args: &[&str]) -> Result<Api> {
+        let args = Args::parse_from([&["army"], args].concat());
+        Api::open(address.parse()?, args.tls, args.limits).await
+    }
+
+    #[tokio::test]
+    async fn plain_http_is_served_to_other_hosts_only_by_name() {
+        open("127.0.0.1:0", &[]).await.unwrap();
+        let refused = open("0.0.0.0:0", &[]).await.map(drop).unwrap_err();
+        assert!(
+            refused.to_string().contains("--serve-plain-http"),
+            "{refused}"
+        );
+        open("0.0.0.0:0", &["--serve-plain-http"]).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn limits_are_what_the_flags_say() {
+        let args = ["--max-sessions", "7", "--max-buffers-per-tenant", "3"];
+        let api = open("127.0.0.1:0", &args).await.unwrap();
+        assert_eq!(api.doors.sessions.total, 7);
+        assert_eq!(api.doors.buffers.per_tenant, 3 << 20);
     }
 }

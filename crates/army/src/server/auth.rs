@@ -9,7 +9,7 @@ use axum::extract::FromRequestParts;
 use axum::http::header;
 use axum::http::request::Parts;
 
-use super::{App, Failure};
+use super::{App, Failure, audit};
 use army_controller::{Controller, Requester};
 
 /// The beginning of the WebSocket subprotocol in which a browser's terminal sends its key, because it
@@ -81,10 +81,13 @@ impl FromRequestParts<App> for Caller {
         };
         let secret = secret(parts).ok_or_else(|| unauthorized("the request has no key"))?;
         match app.controller.find_key(&secret).await? {
-            Some(key) => Ok(Self {
-                key,
-                controller: Arc::clone(&app.controller),
-            }),
+            Some(key) => {
+                audit::identify(parts, &key);
+                Ok(Self {
+                    key,
+                    controller: Arc::clone(&app.controller),
+                })
+            }
             None => Err(unauthorized("the key is unknown")),
         }
     }

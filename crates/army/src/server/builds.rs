@@ -5,6 +5,7 @@ use army_api::keys::Role;
 use army_api::operations::{Operation, Wait};
 use army_api::templates::Template;
 use army_api::{Problem, ProblemKind};
+use army_controller::Actor;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -47,7 +48,7 @@ pub(super) async fn build(
     let (listener, mut events) = mpsc::channel(AHEAD);
     let progress = Some(listener.clone());
     let started = app.controller.build(&requester, request, progress).await?;
-    tokio::spawn(async move {
+    let work = async move {
         let built = app.controller.outcome(started, None).await;
         let built = built.map_err(failure::problem);
         let last = match built.and_then(operations::template) {
@@ -56,7 +57,8 @@ pub(super) async fn build(
         };
         // A client that has disconnected does not want to know.
         let _ = listener.send(last).await;
-    });
+    };
+    tokio::spawn(Actor::current().carry(work));
     match events.recv().await {
         Some(BuildEvent::Failed { problem }) => Err(problem.into()),
         Some(first) => Ok(sent_events(Some(first), events).into_response()),

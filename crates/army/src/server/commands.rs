@@ -4,7 +4,6 @@
 
 use std::convert::Infallible;
 
-use agent_client::Connection;
 use agent_proto::messages::Acknowledge;
 use army_api::exec::{Command, CommandEvent, Cursor, SendSignal, StartCommand};
 use army_api::keys::Role;
@@ -19,17 +18,18 @@ use tokio::sync::mpsc;
 use super::auth::Caller;
 use super::events::sent_events;
 use super::extract::{Body, IdempotencyKey, Params, Path};
+use super::sessions::Guest;
 use super::{AGENT_LIMIT, Answer, App};
 use army_controller::{Error, guest};
 
 /// The number of events that may wait for a slow reader, before the guest has to wait.
-const AHEAD: usize = 4;
+const AHEAD: usize = 1;
 
 /// Connects to the agent in a VM that the caller may use.
-async fn connect(app: &App, caller: &Caller, vm: &str) -> Answer<Connection> {
+async fn connect(app: &App, caller: &Caller, vm: &str) -> Answer<Guest> {
     caller.may(Role::User)?;
     let vm = caller.vm(app, vm).await?;
-    Ok(app.controller.agent(&vm, AGENT_LIMIT).await?)
+    app.guest(caller, &vm, AGENT_LIMIT).await
 }
 
 /// Starts a command without waiting for its end.
@@ -64,7 +64,7 @@ pub(super) async fn list(
     caller: Caller,
     Path(vm): Path<String>,
 ) -> Answer<Json<Vec<Command>>> {
-    let connection = connect(&app, &caller, &vm).await?;
+    let connection = connect(&app, &caller, &vm).await?.connection;
     let commands = connection.commands().await.map_err(Error::from)?;
     let commands = commands.into_iter().map(|it| Command {
         id: it.id,
@@ -78,7 +78,8 @@ pub(super) async fn list(
 /// Streams the output of a command as server-sent events.
 ///
 /// The stream begins at a cursor and ends when the command ends. A client that is disconnected
-/// resumes with the last cursors that it received.
+/// resumes with the last cursors that it received. It also ends when the caller's key is removed, or
+/// the server stops.
 #[utoipa::path(get, path = "/v1/vms/{vm}/commands/{id}/output",
     params(("vm" = String, Path), ("id" = u64, Path), Cursor),
     responses((status = 200, body = CommandEvent, content_type = "text/event-stream")))]
@@ -88,13 +89,19 @@ pub(super) async fn output(
     Path((vm, id)): Path<(String, u64)>,
     Params(cursor): Params<Cursor>,
 ) -> Answer<Sse<impl Stream<Item = std::result::Result<Event, Infallible>>>> {
-    let connection = connect(&app, &caller, &vm).await?;
+    let Guest {
+        connection,
+        mut ending,
+    } = connect(&app, &caller, &vm).await?;
     let running = connection.attach(id, of_cursor(cursor)).await;
     let running = running.map_err(Error::from)?.streaming();
     let (sender, receiver) = mpsc::channel(AHEAD);
     tokio::spawn(async move {
         // The response ends where the connection is lost. The client resumes with its last cursors.
-        let _ = guest::follow(running, &sender, Some).await;
+        tokio::select! {
+            _ = guest::follow(running, &sender, Some) => {}
+            _ = ending.reason() => {}
+        }
     });
     Ok(sent_events(None, receiver))
 }
@@ -113,7 +120,7 @@ pub(super) async fn signal(
         let detail = format!("invalid signal {}: it must be 1 to 64", request.signal);
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
-    let connection = connect(&app, &caller, &vm).await?;
+    let connection = connect(&app, &caller, &vm).await?.connection;
     let sent = connection.signal_command(id, request.signal).await;
     sent.map_err(Error::from)?;
     Ok(StatusCode::NO_CONTENT)

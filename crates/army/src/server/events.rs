@@ -17,7 +17,7 @@ use super::{Answer, App};
 /// Streams events, the oldest first, and continues as they happen.
 ///
 /// Each event is sent with its id, so that a client that reconnects resumes where it stopped. The
-/// stream ends when the caller's key is removed.
+/// stream ends when the caller's key is removed, or the server stops.
 #[utoipa::path(get, path = "/v1/events", params(EventFilter),
     responses((status = 200, content_type = "text/event-stream", body = Event)))]
 pub(super) async fn events(
@@ -34,7 +34,8 @@ pub(super) async fn events(
     let events = stream::unfold(reader, |mut reader| async move {
         Some((Ok(sse_event(&reader.next().await?)), reader))
     });
-    let events = events.take_until(caller.revoked());
+    let mut ending = app.sessions.ending(&caller);
+    let events = events.take_until(async move { ending.reason().await });
     Ok(Sse::new(events).keep_alive(KeepAlive::default()))
 }
 

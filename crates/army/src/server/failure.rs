@@ -89,6 +89,9 @@ impl IntoResponse for Failure {
         if status == StatusCode::UNAUTHORIZED {
             let scheme = header::HeaderValue::from_static("Bearer");
             headers.insert(header::WWW_AUTHENTICATE, scheme);
+            // Strangers do not keep connections.
+            let close = header::HeaderValue::from_static("close");
+            headers.insert(header::CONNECTION, close);
         }
         response
     }

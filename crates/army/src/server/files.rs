@@ -3,23 +3,28 @@
 use std::io;
 use std::time::Duration;
 
-use agent_client::{ByteLimit, ClientError, Download};
+use agent_client::{ByteLimit, Download, Upload};
 use army_api::exec::FilePath;
 use army_api::keys::Role;
-use axum::body::{Body, Bytes};
+use army_api::{Problem, ProblemKind};
+use axum::body::{Body, BodyDataStream, Bytes};
 use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use futures_util::{Stream, StreamExt, stream};
+use futures_util::{StreamExt, stream};
+use tokio::time::timeout;
 
 use super::auth::Caller;
+use super::budget::Budget;
 use super::extract::{Params, Path};
+use super::sessions::{Ending, Guest};
 use super::{Answer, App};
 use army_controller::{Error, guest};
-use army_node_api::chunks;
 
 /// How long a guest may take to begin with a file, and to end it. The bytes of the file add to that.
 const LIMIT: Duration = Duration::from_secs(60);
+/// How long a client may send nothing of a file.
+const SILENCE: Duration = Duration::from_secs(30);
 /// The largest file that is read. It is never held in memory.
 const MAX_FILE: ByteLimit = ByteLimit::new(1 << 40);
 
@@ -35,7 +40,7 @@ pub(super) async fn read(
     caller.may(Role::User)?;
     let file = guest::put(file)?;
     let vm = caller.vm(&app, &vm).await?;
-    let connection = app.controller.agent(&vm, LIMIT).await?;
+    let Guest { connection, ending } = app.guest(&caller, &vm, LIMIT).await?;
     let mut download = connection
         .get(&file.path, MAX_FILE)
         .await
@@ -43,25 +48,55 @@ pub(super) async fn read(
     // An error before the first bytes becomes the response.
     let first = download.next().await.map_err(Error::from)?;
     let body = match first {
-        Some(first) => Body::from_stream(bytes(first, download)),
+        Some(first) => Reading {
+            first: Some(first),
+            download,
+            ending,
+            budget: app.budget,
+            tenant: caller.key.tenant,
+        }
+        .into_body(),
         None => Body::empty(),
     };
     let media = [(header::CONTENT_TYPE, "application/octet-stream")];
     Ok((media, body).into_response())
 }
 
-/// The bytes of a file. They are read from the guest as the client takes them, and not any more
+/// A file that is being read. It is read from the guest as the client takes it, and not any more
 /// where the client disconnects.
-fn bytes(first: Vec<u8>, download: Download) -> impl Stream<Item = io::Result<Bytes>> {
-    let rest = stream::unfold(Some(download), |download| async {
-        let mut download = download?;
-        match download.next().await {
-            Ok(Some(data)) => Some((Ok(data.into()), Some(download))),
-            Ok(None) => None,
-            Err(error) => Some((Err(io::Error::other(error)), None)),
-        }
-    });
-    stream::iter([Ok(first.into())]).chain(rest)
+struct Reading {
+    first: Option<Vec<u8>>,
+    download: Download,
+    ending: Ending,
+    budget: Budget,
+    tenant: String,
+}
+
+impl Reading {
+    fn into_body(self) -> Body {
+        let bytes = stream::try_unfold(self, |mut reading| async move {
+            let data = reading.next().await?;
+            Ok::<_, io::Error>(data.map(|data| (data, reading)))
+        });
+        Body::from_stream(bytes)
+    }
+
+    async fn next(&mut self) -> io::Result<Option<Bytes>> {
+        let data = match self.first.take() {
+            Some(first) => Some(first),
+            None => tokio::select! {
+                data = self.download.next() => data.map_err(io::Error::other)?,
+                // An error, because a part of a file must not look like all of it.
+                () = self.ending.key_removed() => {
+                    return Err(io::Error::other("the key was removed"));
+                }
+            },
+        };
+        Ok(match data {
+            Some(data) => Some(self.budget.count(&self.tenant, data).await),
+            None => None,
+        })
+    }
 }
 
 /// Writes the body of the request, of any size, to a file in a guest.
@@ -80,15 +115,31 @@ pub(super) async fn write(
     caller.may(Role::User)?;
     let file = guest::put(file)?;
     let vm = caller.vm(&app, &vm).await?;
-    let mut content = chunks::receive(request.into_body().into_data_stream());
-    let connection = app.controller.agent(&vm, LIMIT).await?;
-    let mut upload = connection.put(file).map_err(Error::from)?;
-    while let Some(chunk) = content.recv().await {
-        let chunk = chunk.map_err(ClientError::Local).map_err(Error::from)?;
+    let Guest {
+        connection,
+        mut ending,
+    } = app.guest(&caller, &vm, LIMIT).await?;
+    let content = request.into_body().into_data_stream();
+    let upload = connection.put(file).map_err(Error::from)?;
+    ending.unless_removed(fill(upload, content)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Writes a body to a file, which appears only where the body has come to its end.
+async fn fill(mut upload: Upload, mut content: BodyDataStream) -> Answer<()> {
+    loop {
+        let Ok(chunk) = timeout(SILENCE, content.next()).await else {
+            let detail = format!("no data arrived for {} seconds", SILENCE.as_secs());
+            return Err(Problem::new(ProblemKind::Timeout, detail).into());
+        };
+        let Some(chunk) = chunk else { break };
+        let chunk = chunk.map_err(|error| {
+            let detail = format!("the request body was cut off: {error}");
+            Problem::new(ProblemKind::InvalidRequest, detail)
+        })?;
         if !upload.write(&chunk).await.map_err(Error::from)? {
             break;
         }
     }
-    upload.finish().await.map_err(Error::from)?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(upload.finish().await.map_err(Error::from)?)
 }

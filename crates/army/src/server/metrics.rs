@@ -92,6 +92,28 @@ pub(super) async fn metrics(State(app): State<App>, caller: Caller) -> Answer<Re
         "Number of standbys to keep.",
         by_template(&|it| it.standbys),
     );
+    let (sessions, session_limits) = app.sessions.figures();
+    let mut used = vec![("sessions", sessions), ("buffer_bytes", app.budget.used())];
+    let mut limits: Vec<_> = session_limits.into();
+    limits.extend(app.budget.limits());
+    if let Some(connections) = &app.connections {
+        used.push(("connections", connections.count()));
+        limits.push(("connections", connections.limit()));
+    }
+    let lines = |values: Vec<(&str, usize)>| {
+        let line = |(name, value)| (label("limit", name), value as u64);
+        values.into_iter().map(line).collect::<Vec<_>>()
+    };
+    family(
+        "limit_used",
+        "What there is of what is limited.",
+        lines(used),
+    );
+    family(
+        "limit",
+        "The most that there may be at a time.",
+        lines(limits),
+    );
     let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
     Ok((kind, text).into_response())
 }

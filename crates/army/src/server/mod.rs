@@ -2,12 +2,17 @@
 //!
 //! There is one file for each kind of object. [`auth`] authenticates callers, `extract` reads
 //! requests, whose limits `bounds` enforces, and `failure` converts errors into problem documents.
+//! Guests are reached through `sessions`, output waits within the `budget`, and `audit` logs who has
+//! requested what.
 
+mod audit;
 pub mod auth;
 mod bounds;
+mod budget;
 mod builds;
 mod commands;
 mod dashboard;
+mod egress;
 mod events;
 mod exec;
 mod extract;
@@ -18,7 +23,9 @@ mod hosts;
 mod keys;
 mod metrics;
 mod operations;
+mod output;
 mod ports;
+mod sessions;
 mod templates;
 mod terminal;
 pub mod tls;
@@ -40,11 +47,16 @@ use utoipa::openapi::{Content, Ref, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+pub use budget::BufferLimits;
 pub use failure::Failure;
+pub use sessions::SessionLimits;
 
 use army_controller::Controller;
+use army_node_api::serve::{Connections, Stop, Stopping};
 
 use bounds::Bounds;
+use budget::Budget;
+use sessions::Sessions;
 
 /// The largest body of a request, except for files.
 const MAX_BODY: usize = 1 << 20;
@@ -54,12 +66,49 @@ const BODY_LIMIT: Duration = Duration::from_secs(30);
 /// How long the agent in a guest may take for an exchange that needs no waiting.
 const AGENT_LIMIT: Duration = Duration::from_secs(20);
 
+/// How often the client of a WebSocket is pinged. Clients answer by themselves.
+const PING_EVERY: Duration = Duration::from_secs(20);
+/// A client of a WebSocket that sends nothing for so long, or accepts nothing, has disconnected
+/// without notice.
+const SILENCE: Duration = Duration::from_secs(60);
+
 /// The state that every handler gets.
 #[derive(Clone)]
 pub struct App {
     controller: Arc<Controller>,
     /// The limits of requests.
     bounds: Bounds,
+    /// The connections to guests.
+    sessions: Sessions,
+    /// The memory for output that waits for its reader.
+    budget: Budget,
+    /// The connections of clients, where the server tells.
+    connections: Option<Connections>,
+}
+
+/// What clients may have of a server at a time, and when it stops.
+#[derive(Debug, Clone)]
+pub struct Doors {
+    /// The limits of connections to guests.
+    pub sessions: SessionLimits,
+    /// The limits of memory for output that waits for its reader.
+    pub buffers: BufferLimits,
+    /// Learns that the server stops.
+    pub stopping: Stopping,
+    /// The connections of clients, for metrics.
+    pub connections: Option<Connections>,
+}
+
+impl Doors {
+    /// The usual limits.
+    pub fn new(stopping: Stopping) -> Self {
+        Self {
+            sessions: SessionLimits::default(),
+            buffers: BufferLimits::default(),
+            stopping,
+            connections: None,
+        }
+    }
 }
 
 #[derive(OpenApi)]
@@ -174,8 +223,15 @@ fn problem(description: &str) -> utoipa::openapi::Response {
         .build()
 }
 
-/// All routes: the API, its OpenAPI document, and the dashboard.
+/// All routes with the usual limits, in a server that never stops.
 pub fn router(controller: Arc<Controller>) -> Router {
+    router_with(controller, Doors::new(Stop::default().stopping()))
+}
+
+/// All routes: the API, its OpenAPI document, and the dashboard. Requests should have the
+/// [`ConnectInfo`](axum::extract::ConnectInfo) of their peer, as a
+/// [`Server`](army_node_api::serve::Server) adds it.
+pub fn router_with(controller: Arc<Controller>, doors: Doors) -> Router {
     let (router, document) = describe();
     let bounds = Bounds::of(&document);
     let document = document.to_json().unwrap_or_default();
@@ -190,7 +246,14 @@ pub fn router(controller: Arc<Controller>) -> Router {
         .method_not_allowed_fallback(extract::no_such_method)
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(middleware::from_fn(harden))
-        .with_state(App { controller, bounds })
+        .layer(middleware::from_fn(audit::log))
+        .with_state(App {
+            controller,
+            bounds,
+            sessions: Sessions::new(doors.sessions, doors.stopping),
+            budget: Budget::new(doors.buffers),
+            connections: doors.connections,
+        })
 }
 
 /// Adds headers for browsers to every response.

@@ -4,19 +4,24 @@
 //! directions are independent, because a server that waits for its client to read must continue to
 //! read from the client.
 
+use std::time::Instant;
+
 use agent_client::Tunnel;
 use army_api::exec::PortMessage;
 use army_api::keys::Role;
 use army_api::{Problem, ProblemKind};
+use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
 use axum::response::Response;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
+use tokio::time::timeout;
 
 use super::auth::Caller;
 use super::extract::{Path, Upgrade};
-use super::{AGENT_LIMIT, Answer, App};
+use super::sessions::{Ending, Guest, Reason};
+use super::{AGENT_LIMIT, Answer, App, PING_EVERY, SILENCE};
 use army_controller::Error;
 
 /// The subprotocol that a browser offers beside its key. The response has to select one of those
@@ -28,7 +33,8 @@ const MAX_MESSAGE: usize = 256 * 1024;
 /// Connects to a TCP port on a VM's loopback interface.
 ///
 /// The response is a WebSocket whose binary messages are the bytes of the connection. A browser
-/// offers two subprotocols: `army.port`, and `army.key.` followed by its key.
+/// offers two subprotocols: `army.port`, and `army.key.` followed by its key. The connection ends
+/// when the caller's key is removed, or when its client reads nothing for a minute.
 #[utoipa::path(get, path = "/v1/vms/{vm}/ports/{port}",
     params(("vm" = String, Path), ("port" = u16, Path, minimum = 1)),
     responses((status = 101)))]
@@ -44,12 +50,12 @@ pub(super) async fn connect(
         return Err(Problem::new(ProblemKind::InvalidRequest, detail).into());
     }
     let vm = caller.vm(&app, &vm).await?;
-    let connection = app.controller.agent(&vm, AGENT_LIMIT).await?;
+    let Guest { connection, ending } = app.guest(&caller, &vm, AGENT_LIMIT).await?;
     let tunnel = connection.connect(port).await.map_err(Error::from)?;
     let upgrade = upgrade
         .protocols([SUBPROTOCOL])
         .max_message_size(MAX_MESSAGE);
-    Ok(upgrade.on_upgrade(move |socket| serve(socket, tunnel)))
+    Ok(upgrade.on_upgrade(move |socket| serve(socket, tunnel, ending)))
 }
 
 /// A client, and the connection in the guest that it uses.
@@ -58,6 +64,8 @@ struct Session {
     tunnel: Tunnel,
     /// The client has no more bytes to send.
     has_client_ended: bool,
+    /// When the client last sent something, or could not because the guest takes no input.
+    last_message: Instant,
 }
 
 /// Why a session is over before both sides have ended.
@@ -66,33 +74,42 @@ enum Over {
     Client,
     /// The connection in the guest is lost.
     Guest,
+    /// The session has to end.
+    Ended(Reason),
 }
 
 /// Serves a connection until both sides have ended, or either is lost. Dropping the tunnel then ends
 /// the connection in the guest.
-async fn serve(socket: WebSocket, tunnel: Tunnel) {
+async fn serve(socket: WebSocket, tunnel: Tunnel, mut ending: Ending) {
     let (mut sender, receiver) = socket.split();
     let mut session = Session {
         receiver,
         tunnel,
         has_client_ended: false,
+        last_message: Instant::now(),
     };
-    let code = match session.run(&mut sender).await {
-        Ok(()) => close_code::NORMAL,
-        Err(Over::Guest) => close_code::ERROR,
-        Err(Over::Client) => return,
+    let over = tokio::select! {
+        over = session.run(&mut sender) => over,
+        reason = ending.reason() => Err(Over::Ended(reason)),
     };
     drop(session);
-    let frame = CloseFrame {
+    let frame = |code| CloseFrame {
         code,
         reason: "".into(),
     };
-    let _ = sender.send(Message::Close(Some(frame))).await;
+    let frame = match over {
+        Ok(()) => frame(close_code::NORMAL),
+        Err(Over::Guest) => frame(close_code::ERROR),
+        Err(Over::Ended(reason)) => reason.close_frame(),
+        Err(Over::Client) => return,
+    };
+    let _ = timeout(SILENCE, sender.send(Message::Close(Some(frame)))).await;
 }
 
 impl Session {
     /// Passes on bytes in both directions until both have ended.
     async fn run(&mut self, sender: &mut SplitSink<WebSocket, Message>) -> Result<(), Over> {
+        let mut ping = tokio::time::interval(PING_EVERY);
         loop {
             let message = tokio::select! {
                 output = self.tunnel.read() => match output.map_err(|_| Over::Guest)? {
@@ -103,15 +120,35 @@ impl Session {
                     self.receive(message)?;
                     continue;
                 }
+                _ = ping.tick() => self.ping()?,
             };
             self.deliver(sender, message).await?;
         }
         let text = serde_json::to_string(&PortMessage::End).unwrap_or_default();
         self.deliver(sender, Message::Text(text.into())).await?;
         while !self.has_client_ended || self.tunnel.has_unsent() {
-            self.serve_client().await?;
+            let message = tokio::select! {
+                served = self.serve_client() => {
+                    served?;
+                    continue;
+                }
+                _ = ping.tick() => self.ping()?,
+            };
+            self.deliver(sender, message).await?;
         }
         Ok(())
+    }
+
+    /// The message by which a client proves that it is there, unless it has not for too long.
+    fn ping(&mut self) -> Result<Message, Over> {
+        if !self.tunnel.accepts_input() {
+            // Its answers are behind its input, which nobody takes.
+            self.last_message = Instant::now();
+        }
+        match self.last_message.elapsed() > SILENCE {
+            true => Err(Over::Client),
+            false => Ok(Message::Ping(Bytes::new())),
+        }
     }
 
     /// Sends a message to the client, and serves the other direction meanwhile.
@@ -141,6 +178,7 @@ impl Session {
 
     /// Takes a message of the client.
     fn receive(&mut self, message: Option<Result<Message, axum::Error>>) -> Result<(), Over> {
+        self.last_message = Instant::now();
         match message {
             Some(Ok(Message::Binary(bytes))) => self.tunnel.write(&bytes),
             Some(Ok(Message::Text(text))) => {

@@ -11,6 +11,7 @@ use axum::Json;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::response::Response;
+use futures_util::StreamExt;
 
 use super::auth::Caller;
 use super::extract::{Body, IdempotencyKey, Params, Path};
@@ -21,6 +22,8 @@ use army_node_api::chunks;
 
 /// How long the removal of a template is waited for, where the client does not say.
 const REMOVAL_WAIT: Duration = Duration::from_secs(30);
+/// The most bytes of a template that are in memory while it is sent or received.
+const IN_TRANSIT: usize = 4 << 20;
 
 /// Lists all templates.
 #[utoipa::path(get, path = "/v1/templates", responses((status = 200, body = Vec<Template>)))]
@@ -100,8 +103,15 @@ pub(super) async fn export(
     Path(name): Path<String>,
 ) -> Answer<Response> {
     caller.may(Role::Admin)?;
+    let reserved = app.budget.reserve(&caller.key.tenant, IN_TRANSIT)?;
     let content = app.controller.export_template(&name).await?;
-    failure::bytes(content, ErrorKind::Internal).await
+    let response = failure::bytes(content, ErrorKind::Internal).await?;
+    Ok(response.map(|body| {
+        let content = body.into_data_stream().inspect(move |_| {
+            let _ = &reserved;
+        });
+        axum::body::Body::from_stream(content)
+    }))
 }
 
 /// Imports a template that was exported with `GET`.
@@ -120,6 +130,7 @@ pub(super) async fn import(
     request: Request,
 ) -> Answer<(StatusCode, Json<Template>)> {
     caller.may(Role::Admin)?;
+    let _reserved = app.budget.reserve(&caller.key.tenant, IN_TRANSIT)?;
     let content = chunks::receive(request.into_body().into_data_stream());
     let (controller, requester) = (&app.controller, caller.requester(key));
     let host = parameters.host.as_deref();

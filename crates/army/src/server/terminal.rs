@@ -16,16 +16,13 @@ use tokio::time::timeout;
 
 use super::auth::Caller;
 use super::extract::{Params, Path, Upgrade};
-use super::{AGENT_LIMIT, Answer, App};
+use super::sessions::{Ending, Guest};
+use super::{AGENT_LIMIT, Answer, App, PING_EVERY, SILENCE};
 use army_controller::Error;
 
 /// The subprotocol that a browser offers beside its key. The response has to select one of those
 /// that were offered.
 const SUBPROTOCOL: &str = "army.terminal";
-/// How often a client is pinged. Browsers answer by themselves.
-const PING_EVERY: Duration = Duration::from_secs(20);
-/// A client that sends nothing for so long, or accepts nothing, has disconnected without notice.
-const SILENCE: Duration = Duration::from_secs(60);
 /// How long a guest may take to accept input.
 const INPUT_LIMIT: Duration = Duration::from_secs(120);
 /// The largest message of a client, in bytes.
@@ -47,12 +44,12 @@ pub(super) async fn terminal(
     caller.may(Role::User)?;
     let vm = caller.vm(&app, &vm).await?;
     let environment = app.controller.environment(&vm).await?;
-    let connection = app.controller.agent(&vm, AGENT_LIMIT).await?;
+    let Guest { connection, ending } = app.guest(&caller, &vm, AGENT_LIMIT).await?;
     let running = start(connection, request, &environment).await?;
     let upgrade = upgrade
         .protocols([SUBPROTOCOL])
         .max_message_size(MAX_MESSAGE);
-    Ok(upgrade.on_upgrade(move |socket| serve(socket, running)))
+    Ok(upgrade.on_upgrade(move |socket| serve(socket, running, ending)))
 }
 
 async fn start(
@@ -92,8 +89,8 @@ async fn start(
 }
 
 /// Serves a terminal until its program ends or its client disconnects. The agent in the guest then
-/// hangs up the terminal.
-async fn serve(mut socket: WebSocket, mut running: Running) {
+/// hangs up the terminal. It also does when the caller's key is removed, or the server stops.
+async fn serve(mut socket: WebSocket, mut running: Running, mut ending: Ending) {
     let mut ping = tokio::time::interval(PING_EVERY);
     let mut last_message = Instant::now();
     // When the guest began to accept no input.
@@ -110,6 +107,11 @@ async fn serve(mut socket: WebSocket, mut running: Running) {
             }
         }
         tokio::select! {
+            reason = ending.reason() => {
+                drop(running);
+                send(&mut socket, Message::Close(Some(reason.close_frame()))).await;
+                return;
+            }
             _ = ping.tick() => {
                 let is_full = full_since.is_some_and(|since| since.elapsed() > INPUT_LIMIT);
                 let is_silent = last_message.elapsed() > SILENCE;

@@ -15,7 +15,7 @@ use axum::response::Response;
 use super::auth::Caller;
 use super::extract::{Body, IdempotencyKey, Params, Path};
 use super::operations::Waiting;
-use super::{Answer, App, operations};
+use super::{Answer, App, egress, operations};
 
 /// Lists VMs, one page at a time.
 #[utoipa::path(get, path = "/v1/vms", params(VmFilter),
@@ -44,6 +44,7 @@ pub(super) async fn create(
     Body(request): Body<CreateVms>,
 ) -> Answer<Response> {
     caller.may(Role::User)?;
+    egress::check(&caller, request.network.as_ref())?;
     let requester = caller.requester(key);
     let started = app.controller.create(&requester, request).await?;
     operations::answer(&app, started, waiting, StatusCode::CREATED).await

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use army::server;
+use army::server::{self, Doors};
 use army_api::client::Client;
 use army_api::keys::{CreateKey, NewKey, Role};
 use army_api::templates::Template;
@@ -18,6 +18,8 @@ use army_controller::testing::Records;
 use army_controller::{Controller, Database};
 use army_node::{Node, NodeService};
 use army_node_api::NodeApi;
+use army_node_api::serve::{Limits, Stop};
+use tokio::task::JoinHandle;
 
 /// The user and group without rights.
 const NOBODY: u32 = 65534;
@@ -28,6 +30,9 @@ pub struct Server {
     pub records: Records,
     pub dir: tempfile::TempDir,
     router: axum::Router,
+    pub stop: Stop,
+    /// Ends when the server has stopped.
+    pub serving: JoinHandle<()>,
     _postgres: Option<Postgres>,
 }
 
@@ -125,15 +130,20 @@ pub async fn server(postgres: Option<Postgres>) -> Server {
         Node::open("here".into(), path.join("vms"), runtime, templates).unwrap()
     });
     let node = NodeService::in_process(node.await.unwrap());
-    serve(dir, database, Arc::new(node), postgres).await
+    serve(dir, database, Arc::new(node), postgres, |doors| doors).await
 }
 
 /// The API over one host, with a database in a file.
 pub async fn server_of(node: Arc<dyn NodeApi>) -> Server {
+    server_with(node, |doors| doors).await
+}
+
+/// The same with other limits.
+pub async fn server_with(node: Arc<dyn NodeApi>, change: impl FnOnce(Doors) -> Doors) -> Server {
     let dir = tempfile::tempdir().unwrap();
     let url = Database::sqlite_url(&dir.path().join("army.db"));
     let database = Database::open(&url).await.unwrap();
-    serve(dir, database, node, None).await
+    serve(dir, database, node, None, change).await
 }
 
 async fn serve(
@@ -141,15 +151,18 @@ async fn serve(
     database: Database,
     node: Arc<dyn NodeApi>,
     postgres: Option<Postgres>,
+    change: impl FnOnce(Doors) -> Doors,
 ) -> Server {
     let records = Records::of(&database);
     let controller = Arc::new(Controller::of_one_host(database, node));
     controller.recover().await.unwrap();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let router = server::router(controller);
+    let stop = Stop::default();
+    let router = server::router_with(controller, change(Doors::new(stop.stopping())));
     let over_tls = router.clone();
-    tokio::spawn(async move { axum::serve(listener, router).await });
+    let plain = army_node_api::serve::Server::new(listener, None, Limits::STRANGERS);
+    let serving = tokio::spawn(plain.serve(router, stop.stopping()));
     let key = create_key(&records, "root", Role::Admin, None).await;
     Server {
         admin: Client::new(&url, key.secret).unwrap(),
@@ -157,6 +170,8 @@ async fn serve(
         records,
         dir,
         router: over_tls,
+        stop,
+        serving,
         _postgres: postgres,
     }
 }
@@ -180,9 +195,8 @@ impl Server {
     pub async fn over_tls(&self, config: rustls::ServerConfig) -> String {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("https://{}", listener.local_addr().unwrap());
-        let listener = army_node_api::cluster::tls::Listener::of(listener, config).unwrap();
-        let router = self.router.clone();
-        tokio::spawn(async move { axum::serve(listener, router).await });
+        let server = army_node_api::serve::Server::new(listener, Some(config), Limits::STRANGERS);
+        tokio::spawn(server.serve(self.router.clone(), self.stop.stopping()));
         url
     }
 

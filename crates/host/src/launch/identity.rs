@@ -72,7 +72,10 @@ fn give_within(limits: &Limits, vm: &RunningVm, name: &str) -> Result<Vec<String
 }
 
 fn identity(name: &str, interfaces: &[GuestInterface]) -> io::Result<Identity> {
-    let machine_id: String = clone_base::random::bytes::<16>()?.iter().map(|b| format!("{b:02x}")).collect();
+    let machine_id: String = clone_base::random::bytes::<16>()?
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect();
     let mut dns = Vec::new();
     let mut settings = Vec::new();
     for (index, interface) in interfaces.iter().enumerate() {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use army_api::client::Client;
 use army_api::vms::{CreateVms, CreatedVms, VmFilter, VmPage};
+use army_controller::Requester;
 use army_controller::testing::Records;
 use army_node_api::simulated::SimulatedNode;
 use axum::http::Method;
@@ -68,6 +69,10 @@ pub(super) async fn events(at: &Server, read_at: &Server, samples: usize) -> Res
     let events = read_at.client.events(None).await?;
     let mut events = std::pin::pin!(events);
     let host = super::fleet_host(0, 1);
+    let requester = Requester {
+        tenant: "default".to_owned(),
+        ..Requester::default()
+    };
     let mut times = Vec::with_capacity(samples);
     for turn in 0..samples {
         let draining = turn % 2 == 0;
@@ -77,7 +82,8 @@ pub(super) async fn events(at: &Server, read_at: &Server, samples: usize) -> Res
             "host.ready"
         };
         let start = Instant::now();
-        at.controller.set_draining(&host, draining).await?;
+        let changing = at.controller.set_draining(&requester, &host, draining);
+        changing.await?;
         loop {
             let event = events
                 .next()
@@ -90,7 +96,8 @@ pub(super) async fn events(at: &Server, read_at: &Server, samples: usize) -> Res
         times.push(start.elapsed());
     }
     if samples % 2 == 1 {
-        at.controller.set_draining(&host, false).await?;
+        let changing = at.controller.set_draining(&requester, &host, false);
+        changing.await?;
     }
     Ok(times)
 }

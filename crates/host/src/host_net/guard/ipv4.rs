@@ -34,6 +34,8 @@ const TRANSPORTS: [u32; 8] = [ICMP, 6, UDP, 33, 47, 50, 132, 136];
 const ICMP_TYPES: [u32; 7] = [0, 3, 8, 11, 12, 13, 14];
 /// IGMP's reports and leaves; only routers send queries.
 const IGMP_TYPES: [u32; 4] = [0x12, 0x16, 0x17, 0x22];
+/// The network 169.254.0.0/16.
+const LINK_LOCAL: u32 = 0xa9fe_0000;
 const DHCP_SERVER: u32 = 67;
 const DHCP_CLIENT_TO_SERVER: u32 = 68 << 16 | DHCP_SERVER;
 
@@ -166,10 +168,32 @@ impl Guard<'_> {
     /// Drops packets to destinations that are not allowed.
     fn allowed(&self) -> Program {
         match self.egress {
-            Egress::Full => Program::default(),
+            Egress::Full => self.no_link_local(&[]),
             Egress::None => Program::reject(),
-            Egress::Allow(networks) => Program::require_one(networks.iter().map(within)),
+            Egress::Allow(networks) => Program::of([
+                self.no_link_local(networks),
+                Program::require_one(networks.iter().map(within)),
+            ]),
         }
+    }
+
+    /// Behind NAT, link-local addresses (RFC 3927) are those of the host's own networks: the metadata
+    /// service of a cloud is at 169.254.169.254, and gives the host's credentials to whomever asks.
+    /// Only what a policy names itself is open, and a larger network does not name it.
+    fn no_link_local(&self, networks: &[Ipv4Network]) -> Program {
+        if matches!(self.place, Place::Bridge { .. }) {
+            return Program::default();
+        }
+        let is_link_local = is(Field::WordBits(TO, 0xffff_0000), LINK_LOCAL);
+        let named = networks.iter().filter(|network| {
+            network.prefix() >= 16 && network.address().to_bits() & 0xffff_0000 == LINK_LOCAL
+        });
+        let mut named = named.map(within).peekable();
+        let others = match named.peek() {
+            Some(_) => Program::require_one(named),
+            None => Program::reject(),
+        };
+        Program::when(is_link_local, others)
     }
 }
 

@@ -271,6 +271,37 @@ fn only_strangers_are_not_heard_on_a_bridge() {
 }
 
 #[test]
+fn link_local_addresses_are_closed_behind_nat_unless_a_policy_names_them() {
+    let range = Range::new(Ipv4Addr::new(10, 0, 0, 0), 24).unwrap();
+    let address = Ipv4Addr::new(10, 0, 0, 7);
+    let sends_to = |egress: &Egress, to: [u8; 4]| {
+        let guard = Guard {
+            mac: OWN,
+            place: Place::Nat { address, range },
+            neighbours: false,
+            egress,
+        };
+        let gateway = Range::mac_of(range.gateway());
+        let packet = ipv4(address, Ipv4Addr::from(to), 6, &ports(40_000, 80));
+        sends(&guard, &frame(gateway, IPV4, &packet))
+    };
+    let allow =
+        |networks: &[&str]| Egress::Allow(networks.iter().map(|it| it.parse().unwrap()).collect());
+    let metadata = [169, 254, 169, 254];
+    let everything = allow(&["0.0.0.0/0"]);
+    for egress in [&Egress::Full, &everything] {
+        assert!(sends_to(egress, [198, 51, 100, 1]));
+        assert!(!sends_to(egress, metadata), "{egress:?}");
+        assert!(!sends_to(egress, [169, 254, 0, 1]), "{egress:?}");
+        assert!(sends_to(egress, [169, 253, 0, 1]));
+    }
+    let named = allow(&["0.0.0.0/0", "169.254.169.254/32"]);
+    assert!(sends_to(&named, metadata));
+    assert!(!sends_to(&named, [169, 254, 0, 1]));
+    assert!(sends_to(&named, [198, 51, 100, 1]));
+}
+
+#[test]
 fn the_longest_program_is_one_that_the_kernel_takes() {
     let networks = (0..Egress::MAX_NETWORKS as u32).map(|it| format!("10.{it}.0.0/16"));
     let egress = Egress::Allow(networks.map(|it| it.parse().unwrap()).collect());
