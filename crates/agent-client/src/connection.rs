@@ -10,7 +10,7 @@ use agent_proto::exchange::{
 use agent_proto::frame;
 use agent_proto::messages::{
     Acknowledge, Attach, CommandInfo, Connect, Empty, Exec, FromAgent, Get, Hello, Info, Put,
-    SignalCommand, from_agent, request::Operation,
+    SignalCommand, Unpack, from_agent, request::Operation,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -20,7 +20,7 @@ use crate::{AgentSocket, Download, Result, Running, Tunnel, Upload};
 
 /// A connection to an agent, before its one request.
 pub struct Connection {
-    wire: Wire,
+    pub(crate) wire: Wire,
     hello: Hello,
 }
 
@@ -108,7 +108,7 @@ impl Connection {
     }
 
     /// Sends the request, and waits for the first answer.
-    async fn request(&mut self, operation: Operation) -> Result<from_agent::Kind> {
+    pub(crate) async fn request(&mut self, operation: Operation) -> Result<from_agent::Kind> {
         let request = exchange::request(operation, &self.hello)?;
         self.wire.exchange(request).await
     }
@@ -148,6 +148,17 @@ impl Connection {
         Ok(Upload::new(self.wire))
     }
 
+    /// Begins to unpack a tar archive into a directory of the guest. Files appear one by one, each as
+    /// a whole.
+    ///
+    /// # Errors
+    /// Where the request is too long. A refusal of the agent is the error of a later step.
+    pub fn unpack(mut self, unpack: Unpack) -> Result<Upload> {
+        let request = exchange::request(Operation::Unpack(unpack), &self.hello)?;
+        self.wire.queue(request)?;
+        Ok(Upload::new(self.wire))
+    }
+
     /// Connects to a TCP port on the guest's loopback. The deadline is for the connecting only.
     pub async fn connect(mut self, port: u16) -> Result<Tunnel> {
         let request = Operation::Connect(Connect { port: port.into() });
@@ -162,11 +173,22 @@ impl Connection {
     }
 
     /// Goes on with a command, from where `arrived` says.
-    pub async fn attach(mut self, id: u64, arrived: Acknowledge) -> Result<Running> {
+    pub async fn attach(self, id: u64, arrived: Acknowledge) -> Result<Running> {
+        self.attach_as(id, arrived, false).await
+    }
+
+    /// Reads the output of a command beside the connection that is attached to it. Output is dropped
+    /// for a reader that is too slow.
+    pub async fn observe(self, id: u64, arrived: Acknowledge) -> Result<Running> {
+        self.attach_as(id, arrived, true).await
+    }
+
+    async fn attach_as(mut self, id: u64, arrived: Acknowledge, observe: bool) -> Result<Running> {
         let request = Operation::Attach(Attach {
             id,
             stdout_cursor: arrived.stdout_cursor,
             stderr_cursor: arrived.stderr_cursor,
+            observe,
         });
         let started = exchange::started(self.request(request).await?)?;
         Ok(Running::new(self.wire, started, arrived))

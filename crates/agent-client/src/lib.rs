@@ -16,6 +16,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod connection;
+mod directory;
 mod file;
 mod input;
 mod running;
@@ -31,6 +32,7 @@ pub use agent_proto::exec::Event;
 
 pub use agent_proto::exec::Collected;
 pub use connection::Connection;
+pub use directory::FileWatch;
 pub use file::{Download, Upload};
 pub use running::Running;
 pub use socket::{AgentSocket, Transport};

@@ -24,10 +24,22 @@ pub struct Running {
     size: Option<TerminalSize>,
     exited: Option<Exited>,
     is_farewell_sent: bool,
+    acknowledges: Acknowledges,
+}
+
+/// Who decides up to where output counts as arrived.
+enum Acknowledges {
+    /// What was received.
+    Received,
+    /// The caller, who has said this and not sent it yet.
+    Caller(Option<Acknowledge>),
 }
 
 impl Running {
-    pub(crate) fn new(wire: Wire, started: Started, arrived: Acknowledge) -> Self {
+    pub(crate) fn new(mut wire: Wire, started: Started, arrived: Acknowledge) -> Self {
+        // What a former connection has sent counts, too.
+        wire.credit.spend(started.input_received);
+        wire.credit.taken(started.input_taken);
         Self {
             wire,
             started,
@@ -37,6 +49,23 @@ impl Running {
             size: None,
             exited: None,
             is_farewell_sent: false,
+            acknowledges: Acknowledges::Received,
+        }
+    }
+
+    /// Lets the caller say by [`Running::acknowledge`] up to where output has arrived, because it
+    /// passes output on and may lose it on the way. The command waits when too much was not
+    /// acknowledged.
+    #[must_use]
+    pub fn acknowledged_by_caller(mut self) -> Self {
+        self.acknowledges = Acknowledges::Caller(None);
+        self
+    }
+
+    /// Says that the output up to here has arrived where it is used.
+    pub fn acknowledge(&mut self, arrived: Acknowledge) {
+        if let Acknowledges::Caller(waiting) = &mut self.acknowledges {
+            *waiting = Some(arrived);
         }
     }
 
@@ -125,8 +154,13 @@ impl Running {
         self.wire.flush().await?;
         if !self.is_farewell_sent {
             self.is_farewell_sent = true;
-            let arrived = self.cursors.arrived();
-            self.wire.queue(from_host::Kind::Acknowledge(arrived))?;
+            let arrived = match &mut self.acknowledges {
+                Acknowledges::Received => Some(self.cursors.arrived()),
+                Acknowledges::Caller(waiting) => waiting.take(),
+            };
+            if let Some(arrived) = arrived {
+                self.wire.queue(from_host::Kind::Acknowledge(arrived))?;
+            }
         }
         self.wire.flush().await
     }
@@ -139,7 +173,11 @@ impl Running {
         if !self.wire.is_idle() {
             return Ok(());
         }
-        if let Some(arrived) = self.cursors.acknowledgement() {
+        let due = match &mut self.acknowledges {
+            Acknowledges::Received => self.cursors.acknowledgement(),
+            Acknowledges::Caller(waiting) => waiting.take(),
+        };
+        if let Some(arrived) = due {
             self.cursors.acknowledged(arrived);
             return self.wire.queue(from_host::Kind::Acknowledge(arrived));
         }

@@ -9,8 +9,8 @@ use crate::deadline::{ByteLimit, Deadline};
 use crate::error::ClientError;
 use crate::frame::{self, FIRST_MAX_MESSAGE, Framed};
 use crate::messages::{
-    CommandInfo, FileInfo, FromHost, Hello, Info, Request, Started, from_agent::Kind, from_host,
-    request::Operation,
+    CommandInfo, Directory, FileChange, FileEntry, FileInfo, FromHost, Hello, Info, Request,
+    Started, from_agent::Kind, from_host, request::Operation,
 };
 use crate::{INPUT_WINDOW, PORT};
 
@@ -192,6 +192,51 @@ pub fn info(answer: Kind) -> Result<Info> {
 pub fn commands(answer: Kind) -> Result<Vec<CommandInfo>> {
     match answer {
         Kind::Commands(list) => Ok(list.commands),
+        _ => Err(ClientError::OutOfTurn),
+    }
+}
+
+/// The answer to a request for a page of a directory.
+///
+/// # Errors
+/// [`ClientError::OutOfTurn`] for another message.
+pub fn directory(answer: Kind) -> Result<Directory> {
+    match answer {
+        Kind::Directory(page) => Ok(page),
+        _ => Err(ClientError::OutOfTurn),
+    }
+}
+
+/// The answer to a question about a file.
+///
+/// # Errors
+/// [`ClientError::OutOfTurn`] for another message.
+pub fn entry(answer: Kind) -> Result<FileEntry> {
+    match answer {
+        Kind::Entry(entry) => Ok(entry),
+        _ => Err(ClientError::OutOfTurn),
+    }
+}
+
+/// The answer to a request to watch files.
+///
+/// # Errors
+/// [`ClientError::OutOfTurn`] for another message.
+pub fn watching(answer: Kind) -> Result<()> {
+    match answer {
+        Kind::Watching(_) => Ok(()),
+        _ => Err(ClientError::OutOfTurn),
+    }
+}
+
+/// A change of files that are watched; `None` when what is watched is gone.
+///
+/// # Errors
+/// [`ClientError::OutOfTurn`] for another message.
+pub fn file_change(message: Kind) -> Result<Option<FileChange>> {
+    match message {
+        Kind::Change(change) => Ok(Some(change)),
+        Kind::Done(_) => Ok(None),
         _ => Err(ClientError::OutOfTurn),
     }
 }

@@ -1,11 +1,13 @@
 //! Decodes messages from an agent, without I/O: bounds them, and makes their text printable.
 //!
 //! Behind this module, no text of a guest is raw, except for the streams that a caller requested:
-//! the output of commands, the content of files, the bytes of connections.
+//! the output of commands, the content and the names of files, the bytes of connections.
 
 use crate::error::ClientError;
 use crate::frame::Decoder;
-use crate::messages::{CommandInfo, Commands, Error, FromAgent, Hello, Info, from_agent};
+use crate::messages::{
+    CommandInfo, Commands, Error, FromAgent, Hello, Info, MAX_ENTRIES, from_agent,
+};
 use crate::text::printable;
 
 /// The most commands in a list. An agent keeps far fewer.
@@ -76,6 +78,9 @@ fn admit(kind: from_agent::Kind) -> Result<from_agent::Kind, ClientError> {
         Kind::Commands(list) => Kind::Commands(Commands {
             commands: list.commands.into_iter().map(admit_command).collect(),
         }),
+        Kind::Directory(page) if page.entries.len() > MAX_ENTRIES as usize => {
+            return Err(ClientError::TooMuch(format!("{MAX_ENTRIES} entries")));
+        }
         Kind::Notice(text) => Kind::Notice(printable(&text)),
         other => other,
     })

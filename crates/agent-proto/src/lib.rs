@@ -20,6 +20,7 @@ pub mod deadline;
 pub mod error;
 pub mod exchange;
 pub mod exec;
+mod file_messages;
 pub mod frame;
 pub mod incoming;
 pub mod messages;

@@ -4,6 +4,8 @@
 
 use prost::{Message, Oneof};
 
+pub use crate::file_messages::*;
+
 /// A message of a host.
 #[derive(Clone, PartialEq, Message)]
 pub struct FromHost {
@@ -53,7 +55,7 @@ pub struct FromAgent {
     /// The message; absent if a newer agent sent a kind that this side does not know.
     #[prost(
         oneof = "from_agent::Kind",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17"
     )]
     pub kind: Option<from_agent::Kind>,
 }
@@ -106,6 +108,18 @@ pub mod from_agent {
         /// are carried out, and `Done` follows. Hosts that do not know this message skip it.
         #[prost(string, tag = "13")]
         Notice(String),
+        /// A page of a directory.
+        #[prost(message, tag = "14")]
+        Directory(Directory),
+        /// Facts about a file, a directory or a link.
+        #[prost(message, tag = "15")]
+        Entry(FileEntry),
+        /// Files are watched from now on.
+        #[prost(message, tag = "16")]
+        Watching(Empty),
+        /// A change of a file that is watched.
+        #[prost(message, tag = "17")]
+        Change(FileChange),
     }
 }
 
@@ -115,7 +129,7 @@ pub struct Request {
     /// The operation; absent if a newer host requests one that this agent does not know.
     #[prost(
         oneof = "request::Operation",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20"
     )]
     pub operation: Option<request::Operation>,
 }
@@ -162,6 +176,34 @@ pub mod request {
         /// Send a signal to a command, independently of the attached host: `Done`.
         #[prost(message, tag = "11")]
         SignalCommand(SignalCommand),
+        /// List a page of a directory: `Directory`.
+        #[prost(message, tag = "12")]
+        ListDirectory(ListDirectory),
+        /// Describe a file: `Entry`.
+        #[prost(message, tag = "13")]
+        StatFile(StatFile),
+        /// Make a directory: `Done`.
+        #[prost(message, tag = "14")]
+        MakeDirectory(MakeDirectory),
+        /// Remove a file or a directory: `Done`.
+        #[prost(message, tag = "15")]
+        RemoveFile(RemoveFile),
+        /// Rename a file or a directory: `Done`.
+        #[prost(message, tag = "16")]
+        RenameFile(RenameFile),
+        /// Read a part of a file: `File` with the size of the whole, `Data`…, `Done`.
+        #[prost(message, tag = "17")]
+        GetRange(GetRange),
+        /// Read a directory as a tar archive: `File` without a size, `Data`…, `Done`.
+        #[prost(message, tag = "18")]
+        Pack(Pack),
+        /// Unpack a tar archive: the host sends `Data`…, `DataEnd`; the agent sends `Done`.
+        #[prost(message, tag = "19")]
+        Unpack(Unpack),
+        /// Watch files: `Watching`, `Change`… until the host closes the connection, or `Done` when
+        /// what is watched is gone.
+        #[prost(message, tag = "20")]
+        WatchFiles(WatchFiles),
     }
 }
 
@@ -219,6 +261,10 @@ pub struct Exec {
     /// with. `command` is then what agents run that do not know this field.
     #[prost(bool, tag = "9")]
     pub login_shell: bool,
+    /// How long the command is kept after a host has seen its end, in milliseconds, with the newest
+    /// output that it printed, seen or not; 0 means that it is forgotten then.
+    #[prost(uint64, tag = "10")]
+    pub keep_ms: u64,
 }
 
 /// A terminal's size in characters.
@@ -244,6 +290,11 @@ pub struct Attach {
     /// The number of bytes of standard error that have arrived.
     #[prost(uint64, tag = "3")]
     pub stderr_cursor: u64,
+    /// Read beside the attached host instead of in its place. The command does not wait for such a
+    /// reader: output is dropped for one that is too slow. Agents that do not know this field
+    /// attach.
+    #[prost(bool, tag = "4")]
+    pub observe: bool,
 }
 
 /// The positions up to which a command's output has arrived, in bytes since its start.
@@ -266,6 +317,13 @@ pub struct Started {
     /// Its process id in the guest.
     #[prost(uint32, tag = "2")]
     pub pid: u32,
+    /// The number of bytes of input that the agent has received since the command's start, from
+    /// former connections.
+    #[prost(uint64, tag = "3")]
+    pub input_received: u64,
+    /// The number of those that the command has read.
+    #[prost(uint64, tag = "4")]
+    pub input_taken: u64,
 }
 
 /// One of a command's outputs.
@@ -526,6 +584,7 @@ mod tests {
             detached: true,
             input: true,
             login_shell: false,
+            keep_ms: 0,
         };
         let request = Request {
             operation: Some(request::Operation::Exec(exec)),
@@ -585,6 +644,17 @@ mod tests {
             ..Exec::default()
         };
         assert_eq!(hex(&shell.encode_to_vec()), "4801");
+        let kept = Exec {
+            keep_ms: 1,
+            ..Exec::default()
+        };
+        assert_eq!(hex(&kept.encode_to_vec()), "5001");
+        let observer = Attach {
+            id: 1,
+            observe: true,
+            ..Attach::default()
+        };
+        assert_eq!(hex(&observer.encode_to_vec()), "08012001");
         let hello = Hello {
             max_message: Some(8),
             ..Hello::default()
@@ -616,11 +686,14 @@ mod tests {
 
     #[test]
     fn fields_of_a_newer_agent_are_skipped() {
-        let mut bytes = Started { id: 7, pid: 9 }.encode_to_vec();
+        let started = Started {
+            id: 7,
+            pid: 9,
+            ..Started::default()
+        };
+        let mut bytes = started.encode_to_vec();
+        assert_eq!(hex(&bytes), "08071009");
         bytes.extend_from_slice(&[0xF8, 0x06, 0x01]);
-        assert_eq!(
-            Started::decode(&bytes[..]).unwrap(),
-            Started { id: 7, pid: 9 }
-        );
+        assert_eq!(Started::decode(&bytes[..]).unwrap(), started);
     }
 }

@@ -92,6 +92,11 @@ impl Inbox {
         }
     }
 
+    /// The stream, to wait for it together with others.
+    pub(crate) fn stream(&self) -> &File {
+        &self.stream
+    }
+
     /// The next message; `None` for a kind that only a newer host knows.
     pub(crate) fn receive(&mut self) -> Result<Option<from_host::Kind>, End> {
         loop {

@@ -1,12 +1,19 @@
-//! Copies files into and out of the guest.
+//! Files of the guest: copies them in and out. What directories hold, archives and changes are in
+//! the modules of this one.
+
+pub(crate) mod directory;
+pub(crate) mod pack;
+pub(crate) mod remove;
+pub(crate) mod unpack;
+pub(crate) mod watch;
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use agent_proto::CHUNK;
-use agent_proto::messages::{ErrorCode, FileInfo, Get, Put, from_agent, from_host};
+use agent_proto::messages::{ErrorCode, FileInfo, Get, GetRange, Put, from_agent, from_host};
 
 use crate::conversation::{End, Inbox, Outbox, Refusal};
 use crate::replace::{FreshFile, end_of_links};
@@ -77,7 +84,16 @@ fn refuse_special(path: &Path) -> Result<(), Refusal> {
 
 /// Sends a regular file.
 pub(crate) fn get(request: &Get, outbox: &Outbox) -> Result<(), End> {
-    let path = absolute(&request.path)?;
+    send(&request.path, 0, u64::MAX, outbox)
+}
+
+/// Sends a part of a regular file.
+pub(crate) fn get_range(request: &GetRange, outbox: &Outbox) -> Result<(), End> {
+    send(&request.path, request.offset, request.length, outbox)
+}
+
+fn send(path: &str, offset: u64, length: u64, outbox: &Outbox) -> Result<(), End> {
+    let path = absolute(path)?;
     let failed = |error: &io::Error| Refusal::io(format!("cannot read {}", path.display()), error);
     // Opening or reading a pipe or a device could block forever.
     let metadata = fs::metadata(path).map_err(|error| failed(&error))?;
@@ -90,7 +106,12 @@ pub(crate) fn get(request: &Get, outbox: &Outbox) -> Result<(), End> {
         size: metadata.len(),
         mode: metadata.permissions().mode() & MODE_MASK,
     };
+    if offset > 0 {
+        file.seek(SeekFrom::Start(offset.min(i64::MAX as u64)))
+            .map_err(|error| failed(&error))?;
+    }
     outbox.send(from_agent::Kind::File(info))?;
+    let mut file = file.take(length);
     let mut chunk = vec![0; CHUNK];
     loop {
         let len = file.read(&mut chunk).map_err(|error| failed(&error))?;

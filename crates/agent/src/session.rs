@@ -15,7 +15,9 @@ use crate::exec::Commands;
 use crate::{connect, exec, files, heap, identity, info, power};
 
 /// The tags of `Request.operation` that are served here.
-const OPERATIONS: [u32; 11] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];
+const OPERATIONS: [u32; 20] = [
+    1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20,
+];
 
 /// The state that all sessions share.
 pub(crate) struct Agent {
@@ -127,5 +129,27 @@ fn converse(agent: &Arc<Agent>, mut inbox: Inbox, outbox: &Outbox) -> Result<(),
             outbox.send(from_agent::Kind::Commands(agent.commands.list()))
         }
         Operation::Connect(request) => connect::serve(&request, inbox, outbox),
+        Operation::ListDirectory(request) => outbox.send(from_agent::Kind::Directory(
+            files::directory::list(&request)?,
+        )),
+        Operation::StatFile(request) => {
+            outbox.send(from_agent::Kind::Entry(files::directory::stat(&request)?))
+        }
+        Operation::MakeDirectory(request) => {
+            files::directory::make(&request)?;
+            outbox.done()
+        }
+        Operation::RemoveFile(request) => {
+            files::remove::remove(&request)?;
+            outbox.done()
+        }
+        Operation::RenameFile(request) => {
+            files::directory::rename(&request)?;
+            outbox.done()
+        }
+        Operation::GetRange(request) => files::get_range(&request, outbox),
+        Operation::Pack(request) => files::pack::pack(&request, outbox),
+        Operation::Unpack(request) => files::unpack::unpack(&request, inbox, outbox),
+        Operation::WatchFiles(request) => files::watch::watch(&request, inbox, outbox),
     }
 }

@@ -259,6 +259,17 @@ impl Ceilings {
 }
 
 impl Egress {
+    /// What all of these policies allow; everything where there are none.
+    ///
+    /// # Errors
+    /// [`TooManyNetworks`] where that cannot be written as a policy.
+    pub fn common<'a>(
+        policies: impl IntoIterator<Item = &'a Self>,
+    ) -> Result<Self, TooManyNetworks> {
+        let mut policies = policies.into_iter();
+        policies.try_fold(Self::Full, |all, policy| all.intersection(policy))
+    }
+
     /// What both policies allow.
     ///
     /// # Errors

@@ -208,6 +208,12 @@ impl Client {
         self.answer(self.request(method, path)).await.map(drop)
     }
 
+    /// Sends `DELETE` to `path` with `query`, and ignores the body of the response.
+    pub async fn delete(&self, path: &str, query: &impl Serialize) -> Result<(), ClientError> {
+        let request = self.request(Method::DELETE, path).query(query);
+        self.answer(request).await.map(drop)
+    }
+
     /// Sends `body` with `POST` to `path`, and ignores the body of the response.
     pub async fn post(&self, path: &str, body: &impl Serialize) -> Result<(), ClientError> {
         self.answer(self.request(Method::POST, path).json(body))

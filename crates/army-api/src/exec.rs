@@ -160,15 +160,14 @@ pub enum CommandEvent {
         /// as the cursor of the stream.
         cursor: u64,
     },
-    /// Output is no longer available: it was read before, or it was dropped because too much of it
-    /// was unread.
+    /// Output is no longer available: it was dropped because there was too much of it.
     Lost {
         /// The output stream that the lost output was written to.
         stream: OutputStream,
         /// The number of bytes that were lost.
         bytes: u64,
     },
-    /// The command has ended, and the agent has removed it from its list of commands.
+    /// The command has ended. Its end and its newest output can be read for 10 minutes from now on.
     Ended(Ended),
 }
 

@@ -7,16 +7,22 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod builds;
+pub mod changes;
 pub mod client;
 pub mod events;
 pub mod exec;
+pub mod figures;
+pub mod files;
 pub mod hosts;
 pub mod keys;
 mod limits;
 pub mod operations;
 pub mod problem;
+pub mod streams;
 pub mod templates;
+pub mod tenants;
 pub mod vms;
+pub mod webhooks;
 
 pub use client::Client;
 pub use problem::{Problem, ProblemKind};

@@ -161,6 +161,9 @@ pub struct Vm {
     /// The network policy of the VM. It is absent if none was requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkPolicy>,
+    /// The idle policy of the VM. It is absent if the VM has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle: Option<IdlePolicy>,
     /// How long the creation of the VM took.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fork: Option<ForkTimes>,
@@ -270,10 +273,10 @@ pub struct Balloon {
     pub available_bytes: Option<u64>,
 }
 
-/// A filter that chooses which VMs are listed.
+/// A filter that chooses which VMs are listed: those that meet all of its conditions.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "Vec<(String, String)>", into = "Vec<(String, String)>")]
 pub struct VmFilter {
     /// Only VMs that were forked from this template are listed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -283,12 +286,16 @@ pub struct VmFilter {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[param(max_length = 200)]
     pub host: Option<String>,
-    /// Only VMs with this label are listed, written as `key=value`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[param(max_length = 400)]
-    pub label: Option<String>,
+    /// Only VMs with this label are listed, written as `key=value`, or as `key` for any value. It can
+    /// be given up to 16 times, for VMs with all of the labels.
+    #[param(required = false)]
+    pub label: Vec<String>,
+    /// Only VMs in this state are listed, VMs that have ended included. It can be given several
+    /// times, for VMs in one of the states.
+    #[param(required = false)]
+    pub state: Vec<VmState>,
     /// Whether VMs that have ended are listed as well. The default is false.
-    #[serde(default)]
+    #[param(required = false)]
     pub all: bool,
     /// The maximum number of VMs in the response, 1 to 10,000. The default is 1,000.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -300,6 +307,76 @@ pub struct VmFilter {
     pub after: Option<String>,
 }
 
+/// The most labels of a filter.
+const MAX_FILTER_LABELS: usize = 16;
+/// The longest label of a filter, in characters.
+const MAX_FILTER_LABEL: usize = 400;
+
+impl TryFrom<Vec<(String, String)>> for VmFilter {
+    type Error = String;
+
+    /// Reads the parameters of a query, of which some may be given several times.
+    fn try_from(pairs: Vec<(String, String)>) -> Result<Self, String> {
+        let mut filter = Self::default();
+        for (name, value) in pairs {
+            let invalid = || format!("invalid value `{}` of `{name}`", value.escape_debug());
+            let once = |slot: &mut Option<String>| match slot.replace(value.clone()) {
+                None => Ok(()),
+                Some(_) => Err(format!("`{name}` is given twice")),
+            };
+            match &*name {
+                "template" => once(&mut filter.template)?,
+                "host" => once(&mut filter.host)?,
+                "after" => once(&mut filter.after)?,
+                "label" if filter.label.len() == MAX_FILTER_LABELS => {
+                    return Err(format!(
+                        "`label` is given more than {MAX_FILTER_LABELS} times"
+                    ));
+                }
+                "label" if value.chars().count() > MAX_FILTER_LABEL => {
+                    return Err(format!("`label` has at most {MAX_FILTER_LABEL} characters"));
+                }
+                "label" => filter.label.push(value),
+                "state" => {
+                    let word = serde_json::Value::String(value.clone());
+                    let state = serde_json::from_value(word).map_err(|_| invalid())?;
+                    if !filter.state.contains(&state) {
+                        filter.state.push(state);
+                    }
+                }
+                "all" => filter.all = value.parse().map_err(|_| invalid())?,
+                "limit" => filter.limit = Some(value.parse().map_err(|_| invalid())?),
+                _ => return Err(format!("unknown parameter `{}`", name.escape_debug())),
+            }
+        }
+        Ok(filter)
+    }
+}
+
+impl From<VmFilter> for Vec<(String, String)> {
+    fn from(filter: VmFilter) -> Self {
+        let word = |state: &VmState| match serde_json::to_value(state) {
+            Ok(serde_json::Value::String(word)) => word,
+            // A state is always a word.
+            _ => String::new(),
+        };
+        let single = [
+            ("template", filter.template),
+            ("host", filter.host),
+            ("all", filter.all.then(|| "true".to_owned())),
+            ("limit", filter.limit.map(|limit| limit.to_string())),
+            ("after", filter.after),
+        ];
+        let labels = filter.label.into_iter().map(|label| ("label", label));
+        let states = filter.state.iter().map(|state| ("state", word(state)));
+        let single = single
+            .into_iter()
+            .filter_map(|(name, it)| Some((name, it?)));
+        let all = single.chain(labels).chain(states);
+        all.map(|(name, value)| (name.to_owned(), value)).collect()
+    }
+}
+
 /// A page of a list of VMs, the oldest first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VmPage {
@@ -308,4 +385,38 @@ pub struct VmPage {
     /// The value of `after` that requests the next page. It is absent on the last page.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filter_is_what_its_query_says() {
+        let filter = VmFilter {
+            template: Some("t".into()),
+            label: vec!["a=b".into(), "c".into()],
+            state: vec![VmState::Running, VmState::Ended],
+            all: true,
+            limit: Some(7),
+            ..VmFilter::default()
+        };
+        let pairs: Vec<(String, String)> = filter.clone().into();
+        assert_eq!(VmFilter::try_from(pairs), Ok(filter));
+        let read = |name: &str, value: &str, times: usize| {
+            let pair = (name.to_owned(), value.to_owned());
+            VmFilter::try_from(vec![pair; times])
+        };
+        assert_eq!(read("state", "running", 2).unwrap().state.len(), 1);
+        for (name, value, times) in [
+            ("host", "a", 2),
+            ("label", "a", 17),
+            ("state", "odd", 1),
+            ("limit", "x", 1),
+            ("surprise", "1", 1),
+        ] {
+            assert!(read(name, value, times).is_err(), "{name}");
+        }
+        assert!(read("label", &"l".repeat(401), 1).is_err());
+    }
 }

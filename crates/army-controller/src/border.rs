@@ -10,17 +10,18 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use agent_proto::text::printable;
+use army_api::figures::{MAX_CONSOLE_BYTES, VmFigures};
 use army_api::hosts::Capacity;
 use army_api::templates::CpuFeatures;
 use army_api::vms::{Balloon, VmMemory};
 use army_node_api::chunks::ChunkReceiver;
 use army_node_api::requests::{
-    AdmitFetchRequest, BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse,
-    CreatedVm, DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest,
-    ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
-    InstallCertificateRequest, PauseVmRequest, RemoveTemplateRequest, RenewalRequest,
-    RenewalResponse, ReportRequest, ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest,
-    TemplateFacts,
+    AdmitFetchRequest, BalloonRequest, ConnectAgentRequest, ConsoleOutput, CreateVmsRequest,
+    CreateVmsResponse, CreatedVm, DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest,
+    ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
+    InstallCertificateRequest, MeasureVmRequest, PauseVmRequest, ReadConsoleRequest,
+    RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
+    SetStandbysRequest, SnapshotVmRequest, TemplateFacts, UpdateVmRequest,
 };
 use army_node_api::{AgentStream, Call, Error, NodeApi, Reply, Result};
 
@@ -120,6 +121,34 @@ fn without_paths(text: &str) -> String {
         previous = path.chars().next_back().unwrap_or('/');
     }
     public
+}
+
+impl Check for VmFigures {
+    fn check(mut self) -> Self {
+        self.addresses.truncate(MAX_TEXTS);
+        Self {
+            addresses: self.addresses.check(),
+            cpu_user_us: self.cpu_user_us.check(),
+            cpu_system_us: self.cpu_system_us.check(),
+            disk_read_bytes: self.disk_read_bytes.check(),
+            disk_written_bytes: self.disk_written_bytes.check(),
+            network_received_bytes: self.network_received_bytes.check(),
+            network_sent_bytes: self.network_sent_bytes.check(),
+            memory: self.memory.check(),
+        }
+    }
+}
+
+impl Check for ConsoleOutput {
+    /// The text stays as it is, because it is requested as the guest's own; only its size is
+    /// limited. A byte that was replaced takes three.
+    fn check(mut self) -> Self {
+        let most = MAX_CONSOLE_BYTES as usize * 3;
+        if self.text.len() > most {
+            self.text.truncate(self.text.floor_char_boundary(most));
+        }
+        self
+    }
 }
 
 impl Check for Balloon {
@@ -259,7 +288,10 @@ impl NodeApi for Checked {
         destroy_vm: DestroyVmRequest => ();
         pause_vm: PauseVmRequest => ();
         resume_vm: ResumeVmRequest => ();
+        update_vm: UpdateVmRequest => ();
         balloon: BalloonRequest => Balloon;
+        measure_vm: MeasureVmRequest => VmFigures;
+        read_console: ReadConsoleRequest => ConsoleOutput;
         snapshot_vm: SnapshotVmRequest => TemplateFacts;
         connect_agent: ConnectAgentRequest => AgentStream;
         inspect_template: InspectTemplateRequest => TemplateFacts;

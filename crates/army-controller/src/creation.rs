@@ -27,6 +27,7 @@ use crate::scheduler::UNKNOWN_COST;
 use crate::store::creation::{ForkResult, LIVE_PREFIX, NewVms};
 use crate::store::operations::End;
 use crate::store::reservations::Reservation;
+use crate::store::tenants::Nominal;
 use crate::{Controller, Result, deadlines, random};
 
 pub(crate) use check::check;
@@ -41,6 +42,8 @@ struct CreateRequest {
     /// What the VMs' names begin with where the request does not name them.
     stem: String,
     details: CreateVms,
+    /// What each VM counts for in the quotas of its tenant.
+    nominal: Nominal,
 }
 
 /// What VMs are made of.
@@ -140,6 +143,10 @@ impl Controller {
                 template: template.name.clone(),
                 ..details
             },
+            nominal: Nominal {
+                memory_bytes: template.memory_bytes,
+                vcpus: template.vcpus,
+            },
         };
         let admitted = self.admission.admit()?;
         let labels = request.details.host_labels.clone();
@@ -197,6 +204,7 @@ impl Controller {
             tenant: parent.tenant.clone(),
             stem: parent.name.clone(),
             details,
+            nominal: self.store.nominal(&parent.id).await?,
         };
         let admitted = self.admission.admit()?;
         let mut placement = Placement::beside(Arc::clone(&self), &parent, admitted);
@@ -278,6 +286,7 @@ impl Creation {
                 created_ms,
                 expires_ms,
                 network: details.network.clone(),
+                idle: details.idle,
                 fork: None,
                 notices: Vec::new(),
                 memory: None,
@@ -304,6 +313,7 @@ impl Creation {
             vms: &self.vms,
             environment: &self.request.details.environment,
             operation,
+            nominal: self.request.nominal,
         })
     }
 
@@ -429,7 +439,7 @@ impl CreateRequest {
             (Some(name), _) => name.clone(),
             (None, _) => {
                 let stem: String = self.stem.chars().take(30).collect();
-                format!("{stem}-{}", random::hex::<3>()?)
+                format!("{stem}-{}", random::hex::<5>()?)
             }
         };
         if self.details.name.is_none() && count == 1 {

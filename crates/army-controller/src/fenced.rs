@@ -9,14 +9,16 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use army_api::figures::VmFigures;
 use army_api::vms::Balloon;
 use army_node_api::chunks::ChunkReceiver;
 use army_node_api::requests::{
-    AdmitFetchRequest, BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse,
-    DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest,
-    HostReport, ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest,
-    PauseVmRequest, RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest,
-    ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
+    AdmitFetchRequest, BalloonRequest, ConnectAgentRequest, ConsoleOutput, CreateVmsRequest,
+    CreateVmsResponse, DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest,
+    ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
+    InstallCertificateRequest, MeasureVmRequest, PauseVmRequest, ReadConsoleRequest,
+    RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
+    SetStandbysRequest, SnapshotVmRequest, TemplateFacts, UpdateVmRequest,
 };
 use army_node_api::{AgentStream, Call, Error, ErrorKind, NodeApi, Reply, Result};
 
@@ -127,7 +129,10 @@ impl NodeApi for Fenced {
         destroy_vm: DestroyVmRequest => ();
         pause_vm: PauseVmRequest => ();
         resume_vm: ResumeVmRequest => ();
+        update_vm: UpdateVmRequest => ();
         balloon: BalloonRequest => Balloon;
+        measure_vm: MeasureVmRequest => VmFigures;
+        read_console: ReadConsoleRequest => ConsoleOutput;
         snapshot_vm: SnapshotVmRequest => TemplateFacts;
         connect_agent: ConnectAgentRequest => AgentStream;
         inspect_template: InspectTemplateRequest => TemplateFacts;

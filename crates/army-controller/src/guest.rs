@@ -8,10 +8,12 @@ use agent_proto::messages::{Exec as AgentExec, Exited, Put, Stream};
 use army_api::exec::{CommandEvent, Ended, Exec, FilePath, MAX_EXEC_MS, OutputStream};
 use tokio::sync::mpsc;
 
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, guest_files};
 
 /// The permissions of a new file, where the client does not say.
 const DEFAULT_MODE: u32 = 0o644;
+/// How long a guest keeps a command after somebody has read its end, in milliseconds.
+pub const KEEP_MS: u64 = 600_000;
 /// How much longer than its own limit a command is waited for: its agent ends it, but a guest may
 /// hang.
 const GRACE: Duration = Duration::from_secs(15);
@@ -80,20 +82,9 @@ pub fn exec(
 /// # Errors
 /// [`ErrorKind::InvalidRequest`] where the path is not absolute, or the permissions are not octal.
 pub fn put(file: FilePath) -> Result<Put> {
-    let invalid = |message: String| Error::new(ErrorKind::InvalidRequest, message);
-    if !file.path.starts_with('/') || file.path.contains('\0') {
-        let path = file.path.escape_debug();
-        return Err(invalid(format!(
-            "`{path}` is not an absolute path in the guest"
-        )));
-    }
-    let mode = match &file.mode {
-        None => DEFAULT_MODE,
-        Some(mode) => u32::from_str_radix(mode, 8)
-            .ok()
-            .filter(|mode| *mode <= 0o7777)
-            .ok_or_else(|| invalid(format!("invalid permissions `{}`", mode.escape_debug())))?,
-    };
+    guest_files::check_path(&file.path)?;
+    let mode = file.mode.as_deref();
+    let mode = mode.map_or(Ok(DEFAULT_MODE), guest_files::mode)?;
     Ok(Put {
         path: file.path,
         mode,

@@ -57,6 +57,8 @@ enum Job {
     Forget,
     /// Keep standbys of this template.
     Standbys(String),
+    /// Apply the changes of VMs that it has not applied.
+    Changes,
 }
 
 struct Attempt {
@@ -187,6 +189,9 @@ impl<'a> HostTask<'a> {
             self.end(id, false);
         }
         self.forget(findings.ended);
+        if findings.has_unapplied {
+            self.resend_changes();
+        }
         match standbys {
             Some(standbys) => self.compare_standbys(standbys).await,
             None => Ok(()),
@@ -199,6 +204,7 @@ impl<'a> HostTask<'a> {
             |id: &String| findings.unwanted.contains(id) || findings.ended_but_running.contains(id);
         self.attempts.retain(|job, attempt| match job {
             Job::End(id) => attempt.again.is_none() || is_due(id),
+            Job::Changes => attempt.again.is_none() || findings.has_unapplied,
             Job::Forget | Job::Standbys(_) => true,
         });
     }
@@ -262,6 +268,17 @@ impl<'a> HostTask<'a> {
             let deadline = deadlines::question(node.as_ref());
             let forgot = node.forget_vms(ForgetVmsRequest { vms }, deadline).await;
             Done::Job(Job::Forget, forgot.map_err(Into::into))
+        }));
+    }
+
+    /// Has the node apply changes of VMs that it has not applied, because it did not answer.
+    fn resend_changes(&mut self) {
+        if !self.begin(&Job::Changes, false) {
+            return;
+        }
+        let (controller, node) = (self.controller, Node::clone(&self.node));
+        self.work.push(Box::pin(async move {
+            Done::Job(Job::Changes, controller.resend_changes(&node).await)
         }));
     }
 

@@ -10,7 +10,7 @@
 //! - [`operations`] has work that goes on to its end whatever becomes of its client: it is recorded
 //!   first, and a controller that has ended leaves it to another one.
 //! - `templates`, `builds`, `hosts`, `vms` and `access` are the requests about each kind of object.
-//! - [`guest`] has what is done in guests through their agents.
+//! - [`guest`] and [`guest_files`] have what is done in guests through their agents.
 //!
 //! Nodes are reached through [`NodeApi`] alone. This crate does not know HTTP, nor who a caller is:
 //! the server authenticates callers and converts an [`Error`] into its own form.
@@ -22,13 +22,16 @@ mod admission;
 mod audience;
 mod border;
 mod builds;
+mod changes;
 mod commands;
 mod creation;
 mod deadlines;
 mod error;
 mod events;
 mod fenced;
+mod figures;
 pub mod guest;
+pub mod guest_files;
 mod host_task;
 mod hosts;
 mod limits;
@@ -48,6 +51,7 @@ mod terms;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod vms;
+mod webhooks;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -67,7 +71,9 @@ pub use hosts::Joining;
 pub use limits::Limits;
 pub use operations::{Operation, Outcome, Output, Requester, StartedOperation};
 pub use purge::DEFAULT_KEPT;
+pub use webhooks::{Delivery, WebhookSender};
 
+use access::KeyUses;
 use admission::Admission;
 use fenced::HostEpoch;
 use loops::Loops;
@@ -77,6 +83,7 @@ use operations::Running;
 use reconcile::Creators;
 use shards::{Connected, HostTable};
 use store::Store;
+use webhooks::InDelivery;
 
 /// A controller of one or several hosts.
 pub struct Controller {
@@ -105,6 +112,8 @@ pub struct Controller {
     operations: Running,
     limits: Limits,
     loops: Loops,
+    key_uses: KeyUses,
+    in_delivery: InDelivery,
     started: Instant,
     cluster: Option<Cluster>,
 }
@@ -210,6 +219,8 @@ impl Controller {
             operations: Running::default(),
             limits: Limits::default(),
             loops: Loops::default(),
+            key_uses: KeyUses::default(),
+            in_delivery: InDelivery::default(),
             started: Instant::now(),
             cluster,
         }

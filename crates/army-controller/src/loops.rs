@@ -17,6 +17,8 @@ pub(crate) const FIGURES: &str = "figures";
 pub(crate) const PURGE: &str = "purge";
 /// The loop that renews the certificates of nodes.
 pub(crate) const RENEWAL: &str = "renewal";
+/// The loop that delivers events to webhooks.
+pub(crate) const WEBHOOKS: &str = "webhooks";
 /// A loop is stuck when its last round began so long ago.
 const STUCK: Duration = Duration::from_secs(120);
 /// The same for the task of a host, which waits for a node in this process for as long as it takes.

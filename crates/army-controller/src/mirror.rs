@@ -33,6 +33,8 @@ pub(crate) struct Known {
     pub(crate) memory: Option<VmMemory>,
     /// The memory that was last written to the database.
     pub(crate) written: Option<VmMemory>,
+    /// Whether the host has not applied all that was changed.
+    pub(crate) pending: bool,
     /// The number of the comparison that has last found the VM in a report.
     pub(crate) seen: u64,
 }
@@ -189,6 +191,7 @@ impl State {
             creator: vm.creator,
             memory: entry.as_ref().and_then(|it| it.memory),
             written: entry.map_or(vm.memory, |it| it.written),
+            pending: vm.pending,
             seen: 0,
         };
         self.placed.insert(vm.id.clone(), Arc::clone(&host));

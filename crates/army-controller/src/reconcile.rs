@@ -52,6 +52,8 @@ pub(crate) struct Findings {
     pub(crate) ended_but_running: Vec<String>,
     /// VMs that have ended and are recorded as such: the node may forget them.
     pub(crate) ended: Vec<String>,
+    /// Whether VMs were changed and the host has not applied that.
+    pub(crate) has_unapplied: bool,
 }
 
 /// How the VMs of a report differ from those that are known.
@@ -64,6 +66,7 @@ struct Comparison {
     missing: Vec<(String, i64)>,
     /// VMs that are not known, as indices of the report.
     unknown: Vec<usize>,
+    has_unapplied: bool,
 }
 
 impl Controller {
@@ -162,6 +165,7 @@ impl Controller {
         };
         let mut findings = Findings {
             unwanted: compared.unwanted,
+            has_unapplied: compared.has_unapplied,
             ..Findings::default()
         };
         self.record_lost(compared.missing).await?;
@@ -262,6 +266,7 @@ fn compare(
         {
             continue;
         }
+        compared.has_unapplied |= vm.pending && report.state.is_alive();
         if !vm.wanted && report.state.is_alive() {
             compared.unwanted.push(report.id.clone());
         }

@@ -10,6 +10,7 @@ use army_node_api::requests::VmReport;
 
 use crate::store::Store;
 use crate::store::creation::NewVms;
+use crate::store::tenants::Nominal;
 use crate::store::vm_states::StateChange;
 use crate::{Cluster, Database, Error, ErrorKind, Result};
 
@@ -66,6 +67,7 @@ impl Records {
             vms,
             environment,
             operation: None,
+            nominal: Nominal::default(),
         };
         self.0.insert_vms(&new).await
     }

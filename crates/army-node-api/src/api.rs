@@ -2,16 +2,18 @@
 
 use std::net::SocketAddr;
 
+use army_api::figures::VmFigures;
 use army_api::vms::Balloon;
 use futures_util::future::BoxFuture;
 
 use crate::chunks::ChunkReceiver;
 use crate::requests::{
-    AdmitFetchRequest, BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse,
-    DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest,
-    HostReport, ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest,
-    PauseVmRequest, RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest,
-    ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
+    AdmitFetchRequest, BalloonRequest, ConnectAgentRequest, ConsoleOutput, CreateVmsRequest,
+    CreateVmsResponse, DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest,
+    ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
+    InstallCertificateRequest, MeasureVmRequest, PauseVmRequest, ReadConsoleRequest,
+    RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
+    SetStandbysRequest, SnapshotVmRequest, TemplateFacts, UpdateVmRequest,
 };
 use crate::{AgentStream, Call, Result};
 
@@ -65,9 +67,24 @@ pub trait NodeApi: Send + Sync + 'static {
     /// Lets the CPUs of a paused VM run again.
     fn resume_vm(&self, request: ResumeVmRequest, call: Call) -> Reply<'_, ()>;
 
+    /// Changes a VM that has not ended, once for each [`revision`](UpdateVmRequest::revision). The
+    /// network policy is in force when this returns, and is narrowed to what the VM's template
+    /// permits.
+    ///
+    /// A VM that has ended, or is about to, is refused with
+    /// [`Conflict`](crate::ErrorKind::Conflict): after a success, the former time to live or idle
+    /// policy does not end it any more.
+    fn update_vm(&self, request: UpdateVmRequest, call: Call) -> Reply<'_, ()>;
+
     /// Reads the memory balloon of a VM, after requesting a new size where the request has one. The
     /// guest changes the size gradually.
     fn balloon(&self, request: BalloonRequest, call: Call) -> Reply<'_, Balloon>;
+
+    /// Measures what a running VM uses.
+    fn measure_vm(&self, request: MeasureVmRequest, call: Call) -> Reply<'_, VmFigures>;
+
+    /// Reads the end of what a running VM's guest has written to its serial console.
+    fn read_console(&self, request: ReadConsoleRequest, call: Call) -> Reply<'_, ConsoleOutput>;
 
     /// Creates a template from a running VM, which continues to run.
     fn snapshot_vm(&self, request: SnapshotVmRequest, call: Call) -> Reply<'_, TemplateFacts>;
@@ -76,7 +93,8 @@ pub trait NodeApi: Send + Sync + 'static {
     /// is made of it lives, and is resumed where it was paused because it was idle.
     fn connect_agent(&self, request: ConnectAgentRequest, call: Call) -> Reply<'_, AgentStream>;
 
-    /// Describes a template in the host's store.
+    /// Describes a template in the host's store. Reading a template changes nothing, so it is answered
+    /// in any epoch, also to other nodes.
     fn inspect_template(
         &self,
         request: InspectTemplateRequest,

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use agent_client::AgentSocket;
+use army_api::figures::VmFigures;
 use army_api::vms::Balloon;
 use reqwest::redirect::Policy;
 use reqwest::{RequestBuilder, Response, StatusCode, Url, header};
@@ -13,11 +14,12 @@ use serde::de::DeserializeOwned;
 use crate::chunks::{self, ChunkReceiver};
 use crate::cluster::Member;
 use crate::requests::{
-    AdmitFetchRequest, BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse,
-    DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest,
-    HostReport, ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest,
-    Operation, PauseVmRequest, RemoveTemplateRequest, RenewalRequest, RenewalResponse,
-    ReportRequest, ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
+    AdmitFetchRequest, BalloonRequest, ConnectAgentRequest, ConsoleOutput, CreateVmsRequest,
+    CreateVmsResponse, DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest,
+    ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
+    InstallCertificateRequest, MeasureVmRequest, Operation, PauseVmRequest, ReadConsoleRequest,
+    RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
+    SetStandbysRequest, SnapshotVmRequest, TemplateFacts, UpdateVmRequest,
 };
 use crate::tickets::TICKET_HEADER;
 use crate::{
@@ -226,7 +228,19 @@ impl NodeApi for Remote {
         self.call(request, call)
     }
 
+    fn update_vm(&self, request: UpdateVmRequest, call: Call) -> Reply<'_, ()> {
+        self.call(request, call)
+    }
+
     fn balloon(&self, request: BalloonRequest, call: Call) -> Reply<'_, Balloon> {
+        self.call(request, call)
+    }
+
+    fn measure_vm(&self, request: MeasureVmRequest, call: Call) -> Reply<'_, VmFigures> {
+        self.call(request, call)
+    }
+
+    fn read_console(&self, request: ReadConsoleRequest, call: Call) -> Reply<'_, ConsoleOutput> {
         self.call(request, call)
     }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use agent_client::{AgentSocket, Transport};
+use army_api::figures::VmFigures;
 use army_api::hosts::Capacity;
 use army_api::templates::CpuFeatures;
 use army_api::vms::{Balloon, VmMemory, VmState};
@@ -13,11 +14,12 @@ use tokio::sync::Semaphore;
 
 use crate::chunks::{self, ChunkReceiver};
 use crate::requests::{
-    BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse, CreatedVm,
-    DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest,
-    HostReport, ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest,
-    PauseVmRequest, RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest,
-    ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest, TemplateFacts, VmReport, VmSpec,
+    BalloonRequest, ConnectAgentRequest, ConsoleOutput, CreateVmsRequest, CreateVmsResponse,
+    CreatedVm, DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest,
+    ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
+    InstallCertificateRequest, MeasureVmRequest, PauseVmRequest, ReadConsoleRequest,
+    RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
+    SetStandbysRequest, SnapshotVmRequest, TemplateFacts, UpdateVmRequest, VmReport, VmSpec,
 };
 use crate::{AgentStream, Call, Error, ErrorKind, Fence, NodeApi, Reply, Result};
 
@@ -50,6 +52,10 @@ pub struct SimulatedNode {
 struct State {
     vms: BTreeMap<String, VmState>,
     templates: BTreeMap<String, SimulatedTemplate>,
+    /// The changes of VMs that were requested, in their order.
+    updates: Vec<UpdateVmRequest>,
+    /// How changes of VMs are refused.
+    refusal: Option<Error>,
     /// Streams to agents that wait to be connected.
     agents: VecDeque<AgentSocket>,
     requested: usize,
@@ -242,6 +248,16 @@ impl SimulatedNode {
         self.state().agents.push_back(AgentSocket::new(stream));
     }
 
+    /// The changes of VMs that were requested of this host, in their order.
+    pub fn updates(&self) -> Vec<UpdateVmRequest> {
+        self.state().updates.clone()
+    }
+
+    /// Lets changes of VMs be refused like this from now on, or be accepted again.
+    pub fn refuse_updates(&self, error: Option<Error>) {
+        self.state().refusal = error;
+    }
+
     /// The number of VMs that were requested of this host.
     pub fn requested_vms(&self) -> usize {
         self.state().requested
@@ -333,11 +349,16 @@ impl SimulatedNode {
 
     /// Admits a call, or waits for its deadline where the host answers none.
     async fn admit(&self, call: Call) -> Result<()> {
+        self.answers(call).await?;
+        self.fence.admit(call.epoch, |_| Ok(()))
+    }
+
+    /// Completes where the host answers.
+    async fn answers(&self, call: Call) -> Result<()> {
         if self.state().frozen {
             return self.no_answer(call).await;
         }
-        self.check_reachable()?;
-        self.fence.admit(call.epoch, |_| Ok(()))
+        self.check_reachable()
     }
 
     /// What a caller gets of a host that does not answer.
@@ -402,6 +423,16 @@ impl SimulatedNode {
         }
     }
 
+    fn running(&self, id: &str) -> Result<()> {
+        match self.state().vms.get(id) {
+            Some(VmState::Running | VmState::Paused) => Ok(()),
+            _ => {
+                let message = format!("the VM {id} does not run");
+                Err(Error::new(ErrorKind::NotFound, message))
+            }
+        }
+    }
+
     fn set_vm(&self, id: &str, vm_state: VmState) -> Result<()> {
         match self.state().vms.get_mut(id) {
             Some(known) => {
@@ -460,8 +491,37 @@ impl NodeApi for SimulatedNode {
         self.answer(call, move || self.set_vm(&request.vm, VmState::Running))
     }
 
+    fn update_vm(&self, request: UpdateVmRequest, call: Call) -> Reply<'_, ()> {
+        self.answer(call, move || {
+            let mut state = self.state();
+            state.updates.push(request);
+            state.refusal.clone().map_or(Ok(()), Err)
+        })
+    }
+
     fn balloon(&self, _: BalloonRequest, call: Call) -> Reply<'_, Balloon> {
         self.answer(call, unsupported)
+    }
+
+    fn measure_vm(&self, request: MeasureVmRequest, call: Call) -> Reply<'_, VmFigures> {
+        self.answer(call, move || {
+            self.running(&request.vm).map(|()| VmFigures {
+                addresses: vec!["192.0.2.1".to_owned()],
+                cpu_user_us: 1,
+                ..VmFigures::default()
+            })
+        })
+    }
+
+    fn read_console(&self, request: ReadConsoleRequest, call: Call) -> Reply<'_, ConsoleOutput> {
+        self.answer(call, move || {
+            self.running(&request.vm).map(|()| {
+                let text = "boot\n".repeat(1000);
+                let from = text.len().saturating_sub(request.bytes as usize);
+                let text = text[from..].to_owned();
+                ConsoleOutput { text }
+            })
+        })
     }
 
     fn snapshot_vm(&self, request: SnapshotVmRequest, call: Call) -> Reply<'_, TemplateFacts> {
@@ -492,7 +552,9 @@ impl NodeApi for SimulatedNode {
         request: InspectTemplateRequest,
         call: Call,
     ) -> Reply<'_, TemplateFacts> {
-        self.answer(call, move || {
+        Box::pin(async move {
+            // Whoever only reads a template needs no epoch.
+            self.answers(call).await?;
             self.template(&request.template, |it| it.facts.clone())
         })
     }

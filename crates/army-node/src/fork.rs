@@ -48,7 +48,12 @@ impl Node {
         };
         // VMs are in the journal before they are created: whatever process dies in between, no VM
         // is unknown.
-        let begin = |vm: &VmSpec| self.journal.begin(&Entry::from(vm).beginning(boot_ms()));
+        let ceiling = source.egress_ceiling();
+        let begin = |vm: &VmSpec| {
+            let mut entry = Entry::from(vm).beginning(boot_ms());
+            entry.ceiling.clone_from(&ceiling);
+            self.journal.begin(&entry)
+        };
         let begun: Vec<Result<()>> = vms.iter().map(begin).collect();
         let accepted: Vec<&VmSpec> = vms
             .iter()

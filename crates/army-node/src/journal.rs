@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use army_node_api::requests::VmSpec;
 use army_node_api::{Error, ErrorKind, Result};
+use clone_api::config::Egress;
 
 use crate::lock;
 
@@ -52,6 +53,13 @@ pub struct Entry {
     /// What the VM's network permits; `None` is the default policy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkPolicy>,
+    /// The destinations that the VM's guest may send to at the most, whatever its policy; `None`
+    /// where it is not known, as in files of former releases.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ceiling: Option<Egress>,
+    /// The number of the last change of the VM, and 0 before the first one.
+    #[serde(default)]
+    pub revision: u64,
     /// The last step of the VM's life.
     pub stage: Stage,
     /// Whether the VM was paused because it was idle.
@@ -97,6 +105,21 @@ impl Entry {
         }
     }
 
+    /// Checks that the VM can be changed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] where it is being created or has ended.
+    pub fn check_changeable(&self) -> Result<()> {
+        let message = match &self.stage {
+            Stage::Running => return Ok(()),
+            Stage::Begun => format!("the VM {} is being created", self.name),
+            Stage::Ended(reason) | Stage::Failed(reason) => {
+                format!("the VM {} has ended: {reason}", self.name)
+            }
+        };
+        Err(Error::new(ErrorKind::Conflict, message))
+    }
+
     /// The record of a VM that is about to be created.
     pub fn new(id: String, epoch: u64, name: String) -> Self {
         Self {
@@ -109,6 +132,8 @@ impl Entry {
             ends_ms: None,
             idle: None,
             network: None,
+            ceiling: None,
+            revision: 0,
             stage: Stage::Begun,
             asleep: false,
         }
@@ -240,6 +265,38 @@ impl Journal {
                 entry.stage = stage;
             }
         })
+    }
+
+    /// Records that a VM has ended, if it is alive and `condition` still holds for its record.
+    /// Returns whether it was recorded.
+    pub fn end_if(
+        &self,
+        id: &str,
+        stage: Stage,
+        condition: impl FnOnce(&Entry) -> bool,
+    ) -> Result<bool> {
+        let mut ended = false;
+        self.change(id, |entry| {
+            ended = entry.stage.is_alive() && condition(entry);
+            if ended {
+                entry.stage = stage;
+            }
+        })?;
+        Ok(ended)
+    }
+
+    /// Changes the record of a VM that was created and has not ended.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where there is none, and [`ErrorKind::Conflict`] where the VM is being
+    /// created or has ended.
+    pub fn update(&self, id: &str, update: impl FnOnce(&mut Entry)) -> Result<()> {
+        let mut refused = None;
+        self.change(id, |entry| match entry.check_changeable() {
+            Ok(()) => update(entry),
+            Err(error) => refused = Some(error),
+        })?;
+        refused.map_or(Ok(()), Err)
     }
 
     /// Records whether a VM was paused because it was idle.
@@ -386,6 +443,34 @@ mod tests {
         assert!(!old.is_expired(u64::MAX, 1_000_059_999));
         assert!(old.is_expired(0, 1_000_060_000));
         assert!(!entry("2", 1).beginning(0).is_expired(u64::MAX, u64::MAX));
+    }
+
+    #[test]
+    fn a_vm_ends_by_what_its_record_says_now_and_is_not_changed_after_its_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Journal::open(folder.path().to_owned()).unwrap();
+        let mut wanted = entry("1", 1);
+        wanted.ttl_ms = Some(1000);
+        journal.begin(&wanted.beginning(0)).unwrap();
+        let extend = |entry: &mut Entry| entry.ends_ms = Some(9000);
+        let error = journal.update("1", extend).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Conflict, "it is being created");
+        journal.advance("1", Stage::Running).unwrap();
+        // The supervision has read the record, and the time to live is extended before it acts.
+        assert!(journal.get("1").unwrap().is_expired(2000, 0));
+        journal.update("1", extend).unwrap();
+        let end = |boot_ms| {
+            let over = Stage::Ended("over".into());
+            journal.end_if("1", over, |entry| entry.is_expired(boot_ms, 0))
+        };
+        assert!(!end(2000).unwrap());
+        assert_eq!(journal.get("1").unwrap().stage, Stage::Running);
+        assert!(end(9000).unwrap() && !end(9000).unwrap());
+        let error = journal.update("1", extend).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Conflict);
+        assert!(error.message.contains("over"), "{error}");
+        let again = Journal::open(folder.path().to_owned()).unwrap();
+        assert_eq!(again.get("1").unwrap().ends_ms, Some(9000));
     }
 
     #[test]

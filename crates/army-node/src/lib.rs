@@ -11,7 +11,9 @@
 
 mod agent;
 pub mod capacity;
+mod change;
 mod fence;
+mod figures;
 mod fork;
 pub mod journal;
 pub mod membership;
@@ -59,6 +61,8 @@ pub struct Node {
     /// Templates that are open to be forked, by name.
     sources: Mutex<HashMap<String, Arc<Source>>>,
     standbys: Standbys,
+    /// Held while a VM is changed.
+    changing: Mutex<()>,
     /// Held while a template is received.
     receiving: Mutex<()>,
     reports: ReportCache,
@@ -86,6 +90,7 @@ impl Node {
         let fence = FenceFile::open(&state)?;
         let node = Arc::new(Self {
             name,
+            changing: Mutex::default(),
             receiving: Mutex::default(),
             standbys: Standbys::new(runtime.clone()),
             runtime,

@@ -8,14 +8,16 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use army_api::figures::VmFigures;
 use army_api::vms::Balloon;
 use army_node_api::chunks::{self, ChunkReceiver};
 use army_node_api::requests::{
-    BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse, DestroyVmRequest,
-    ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport,
-    ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest, PauseVmRequest,
-    RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
-    SetStandbysRequest, SnapshotVmRequest, TemplateFacts,
+    BalloonRequest, ConnectAgentRequest, ConsoleOutput, CreateVmsRequest, CreateVmsResponse,
+    DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest,
+    HostReport, ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest,
+    MeasureVmRequest, PauseVmRequest, ReadConsoleRequest, RemoveTemplateRequest, RenewalRequest,
+    RenewalResponse, ReportRequest, ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest,
+    TemplateFacts, UpdateVmRequest,
 };
 use army_node_api::{
     AgentStream, Call, Deadline, Error, ErrorKind, NodeApi, Remote, Reply, Result,
@@ -190,10 +192,22 @@ impl NodeApi for NodeService {
         self.run(call, move |node| node.resume(&request.vm))
     }
 
+    fn update_vm(&self, request: UpdateVmRequest, call: Call) -> Reply<'_, ()> {
+        self.run(call, move |node| node.update(&request))
+    }
+
     fn balloon(&self, request: BalloonRequest, call: Call) -> Reply<'_, Balloon> {
         self.run(call, move |node| {
             node.balloon(&request.vm, request.target_bytes)
         })
+    }
+
+    fn measure_vm(&self, request: MeasureVmRequest, call: Call) -> Reply<'_, VmFigures> {
+        self.run(call, move |node| node.measure(&request.vm))
+    }
+
+    fn read_console(&self, request: ReadConsoleRequest, call: Call) -> Reply<'_, ConsoleOutput> {
+        self.run(call, move |node| node.console(&request.vm, request.bytes))
     }
 
     fn snapshot_vm(&self, request: SnapshotVmRequest, call: Call) -> Reply<'_, TemplateFacts> {
@@ -215,7 +229,11 @@ impl NodeApi for NodeService {
         request: InspectTemplateRequest,
         call: Call,
     ) -> Reply<'_, TemplateFacts> {
-        self.run(call, move |node| node.template(&request.template))
+        let node = Arc::clone(&self.node);
+        // The router asks for other nodes, too, and they know no epoch.
+        Box::pin(blocking(call.deadline, move || {
+            node.template(&request.template)
+        }))
     }
 
     fn set_standbys(&self, request: SetStandbysRequest, call: Call) -> Reply<'_, ()> {

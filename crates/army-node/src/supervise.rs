@@ -105,7 +105,9 @@ impl Node {
     /// Enforces a VM's time to live and its idle policy.
     fn enforce(&self, entry: &Entry) {
         if entry.is_expired(boot_ms(), now_ms()) {
-            return self.end(entry, "its time to live was over", false);
+            return self.end_if(entry, "its time to live was over", |entry| {
+                entry.is_expired(boot_ms(), now_ms())
+            });
         }
         let Some(policy) = entry.idle else { return };
         let idle = lock(&self.usage)
@@ -118,7 +120,9 @@ impl Node {
             return self.mark_used(&entry.id);
         }
         match policy.action {
-            IdleAction::Destroy => self.end(entry, "nobody used it", false),
+            IdleAction::Destroy => {
+                self.end_if(entry, "nobody used it", |now| now.idle == entry.idle);
+            }
             IdleAction::Pause if !entry.asleep => {
                 // The journal is written first: a user who connects in between resumes a VM that
                 // still runs, which does no harm.
@@ -147,6 +151,20 @@ impl Node {
         let agent = Connection::open(&vm.dir.vsock_socket(), deadline);
         let info = agent.and_then(Connection::info);
         info.is_ok_and(|info| info.commands > 0)
+    }
+
+    /// Ends a VM for a reason that still holds by its record: it may have been changed since the
+    /// record was read.
+    fn end_if(&self, entry: &Entry, reason: &str, condition: impl FnOnce(&Entry) -> bool) {
+        let stage = Stage::Ended(reason.to_owned());
+        match self.journal.end_if(&entry.id, stage, condition) {
+            Ok(true) => {
+                self.end_process(entry);
+                lock(&self.usage).remove(&entry.id);
+            }
+            Ok(false) => {}
+            Err(error) => tracing::error!(vm = entry.id, %error, "cannot write the journal"),
+        }
     }
 
     fn end(&self, entry: &Entry, reason: &str, failed: bool) {

@@ -55,7 +55,9 @@ async fn each_limit_of_the_description_is_enforced_on_both_sides() {
                     continue;
                 }
                 for variant in variants(&document, &parameter["schema"]) {
-                    let judged = try_query(&server, &method, path, parameter, &variant).await;
+                    let others = required_beside(&document, operation, parameter);
+                    let query = try_query(&server, &method, path, parameter, &variant, others);
+                    let judged = query.await;
                     wrong.extend(judged.err());
                     tried += 1;
                 }
@@ -83,15 +85,37 @@ async fn try_query(
     path: &str,
     parameter: &Value,
     variant: &Variant,
+    mut query: Vec<(String, String)>,
 ) -> Result<(), String> {
     let name = parameter["name"].as_str().unwrap();
-    let text = match &variant.value {
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    };
-    let request = request(server, method, path).query(&[(name, text)]);
+    query.push((name.to_owned(), text(&variant.value)));
+    let request = request(server, method, path).query(&query);
     let judged = judge(request, variant.is_allowed).await;
     judged.map_err(|why| format!("{method} {path} {name} {}: {why}", variant.limit))
+}
+
+/// The other parameters of the query that the operation requires, each as small as possible.
+fn required_beside(
+    document: &Value,
+    operation: &Value,
+    parameter: &Value,
+) -> Vec<(String, String)> {
+    let all = operation["parameters"].as_array().into_iter().flatten();
+    let others = all.filter(|it| {
+        it["in"] == "query" && it["required"] == true && it["name"] != parameter["name"]
+    });
+    let values = others.map(|it| {
+        let name = it["name"].as_str().unwrap().to_owned();
+        (name, text(&least(document, &it["schema"])))
+    });
+    values.collect()
+}
+
+fn text(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
 }
 
 fn request(server: &Server, method: &Method, path: &str) -> reqwest::RequestBuilder {

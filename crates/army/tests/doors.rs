@@ -175,17 +175,17 @@ async fn a_removed_key_ends_everything_that_is_open_with_it() {
     let (mut terminal, ()) =
         tokio::join!(web_socket(&user, "/v1/vms/vm-1/terminal"), rest[1].start());
     let connect = async {
-        rest[2].hear().await.unwrap();
-        rest[2].say(Kind::Connected(Empty {})).await;
+        rest[2].receive().await.unwrap();
+        rest[2].send(Kind::Connected(Empty {})).await;
     };
     let (mut port, ()) = tokio::join!(web_socket(&user, "/v1/vms/vm-1/ports/80"), connect);
     let path = "/v1/vms/vm-1/commands/1/output";
     let query = json!({});
     let (output, ()) = tokio::join!(user.stream::<Value, _>(path, &query), rest[3].start());
     let read = async {
-        rest[4].hear().await.unwrap();
-        rest[4].say(Kind::File(FileInfo::default())).await;
-        rest[4].say(Kind::Data(b"part".to_vec())).await;
+        rest[4].receive().await.unwrap();
+        rest[4].send(Kind::File(FileInfo::default())).await;
+        rest[4].send(Kind::Data(b"part".to_vec())).await;
     };
     let query = json!({"path": "/x"});
     let (file, ()) = tokio::join!(user.bytes("/v1/vms/vm-1/files", &query), read);
@@ -325,13 +325,13 @@ async fn an_upload_that_is_cut_short_is_no_file() {
         stream.write_all(head.as_bytes()).await.unwrap();
         let agent: &mut Agent = &mut agents[agent];
         // The request and the first bytes have arrived.
-        agent.hear().await.unwrap();
-        agent.hear().await.unwrap();
+        agent.receive().await.unwrap();
+        agent.receive().await.unwrap();
         stream.shutdown().await.unwrap();
         let mut answer = Vec::new();
         let _ = within(stream.read_to_end(&mut answer)).await;
         assert!(!String::from_utf8_lossy(&answer).contains("204"));
-        while let Some(message) = agent.hear().await {
+        while let Some(message) = agent.receive().await {
             let end = agent_proto::messages::from_host::Kind::DataEnd(Empty {});
             assert_ne!(message, end, "the agent would keep a part of the file");
         }
@@ -342,8 +342,8 @@ async fn an_upload_that_is_cut_short_is_no_file() {
 async fn the_client_of_a_port_is_pinged() {
     let (server, mut agents) = with_agents(1, 1, |doors| doors).await;
     let connect = async {
-        agents[0].hear().await.unwrap();
-        agents[0].say(Kind::Connected(Empty {})).await;
+        agents[0].receive().await.unwrap();
+        agents[0].send(Kind::Connected(Empty {})).await;
     };
     let (mut port, ()) = tokio::join!(web_socket(&server.admin, "/v1/vms/vm-1/ports/80"), connect);
     // The first one comes at once.

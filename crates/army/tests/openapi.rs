@@ -83,6 +83,7 @@ async fn furnish(server: &Server) -> Vec<String> {
         network: Some(army_api::vms::NetworkPolicy {
             egress: army_api::vms::Egress::Allow(vec!["10.0.0.0/8".into()]),
         }),
+        idle: None,
         fork: None,
         notices: vec!["no disk".into()],
         memory: None,

@@ -123,11 +123,7 @@ async fn operations_are_told_to_their_tenant_and_to_administrators() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_is_not_made_twice_by_a_repeated_request() {
     let (server, _host) = served().await;
-    let request = CreateKey {
-        tenant: "red".into(),
-        role: Role::User,
-        max_vms: None,
-    };
+    let request = CreateKey::new("red", Role::User);
     let create = async || {
         let created = server
             .admin

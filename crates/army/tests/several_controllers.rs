@@ -1,6 +1,6 @@
 //! Several controllers on one PostgreSQL, with simulated hosts: how they share them, and what is left
 //! of one that is killed.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod served;
 

@@ -82,7 +82,11 @@ impl Guest {
         let Operation::Exec(exec) = operation else {
             panic!("{operation:?}")
         };
-        session.send(from_agent::Kind::Started(Started { id: 1, pid: 2 }));
+        session.send(from_agent::Kind::Started(Started {
+            id: 1,
+            pid: 2,
+            ..Started::default()
+        }));
         (session, exec)
     }
 }

@@ -163,7 +163,14 @@ fn drip(stream: &mut UnixStream) -> io::Result<()> {
 /// A command's output without end.
 fn flood(stream: &mut UnixStream) -> io::Result<()> {
     greet(stream)?;
-    send(stream, Kind::Started(Started { id: 1, pid: 2 }))?;
+    send(
+        stream,
+        Kind::Started(Started {
+            id: 1,
+            pid: 2,
+            ..Started::default()
+        }),
+    )?;
     let mut cursor = 0;
     loop {
         let data = vec![b'x'; 64 << 10];

@@ -297,6 +297,7 @@ impl Connection {
             id,
             stdout_cursor,
             stderr_cursor,
+            observe: false,
         }))?;
         let started = self.expect_started()?;
         Ok(Running::new(self, started, arrived))

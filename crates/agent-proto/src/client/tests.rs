@@ -27,7 +27,11 @@ fn hello() -> Vec<u8> {
 }
 
 fn started() -> Vec<u8> {
-    encoded(from_agent::Kind::Started(Started { id: 1, pid: 2 }))
+    encoded(from_agent::Kind::Started(Started {
+        id: 1,
+        pid: 2,
+        ..Started::default()
+    }))
 }
 
 fn output(len: usize) -> Vec<u8> {

@@ -4,6 +4,9 @@
 //! and one that feeds its input. They and the sessions share [`Shared`] under one lock, which is
 //! never held across a system call that can block.
 
+mod observe;
+
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::OwnedFd;
@@ -42,7 +45,7 @@ pub(super) enum Piece {
     },
     /// The process ended and all output was sent.
     Exited(Exited),
-    /// The session is no longer attached.
+    /// The session is no longer attached, or does not observe any more.
     Replaced,
 }
 
@@ -52,6 +55,8 @@ pub(crate) struct Command {
     pub(super) pid: u32,
     pub(super) words: Vec<String>,
     detached: bool,
+    /// How long it is kept after a host has seen its end.
+    keep: Duration,
     input: Option<Input>,
     /// The host's side of the terminal, until that is hung up. The lock is held only for a moment.
     terminal: Option<Mutex<Option<OwnedFd>>>,
@@ -67,7 +72,11 @@ struct Shared {
     exited: Option<Exited>,
     /// The number of the attached session; 0 means none. Numbers are not reused.
     seat: u64,
+    /// The numbers of the sessions that read beside it.
+    observers: BTreeSet<u64>,
     last_seat: u64,
+    /// When a host first saw the end.
+    seen: Option<Instant>,
     /// Whether the process was reaped, so that its id may belong to another process.
     reaped: bool,
     /// Whether the terminal was hung up.
@@ -88,19 +97,26 @@ impl Command {
         let news = eventfd(0, EventfdFlags::CLOEXEC)
             .map_err(|error| Refusal::io("cannot watch the command", &error.into()))?;
         let input = input.map(Input::start).transpose().map_err(no_thread)?;
+        let new_spool = || match request.keep_ms {
+            0 => Spool::new(OUTPUT_WINDOW),
+            _ => Spool::keeping(OUTPUT_WINDOW),
+        };
         let command = Arc::new(Self {
             id,
             pid: child.id(),
             words: beginning_of(&request.command),
             detached: request.detached,
+            keep: Duration::from_millis(request.keep_ms),
             input,
             terminal: terminal.map(|main| Mutex::new(Some(main))),
             news,
             shared: Mutex::new(Shared {
-                spools: outputs.iter().map(|_| Spool::new(OUTPUT_WINDOW)).collect(),
+                spools: outputs.iter().map(|_| new_spool()).collect(),
                 exited: None,
                 seat: 0,
+                observers: BTreeSet::new(),
                 last_seat: 0,
+                seen: None,
                 reaped: false,
                 hung_up: false,
                 abandoned: false,
@@ -143,11 +159,33 @@ impl Command {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn started(&self) -> Started {
+    /// What a host is told that attaches. It is told of the input that is read from now on.
+    pub(super) fn started(&self, host: &Outbox) -> Started {
+        let input = self.input.as_ref().map(|input| input.attach(host));
+        let (input_received, input_taken) = input.unwrap_or_default();
         Started {
             id: self.id,
             pid: self.pid,
+            input_received,
+            input_taken,
         }
+    }
+
+    /// Notes that a host has seen the end. Returns whether the command is kept.
+    pub(super) fn mark_seen(&self) -> bool {
+        self.lock().seen.get_or_insert_with(Instant::now);
+        !self.keep.is_zero()
+    }
+
+    /// Whether a host has seen the end.
+    pub(super) fn is_seen(&self) -> bool {
+        self.lock().seen.is_some()
+    }
+
+    /// Whether a host has seen the end so long ago that the command is not kept any more.
+    pub(super) fn is_over(&self) -> bool {
+        let seen = self.lock().seen;
+        seen.is_some_and(|seen| seen.elapsed() >= self.keep)
     }
 
     pub(super) fn exited(&self) -> Option<Exited> {
@@ -273,10 +311,8 @@ impl Command {
         self.changed.notify_all();
     }
 
-    pub(super) fn feed(&self, data: Vec<u8>, host: &Outbox) -> Result<(), Overrun> {
-        self.input
-            .as_ref()
-            .map_or(Ok(()), |input| input.push(data, host))
+    pub(super) fn feed(&self, data: Vec<u8>) -> Result<(), Overrun> {
+        self.input.as_ref().map_or(Ok(()), |input| input.push(data))
     }
 
     pub(super) fn end_input(&self) {

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use agent_proto::INPUT_WINDOW;
@@ -14,14 +14,18 @@ use crate::conversation::{Outbox, STACK_BYTES};
 /// The input of a command.
 pub(super) struct Input {
     /// The queue of received input; `None` after its end.
-    queue: Mutex<Option<Sender<Piece>>>,
-    under_way: Arc<Mutex<u64>>,
+    queue: Mutex<Option<Sender<Vec<u8>>>>,
+    state: Arc<Mutex<State>>,
 }
 
-struct Piece {
-    data: Vec<u8>,
-    /// Called with the number of bytes that were written.
-    host: Outbox,
+#[derive(Default)]
+struct State {
+    /// The number of bytes that were received since the start.
+    received: u64,
+    /// The number of those that were written.
+    taken: u64,
+    /// Who is told of the bytes that were written.
+    host: Option<Outbox>,
 }
 
 /// The host sent more than its window allows.
@@ -31,34 +35,37 @@ impl Input {
     /// Feeds `file`, the writing end of the command's input, on a thread of its own.
     pub(super) fn start(file: File) -> std::io::Result<Self> {
         let (sender, receiver) = channel();
-        let under_way = Arc::new(Mutex::new(0));
-        let counter = Arc::clone(&under_way);
+        let state = Arc::new(Mutex::new(State::default()));
+        let shared = Arc::clone(&state);
         thread::Builder::new()
             .name("input".to_owned())
             .stack_size(STACK_BYTES)
-            .spawn(move || feed(file, &receiver, &counter))?;
+            .spawn(move || feed(file, &receiver, &shared))?;
         Ok(Self {
             queue: Mutex::new(Some(sender)),
-            under_way,
+            state,
         })
     }
 
-    pub(super) fn push(&self, data: Vec<u8>, host: &Outbox) -> Result<(), Overrun> {
-        let mut under_way = self
-            .under_way
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if *under_way + data.len() as u64 > INPUT_WINDOW as u64 {
+    /// Lets another host be told of the bytes that are written. Returns how many bytes were received
+    /// and written before.
+    pub(super) fn attach(&self, host: &Outbox) -> (u64, u64) {
+        let mut state = lock(&self.state);
+        state.host = Some(host.clone());
+        (state.received, state.taken)
+    }
+
+    pub(super) fn push(&self, data: Vec<u8>) -> Result<(), Overrun> {
+        let mut state = lock(&self.state);
+        let under_way = state.received - state.taken;
+        if under_way + data.len() as u64 > INPUT_WINDOW as u64 {
             return Err(Overrun);
         }
-        *under_way += data.len() as u64;
-        drop(under_way);
+        state.received += data.len() as u64;
+        drop(state);
         if let Some(queue) = &*self.queue.lock().unwrap_or_else(PoisonError::into_inner) {
             // A command may close its input, and then reads nothing more.
-            let _ = queue.send(Piece {
-                data,
-                host: host.clone(),
-            });
+            let _ = queue.send(data);
         }
         Ok(())
     }
@@ -69,16 +76,23 @@ impl Input {
     }
 }
 
-fn feed(mut file: File, pieces: &Receiver<Piece>, under_way: &Mutex<u64>) {
-    let mut taken = 0;
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn feed(mut file: File, pieces: &Receiver<Vec<u8>>, shared: &Mutex<State>) {
     let mut open = true;
-    for Piece { data, host } in pieces {
+    for data in pieces {
         // Input that is sent after the command has closed it counts as read, so that the host does
         // not wait forever.
         open = open && file.write_all(&data).is_ok();
-        taken += data.len() as u64;
-        *under_way.lock().unwrap_or_else(PoisonError::into_inner) -= data.len() as u64;
-        // The next connection starts with a full window.
-        let _ = host.send(from_agent::Kind::InputTaken(taken));
+        let mut state = lock(shared);
+        state.taken += data.len() as u64;
+        let (taken, host) = (state.taken, state.host.clone());
+        drop(state);
+        if let Some(host) = host {
+            // A host that has gone away learns it from the next connection.
+            let _ = host.send(from_agent::Kind::InputTaken(taken));
+        }
     }
 }

@@ -16,8 +16,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use agent_proto::messages::{
-    Acknowledge, Attach, CommandInfo, ErrorCode, Exec, Output, SignalCommand, Stream, from_agent,
-    from_host,
+    Acknowledge, Attach, CommandInfo, ErrorCode, Exec, Output, SignalCommand, Started, Stream,
+    from_agent, from_host,
 };
 
 use self::command::{Command, Piece};
@@ -44,8 +44,11 @@ struct Table {
 }
 
 impl Commands {
+    /// The table, without the commands that are not kept any more.
     fn lock(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        table.commands.retain(|_, command| !command.is_over());
+        table
     }
 
     /// The number of running commands.
@@ -65,8 +68,12 @@ impl Commands {
             command: command.words.clone(),
             exited: command.exited(),
         };
-        let commands = self.lock().commands.values().map(describe).collect();
-        agent_proto::messages::Commands { commands }
+        let table = self.lock();
+        // What a host has seen is kept for those who attach again, and for nobody else.
+        let unseen = table.commands.values().filter(|it| !it.is_seen());
+        agent_proto::messages::Commands {
+            commands: unseen.map(describe).collect(),
+        }
     }
 
     fn find(&self, id: u64) -> Option<Arc<Command>> {
@@ -152,7 +159,75 @@ pub(crate) fn attach(
         stdout_cursor: request.stdout_cursor,
         stderr_cursor: request.stderr_cursor,
     };
+    if request.observe {
+        return observe(commands, &command, arrived, inbox, outbox);
+    }
     attend(commands, &command, arrived, inbox, outbox)
+}
+
+/// Sends output to a host that reads beside the attached one, until the command has ended or the
+/// connection is lost.
+fn observe(
+    commands: &Commands,
+    command: &Arc<Command>,
+    arrived: Acknowledge,
+    mut inbox: Inbox,
+    outbox: &Outbox,
+) -> Result<(), End> {
+    let started = Started {
+        id: command.id,
+        pid: command.pid,
+        ..Started::default()
+    };
+    outbox.send(from_agent::Kind::Started(started))?;
+    let mut observer = command.observe(arrived);
+    let (number, listener) = (observer.number, Arc::clone(command));
+    let listen = move || {
+        while let Ok(message) = inbox.receive() {
+            match message {
+                Some(from_host::Kind::Signal(signal)) if SIGNALS.contains(&signal) => {
+                    listener.signal(signal);
+                }
+                // Input and acknowledgements are the attached host's.
+                _ => {}
+            }
+        }
+        listener.stop_observing(number);
+    };
+    thread::Builder::new()
+        .name("observe".to_owned())
+        .stack_size(STACK_BYTES)
+        .spawn(listen)
+        .map_err(|error| Refusal::io("cannot start a thread", &error))?;
+    loop {
+        match command.next_observed(&mut observer) {
+            Piece::Output {
+                stream,
+                cursor,
+                data,
+            } => {
+                let output = Output {
+                    stream: stream.into(),
+                    cursor,
+                    data,
+                };
+                let sent = outbox.send(from_agent::Kind::Output(output));
+                if sent.is_err() {
+                    command.stop_observing(number);
+                    return sent;
+                }
+            }
+            Piece::Exited(exited) => {
+                let sent = outbox.send(from_agent::Kind::Exited(exited));
+                command.stop_observing(number);
+                if sent.is_ok() && !command.mark_seen() {
+                    commands.forget(command.id);
+                }
+                return sent;
+            }
+            Piece::Replaced => return Err(End::Lost),
+        }
+    }
 }
 
 /// Sends output to the host on this thread, and passes the host's messages to the command on
@@ -165,9 +240,9 @@ fn attend(
     outbox: &Outbox,
 ) -> Result<(), End> {
     let seat = command.attach(arrived)?;
-    outbox.send(from_agent::Kind::Started(command.started()))?;
-    let listener = (Arc::clone(command), outbox.clone());
-    let listen = move || listen(&listener.0, seat, inbox, &listener.1);
+    outbox.send(from_agent::Kind::Started(command.started(outbox)))?;
+    let listener = Arc::clone(command);
+    let listen = move || listen(&listener, seat, inbox);
     thread::Builder::new()
         .name("listen".to_owned())
         .stack_size(STACK_BYTES)
@@ -193,7 +268,7 @@ fn attend(
             Piece::Exited(exited) => {
                 let sent = outbox.send(from_agent::Kind::Exited(exited));
                 command.detach(seat);
-                if sent.is_ok() {
+                if sent.is_ok() && !command.mark_seen() {
                     commands.forget(command.id);
                 }
                 return sent;
@@ -205,11 +280,11 @@ fn attend(
 }
 
 /// Handles the host's messages until the connection ends.
-fn listen(command: &Arc<Command>, seat: u64, mut inbox: Inbox, outbox: &Outbox) {
+fn listen(command: &Arc<Command>, seat: u64, mut inbox: Inbox) {
     while let Ok(message) = inbox.receive() {
         match message {
             Some(from_host::Kind::Stdin(data)) => {
-                let fed = command.feed(data, outbox);
+                let fed = command.feed(data);
                 // A host that sends more than the window breaks the protocol.
                 if fed.is_err() {
                     break;

@@ -1,8 +1,9 @@
 //! One output stream of a command: the bytes that were printed and not yet acknowledged.
 //!
 //! Positions are counted in bytes since the command's start. `start ≤ sent ≤ end`: bytes before
-//! `start` were acknowledged, bytes before `sent` were sent to the present host, bytes before `end`
-//! were printed.
+//! `start` are gone, bytes before `sent` were sent to the present host, bytes before `end` were
+//! printed. Bytes before `acknowledged` take no room: they are gone, or are kept for later readers
+//! until there is newer output.
 
 use std::collections::VecDeque;
 
@@ -10,8 +11,11 @@ use std::collections::VecDeque;
 pub(super) struct Spool {
     bytes: VecDeque<u8>,
     start: u64,
+    acknowledged: u64,
     sent: u64,
     capacity: usize,
+    /// Whether output that was acknowledged is kept, too.
+    keeps: bool,
     closed: bool,
 }
 
@@ -20,9 +24,19 @@ impl Spool {
         Self {
             bytes: VecDeque::new(),
             start: 0,
+            acknowledged: 0,
             sent: 0,
             capacity,
+            keeps: false,
             closed: false,
+        }
+    }
+
+    /// A spool that always has the newest output, acknowledged or not.
+    pub(super) fn keeping(capacity: usize) -> Self {
+        Self {
+            keeps: true,
+            ..Self::new(capacity)
         }
     }
 
@@ -32,21 +46,31 @@ impl Spool {
 
     /// The number of bytes that may be added.
     pub(super) fn room(&self) -> usize {
-        self.capacity - self.bytes.len()
+        self.capacity - (self.end() - self.acknowledged) as usize
     }
 
     /// Adds printed bytes, at most [`Spool::room`].
     pub(super) fn push(&mut self, bytes: &[u8]) {
         debug_assert!(bytes.len() <= self.room());
         self.bytes.extend(bytes);
+        self.drop_before(self.end().saturating_sub(self.capacity as u64));
+    }
+
+    /// Drops the bytes before a position.
+    fn drop_before(&mut self, position: u64) {
+        let count = position.saturating_sub(self.start) as usize;
+        self.bytes.drain(..count);
+        self.start += count as u64;
+        self.sent = self.sent.max(self.start);
     }
 
     /// Makes room for `len` more bytes by dropping the oldest, acknowledged or not.
     pub(super) fn drop_oldest_for(&mut self, len: usize) {
-        let excess = len.saturating_sub(self.room()).min(self.bytes.len());
-        self.bytes.drain(..excess);
-        self.start += excess as u64;
-        self.sent = self.sent.max(self.start);
+        let excess = len.saturating_sub(self.room()) as u64;
+        self.acknowledged = (self.acknowledged + excess).min(self.end());
+        if !self.keeps {
+            self.drop_before(self.acknowledged);
+        }
     }
 
     /// Marks the end of the output.
@@ -65,9 +89,11 @@ impl Spool {
         if cursor > self.sent {
             return;
         }
-        let arrived = cursor.saturating_sub(self.start) as usize;
-        self.bytes.drain(..arrived);
-        self.start += arrived as u64;
+        self.acknowledged = self.acknowledged.max(cursor);
+        if self.keeps {
+            return;
+        }
+        self.drop_before(cursor);
         if self.bytes.is_empty() {
             // An idle command keeps no buffer.
             self.bytes.shrink_to_fit();
@@ -78,6 +104,28 @@ impl Spool {
     /// the oldest byte that is kept.
     pub(super) fn rewind(&mut self, cursor: u64) {
         self.sent = cursor.clamp(self.start, self.end());
+        // The command waits for this host, which may read again what another one has read.
+        self.acknowledged = self.sent;
+        if !self.keeps {
+            self.drop_before(self.sent);
+        }
+    }
+
+    /// A piece from `cursor` on, or from the oldest byte that is kept, with its position, for a
+    /// reader beside the host; `None` if there is nothing new.
+    pub(super) fn peek(&self, cursor: u64, max: usize) -> Option<(u64, Vec<u8>)> {
+        let cursor = cursor.max(self.start);
+        let from = usize::try_from(cursor - self.start).ok()?;
+        let len = self.bytes.len().checked_sub(from)?.min(max);
+        (len > 0).then(|| {
+            let data = self.bytes.range(from..from + len).copied().collect();
+            (cursor, data)
+        })
+    }
+
+    /// Whether all was printed, and a reader has everything up to `cursor`.
+    pub(super) fn is_finished_at(&self, cursor: u64) -> bool {
+        self.closed && cursor >= self.end()
     }
 
     /// The next piece to send, with its position; `None` if there is nothing new.
@@ -119,6 +167,31 @@ mod tests {
         spool.drop_oldest_for(2);
         spool.push(b"ef");
         assert_eq!(spool.next(100), Some((2, b"cdef".to_vec())));
+    }
+
+    #[test]
+    fn a_keeping_spool_has_the_newest_for_every_reader_and_waits_for_its_host() {
+        let mut spool = Spool::keeping(4);
+        spool.push(b"abcd");
+        assert_eq!(
+            (spool.next(9), spool.room()),
+            (Some((0, b"abcd".to_vec())), 0)
+        );
+        assert_eq!(spool.peek(1, 2), Some((1, b"bc".to_vec())));
+        spool.acknowledge(4);
+        spool.push(b"ef");
+        // Another reader gets what is left.
+        assert_eq!(spool.peek(0, 9), Some((2, b"cdef".to_vec())));
+        assert_eq!(spool.next(9), Some((4, b"ef".to_vec())));
+        spool.rewind(0);
+        assert_eq!(
+            (spool.room(), spool.next(9)),
+            (0, Some((2, b"cdef".to_vec())))
+        );
+        spool.close();
+        assert!(spool.is_finished_at(6) && !spool.is_finished_at(5));
+        spool.acknowledge(6);
+        assert_eq!(spool.peek(6, 9), None);
     }
 
     #[test]

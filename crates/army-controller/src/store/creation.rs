@@ -6,6 +6,7 @@ use army_api::vms::{ForkTimes, Vm, VmState};
 
 use super::leases::OwnTerm;
 use super::operations::End;
+use super::tenants::Nominal;
 use super::vms::{next_change, vm};
 use super::{Change, Store, is_taken, number, query_failed, readable, stored, text, to_json, word};
 use crate::{Error, ErrorKind, Result};
@@ -22,6 +23,8 @@ pub(crate) struct NewVms<'a> {
     pub(crate) environment: &'a BTreeMap<String, String>,
     /// The id of the operation that creates them.
     pub(crate) operation: Option<&'a str>,
+    /// What each of them counts for.
+    pub(crate) nominal: Nominal,
 }
 
 /// What became of the creation of a VM: the times of its fork and its notices, or an error.
@@ -76,34 +79,20 @@ impl Change<'_> {
         if !first.template.starts_with(LIVE_PREFIX) && new.operation.is_some() {
             self.check_template_is_ready(&first.template).await?;
         }
-        // VMs are counted for those tenants only that have a quota.
-        let row = sqlx::query(
-            "SELECT last, quota, CASE WHEN quota < 0 THEN 0 ELSE \
-             (SELECT COUNT(*) FROM vms WHERE alive = 1 AND tenant = $1) END AS used \
-             FROM (SELECT (SELECT COALESCE(MAX(number), 0) FROM vms) AS last, \
-             COALESCE((SELECT max_vms FROM tenants WHERE name = $1), -1) AS quota) AS known",
-        )
-        .bind(&first.tenant)
-        .fetch_one(self.connection())
-        .await
-        .map_err(query_failed)?;
-        let (used, quota) = (number(&row, "used")?, number(&row, "quota")?);
-        if quota >= 0 && used + new.vms.len() as i64 > quota {
-            let message = format!(
-                "the tenant {} has {used} of the {quota} VMs that it may have, and requested {}",
-                first.tenant,
-                new.vms.len()
-            );
-            return Err(Error::new(ErrorKind::QuotaExceeded, message)
-                .advise("destroy some VMs, or ask an administrator to raise the quota"));
-        }
+        let count = new.vms.len() as u64;
+        self.check_quotas(&first.tenant, count, new.nominal).await?;
+        let row = sqlx::query("SELECT COALESCE(MAX(number), 0) AS last FROM vms")
+            .fetch_one(self.connection())
+            .await
+            .map_err(query_failed)?;
         let mut last = number(&row, "last")?;
         for vm in new.vms {
             last += 1;
             sqlx::query(concat!(
                 "INSERT INTO vms (id, number, name, tenant, template, host, wanted, state, alive, \
-                 labels, environment, created_ms, expires_ms, operation, network, creator, changed) \
-                 VALUES ($1, $2, $3, $4, $5, $6, 1, $7, 1, $8, $9, $10, $11, $12, $13, $14, ",
+                 labels, environment, created_ms, expires_ms, operation, network, creator, idle, \
+                 memory_bytes, vcpus, changed) VALUES ($1, $2, $3, $4, $5, $6, 1, $7, 1, $8, $9, $10, \
+                 $11, $12, $13, $14, $15, $16, $17, ",
                 next_change!(),
                 ")"
             ))
@@ -121,6 +110,9 @@ impl Change<'_> {
             .bind(new.operation)
             .bind(vm.network.as_ref().map(to_json).transpose()?)
             .bind(self.term.map(OwnTerm::id))
+            .bind(vm.idle.as_ref().map(to_json).transpose()?)
+            .bind(stored(new.nominal.memory_bytes))
+            .bind(i64::from(new.nominal.vcpus))
             .execute(self.connection())
             .await
             .map_err(|error| match is_taken(&error) {

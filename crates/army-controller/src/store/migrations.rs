@@ -10,7 +10,7 @@ use sqlx::SqlStr;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 
 /// The name and the SQL of each step. The version of a step is its place, counted from one.
-const STEPS: [(&str, &str); 9] = [
+const STEPS: [(&str, &str); 12] = [
     ("start", include_str!("../../migrations/0001_start.sql")),
     (
         "several hosts",
@@ -29,6 +29,12 @@ const STEPS: [(&str, &str); 9] = [
     ),
     ("actor", include_str!("../../migrations/0008_actor.sql")),
     ("join", include_str!("../../migrations/0009_join.sql")),
+    ("changes", include_str!("../../migrations/0010_changes.sql")),
+    ("keys", include_str!("../../migrations/0011_keys.sql")),
+    (
+        "webhooks",
+        include_str!("../../migrations/0012_webhooks.sql"),
+    ),
 ];
 
 /// All steps.

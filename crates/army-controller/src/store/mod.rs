@@ -4,12 +4,14 @@
 //! the list of VMs. Changes that belong together are one transaction, so that a kill at any point
 //! leaves all of them or none.
 
+pub(crate) mod changes;
 pub(crate) mod creation;
 pub(crate) mod events;
 #[cfg(any(test, feature = "testing"))]
 mod filling;
 pub(crate) mod hosts;
 pub(crate) mod keys;
+mod labels;
 pub(crate) mod leases;
 mod migrations;
 pub(crate) mod operations;
@@ -19,9 +21,11 @@ mod relay;
 pub(crate) mod reservations;
 mod shards;
 pub(crate) mod templates;
+pub(crate) mod tenants;
 mod vm_pages;
 pub(crate) mod vm_states;
 pub(crate) mod vms;
+pub(crate) mod webhooks;
 
 use std::fs::{OpenOptions, Permissions};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};

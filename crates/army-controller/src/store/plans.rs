@@ -92,7 +92,9 @@ fn statements(source: &str) -> BTreeSet<String> {
         if verbs.iter().any(|verb| text.starts_with(verb))
             && !of_postgres.iter().any(|it| text.contains(it))
         {
-            found.insert(text);
+            // The lists that events are selected by.
+            let text = text.replace("{own}", "'a', 'b'");
+            found.insert(text.replace("{everybodys}", "'c', 'd'"));
         }
     }
     found
@@ -109,12 +111,14 @@ fn all_statements() -> BTreeSet<String> {
             all.extend(statements(&std::fs::read_to_string(&path).unwrap()));
         }
     }
-    for bits in 0..16 {
+    for bits in 0..128 {
         let conditions = Conditions {
             all: bits & 1 != 0,
             tenant: bits & 2 != 0,
             template: bits & 4 != 0,
             host: bits & 8 != 0,
+            states: bits & 16 != 0,
+            labels: bits >> 5 & 3,
         };
         all.insert(page_query(false, &conditions));
     }

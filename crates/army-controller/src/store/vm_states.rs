@@ -51,6 +51,8 @@ pub(crate) struct ChangedVm {
     pub(crate) creator: Option<String>,
     /// The memory that was last recorded.
     pub(crate) memory: Option<VmMemory>,
+    /// Whether the host has not applied all that was changed.
+    pub(crate) pending: bool,
 }
 
 impl Store {
@@ -135,7 +137,8 @@ impl Store {
     /// A page of the VMs that were changed after the change `last`, by the order of their changes.
     pub(crate) async fn vms_changed_after(&self, last: i64) -> Result<Vec<ChangedVm>> {
         let rows = sqlx::query(
-            "SELECT id, changed, host, state, alive, wanted, creator, memory FROM vms \
+            "SELECT id, changed, host, state, alive, wanted, creator, memory, \
+             CASE WHEN applied < revision THEN 1 ELSE 0 END AS pending FROM vms \
              WHERE changed > $1 ORDER BY changed LIMIT $2",
         )
         .bind(last)
@@ -149,7 +152,8 @@ impl Store {
     /// The VMs of a host that have not ended.
     pub(crate) async fn vms_of_host(&self, host: &str) -> Result<Vec<ChangedVm>> {
         let rows = sqlx::query(
-            "SELECT id, changed, host, state, alive, wanted, creator, memory FROM vms \
+            "SELECT id, changed, host, state, alive, wanted, creator, memory, \
+             CASE WHEN applied < revision THEN 1 ELSE 0 END AS pending FROM vms \
              WHERE host = $1 AND alive = 1",
         )
         .bind(host)
@@ -226,5 +230,6 @@ fn changed_vm(row: &AnyRow) -> Result<ChangedVm> {
         wanted: number(row, "wanted")? != 0,
         creator: optional_text(row, "creator")?,
         memory: memory.as_deref().map(parse).transpose()?,
+        pending: number(row, "pending")? != 0,
     })
 }

@@ -166,6 +166,7 @@ pub(super) fn vm(row: &AnyRow) -> Result<Vm> {
         // A former release stored times beyond the database's range as negative numbers.
         expires_ms: expires.map(|time| u64::try_from(time).unwrap_or(i64::MAX as u64)),
         network: optional("network")?.as_deref().map(parse).transpose()?,
+        idle: optional("idle")?.as_deref().map(parse).transpose()?,
         fork,
         notices: optional("notices")?
             .as_deref()

@@ -271,7 +271,7 @@ impl Controller {
         match self.inspect(node, name).await {
             Ok(_) => {
                 let host = node.name();
-                let message = format!("the store of {host} has a template named `{name}`");
+                let message = format!("the store of {host} already has a template named `{name}`");
                 Err(Error::new(ErrorKind::Conflict, message)
                     .advise("use another name, or register it: army template register"))
             }

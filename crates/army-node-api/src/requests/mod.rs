@@ -4,6 +4,7 @@
 //! of different releases understand each other; what cannot be added in that way takes a new
 //! [`VERSION`](crate::VERSION).
 
+mod figures;
 mod hosts;
 mod templates;
 mod vms;
@@ -11,6 +12,7 @@ mod vms;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub use figures::{ConsoleOutput, MeasureVmRequest, ReadConsoleRequest};
 pub use hosts::{
     HostReport, InstallCertificateRequest, RenewalRequest, RenewalResponse, ReportRequest, VmReport,
 };
@@ -20,8 +22,8 @@ pub use templates::{
 };
 pub use vms::{
     BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse, CreatedVm,
-    DestroyVmRequest, ForgetVmsRequest, ForkVmRequest, PauseVmRequest, ResumeVmRequest,
-    SnapshotVmRequest, VmSpec,
+    DestroyVmRequest, ForgetVmsRequest, ForkVmRequest, IdleChange, Lifetime, PauseVmRequest,
+    ResumeVmRequest, SnapshotVmRequest, UpdateVmRequest, VmSpec,
 };
 
 /// A request that is one JSON document and is answered by one.

@@ -15,6 +15,7 @@ super::operations! {
     BalloonRequest = "balloon" -> Balloon;
     SnapshotVmRequest = "snapshot-vm" -> TemplateFacts;
     ForgetVmsRequest = "forget-vms" -> ();
+    UpdateVmRequest = "update-vm" -> ();
 }
 
 /// A VM that is to be created.
@@ -152,4 +153,40 @@ pub struct ConnectAgentRequest {
 pub struct ForgetVmsRequest {
     /// The VMs' ids.
     pub vms: Vec<String>,
+}
+
+/// See [`NodeApi::update_vm`](crate::NodeApi::update_vm). What is `None` is kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpdateVmRequest {
+    /// The VM's id.
+    pub vm: String,
+    /// The number of the change, which grows with each change of the VM. A change that is not newer
+    /// than the last one is answered with success and changes nothing.
+    pub revision: u64,
+    /// A new time to live.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lifetime: Option<Lifetime>,
+    /// A new idle policy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle: Option<IdleChange>,
+    /// A new network policy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkPolicy>,
+}
+
+/// The time to live of a VM from now on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lifetime {
+    /// How long the VM may live from the arrival of the request on, in milliseconds; `None` is no
+    /// limit.
+    pub ttl_ms: Option<u64>,
+    /// When that time is over, in milliseconds since 1970 by the controller's clock, for people.
+    pub expires_ms: Option<u64>,
+}
+
+/// The idle policy of a VM from now on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdleChange {
+    /// The policy; `None` where nothing happens to a VM that is idle.
+    pub policy: Option<IdlePolicy>,
 }

@@ -8,16 +8,13 @@ use army_api::client::segment;
 use army_api::exec::{
     Command, CommandEvent, Cursor, Ended, Exec, ExecResult, OutputStream, SendSignal, StartCommand,
 };
+use army_api::streams::StartStream;
 use futures_util::StreamExt;
 use reqwest::Method;
 
 use super::context::Context;
-use super::output::{note, table};
-
-/// The base of the exit status of a command that a signal ended, as in shells: 128 plus the signal.
-const SIGNAL_BASE: i32 = 128;
-/// The exit status of a command that exceeded its time limit, as of timeout(1).
-const TIMED_OUT: u8 = 124;
+use super::output::{code_of, note, table};
+use super::streams;
 
 /// Run a command in a VM, print its output, and exit with its exit status.
 #[derive(clap::Args)]
@@ -37,10 +34,10 @@ pub(super) struct Args {
     #[arg(long, short)]
     user: Option<String>,
     /// Kill the command after this number of seconds: 60 by default and 3600 at most. A detached
-    /// command has neither limit.
+    /// command, and one with input, has neither limit.
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
-    /// Send standard input to the command.
+    /// Send standard input to the command, as it comes.
     #[arg(long, short)]
     input: bool,
     /// Do not wait for the command; print its number, for `army command`.
@@ -70,6 +67,18 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
         let started: Command = client.send(Method::POST, &path, &request).await?;
         context.show(&started, |it| it.id.to_string())?;
         return Ok(ExitCode::SUCCESS);
+    }
+    if args.input && !context.is_json() {
+        let start = StartStream {
+            command: args.command,
+            environment,
+            directory: args.directory,
+            user: args.user,
+            timeout_ms,
+            input: true,
+            acknowledge: false,
+        };
+        return streams::run(&context.client()?, &args.vm, start).await;
     }
     let stdin = match args.input {
         true => Some(std::io::read_to_string(std::io::stdin()).context("the input is no text")?),
@@ -101,16 +110,6 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
         );
     }
     Ok(ExitCode::from(code))
-}
-
-/// The exit status for the end of a command.
-fn code_of(exit_code: Option<i32>, signal: Option<i32>, timed_out: bool) -> u8 {
-    match (exit_code, signal) {
-        _ if timed_out => TIMED_OUT,
-        (Some(code), _) => code as u8,
-        (None, Some(signal)) => (SIGNAL_BASE + signal) as u8,
-        (None, None) => 1,
-    }
 }
 
 /// Manage commands that were started with `army exec --detach`.

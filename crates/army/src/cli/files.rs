@@ -108,7 +108,7 @@ pub(super) async fn open(path: &Path) -> Result<reqwest::Body> {
 
 /// The VM and the path of `VM:/path` or `TENANT/VM:/path`. An argument that is not text is a file of
 /// this host.
-fn inside(text: &OsStr) -> Option<(&str, &str)> {
+pub(super) fn inside(text: &OsStr) -> Option<(&str, &str)> {
     let (vm, path) = text.to_str()?.split_once(':')?;
     let (tenant, name) = vm.split_once('/').unzip();
     let mut names = [tenant, Some(name.unwrap_or(vm))].into_iter().flatten();

@@ -4,6 +4,7 @@ mod build;
 mod context;
 mod controller;
 mod dev;
+mod directories;
 mod events;
 mod exec;
 mod files;
@@ -16,8 +17,11 @@ mod ports;
 mod serve;
 mod shell;
 mod socket;
+mod streams;
 mod templates;
+mod tenants;
 mod vms;
+mod webhooks;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -56,7 +60,7 @@ enum Command {
     /// Manage templates: list, build, register, tag, copy, export, import, standbys, remove.
     #[command(subcommand)]
     Template(templates::Command),
-    /// Manage VMs: create, list, inspect, fork, pause, resume, balloon, snapshot, destroy.
+    /// Manage VMs: create, list, inspect, change, fork, pause, resume, balloon, figures, console, snapshot, destroy.
     #[command(subcommand)]
     Vm(vms::Command),
     /// Run a command in a VM, print its output, and exit with its exit status.
@@ -73,11 +77,20 @@ enum Command {
     /// Manage operations, such as creates that nobody waits for: list, show, wait.
     #[command(subcommand)]
     Operation(operations::Command),
+    /// Manage files in a VM: list, describe, make, remove, rename, archives, watch.
+    #[command(subcommand)]
+    File(directories::Command),
     /// Print events as they happen.
     Events(events::Args),
     /// Manage keys: list, create, remove.
     #[command(subcommand)]
     Key(keys::Command),
+    /// Manage tenants and their quotas: list, show, change.
+    #[command(subcommand)]
+    Tenant(tenants::Command),
+    /// Manage webhooks: list, create, remove.
+    #[command(subcommand)]
+    Webhook(webhooks::Command),
     /// Print the API's description in OpenAPI.
     Openapi,
     Completions(generate::CompletionsArgs),
@@ -127,8 +140,11 @@ async fn run(cli: Cli) -> Result<ExitCode> {
         Command::PortForward(args) => ports::run(&context, args).await,
         Command::Cp(args) => files::copy(&context, args).await,
         Command::Operation(command) => operations::run(&context, command).await,
+        Command::File(command) => directories::run(&context, command).await,
         Command::Events(args) => events::run(&context, args).await,
         Command::Key(command) => keys::run(&context, command).await,
+        Command::Tenant(command) => tenants::run(&context, command).await,
+        Command::Webhook(command) => webhooks::run(&context, command).await,
         Command::Openapi => {
             output::print(&crate::server::openapi().to_pretty_json()?);
             Ok(ExitCode::SUCCESS)

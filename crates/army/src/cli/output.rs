@@ -85,6 +85,21 @@ pub(super) fn pair(text: &str) -> Result<(String, String), String> {
     Ok((key.to_owned(), value.to_owned()))
 }
 
+/// The exit status of a command that exceeded its time limit, as of timeout(1).
+const TIMED_OUT: u8 = 124;
+/// The base of the exit status of a command that a signal ended, as in shells: 128 plus the signal.
+const SIGNAL_BASE: i32 = 128;
+
+/// The exit status for the end of a command.
+pub(super) fn code_of(exit_code: Option<i32>, signal: Option<i32>, timed_out: bool) -> u8 {
+    match (exit_code, signal) {
+        _ if timed_out => TIMED_OUT,
+        (Some(code), _) => code as u8,
+        (None, Some(signal)) => (SIGNAL_BASE + signal) as u8,
+        (None, None) => 1,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

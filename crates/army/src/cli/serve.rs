@@ -19,6 +19,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use super::output;
 use crate::server::tls::{self, Files};
 use crate::server::{self, BufferLimits, Doors, SessionLimits};
+use crate::webhooks::HttpSender;
 use army_controller::{Controller, DEFAULT_KEPT, Database};
 use army_node::Node;
 use army_node_api::serve::{Limits, Server, Stop};
@@ -313,6 +314,8 @@ pub(super) async fn api(
         })
     };
     let mut term = tokio::spawn(Arc::clone(&controller).hold_term());
+    let sender = HttpSender::new().context("cannot set up HTTP for webhooks")?;
+    let mut webhooks = tokio::spawn(Arc::clone(&controller).deliver_webhooks(Arc::new(sender)));
     let announced = async {
         announce(&controller, url).await;
         std::future::pending().await
@@ -326,6 +329,7 @@ pub(super) async fn api(
         ended = &mut reconcile => Err(loop_ended("reconcile", ended.map(|it| it.map_err(Into::into)))),
         ended = &mut term => Err(loop_ended("term", ended.map(|error| Err(error.into())))),
         ended = &mut beside => Err(loop_ended("cluster", ended.map(Ok))),
+        ended = &mut webhooks => Err(loop_ended("webhooks", ended.map(Ok))),
     };
     if served.is_ok() {
         api.stop.begin();
@@ -333,6 +337,7 @@ pub(super) async fn api(
     }
     reconcile.abort();
     beside.abort();
+    webhooks.abort();
     term.abort();
     if served.is_ok() {
         // Otherwise others wait until the lease has run out.
@@ -371,11 +376,7 @@ async fn first_key(controller: &Controller, url: &str) -> Result<()> {
     if controller.has_keys().await? {
         return Ok(());
     }
-    let admin = CreateKey {
-        tenant: "default".into(),
-        role: Role::Admin,
-        max_vms: None,
-    };
+    let admin = CreateKey::new("default", Role::Admin);
     let key = controller.create_key(&admin).await?;
     output::print(&format!(
         "This key is not shown again:\n\n    export ARMY_URL={url} ARMY_KEY={}\n",

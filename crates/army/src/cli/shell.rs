@@ -80,8 +80,8 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
     std::process::exit(code.unwrap_or(1));
 }
 
-/// The keys, read by a thread, because reading a terminal blocks.
-fn typed() -> mpsc::Receiver<Vec<u8>> {
+/// The keys, or other input, read by a thread, because reading a terminal blocks.
+pub(super) fn typed() -> mpsc::Receiver<Vec<u8>> {
     let (sender, receiver) = mpsc::channel(16);
     std::thread::spawn(move || {
         let mut buffer = [0; 4096];

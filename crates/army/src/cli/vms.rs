@@ -3,19 +3,23 @@
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 
+use agent_proto::text::printable;
 use anyhow::Result;
+use army_api::changes::ChangeVm;
 use army_api::client::{Begun, segment};
+use army_api::figures::{ConsolePart, VmFigures};
 use army_api::templates::Template;
 use army_api::vms::{
     Balloon, CreateVms, CreatedVms, Egress, ForkVm, IdleAction, IdlePolicy, NetworkPolicy,
-    SetBalloon, SnapshotVm, Vm, VmFilter, VmPage,
+    SetBalloon, SnapshotVm, Vm, VmFilter, VmPage, VmState,
 };
 use clone_api::Bytes;
+use futures_util::StreamExt;
 use reqwest::Method;
 
 use super::context::Context;
 use super::operations;
-use super::output::{bytes, ms, note, pair, table, word};
+use super::output::{bytes, ms, note, pair, print, table, word};
 use super::templates::templates_table;
 
 /// Manage VMs.
@@ -51,12 +55,27 @@ pub(super) enum Command {
         /// The VM.
         vm: String,
     },
+    /// Change a VM's time to live, idle policy, network policy or labels.
+    Set(SetArgs),
     /// Show a VM's balloon, or set its target size.
     Balloon {
         /// The VM.
         vm: String,
         /// How much of the guest's memory the balloon should hold, as in 128M.
         size: Option<Bytes>,
+    },
+    /// Show a VM's addresses, processor time, traffic and memory.
+    Figures {
+        /// The VM.
+        vm: String,
+    },
+    /// Print the end of what a VM's guest has written to its serial console.
+    Console {
+        /// The VM.
+        vm: String,
+        /// The number of bytes, at most 262144.
+        #[arg(long)]
+        bytes: Option<u32>,
     },
     /// Make a template of a VM, which continues to run.
     Snapshot {
@@ -117,6 +136,49 @@ pub(super) struct CreateArgs {
     no_wait: bool,
 }
 
+/// `army vm set`.
+#[derive(clap::Args)]
+pub(super) struct SetArgs {
+    /// The VM.
+    vm: String,
+    /// Destroy the VM after this number of seconds from now on.
+    #[arg(long, value_name = "SECONDS", conflicts_with = "no_ttl")]
+    ttl: Option<u64>,
+    /// Remove the limit of the VM's lifetime.
+    #[arg(long)]
+    no_ttl: bool,
+    /// Pause the VM when it was not used for this number of seconds; the next command resumes it.
+    #[arg(long, value_name = "SECONDS", conflicts_with_all = ["destroy_idle", "no_idle"])]
+    pause_idle: Option<u64>,
+    /// Destroy the VM when it was not used for this number of seconds.
+    #[arg(long, value_name = "SECONDS", conflicts_with = "no_idle")]
+    destroy_idle: Option<u64>,
+    /// Do nothing when the VM is not used.
+    #[arg(long)]
+    no_idle: bool,
+    /// The destinations that the VM may send to: full, none, or IPv4 networks separated by commas.
+    #[arg(long, value_name = "WHOM")]
+    egress: Option<String>,
+    /// A label, KEY=VALUE, where KEY= removes one; can be given several times.
+    #[arg(long = "label", short, value_parser = pair)]
+    labels: Vec<(String, String)>,
+}
+
+impl From<SetArgs> for ChangeVm {
+    fn from(args: SetArgs) -> Self {
+        let labels = args.labels.into_iter();
+        let labels = labels.map(|(key, value)| (key, (!value.is_empty()).then_some(value)));
+        Self {
+            ttl_s: args.ttl.map(Some).or(args.no_ttl.then_some(None)),
+            idle: idle(args.pause_idle, args.destroy_idle)
+                .map(Some)
+                .or(args.no_idle.then_some(None)),
+            network: args.egress.as_deref().map(network),
+            labels: labels.collect(),
+        }
+    }
+}
+
 /// `army vm ls`.
 #[derive(clap::Args)]
 pub(super) struct ListArgs {
@@ -126,12 +188,25 @@ pub(super) struct ListArgs {
     /// List only the VMs on this host.
     #[arg(long)]
     host: Option<String>,
-    /// List only the VMs with this label, KEY=VALUE.
+    /// List only the VMs with this label, KEY=VALUE or KEY; can be given several times.
     #[arg(long, short)]
-    label: Option<String>,
+    label: Vec<String>,
+    /// List only the VMs in this state, as in running; can be given several times.
+    #[arg(long, value_parser = state)]
+    state: Vec<VmState>,
     /// List ended VMs, too.
     #[arg(long, short)]
     all: bool,
+}
+
+fn state(text: &str) -> std::result::Result<VmState, String> {
+    serde_json::from_value(text.into()).map_err(|error| error.to_string())
+}
+
+fn idle(pause: Option<u64>, destroy: Option<u64>) -> Option<IdlePolicy> {
+    let policy = |action| move |after_s| IdlePolicy { after_s, action };
+    let pause = pause.map(policy(IdleAction::Pause));
+    pause.or(destroy.map(policy(IdleAction::Destroy)))
 }
 
 fn network(text: &str) -> NetworkPolicy {
@@ -147,7 +222,6 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
     let client = context.client()?;
     let vm: Vm = match command {
         Command::Create(args) => {
-            let idle = |after_s, action| IdlePolicy { after_s, action };
             let request = CreateVms {
                 template: args.template,
                 count: args.count,
@@ -156,12 +230,7 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
                 host_labels: args.host_labels.into_iter().collect(),
                 environment: args.environment.into_iter().collect(),
                 ttl_s: args.ttl,
-                idle: args
-                    .pause_idle
-                    .map(|after| idle(after, IdleAction::Pause))
-                    .or(args
-                        .destroy_idle
-                        .map(|after| idle(after, IdleAction::Destroy))),
+                idle: idle(args.pause_idle, args.destroy_idle),
                 network: args.egress.as_deref().map(network),
             };
             let key = args.idempotency_key.as_deref();
@@ -189,6 +258,7 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
                 template: args.template,
                 host: args.host,
                 label: args.label,
+                state: args.state,
                 all: args.all,
                 ..VmFilter::default()
             };
@@ -223,6 +293,26 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
             })?;
             return Ok(ExitCode::SUCCESS);
         }
+        Command::Figures { vm } => {
+            let path = format!("/v1/vms/{}/figures", segment(&vm));
+            let figures: VmFigures = client.get(&path, &()).await?;
+            context.show(&figures, figures_table)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Console { vm, bytes } => {
+            let path = format!("/v1/vms/{}/console", segment(&vm));
+            let mut pieces = Box::pin(client.bytes(&path, &ConsolePart { bytes }).await?);
+            let mut text = Vec::new();
+            while let Some(piece) = pieces.next().await {
+                text.extend(piece?);
+            }
+            // A guest's control characters are not this terminal's.
+            let text = String::from_utf8_lossy(&text);
+            for line in text.lines() {
+                print(&printable(line));
+            }
+            return Ok(ExitCode::SUCCESS);
+        }
         Command::Snapshot { vm, template, diff } => {
             let path = format!("/v1/vms/{}/snapshot", segment(&vm));
             let request = SnapshotVm { template, diff };
@@ -242,6 +332,11 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
             client
                 .get(&format!("/v1/vms/{}", segment(&vm)), &())
                 .await?
+        }
+        Command::Set(args) => {
+            let path = format!("/v1/vms/{}", segment(&args.vm));
+            let request = ChangeVm::from(args);
+            client.send(Method::PATCH, &path, &request).await?
         }
         Command::Pause { vm } => {
             client
@@ -296,6 +391,30 @@ fn created_vms(context: &Context, created: &CreatedVms) -> Result<ExitCode> {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     })
+}
+
+fn figures_table(figures: &VmFigures) -> String {
+    let seconds = |us: u64| format!("{:.1} s", us as f64 / 1e6);
+    let traffic = |one: u64, other: u64| format!("{} / {}", bytes(one), bytes(other));
+    let heads = [
+        "ADDRESS",
+        "CPU",
+        "SYSTEM",
+        "DISK READ/WRITTEN",
+        "NET IN/OUT",
+        "OWN",
+        "SHARED",
+    ];
+    let line = vec![
+        figures.addresses.join(","),
+        seconds(figures.cpu_user_us),
+        seconds(figures.cpu_system_us),
+        traffic(figures.disk_read_bytes, figures.disk_written_bytes),
+        traffic(figures.network_received_bytes, figures.network_sent_bytes),
+        bytes(figures.memory.private_bytes),
+        bytes(figures.memory.shared_bytes),
+    ];
+    table(&heads, vec![line])
 }
 
 fn vms_table(vms: &[Vm]) -> String {

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use army_api::keys::{Key, Role};
+use army_api::keys::{Key, KeyScope, Role};
 use army_api::vms::Vm;
 use army_api::{Problem, ProblemKind};
 use axum::extract::FromRequestParts;
 use axum::http::header;
 use axum::http::request::Parts;
 
-use super::{App, Failure, audit};
+use super::{App, Failure, audit, scopes};
 use army_controller::{Controller, Requester};
 
 /// The beginning of the WebSocket subprotocol in which a browser's terminal sends its key, because it
@@ -41,10 +41,10 @@ impl Caller {
         }
     }
 
-    /// Completes when the caller's key is removed. A response that goes on for some time must end
-    /// then.
+    /// Completes when the caller's key is removed or expires. A response that goes on for some time
+    /// must end then.
     pub fn revoked(&self) -> impl Future<Output = ()> + Send + use<> {
-        self.controller.key_removed(&self.key.id)
+        self.controller.key_ended(&self.key)
     }
 
     /// Checks that the caller may do what a `role` may.
@@ -65,7 +65,14 @@ impl Caller {
     /// caller may not see is not found.
     pub async fn vm(&self, app: &App, key: &str) -> Result<Vm, Failure> {
         let vm = app.controller.vm(key, &self.key.tenant, self.scope());
-        Ok(vm.await?)
+        let vm = vm.await?;
+        match &self.key.scope {
+            Some(KeyScope::Vm(only)) if *only != vm.id => {
+                let detail = "this key is for another VM only";
+                Err(Failure(Problem::new(ProblemKind::Forbidden, detail)))
+            }
+            _ => Ok(vm),
+        }
     }
 }
 
@@ -83,12 +90,15 @@ impl FromRequestParts<App> for Caller {
         match app.controller.find_key(&secret).await? {
             Some(key) => {
                 audit::identify(parts, &key);
+                if let Some(scope) = &key.scope {
+                    scopes::check(scope, parts)?;
+                }
                 Ok(Self {
                     key,
                     controller: Arc::clone(&app.controller),
                 })
             }
-            None => Err(unauthorized("the key is unknown")),
+            None => Err(unauthorized("the key is unknown or has expired")),
         }
     }
 }

@@ -56,7 +56,7 @@ pub(super) async fn start(
 /// Lists the commands in a VM.
 ///
 /// The list has the commands that the VM's agent keeps: those that are running, and those that have
-/// ended but whose end has not been read.
+/// ended but whose end has not been read, or not more than 10 minutes ago.
 #[utoipa::path(get, path = "/v1/vms/{vm}/commands", params(("vm" = String, Path)),
     responses((status = 200, body = Vec<Command>)))]
 pub(super) async fn list(

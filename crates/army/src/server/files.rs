@@ -1,23 +1,23 @@
 //! Files in guests, as streams in both directions.
 
-use std::io;
 use std::time::Duration;
 
-use agent_client::{ByteLimit, Download, Upload};
+use agent_client::{ByteLimit, Upload};
 use army_api::exec::FilePath;
 use army_api::keys::Role;
 use army_api::{Problem, ProblemKind};
-use axum::body::{Body, BodyDataStream, Bytes};
+use axum::body::BodyDataStream;
 use axum::extract::{Request, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use futures_util::{StreamExt, stream};
+use futures_util::StreamExt;
 use tokio::time::timeout;
 
 use super::auth::Caller;
-use super::budget::Budget;
+use super::downloads::body;
 use super::extract::{Params, Path};
-use super::sessions::{Ending, Guest};
+use super::ranges::{self, Range};
+use super::sessions::Guest;
 use super::{Answer, App};
 use army_controller::{Error, guest};
 
@@ -28,75 +28,47 @@ const SILENCE: Duration = Duration::from_secs(30);
 /// The largest file that is read. It is never held in memory.
 const MAX_FILE: ByteLimit = ByteLimit::new(1 << 40);
 
-/// Reads a file from a guest.
-#[utoipa::path(get, path = "/v1/vms/{vm}/files", params(("vm" = String, Path), FilePath),
-    responses((status = 200, content_type = "application/octet-stream")))]
+/// Reads a file from a guest, or one range of its bytes.
+///
+/// A `Range` header is ignored where the guest's agent is of a release that cannot read ranges; the
+/// answer is the whole file then.
+#[utoipa::path(get, path = "/v1/vms/{vm}/files", params(("vm" = String, Path), FilePath,
+    ("Range" = Option<String>, Header, description = "The bytes to read, as in `bytes=0-99`")),
+    responses((status = 200, content_type = "application/octet-stream"),
+        (status = 206, content_type = "application/octet-stream")))]
 pub(super) async fn read(
     State(app): State<App>,
     caller: Caller,
     Path(vm): Path<String>,
     Params(file): Params<FilePath>,
+    headers: HeaderMap,
 ) -> Answer<Response> {
     caller.may(Role::User)?;
     let file = guest::put(file)?;
     let vm = caller.vm(&app, &vm).await?;
-    let Guest { connection, ending } = app.guest(&caller, &vm, LIMIT).await?;
-    let mut download = connection
-        .get(&file.path, MAX_FILE)
-        .await
-        .map_err(Error::from)?;
-    // An error before the first bytes becomes the response.
-    let first = download.next().await.map_err(Error::from)?;
-    let body = match first {
-        Some(first) => Reading {
-            first: Some(first),
-            download,
-            ending,
-            budget: app.budget,
-            tenant: caller.key.tenant,
-        }
-        .into_body(),
-        None => Body::empty(),
-    };
-    let media = [(header::CONTENT_TYPE, "application/octet-stream")];
-    Ok((media, body).into_response())
-}
-
-/// A file that is being read. It is read from the guest as the client takes it, and not any more
-/// where the client disconnects.
-struct Reading {
-    first: Option<Vec<u8>>,
-    download: Download,
-    ending: Ending,
-    budget: Budget,
-    tenant: String,
-}
-
-impl Reading {
-    fn into_body(self) -> Body {
-        let bytes = stream::try_unfold(self, |mut reading| async move {
-            let data = reading.next().await?;
-            Ok::<_, io::Error>(data.map(|data| (data, reading)))
-        });
-        Body::from_stream(bytes)
-    }
-
-    async fn next(&mut self) -> io::Result<Option<Bytes>> {
-        let data = match self.first.take() {
-            Some(first) => Some(first),
-            None => tokio::select! {
-                data = self.download.next() => data.map_err(io::Error::other)?,
-                // An error, because a part of a file must not look like all of it.
-                () = self.ending.key_removed() => {
-                    return Err(io::Error::other("the key was removed"));
-                }
-            },
+    let mut guest = app.guest(&caller, &vm, LIMIT).await?;
+    if let Some(range) = ranges::requested(&headers)
+        && ranges::is_supported(&guest.connection)
+    {
+        let size = match range {
+            Range::From(..) => 0,
+            Range::Last(_) => {
+                let size = ranges::size(guest.connection, &file.path).await?;
+                guest = app.guest(&caller, &vm, LIMIT).await?;
+                size
+            }
         };
-        Ok(match data {
-            Some(data) => Some(self.budget.count(&self.tenant, data).await),
-            None => None,
-        })
+        let place = range.place(size);
+        return ranges::read(&app, &caller, guest, &file.path, place, MAX_FILE).await;
     }
+    let Guest { connection, ending } = guest;
+    let download = connection.get(&file.path, MAX_FILE).await;
+    let body = body(&app, &caller, download.map_err(Error::from)?, ending).await?;
+    let headers = [
+        (header::CONTENT_TYPE, "application/octet-stream"),
+        (header::ACCEPT_RANGES, "bytes"),
+    ];
+    Ok((headers, body).into_response())
 }
 
 /// Writes the body of the request, of any size, to a file in a guest.
@@ -125,8 +97,8 @@ pub(super) async fn write(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Writes a body to a file, which appears only where the body has come to its end.
-async fn fill(mut upload: Upload, mut content: BodyDataStream) -> Answer<()> {
+/// Sends a body to a guest, for what counts only where the body has come to its end.
+pub(super) async fn fill(mut upload: Upload, mut content: BodyDataStream) -> Answer<()> {
     loop {
         let Ok(chunk) = timeout(SILENCE, content.next()).await else {
             let detail = format!("no data arrived for {} seconds", SILENCE.as_secs());

@@ -10,13 +10,17 @@ pub mod auth;
 mod bounds;
 mod budget;
 mod builds;
+mod changes;
 mod commands;
 mod dashboard;
+mod directories;
+mod downloads;
 mod egress;
 mod events;
 mod exec;
 mod extract;
 mod failure;
+mod figures;
 mod files;
 mod health;
 mod hosts;
@@ -25,16 +29,22 @@ mod metrics;
 mod operations;
 mod output;
 mod ports;
+mod ranges;
+mod scopes;
 mod sessions;
+mod streams;
 mod templates;
+mod tenants;
 mod terminal;
 pub mod tls;
 mod vms;
+mod webhooks;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use army_api::Problem;
+use army_api::streams::{StreamEvent, StreamRequest};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::header;
@@ -123,7 +133,7 @@ impl Doors {
             again. Operations go on when their client disconnects."
     ),
     security(("key" = [])),
-    components(schemas(Problem)),
+    components(schemas(Problem, StreamRequest, StreamEvent)),
     modifiers(&BearerKey)
 )]
 struct Document;
@@ -145,6 +155,8 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(metrics::metrics))
         .routes(routes!(keys::list, keys::create))
         .routes(routes!(keys::remove))
+        .routes(routes!(tenants::list))
+        .routes(routes!(tenants::inspect, tenants::change))
         .routes(routes!(hosts::list))
         .routes(routes!(hosts::token))
         .routes(routes!(hosts::inspect, hosts::change, hosts::remove))
@@ -161,22 +173,33 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(templates::tag, templates::untag))
         .routes(routes!(builds::build))
         .routes(routes!(vms::list, vms::create))
-        .routes(routes!(vms::inspect, vms::destroy))
+        .routes(routes!(vms::inspect, vms::destroy, changes::change))
         .routes(routes!(vms::pause))
         .routes(routes!(vms::resume))
         .routes(routes!(vms::fork))
         .routes(routes!(vms::snapshot))
         .routes(routes!(vms::balloon, vms::set_balloon))
-        .routes(routes!(exec::exec))
+        .routes(routes!(figures::figures))
+        .routes(routes!(figures::console))
+        .routes(routes!(exec::exec, streams::exec))
         .routes(routes!(commands::list, commands::start))
         .routes(routes!(commands::output))
+        .routes(routes!(streams::attach))
         .routes(routes!(commands::signal))
         .routes(routes!(terminal::terminal))
         .routes(routes!(ports::connect))
-        .routes(routes!(files::read, files::write))
+        .routes(routes!(files::read, files::write, directories::remove))
+        .routes(routes!(directories::list))
+        .routes(routes!(directories::stat))
+        .routes(routes!(directories::make))
+        .routes(routes!(directories::rename))
+        .routes(routes!(directories::pack, directories::unpack))
+        .routes(routes!(directories::watch))
         .routes(routes!(events::events))
         .routes(routes!(operations::list))
         .routes(routes!(operations::inspect))
+        .routes(routes!(webhooks::list, webhooks::create))
+        .routes(routes!(webhooks::remove))
 }
 
 /// The OpenAPI document.

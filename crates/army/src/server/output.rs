@@ -67,7 +67,7 @@ impl Output {
         took_us: u64,
     ) -> impl Iterator<Item = Result<Bytes, Infallible>> + Send + use<> {
         let is_text = |bytes: &[u8]| std::str::from_utf8(bytes).is_ok();
-        let rest = ExecResult {
+        let without_output = ExecResult {
             exit_code: ended.exit_code,
             signal: ended.signal,
             timed_out: ended.timed_out,
@@ -77,19 +77,15 @@ impl Output {
             omitted_bytes: self.omitted,
             took_us,
         };
-        let mut fields = serde_json::to_value(rest).unwrap_or_default();
-        if let Some(fields) = fields.as_object_mut() {
-            fields.remove("stdout");
-            fields.remove("stderr");
-        }
-        let fields = fields.to_string();
-        let end = format!("\",{}", fields.trim_start_matches('{'));
+        let fields = serde_json::to_string(&without_output).unwrap_or_default();
+        // No other field has a text, in which this could be found.
+        let (begin, end) = fields.split_once(EMPTY_OUTPUT).unwrap_or_default();
         let reservation = self.reservation;
-        let pieces = std::iter::once("{\"stdout\":\"".to_owned())
+        let pieces = std::iter::once(format!("{begin}\"stdout\":\""))
             .chain(Escaped::new(self.stdout))
             .chain(std::iter::once("\",\"stderr\":\"".to_owned()))
             .chain(Escaped::new(self.stderr))
-            .chain(std::iter::once(end));
+            .chain(std::iter::once(format!("\"{end}")));
         pieces.map(move |piece| {
             // The budget is free again when the last piece was taken.
             let _ = &reservation;
@@ -97,6 +93,9 @@ impl Output {
         })
     }
 }
+
+/// The fields of a result without output, as they are in its JSON.
+const EMPTY_OUTPUT: &str = "\"stdout\":\"\",\"stderr\":\"\"";
 
 /// Bytes as the inside of a JSON string, piece by piece. What is not UTF-8 is replaced.
 struct Escaped {

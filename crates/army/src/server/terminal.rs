@@ -24,9 +24,9 @@ use army_controller::Error;
 /// that were offered.
 const SUBPROTOCOL: &str = "army.terminal";
 /// How long a guest may take to accept input.
-const INPUT_LIMIT: Duration = Duration::from_secs(120);
+pub(super) const INPUT_LIMIT: Duration = Duration::from_secs(120);
 /// The largest message of a client, in bytes.
-const MAX_MESSAGE: usize = 256 * 1024;
+pub(super) const MAX_MESSAGE: usize = 256 * 1024;
 
 /// Opens a terminal in a VM.
 ///
@@ -152,7 +152,7 @@ async fn close(mut socket: WebSocket, exit_code: Option<i32>) {
 }
 
 /// Returns false where the client has disconnected.
-async fn send(socket: &mut WebSocket, message: Message) -> bool {
+pub(super) async fn send(socket: &mut WebSocket, message: Message) -> bool {
     let sent = timeout(SILENCE, socket.send(message)).await;
     matches!(sent, Ok(Ok(())))
 }

@@ -6,9 +6,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent_proto::frame;
+use agent_proto::frame::{self, Decoder};
 use agent_proto::messages::{
-    Exited, FromAgent, FromHost, Hello, Output, Started, from_agent::Kind, from_host,
+    Empty, Exited, FromAgent, FromHost, Hello, Output, Started, from_agent::Kind, from_host,
+    request::Operation,
 };
 use army::server::Doors;
 use army_api::vms::VmState;
@@ -16,7 +17,7 @@ use army_node_api::simulated::SimulatedNode;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-use crate::served::{Server, record, server_with};
+use crate::served::{Server, record, server_of, server_with};
 
 /// The time limit for what should happen at once, on a machine under load.
 pub const LIMIT: Duration = Duration::from_secs(60);
@@ -24,7 +25,7 @@ pub const LIMIT: Duration = Duration::from_secs(60);
 /// The agent's end of a connection.
 pub struct Agent {
     stream: UnixStream,
-    decoder: frame::Decoder,
+    decoder: Decoder,
 }
 
 /// A server with running VMs `vm-1`, `vm-2`, …, and the agents of the connections to come, which
@@ -37,14 +38,7 @@ pub async fn with_agents(
     let node = Arc::new(SimulatedNode::new("here"));
     let mut agents = Vec::new();
     for _ in 0..connections {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        node.add_agent(ours);
-        let mut agent = Agent {
-            stream: theirs,
-            decoder: frame::Decoder::default(),
-        };
-        agent.say(Kind::Hello(Hello::default())).await;
-        agents.push(agent);
+        agents.push(next_agent(&node, &[]).await);
     }
     let server = server_with(node, change).await;
     let vm = |number| record(&format!("{number:012x}"), &format!("vm-{number}"), "root");
@@ -60,16 +54,22 @@ pub async fn with_agents(
 }
 
 impl Agent {
-    pub async fn say(&mut self, kind: Kind) {
+    pub async fn send(&mut self, kind: Kind) {
         let mut bytes = Vec::new();
         frame::encode(&FromAgent { kind: Some(kind) }, &mut bytes).unwrap();
-        self.stream.write_all(&bytes).await.unwrap();
+        // The host may have hung up.
+        let _ = self.stream.write_all(&bytes).await;
     }
 
     /// Says that the command has begun.
     pub async fn start(&mut self) {
-        self.hear().await.unwrap();
-        self.say(Kind::Started(Started { id: 1, pid: 2 })).await;
+        self.receive().await.unwrap();
+        self.send(Kind::Started(Started {
+            id: 1,
+            pid: 2,
+            ..Started::default()
+        }))
+        .await;
     }
 
     pub async fn print(&mut self, data: Vec<u8>) {
@@ -77,7 +77,7 @@ impl Agent {
             data,
             ..Output::default()
         };
-        self.say(Kind::Output(output)).await;
+        self.send(Kind::Output(output)).await;
     }
 
     pub async fn exit(&mut self) {
@@ -85,12 +85,16 @@ impl Agent {
             code: Some(0),
             ..Exited::default()
         };
-        self.say(Kind::Exited(exited)).await;
+        self.send(Kind::Exited(exited)).await;
+    }
+
+    pub async fn done(&mut self) {
+        self.send(Kind::Done(Empty {})).await;
     }
 
     /// The next message of the host; `None` where it has hung up.
-    pub async fn hear(&mut self) -> Option<from_host::Kind> {
-        let hear = async {
+    pub async fn receive(&mut self) -> Option<from_host::Kind> {
+        let receive = async {
             loop {
                 if let Some(message) = self.decoder.next::<FromHost>().unwrap() {
                     return message.kind;
@@ -102,11 +106,48 @@ impl Agent {
                 }
             }
         };
-        tokio::time::timeout(LIMIT, hear).await.unwrap()
+        tokio::time::timeout(LIMIT, receive).await.unwrap()
+    }
+
+    /// The request of the connection.
+    pub async fn request(&mut self) -> Operation {
+        match self.receive().await {
+            Some(from_host::Kind::Request(request)) => request.operation.unwrap(),
+            other => panic!("{other:?}"),
+        }
     }
 
     /// Waits until the host has hung up.
     pub async fn end(&mut self) {
-        while self.hear().await.is_some() {}
+        while self.receive().await.is_some() {}
     }
+}
+
+/// A server with the running VM `a`, and the simulated host of it.
+pub async fn with_vm() -> (Server, Arc<SimulatedNode>) {
+    let node = Arc::new(SimulatedNode::new("here"));
+    let server = server_of(Arc::<SimulatedNode>::clone(&node)).await;
+    let vms = [record("000000000001", "a", "root")];
+    let records = &server.records;
+    records.insert_vms(&vms, &BTreeMap::new()).await.unwrap();
+    let ids = [vms[0].id.clone()];
+    let running = records.set_vm_states(&ids, VmState::Running, "");
+    running.await.unwrap();
+    (server, node)
+}
+
+/// The agent's end of the next connection. The agent knows these operations.
+pub async fn next_agent(node: &SimulatedNode, operations: &[u32]) -> Agent {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    node.add_agent(ours);
+    let mut agent = Agent {
+        stream: theirs,
+        decoder: Decoder::default(),
+    };
+    let hello = Hello {
+        operations: operations.to_vec(),
+        ..Hello::default()
+    };
+    agent.send(Kind::Hello(hello)).await;
+    agent
 }

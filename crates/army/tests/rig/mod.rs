@@ -61,6 +61,7 @@ impl Host {
             .env("ARMY_STATE", self.dir.path().join("state"))
             .env("ARMY_URL", &self.url)
             .env("ARMY_KEY", &self.key)
+            .env("ARMY_ALLOW_PLAIN_HTTP", "true")
             .env_remove("LD_LIBRARY_PATH")
             .stdin(Stdio::null())
     }
@@ -79,6 +80,7 @@ impl Host {
         let listen = std::env::var("CLONE_TEST_LISTEN");
         let listen = listen.as_deref().unwrap_or("127.0.0.1:0");
         command.args(["dev", "--listen", listen, "--host-name", "here"]);
+        command.arg("--serve-plain-http");
         let mut server = self
             .environment(&mut command)
             .stdout(Stdio::piped())

@@ -28,6 +28,7 @@ pub struct Server {
     pub url: String,
     pub admin: Client,
     pub records: Records,
+    pub controller: Arc<Controller>,
     pub dir: tempfile::TempDir,
     router: axum::Router,
     pub stop: Stop,
@@ -146,6 +147,19 @@ pub async fn server_with(node: Arc<dyn NodeApi>, change: impl FnOnce(Doors) -> D
     serve(dir, database, node, None, change).await
 }
 
+/// The API over one host, with either database.
+pub async fn server_over(node: Arc<dyn NodeApi>, postgres: Option<Postgres>) -> Server {
+    let dir = tempfile::tempdir().unwrap();
+    let database = match &postgres {
+        Some(postgres) => postgres.open().await,
+        None => {
+            let url = Database::sqlite_url(&dir.path().join("army.db"));
+            Database::open(&url).await.unwrap()
+        }
+    };
+    serve(dir, database, node, postgres, |doors| doors).await
+}
+
 async fn serve(
     dir: tempfile::TempDir,
     database: Database,
@@ -159,7 +173,8 @@ async fn serve(
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let stop = Stop::default();
-    let router = server::router_with(controller, change(Doors::new(stop.stopping())));
+    let doors = change(Doors::new(stop.stopping()));
+    let router = server::router_with(Arc::clone(&controller), doors);
     let over_tls = router.clone();
     let plain = army_node_api::serve::Server::new(listener, None, Limits::STRANGERS);
     let serving = tokio::spawn(plain.serve(router, stop.stopping()));
@@ -168,6 +183,7 @@ async fn serve(
         admin: Client::new(&url, key.secret).unwrap(),
         url,
         records,
+        controller,
         dir,
         router: over_tls,
         stop,
@@ -183,9 +199,8 @@ pub async fn create_key(
     max_vms: Option<u32>,
 ) -> NewKey {
     let asked = CreateKey {
-        tenant: tenant.to_owned(),
-        role,
         max_vms,
+        ..CreateKey::new(tenant, role)
     };
     records.create_key(&asked).await.unwrap()
 }
@@ -234,6 +249,7 @@ pub fn record(id: &str, name: &str, tenant: &str) -> Vm {
         created_ms: 1,
         expires_ms: None,
         network: None,
+        idle: None,
         fork: None,
         notices: Vec::new(),
         memory: None,

@@ -74,6 +74,7 @@ fn vm(number: usize) -> Vm {
         created_ms: 1_800_000_000_000 + number as u64,
         expires_ms: Some(1_900_000_000_000),
         network: None,
+        idle: None,
         fork: None,
         notices: Vec::new(),
         memory: None,

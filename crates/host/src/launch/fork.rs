@@ -90,6 +90,13 @@ impl Source {
         })
     }
 
+    /// The destinations that a clone's guest may send to at the most, on all of its interfaces;
+    /// `None` where that cannot be said with one policy.
+    pub fn egress_ceiling(&self) -> Option<Egress> {
+        let nets = self.ceilings.nets.iter().map(|net| &net.egress);
+        Egress::common(nets).ok()
+    }
+
     /// Checks that the kernel for reboots of the clones exists and is the file that was verified.
     #[cfg(any(test, feature = "testing"))]
     #[doc(hidden)]
@@ -269,6 +276,32 @@ impl Overrides {
     fn is_none(&self) -> bool {
         self.net.is_none() && self.overlays.is_empty()
     }
+}
+
+/// Changes the destinations that a running VM's guest may send to, on all of its interfaces: those
+/// of `egress` that `ceiling` permits, too. The change is in force when this returns.
+///
+/// # Errors
+/// Where both together are too many networks, or the host's packet filter cannot be changed.
+pub fn set_egress(vm: &RunningVm, egress: &Egress, ceiling: &Egress) -> Result<()> {
+    let narrowed = egress.intersection(ceiling).map_err(|error| {
+        let message = format!("the template limits egress, too: {error}");
+        ApiError::new(ErrorCode::InvalidConfig, message).advise("allow fewer networks")
+    })?;
+    network::restrict(&vm.dir, &narrowed)?;
+    vm.dir.change_config(|config| restrict(config, &narrowed))
+}
+
+/// The destinations that a running VM's guest may send to now, on all of its interfaces.
+///
+/// # Errors
+/// Where the VM's description cannot be read.
+pub fn egress(vm: &RunningVm) -> Result<Egress> {
+    let nets = vm.dir.config()?.net;
+    Egress::common(nets.iter().map(|net| &net.egress)).map_err(|error| {
+        let message = format!("the interfaces have different limits of egress: {error}");
+        ApiError::new(ErrorCode::InvalidConfig, message)
+    })
 }
 
 /// Limits all interfaces to `egress`.

@@ -161,7 +161,11 @@ mod tests {
 
     #[test]
     fn an_agent_that_floods_ends_the_training_and_nothing_else() {
-        let started = encoded(from_agent::Kind::Started(Started { id: 1, pid: 1 }));
+        let started = encoded(from_agent::Kind::Started(Started {
+            id: 1,
+            pid: 1,
+            ..Started::default()
+        }));
         let vm = FakeVm::new(started, |stream| {
             let data = vec![0; 32 << 10];
             let output = from_agent::Kind::Output(Output {

@@ -46,11 +46,7 @@ impl Server {
         if alive {
             tokio::spawn(Arc::clone(&controller).reconcile());
         }
-        let admin = CreateKey {
-            tenant: "root".to_owned(),
-            role: Role::Admin,
-            max_vms: None,
-        };
+        let admin = CreateKey::new("root", Role::Admin);
         let key = controller.create_key(&admin).await?.secret;
         Ok(Self {
             controller,

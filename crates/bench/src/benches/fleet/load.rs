@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use army_api::client::Client;
 use army_api::vms::{CreateVms, CreatedVms, VmFilter, VmPage};
-use army_controller::Requester;
 use army_controller::testing::Records;
 use army_node_api::simulated::SimulatedNode;
 use axum::http::Method;
@@ -69,10 +68,6 @@ pub(super) async fn events(at: &Server, read_at: &Server, samples: usize) -> Res
     let events = read_at.client.events(None).await?;
     let mut events = std::pin::pin!(events);
     let host = super::fleet_host(0, 1);
-    let requester = Requester {
-        tenant: "default".to_owned(),
-        ..Requester::default()
-    };
     let mut times = Vec::with_capacity(samples);
     for turn in 0..samples {
         let draining = turn % 2 == 0;
@@ -82,8 +77,9 @@ pub(super) async fn events(at: &Server, read_at: &Server, samples: usize) -> Res
             "host.ready"
         };
         let start = Instant::now();
-        let changing = at.controller.set_draining(&requester, &host, draining);
-        changing.await?;
+        let requester = army_controller::Requester::default();
+        let started = at.controller.set_draining(&requester, &host, draining);
+        let started = started.await?;
         loop {
             let event = events
                 .next()
@@ -94,10 +90,12 @@ pub(super) async fn events(at: &Server, read_at: &Server, samples: usize) -> Res
             }
         }
         times.push(start.elapsed());
+        at.controller.outcome(started, None).await?;
     }
     if samples % 2 == 1 {
-        let changing = at.controller.set_draining(&requester, &host, false);
-        changing.await?;
+        let requester = army_controller::Requester::default();
+        let started = at.controller.set_draining(&requester, &host, false);
+        at.controller.outcome(started.await?, None).await?;
     }
     Ok(times)
 }

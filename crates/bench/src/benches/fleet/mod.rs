@@ -65,11 +65,7 @@ impl Server {
             tokio::spawn(async { drop(reconcile.await) }),
             tokio::spawn(async { drop(axum::serve(listener, router).await) }),
         ];
-        let admin = CreateKey {
-            tenant: "root".to_owned(),
-            role: Role::Admin,
-            max_vms: None,
-        };
+        let admin = CreateKey::new("root", Role::Admin);
         let key = controller.create_key(&admin).await?.secret;
         let client = Client::new(&url, &key)?;
         Ok(Self {

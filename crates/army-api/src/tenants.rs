@@ -1,0 +1,79 @@
+//! Tenants: what they may have, and what they have.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::changes::mentioned;
+
+/// The quotas of a tenant. One that is absent is unlimited.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Quotas {
+    /// The number of VMs that the tenant may have at a time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_vms: Option<u32>,
+    /// The memory sizes of the guests of all its VMs together, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_memory_bytes: Option<u64>,
+    /// The numbers of CPUs of all its VMs together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_vcpus: Option<u32>,
+}
+
+/// What the VMs of a tenant have, by their nominal sizes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Used {
+    /// The number of VMs that have not ended.
+    pub vms: u32,
+    /// The memory sizes of their guests together, in bytes. VMs of releases that did not record it
+    /// do not count.
+    pub memory_bytes: u64,
+    /// The numbers of their CPUs together.
+    pub vcpus: u32,
+}
+
+/// A tenant.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(example = json!({
+    "name": "red", "quotas": {"max_vms": 10, "max_memory_bytes": 8589934592_i64},
+    "used": {"vms": 2, "memory_bytes": 1073741824, "vcpus": 4}
+}))]
+pub struct Tenant {
+    /// The name of the tenant.
+    pub name: String,
+    /// What it may have.
+    pub quotas: Quotas,
+    /// What it has.
+    pub used: Used,
+}
+
+/// A request to change the quotas of a tenant. What is not mentioned is kept, and null makes
+/// unlimited. VMs that exist are kept where a quota becomes smaller than what there is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"max_vms": 20, "max_vcpus": null}))]
+pub struct ChangeTenant {
+    /// The number of VMs that the tenant may have at a time, at most 1,000,000.
+    #[serde(
+        default,
+        deserialize_with = "mentioned",
+        skip_serializing_if = "Option::is_none"
+    )]
+    #[schema(value_type = Option<u32>, maximum = 1000000)]
+    pub max_vms: Option<Option<u32>>,
+    /// The memory sizes of the guests of all its VMs together, in bytes, at most 4 PiB.
+    #[serde(
+        default,
+        deserialize_with = "mentioned",
+        skip_serializing_if = "Option::is_none"
+    )]
+    #[schema(value_type = Option<u64>, maximum = 4503599627370496_i64)]
+    pub max_memory_bytes: Option<Option<u64>>,
+    /// The numbers of CPUs of all its VMs together, at most 1,000,000.
+    #[serde(
+        default,
+        deserialize_with = "mentioned",
+        skip_serializing_if = "Option::is_none"
+    )]
+    #[schema(value_type = Option<u32>, maximum = 1000000)]
+    pub max_vcpus: Option<Option<u32>>,
+}

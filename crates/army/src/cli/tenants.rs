@@ -1,0 +1,102 @@
+//! `army tenant`.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use army_api::client::segment;
+use army_api::tenants::{ChangeTenant, Tenant};
+use clone_api::Bytes;
+use reqwest::Method;
+
+use super::context::Context;
+use super::output::{bytes, table};
+
+/// Manage tenants and their quotas.
+#[derive(clap::Subcommand)]
+pub(super) enum Command {
+    /// List tenants.
+    Ls,
+    /// Show a tenant.
+    Show {
+        /// The tenant.
+        tenant: String,
+    },
+    /// Change the quotas of a tenant, for VMs that are created from now on.
+    Set(SetArgs),
+}
+
+/// `army tenant set`.
+#[derive(clap::Args)]
+pub(super) struct SetArgs {
+    /// The tenant.
+    tenant: String,
+    /// The number of VMs that it may have at a time, or `none` for unlimited.
+    #[arg(long, value_parser = limit::<u32>)]
+    max_vms: Option<Limit<u32>>,
+    /// The memory of the guests of all its VMs together, as in 64G, or `none`.
+    #[arg(long, value_name = "SIZE", value_parser = limit::<Bytes>)]
+    max_memory: Option<Limit<Bytes>>,
+    /// The CPUs of all its VMs together, or `none`.
+    #[arg(long, value_parser = limit::<u32>)]
+    max_cpus: Option<Limit<u32>>,
+}
+
+/// A quota, or none.
+#[derive(Clone, Copy)]
+struct Limit<T>(Option<T>);
+
+fn limit<T: std::str::FromStr>(text: &str) -> Result<Limit<T>, String>
+where
+    T::Err: std::fmt::Display,
+{
+    match text {
+        "none" => Ok(Limit(None)),
+        number => {
+            let number = number.parse().map_err(|error: T::Err| error.to_string())?;
+            Ok(Limit(Some(number)))
+        }
+    }
+}
+
+pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode> {
+    let client = context.client()?;
+    let path = |tenant: &str| format!("/v1/tenants/{}", segment(tenant));
+    let tenants: Vec<Tenant> = match command {
+        Command::Ls => client.get("/v1/tenants", &()).await?,
+        Command::Show { tenant } => vec![client.get(&path(&tenant), &()).await?],
+        Command::Set(args) => {
+            let request = ChangeTenant {
+                max_vms: args.max_vms.map(|it| it.0),
+                max_memory_bytes: args.max_memory.map(|it| it.0.map(|Bytes(bytes)| bytes)),
+                max_vcpus: args.max_cpus.map(|it| it.0),
+            };
+            let path = path(&args.tenant);
+            vec![client.send(Method::PATCH, &path, &request).await?]
+        }
+    };
+    context.show(&tenants, |tenants| tenants_table(tenants))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn tenants_table(tenants: &[Tenant]) -> String {
+    let of = |used: String, most: Option<String>| match most {
+        Some(most) => format!("{used} of {most}"),
+        None => used,
+    };
+    let lines = tenants.iter().map(|tenant| {
+        let (used, quotas) = (tenant.used, tenant.quotas);
+        vec![
+            tenant.name.clone(),
+            of(
+                used.vms.to_string(),
+                quotas.max_vms.map(|it| it.to_string()),
+            ),
+            of(bytes(used.memory_bytes), quotas.max_memory_bytes.map(bytes)),
+            of(
+                used.vcpus.to_string(),
+                quotas.max_vcpus.map(|it| it.to_string()),
+            ),
+        ]
+    });
+    table(&["TENANT", "VMS", "MEMORY", "CPUS"], lines.collect())
+}

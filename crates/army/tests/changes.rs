@@ -1,0 +1,172 @@
+//! Changes of VMs through the API: what is recorded, what the host is asked for, and what happens
+//! where both differ.
+#![allow(clippy::unwrap_used)]
+
+mod served;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use army_api::client::ClientError;
+use army_api::keys::Role;
+use army_api::vms::{Vm, VmState};
+use army_api::{Problem, ProblemKind};
+use army_node_api::simulated::SimulatedNode;
+use army_node_api::{Error, ErrorKind};
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use served::{Postgres, Server, record, server_over};
+
+const PATH: &str = "/v1/vms/a";
+
+/// A server with a VM that runs on a simulated host.
+async fn with_vm(postgres: Option<Postgres>) -> (Server, Arc<SimulatedNode>) {
+    let node = Arc::new(SimulatedNode::new("here"));
+    node.add_vm("000000000001");
+    let server = server_over(Arc::<SimulatedNode>::clone(&node), postgres).await;
+    let mut vm = record("000000000001", "a", "root");
+    vm.labels = [("team".to_owned(), "red".to_owned())].into();
+    let ids = [vm.id.clone()];
+    let records = &server.records;
+    records.insert_vms(&[vm], &BTreeMap::new()).await.unwrap();
+    let running = records.set_vm_states(&ids, VmState::Running, "");
+    running.await.unwrap();
+    (server, node)
+}
+
+async fn change(server: &Server, body: Value) -> Result<Vm, ClientError> {
+    server.admin.send(Method::PATCH, PATH, &body).await
+}
+
+fn problem(result: Result<Vm, ClientError>) -> Problem {
+    match result.unwrap_err() {
+        ClientError::Refused(problem) => problem,
+        other => panic!("{other}"),
+    }
+}
+
+async fn what_is_mentioned_is_changed_and_the_host_is_asked_for_it(postgres: Option<Postgres>) {
+    let (server, node) = with_vm(postgres).await;
+    let body = json!({
+        "ttl_s": 3600, "idle": {"after_s": 60, "action": "pause"},
+        "network": {"egress": {"allow": ["10.0.0.0/8"]}}, "labels": {"stage": "test", "team": null},
+    });
+    let vm = change(&server, body).await.unwrap();
+    assert!(vm.expires_ms.is_some() && vm.idle.is_some() && vm.network.is_some());
+    assert_eq!(vm.labels, [("stage".to_owned(), "test".to_owned())].into());
+    let asked = node.updates().pop().unwrap();
+    let ttl_ms = asked.lifetime.unwrap().ttl_ms.unwrap();
+    assert!((3_590_000..=3_600_000).contains(&ttl_ms), "{ttl_ms}");
+    assert_eq!(asked.idle.unwrap().policy, vm.idle);
+    // A list says the same.
+    let page: army_api::vms::VmPage = server.admin.get("/v1/vms", &()).await.unwrap();
+    assert_eq!(page.vms, std::slice::from_ref(&vm));
+    // Labels are no concern of the host.
+    let relabelled = change(&server, json!({"labels": {"a": "b"}}))
+        .await
+        .unwrap();
+    assert_eq!(relabelled.expires_ms, vm.expires_ms);
+    assert_eq!(node.updates().len(), 1);
+    let freed = change(&server, json!({"ttl_s": null, "idle": null})).await;
+    let freed = freed.unwrap();
+    assert_eq!((freed.expires_ms, freed.idle), (None, None));
+    assert_eq!(freed.network, vm.network);
+    let asked = node.updates();
+    assert_eq!(asked[1].lifetime.unwrap().ttl_ms, None);
+    assert!(asked[1].revision > asked[0].revision);
+}
+
+async fn a_change_of_a_vm_that_has_ended_is_a_conflict(postgres: Option<Postgres>) {
+    let (server, node) = with_vm(postgres).await;
+    // It ends on its host while it is changed.
+    let ended = Error::new(ErrorKind::Conflict, "the VM a has ended: nobody used it");
+    node.refuse_updates(Some(ended));
+    let refused = problem(change(&server, json!({"ttl_s": 60})).await);
+    assert_eq!(refused.kind, ProblemKind::Conflict);
+    assert!(refused.detail.contains("nobody used it"), "{refused}");
+    let vm: Vm = server.admin.get(PATH, &()).await.unwrap();
+    assert_eq!(vm.expires_ms, None, "the refused change was taken back");
+    let ids = [vm.id.clone()];
+    let over = server.records.set_vm_states(&ids, VmState::Ended, "over");
+    over.await.unwrap();
+    let path = format!("/v1/vms/{}", vm.id);
+    let body = json!({"ttl_s": 60});
+    let refused = problem(server.admin.send(Method::PATCH, &path, &body).await);
+    assert_eq!(refused.kind, ProblemKind::Conflict);
+    assert!(refused.detail.contains("over"), "{refused}");
+}
+
+async fn a_host_that_does_not_answer_applies_the_change_later(postgres: Option<Postgres>) {
+    let (server, node) = with_vm(postgres).await;
+    let silent = Error::new(ErrorKind::HostUnreachable, "the host here does not answer");
+    node.refuse_updates(Some(silent));
+    let refused = problem(change(&server, json!({"ttl_s": 60})).await);
+    assert_eq!(refused.kind, ProblemKind::HostUnavailable);
+    assert!(refused.detail.contains("is recorded"), "{refused}");
+    let vm: Vm = server.admin.get(PATH, &()).await.unwrap();
+    assert!(vm.expires_ms.is_some());
+    node.refuse_updates(None);
+    server.controller.recover().await.unwrap();
+    let sent = node.updates();
+    assert_eq!((sent.len(), sent[0].revision), (2, sent[1].revision));
+    server.controller.recover().await.unwrap();
+    assert_eq!(node.updates().len(), 2, "it is applied once");
+}
+
+async fn a_change_is_bounded_and_only_for_those_who_may(postgres: Option<Postgres>) {
+    let (server, node) = with_vm(postgres).await;
+    for body in [
+        json!({"ttl_s": 0}),
+        json!({"ttl_s": 315_360_001}),
+        json!({"idle": {"after_s": 0, "action": "pause"}}),
+        json!({"network": {"egress": {"allow": ["example.org"]}}}),
+        json!({"labels": {"": "x"}}),
+        json!({"surprise": 1}),
+    ] {
+        let refused = problem(change(&server, body.clone()).await);
+        assert_eq!(refused.kind, ProblemKind::InvalidRequest, "{body}");
+    }
+    let labels = |from: u32| -> BTreeMap<String, String> {
+        (from..from + 40)
+            .map(|it| (it.to_string(), String::new()))
+            .collect()
+    };
+    change(&server, json!({"labels": labels(0)})).await.unwrap();
+    let refused = problem(change(&server, json!({"labels": labels(40)})).await);
+    assert!(refused.detail.contains("64 labels"), "{refused}");
+    let viewer = server.client("root", Role::Viewer).await;
+    let stranger = server.client("blue", Role::User).await;
+    let body = json!({"ttl_s": 5});
+    let refused = problem(viewer.send(Method::PATCH, PATH, &body).await);
+    assert_eq!(refused.kind, ProblemKind::Forbidden);
+    let path = "/v1/vms/000000000001";
+    let refused = problem(stranger.send(Method::PATCH, path, &body).await);
+    assert_eq!(refused.kind, ProblemKind::NotFound);
+    assert_eq!(node.updates(), []);
+}
+
+/// Each test runs with each kind of database.
+macro_rules! on_each_database {
+    ($($name:ident,)*) => {
+        mod sqlite {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $name() {
+                super::$name(None).await;
+            })*
+        }
+        mod postgres {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $name() {
+                super::$name(Some(super::Postgres::start())).await;
+            })*
+        }
+    };
+}
+
+on_each_database! {
+    what_is_mentioned_is_changed_and_the_host_is_asked_for_it,
+    a_change_of_a_vm_that_has_ended_is_a_conflict,
+    a_host_that_does_not_answer_applies_the_change_later,
+    a_change_is_bounded_and_only_for_those_who_may,
+}

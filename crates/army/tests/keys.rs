@@ -1,0 +1,241 @@
+//! Keys with limits, and the quotas of tenants.
+#![allow(clippy::unwrap_used)]
+
+mod served;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use army_api::client::{Client, ClientError};
+use army_api::keys::{CreateKey, Key, KeyScope, Role};
+use army_api::templates::Template;
+use army_api::tenants::Tenant;
+use army_api::vms::{CreatedVms, Vm, VmPage};
+use army_api::{Problem, ProblemKind};
+use army_node_api::simulated::SimulatedNode;
+use futures_util::StreamExt;
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use served::{Postgres, Server, record, server_over, template};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+async fn serve(postgres: Option<Postgres>) -> Server {
+    let server = server_over(Arc::new(SimulatedNode::new("here")), postgres).await;
+    // The scheduler knows a host that has reported.
+    server.controller.recover().await.unwrap();
+    let template = Template {
+        memory_bytes: 1 << 30,
+        vcpus: 2,
+        ..template("t")
+    };
+    server.records.insert_template(&template).await.unwrap();
+    server
+}
+
+fn problem<T>(result: Result<T, ClientError>) -> Problem {
+    match result {
+        Err(ClientError::Refused(problem)) => problem,
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("not refused"),
+    }
+}
+
+async fn client(server: &Server, request: CreateKey) -> Client {
+    let key = server.records.create_key(&request).await.unwrap();
+    Client::new(&server.url, key.secret).unwrap()
+}
+
+async fn create(client: &Client, count: u32) -> Result<CreatedVms, ClientError> {
+    let body = json!({"template": "t", "count": count});
+    client.send(Method::POST, "/v1/vms", &body).await
+}
+
+async fn a_key_has_a_name_an_end_and_a_last_use(postgres: Option<Postgres>) {
+    let server = serve(postgres).await;
+    let body = json!({"tenant": "red", "role": "user", "name": "laptop of anna", "ttl_s": 3600});
+    let made: Value = server
+        .admin
+        .send(Method::POST, "/v1/keys", &body)
+        .await
+        .unwrap();
+    let client = Client::new(&server.url, made["secret"].as_str().unwrap()).unwrap();
+    let key = async || {
+        let keys: Vec<Key> = server.admin.get("/v1/keys", &()).await.unwrap();
+        keys.into_iter().find(|key| key.tenant == "red").unwrap()
+    };
+    let unused = key().await;
+    assert_eq!(unused.name.as_deref(), Some("laptop of anna"));
+    assert_eq!(unused.used_ms, None);
+    let lifetime = unused.expires_ms.unwrap() - unused.created_ms;
+    assert!((3_600_000..3_610_000).contains(&lifetime), "{lifetime}");
+    let _: VmPage = client.get("/v1/vms", &()).await.unwrap();
+    let end = Instant::now() + LIMIT;
+    let used = loop {
+        if let Some(used) = key().await.used_ms {
+            break used;
+        }
+        assert!(Instant::now() < end);
+    };
+    // Within a minute, it is not written again.
+    for _ in 0..20 {
+        let _: VmPage = client.get("/v1/vms", &()).await.unwrap();
+    }
+    assert_eq!(key().await.used_ms, Some(used));
+    for wrong in [
+        json!({"tenant": "red", "role": "user", "ttl_s": 0}),
+        json!({"tenant": "red", "role": "user", "name": "n".repeat(101)}),
+        json!({"tenant": "red", "role": "user", "scope": "everything"}),
+    ] {
+        let refused = server.admin.send::<Value>(Method::POST, "/v1/keys", &wrong);
+        let refused = problem(refused.await);
+        assert_eq!(refused.kind, ProblemKind::InvalidRequest, "{wrong}");
+    }
+}
+
+async fn an_expired_key_is_unknown_and_ends_what_it_opened(postgres: Option<Postgres>) {
+    let server = serve(postgres).await;
+    let request = CreateKey {
+        ttl_s: Some(2),
+        ..CreateKey::new("red", Role::User)
+    };
+    let client = client(&server, request).await;
+    let mut events = Box::pin(client.events(Some(0)).await.unwrap());
+    let ended = async { while events.next().await.is_some() {} };
+    tokio::time::timeout(LIMIT, ended).await.unwrap();
+    let refused = problem(client.get::<VmPage>("/v1/vms", &()).await);
+    assert_eq!(refused.kind, ProblemKind::Unauthorized);
+    assert!(refused.detail.contains("expired"), "{refused}");
+    // Nor can an administrator's key that will expire take the place of the last one.
+    let request = CreateKey {
+        ttl_s: Some(3600),
+        ..CreateKey::new("root", Role::Admin)
+    };
+    server.records.create_key(&request).await.unwrap();
+    let keys: Vec<Key> = server.admin.get("/v1/keys", &()).await.unwrap();
+    let lasting = |key: &&Key| key.role == Role::Admin && key.expires_ms.is_none();
+    let last = keys.iter().find(lasting).unwrap();
+    let path = format!("/v1/keys/{}", last.id);
+    let refused = problem(server.admin.plain(Method::DELETE, &path).await);
+    assert_eq!(refused.kind, ProblemKind::Conflict);
+}
+
+async fn a_scope_restricts_a_key_beside_its_role(postgres: Option<Postgres>) {
+    let server = serve(postgres).await;
+    let vms = [
+        record("000000000001", "a", "red"),
+        record("000000000002", "b", "red"),
+    ];
+    let records = &server.records;
+    records.insert_vms(&vms, &BTreeMap::new()).await.unwrap();
+    let scoped = async |role, scope| {
+        let request = CreateKey {
+            scope: Some(scope),
+            ..CreateKey::new("red", role)
+        };
+        client(&server, request).await
+    };
+    let of_vm = scoped(Role::User, KeyScope::Vm(vms[0].id.clone())).await;
+    let vm: Vm = of_vm.get("/v1/vms/a", &()).await.unwrap();
+    assert_eq!(vm.id, vms[0].id);
+    for path in [
+        "/v1/vms/b",
+        "/v1/vms",
+        "/v1/templates",
+        "/v1/events",
+        "/metrics",
+    ] {
+        let refused = problem(of_vm.get::<Value>(path, &()).await);
+        assert_eq!(refused.kind, ProblemKind::Forbidden, "{path}");
+    }
+    let body = json!({});
+    let fork = of_vm.send::<Value>(Method::POST, "/v1/vms/a/fork", &body);
+    assert_eq!(problem(fork.await).kind, ProblemKind::Forbidden);
+    let of_metrics = scoped(Role::Viewer, KeyScope::Metrics).await;
+    let url = format!("{}/metrics", server.url);
+    let request = reqwest::Client::new()
+        .get(url)
+        .bearer_auth(of_metrics.key());
+    assert_eq!(request.send().await.unwrap().status(), 200);
+    for path in ["/v1/vms", "/v1/keys"] {
+        let refused = problem(of_metrics.get::<Value>(path, &()).await);
+        assert_eq!(refused.kind, ProblemKind::Forbidden, "{path}");
+    }
+    let of_templates = scoped(Role::User, KeyScope::Templates).await;
+    let all: Vec<Template> = of_templates.get("/v1/templates", &()).await.unwrap();
+    assert_eq!(all.len(), 1);
+    let refused = problem(create(&of_templates, 1).await);
+    assert_eq!(refused.kind, ProblemKind::Forbidden);
+}
+
+async fn quotas_change_without_a_new_key_and_hold(postgres: Option<Postgres>) {
+    let server = serve(postgres).await;
+    let user = client(&server, CreateKey::new("red", Role::User)).await;
+    let set = async |body: Value| -> Tenant {
+        let changed = server.admin.send(Method::PATCH, "/v1/tenants/red", &body);
+        changed.await.unwrap()
+    };
+    set(json!({"max_memory_bytes": 3_u64 << 30})).await;
+    assert_eq!(create(&user, 2).await.unwrap().vms.len(), 2);
+    let refused = problem(create(&user, 2).await);
+    assert_eq!(refused.kind, ProblemKind::QuotaExceeded);
+    assert!(refused.detail.contains("bytes of memory"), "{refused}");
+    let tenant = set(json!({"max_memory_bytes": null, "max_vcpus": 5})).await;
+    assert_eq!((tenant.used.vms, tenant.used.vcpus), (2, 4));
+    assert_eq!(tenant.used.memory_bytes, 2 << 30);
+    assert_eq!(tenant.quotas.max_memory_bytes, None);
+    let refused = problem(create(&user, 1).await);
+    assert!(refused.detail.contains("4 of the 5 CPUs"), "{refused}");
+    let tenant = set(json!({"max_vcpus": 6, "max_vms": 3})).await;
+    assert_eq!(tenant.quotas.max_vms, Some(3));
+    // Many at the same time take no more than there is.
+    let all = futures_util::future::join_all((0..8).map(|_| create(&user, 1))).await;
+    assert_eq!(all.iter().filter(|created| created.is_ok()).count(), 1);
+    let own: Tenant = user.get("/v1/tenants/red", &()).await.unwrap();
+    assert_eq!(own.used.vms, 3);
+    // Forks count as what they are forks of.
+    set(json!({"max_vms": null})).await;
+    let vms: VmPage = user.get("/v1/vms", &()).await.unwrap();
+    let path = format!("/v1/vms/{}/fork", vms.vms[0].id);
+    let refused = problem(
+        user.send::<CreatedVms>(Method::POST, &path, &json!({}))
+            .await,
+    );
+    assert_eq!(refused.kind, ProblemKind::QuotaExceeded);
+    let refused = problem(user.get::<Tenant>("/v1/tenants/root", &()).await);
+    assert_eq!(refused.kind, ProblemKind::Forbidden);
+    let refused = problem(user.get::<Vec<Tenant>>("/v1/tenants", &()).await);
+    assert_eq!(refused.kind, ProblemKind::Forbidden);
+    let body = json!({"max_vms": 1});
+    let unknown = server
+        .admin
+        .send::<Tenant>(Method::PATCH, "/v1/tenants/none", &body);
+    assert_eq!(problem(unknown.await).kind, ProblemKind::NotFound);
+}
+
+/// Each test runs with each kind of database.
+macro_rules! on_each_database {
+    ($($name:ident,)*) => {
+        mod sqlite {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $name() {
+                super::$name(None).await;
+            })*
+        }
+        mod postgres {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $name() {
+                super::$name(Some(super::Postgres::start())).await;
+            })*
+        }
+    };
+}
+
+on_each_database! {
+    a_key_has_a_name_an_end_and_a_last_use,
+    an_expired_key_is_unknown_and_ends_what_it_opened,
+    a_scope_restricts_a_key_beside_its_role,
+    quotas_change_without_a_new_key_and_hold,
+}
