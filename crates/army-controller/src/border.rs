@@ -16,14 +16,12 @@ use army_api::templates::CpuFeatures;
 use army_api::vms::{Balloon, VmMemory};
 use army_node_api::chunks::ChunkReceiver;
 use army_node_api::requests::{
-    AdmitFetchRequest, BalloonRequest, ConnectAgentRequest, ConsoleOutput, CreateVmsRequest,
-    CreateVmsResponse, CreatedVm, DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest,
-    ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
-    InstallCertificateRequest, MeasureVmRequest, PauseVmRequest, ReadConsoleRequest,
-    RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
-    SetStandbysRequest, SnapshotVmRequest, TemplateFacts, UpdateVmRequest,
+    ConsoleOutput, CreateVmsResponse, CreatedVm, HostReport, ImportTemplateRequest,
+    RenewalResponse, TemplateFacts,
 };
 use army_node_api::{AgentStream, Call, Error, NodeApi, Reply, Result};
+
+use crate::operation_list::for_each_operation;
 
 /// The largest size that a node can report, in bytes. Sums of such sizes do not overflow.
 const MAX_BYTES: u64 = 1 << 52;
@@ -282,29 +280,7 @@ impl NodeApi for Checked {
         self.0.address()
     }
 
-    pass_on! {
-        create_vms: CreateVmsRequest => CreateVmsResponse;
-        fork_vm: ForkVmRequest => CreateVmsResponse;
-        destroy_vm: DestroyVmRequest => ();
-        pause_vm: PauseVmRequest => ();
-        resume_vm: ResumeVmRequest => ();
-        update_vm: UpdateVmRequest => ();
-        balloon: BalloonRequest => Balloon;
-        measure_vm: MeasureVmRequest => VmFigures;
-        read_console: ReadConsoleRequest => ConsoleOutput;
-        snapshot_vm: SnapshotVmRequest => TemplateFacts;
-        connect_agent: ConnectAgentRequest => AgentStream;
-        inspect_template: InspectTemplateRequest => TemplateFacts;
-        set_standbys: SetStandbysRequest => ();
-        remove_template: RemoveTemplateRequest => ();
-        fetch_template: FetchTemplateRequest => ();
-        admit_fetch: AdmitFetchRequest => ();
-        export_template: ExportTemplateRequest => ChunkReceiver;
-        report: ReportRequest => HostReport;
-        forget_vms: ForgetVmsRequest => ();
-        request_renewal: RenewalRequest => RenewalResponse;
-        install_certificate: InstallCertificateRequest => ();
-    }
+    for_each_operation!(pass_on);
 
     fn import_template(
         &self,
@@ -321,7 +297,7 @@ mod tests {
     use super::*;
     use army_api::vms::VmState;
     use army_node_api::ErrorKind;
-    use army_node_api::requests::VmReport;
+    use army_node_api::requests::{CreateVmsRequest, VmReport};
     use army_node_api::simulated::SimulatedNode;
 
     #[test]

@@ -53,8 +53,8 @@ enum Work {
 }
 
 impl Controller {
-    /// Begins to build a template. The listener receives the steps and their output as long as it is
-    /// there; the build goes on without it.
+    /// Begins to build a template. The listener receives the steps and their output. The build
+    /// continues when the listener is closed.
     pub async fn build(
         self: &Arc<Self>,
         requester: &Requester,

@@ -9,19 +9,11 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use army_api::figures::VmFigures;
-use army_api::vms::Balloon;
 use army_node_api::chunks::ChunkReceiver;
-use army_node_api::requests::{
-    AdmitFetchRequest, BalloonRequest, ConnectAgentRequest, ConsoleOutput, CreateVmsRequest,
-    CreateVmsResponse, DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest,
-    ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
-    InstallCertificateRequest, MeasureVmRequest, PauseVmRequest, ReadConsoleRequest,
-    RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
-    SetStandbysRequest, SnapshotVmRequest, TemplateFacts, UpdateVmRequest,
-};
-use army_node_api::{AgentStream, Call, Error, ErrorKind, NodeApi, Reply, Result};
+use army_node_api::requests::{ImportTemplateRequest, TemplateFacts};
+use army_node_api::{Call, Error, ErrorKind, NodeApi, Reply, Result};
 
+use crate::operation_list::for_each_operation;
 use crate::store::Store;
 
 /// The epoch of a host, as this process knows it.
@@ -123,29 +115,7 @@ impl NodeApi for Fenced {
         self.node.address()
     }
 
-    pass_on! {
-        create_vms: CreateVmsRequest => CreateVmsResponse;
-        fork_vm: ForkVmRequest => CreateVmsResponse;
-        destroy_vm: DestroyVmRequest => ();
-        pause_vm: PauseVmRequest => ();
-        resume_vm: ResumeVmRequest => ();
-        update_vm: UpdateVmRequest => ();
-        balloon: BalloonRequest => Balloon;
-        measure_vm: MeasureVmRequest => VmFigures;
-        read_console: ReadConsoleRequest => ConsoleOutput;
-        snapshot_vm: SnapshotVmRequest => TemplateFacts;
-        connect_agent: ConnectAgentRequest => AgentStream;
-        inspect_template: InspectTemplateRequest => TemplateFacts;
-        set_standbys: SetStandbysRequest => ();
-        remove_template: RemoveTemplateRequest => ();
-        fetch_template: FetchTemplateRequest => ();
-        admit_fetch: AdmitFetchRequest => ();
-        export_template: ExportTemplateRequest => ChunkReceiver;
-        report: ReportRequest => HostReport;
-        forget_vms: ForgetVmsRequest => ();
-        request_renewal: RenewalRequest => RenewalResponse;
-        install_certificate: InstallCertificateRequest => ();
-    }
+    for_each_operation!(pass_on);
 
     fn import_template(
         &self,

@@ -157,7 +157,7 @@ pub fn watch(request: WatchFiles) -> Result<messages::WatchFiles> {
     })
 }
 
-/// A change of a file that an agent tells of.
+/// Converts a change of a file from the agent's form to the API's.
 pub fn change(change: &messages::FileChange) -> FileChange {
     let kind = match change.kind() {
         ChangeKind::Other => FileChangeKind::Other,

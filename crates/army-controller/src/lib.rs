@@ -38,6 +38,7 @@ mod limits;
 mod loops;
 mod measured;
 mod mirror;
+mod operation_list;
 pub mod operations;
 mod purge;
 mod random;

@@ -63,6 +63,8 @@ struct State {
     created: HashSet<String>,
     /// The ids of VMs that were created although they had been created before.
     created_twice: Vec<String>,
+    /// Why VMs were destroyed, by their ids.
+    reasons: HashMap<String, String>,
     /// How destroying a VM ends, where it does not succeed; `None` where it never does.
     stubborn: HashMap<String, Option<Error>>,
     /// Whether no call is answered.
@@ -334,7 +336,7 @@ impl SimulatedNode {
         let vms = state.vms.iter().map(|(id, vm)| VmReport {
             id: id.clone(),
             state: *vm,
-            reason: None,
+            reason: state.reasons.get(id).cloned(),
             memory: memory.filter(|_| vm.is_alive()),
         });
         HostReport {
@@ -478,7 +480,12 @@ impl NodeApi for SimulatedNode {
                 Some(None) => return self.no_answer(call).await,
                 None => {}
             }
-            self.end_vm(&request.vm);
+            let mut state = self.state();
+            if let Some(vm) = state.vms.get_mut(&request.vm) {
+                *vm = VmState::Ended;
+                // Reports have it, as a node's have, so that it is known where the answer is lost.
+                state.reasons.insert(request.vm, request.reason);
+            }
             Ok(())
         })
     }
@@ -648,6 +655,7 @@ impl NodeApi for SimulatedNode {
             let mut state = self.state();
             for id in &request.vms {
                 state.vms.remove(id);
+                state.reasons.remove(id);
             }
             Ok(())
         })

@@ -9,9 +9,9 @@
 //! is renamed to `*.unreadable`, and the host reports it to administrators.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -334,21 +334,7 @@ impl Journal {
 
     fn write(&self, entry: &Entry) -> Result<()> {
         let path = self.path(&entry.id);
-        let new = path.with_extension("new");
-        let write = || {
-            let mut file = fs::OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o600)
-                .open(&new)?;
-            file.write_all(&serde_json::to_vec(entry)?)?;
-            // The file's content must be on the disk before its name is, or a loss of power leaves
-            // an empty file.
-            file.sync_all()?;
-            fs::rename(&new, &path)?;
-            File::open(&self.folder)?.sync_all()
-        };
+        let write = || clone_base::file::replace(&path, 0o600, &serde_json::to_vec(entry)?);
         write().map_err(|error| failed("write", &path, &error))
     }
 

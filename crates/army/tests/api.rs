@@ -15,27 +15,10 @@ use futures_util::StreamExt;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use served::{Postgres, Server, create_key, record, template};
-
-/// Each test runs with each kind of database.
-macro_rules! on_each_database {
-    ($($name:ident,)*) => {
-        mod sqlite {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $name() {
-                super::$name(super::served::server(None).await).await;
-            })*
-        }
-        mod postgres {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $name() {
-                super::$name(super::served::server(Some(super::served::Postgres::start())).await).await;
-            })*
-        }
-    };
-}
+use served::{Postgres, Server, create_key, on_each_database, record, template};
 
 on_each_database! {
+    with crate::served::server;
     nothing_is_told_without_a_key_but_health_and_the_apis_description,
     roles_allow_what_they_say_and_the_last_administrator_stays,
     what_cannot_be_understood_is_a_problem_that_says_why,

@@ -16,7 +16,7 @@ use army_node_api::{Error, ErrorKind};
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use served::{Postgres, Server, record, server_over};
+use served::{Postgres, Server, on_each_database, record, server_over};
 
 const PATH: &str = "/v1/vms/a";
 
@@ -144,24 +144,6 @@ async fn a_change_is_bounded_and_only_for_those_who_may(postgres: Option<Postgre
     let refused = problem(stranger.send(Method::PATCH, path, &body).await);
     assert_eq!(refused.kind, ProblemKind::NotFound);
     assert_eq!(node.updates(), []);
-}
-
-/// Each test runs with each kind of database.
-macro_rules! on_each_database {
-    ($($name:ident,)*) => {
-        mod sqlite {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $name() {
-                super::$name(None).await;
-            })*
-        }
-        mod postgres {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $name() {
-                super::$name(Some(super::Postgres::start())).await;
-            })*
-        }
-    };
 }
 
 on_each_database! {

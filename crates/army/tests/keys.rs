@@ -18,7 +18,7 @@ use futures_util::StreamExt;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use served::{Postgres, Server, record, server_over, template};
+use served::{Postgres, Server, on_each_database, record, server_over, template};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -213,24 +213,6 @@ async fn quotas_change_without_a_new_key_and_hold(postgres: Option<Postgres>) {
         .admin
         .send::<Tenant>(Method::PATCH, "/v1/tenants/none", &body);
     assert_eq!(problem(unknown.await).kind, ProblemKind::NotFound);
-}
-
-/// Each test runs with each kind of database.
-macro_rules! on_each_database {
-    ($($name:ident,)*) => {
-        mod sqlite {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $name() {
-                super::$name(None).await;
-            })*
-        }
-        mod postgres {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $name() {
-                super::$name(Some(super::Postgres::start())).await;
-            })*
-        }
-    };
 }
 
 on_each_database! {

@@ -13,7 +13,7 @@ use army_api::vms::{VmFilter, VmPage, VmState};
 use army_api::{Problem, ProblemKind};
 use army_node_api::simulated::SimulatedNode;
 
-use served::{Postgres, Server, record, server_over};
+use served::{Postgres, Server, on_each_database, record, server_over};
 
 const VMS: u32 = 60;
 
@@ -151,24 +151,6 @@ async fn a_vm_has_figures_and_a_console(postgres: Option<Postgres>) {
         .admin
         .get::<String>("/v1/vms/vm-1/console?bytes=262145", &());
     assert_eq!(problem(refused.await).kind, ProblemKind::InvalidRequest);
-}
-
-/// Each test runs with each kind of database.
-macro_rules! on_each_database {
-    ($($name:ident,)*) => {
-        mod sqlite {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $name() {
-                super::$name(None).await;
-            })*
-        }
-        mod postgres {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $name() {
-                super::$name(Some(super::Postgres::start())).await;
-            })*
-        }
-    };
 }
 
 on_each_database! {

@@ -23,7 +23,7 @@ use reqwest::Method;
 use serde_json::json;
 use sha2::Sha256;
 
-use served::{Postgres, server_over};
+use served::{Postgres, on_each_database, server_over};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -156,24 +156,6 @@ async fn users_have_webhooks_of_public_addresses_and_not_too_many(postgres: Opti
     let viewer = server.client("red", Role::Viewer).await;
     let refused = problem(viewer.get::<Vec<Webhook>>("/v1/webhooks", &()).await);
     assert_eq!(refused.kind, ProblemKind::Forbidden);
-}
-
-/// Each test runs with each kind of database.
-macro_rules! on_each_database {
-    ($($name:ident,)*) => {
-        mod sqlite {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $name() {
-                super::$name(None).await;
-            })*
-        }
-        mod postgres {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $name() {
-                super::$name(Some(super::Postgres::start())).await;
-            })*
-        }
-    };
 }
 
 on_each_database! {

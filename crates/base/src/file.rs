@@ -67,23 +67,6 @@ fn write(
     written
 }
 
-/// Removes what killed processes have left of unfinished files in a directory. Nobody may be writing
-/// there.
-///
-/// # Errors
-/// Where the directory cannot be read, or a file not be removed.
-pub fn remove_unfinished(dir: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        let name = name.as_encoded_bytes();
-        if name.starts_with(b".") && name.ends_with(TEMPORARY.as_bytes()) {
-            fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
-}
-
 /// A hidden name beside `path` that nobody else uses.
 fn temporary_name(path: &Path) -> io::Result<PathBuf> {
     let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
@@ -109,17 +92,6 @@ mod tests {
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o644);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn what_a_kill_has_left_is_removed_and_nothing_else() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a.json");
-        replace(&path, 0o600, b"x").unwrap();
-        fs::write(temporary_name(&path).unwrap(), b"half").unwrap();
-        fs::write(dir.path().join("b.new"), b"of somebody else").unwrap();
-        remove_unfinished(dir.path()).unwrap();
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 
     #[test]

@@ -159,7 +159,7 @@ impl Command {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What a host is told that attaches. It is told of the input that is read from now on.
+    /// The first message to a host that attaches. Acknowledgements of input go to that host from now on.
     pub(super) fn started(&self, host: &Outbox) -> Started {
         let input = self.input.as_ref().map(|input| input.attach(host));
         let (input_received, input_taken) = input.unwrap_or_default();

@@ -24,7 +24,7 @@ struct State {
     received: u64,
     /// The number of those that were written.
     taken: u64,
-    /// Who is told of the bytes that were written.
+    /// The host that gets an acknowledgement of the bytes that were written.
     host: Option<Outbox>,
 }
 
@@ -47,7 +47,7 @@ impl Input {
         })
     }
 
-    /// Lets another host be told of the bytes that are written. Returns how many bytes were received
+    /// Sends acknowledgements of the bytes that are written to another host from now on. Returns how many bytes were received
     /// and written before.
     pub(super) fn attach(&self, host: &Outbox) -> (u64, u64) {
         let mut state = lock(&self.state);

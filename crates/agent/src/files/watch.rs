@@ -1,6 +1,7 @@
-//! Watches files: inotify(7) tells what happens, and the host hears of it until it hangs up.
+//! Watches files: sends the events of inotify(7) to the host until the host closes the connection.
 //!
-//! What the host does not read in time is dropped by the kernel's queue, and the host is told so.
+//! The kernel's queue drops events that the host does not read in time; the host then gets a change
+//! of the kind `Lost`.
 
 use std::collections::HashMap;
 use std::fs;
@@ -178,7 +179,7 @@ impl Watched {
                 let is_directory = flags.contains(ReadFlags::ISDIR);
                 let path = match event.file_name() {
                     Some(name) => directory.join(std::ffi::OsStr::from_bytes(name.to_bytes())),
-                    // A directory in the watched one is told of by its own directory.
+                    // The directory that contains this one reports the event, too.
                     None if !directory.as_os_str().is_empty() => continue,
                     None => PathBuf::new(),
                 };

@@ -29,10 +29,8 @@ impl Controller {
     /// Takes over the operations of controllers that have ended, and carries them out.
     pub(crate) async fn take_over_operations(self: &Arc<Self>) -> Result<()> {
         let own = &self.store.term().id;
-        for row in self.store.operations_of_others(own).await? {
-            if self.store.is_live(&row.owner).await?
-                || !self.store.take_over_operation(&row, own).await?
-            {
+        for row in self.store.abandoned_operations(own).await? {
+            if !self.store.take_over_operation(&row, own).await? {
                 continue;
             }
             tracing::info!(operation = row.id, kind = ?row.kind, "an operation is resumed");

@@ -73,7 +73,7 @@ pub(crate) struct Measured {
 }
 
 impl Store {
-    /// Records what was measured of hosts. Nobody is told of it.
+    /// Records what was measured of hosts. That is no event.
     pub(crate) async fn record_measured(&self, measured: &[Measured]) -> Result<()> {
         if measured.is_empty() {
             return Ok(());

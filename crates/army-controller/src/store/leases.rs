@@ -204,8 +204,8 @@ impl Store {
         rows.iter().map(term).collect()
     }
 
-    /// Whether the term of the controller `id` has not ended. While it has not, what it has begun is
-    /// its own affair.
+    /// Whether the term of the controller `id` has not ended. Until it has, no other
+    /// controller resumes or undoes what that one has begun.
     pub(crate) async fn is_live(&self, id: &str) -> Result<bool> {
         let row = sqlx::query("SELECT id FROM controllers WHERE id = $1")
             .bind(id)

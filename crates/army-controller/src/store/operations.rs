@@ -204,13 +204,16 @@ impl Store {
         Ok((readable(page, "operations", operation), next))
     }
 
-    /// The operations in progress that another controller than `owner` has begun, or taken over.
-    pub(crate) async fn operations_of_others(&self, owner: &str) -> Result<Vec<OperationRow>> {
-        let rows = sqlx::query("SELECT * FROM operations WHERE state = 'running' AND owner <> $1")
-            .bind(owner)
-            .fetch_all(&self.pool)
-            .await
-            .map_err(query_failed)?;
+    /// The operations in progress of controllers whose terms have ended, except those of `owner`.
+    pub(crate) async fn abandoned_operations(&self, owner: &str) -> Result<Vec<OperationRow>> {
+        let rows = sqlx::query(
+            "SELECT * FROM operations WHERE state = 'running' AND owner <> $1 \
+             AND owner NOT IN (SELECT id FROM controllers)",
+        )
+        .bind(owner)
+        .fetch_all(&self.pool)
+        .await
+        .map_err(query_failed)?;
         Ok(readable(&rows, "operations", operation))
     }
 

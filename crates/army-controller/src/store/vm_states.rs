@@ -93,7 +93,7 @@ impl Store {
         self.change_vm_states(&changes).await.map(drop)
     }
 
-    /// Records the measured memory of VMs. Nobody is told of it.
+    /// Records the measured memory of VMs. That is no event.
     pub(crate) async fn record_memory(&self, measured: &[(String, VmMemory)]) -> Result<()> {
         if measured.is_empty() {
             return Ok(());

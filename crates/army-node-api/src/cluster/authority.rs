@@ -1,8 +1,6 @@
 //! The authority that signs the certificates of one cluster.
 
 use std::fs;
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -156,21 +154,8 @@ fn set_time(params: &mut CertificateParams, life: Duration) {
 
 /// Writes a file that only its owner can read. It appears as a whole or not at all.
 pub fn write_private(path: &Path, text: &str) -> Result<()> {
-    let new = path.with_extension("new");
-    let write = || {
-        let _ = fs::remove_file(&new);
-        let mut file = fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&new)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&new, path)
-    };
-    write().map_err(|error: std::io::Error| {
-        Error::internal(&format!("write {}", path.display()), &error)
-    })
+    clone_base::file::replace(path, 0o600, text.as_bytes())
+        .map_err(|error| Error::internal(&format!("write {}", path.display()), &error))
 }
 
 #[cfg(test)]

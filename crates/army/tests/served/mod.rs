@@ -21,6 +21,32 @@ use army_node_api::NodeApi;
 use army_node_api::serve::{Limits, Stop};
 use tokio::task::JoinHandle;
 
+/// Runs each test with each kind of database. A test gets the PostgreSQL to use, or `None` for SQLite;
+/// after `with`, it gets what that function makes of it.
+#[allow(unused_macros)]
+macro_rules! on_each_database {
+    (with $start:path; $($name:ident,)*) => {
+        mod sqlite {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $name() {
+                super::$name($start(None).await).await;
+            })*
+        }
+        mod postgres {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $name() {
+                let postgres = Some(super::served::Postgres::start());
+                super::$name($start(postgres).await).await;
+            })*
+        }
+    };
+    ($($name:ident,)*) => {
+        on_each_database! { with std::future::ready; $($name,)* }
+    };
+}
+#[allow(unused_imports)]
+pub(crate) use on_each_database;
+
 /// The user and group without rights.
 const NOBODY: u32 = 65534;
 
