@@ -13,7 +13,7 @@ use agent_proto::messages::Exec as AgentExec;
 use anyhow::{Context as _, Result};
 use army_api::client::{Client, ClientError};
 use army_api::exec::{Exec, ExecResult};
-use army_api::vms::{CreateVms, CreatedVms, Vm};
+use army_api::vms::{CreateVms, CreatedVms, ForkTimes, Vm};
 use army_controller::Requester;
 use army_node_api::requests::VmSpec;
 use clone_host::launch::fork::{Overrides, fork};
@@ -202,7 +202,7 @@ fn create_turn(
 /// How one of many connections fared.
 enum Fared {
     Made(Box<Vm>, Duration),
-    Refused(Duration),
+    Refused(String, Duration),
 }
 
 fn burst(rig: &Rig<'_>, record: &mut Record, count: usize) -> Result<()> {
@@ -232,7 +232,10 @@ fn burst(rig: &Rig<'_>, record: &mut Record, count: usize) -> Result<()> {
                 vms.push(*vm);
                 made.push(time);
             }
-            Fared::Refused(time) => refused.push(time),
+            Fared::Refused(reason, time) => {
+                println!("   refused after {} ms: {reason}", time.as_millis());
+                refused.push(time);
+            }
         }
     }
     anyhow::ensure!(!made.is_empty(), "no VM was made of {count}");
@@ -246,6 +249,7 @@ fn burst(rig: &Rig<'_>, record: &mut Record, count: usize) -> Result<()> {
     }
     let what = format!("{count} creates from {count} connections");
     record.add(Figure::ms(&format!("{what}: made after"), &made));
+    stages(record, &what, &vms);
     if !refused.is_empty() {
         record.add(Figure::ms(&format!("{what}: 429 after"), &refused));
     }
@@ -257,13 +261,28 @@ fn burst(rig: &Rig<'_>, record: &mut Record, count: usize) -> Result<()> {
     Ok(())
 }
 
+/// What the answers say of their stages.
+fn stages(record: &mut Record, what: &str, vms: &[Vm]) {
+    let stages: [(&str, fn(&ForkTimes) -> u64); 4] = [
+        ("placement", |it| it.placement_us),
+        ("guest runs", |it| it.running_us),
+        ("identity", |it| it.identity_us),
+        ("all within the server", |it| it.total_us),
+    ];
+    for (stage, of) in stages {
+        let times = vms.iter().filter_map(|vm| vm.fork.as_ref());
+        let times: Vec<Duration> = times.map(|it| Duration::from_micros(of(it))).collect();
+        record.add(Figure::ms(&format!("{what}: {stage}"), &times));
+    }
+}
+
 fn fared(answer: Result<CreatedVms, ClientError>, time: Duration) -> Result<Fared> {
     match answer {
         Ok(made) => Ok(Fared::Made(Box::new(one(&made)?.clone()), time)),
         Err(ClientError::Refused(problem))
             if problem.status == 429 && problem.retry_after_s.is_some() =>
         {
-            Ok(Fared::Refused(time))
+            Ok(Fared::Refused(problem.to_string(), time))
         }
         Err(error) => Err(error).context("neither a VM nor a 429 that says when to try again"),
     }
