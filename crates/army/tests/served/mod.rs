@@ -73,6 +73,11 @@ impl Postgres {
         self.0.url("postgres")
     }
 
+    /// The URL of a new database, as soon as the server has started.
+    pub fn create_database(&self, name: &str) -> String {
+        self.0.create_database(name).unwrap()
+    }
+
     pub async fn open(&self) -> Database {
         let end = Instant::now() + Duration::from_secs(60);
         loop {
