@@ -47,7 +47,14 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             .names
             .iter()
             .any(|name| !WITHOUT_GUESTS.contains(&name.as_str()));
-    let mut built = vec!["build", "--quiet", "--profile", PROFILE, "-p", "clone-bench"];
+    let mut built = vec![
+        "build",
+        "--quiet",
+        "--profile",
+        PROFILE,
+        "-p",
+        "clone-bench",
+    ];
     if needs_guests {
         built.extend(["-p", "clone"]);
     }

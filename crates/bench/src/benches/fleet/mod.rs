@@ -4,13 +4,16 @@
 //! On SQLite, and on PostgreSQL where it is installed; there with one controller and with three, one
 //! of which is killed.
 
+mod execs;
 mod load;
+pub(crate) mod peers;
 mod postgres;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use army::server::{Doors, SessionLimits};
 use army_api::client::Client;
 use army_api::keys::{CreateKey, Role};
 use army_api::templates::Template;
@@ -29,6 +32,8 @@ pub(crate) const ABOUT: &str = "1,000 simulated hosts with 100,000 VMs; needs no
 
 /// How long all hosts may take until they have reported.
 const SETTLED: Duration = Duration::from_secs(300);
+/// The most execs at a time of one key.
+const SESSIONS: usize = 16_000;
 /// The template of VMs that are created.
 const TEMPLATE: &str = "base";
 
@@ -46,6 +51,9 @@ struct Server {
     controller: Arc<Controller>,
     records: Records,
     client: Client,
+    /// The address of the API, and the key of its administrator.
+    address: String,
+    secret: String,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -59,8 +67,17 @@ impl Server {
         let term = Arc::clone(&controller).hold_term();
         let reconcile = Arc::clone(&controller).reconcile();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
-        let url = format!("http://{}", listener.local_addr()?);
-        let router = army::server::router(Arc::clone(&controller));
+        let address = listener.local_addr()?.to_string();
+        let sessions = SessionLimits {
+            per_key: SESSIONS,
+            per_tenant: SESSIONS,
+            ..SessionLimits::default()
+        };
+        let doors = Doors {
+            sessions,
+            ..Doors::new(Stop::default().stopping())
+        };
+        let router = army::server::router_with(Arc::clone(&controller), doors);
         let server = serve::Server::new(listener, None, Limits::STRANGERS);
         let tasks = vec![
             tokio::spawn(async { drop(term.await) }),
@@ -68,12 +85,14 @@ impl Server {
             tokio::spawn(server.serve(router, Stop::default().stopping())),
         ];
         let admin = CreateKey::new("root", Role::Admin);
-        let key = controller.create_key(&admin).await?.secret;
-        let client = Client::new(&url, &key)?;
+        let secret = controller.create_key(&admin).await?.secret;
+        let client = Client::new(&format!("http://{address}"), &secret)?;
         Ok(Self {
             controller,
             records,
             client,
+            address,
+            secret,
             tasks,
         })
     }
@@ -180,6 +199,10 @@ impl Run<'_> {
         self.creates(context, record, &servers).await?;
         let memory = vec![load::memory_mib()?];
         record.add(self.figure("memory", "MiB", memory));
+        if self.postgres.is_none() {
+            let samples = context.samples(20, 100);
+            execs::measure(record, &servers[0], &nodes, &context.scratch(""), samples).await?;
+        }
         self.kill_one(record, &servers).await?;
         for server in &servers {
             server.kill();
@@ -204,7 +227,10 @@ impl Run<'_> {
         let start = Instant::now();
         settle(&servers, nodes).await?;
         let seconds = start.elapsed().as_secs();
-        println!("   {}: every host had reported after {seconds} s", self.name);
+        println!(
+            "   {}: every host had reported after {seconds} s",
+            self.name
+        );
         Ok(servers)
     }
 
