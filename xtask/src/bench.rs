@@ -42,31 +42,39 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     host::install_packages()?;
-    let built = [
+    let needs_guests = options.names.is_empty()
+        || options
+            .names
+            .iter()
+            .any(|name| !WITHOUT_GUESTS.contains(&name.as_str()));
+    let mut built = vec![
         "build",
         "--quiet",
         "--profile",
         PROFILE,
         "-p",
         "clone-bench",
-        "-p",
-        "clone",
     ];
+    if needs_guests {
+        built.extend(["-p", "clone"]);
+    }
     let build = || run_command(&mut cargo(&built)).context("cannot build what is measured");
     if options.list {
         build()?;
         run_command(Command::new(binary("clone-bench")).arg("list"))?;
         return Ok(ExitCode::SUCCESS);
     }
-    println!("building clone and the measuring programs (profile {PROFILE})");
+    println!("building what is measured, and the measuring programs (profile {PROFILE})");
     build()?;
-    gather()?;
-    guest::build()?;
+    gather(needs_guests)?;
+    if needs_guests {
+        guest::build()?;
+    }
     let names = match options.names.is_empty() {
         true => all_names()?,
         false => options.names.clone(),
     };
-    let words = words(options)?;
+    let words = words(options, needs_guests)?;
     std::env::set_current_dir(paths::workspace())?;
     let verdict = kvm::probe();
     println!("{verdict}");
@@ -115,18 +123,20 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 }
 
 /// The command that measures, but for the bench.
-fn words(options: &Options) -> Result<Vec<OsString>> {
+fn words(options: &Options, needs_guests: bool) -> Result<Vec<OsString>> {
     let mut words: Vec<OsString> = vec![gathered("clone-bench").into(), "run".into()];
     let mut add = |flag: &str, path: &Path| {
         words.extend([flag.into(), path.into()]);
     };
-    add("--clone", &gathered("clone"));
-    add(
-        "--guest-program",
-        &static_program::for_guests("bench-guest")?,
-    );
-    add("--assets", &paths::assets());
-    add("--qemu", &testbed::qemu_root()?);
+    if needs_guests {
+        add("--clone", &gathered("clone"));
+        add(
+            "--guest-program",
+            &static_program::for_guests("bench-guest")?,
+        );
+        add("--assets", &paths::assets());
+        add("--qemu", &testbed::qemu_root()?);
+    }
     add("--out", &folder());
     for peer in &options.peers {
         let (name, path) = peer
@@ -162,10 +172,13 @@ fn all_names() -> Result<Vec<String>> {
     Ok(names.map(str::to_owned).collect())
 }
 
-/// Puts what is measured together as packages have it: with a static program for VMs' processes.
-fn gather() -> Result<()> {
-    let vm_process = static_program::vm_process(PROFILE)?;
-    let programs = [binary("clone"), binary("clone-bench"), vm_process];
+/// Puts what is measured together as packages have it: with a static program for VMs' processes,
+/// where benches need guests.
+fn gather(needs_guests: bool) -> Result<()> {
+    let mut programs = vec![binary("clone-bench")];
+    if needs_guests {
+        programs.extend([binary("clone"), static_program::vm_process(PROFILE)?]);
+    }
     for program in programs {
         let copy = gathered(&program.file_name().unwrap_or_default().to_string_lossy());
         std::fs::create_dir_all(copy.parent().unwrap_or(&copy))?;

@@ -7,6 +7,10 @@ use utoipa::ToSchema;
 /// HMAC-SHA256, by the webhook's secret, of the seconds since 1970, a `.` and the body.
 pub const SIGNATURE_HEADER: &str = "army-signature";
 
+/// The header with the id of a delivery, which is the same whenever an event is sent to a webhook
+/// again, by whichever controller, and which no other delivery has.
+pub const DELIVERY_HEADER: &str = "army-delivery";
+
 /// A request to create a webhook.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -30,9 +34,10 @@ pub struct CreateWebhook {
 
 /// A webhook, without its secret.
 ///
-/// Events are sent in their order, at least once each. A delivery that is not answered with a status
-/// of 200 to 299 is repeated, with growing pauses of up to an hour. After 3 days without a success,
-/// the webhook is disabled.
+/// Events are sent in their order, at least once each: one may come again although it was accepted,
+/// where the server ends or another controller takes over at that moment. A delivery that is not
+/// answered with a status of 200 to 299 is repeated, with growing pauses of up to an hour. After 3 days
+/// without a success, the webhook is disabled.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Webhook {
     /// The unique id of the webhook.

@@ -252,14 +252,21 @@ impl AdmittedRequest {
         count: u32,
     ) -> std::result::Result<Vec<String>, Refusal> {
         let mut state = self.admission.state();
-        let mut measured = views.clone();
+        // What was measured, for where there is no room by what is estimated.
+        let measured = views.iter();
+        let measured: Vec<(u64, u64)> = measured
+            .map(|view| (view.available_bytes, view.promised_bytes))
+            .collect();
         for view in &mut views {
             let expected = state.expected(&view.name);
             view.available_bytes = view.available_bytes.saturating_sub(expected.bytes);
             view.promised_bytes = view.promised_bytes.saturating_add(expected.promised_bytes);
         }
         let chosen = scheduler::place(&mut views, need, count).map_err(|error| {
-            match scheduler::place(&mut measured, need, count) {
+            for (view, measured) in views.iter_mut().zip(measured) {
+                (view.available_bytes, view.promised_bytes) = measured;
+            }
+            match scheduler::place(&mut views, need, count) {
                 Ok(_) => Refusal::Estimated(error),
                 Err(_) => Refusal::Final(error),
             }

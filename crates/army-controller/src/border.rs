@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use agent_proto::text::printable;
+use agent_proto::text::{MAX_TEXT, printable};
 use army_api::figures::{MAX_CONSOLE_BYTES, VmFigures};
 use army_api::hosts::Capacity;
 use army_api::templates::CpuFeatures;
@@ -51,7 +51,12 @@ unchecked!((), AgentStream, ChunkReceiver, RenewalResponse);
 
 impl Check for String {
     fn check(self) -> Self {
-        printable(&self)
+        // Nearly all texts are ids of VMs, of which each report has many.
+        let is_plain = self.bytes().all(|it| it == b' ' || it.is_ascii_graphic());
+        match is_plain && self.len() <= MAX_TEXT {
+            true => self,
+            false => printable(&self),
+        }
     }
 }
 
@@ -234,7 +239,7 @@ impl Check for HostReport {
             missing.reason = printable(&missing.reason);
         }
         for vm in &mut self.vms {
-            vm.id = printable(&vm.id);
+            vm.id = std::mem::take(&mut vm.id).check();
             vm.reason = vm.reason.take().check().as_deref().map(without_paths);
             vm.memory = vm.memory.check();
         }
@@ -324,6 +329,14 @@ mod tests {
         assert!(reason.chars().count() <= 500 && !reason.contains('\u{1b}'));
         assert!(report.ready.contains_key("t\\n"));
         assert_eq!(report.notices, vec!["a\\0".to_owned(); MAX_TEXTS]);
+    }
+
+    #[test]
+    fn a_plain_text_stays_as_it_is_and_any_other_becomes_printable() {
+        let long = "x".repeat(MAX_TEXT + 1);
+        for text in ["fleet-1", "a \"b\" 'c' \\ d", "", "é\u{7f}", "a\tb", &long] {
+            assert_eq!(text.to_owned().check(), printable(text));
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use army_api::operations::OperationKind;
 use army_api::templates::Template;
-use army_api::vms::{CreateVms, ForkVm, Vm, VmFilter, VmState};
+use army_api::vms::{CreateVms, ForkVm, Vm, VmState};
 use army_node_api::NodeApi;
 use army_node_api::requests::{
     CreateVmsRequest, CreateVmsResponse, CreatedVm, ForkVmRequest, VmSpec,
@@ -226,17 +226,7 @@ impl Controller {
 
     /// What a clone of a template costs, as measured of those that run, in bytes.
     async fn measured_cost(&self, template: &str) -> Result<Option<u64>> {
-        let filter = VmFilter {
-            template: Some(template.to_owned()),
-            limit: Some(100),
-            ..VmFilter::default()
-        };
-        let page = self.store.vms(&filter, None).await?;
-        let measured: Vec<u64> = page
-            .vms
-            .iter()
-            .filter_map(|vm| Some(vm.memory?.private_bytes))
-            .collect();
+        let measured = self.store.measured_memory(template).await?;
         let count = measured.len() as u64;
         Ok((count > 0).then(|| measured.iter().sum::<u64>() / count))
     }

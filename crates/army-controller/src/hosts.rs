@@ -144,14 +144,10 @@ impl Controller {
 
     /// One host.
     pub async fn host(&self, name: &str) -> Result<Host> {
-        let hosts = self.hosts().await?;
-        hosts
-            .into_iter()
-            .find(|host| host.name == name)
-            .ok_or_else(|| {
-                let message = format!("host `{}` not found", name.escape_debug());
-                Error::new(ErrorKind::NotFound, message)
-            })
+        let rows = self.host_rows().await?;
+        let row = find(&rows, name)?;
+        let vms = self.store.count_vms_of_host(name).await?;
+        Ok(self.described(row, &self.reports(), vms))
     }
 
     /// All hosts.
@@ -160,29 +156,35 @@ impl Controller {
         let rows = self.host_rows().await?;
         let reports = self.reports();
         let hosts = rows.iter().map(|row| {
-            let last = self.own_report(&reports, row);
-            let report = last.map(|last| &last.report);
-            let state = self.host_state(row, last);
-            let reason = "the host has not reported for some time";
-            Host {
-                name: row.name.clone(),
-                state,
-                reason: (state == HostState::Unreachable).then(|| reason.to_owned()),
-                labels: row.labels.clone(),
-                seen_ms: Some(last.map_or(row.seen_ms, |last| last.seen_ms)),
-                capacity: Some(report.map_or(row.capacity, |it| it.capacity)),
-                vms: Some(counts.get(&row.name).copied().unwrap_or(0)),
-                missing_jail_layers: match report {
-                    Some(report) => report.missing_jail_layers.clone(),
-                    None => row.facts.missing_jail_layers.clone(),
-                },
-                notices: match report {
-                    Some(report) => report.notices.clone(),
-                    None => row.facts.notices.clone(),
-                },
-            }
+            let vms = counts.get(&row.name).copied().unwrap_or(0);
+            self.described(row, &reports, vms)
         });
         Ok(hosts.collect())
+    }
+
+    /// A host as users see it, which has so many VMs that have not ended.
+    fn described(&self, row: &HostRow, reports: &HashMap<String, LastReport>, vms: u32) -> Host {
+        let last = self.own_report(reports, row);
+        let report = last.map(|last| &last.report);
+        let state = self.host_state(row, last);
+        let reason = "the host has not reported for some time";
+        Host {
+            name: row.name.clone(),
+            state,
+            reason: (state == HostState::Unreachable).then(|| reason.to_owned()),
+            labels: row.labels.clone(),
+            seen_ms: Some(last.map_or(row.seen_ms, |last| last.seen_ms)),
+            capacity: Some(report.map_or(row.capacity, |it| it.capacity)),
+            vms: Some(vms),
+            missing_jail_layers: match report {
+                Some(report) => report.missing_jail_layers.clone(),
+                None => row.facts.missing_jail_layers.clone(),
+            },
+            notices: match report {
+                Some(report) => report.notices.clone(),
+                None => row.facts.notices.clone(),
+            },
+        }
     }
 
     /// The last report of a host, where this controller owns the host.
@@ -216,7 +218,7 @@ impl Controller {
         draining: bool,
     ) -> Result<StartedOperation> {
         // A host that there is not is no operation.
-        self.host(name).await?;
+        find(&self.host_rows().await?, name)?;
         let kind = match draining {
             true => OperationKind::DrainHost,
             false => OperationKind::UndrainHost,
@@ -241,7 +243,7 @@ impl Controller {
 
     /// Changes the labels of a host.
     pub async fn change_host(&self, name: &str, change: &ChangeHost) -> Result<Host> {
-        let mut labels = self.host(name).await?.labels;
+        let mut labels = find(&self.host_rows().await?, name)?.labels.clone();
         for (key, value) in &change.labels {
             match value {
                 Some(value) => labels.insert(key.clone(), value.clone()),
@@ -319,6 +321,14 @@ impl Controller {
             });
         ready.sum()
     }
+}
+
+/// The record of a host.
+fn find<'a>(rows: &'a [HostRow], name: &str) -> Result<&'a HostRow> {
+    rows.iter().find(|row| row.name == name).ok_or_else(|| {
+        let message = format!("host `{}` not found", name.escape_debug());
+        Error::new(ErrorKind::NotFound, message)
+    })
 }
 
 impl LastReport {

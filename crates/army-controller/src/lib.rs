@@ -191,8 +191,10 @@ impl Controller {
         nodes: impl IntoIterator<Item = Arc<dyn NodeApi>>,
     ) -> Result<Self> {
         let mut connected = BTreeMap::new();
+        let nodes: Vec<Arc<dyn NodeApi>> = nodes.into_iter().collect();
+        let names: Vec<String> = nodes.iter().map(|node| node.name().to_owned()).collect();
+        database.0.join_hosts(&names).await?;
         for node in nodes {
-            database.0.join_host(node.name()).await?;
             let epoch = HostEpoch::new(node.name(), database.0.clone(), false);
             let name = node.name().to_owned();
             connected.insert(name, Connected::new(node, epoch));

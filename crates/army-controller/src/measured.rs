@@ -10,14 +10,16 @@ use army_api::hosts::Capacity;
 use army_api::vms::VmMemory;
 
 use crate::store::hosts::{HostFacts, Measured};
-use crate::{Controller, LastReport, Result, loops};
+use crate::{Controller, LastReport, Result, loops, random};
 
 /// How often it is looked for figures that have changed.
 const ROUND: Duration = Duration::from_secs(2);
-/// How often the figures of a host are written although they have not changed much.
+/// How often at least the figures of a host are written although they have not changed much.
 const SLOW: Duration = Duration::from_secs(30);
+/// The most hosts whose figures are written in one transaction.
+const HOSTS: usize = 100;
 /// The most VMs whose memory is written in one transaction.
-const BATCH: usize = 500;
+const VMS: usize = 250;
 /// A change of a VM's memory that is less than this is not much, in bytes.
 const LITTLE: u64 = 4 << 20;
 
@@ -38,7 +40,10 @@ impl Controller {
 
     pub(crate) async fn record_figures_once(&self) -> Result<()> {
         let due = self.due_figures();
-        self.store.record_measured(&due).await?;
+        // Requests do not wait for the figures of a large fleet.
+        for hosts in due.chunks(HOSTS) {
+            self.store.record_measured(hosts).await?;
+        }
         self.note_written(due);
         self.record_memory().await
     }
@@ -46,7 +51,11 @@ impl Controller {
     fn note_written(&self, figures: Vec<Measured>) {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         for it in figures {
-            written.insert(it.host, (Instant::now(), it.capacity, it.facts));
+            // Hosts that were written together are not all due together the next time.
+            let earlier = SLOW.mul_f64(random::fraction() / 2.0);
+            let now = Instant::now();
+            let at = now.checked_sub(earlier).unwrap_or(now);
+            written.insert(it.host, (at, it.capacity, it.facts));
         }
     }
 
@@ -85,7 +94,7 @@ impl Controller {
                     }
                 }
             });
-            if batch.len() >= BATCH {
+            if batch.len() >= VMS {
                 self.store
                     .record_memory(&std::mem::take(&mut batch))
                     .await?;

@@ -79,7 +79,8 @@ pub struct Need {
 /// where no host has the CPU features, and [`ErrorKind::HostUnavailable`] where those that have
 /// them accept no VMs. Then no VM is placed.
 pub fn place(hosts: &mut [HostView], need: Need, count: u32) -> Result<Vec<usize>> {
-    let before: Vec<HostView> = hosts.to_vec();
+    // The hosts that were charged, as they were before.
+    let mut before: Vec<(usize, HostView)> = Vec::new();
     let mut chosen = Vec::with_capacity(count as usize);
     for _ in 0..count {
         let best = hosts
@@ -89,9 +90,12 @@ pub fn place(hosts: &mut [HostView], need: Need, count: u32) -> Result<Vec<usize
             .max_by(|(_, a), (_, b)| score(a).total_cmp(&score(b)));
         let Some((index, _)) = best else {
             let error = refusal(hosts, need, count, chosen.len());
-            hosts.clone_from_slice(&before);
+            for (index, host) in before.into_iter().rev() {
+                hosts[index] = host;
+            }
             return Err(error);
         };
+        before.push((index, hosts[index].clone()));
         charge(&mut hosts[index], need);
         chosen.push(index);
     }

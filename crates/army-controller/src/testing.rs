@@ -1,5 +1,7 @@
 //! Direct access to the database, for tests and measurements: they need VMs and templates that no
-//! host has.
+//! host has. `postgres` has a server for them.
+
+mod postgres;
 
 use std::collections::BTreeMap;
 
@@ -13,6 +15,8 @@ use crate::store::creation::NewVms;
 use crate::store::tenants::Nominal;
 use crate::store::vm_states::StateChange;
 use crate::{Cluster, Database, Error, ErrorKind, Result};
+
+pub use postgres::Postgres;
 
 /// What a controller needs that reaches its hosts by simulation only.
 pub(crate) fn no_cluster() -> Result<Cluster> {

@@ -49,6 +49,16 @@ pub struct Delivery {
     pub event: Event,
 }
 
+impl Delivery {
+    /// The id of the delivery, the same whenever the event is sent to the webhook again. It has the
+    /// event's time, because the ids of events begin anew where a database is replaced by an older
+    /// backup.
+    pub fn id(&self) -> String {
+        let Event { id, time_ms, .. } = &self.event;
+        format!("{}-{id}-{time_ms}", self.webhook)
+    }
+}
+
 /// Sends events to webhooks.
 pub trait WebhookSender: Send + Sync + 'static {
     /// Sends one event, within some seconds.

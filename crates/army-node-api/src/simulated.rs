@@ -176,6 +176,13 @@ impl SimulatedNode {
         self
     }
 
+    /// Holds creations until the gate releases them.
+    #[must_use]
+    pub fn with_gated_creations(mut self) -> Self {
+        self.creations = Gate::new(false);
+        self
+    }
+
     /// Holds answers to requests about templates until the gate releases them.
     #[must_use]
     pub fn with_gated_transfers(mut self) -> Self {
@@ -243,6 +250,11 @@ impl SimulatedNode {
             content: content.to_vec(),
         };
         self.state().templates.insert(name.to_owned(), template);
+    }
+
+    /// Lets the host have no template of this name, as where making one was cut off.
+    pub fn lose_template(&self, name: &str) {
+        self.state().templates.remove(name);
     }
 
     /// Lets the next connection to an agent be this stream, whose other end the test holds.

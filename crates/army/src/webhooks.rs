@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use army_api::webhooks::SIGNATURE_HEADER;
+use army_api::webhooks::{DELIVERY_HEADER, SIGNATURE_HEADER};
 use army_controller::{Delivery, WebhookSender};
 use army_node_api::remote::causes;
 use army_node_api::time::now_ms;
@@ -67,6 +67,7 @@ impl HttpSender {
             .header("content-type", "application/json")
             .header("army-webhook", &delivery.webhook)
             .header("army-event", delivery.event.id.to_string())
+            .header(DELIVERY_HEADER, delivery.id())
             .header(SIGNATURE_HEADER, signature)
             .body(body)
             .send()

@@ -2,130 +2,25 @@
 //! of one that is killed.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+mod fleet;
 mod served;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use army_api::hosts::HostState;
-use army_api::vms::{CreateVms, Vm, VmFilter, VmState};
-use army_controller::testing::Records;
-use army_controller::{Cluster, Controller, Database, ErrorKind, Requester};
-use army_node_api::NodeApi;
+use army_api::vms::VmState;
+use army_controller::{Cluster, Controller, ErrorKind};
 use army_node_api::cluster::Member;
 use army_node_api::cluster::authority::Authority;
 use army_node_api::cluster::tls::{self, Identity};
-use army_node_api::simulated::SimulatedNode;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
-use tokio::task::JoinHandle;
 
+use fleet::{Running, alive, create, hosts, requester, shares, template, wait};
 use served::Postgres;
-
-/// A controller that runs as the process of one does.
-struct Running {
-    controller: Arc<Controller>,
-    records: Records,
-    tasks: Vec<JoinHandle<()>>,
-}
-
-impl Running {
-    async fn start(postgres: &Postgres, nodes: &[Arc<SimulatedNode>]) -> Self {
-        let database = postgres.open().await;
-        Self::of(database, nodes).await
-    }
-
-    async fn of(database: Database, nodes: &[Arc<SimulatedNode>]) -> Self {
-        let records = Records::of(&database);
-        let nodes = nodes
-            .iter()
-            .map(|node| -> Arc<dyn NodeApi> { Arc::<SimulatedNode>::clone(node) });
-        let controller = Controller::of_simulated(database, nodes).await.unwrap();
-        let controller = Arc::new(controller);
-        let term = Arc::clone(&controller).hold_term();
-        let reconcile = Arc::clone(&controller).reconcile();
-        let tasks = vec![
-            tokio::spawn(async { drop(term.await) }),
-            tokio::spawn(async { drop(reconcile.await) }),
-        ];
-        Self {
-            controller,
-            records,
-            tasks,
-        }
-    }
-
-    /// Ends all that it does, as a kill does, and without giving anything back.
-    fn kill(&self) {
-        for task in &self.tasks {
-            task.abort();
-        }
-    }
-}
-
-fn hosts(count: usize) -> Vec<Arc<SimulatedNode>> {
-    let host = |number| Arc::new(SimulatedNode::new(&format!("host-{number:02}")));
-    (0..count).map(host).collect()
-}
-
-/// The number of hosts that each of the controllers owns, if together they own all.
-async fn shares(controllers: &[&Running], hosts: usize) -> Option<Vec<usize>> {
-    let owned = controllers[0].records.hosts_by_owner().await.unwrap();
-    let of = |it: &&Running| owned.get(&it.records.controller_id()).map_or(0, Vec::len);
-    let shares: Vec<usize> = controllers.iter().map(of).collect();
-    (shares.iter().sum::<usize>() == hosts).then_some(shares)
-}
-
-async fn wait(what: &str, limit: Duration, mut done: impl AsyncFnMut() -> bool) -> Duration {
-    let start = Instant::now();
-    while !done().await {
-        assert!(start.elapsed() < limit, "waited too long: {what}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    start.elapsed()
-}
-
-fn requester() -> Requester {
-    Requester {
-        tenant: "default".into(),
-        ..Requester::default()
-    }
-}
-
-async fn create(controller: &Arc<Controller>) -> army_controller::Result<Vm> {
-    let request = CreateVms {
-        template: "t".into(),
-        count: 1,
-        ..CreateVms::default()
-    };
-    let created = controller.create_and_wait(&requester(), request).await?;
-    Ok(created.vms.into_iter().next().unwrap())
-}
-
-/// The VMs that have not ended by the database.
-async fn alive(records: &Records) -> BTreeMap<String, Vm> {
-    let filter = VmFilter {
-        limit: Some(10_000),
-        ..VmFilter::default()
-    };
-    let vms = records.vms(&filter).await.unwrap().vms.into_iter();
-    vms.map(|vm| (vm.id.clone(), vm)).collect()
-}
-
-async fn template(records: &Records, nodes: &[Arc<SimulatedNode>]) {
-    let hosts: Vec<String> = nodes.iter().map(|it| it.name().to_owned()).collect();
-    let template = army_api::templates::Template {
-        name: "t".into(),
-        host: hosts[0].clone(),
-        ..served::template("t")
-    };
-    records.insert_template(&template).await.unwrap();
-    for host in &hosts {
-        records.insert_copy("t", host).await.unwrap();
-    }
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn three_controllers_share_a_fleet_and_one_that_is_killed_under_load_loses_nothing() {

@@ -1,6 +1,6 @@
 //! Guests whose agents greet and then say nothing: what they cost the server, and what ends when a
 //! client leaves.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod served;
 
@@ -12,22 +12,30 @@ use std::time::Duration;
 use agent_proto::frame;
 use agent_proto::messages::{FromAgent, Hello, from_agent};
 use army::server::{Doors, SessionLimits};
-use army_api::vms::{VmPage, VmState};
+use army_api::client::Client;
+use army_api::keys::Role;
+use army_api::vms::{CreateVms, CreatedVms, Vm, VmPage, VmState};
 use army_node_api::simulated::SimulatedNode;
 use futures_util::future::join_all;
+use futures_util::stream::{self, StreamExt};
 use reqwest::Method;
+use rustix::process::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
-use tokio::task::JoinHandle;
+use tokio::net::{TcpStream, UnixStream};
 
-use served::{Server, record, server_with};
+use served::{Server, record, server_with, template};
 
-/// Commands at once: more than the threads that the server may have.
-const COMMANDS: usize = 300;
+/// Commands at once: far more than the threads that the server may have. Each takes four open files
+/// here, where both of its ends are. `cargo xtask bench fleet` has 10,000.
+const COMMANDS: usize = 4000;
+/// How many commands are being started at a time.
+const STARTING: usize = 100;
 /// The threads of this process, whose server has two workers and a database: far fewer than one for
 /// each command.
 const MOST_THREADS: usize = 60;
+/// The most memory of a command, with both of its ends, in KiB.
+const MOST_KIB: usize = 100;
 /// The time limit for what should happen at once, on a machine under load.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -43,6 +51,7 @@ async fn with_silent_agents(count: usize) -> (Server, Vec<UnixStream>) {
     }
     let many = SessionLimits {
         per_vm: COMMANDS,
+        per_key: COMMANDS,
         ..SessionLimits::default()
     };
     let server = server_with(node, |doors| Doors {
@@ -58,6 +67,7 @@ async fn with_silent_agents(count: usize) -> (Server, Vec<UnixStream>) {
         .set_vm_states(&ids, VmState::Running, "")
         .await
         .unwrap();
+    records.insert_template(&template("t")).await.unwrap();
     (server, agents)
 }
 
@@ -68,18 +78,18 @@ fn greeting() -> Vec<u8> {
     bytes
 }
 
-/// Starts commands that take as long as an exec may.
-fn execs(server: &Server, count: usize) -> Vec<JoinHandle<()>> {
-    let body = json!({"command": ["sleep", "3600"], "timeout_ms": 3_600_000});
-    let start = |_| {
-        let (client, body) = (server.admin.clone(), body.clone());
-        tokio::spawn(async move {
-            let path = "/v1/vms/silent/exec";
-            let ended: Result<Value, _> = client.send(Method::POST, path, &body).await;
-            panic!("a command of a silent agent ended: {ended:?}");
-        })
-    };
-    (0..count).map(start).collect()
+/// Requests a command that takes as long as an exec may, on a connection of its own.
+async fn exec(server: &Server, secret: &str) -> TcpStream {
+    let address = server.url.strip_prefix("http://").unwrap();
+    let mut client = TcpStream::connect(address).await.unwrap();
+    let body = json!({"command": ["sleep", "3600"], "timeout_ms": 3_600_000}).to_string();
+    let request = format!(
+        "POST /v1/vms/silent/exec HTTP/1.1\r\nhost: {address}\r\nauthorization: Bearer {secret}\r\n\
+         content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    client.write_all(request.as_bytes()).await.unwrap();
+    client
 }
 
 /// Reads the request of a command.
@@ -102,19 +112,63 @@ fn threads() -> usize {
     fs::read_dir("/proc/self/task").unwrap().count()
 }
 
+/// The memory of this process, in KiB.
+fn memory() -> usize {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|it| it.strip_prefix("VmRSS:"));
+    let number = line.unwrap().split_whitespace().next().unwrap();
+    number.parse().unwrap()
+}
+
+/// As many commands as this process may have open files for.
+fn commands() -> usize {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).unwrap();
+    let files = limit.maximum.map_or(usize::MAX, |most| most as usize);
+    COMMANDS.min(files.saturating_sub(500) / 4)
+}
+
+/// What others request meanwhile is answered: a list, a create, a VM.
+async fn others_are_served(admin: &Client) {
+    let page: VmPage = admin.get("/v1/vms", &()).await.unwrap();
+    assert_eq!(page.vms.len(), 1);
+    let create = CreateVms {
+        template: "t".into(),
+        count: 1,
+        ..CreateVms::default()
+    };
+    let created: CreatedVms = admin.create("/v1/vms", &create, None).await.unwrap();
+    let path = format!("/v1/vms/{}", created.vms[0].id);
+    let vm: Vm = admin.get(&path, &()).await.unwrap();
+    assert_eq!(vm.state, VmState::Running);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn commands_of_silent_guests_hold_no_threads_and_end_with_their_clients() {
-    let (server, mut agents) = with_silent_agents(COMMANDS).await;
-    let running = execs(&server, COMMANDS);
-    join_all(agents.iter_mut().map(request)).await;
+    let count = commands();
+    assert!(count > 10 * MOST_THREADS, "too few files may be open");
+    let (server, mut agents) = with_silent_agents(count).await;
+    let key = served::create_key(&server.records, "root", Role::Admin, None).await;
+    let before = memory();
+    let (server, secret) = (&server, key.secret.as_str());
+    let clients = stream::iter(&mut agents)
+        .map(|agent| async move {
+            let client = exec(server, secret).await;
+            request(agent).await;
+            client
+        })
+        .buffer_unordered(STARTING);
+    let clients: Vec<TcpStream> = clients.collect().await;
     let now = threads();
-    assert!(now < MOST_THREADS, "{now} threads for {COMMANDS} commands");
-    let page = server.admin.get("/v1/vms", &());
-    let page: VmPage = tokio::time::timeout(LIMIT, page).await.unwrap().unwrap();
-    assert_eq!(page.vms.len(), 1);
-    for command in &running {
-        command.abort();
-    }
+    assert!(now < MOST_THREADS, "{now} threads for {count} commands");
+    let each = memory().saturating_sub(before) / count;
+    println!("{count} commands: {now} threads, {each} KiB each");
+    assert!(each < MOST_KIB, "{each} KiB for each command");
+    tokio::time::timeout(LIMIT, others_are_served(&server.admin))
+        .await
+        .unwrap();
+    drop(clients);
     join_all(agents.iter_mut().map(end)).await;
 }
 

@@ -3,6 +3,7 @@
 
 mod served;
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use army::webhooks::HttpSender;
 use army_api::client::ClientError;
 use army_api::events::Event;
 use army_api::keys::Role;
-use army_api::webhooks::{NewWebhook, SIGNATURE_HEADER, Webhook};
+use army_api::webhooks::{DELIVERY_HEADER, NewWebhook, SIGNATURE_HEADER, Webhook};
 use army_api::{Problem, ProblemKind};
 use army_node_api::simulated::SimulatedNode;
 use axum::Router;
@@ -96,6 +97,7 @@ async fn an_event_is_signed_and_sent_until_it_is_accepted(postgres: Option<Postg
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     // A redirect is a failure, and nothing but the event comes again.
+    let mut ids = HashSet::new();
     for (headers, body) in received.lock().unwrap().iter() {
         assert!(is_signed(headers, body, &created.secret));
         assert!(!is_signed(headers, body, "another secret"));
@@ -103,7 +105,10 @@ async fn an_event_is_signed_and_sent_until_it_is_accepted(postgres: Option<Postg
         assert_eq!((&*event.kind, &*event.tenant), ("key.created", "red"));
         assert_eq!(headers["army-event"], event.id.to_string());
         assert_eq!(headers["army-webhook"], created.webhook.id);
+        ids.insert(headers[DELIVERY_HEADER].clone());
     }
+    // The three are one delivery, which was repeated.
+    assert_eq!(ids.len(), 1);
     let works = async || -> Webhook {
         let all: Vec<Webhook> = server.admin.get("/v1/webhooks", &()).await.unwrap();
         all.into_iter().next().unwrap()

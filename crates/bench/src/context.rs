@@ -22,17 +22,17 @@ pub(crate) struct Options {
     /// Another VMM to compare with.
     #[arg(long = "peer", value_parser = peer)]
     peers: Vec<(String, PathBuf)>,
-    /// The `clone` that is measured.
-    #[arg(long)]
+    /// The `clone` that is measured. Like the next three, it is not needed by benches without guests.
+    #[arg(long, default_value = "/nonexistent")]
     clone: PathBuf,
     /// The program that measures in a guest.
-    #[arg(long)]
+    #[arg(long, default_value = "/nonexistent")]
     guest_program: PathBuf,
     /// Where kernels and file systems for guests are.
-    #[arg(long)]
+    #[arg(long, default_value = "/nonexistent")]
     assets: PathBuf,
     /// The unpacked packages with QEMU.
-    #[arg(long)]
+    #[arg(long, default_value = "/nonexistent")]
     qemu: PathBuf,
     /// What KVM this is, for the record.
     #[arg(long)]

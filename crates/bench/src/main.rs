@@ -44,6 +44,9 @@ enum Command {
     },
     /// Prints the benches there are.
     List,
+    /// Has both ends of many execs, for the bench `fleet`.
+    #[command(hide = true)]
+    ExecPeers(benches::fleet::peers::Options),
 }
 
 fn main() -> ExitCode {
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Command::Report { folder } => report::write(&folder).map(|path| {
             println!("{}", path.display());
         }),
+        Command::ExecPeers(options) => benches::fleet::peers::run(&options),
         Command::List => {
             for bench in benches::ALL {
                 println!("{:<10} {}", bench.name, bench.about);

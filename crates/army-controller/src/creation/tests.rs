@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use army_api::templates::CpuFeatures;
-use army_api::vms::{CreateVms, VmMemory};
+use army_api::vms::{CreateVms, VmFilter, VmMemory};
 use army_node_api::ErrorKind as NodeErrorKind;
 use army_node_api::simulated::SimulatedNode;
 

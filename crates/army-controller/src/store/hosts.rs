@@ -7,12 +7,8 @@ use army_api::hosts::{Capacity, MissingJailLayer};
 use army_api::templates::CpuFeatures;
 use army_api::vms::VmState;
 use serde::{Deserialize, Serialize};
-use sqlx::any::AnyRow;
 
-use super::{
-    Change, Store, is_taken, json, number, optional_text, query_failed, readable, stored, text,
-    to_json, unsigned,
-};
+use super::{Change, Store, is_taken, json, number, parse, query_failed, stored, text, to_json};
 use crate::store::keys::hash;
 use crate::store::operations::NewOperation;
 use crate::store::vm_states::StateChange;
@@ -266,11 +262,27 @@ impl Store {
 
     /// All hosts, by name.
     pub(crate) async fn hosts(&self) -> Result<Vec<HostRow>> {
-        let rows = sqlx::query("SELECT * FROM hosts ORDER BY name")
-            .fetch_all(&self.pool)
+        // As one text, because rows are slow, and controllers read all hosts often.
+        let query = match self.is_postgres {
+            true => {
+                "SELECT CAST(COALESCE(json_agg(json_build_object('name', name, 'labels', labels, \
+                 'draining', draining, 'seen_ms', seen_ms, 'capacity', capacity, 'address', address, \
+                 'owner', owner, 'epoch', epoch, 'reachable', reachable, 'facts', facts)), '[]') \
+                 AS TEXT) AS hosts FROM (SELECT * FROM hosts ORDER BY name) AS them"
+            }
+            false => {
+                "SELECT CAST(json_group_array(json_object('name', name, 'labels', labels, \
+                 'draining', draining, 'seen_ms', seen_ms, 'capacity', capacity, 'address', address, \
+                 'owner', owner, 'epoch', epoch, 'reachable', reachable, 'facts', facts)) \
+                 AS TEXT) AS hosts FROM (SELECT * FROM hosts ORDER BY name) AS them"
+            }
+        };
+        let row = sqlx::query(query)
+            .fetch_one(&self.pool)
             .await
             .map_err(query_failed)?;
-        Ok(readable(&rows, "hosts", host))
+        let listed: Vec<Listed> = json(&row, "hosts")?;
+        Ok(listed.into_iter().filter_map(Listed::readable).collect())
     }
 
     /// Replaces the labels of a host.
@@ -369,17 +381,44 @@ async fn set_address(change: &mut Change<'_>, name: &str, address: SocketAddr) -
     }
 }
 
-fn host(row: &AnyRow) -> Result<HostRow> {
-    Ok(HostRow {
-        name: text(row, "name")?,
-        labels: json(row, "labels")?,
-        draining: number(row, "draining")? != 0,
-        seen_ms: unsigned(row, "seen_ms")?,
-        capacity: json(row, "capacity")?,
-        address: optional_text(row, "address")?.and_then(|it| it.parse().ok()),
-        owner: optional_text(row, "owner")?,
-        epoch: unsigned(row, "epoch")?,
-        is_reachable: number(row, "reachable")? != 0,
-        facts: json(row, "facts")?,
-    })
+/// The columns of a host.
+#[derive(Deserialize)]
+struct Listed {
+    name: String,
+    labels: String,
+    draining: i64,
+    seen_ms: i64,
+    capacity: String,
+    address: Option<String>,
+    owner: Option<String>,
+    epoch: i64,
+    reachable: i64,
+    facts: String,
+}
+
+impl Listed {
+    /// The record, where it can be read. One that cannot is logged.
+    fn readable(self) -> Option<HostRow> {
+        let name = self.name.clone();
+        let read = self.read();
+        read.inspect_err(|error| {
+            tracing::error!(host = name, %error, "the record of a host cannot be read and is left out");
+        })
+        .ok()
+    }
+
+    fn read(self) -> Result<HostRow> {
+        Ok(HostRow {
+            labels: parse(&self.labels)?,
+            draining: self.draining != 0,
+            seen_ms: self.seen_ms.max(0).unsigned_abs(),
+            capacity: parse(&self.capacity)?,
+            address: self.address.and_then(|it| it.parse().ok()),
+            owner: self.owner,
+            epoch: self.epoch.max(0).unsigned_abs(),
+            is_reachable: self.reachable != 0,
+            facts: parse(&self.facts)?,
+            name: self.name,
+        })
+    }
 }

@@ -2,7 +2,7 @@
 //!
 //! The SQL is what SQLite and PostgreSQL have in common, except for the names of two functions in
 //! the list of VMs. Changes that belong together are one transaction, so that a kill at any point
-//! leaves all of them or none.
+//! leaves all of them or none; `transactions` has how they are made and committed.
 
 pub(crate) mod changes;
 pub(crate) mod creation;
@@ -22,6 +22,7 @@ pub(crate) mod reservations;
 mod shards;
 pub(crate) mod templates;
 pub(crate) mod tenants;
+mod transactions;
 mod vm_pages;
 pub(crate) mod vm_states;
 pub(crate) mod vms;
@@ -38,14 +39,12 @@ use relay::Relay;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sqlx::any::{AnyPoolOptions, AnyRow};
-use sqlx::pool::PoolConnection;
-use sqlx::{AnyConnection, AnyPool, Row};
-use tokio::sync::{Mutex, MutexGuard, broadcast};
+use sqlx::{AnyPool, Row};
+use tokio::sync::broadcast;
+use transactions::{Change, Turn};
 
 use army_api::events::Event;
 
-/// Commits a transaction of PostgreSQL, and tells all controllers.
-const POSTGRES_COMMIT: &str = "NOTIFY army; COMMIT";
 /// The number of connections to the database.
 const CONNECTIONS: u32 = 8;
 /// The number of events that a slow reader may miss before it has to read the database.
@@ -55,9 +54,6 @@ const EVENTS_AHEAD: usize = 1024;
 const SQLITE_SETTINGS: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; \
      PRAGMA busy_timeout = 10000; PRAGMA foreign_keys = ON;";
 
-/// Begins a transaction of PostgreSQL. Writers wait for each other there, too, whichever controller
-/// they belong to, so that numbers grow in the order in which transactions are committed.
-const POSTGRES_BEGIN: &str = "BEGIN; SELECT 1 FROM pg_advisory_xact_lock(1095912793)";
 /// The schemes of the URLs of PostgreSQL databases.
 const POSTGRES: [&str; 2] = ["postgres://", "postgresql://"];
 
@@ -67,8 +63,11 @@ pub(crate) struct Store {
     pool: AnyPool,
     is_postgres: bool,
     term: OwnTerm,
-    /// Held by the writer. In the database, writers would have to try again instead of waiting.
-    turn: Arc<Mutex<()>>,
+    /// Where changes queue.
+    turn: Turn,
+    /// Where changes queue that others must not delay. With SQLite, which has one writer at a time, it
+    /// is the same queue, and nobody ends terms by their leases.
+    urgent: Turn,
     news: broadcast::Sender<Event>,
     /// Grows with each transaction that may have changed VMs, of this process or another.
     changes: Arc<AtomicU64>,
@@ -95,6 +94,8 @@ impl Store {
         }
         let pool = AnyPoolOptions::new()
             .max_connections(CONNECTIONS)
+            // A server may have ended an idle connection. A file does not.
+            .test_before_acquire(is_postgres)
             .after_connect(move |connection, _| {
                 Box::pin(async move {
                     if is_postgres {
@@ -113,11 +114,16 @@ impl Store {
             let message = format!("cannot migrate the database to the latest version: {error}");
             Error::new(ErrorKind::Internal, message)
         })?;
+        let turn = Turn::default();
         let mut store = Self {
             pool,
             is_postgres,
             term: OwnTerm::new()?,
-            turn: Arc::default(),
+            urgent: match is_postgres {
+                true => Turn::default(),
+                false => Arc::clone(&turn),
+            },
+            turn,
             news: broadcast::channel(EVENTS_AHEAD).0,
             changes: Arc::default(),
             host_changes: Arc::default(),
@@ -149,34 +155,6 @@ impl Store {
     pub(crate) fn is_shared(&self) -> bool {
         self.is_postgres
     }
-
-    /// Begins a transaction. It is rolled back unless it is committed, and it can be committed while
-    /// the term of this process lasts.
-    async fn change(&self) -> Result<Change<'_>> {
-        let mut change = self.change_before_term().await?;
-        change.term = Some(&self.term);
-        Ok(change)
-    }
-
-    /// Begins a transaction that does not depend on the term of this process.
-    async fn change_before_term(&self) -> Result<Change<'_>> {
-        let turn = self.turn.lock().await;
-        let connection = self.pool.acquire().await.map_err(|e| failed("begin", &e))?;
-        let mut change = Change {
-            connection,
-            term: None,
-            committed: false,
-            events: Vec::new(),
-            store: self,
-            _turn: turn,
-        };
-        let begin = match self.is_postgres {
-            true => POSTGRES_BEGIN,
-            false => "BEGIN",
-        };
-        change.run(begin).await.map_err(|e| failed("begin", &e))?;
-        Ok(change)
-    }
 }
 
 /// Makes the files of an SQLite database readable by their owner only: they have everybody's
@@ -200,66 +178,6 @@ fn protect(url: &str) -> std::io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// A transaction, and the events that describe it.
-///
-/// The connection of a transaction that is not committed is closed. Where SQLite cannot write, it may
-/// end a transaction by itself, or leave it open after a `COMMIT` or `ROLLBACK`. The driver's own
-/// transactions lose count then, and later reads on their connection are old and writes fail.
-struct Change<'a> {
-    connection: PoolConnection<sqlx::Any>,
-    /// The term that must last until the transaction is committed; `None` where none is needed.
-    term: Option<&'a OwnTerm>,
-    committed: bool,
-    events: Vec<Event>,
-    store: &'a Store,
-    _turn: MutexGuard<'a, ()>,
-}
-
-impl Change<'_> {
-    fn connection(&mut self) -> &mut AnyConnection {
-        &mut self.connection
-    }
-
-    async fn run(&mut self, statement: &'static str) -> sqlx::Result<()> {
-        let done = sqlx::raw_sql(statement).execute(self.connection()).await;
-        done.map(drop)
-    }
-
-    /// Commits the transaction, and then publishes its events.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Superseded`] where the term of this process has ended.
-    async fn commit(mut self) -> Result<()> {
-        self.check_term().await?;
-        let commit = match self.store.is_postgres {
-            true => POSTGRES_COMMIT,
-            false => "COMMIT",
-        };
-        self.run(commit).await.map_err(|e| failed("commit", &e))?;
-        self.committed = true;
-        self.store.changes.fetch_add(1, Ordering::Release);
-        match &self.store.relay {
-            // Events of all controllers are published in their order.
-            Some(relay) => relay.wake(),
-            None => {
-                for event in self.events.drain(..) {
-                    // There may be no receiver.
-                    let _ = self.store.news.send(event);
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Change<'_> {
-    fn drop(&mut self) {
-        if !self.committed {
-            self.connection.close_on_drop();
-        }
-    }
 }
 
 fn failed(action: &str, error: &sqlx::Error) -> Error {

@@ -177,21 +177,28 @@ impl Store {
         let kind = filter
             .kind
             .map_or_else(String::new, |it| word_of(word(&it)));
-        let rows = sqlx::query(
-            "SELECT * FROM operations WHERE ($1 = '' OR tenant = $1) \
-             AND ($2 = '' OR state = $2) AND ($3 = '' OR kind = $3) \
-             AND (created_ms < $4 OR (created_ms = $4 AND id < $5)) \
-             ORDER BY created_ms DESC, id DESC LIMIT $6",
-        )
-        .bind(tenant.unwrap_or_default())
-        .bind(state)
-        .bind(kind)
-        .bind(time)
-        .bind(id)
-        .bind(i64::from(limit) + 1)
-        .fetch_all(&self.pool)
-        .await
-        .map_err(query_failed)?;
+        let query = match tenant {
+            Some(_) => {
+                "SELECT * FROM operations WHERE tenant = $1 \
+                 AND ($2 = '' OR state = $2) AND ($3 = '' OR kind = $3) \
+                 AND (created_ms, id) < ($4, $5) ORDER BY created_ms DESC, id DESC LIMIT $6"
+            }
+            None => {
+                "SELECT * FROM operations WHERE $1 = '' \
+                 AND ($2 = '' OR state = $2) AND ($3 = '' OR kind = $3) \
+                 AND (created_ms, id) < ($4, $5) ORDER BY created_ms DESC, id DESC LIMIT $6"
+            }
+        };
+        let rows = sqlx::query(query)
+            .bind(tenant.unwrap_or_default())
+            .bind(state)
+            .bind(kind)
+            .bind(time)
+            .bind(id)
+            .bind(i64::from(limit) + 1)
+            .fetch_all(&self.pool)
+            .await
+            .map_err(query_failed)?;
         let page = &rows[..rows.len().min(limit as usize)];
         let next = match page.last() {
             Some(last) if rows.len() > page.len() => Some(format!(

@@ -23,7 +23,7 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::Superseded`] where the own term has ended.
     pub(crate) async fn keep_term(&self, shares_hosts: bool) -> Result<bool> {
-        let mut change = self.change().await?;
+        let mut change = self.urgent_change().await?;
         self.renew_term(&mut change).await?;
         if !shares_hosts {
             change.commit().await?;
@@ -85,19 +85,21 @@ impl Store {
         Ok(given.rows_affected())
     }
 
-    /// Records a host whose node is simulated, unless it is there.
+    /// Records hosts whose nodes are simulated, unless they are there.
     #[cfg(any(test, feature = "testing"))]
-    pub(crate) async fn join_host(&self, name: &str) -> Result<()> {
+    pub(crate) async fn join_hosts(&self, names: &[String]) -> Result<()> {
         let mut change = self.change().await?;
-        sqlx::query(
-            "INSERT INTO hosts (name, labels, draining, seen_ms, capacity, address) \
-             VALUES ($1, '{}', 0, 0, $2, 'simulated') ON CONFLICT (name) DO NOTHING",
-        )
-        .bind(name)
-        .bind(super::to_json(&Capacity::default())?)
-        .execute(change.connection())
-        .await
-        .map_err(query_failed)?;
+        for name in names {
+            sqlx::query(
+                "INSERT INTO hosts (name, labels, draining, seen_ms, capacity, address) \
+                 VALUES ($1, '{}', 0, 0, $2, 'simulated') ON CONFLICT (name) DO NOTHING",
+            )
+            .bind(name)
+            .bind(super::to_json(&Capacity::default())?)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        }
         change.commit().await?;
         self.note_host_change();
         Ok(())

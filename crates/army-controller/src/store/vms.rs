@@ -9,6 +9,9 @@ use sqlx::any::AnyRow;
 use super::{Store, from_word, json, number, optional_text, parse, query_failed, text, unsigned};
 use crate::{Error, ErrorKind, Result};
 
+/// The number of VMs of a template whose memory tells what others will have.
+const MEASURED: i64 = 100;
+
 /// The number of the next change of a VM.
 macro_rules! next_change {
     () => {
@@ -133,18 +136,66 @@ impl Store {
         self.count("host").await
     }
 
-    async fn count(&self, column: &'static str) -> Result<BTreeMap<String, u32>> {
-        let query = match column {
-            "host" => "SELECT host AS it, COUNT(*) AS n FROM vms WHERE alive = 1 GROUP BY host",
-            _ => "SELECT template AS it, COUNT(*) AS n FROM vms WHERE alive = 1 GROUP BY template",
-        };
-        let rows = sqlx::query(query)
-            .fetch_all(&self.pool)
+    /// The number of VMs on a host that have not ended.
+    pub(crate) async fn count_vms_of_host(&self, host: &str) -> Result<u32> {
+        let row = sqlx::query("SELECT COUNT(*) AS n FROM vms WHERE host = $1 AND alive = 1")
+            .bind(host)
+            .fetch_one(&self.pool)
             .await
             .map_err(query_failed)?;
-        rows.iter()
-            .map(|row| Ok((text(row, "it")?, number(row, "n")? as u32)))
-            .collect()
+        Ok(number(&row, "n")? as u32)
+    }
+
+    /// The private memory of some VMs of a template that have not ended, in bytes, as it was last
+    /// recorded.
+    pub(crate) async fn measured_memory(&self, template: &str) -> Result<Vec<u64>> {
+        // As one text, because rows are slow: each request for VMs asks.
+        let query = match self.is_postgres {
+            true => {
+                "SELECT CAST(COALESCE(json_agg(memory), '[]') AS TEXT) AS memory FROM (SELECT memory \
+                 FROM vms WHERE template = $1 AND alive = 1 ORDER BY number LIMIT $2) AS them"
+            }
+            false => {
+                "SELECT CAST(json_group_array(memory) AS TEXT) AS memory FROM (SELECT memory \
+                 FROM vms WHERE template = $1 AND alive = 1 ORDER BY number LIMIT $2) AS them"
+            }
+        };
+        let row = sqlx::query(query)
+            .bind(template)
+            .bind(MEASURED)
+            .fetch_one(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        let recorded: Vec<Option<String>> = json(&row, "memory")?;
+        let measured = recorded.iter().flatten();
+        let measured = measured.map(|memory| Ok(parse::<VmMemory>(memory)?.private_bytes));
+        measured.collect()
+    }
+
+    async fn count(&self, column: &'static str) -> Result<BTreeMap<String, u32>> {
+        let query = match (column, self.is_postgres) {
+            ("host", true) => {
+                "SELECT CAST(COALESCE(json_object_agg(it, n), '{}') AS TEXT) AS counts FROM (SELECT \
+                 host AS it, COUNT(*) AS n FROM vms WHERE alive = 1 GROUP BY host) AS them"
+            }
+            ("host", false) => {
+                "SELECT CAST(json_group_object(it, n) AS TEXT) AS counts FROM (SELECT \
+                 host AS it, COUNT(*) AS n FROM vms WHERE alive = 1 GROUP BY host) AS them"
+            }
+            (_, true) => {
+                "SELECT CAST(COALESCE(json_object_agg(it, n), '{}') AS TEXT) AS counts FROM (SELECT \
+                 template AS it, COUNT(*) AS n FROM vms WHERE alive = 1 GROUP BY template) AS them"
+            }
+            (_, false) => {
+                "SELECT CAST(json_group_object(it, n) AS TEXT) AS counts FROM (SELECT \
+                 template AS it, COUNT(*) AS n FROM vms WHERE alive = 1 GROUP BY template) AS them"
+            }
+        };
+        let row = sqlx::query(query)
+            .fetch_one(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        json(&row, "counts")
     }
 }
 

@@ -11,10 +11,12 @@ use crate::Database;
 struct Sender {
     failures: Mutex<u32>,
     accepted: Mutex<Vec<(String, String)>>,
+    ids: Mutex<Vec<String>>,
 }
 
 impl WebhookSender for Sender {
     fn send(&self, delivery: Delivery) -> BoxFuture<'_, std::result::Result<(), String>> {
+        self.ids.lock().unwrap().push(delivery.id());
         let mut failures = self.failures.lock().unwrap();
         let result = match failures.checked_sub(1) {
             Some(left) => {
@@ -106,6 +108,36 @@ async fn events_come_in_their_order_and_once_more_after_a_failure() {
     deliver(&controller, &sender).await;
     assert!(controller.store.due_webhooks().await.unwrap().is_empty());
     assert_eq!(sender.accepted().len(), 2);
+}
+
+#[tokio::test]
+async fn an_event_that_two_controllers_deliver_has_the_same_id_both_times() {
+    let dir = tempfile::tempdir().unwrap();
+    let url = Database::sqlite_url(&dir.path().join("army.db"));
+    let open = async || {
+        let database = Database::open(&url).await.unwrap();
+        Controller::of_one_host(database, Arc::new(SimulatedNode::new("here")))
+    };
+    let first = open().await;
+    for _ in 0..2 {
+        create(&first, None, &["key.*"]).await;
+    }
+    happen(&first, "red").await;
+    let due = first.store.due_webhooks().await.unwrap();
+    // The term of the first one ends while it delivers.
+    let second = open().await;
+    let sender = Sender::default();
+    for due in due {
+        let recorded = first.deliver_page(due, &sender).await;
+        assert_eq!(recorded.unwrap_err().kind, ErrorKind::Superseded);
+    }
+    deliver(&second, &sender).await;
+    assert_eq!(sender.accepted().len(), 4);
+    let ids = sender.ids.lock().unwrap().clone();
+    let (once, again) = ids.split_at(2);
+    assert_ne!(once[0], once[1]);
+    let set = |ids: &[String]| ids.iter().cloned().collect::<HashSet<_>>();
+    assert_eq!(set(once), set(again));
 }
 
 #[tokio::test]

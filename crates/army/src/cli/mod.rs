@@ -11,6 +11,7 @@ mod files;
 mod hosts;
 mod keys;
 mod node;
+mod open_files;
 mod operations;
 mod output;
 mod ports;

@@ -9,14 +9,13 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use army_api::keys::{CreateKey, Role};
 use clone_api::jail::RequiredJail;
-use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use super::output;
+use super::{open_files, output};
 use crate::server::tls::{self, Files};
 use crate::server::{self, BufferLimits, Doors, SessionLimits};
 use crate::webhooks::HttpSender;
@@ -28,7 +27,7 @@ use army_node_api::serve::{Limits, Server, Stop};
 /// open.
 pub(super) fn begin(state: &Path) -> Result<std::fs::File> {
     start_log()?;
-    raise_open_files().context("cannot raise the limit of open files")?;
+    open_files::raise_limit().context("cannot raise the limit of open files")?;
     std::fs::create_dir_all(state).with_context(|| format!("cannot make {}", state.display()))?;
     // It has keys, the database and the journal.
     std::fs::set_permissions(state, std::fs::Permissions::from_mode(0o700))
@@ -48,14 +47,6 @@ fn start_log() -> Result<()> {
         .with(filter)
         .init();
     Ok(())
-}
-
-/// Raises the limit of open files to its maximum. Each VM and each connection takes some, and the
-/// usual limit (1,024) is for programs that call select(2).
-fn raise_open_files() -> rustix::io::Result<()> {
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    setrlimit(Resource::Nofile, limit)
 }
 
 /// Locks the state directory: two servers with the same state would undo each other's work.
@@ -250,6 +241,7 @@ impl Api {
             "--listen {address} would serve plain HTTP to other hosts: give --tls-cert and \
              --tls-key, or listen on 127.0.0.1 behind a proxy, or give --serve-plain-http"
         );
+        open_files::check_limit(limits.max_connections, limits.max_sessions);
         let connections = Limits {
             connections: limits.max_connections,
             per_address: limits.max_connections_per_address,

@@ -21,9 +21,10 @@ pub(super) async fn list(State(app): State<App>, caller: Caller) -> Answer<Json<
 /// Creates a webhook, which sends events from now on to a URL.
 ///
 /// Each delivery is a `POST` with the event as JSON, and with the headers `army-webhook`,
-/// `army-event` (the event's id, by which a repeated delivery is recognized) and `army-signature`:
-/// `t=SECONDS,v1=HEX`, where the number is the HMAC-SHA256, by the secret, of the seconds since 1970,
-/// a `.` and the body. The secret is returned only in this response.
+/// `army-event` (the event's id), `army-delivery` (an id by which a repeated delivery is recognized:
+/// the same each time that the event is sent to this webhook) and `army-signature`: `t=SECONDS,v1=HEX`,
+/// where the number is the HMAC-SHA256, by the secret, of the seconds since 1970, a `.` and the body.
+/// The secret is returned only in this response.
 #[utoipa::path(post, path = "/v1/webhooks", request_body = CreateWebhook,
     responses((status = 201, body = NewWebhook)))]
 pub(super) async fn create(

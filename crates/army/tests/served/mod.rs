@@ -3,9 +3,7 @@
 #![allow(dead_code, unreachable_pub)]
 
 use std::collections::BTreeMap;
-use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -47,9 +45,6 @@ macro_rules! on_each_database {
 #[allow(unused_imports)]
 pub(crate) use on_each_database;
 
-/// The user and group without rights.
-const NOBODY: u32 = 65534;
-
 pub struct Server {
     pub url: String,
     pub admin: Client,
@@ -64,64 +59,23 @@ pub struct Server {
 }
 
 /// A PostgreSQL of one test's own.
-pub struct Postgres {
-    dir: tempfile::TempDir,
-    server: Child,
-}
+pub struct Postgres(army_controller::testing::Postgres);
 
 impl Postgres {
     pub fn start() -> Self {
-        let mut versions: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
-            .expect("PostgreSQL is missing: cargo xtask setup")
-            .map(|entry| entry.unwrap().path())
-            .collect();
-        versions.sort();
-        let programs = versions.pop().unwrap().join("bin");
-        // Sockets have short names.
-        let dir = tempfile::tempdir_in("/tmp").unwrap();
-        let data = dir.path().join("data");
-        let program = |name: &str| {
-            let mut command = Command::new(programs.join(name));
-            command
-                .arg("-D")
-                .arg(&data)
-                .stdout(Stdio::null())
-                .stderr(Stdio::null());
-            if rustix::process::geteuid().is_root() {
-                // It refuses to be root.
-                command.uid(NOBODY).gid(NOBODY).current_dir("/");
-            }
-            command
-        };
-        if rustix::process::geteuid().is_root() {
-            std::os::unix::fs::chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
-        }
-        let mut init = program("initdb");
-        init.args([
-            "-U",
-            "army",
-            "-A",
-            "trust",
-            "-N",
-            "-E",
-            "UTF8",
-            "--locale=C",
-        ]);
-        assert!(init.status().unwrap().success(), "initdb failed");
-        let mut server = program("postgres");
-        server
-            .arg("-k")
-            .arg(dir.path())
-            .args(["-c", "listen_addresses=", "-F"]);
-        let server = server.spawn().unwrap();
-        Self { dir, server }
+        // What a test writes need not survive a loss of power.
+        let started = army_controller::testing::Postgres::start(Path::new("/tmp"), &["-F"]);
+        let started = started.unwrap();
+        Self(started.expect("PostgreSQL is missing: cargo xtask setup"))
     }
 
     pub fn url(&self) -> String {
-        format!(
-            "postgres://army@localhost/postgres?host={}",
-            self.dir.path().display()
-        )
+        self.0.url("postgres")
+    }
+
+    /// The URL of a new database, as soon as the server has started.
+    pub fn create_database(&self, name: &str) -> String {
+        self.0.create_database(name).unwrap()
     }
 
     pub async fn open(&self) -> Database {
@@ -133,12 +87,6 @@ impl Postgres {
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-    }
-}
-
-impl Drop for Postgres {
-    fn drop(&mut self) {
-        let _ = self.server.kill().and_then(|()| self.server.wait());
     }
 }
 

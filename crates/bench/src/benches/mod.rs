@@ -4,7 +4,7 @@ mod army;
 mod block;
 mod boot;
 mod exec;
-mod fleet;
+pub(crate) mod fleet;
 mod fork;
 mod list;
 mod memory;

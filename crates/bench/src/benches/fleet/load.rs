@@ -6,47 +6,92 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use army_api::client::Client;
 use army_api::vms::{CreateVms, CreatedVms, VmFilter, VmPage};
-use army_controller::testing::Records;
+use army_controller::testing::{Postgres, Records};
 use army_node_api::simulated::SimulatedNode;
 use axum::http::Method;
 use futures_util::StreamExt;
 
-use super::{Server, TEMPLATE};
+use super::{Server, TEMPLATE, postgres};
 
 /// The number of clients that create VMs at the same time.
 const CLIENTS: usize = 16;
 
+/// The processor time that was taken by a moment.
+#[derive(Clone, Copy)]
+pub(super) struct Processors {
+    at: Instant,
+    /// By this process.
+    own: Duration,
+    /// By PostgreSQL's processes.
+    postgres: Duration,
+}
+
+/// The processor time for each second of some time, in milliseconds.
+pub(super) struct Spent {
+    pub(super) own: f64,
+    pub(super) postgres: f64,
+}
+
+impl Processors {
+    pub(super) fn now(postgres: Option<&Postgres>) -> Result<Self> {
+        Ok(Self {
+            at: Instant::now(),
+            own: own_time(),
+            postgres: postgres.map_or(Ok(Duration::ZERO), postgres::processor_time)?,
+        })
+    }
+
+    /// What was spent since `self`.
+    fn until(&self, now: &Self) -> Spent {
+        let seconds = now.at.duration_since(self.at).as_secs_f64();
+        let spent =
+            |from: Duration, to: Duration| to.saturating_sub(from).as_secs_f64() * 1e3 / seconds;
+        Spent {
+            own: spent(self.own, now.own),
+            postgres: spent(self.postgres, now.postgres),
+        }
+    }
+}
+
 /// The processor time of this process.
-fn processor_time() -> Duration {
+fn own_time() -> Duration {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
     Duration::try_from(now).unwrap_or_default()
 }
 
-/// The processor time of each of so many seconds in which nothing happens, in milliseconds, without
-/// that of the simulated nodes.
-pub(super) async fn ticks(nodes: &[Arc<SimulatedNode>], samples: usize) -> Vec<f64> {
+/// The processor time of each of so many seconds in which nothing happens, without that of the simulated
+/// nodes.
+pub(super) async fn ticks(
+    nodes: &[Arc<SimulatedNode>],
+    postgres: Option<&Postgres>,
+    samples: usize,
+) -> Result<Vec<Spent>> {
     let mut ticks = Vec::with_capacity(samples);
     for _ in 0..samples {
-        let (before, start) = (processor_time(), Instant::now());
+        let before = Processors::now(postgres)?;
         let reports: usize = nodes.iter().map(|it| it.reports_made()).sum();
         tokio::time::sleep(Duration::from_secs(1)).await;
-        let (after, took) = (processor_time(), start.elapsed());
+        let now = Processors::now(postgres)?;
         let reported: usize = nodes.iter().map(|it| it.reports_made()).sum();
-        let spent = after.saturating_sub(before).as_secs_f64() / took.as_secs_f64();
-        let rounds = (reported - reports) as f64 / took.as_secs_f64() / nodes.len() as f64;
-        let own = nodes_part(nodes).as_secs_f64() * rounds;
-        ticks.push((spent - own).max(0.0) * 1e3);
+        let seconds = now.at.duration_since(before.at).as_secs_f64();
+        let rounds = (reported - reports) as f64 / seconds / nodes.len() as f64;
+        let of_nodes = nodes_part(nodes).as_secs_f64() * rounds * 1e3;
+        let spent = before.until(&now);
+        ticks.push(Spent {
+            own: (spent.own - of_nodes).max(0.0),
+            ..spent
+        });
     }
-    ticks
+    Ok(ticks)
 }
 
 /// The processor time that the simulated nodes take for one report of each.
 fn nodes_part(nodes: &[Arc<SimulatedNode>]) -> Duration {
-    let before = processor_time();
+    let before = own_time();
     for node in nodes {
         drop(node.present_report());
     }
-    processor_time().saturating_sub(before)
+    own_time().saturating_sub(before)
 }
 
 /// Pages of 1,000 VMs from different places of the list.
@@ -100,8 +145,23 @@ pub(super) async fn events(at: &Server, read_at: &Server, samples: usize) -> Res
     Ok(times)
 }
 
-/// VMs that are created and destroyed for some time: the creates a second, and the time of each.
-pub(super) async fn creates(clients: &[Client], limit: Duration) -> Result<(f64, Vec<Duration>)> {
+/// What came of creating and destroying VMs for some time.
+pub(super) struct Creates {
+    /// The creates of a second.
+    pub(super) rate: f64,
+    /// The time of each create.
+    pub(super) times: Vec<Duration>,
+    /// The processor time of each second.
+    pub(super) spent: Spent,
+}
+
+/// VMs that are created and destroyed for some time.
+pub(super) async fn creates(
+    clients: &[Client],
+    postgres: Option<&Postgres>,
+    limit: Duration,
+) -> Result<Creates> {
+    let before = Processors::now(postgres)?;
     let start = Instant::now();
     let mut tasks = Vec::new();
     for number in 0..CLIENTS {
@@ -109,16 +169,10 @@ pub(super) async fn creates(clients: &[Client], limit: Duration) -> Result<(f64,
         tasks.push(tokio::spawn(async move {
             let mut times = Vec::new();
             while start.elapsed() < limit {
-                let request = CreateVms {
-                    template: TEMPLATE.to_owned(),
-                    count: 1,
-                    ..CreateVms::default()
-                };
                 let begun = Instant::now();
-                let created: CreatedVms = client.create("/v1/vms", &request, None).await?;
+                let vm = create(&client).await?;
                 times.push(begun.elapsed());
-                let vm = created.vms.first().context("no VM was created")?;
-                let path = format!("/v1/vms/{}", vm.id);
+                let path = format!("/v1/vms/{vm}");
                 client.plain(Method::DELETE, &path).await?;
             }
             Ok::<_, anyhow::Error>(times)
@@ -128,8 +182,23 @@ pub(super) async fn creates(clients: &[Client], limit: Duration) -> Result<(f64,
     for task in tasks {
         times.extend(task.await??);
     }
-    let rate = times.len() as f64 / start.elapsed().as_secs_f64();
-    Ok((rate, times))
+    Ok(Creates {
+        rate: times.len() as f64 / start.elapsed().as_secs_f64(),
+        times,
+        spent: before.until(&Processors::now(postgres)?),
+    })
+}
+
+/// Creates a VM, and returns its id.
+pub(super) async fn create(client: &Client) -> Result<String> {
+    let request = CreateVms {
+        template: TEMPLATE.to_owned(),
+        count: 1,
+        ..CreateVms::default()
+    };
+    let created: CreatedVms = client.create("/v1/vms", &request, None).await?;
+    let vm = created.vms.into_iter().next();
+    Ok(vm.context("no VM was created")?.id)
 }
 
 /// The memory of this process in MiB.

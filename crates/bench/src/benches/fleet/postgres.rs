@@ -1,115 +1,63 @@
 //! A PostgreSQL of this machine's package, which is started for the bench.
 
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use army_controller::testing::Postgres;
 
-/// The user and group without rights.
-const NOBODY: u32 = 65534;
-/// How long the server may take to start.
-const STARTED: Duration = Duration::from_secs(60);
+/// The time of one tick of the kernel's accounts, which is the same on all Linux of this processor.
+const TICK: Duration = Duration::from_millis(10);
 
-pub(super) struct Postgres {
-    /// Where its data and its socket are.
-    folder: PathBuf,
-    programs: PathBuf,
-    server: Child,
+/// A PostgreSQL, where its package is installed. Its files are on a disk, and not in memory.
+pub(super) fn start() -> Result<Option<Postgres>> {
+    let options = ["-c", "shared_buffers=512MB", "-c", "max_wal_size=4GB"];
+    Postgres::start(Path::new("/var/tmp"), &options).context("cannot start PostgreSQL")
 }
 
-/// A PostgreSQL, where its package is installed.
-pub(super) fn find(state: &Path) -> Result<Option<Postgres>> {
-    let Ok(versions) = std::fs::read_dir("/usr/lib/postgresql") else {
-        return Ok(None);
-    };
-    let versions: std::io::Result<Vec<_>> = versions.map(|it| Ok(it?.path())).collect();
-    match versions?.into_iter().max() {
-        Some(version) => start(&version.join("bin"), state).map(Some),
-        None => Ok(None),
+/// The processor time that the server has taken, in all of its processes.
+pub(super) fn processor_time(postgres: &Postgres) -> Result<Duration> {
+    let first = postgres.process_id();
+    let mut ticks = 0;
+    for entry in std::fs::read_dir("/proc")? {
+        // A process may end at any time.
+        let Ok(stat) = std::fs::read_to_string(entry?.path().join("stat")) else {
+            continue;
+        };
+        ticks += ticks_of(&stat, first).unwrap_or(0);
+    }
+    Ok(TICK.saturating_mul(ticks))
+}
+
+/// The ticks of the process with this `stat`, where it is the process `first` or a child of it. Those of
+/// children that have ended are among those of `first`.
+fn ticks_of(stat: &str, first: u32) -> Option<u32> {
+    let (id, rest) = stat.split_once(' ')?;
+    // The name of the program, in parentheses, may have any character.
+    let fields: Vec<&str> = rest.rsplit_once(')')?.1.split_whitespace().collect();
+    let field = |index: usize| fields.get(index)?.parse::<u32>().ok();
+    let is_first = id.parse() == Ok(first);
+    if !is_first && field(1)? != first {
+        return None;
+    }
+    let own = field(11)?.checked_add(field(12)?)?;
+    match is_first {
+        true => own.checked_add(field(13)?)?.checked_add(field(14)?),
+        false => Some(own),
     }
 }
 
-fn start(programs: &Path, state: &Path) -> Result<Postgres> {
-    // Sockets have short names, and the server's user must be able to reach its files.
-    let folder = std::env::temp_dir().join(format!("fleet-{}", std::process::id()));
-    std::fs::create_dir_all(&folder)?;
-    let is_root = rustix::process::geteuid().is_root();
-    if is_root {
-        std::os::unix::fs::chown(&folder, Some(NOBODY), Some(NOBODY))?;
-    }
-    let log = std::fs::File::create(state.join("postgres.log"))?;
-    let program = |name: &str| -> Result<Command> {
-        let mut command = Command::new(programs.join(name));
-        command
-            .arg("-D")
-            .arg(folder.join("data"))
-            .stdout(Stdio::null())
-            .stderr(log.try_clone()?);
-        if is_root {
-            // It refuses to be root.
-            command.uid(NOBODY).gid(NOBODY).current_dir("/");
-        }
-        Ok(command)
-    };
-    let made = program("initdb")?
-        .args([
-            "-U",
-            "army",
-            "-A",
-            "trust",
-            "-N",
-            "-E",
-            "UTF8",
-            "--locale=C",
-        ])
-        .status()?;
-    anyhow::ensure!(
-        made.success(),
-        "initdb failed: {}",
-        state.join("postgres.log").display()
-    );
-    let server = program("postgres")?
-        .arg("-k")
-        .arg(&folder)
-        .args(["-c", "listen_addresses=", "-c", "shared_buffers=512MB"])
-        .spawn()
-        .context("cannot start postgres")?;
-    Ok(Postgres {
-        folder,
-        programs: programs.to_owned(),
-        server,
-    })
-}
+#[cfg(test)]
+mod tests {
+    use super::ticks_of;
 
-impl Postgres {
-    /// The URL of an empty database, a new one for each number.
-    pub(super) fn database(&self, number: usize) -> Result<String> {
-        let name = format!("fleet{number}");
-        let end = Instant::now() + STARTED;
-        loop {
-            let made = Command::new(self.programs.join("createdb"))
-                .arg("-h")
-                .arg(&self.folder)
-                .args(["-U", "army", &name])
-                .stderr(Stdio::null())
-                .status()?;
-            if made.success() {
-                return Ok(format!(
-                    "postgres://army@localhost/{name}?host={}",
-                    self.folder.display()
-                ));
-            }
-            anyhow::ensure!(Instant::now() < end, "cannot create a database");
-            std::thread::sleep(Duration::from_millis(200));
-        }
-    }
-}
-
-impl Drop for Postgres {
-    fn drop(&mut self) {
-        let _ = self.server.kill().and_then(|()| self.server.wait());
-        let _ = std::fs::remove_dir_all(&self.folder);
+    #[test]
+    fn the_time_of_a_server_is_that_of_its_processes_and_of_no_others() {
+        let of = |id, parent| {
+            format!("{id} (post) gres) S {parent} 1 1 0 -1 0 0 0 0 0 7 11 13 17 20 0 1 0 5")
+        };
+        assert_eq!(ticks_of(&of(5, 1), 5), Some(48));
+        assert_eq!(ticks_of(&of(6, 5), 5), Some(18));
+        assert_eq!(ticks_of(&of(7, 6), 5), None);
     }
 }
