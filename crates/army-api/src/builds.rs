@@ -14,11 +14,13 @@ use crate::templates::Template;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BuildTemplate {
-    /// The name of the new template.
-    #[schema(max_length = 48)]
+    /// The name of the new template. It belongs to the caller's tenant and is private; where an
+    /// administrator builds it, it belongs to the administrators and is public. Administrators may
+    /// also say `TENANT/NAME`.
+    #[schema(max_length = 97)]
     pub template: String,
     /// The base template of the build, or a tag that points to it.
-    #[schema(max_length = 48)]
+    #[schema(max_length = 97)]
     pub from: String,
     /// The steps of the build, 1 to 1,000. They run one after the other.
     #[schema(min_items = 1, max_items = 1000)]
@@ -88,7 +90,7 @@ pub enum BuildEvent {
     /// The build has succeeded. This is the last event.
     Built {
         /// The new template.
-        template: Template,
+        template: Box<Template>,
     },
     /// The build has failed, and no template was created. This is the last event.
     Failed {

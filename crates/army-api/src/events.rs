@@ -15,7 +15,8 @@ pub struct Event {
     /// The object that the event is about: the id of a VM or a key, or the name of a host or a
     /// template.
     pub subject: String,
-    /// The tenant that owns the object. It is empty for objects that all tenants share.
+    /// The tenant that owns the object. It is empty for objects that all tenants share, and `-` for
+    /// templates that only administrators can use.
     pub tenant: String,
     /// A description of the event for people.
     pub detail: String,

@@ -35,16 +35,43 @@ pub enum TemplateState {
     Removing,
 }
 
+/// Who can use a template.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Visibility {
+    /// The tenant that owns the template, and administrators.
+    Private,
+    /// The tenants of `shared_with`, too.
+    Shared,
+    /// All tenants. Templates of releases in which templates had no owner are public.
+    #[default]
+    Public,
+}
+
 /// A template from which VMs can be forked.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Template {
-    /// The unique name of the template.
+    /// The name of the template. It is unique among the templates and tags of its tenant. Callers of
+    /// other tenants name the template `TENANT/NAME`.
     pub name: String,
     /// The id of the template: the hash of its content.
     pub id: String,
     /// The state of the template.
     #[serde(default)]
     pub state: TemplateState,
+    /// The tenant that owns the template. It is absent for templates of the administrators.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
+    /// Who can use the template.
+    #[serde(default)]
+    pub visibility: Visibility,
+    /// The tenants that can use a template whose `visibility` is `shared`. Only the owner and
+    /// administrators see them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shared_with: Vec<String>,
+    /// The name under which hosts store the template, where it is not `name`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store_name: Option<String>,
     /// The template on which this one builds. Only the difference to it is stored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
@@ -62,6 +89,11 @@ pub struct Template {
     pub data_bytes: u64,
     /// The number of virtual CPUs of each clone.
     pub vcpus: u32,
+    /// The sizes of the writable disks of each clone together, in bytes. A clone stores only what it
+    /// writes. It is absent for templates that were registered by a version of Army that did not
+    /// record it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<u64>,
     /// The time at which the template was created, in milliseconds since 1970.
     pub taken_ms: u64,
     /// The CPU features that the clones require. They are placed only on hosts that have these
@@ -75,6 +107,23 @@ pub struct Template {
     pub ready: u32,
     /// The number of VMs that were forked from the template and have not ended.
     pub vms: u32,
+}
+
+impl Template {
+    /// The name under which hosts store the template. It is unique among the templates of all
+    /// tenants.
+    pub fn stored_as(&self) -> &str {
+        self.store_name.as_deref().unwrap_or(&self.name)
+    }
+
+    /// The name by which every caller who can use the template reaches it: `TENANT/NAME`, or `NAME`
+    /// for templates of the administrators.
+    pub fn full_name(&self) -> String {
+        match &self.tenant {
+            Some(tenant) => format!("{tenant}/{}", self.name),
+            None => self.name.clone(),
+        }
+    }
 }
 
 /// The CPU features that a guest may use, or that a host offers. Only features in which hosts can
@@ -103,7 +152,7 @@ pub struct CopyTemplate {
 #[serde(deny_unknown_fields)]
 pub struct SetTag {
     /// The name of the template that the tag points to.
-    #[schema(max_length = 48)]
+    #[schema(max_length = 97)]
     pub template: String,
 }
 
@@ -118,11 +167,22 @@ pub struct ImportTemplate {
     pub host: Option<String>,
 }
 
-/// A request to change a template.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+/// A request to change a template. What is not mentioned is kept.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"visibility": "shared", "shared_with": ["blue"]}))]
 pub struct ChangeTemplate {
     /// The number of standbys to keep on each of the template's hosts, 0 to 1,000.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(maximum = 1000)]
-    pub standbys: u32,
+    pub standbys: Option<u32>,
+    /// Who can use the template. Only administrators make a template public. VMs that exist are
+    /// kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub visibility: Option<Visibility>,
+    /// The tenants that can use the template, at most 100, in place of those before. It requires
+    /// the visibility `shared`, which is the default where `shared_with` is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(max_items = 100)]
+    pub shared_with: Option<Vec<String>>,
 }

@@ -17,9 +17,20 @@ pub struct Quotas {
     /// The numbers of CPUs of all its VMs together.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_vcpus: Option<u32>,
+    /// The sizes of the writable disks of all its VMs together, in bytes: what they may grow to, and
+    /// not what they have written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_disk_bytes: Option<u64>,
+    /// The number of templates that the tenant may own, with those that are being made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_templates: Option<u32>,
+    /// The number of standbys that its own templates may keep on each host together. It is 0 for a
+    /// new tenant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_standbys: Option<u32>,
 }
 
-/// What the VMs of a tenant have, by their nominal sizes.
+/// What a tenant has; its VMs count by their nominal sizes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Used {
     /// The number of VMs that have not ended.
@@ -29,6 +40,16 @@ pub struct Used {
     pub memory_bytes: u64,
     /// The numbers of their CPUs together.
     pub vcpus: u32,
+    /// The sizes of their writable disks together, in bytes. VMs of releases that did not record it
+    /// do not count.
+    #[serde(default)]
+    pub disk_bytes: u64,
+    /// The number of templates that the tenant owns.
+    #[serde(default)]
+    pub templates: u32,
+    /// The number of standbys that they keep on each host that has them, together.
+    #[serde(default)]
+    pub standbys: u32,
 }
 
 /// A tenant.
@@ -76,4 +97,29 @@ pub struct ChangeTenant {
     )]
     #[schema(value_type = Option<u32>, maximum = 1000000)]
     pub max_vcpus: Option<Option<u32>>,
+    /// The sizes of the writable disks of all its VMs together, in bytes, at most 4 PiB.
+    #[serde(
+        default,
+        deserialize_with = "mentioned",
+        skip_serializing_if = "Option::is_none"
+    )]
+    #[schema(value_type = Option<u64>, maximum = 4503599627370496_i64)]
+    pub max_disk_bytes: Option<Option<u64>>,
+    /// The number of templates that the tenant may own, at most 1,000,000.
+    #[serde(
+        default,
+        deserialize_with = "mentioned",
+        skip_serializing_if = "Option::is_none"
+    )]
+    #[schema(value_type = Option<u32>, maximum = 1000000)]
+    pub max_templates: Option<Option<u32>>,
+    /// The number of standbys that its own templates may keep on each host together, at most
+    /// 1,000,000.
+    #[serde(
+        default,
+        deserialize_with = "mentioned",
+        skip_serializing_if = "Option::is_none"
+    )]
+    #[schema(value_type = Option<u32>, maximum = 1000000)]
+    pub max_standbys: Option<Option<u32>>,
 }

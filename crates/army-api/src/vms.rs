@@ -15,8 +15,11 @@ pub const MAX_SECONDS: u64 = 315_360_000;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateVms {
-    /// The template from which the VMs are forked, or a tag that points to it.
-    #[schema(max_length = 48)]
+    /// The template from which the VMs are forked, or a tag that points to it. A bare name is looked up
+    /// in the own tenant first, and then among the templates of the administrators (by administrators,
+    /// the other way round); `TENANT/NAME` is that of another tenant, and `/NAME` one of the
+    /// administrators.
+    #[schema(max_length = 97)]
     pub template: String,
     /// The number of VMs to create, 1 to 1,000. The default is 1.
     #[serde(default = "one")]
@@ -141,7 +144,8 @@ pub struct Vm {
     pub name: String,
     /// The tenant that owns the VM.
     pub tenant: String,
-    /// The source of the fork: the name of a template, or `vm:` and the id of a VM.
+    /// The source of the fork: the name of a template of the administrators, `TENANT/NAME` of
+    /// another template, or `vm:` and the id of a VM.
     pub template: String,
     /// The host on which the VM runs.
     pub host: String,
@@ -243,8 +247,10 @@ pub struct ForkVm {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotVm {
-    /// The name of the new template.
-    #[schema(max_length = 48)]
+    /// The name of the new template. It belongs to the tenant of the VM; where an administrator takes
+    /// the snapshot of a VM of their own tenant, it belongs to the administrators and is public.
+    /// Administrators may also say `TENANT/NAME`.
+    #[schema(max_length = 97)]
     pub template: String,
     /// Whether to store only the changes since the VM's own template. The default is false.
     #[serde(default)]

@@ -5,13 +5,13 @@
 pub(crate) enum Audience {
     /// The event's tenant.
     Tenant,
-    /// All tenants.
-    Everybody,
+    /// The event's tenant, or all tenants where it has none.
+    TenantOrEverybody,
     /// Administrators.
     Administrators,
 }
 
-use Audience::{Administrators, Everybody, Tenant};
+use Audience::{Administrators, Tenant, TenantOrEverybody};
 
 /// The audience of each kind. Administrators get to know of all of them.
 const KINDS: &[(&str, Audience)] = &[
@@ -23,11 +23,12 @@ const KINDS: &[(&str, Audience)] = &[
     ("vm.unreachable", Tenant),
     ("vm.moved", Tenant),
     ("vm.changed", Tenant),
-    ("template.registered", Everybody),
+    ("template.registered", TenantOrEverybody),
     ("template.copied", Administrators),
-    ("template.tagged", Everybody),
-    ("template.untagged", Everybody),
-    ("template.removed", Everybody),
+    ("template.tagged", TenantOrEverybody),
+    ("template.untagged", TenantOrEverybody),
+    ("template.shared", TenantOrEverybody),
+    ("template.removed", TenantOrEverybody),
     ("key.created", Administrators),
     ("key.removed", Administrators),
     ("tenant.changed", Administrators),

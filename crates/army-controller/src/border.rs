@@ -226,6 +226,7 @@ impl Check for TemplateFacts {
             memory_bytes: self.memory_bytes.check(),
             data_bytes: self.data_bytes.check(),
             vcpus: self.vcpus,
+            disk_bytes: self.disk_bytes.check(),
             taken_ms: self.taken_ms.check(),
             cpu: self.cpu.check(),
         }

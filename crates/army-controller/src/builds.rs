@@ -13,14 +13,14 @@ use agent_proto::messages::Put;
 use army_api::builds::{BuildEvent, BuildStep, BuildTemplate};
 use army_api::exec::{CommandEvent, Ended, Exec, FilePath};
 use army_api::operations::OperationKind;
-use army_api::vms::{CreateVms, SnapshotVm, Vm};
-use army_node_api::validate::check_template_name;
+use army_api::vms::{CreateVms, Vm};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::creation::check;
 use crate::operations::{Outcome, Output, Requester, StartedOperation, detached};
 use crate::store::reservations::Reservation;
+use crate::store::template_names::{TemplateKey, TemplateName};
 use crate::{Controller, CreatedVms, Error, ErrorKind, Result, guest};
 
 /// The time limit of the steps, where the request has none.
@@ -39,8 +39,7 @@ pub type BuildListener = mpsc::Sender<BuildEvent>;
 
 /// A build that was checked.
 struct Build {
-    /// The name of the new template.
-    template: String,
+    template: TemplateKey,
     work: Vec<Work>,
     /// The time limit of all steps together.
     limit: Duration,
@@ -69,34 +68,39 @@ impl Controller {
         }
         let work = check_steps(request.steps.clone())?;
         // This is checked before an hour's work, and not only after it.
-        check_template_name(&request.template)?;
-        let record = serde_json::json!({ "from": request.from });
-        let kind = OperationKind::BuildTemplate;
-        let new = self.new_request(requester, kind, &request.template, &request, &record)?;
+        let caller = requester.template_caller();
+        let name = TemplateName::new(&request.template, caller, caller.own())?;
+        let template = TemplateKey::new(name)?;
+        let store_name = template.other_store_name();
+        let record = serde_json::json!({ "from": request.from, "store_name": store_name });
+        let (kind, subject) = (OperationKind::BuildTemplate, template.name.to_string());
+        let new = self.new_request(requester, kind, &subject, &request, &record)?;
         if let Some(known) = self.repeated(&new).await? {
             return Ok(known);
         }
+        let label = template.name.name.clone();
         let build = Build {
-            template: request.template.clone(),
+            template,
             work,
             limit,
         };
         let details = CreateVms {
             template: request.from,
             count: 1,
-            labels: [(LABEL.to_owned(), request.template)].into(),
+            labels: [(LABEL.to_owned(), label)].into(),
             host_labels: request.host_labels,
             environment: request.environment,
             ttl_s: Some(limit.saturating_add(GRACE).as_secs()),
             ..CreateVms::default()
         };
         check(&details)?;
-        let (controller, tenant) = (Arc::clone(self), requester.tenant.clone());
+        let (controller, requester) = (Arc::clone(self), requester.clone());
         detached(async move {
-            let mut creation = controller.place_creation(&tenant, details).await?;
+            let mut creation = controller.place_creation(&requester, details).await?;
             for host in creation.hosts() {
                 let node = controller.node(host)?;
-                controller.check_store_lacks(&node, &build.template).await?;
+                let store_name = &build.template.store_name;
+                controller.check_store_lacks(&node, store_name).await?;
             }
             let vms = creation.vms(Some(new.id()))?;
             let reservation = Reservation {
@@ -132,11 +136,8 @@ impl Controller {
         let built = async {
             self.run_steps(&vm, build.work, build.limit, &progress)
                 .await?;
-            let request = SnapshotVm {
-                template: build.template,
-                diff: true,
-            };
-            self.take_snapshot(operation, &vm, &request).await
+            self.take_snapshot(operation, &vm, &build.template, true)
+                .await
         };
         let built = built.await;
         self.end_build_vm(&vm).await;

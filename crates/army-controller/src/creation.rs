@@ -48,7 +48,7 @@ struct CreateRequest {
 
 /// What VMs are made of.
 enum Origin {
-    /// The template of this name.
+    /// The template that hosts store under this name.
     Template(String),
     /// The running VM with this id.
     RunningVm(String),
@@ -113,7 +113,7 @@ impl Controller {
         if let Some(known) = self.repeated(&request).await? {
             return Ok(known);
         }
-        let mut creation = self.place_creation(&requester.tenant, details).await?;
+        let mut creation = self.place_creation(requester, details).await?;
         let vms = creation.vms(Some(request.id()))?;
         let reservation = Reservation {
             vms: Some(&vms),
@@ -131,21 +131,26 @@ impl Controller {
     /// Chooses hosts for VMs of a template.
     pub(crate) async fn place_creation(
         self: &Arc<Self>,
-        tenant: &str,
+        requester: &Requester,
         details: CreateVms,
     ) -> Result<Creation> {
-        let template = self.store.template_or_tag(&details.template).await?;
+        let caller = requester.template_caller();
+        let template = self.store.find_template_or_tag(&details.template, caller);
+        let template = self
+            .with_disk_bytes(template.await?, &requester.tenant)
+            .await?;
         let request = CreateRequest {
-            origin: Origin::Template(template.name.clone()),
-            tenant: tenant.to_owned(),
+            origin: Origin::Template(template.stored_as().to_owned()),
+            tenant: requester.tenant.clone(),
             stem: template.name.clone(),
             details: CreateVms {
-                template: template.name.clone(),
+                template: template.full_name(),
                 ..details
             },
             nominal: Nominal {
                 memory_bytes: template.memory_bytes,
                 vcpus: template.vcpus,
+                disk_bytes: template.disk_bytes.unwrap_or(0),
             },
         };
         let admitted = self.admission.admit()?;
@@ -224,7 +229,7 @@ impl Controller {
         }))
     }
 
-    /// What a clone of a template costs, as measured of those that run, in bytes.
+    /// What a clone of a template, as hosts store it, costs, as measured of those that run, in bytes.
     async fn measured_cost(&self, template: &str) -> Result<Option<u64>> {
         let measured = self.store.measured_memory(template).await?;
         let count = measured.len() as u64;
@@ -299,8 +304,13 @@ impl Creation {
     pub(crate) fn vms<'a>(&'a mut self, operation: Option<&'a str>) -> Result<NewVms<'a>> {
         let ids = self.vms.iter().map(|vm| vm.id.clone());
         self.placement.admitted.add_vms(ids);
+        let template = match &self.request.origin {
+            Origin::Template(store_name) => Some(store_name.as_str()),
+            Origin::RunningVm(_) => None,
+        };
         Ok(NewVms {
             vms: &self.vms,
+            template,
             environment: &self.request.details.environment,
             operation,
             nominal: self.request.nominal,

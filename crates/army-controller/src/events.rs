@@ -20,7 +20,7 @@ pub struct EventReader {
 
 impl Controller {
     /// Reads events after the one with the id `after`, or those that happen from now on; only
-    /// `tenant`'s and those of hosts and templates where a tenant is given.
+    /// those that `tenant` gets to know of where a tenant is given.
     pub async fn events(&self, tenant: Option<&str>, after: Option<i64>) -> Result<EventReader> {
         let news = self.store.subscribe();
         let last = match after {

@@ -283,8 +283,8 @@ impl Controller {
                 None => row.facts.cpu.as_ref(),
             };
             let ready = match last {
-                Some(last) => last.report.ready.get(&template.name),
-                None => row.facts.ready.get(&template.name),
+                Some(last) => last.report.ready.get(template.stored_as()),
+                None => row.facts.ready.get(template.stored_as()),
             };
             HostView {
                 suits: labels

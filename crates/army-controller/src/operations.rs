@@ -23,10 +23,11 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::store::operations::{End, OperationRow, told_once};
+use crate::store::template_names::TemplateCaller;
 use crate::{Actor, Controller, CreatedVms, CreationFailure, Error, ErrorKind, Result};
 
 pub(crate) use begin::detached;
-pub(crate) use records::{HostRecord, RegisterRecord};
+pub(crate) use records::{HostRecord, RegisterRecord, StoredRecord};
 
 /// How often an operation of another controller is looked at by whoever waits for it.
 const LOOK: Duration = Duration::from_millis(250);
@@ -36,10 +37,22 @@ const LOOK: Duration = Duration::from_millis(250);
 pub struct Requester {
     /// The tenant of the caller.
     pub tenant: String,
+    /// Whether the caller is an administrator, who sees the objects of all tenants.
+    pub is_administrator: bool,
     /// The id of the caller's key.
     pub key: String,
     /// The idempotency key of the request, which the client has chosen.
     pub idempotency_key: Option<String>,
+}
+
+impl Requester {
+    /// The caller, as templates are looked up for them.
+    pub(crate) fn template_caller(&self) -> TemplateCaller<'_> {
+        TemplateCaller {
+            tenant: &self.tenant,
+            is_administrator: self.is_administrator,
+        }
+    }
 }
 
 /// What an operation has made.
@@ -136,6 +149,18 @@ impl Controller {
         let output = match row.state {
             OperationState::Succeeded => self.output(&row).await.ok(),
             OperationState::Running | OperationState::Failed => None,
+        };
+        // An administrator may have worked on a template that others of their tenant may not see.
+        let output = match (output, tenant) {
+            (Some(Output::Template(template)), Some(tenant)) => {
+                let caller = TemplateCaller {
+                    tenant,
+                    is_administrator: false,
+                };
+                let visible = self.visible_template(*template, caller).await?;
+                visible.map(|it| Output::Template(Box::new(it)))
+            }
+            (output, _) => output,
         };
         Ok(Operation {
             output,
@@ -287,7 +312,7 @@ impl Controller {
             | OperationKind::CopyTemplate
             | OperationKind::ImportTemplate
             | OperationKind::BuildTemplate => {
-                let template = self.template(&row.subject).await?;
+                let template = self.recorded_template(&row.subject).await?;
                 Ok(Output::Template(Box::new(template)))
             }
             OperationKind::DrainHost | OperationKind::UndrainHost => {

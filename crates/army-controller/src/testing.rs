@@ -12,6 +12,7 @@ use army_node_api::requests::VmReport;
 
 use crate::store::Store;
 use crate::store::creation::NewVms;
+use crate::store::template_names::TemplateName;
 use crate::store::tenants::Nominal;
 use crate::store::vm_states::StateChange;
 use crate::{Cluster, Database, Error, ErrorKind, Result};
@@ -53,7 +54,7 @@ impl Records {
 
     /// Lets a tag point to a template.
     pub async fn tag(&self, tag: &str, template: &str) -> Result<()> {
-        self.0.tag(tag, template).await
+        self.0.tag(&TemplateName::recorded(tag), template).await
     }
 
     /// Creates a key.
@@ -69,6 +70,7 @@ impl Records {
     ) -> Result<()> {
         let new = NewVms {
             vms,
+            template: None,
             environment,
             operation: None,
             nominal: Nominal::default(),

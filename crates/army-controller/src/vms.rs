@@ -13,7 +13,7 @@ use army_node_api::requests::{
 use crate::admission::{AdmittedRequest, Refusal};
 use crate::scheduler::Need;
 use crate::store::vms::VmOwner;
-use crate::{Controller, Error, ErrorKind, Node, Result, deadlines};
+use crate::{Controller, Error, ErrorKind, Node, Requester, Result, deadlines};
 
 /// Why a VM ended that a client destroyed.
 pub(crate) const DESTROYED: &str = "destroyed";
@@ -26,9 +26,24 @@ impl Controller {
         self.store.find_vm(key, VmOwner { own, scope }).await
     }
 
-    /// A page of VMs; only `tenant`'s where one is given.
-    pub async fn vms(&self, filter: &VmFilter, tenant: Option<&str>) -> Result<VmPage> {
-        self.store.vms(filter, tenant).await
+    /// A page of the VMs that a caller can see.
+    pub async fn vms(&self, filter: &VmFilter, requester: &Requester) -> Result<VmPage> {
+        let tenant = (!requester.is_administrator).then_some(requester.tenant.as_str());
+        let Some(name) = &filter.template else {
+            return self.store.vms(filter, tenant).await;
+        };
+        let found = self.store.find_template(name, requester.template_caller());
+        let store_name = match found.await {
+            Ok(template) => template.stored_as().to_owned(),
+            // VMs that have ended may be of a template that was removed, or `vm:` and an id.
+            Err(error) if error.kind == ErrorKind::NotFound => name.clone(),
+            Err(error) => return Err(error),
+        };
+        let filter = VmFilter {
+            template: Some(store_name),
+            ..filter.clone()
+        };
+        self.store.vms(&filter, tenant).await
     }
 
     /// The variables that are added to the environment of a VM's commands.

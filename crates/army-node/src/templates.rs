@@ -86,12 +86,14 @@ pub(crate) fn send(template: &Template, sender: ChunkSender) {
 
 fn facts(template: &Template) -> TemplateFacts {
     let content = template.content();
+    let disks = content.shape.disks.iter().filter(|it| !it.read_only);
     TemplateFacts {
         id: template.manifest().id.clone(),
         parent: content.parent.clone(),
         memory_bytes: content.memory.bytes,
         data_bytes: content.memory.layers.iter().map(|it| it.data_bytes).sum(),
         vcpus: content.shape.vcpus,
+        disk_bytes: Some(disks.fold(0, |sum: u64, it| sum.saturating_add(it.bytes.0))),
         taken_ms: content.created_unix_ms,
         cpu: Some(cpu_features(content.cpu.clone())),
     }

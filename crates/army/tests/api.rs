@@ -337,7 +337,8 @@ async fn a_build_that_cannot_begin_is_refused_before_anything_is_done(server: Se
             write("/x", "999"),
             ProblemKind::InvalidRequest,
         ),
-        ("a/b", "base", run.clone(), ProblemKind::InvalidRequest),
+        ("a/b/c", "base", run.clone(), ProblemKind::InvalidRequest),
+        ("new", "red/none", run.clone(), ProblemKind::NotFound),
         ("new", "none", run.clone(), ProblemKind::NotFound),
         ("base", "base", run.clone(), ProblemKind::Conflict),
         ("latest", "base", run.clone(), ProblemKind::Conflict),
@@ -353,8 +354,12 @@ async fn a_build_that_cannot_begin_is_refused_before_anything_is_done(server: Se
     let key = create_key(&server.records, "red", Role::User, None).await;
     let user = Client::new(&server.url, key.secret).unwrap();
     let run = json!([{"kind": "run", "command": ["true"]}]);
-    let asked = json!({"template": "new", "from": "base", "steps": run});
+    let asked = json!({"template": "blue/new", "from": "base", "steps": run});
     let refused = problem(user.send(Method::POST, "/v1/builds", &asked).await);
+    assert_eq!(refused.kind, ProblemKind::Forbidden);
+    let viewer = server.client("red", Role::Viewer).await;
+    let asked = json!({"template": "new", "from": "base", "steps": run});
+    let refused = problem(viewer.send(Method::POST, "/v1/builds", &asked).await);
     assert_eq!(refused.kind, ProblemKind::Forbidden);
 }
 
@@ -399,14 +404,15 @@ async fn a_stream_that_is_no_template_leaves_nothing(server: Server) {
         };
         assert!(refused.status < 500, "{refused}");
     }
-    for path in ["/v1/templates/..%2Fx/content", "/v1/templates/.x/content"] {
-        let refused = admin.put_bytes(path, &(), b"x".to_vec()).await;
-        assert!(
-            refused
-                .unwrap_err()
-                .to_string()
-                .contains("invalid template name")
-        );
+    for (name, expected) in [
+        ("..%2Fx", "invalid tenant name"),
+        ("x%2F..%2Fy", "invalid template name"),
+        (".x", "invalid template name"),
+    ] {
+        let path = format!("/v1/templates/{name}/content");
+        let refused = admin.put_bytes(&path, &(), b"x".to_vec()).await;
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains(expected), "{refused}");
     }
     let all: Value = admin.get("/v1/templates", &()).await.unwrap();
     assert_eq!(all, json!([]));

@@ -29,6 +29,7 @@ async fn serve(postgres: Option<Postgres>) -> Server {
     let template = Template {
         memory_bytes: 1 << 30,
         vcpus: 2,
+        disk_bytes: Some(10 << 30),
         ..template("t")
     };
     server.records.insert_template(&template).await.unwrap();
@@ -215,9 +216,72 @@ async fn quotas_change_without_a_new_key_and_hold(postgres: Option<Postgres>) {
     assert_eq!(problem(unknown.await).kind, ProblemKind::NotFound);
 }
 
+async fn quotas_of_disk_templates_and_standbys_hold(postgres: Option<Postgres>) {
+    let server = serve(postgres).await;
+    let user = client(&server, CreateKey::new("red", Role::User)).await;
+    let set = async |body: Value| -> Tenant {
+        let changed = server.admin.send(Method::PATCH, "/v1/tenants/red", &body);
+        changed.await.unwrap()
+    };
+    // The disks of VMs count by what they may grow to.
+    set(json!({"max_disk_bytes": 25_u64 << 30})).await;
+    assert_eq!(create(&user, 2).await.unwrap().vms.len(), 2);
+    let refused = problem(create(&user, 1).await);
+    assert_eq!(refused.kind, ProblemKind::QuotaExceeded);
+    assert!(refused.detail.contains("bytes of disk"), "{refused}");
+    let tenant = set(json!({"max_disk_bytes": 30_u64 << 30})).await;
+    assert_eq!(tenant.used.disk_bytes, 20 << 30);
+    let all = futures_util::future::join_all((0..8).map(|_| create(&user, 1))).await;
+    assert_eq!(all.iter().filter(|created| created.is_ok()).count(), 1);
+    let vms: VmPage = user.get("/v1/vms", &()).await.unwrap();
+    let vm = format!("/v1/vms/{}", vms.vms[0].id);
+    let (path, body) = (format!("{vm}/fork"), json!({}));
+    let fork = user.send::<CreatedVms>(Method::POST, &path, &body);
+    assert_eq!(problem(fork.await).kind, ProblemKind::QuotaExceeded);
+    // Templates count with those that are being made.
+    set(json!({"max_templates": 2})).await;
+    let snapshot = async |name: String| -> Result<Template, ClientError> {
+        let path = format!("{vm}/snapshot");
+        user.send(Method::POST, &path, &json!({ "template": name }))
+            .await
+    };
+    let names = (0..8).map(|number| snapshot(format!("s{number}")));
+    let all = futures_util::future::join_all(names).await;
+    let made: Vec<Template> = all.into_iter().filter_map(Result::ok).collect();
+    assert_eq!(made.len(), 2);
+    let refused = problem(snapshot("more".into()).await);
+    assert_eq!(refused.kind, ProblemKind::QuotaExceeded);
+    assert!(refused.detail.contains("2 of the 2 templates"), "{refused}");
+    // Standbys are permitted by an administrator, and count for each host.
+    let standbys = async |template: &Template, count: u32| -> Result<Template, ClientError> {
+        let path = format!("/v1/templates/{}", template.name);
+        user.send(Method::PATCH, &path, &json!({ "standbys": count }))
+            .await
+    };
+    let refused = problem(standbys(&made[0], 1).await);
+    assert_eq!(refused.kind, ProblemKind::QuotaExceeded);
+    assert!(
+        refused.detail.contains("standbys on each host"),
+        "{refused}"
+    );
+    set(json!({"max_standbys": 3})).await;
+    let both = tokio::join!(standbys(&made[0], 2), standbys(&made[1], 2));
+    assert!(both.0.is_ok() != both.1.is_ok(), "{both:?}");
+    let tenant = set(json!({"max_standbys": 1})).await;
+    assert_eq!((tenant.used.templates, tenant.used.standbys), (2, 2));
+    // Fewer are allowed even where they are still too many.
+    let kept = if both.0.is_ok() { &made[0] } else { &made[1] };
+    assert_eq!(standbys(kept, 1).await.unwrap().standbys, 1);
+    standbys(kept, 0).await.unwrap();
+    let path = format!("/v1/templates/{}", kept.name);
+    user.plain(Method::DELETE, &path).await.unwrap();
+    snapshot("more".into()).await.unwrap();
+}
+
 on_each_database! {
     a_key_has_a_name_an_end_and_a_last_use,
     an_expired_key_is_unknown_and_ends_what_it_opened,
     a_scope_restricts_a_key_beside_its_role,
     quotas_change_without_a_new_key_and_hold,
+    quotas_of_disk_templates_and_standbys_hold,
 }

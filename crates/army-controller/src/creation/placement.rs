@@ -99,7 +99,7 @@ impl Placement {
             Origin::RunningVm(template) => (&*template, false),
         };
         let queue = Queue {
-            template: template.name.clone(),
+            template: template.stored_as().to_owned(),
             labels: labels.clone(),
         };
         // The attempts are made one after the other.
@@ -113,7 +113,7 @@ impl Placement {
             let views = views.into_iter().map(|view| with_experience(view, unable));
             let need = Need {
                 cost_bytes: controller
-                    .cost(&template.name, template.memory_bytes)
+                    .cost(template.stored_as(), template.memory_bytes)
                     .await?,
                 nominal_bytes: template.memory_bytes,
                 template_bytes: template.data_bytes,
@@ -121,7 +121,7 @@ impl Placement {
             };
             let mut admitted = admitted.lock().await;
             let placed: std::result::Result<_, Refusal> =
-                admitted.place(views.collect(), &template.name, need, count);
+                admitted.place(views.collect(), template.stored_as(), need, count);
             Ok(placed)
         };
         controller

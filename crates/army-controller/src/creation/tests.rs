@@ -93,7 +93,7 @@ impl Fleet {
             all: true,
             ..VmFilter::default()
         };
-        let page = self.controller.vms(&filter, None).await.unwrap();
+        let page = self.controller.store.vms(&filter, None).await.unwrap();
         let mut vms = page.vms.into_iter();
         vms.find(|vm| vm.name == name).unwrap()
     }

@@ -12,9 +12,12 @@ use futures_util::future::BoxFuture;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
-use super::{HostRecord, LOOK, Outcome, Output, RegisterRecord, internal, record_of_failures};
+use super::{
+    HostRecord, LOOK, Outcome, Output, RegisterRecord, StoredRecord, internal, record_of_failures,
+};
 use crate::error::RETRY_S;
 use crate::store::operations::{End, OperationRow};
+use crate::store::template_names::TemplateKey;
 use crate::{Actor, Controller, CreatedVms, CreationFailure, Error, ErrorKind, Result, deadlines};
 
 /// How long a host elsewhere may go on with a request of a controller that has ended, before a
@@ -77,7 +80,7 @@ impl Controller {
                     return self.resume_creation(&row).await;
                 }
                 OperationKind::RemoveTemplate => {
-                    return self.remove_copies(&row.id, &row.subject).await;
+                    return self.remove_copies(&row.id, &key(&row).store_name).await;
                 }
                 OperationKind::StartCommand => {
                     let message = "it is not known whether the command was started, because the \
@@ -106,26 +109,27 @@ impl Controller {
     }
 
     async fn resume_template_or_host(self: &Arc<Self>, row: &OperationRow) -> Outcome {
-        let name = &row.subject;
         match row.kind {
             OperationKind::RegisterTemplate => {
                 let RegisterRecord { host, standbys } = record(row)?;
-                if self.store.template(name).await.is_err() {
-                    return self.register_from(&row.id, name, &host, standbys).await;
+                let new = key(row);
+                if self.store.template(&new.store_name).await.is_err() {
+                    return self.register_from(&row.id, &new, &host, standbys).await;
                 }
-                self.set_standbys(name, standbys).await.map(template)
+                let set = self.set_standbys(&new.store_name, standbys).await;
+                set.map(template)
             }
             OperationKind::CopyTemplate => {
-                let HostRecord { host } = record(row)?;
-                self.copy_to(name, &host).await
+                let HostRecord { host, .. } = record(row)?;
+                self.copy_to(&key(row).store_name, &host).await
             }
             OperationKind::SnapshotVm | OperationKind::ImportTemplate => {
-                let HostRecord { host } = record(row)?;
+                let HostRecord { host, .. } = record(row)?;
                 self.settle_template(row, &host).await
             }
             OperationKind::BuildTemplate => self.resume_build(row).await,
-            OperationKind::DrainHost => self.drain(name, true).await,
-            OperationKind::UndrainHost => self.drain(name, false).await,
+            OperationKind::DrainHost => self.drain(&row.subject, true).await,
+            OperationKind::UndrainHost => self.drain(&row.subject, false).await,
             // These are ended where they are recorded, or above.
             OperationKind::CreateVms
             | OperationKind::ForkVm
@@ -171,8 +175,8 @@ impl Controller {
     /// Registers a template that a host has made whole for an operation, or records that it was not
     /// made.
     async fn settle_template(&self, row: &OperationRow, host: &str) -> Outcome {
-        let name = &row.subject;
-        if let Ok(known) = self.template(name).await {
+        let new = key(row);
+        if let Ok(known) = self.stored_template(&new.store_name).await {
             // The name was reserved, so nobody else has made it.
             return Ok(template(known));
         }
@@ -185,12 +189,12 @@ impl Controller {
         loop {
             let node = self.node(host)?;
             let request = InspectTemplateRequest {
-                template: name.clone(),
+                template: new.store_name.clone(),
             };
             let inspected = node.inspect_template(request, deadlines::operation()).await;
             match inspected.map_err(Error::from) {
                 Ok(facts) => {
-                    let registered = self.register(&row.id, name, host, 0, facts).await;
+                    let registered = self.register(&row.id, &new, host, 0, facts).await;
                     return registered.map(template);
                 }
                 Err(error) if error.kind == ErrorKind::NotFound => {
@@ -221,6 +225,13 @@ impl Controller {
 
 fn template(template: army_api::templates::Template) -> Output {
     Output::Template(Box::new(template))
+}
+
+/// The names of the template that an operation is about.
+fn key(row: &OperationRow) -> TemplateKey {
+    // A record of a former release has no name on hosts.
+    let StoredRecord { store_name } = record(row).unwrap_or_default();
+    TemplateKey::recorded(&row.subject, store_name)
 }
 
 /// What is recorded of the request of an operation.

@@ -19,6 +19,8 @@ pub(crate) const LIVE_PREFIX: &str = "vm:";
 pub(crate) struct NewVms<'a> {
     /// The VMs to insert, all in state [`VmState::Creating`].
     pub(crate) vms: &'a [Vm],
+    /// Their template, as hosts store it; `None` where that is the name in `vms`.
+    pub(crate) template: Option<&'a str>,
     /// The variables that are added to the environment of their commands.
     pub(crate) environment: &'a BTreeMap<String, String>,
     /// The id of the operation that creates them.
@@ -76,8 +78,9 @@ impl Change<'_> {
         let Some(first) = new.vms.first() else {
             return Ok(());
         };
-        if !first.template.starts_with(LIVE_PREFIX) && new.operation.is_some() {
-            self.check_template_is_ready(&first.template).await?;
+        let template = new.template.unwrap_or(&first.template);
+        if !template.starts_with(LIVE_PREFIX) && new.operation.is_some() {
+            self.check_template_is_ready(template).await?;
         }
         let count = new.vms.len() as u64;
         self.check_quotas(&first.tenant, count, new.nominal).await?;
@@ -91,8 +94,8 @@ impl Change<'_> {
             sqlx::query(concat!(
                 "INSERT INTO vms (id, number, name, tenant, template, host, wanted, state, alive, \
                  labels, environment, created_ms, expires_ms, operation, network, creator, idle, \
-                 memory_bytes, vcpus, changed) VALUES ($1, $2, $3, $4, $5, $6, 1, $7, 1, $8, $9, $10, \
-                 $11, $12, $13, $14, $15, $16, $17, ",
+                 memory_bytes, vcpus, template_name, disk_bytes, changed) VALUES ($1, $2, $3, $4, $5, $6, 1, $7, 1, \
+                 $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, ",
                 next_change!(),
                 ")"
             ))
@@ -100,7 +103,7 @@ impl Change<'_> {
             .bind(last)
             .bind(&vm.name)
             .bind(&vm.tenant)
-            .bind(&vm.template)
+            .bind(template)
             .bind(&vm.host)
             .bind(word(&vm.state)?)
             .bind(to_json(&vm.labels)?)
@@ -113,6 +116,8 @@ impl Change<'_> {
             .bind(vm.idle.as_ref().map(to_json).transpose()?)
             .bind(stored(new.nominal.memory_bytes))
             .bind(i64::from(new.nominal.vcpus))
+            .bind((vm.template != template).then_some(&vm.template))
+            .bind(stored(new.nominal.disk_bytes))
             .execute(self.connection())
             .await
             .map_err(|error| match is_taken(&error) {

@@ -89,10 +89,10 @@ impl Store {
 /// See [`Store::events_after`].
 pub(super) async fn page(pool: &AnyPool, id: i64, tenant: Option<&str>) -> Result<Vec<Event>> {
     let own = audience::sql_list(Audience::Tenant);
-    let everybodys = audience::sql_list(Audience::Everybody);
+    let everybodys = audience::sql_list(Audience::TenantOrEverybody);
     let query = format!(
         "SELECT * FROM events WHERE id > $1 AND ($2 = '*' OR (tenant = $2 AND kind IN ({own})) \
-         OR kind IN ({everybodys})) ORDER BY id LIMIT $3"
+         OR (tenant IN ($2, '') AND kind IN ({everybodys}))) ORDER BY id LIMIT $3"
     );
     // The text is made of literals of this crate.
     let rows = sqlx::query(sqlx::AssertSqlSafe(query))

@@ -10,7 +10,7 @@ use sqlx::SqlStr;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 
 /// The name and the SQL of each step. The version of a step is its place, counted from one.
-const STEPS: [(&str, &str); 12] = [
+const STEPS: [(&str, &str); 13] = [
     ("start", include_str!("../../migrations/0001_start.sql")),
     (
         "several hosts",
@@ -35,6 +35,7 @@ const STEPS: [(&str, &str); 12] = [
         "webhooks",
         include_str!("../../migrations/0012_webhooks.sql"),
     ),
+    ("tenancy", include_str!("../../migrations/0013_tenancy.sql")),
 ];
 
 /// All steps.

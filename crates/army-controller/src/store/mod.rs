@@ -20,9 +20,12 @@ mod plans;
 mod relay;
 pub(crate) mod reservations;
 mod shards;
+pub(crate) mod template_names;
 pub(crate) mod templates;
 pub(crate) mod tenants;
 mod transactions;
+#[cfg(test)]
+mod upgrade_tests;
 mod vm_pages;
 pub(crate) mod vm_states;
 pub(crate) mod vms;

@@ -4,6 +4,7 @@ use army_node_api::time::now_ms;
 
 use super::creation::NewVms;
 use super::operations::{End, NewOperation, OF_KEY, OperationRow, matching, told_once};
+use super::template_names::TemplateKey;
 use super::{Change, Store, query_failed, stored, text, word};
 use crate::{Error, ErrorKind, Result};
 
@@ -15,12 +16,12 @@ const KEPT_MS: u64 = 24 * 60 * 60 * 1000;
 pub(crate) struct Reservation<'a> {
     /// VMs, whose template must not be in removal.
     pub(crate) vms: Option<&'a NewVms<'a>>,
-    /// The name of a new template.
-    pub(crate) new_template: Option<&'a str>,
-    /// A template that is to be copied, and must not be in removal.
+    /// A new template, whose names must be free.
+    pub(crate) new_template: Option<&'a TemplateKey>,
+    /// A template that is to be copied, as hosts store it, and must not be in removal.
     pub(crate) template: Option<&'a str>,
     /// A template that is to be removed, and must not be in use.
-    pub(crate) removal: Option<&'a str>,
+    pub(crate) removal: Option<&'a TemplateKey>,
 }
 
 /// What is known of a request when its operation is about to begin.
@@ -48,7 +49,8 @@ impl Store {
             change.commit().await?;
             return Ok(Begun::Known(Box::new(known)));
         }
-        let reserves = reservation.new_template;
+        let reserves = reservation.new_template.map(|it| it.name.to_string());
+        let reserves = reserves.as_deref();
         if !change.insert_operation(new, reserves).await? {
             // Another controller has begun the same request, or makes the same template.
             if let Some(known) = change.known_operation(new).await? {
@@ -57,14 +59,15 @@ impl Store {
             }
             return Err(in_the_making(reserves.unwrap_or_default()));
         }
-        if let Some(name) = reservation.new_template {
-            change.check_template_name_is_free(name).await?;
+        if let Some(template) = reservation.new_template {
+            change.check_template_name_is_free(template).await?;
+            change.check_template_quota(&template.name.owner).await?;
         }
         if let Some(name) = reservation.template {
             change.check_template_is_ready(name).await?;
         }
-        if let Some(name) = reservation.removal {
-            change.begin_removal(name).await?;
+        if let Some(template) = reservation.removal {
+            change.begin_removal(template).await?;
         }
         if let Some(vms) = reservation.vms {
             change.insert_vms(vms).await?;

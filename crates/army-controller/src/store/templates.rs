@@ -1,14 +1,17 @@
 //! Templates, their copies on hosts, and their tags.
+//!
+//! Functions here name a template as hosts store it. The names that callers use are in
+//! `template_names`.
 
 use std::collections::{BTreeMap, HashMap};
 
-use army_api::templates::{Template, TemplateState};
-use sqlx::any::AnyRow;
+use army_api::templates::{Template, TemplateState, Visibility};
 
 use super::operations::End;
+use super::template_names::{TemplateKey, TemplateName, template, unknown};
 use super::{
-    Change, Store, from_word, is_taken, number, optional_text, parse, query_failed, readable, text,
-    to_json,
+    Change, Store, from_word, is_taken, number, optional_text, parse, query_failed, text, to_json,
+    word,
 };
 use crate::{Error, ErrorKind, Result};
 
@@ -21,34 +24,40 @@ impl Store {
         operation: Option<&str>,
     ) -> Result<()> {
         let mut change = self.change().await?;
-        change.check_nobody_makes(&template.name, operation).await?;
-        let query = "SELECT tag FROM template_tags WHERE tag = $1";
-        if is_there(&mut change, query, &template.name).await? {
-            let message = format!("a tag named `{}` already exists", template.name);
+        let TemplateKey { name, store_name } = TemplateKey::of(template);
+        change
+            .check_nobody_makes(&name.to_string(), operation)
+            .await?;
+        if change.is_tag(&name).await? {
+            let message = format!("a tag named `{name}` already exists");
             return Err(Error::new(ErrorKind::Conflict, message)
                 .advise("give the template another name, or remove the tag: army template untag"));
         }
         sqlx::query(
-            "INSERT INTO templates (name, id, host, standbys, facts) VALUES ($1, $2, $3, $4, $5)",
+            "INSERT INTO templates (name, id, host, standbys, facts, tenant, given_name, visibility) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
         )
-        .bind(&template.name)
+        .bind(&store_name)
         .bind(&template.id)
         .bind(&template.host)
         .bind(i64::from(template.standbys))
         .bind(to_json(template)?)
+        .bind(&name.owner)
+        .bind(&name.name)
+        .bind(word(&template.visibility)?)
         .execute(change.connection())
         .await
         .map_err(|error| match is_taken(&error) {
             true => {
-                let message = format!("a template named `{}` already exists", template.name);
+                let message = format!("a template named `{name}` already exists");
                 Error::new(ErrorKind::Conflict, message)
             }
             false => query_failed(error),
         })?;
-        insert_copy(&mut change, &template.name, &template.host).await?;
+        insert_copy(&mut change, &store_name, &template.host).await?;
         let detail = format!("{} on {}", template.id, template.host);
         change
-            .event("template.registered", &template.name, "", &detail)
+            .template_event("template.registered", &store_name, &detail)
             .await?;
         change.commit().await
     }
@@ -62,24 +71,13 @@ impl Store {
         let mut change = self.change().await?;
         change.check_template_is_ready(name).await?;
         insert_copy(&mut change, name, host).await?;
-        change.event("template.copied", name, "", host).await?;
+        change.template_event("template.copied", name, host).await?;
         change.commit().await
     }
 
-    /// All templates, by name.
-    pub(crate) async fn templates(&self) -> Result<Vec<Template>> {
-        let rows = sqlx::query("SELECT * FROM templates ORDER BY name")
-            .fetch_all(&self.pool)
-            .await
-            .map_err(query_failed)?;
-        let mut templates = Vec::with_capacity(rows.len());
-        for template in readable(&rows, "templates", template) {
-            templates.push(self.with_hosts(template).await?);
-        }
-        Ok(templates)
-    }
-
-    async fn with_hosts(&self, mut template: Template) -> Result<Template> {
+    /// A template with what other tables have of it.
+    pub(super) async fn with_hosts(&self, mut template: Template) -> Result<Template> {
+        let stored_as = template.stored_as().to_owned();
         // As one text: a template may be on every host of a large fleet, and rows are slow.
         let query = match self.is_postgres {
             true => {
@@ -91,11 +89,15 @@ impl Store {
                  FROM template_copies WHERE template = $1"
             }
         };
-        let hosts = self.texts(query, &template.name, "hosts").await?;
+        let hosts = self.texts(query, &stored_as, "hosts").await?;
         template.hosts = parse(hosts.first().map_or("[]", String::as_str))?;
         template.hosts.sort_unstable();
-        let query = "SELECT tag FROM template_tags WHERE template = $1 ORDER BY tag";
-        template.tags = self.texts(query, &template.name, "tag").await?;
+        let query = "SELECT tag FROM tags WHERE template = $1 ORDER BY tag";
+        template.tags = self.texts(query, &stored_as, "tag").await?;
+        if template.visibility == Visibility::Shared {
+            let query = "SELECT tenant FROM template_shares WHERE template = $1 ORDER BY tenant";
+            template.shared_with = self.texts(query, &stored_as, "tenant").await?;
+        }
         Ok(template)
     }
 
@@ -108,72 +110,72 @@ impl Store {
         rows.iter().map(|row| text(row, column)).collect()
     }
 
-    /// The template of this name, or that a tag of this name points to.
-    pub(crate) async fn template_or_tag(&self, name: &str) -> Result<Template> {
-        let query = "SELECT template FROM template_tags WHERE tag = $1";
-        match self.texts(query, name, "template").await?.first() {
-            Some(tagged) => self.template(tagged).await,
-            None => self.template(name).await,
-        }
-    }
-
-    /// Creates a tag that points to a template, or moves it there.
-    pub(crate) async fn tag(&self, tag: &str, template: &str) -> Result<()> {
+    /// Creates a tag that points to a template of the same tenant, or moves it there.
+    pub(crate) async fn tag(&self, tag: &TemplateName, template: &str) -> Result<()> {
         let mut change = self.change().await?;
-        let query = "SELECT name FROM templates WHERE name = $1";
         change.check_template_is_ready(template).await?;
-        if is_there(&mut change, query, tag).await? {
+        if change.is_template(tag).await? {
             let message = format!("a template named `{tag}` exists: a tag needs another name");
             return Err(Error::new(ErrorKind::Conflict, message));
         }
-        change.check_nobody_makes(tag, None).await?;
+        change.check_nobody_makes(&tag.to_string(), None).await?;
         sqlx::query(
-            "INSERT INTO template_tags (tag, template) VALUES ($1, $2) \
-             ON CONFLICT (tag) DO UPDATE SET template = $2",
+            "INSERT INTO tags (tenant, tag, template) VALUES ($1, $2, $3) \
+             ON CONFLICT (tenant, tag) DO UPDATE SET template = $3",
         )
-        .bind(tag)
+        .bind(&tag.owner)
+        .bind(&tag.name)
         .bind(template)
         .execute(change.connection())
         .await
         .map_err(query_failed)?;
-        change.event("template.tagged", template, "", tag).await?;
-        change.commit().await
-    }
-
-    /// Removes a tag.
-    pub(crate) async fn untag(&self, tag: &str) -> Result<()> {
-        let mut change = self.change().await?;
-        let removed = sqlx::query("DELETE FROM template_tags WHERE tag = $1")
-            .bind(tag)
-            .execute(change.connection())
-            .await
-            .map_err(query_failed)?;
-        if removed.rows_affected() == 0 {
-            let message = format!("tag `{}` not found", tag.escape_debug());
-            return Err(Error::new(ErrorKind::NotFound, message));
-        }
         change
-            .event("template.untagged", tag, "", "removed")
+            .template_event("template.tagged", template, &tag.name)
             .await?;
         change.commit().await
     }
 
-    /// One template.
-    pub(crate) async fn template(&self, name: &str) -> Result<Template> {
+    /// Removes a tag of a template.
+    pub(crate) async fn untag(&self, tag: &TemplateName, template: &str) -> Result<()> {
+        let mut change = self.change().await?;
+        let removed =
+            sqlx::query("DELETE FROM tags WHERE tenant = $1 AND tag = $2 AND template = $3")
+                .bind(&tag.owner)
+                .bind(&tag.name)
+                .bind(template)
+                .execute(change.connection())
+                .await
+                .map_err(query_failed)?;
+        if removed.rows_affected() == 0 {
+            let message = format!("the tag `{tag}` was moved or removed meanwhile");
+            return Err(Error::new(ErrorKind::Conflict, message).advise("try again"));
+        }
+        change
+            .template_event("template.untagged", template, &tag.name)
+            .await?;
+        change.commit().await
+    }
+
+    /// The template that hosts store under this name.
+    pub(crate) async fn template(&self, store_name: &str) -> Result<Template> {
         let row = sqlx::query("SELECT * FROM templates WHERE name = $1")
-            .bind(name)
+            .bind(store_name)
             .fetch_optional(&self.pool)
             .await
             .map_err(query_failed)?;
         match row {
             Some(row) => self.with_hosts(template(&row)?).await,
-            None => Err(unknown(name)),
+            None => Err(unknown(store_name)),
         }
     }
 
     /// Changes the number of standbys of a template.
+    ///
+    /// # Errors
+    /// [`ErrorKind::QuotaExceeded`] by the quota of the tenant that owns it.
     pub(crate) async fn set_standbys(&self, name: &str, standbys: u32) -> Result<()> {
         let mut change = self.change().await?;
+        change.check_standby_quota(name, standbys).await?;
         let changed = sqlx::query("UPDATE templates SET standbys = $1 WHERE name = $2")
             .bind(i64::from(standbys))
             .bind(name)
@@ -183,6 +185,57 @@ impl Store {
         if changed.rows_affected() == 0 {
             return Err(unknown(name));
         }
+        change.commit().await
+    }
+
+    /// Records the sizes of a template's writable disks, which a former release did not record.
+    pub(crate) async fn record_disk_bytes(&self, template: &Template) -> Result<()> {
+        let mut change = self.change().await?;
+        sqlx::query("UPDATE templates SET facts = $1 WHERE name = $2")
+            .bind(to_json(template)?)
+            .bind(template.stored_as())
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        change.commit().await
+    }
+
+    /// Changes who can use a template.
+    pub(crate) async fn set_visibility(
+        &self,
+        name: &str,
+        visibility: Visibility,
+        shared_with: &[String],
+    ) -> Result<()> {
+        let mut change = self.change().await?;
+        let changed = sqlx::query("UPDATE templates SET visibility = $1 WHERE name = $2")
+            .bind(word(&visibility)?)
+            .bind(name)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        if changed.rows_affected() == 0 {
+            return Err(unknown(name));
+        }
+        change.remove_shares(name).await?;
+        for tenant in shared_with {
+            sqlx::query(
+                "INSERT INTO template_shares (template, tenant) VALUES ($1, $2) \
+                 ON CONFLICT (template, tenant) DO NOTHING",
+            )
+            .bind(name)
+            .bind(tenant)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        }
+        let detail = match visibility {
+            Visibility::Shared => format!("shared with {}", shared_with.join(", ")),
+            other => word(&other)?,
+        };
+        change
+            .template_event("template.shared", name, &detail)
+            .await?;
         change.commit().await
     }
 
@@ -242,24 +295,31 @@ impl Store {
     /// that has removed it. Returns false where a host has a copy.
     pub(crate) async fn finish_removal(&self, name: &str, operation: &str) -> Result<bool> {
         let mut change = self.change().await?;
-        let removed = sqlx::query(
-            "DELETE FROM templates WHERE name = $1 AND state = 'removing' \
+        let row = sqlx::query(
+            "SELECT name FROM templates WHERE name = $1 AND state = 'removing' \
              AND NOT EXISTS (SELECT host FROM template_copies WHERE template = $1)",
         )
         .bind(name)
-        .execute(change.connection())
+        .fetch_optional(change.connection())
         .await
         .map_err(query_failed)?;
-        let is_removed = removed.rows_affected() > 0;
-        if is_removed {
-            let end = End::Succeeded("{}".to_owned());
-            change.end_operation(operation, &end).await?;
-            change
-                .event("template.removed", name, "", "removed")
-                .await?;
+        if row.is_none() {
+            change.commit().await?;
+            return Ok(false);
         }
+        let end = End::Succeeded("{}".to_owned());
+        change.end_operation(operation, &end).await?;
+        change
+            .template_event("template.removed", name, "removed")
+            .await?;
+        change.remove_shares(name).await?;
+        sqlx::query("DELETE FROM templates WHERE name = $1")
+            .bind(name)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
         change.commit().await?;
-        Ok(is_removed)
+        Ok(true)
     }
 }
 
@@ -270,7 +330,7 @@ impl Change<'_> {
     /// # Errors
     /// [`ErrorKind::NotFound`], and [`ErrorKind::Conflict`] where it is in removal.
     pub(super) async fn check_template_is_ready(&mut self, name: &str) -> Result<()> {
-        let row = sqlx::query("SELECT state FROM templates WHERE name = $1")
+        let row = sqlx::query("SELECT state, tenant, given_name FROM templates WHERE name = $1")
             .bind(name)
             .fetch_optional(self.connection())
             .await
@@ -280,7 +340,14 @@ impl Change<'_> {
         };
         match from_word(&text(&row, "state")?)? {
             TemplateState::Ready => Ok(()),
-            TemplateState::Removing => Err(in_removal(name)),
+            TemplateState::Removing => {
+                let name = TemplateName {
+                    owner: text(&row, "tenant")?,
+                    name: text(&row, "given_name")?,
+                };
+                let message = format!("the template `{name}` is being removed");
+                Err(Error::new(ErrorKind::Conflict, message).advise("use another template"))
+            }
         }
     }
 
@@ -288,64 +355,90 @@ impl Change<'_> {
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`] where VMs, a tag or a copy in progress use it.
-    pub(super) async fn begin_removal(&mut self, name: &str) -> Result<()> {
+    pub(super) async fn begin_removal(&mut self, template: &TemplateKey) -> Result<()> {
+        let (full_name, name) = (template.name.to_string(), &template.store_name);
         let begun = sqlx::query("UPDATE templates SET state = 'removing' WHERE name = $1")
             .bind(name)
             .execute(self.connection())
             .await
             .map_err(query_failed)?;
         if begun.rows_affected() == 0 {
-            return Err(unknown(name));
+            return Err(unknown(&full_name));
         }
         let conflict = |message: String| Error::new(ErrorKind::Conflict, message);
         let row = sqlx::query(
             "SELECT (SELECT COUNT(*) FROM vms WHERE template = $1 AND alive = 1) AS vms, \
-             (SELECT MIN(tag) FROM template_tags WHERE template = $1) AS tag, \
-             (SELECT COUNT(*) FROM operations WHERE kind = 'copy_template' AND subject = $1 \
+             (SELECT MIN(tag) FROM tags WHERE template = $1) AS tag, \
+             (SELECT COUNT(*) FROM operations WHERE kind = 'copy_template' AND subject = $2 \
              AND state = 'running') AS copies",
         )
         .bind(name)
+        .bind(&full_name)
         .fetch_one(self.connection())
         .await
         .map_err(query_failed)?;
         let vms = number(&row, "vms")?;
         if vms > 0 {
-            let message = format!("{vms} VMs use the template `{name}`");
+            let message = format!("{vms} VMs use the template `{full_name}`");
             return Err(conflict(message).advise("destroy them first: they share its memory"));
         }
         if let Some(tag) = optional_text(&row, "tag")? {
-            let message = format!("the tag `{tag}` points to the template `{name}`");
+            let message = format!("the tag `{tag}` points to the template `{full_name}`");
             return Err(conflict(message)
                 .advise("move the tag to another template, or remove it: army template untag"));
         }
         if number(&row, "copies")? > 0 {
-            let message = format!("the template `{name}` is being copied to another host");
+            let message = format!("the template `{full_name}` is being copied to another host");
             return Err(conflict(message).advise("try again when the copy is complete"));
         }
         Ok(())
     }
 
-    /// Checks that neither a template nor a tag has this name.
-    pub(super) async fn check_template_name_is_free(&mut self, name: &str) -> Result<()> {
-        for query in [
-            "SELECT name FROM templates WHERE name = $1",
-            "SELECT tag FROM template_tags WHERE tag = $1",
-        ] {
-            if is_there(self, query, name).await? {
-                let message = format!("a template or a tag named `{name}` already exists");
-                return Err(Error::new(ErrorKind::Conflict, message));
-            }
+    /// Checks that neither a template nor a tag has the name of a new template, and that hosts store
+    /// no other under its name there.
+    pub(super) async fn check_template_name_is_free(&mut self, new: &TemplateKey) -> Result<()> {
+        let query = "SELECT name FROM templates WHERE name = $1";
+        let is_taken = self.is_template(&new.name).await?
+            || self.is_tag(&new.name).await?
+            || self.is_there(query, [&new.store_name]).await?;
+        if is_taken {
+            let message = format!("a template or a tag named `{}` already exists", new.name);
+            return Err(Error::new(ErrorKind::Conflict, message));
         }
         Ok(())
     }
-}
 
-async fn is_there(change: &mut Change<'_>, query: &'static str, name: &str) -> Result<bool> {
-    let row = sqlx::query(query)
-        .bind(name)
-        .fetch_optional(change.connection())
-        .await;
-    Ok(row.map_err(query_failed)?.is_some())
+    async fn is_template(&mut self, name: &TemplateName) -> Result<bool> {
+        let query = "SELECT name FROM templates WHERE tenant = $1 AND given_name = $2";
+        self.is_there(query, [&name.owner, &name.name]).await
+    }
+
+    async fn is_tag(&mut self, name: &TemplateName) -> Result<bool> {
+        let query = "SELECT tag FROM tags WHERE tenant = $1 AND tag = $2";
+        self.is_there(query, [&name.owner, &name.name]).await
+    }
+
+    async fn is_there<const N: usize>(
+        &mut self,
+        query: &'static str,
+        values: [&String; N],
+    ) -> Result<bool> {
+        let mut query = sqlx::query(query);
+        for value in values {
+            query = query.bind(value.clone());
+        }
+        let row = query.fetch_optional(self.connection()).await;
+        Ok(row.map_err(query_failed)?.is_some())
+    }
+
+    async fn remove_shares(&mut self, template: &str) -> Result<()> {
+        sqlx::query("DELETE FROM template_shares WHERE template = $1")
+            .bind(template)
+            .execute(self.connection())
+            .await
+            .map(drop)
+            .map_err(query_failed)
+    }
 }
 
 async fn insert_copy(change: &mut Change<'_>, template: &str, host: &str) -> Result<()> {
@@ -359,23 +452,4 @@ async fn insert_copy(change: &mut Change<'_>, template: &str, host: &str) -> Res
     .await
     .map(drop)
     .map_err(query_failed)
-}
-
-fn unknown(name: &str) -> Error {
-    let message = format!("template `{}` not found", name.escape_debug());
-    Error::new(ErrorKind::NotFound, message)
-}
-
-fn in_removal(name: &str) -> Error {
-    let message = format!("the template `{}` is being removed", name.escape_debug());
-    Error::new(ErrorKind::Conflict, message).advise("use another template")
-}
-
-fn template(row: &AnyRow) -> Result<Template> {
-    let mut template: Template = parse(&text(row, "facts")?)?;
-    template.standbys = number(row, "standbys")?.max(0) as u32;
-    template.state = from_word::<TemplateState>(&text(row, "state")?)?;
-    template.ready = 0;
-    template.vms = 0;
-    Ok(template)
 }

@@ -14,18 +14,26 @@ pub(crate) struct Nominal {
     pub(crate) memory_bytes: u64,
     /// The CPUs of the guest.
     pub(crate) vcpus: u32,
+    /// The sizes of its writable disks, which it may grow to.
+    pub(crate) disk_bytes: u64,
 }
 
 /// A query for tenants with what they have, which ends with a condition or an order.
 macro_rules! tenants {
     ($end:literal) => {
         concat!(
-            "SELECT name, max_vms, max_memory_bytes, max_vcpus, \
+            "SELECT name, max_vms, max_memory_bytes, max_vcpus, max_disk_bytes, max_templates, \
+             max_standbys, \
              (SELECT COUNT(*) FROM vms WHERE alive = 1 AND tenant = tenants.name) AS vms, \
              (SELECT CAST(COALESCE(SUM(memory_bytes), 0) AS BIGINT) FROM vms \
              WHERE alive = 1 AND tenant = tenants.name) AS memory_bytes, \
              (SELECT CAST(COALESCE(SUM(vcpus), 0) AS BIGINT) FROM vms \
-             WHERE alive = 1 AND tenant = tenants.name) AS vcpus FROM tenants ",
+             WHERE alive = 1 AND tenant = tenants.name) AS vcpus, \
+             (SELECT CAST(COALESCE(SUM(disk_bytes), 0) AS BIGINT) FROM vms \
+             WHERE alive = 1 AND tenant = tenants.name) AS disk_bytes, \
+             (SELECT COUNT(*) FROM templates WHERE tenant = tenants.name) AS templates, \
+             (SELECT CAST(COALESCE(SUM(standbys), 0) AS BIGINT) FROM templates \
+             WHERE tenant = tenants.name) AS standbys FROM tenants ",
             $end
         )
     };
@@ -46,7 +54,7 @@ impl Change<'_> {
         // VMs are counted for those tenants only that have a quota.
         let row = sqlx::query(tenants!(
             "WHERE name = $1 AND (max_vms IS NOT NULL OR max_memory_bytes IS NOT NULL \
-             OR max_vcpus IS NOT NULL)"
+             OR max_vcpus IS NOT NULL OR max_disk_bytes IS NOT NULL)"
         ))
         .bind(name)
         .fetch_optional(self.connection())
@@ -58,6 +66,7 @@ impl Change<'_> {
         let Tenant { quotas, used, .. } = tenant(&row)?;
         let memory = nominal.memory_bytes.saturating_mul(count);
         let vcpus = u64::from(nominal.vcpus).saturating_mul(count);
+        let disk = nominal.disk_bytes.saturating_mul(count);
         for (what, has, adds, most) in [
             ("VMs", used.vms.into(), count, quotas.max_vms.map(u64::from)),
             (
@@ -72,18 +81,84 @@ impl Change<'_> {
                 vcpus,
                 quotas.max_vcpus.map(u64::from),
             ),
+            (
+                "bytes of disk",
+                used.disk_bytes,
+                disk,
+                quotas.max_disk_bytes,
+            ),
         ] {
-            let Some(most) = most.filter(|most| has.saturating_add(adds) > *most) else {
-                continue;
-            };
-            let message = format!(
-                "the tenant {name} has {has} of the {most} {what} that it may have, and requested \
-                 {adds}"
-            );
-            return Err(Error::new(ErrorKind::QuotaExceeded, message)
-                .advise("destroy some VMs, or ask an administrator to raise the quota"));
+            let advice = "destroy some VMs, or ask an administrator to raise the quota";
+            check_quota(name, what, (has, adds, most)).map_err(|it| it.advise(advice))?;
         }
         Ok(())
+    }
+
+    /// Checks that a tenant may make another template. It is a part of the transaction that records
+    /// the operation that makes it, and counts that.
+    ///
+    /// # Errors
+    /// [`ErrorKind::QuotaExceeded`].
+    pub(super) async fn check_template_quota(&mut self, tenant: &str) -> Result<()> {
+        let row = sqlx::query(
+            "SELECT max_templates, (SELECT COUNT(*) FROM templates WHERE tenant = $1) \
+             + (SELECT COUNT(*) FROM operations WHERE state = 'running' \
+             AND substr(reserves, 1, length($1) + 1) = $1 || '/' AND NOT EXISTS (SELECT 1 \
+             FROM templates WHERE tenant = $1 AND $1 || '/' || given_name = reserves)) AS templates \
+             FROM tenants WHERE name = $1 AND max_templates IS NOT NULL",
+        )
+        .bind(tenant)
+        .fetch_optional(self.connection())
+        .await
+        .map_err(query_failed)?;
+        let Some(row) = row else {
+            return Ok(());
+        };
+        let most = unsigned(&row, "max_templates")?;
+        let others = unsigned(&row, "templates")?.saturating_sub(1);
+        let checked = check_quota(tenant, "templates", (others, 1, Some(most)));
+        checked.map_err(|it| {
+            it.advise("remove some templates, or ask an administrator to raise the quota")
+        })
+    }
+
+    /// Checks that a template may keep so many standbys, by the quota of the tenant that owns it.
+    /// Fewer than it keeps are always allowed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::QuotaExceeded`].
+    pub(super) async fn check_standby_quota(
+        &mut self,
+        template: &str,
+        standbys: u32,
+    ) -> Result<()> {
+        let row = sqlx::query(
+            "SELECT tenants.name AS tenant, max_standbys, standbys, (SELECT \
+             CAST(COALESCE(SUM(others.standbys), 0) AS BIGINT) FROM templates AS others \
+             WHERE others.tenant = tenants.name AND others.name <> templates.name) AS others \
+             FROM templates JOIN tenants ON tenants.name = templates.tenant \
+             WHERE templates.name = $1 AND max_standbys IS NOT NULL",
+        )
+        .bind(template)
+        .fetch_optional(self.connection())
+        .await
+        .map_err(query_failed)?;
+        let Some(row) = row.filter(|row| {
+            let keeps = unsigned(row, "standbys").unwrap_or(0);
+            keeps < u64::from(standbys)
+        }) else {
+            return Ok(());
+        };
+        let (tenant, others) = (text(&row, "tenant")?, unsigned(&row, "others")?);
+        let most = Some(unsigned(&row, "max_standbys")?);
+        let checked = check_quota(
+            &tenant,
+            "standbys on each host",
+            (others, standbys.into(), most),
+        );
+        checked.map_err(|it| {
+            it.advise("keep fewer standbys, or ask an administrator to raise the quota")
+        })
     }
 }
 
@@ -107,14 +182,26 @@ impl Store {
         row.as_ref().map_or_else(|| Err(unknown(name)), tenant)
     }
 
+    /// Whether a tenant has a quota of disk.
+    pub(crate) async fn has_disk_quota(&self, name: &str) -> Result<bool> {
+        let query = "SELECT name FROM tenants WHERE name = $1 AND max_disk_bytes IS NOT NULL";
+        let row = sqlx::query(query)
+            .bind(name)
+            .fetch_optional(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        Ok(row.is_some())
+    }
+
     /// Changes the quotas of a tenant.
     pub(crate) async fn change_tenant(&self, name: &str, request: &ChangeTenant) -> Result<()> {
         let mut change = self.change().await?;
+        let count = |most: Option<Option<u32>>| most.map(|most| most.map(u64::from));
         let mut changed = 0;
         for (statement, value) in [
             (
                 "UPDATE tenants SET max_vms = $1 WHERE name = $2",
-                request.max_vms.map(|most| most.map(u64::from)),
+                count(request.max_vms),
             ),
             (
                 "UPDATE tenants SET max_memory_bytes = $1 WHERE name = $2",
@@ -122,7 +209,19 @@ impl Store {
             ),
             (
                 "UPDATE tenants SET max_vcpus = $1 WHERE name = $2",
-                request.max_vcpus.map(|most| most.map(u64::from)),
+                count(request.max_vcpus),
+            ),
+            (
+                "UPDATE tenants SET max_disk_bytes = $1 WHERE name = $2",
+                request.max_disk_bytes,
+            ),
+            (
+                "UPDATE tenants SET max_templates = $1 WHERE name = $2",
+                count(request.max_templates),
+            ),
+            (
+                "UPDATE tenants SET max_standbys = $1 WHERE name = $2",
+                count(request.max_standbys),
             ),
         ] {
             let Some(value) = value else { continue };
@@ -146,7 +245,7 @@ impl Store {
 
     /// What a VM counts for.
     pub(crate) async fn nominal(&self, vm: &str) -> Result<Nominal> {
-        let row = sqlx::query("SELECT memory_bytes, vcpus FROM vms WHERE id = $1")
+        let row = sqlx::query("SELECT memory_bytes, vcpus, disk_bytes FROM vms WHERE id = $1")
             .bind(vm)
             .fetch_one(&self.pool)
             .await
@@ -154,8 +253,21 @@ impl Store {
         Ok(Nominal {
             memory_bytes: unsigned(&row, "memory_bytes")?,
             vcpus: small(number(&row, "vcpus")?),
+            disk_bytes: unsigned(&row, "disk_bytes")?,
         })
     }
+}
+
+/// Checks that a tenant may have more of something: of what it has, what is requested, and the most
+/// that it may have.
+fn check_quota(tenant: &str, what: &str, (has, adds, most): (u64, u64, Option<u64>)) -> Result<()> {
+    let Some(most) = most.filter(|most| has.saturating_add(adds) > *most) else {
+        return Ok(());
+    };
+    let message = format!(
+        "the tenant {tenant} has {has} of the {most} {what} that it may have, and requested {adds}"
+    );
+    Err(Error::new(ErrorKind::QuotaExceeded, message))
 }
 
 fn unknown(name: &str) -> Error {
@@ -177,11 +289,17 @@ fn tenant(row: &AnyRow) -> Result<Tenant> {
             max_vms: limit(quota("max_vms")?),
             max_memory_bytes: quota("max_memory_bytes")?,
             max_vcpus: limit(quota("max_vcpus")?),
+            max_disk_bytes: quota("max_disk_bytes")?,
+            max_templates: limit(quota("max_templates")?),
+            max_standbys: limit(quota("max_standbys")?),
         },
         used: Used {
             vms: count("vms")?,
             memory_bytes: unsigned(row, "memory_bytes")?,
             vcpus: count("vcpus")?,
+            disk_bytes: unsigned(row, "disk_bytes")?,
+            templates: count("templates")?,
+            standbys: count("standbys")?,
         },
     })
 }

@@ -66,7 +66,7 @@ pub(super) fn page_query(is_postgres: bool, conditions: &Conditions) -> String {
     }
     format!(
         "SELECT CAST(COALESCE({array}({object}('number', number, 'vm', \
-         {object}('id', id, 'name', name, 'tenant', tenant, 'template', template, 'host', host, \
+         {object}('id', id, 'name', name, 'tenant', tenant, 'template', COALESCE(template_name, template), 'host', host, \
          'state', state, 'reason', reason, 'labels', json(labels), 'created_ms', created_ms, \
          'expires_ms', CASE WHEN expires_ms < 0 THEN 9223372036854775807 ELSE expires_ms END, \
          'network', json(network), 'idle', json(idle), 'fork', json(fork), \

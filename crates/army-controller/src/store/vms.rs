@@ -208,7 +208,10 @@ pub(super) fn vm(row: &AnyRow) -> Result<Vm> {
         id: text(row, "id")?,
         name: text(row, "name")?,
         tenant: text(row, "tenant")?,
-        template: text(row, "template")?,
+        template: match optional("template_name")? {
+            Some(name) => name,
+            None => text(row, "template")?,
+        },
         host: text(row, "host")?,
         state: from_word(&text(row, "state")?)?,
         reason: optional("reason")?,

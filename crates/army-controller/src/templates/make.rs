@@ -10,12 +10,14 @@ use army_node_api::requests::{
     AdmitFetchRequest, FetchTemplateRequest, ImportTemplateRequest, InspectTemplateRequest,
     RemoveTemplateRequest, SnapshotVmRequest, TemplateFacts,
 };
+use army_node_api::validate::check_template_name;
 
 use super::no_host_answers;
 use crate::operations::{
     HostRecord, Outcome, Output, RegisterRecord, Requester, StartedOperation, detached,
 };
 use crate::store::reservations::Reservation;
+use crate::store::template_names::{ADMINISTRATORS, TemplateKey, TemplateName};
 use crate::{Controller, Error, ErrorKind, Node, Result, deadlines, random};
 
 /// How long a node may begin to fetch a template from another one, in seconds.
@@ -30,24 +32,28 @@ impl Controller {
     ) -> Result<StartedOperation> {
         let node = self.named_or_only_node(request.host.as_deref()).await?;
         let (host, standbys) = (node.name().to_owned(), request.standbys);
-        let name = request.name.clone();
+        check_template_name(&request.name)?;
+        // It has the same name on the host, so it belongs to the administrators.
+        let template = TemplateKey::recorded(&request.name, None);
         // A template that the host does not have is no operation.
-        self.inspect(&node, &name).await?;
+        self.inspect(&node, &template.store_name).await?;
         let kind = OperationKind::RegisterTemplate;
         let record = RegisterRecord {
             host: host.clone(),
             standbys,
         };
-        let new = self.new_request(requester, kind, &name, &request, &record)?;
+        let new = self.new_request(requester, kind, &request.name, &request, &record)?;
         let controller = Arc::clone(self);
         detached(async move {
             let reservation = Reservation {
-                new_template: Some(&name.clone()),
+                new_template: Some(&template.clone()),
                 ..Reservation::default()
             };
             let id = new.id().to_owned();
             let work = |controller: Arc<Self>| async move {
-                controller.register_from(&id, &name, &host, standbys).await
+                controller
+                    .register_from(&id, &template, &host, standbys)
+                    .await
             };
             controller.begin_and_carry_out(new, reservation, work).await
         })
@@ -58,12 +64,14 @@ impl Controller {
     pub(crate) async fn register_from(
         &self,
         operation: &str,
-        name: &str,
+        template: &TemplateKey,
         host: &str,
         standbys: u32,
     ) -> Outcome {
-        let facts = self.inspect(&self.node(host)?, name).await?;
-        self.register(operation, name, host, standbys, facts)
+        let facts = self
+            .inspect(&self.node(host)?, &template.store_name)
+            .await?;
+        self.register(operation, template, host, standbys, facts)
             .await
             .map(output)
     }
@@ -77,29 +85,35 @@ impl Controller {
         content: ChunkReceiver,
     ) -> Result<StartedOperation> {
         let node = self.named_or_only_node(host).await?;
+        let caller = requester.template_caller();
+        let name = TemplateName::new(name, caller, caller.own())?;
+        let template = TemplateKey::new(name)?;
         let record = HostRecord {
             host: node.name().to_owned(),
+            store_name: template.other_store_name(),
         };
-        let kind = OperationKind::ImportTemplate;
-        let new = self.new_request(requester, kind, name, &record, &record)?;
+        let (kind, subject) = (OperationKind::ImportTemplate, template.name.to_string());
+        let content_of = (&subject, &record.host);
+        let new = self.new_request(requester, kind, &subject, &content_of, &record)?;
         if let Some(known) = self.repeated(&new).await? {
             return Ok(known);
         }
-        self.check_store_lacks(&node, name).await?;
-        let (controller, name) = (Arc::clone(self), name.to_owned());
+        self.check_store_lacks(&node, &template.store_name).await?;
+        let controller = Arc::clone(self);
         detached(async move {
             let reservation = Reservation {
-                new_template: Some(&name.clone()),
+                new_template: Some(&template.clone()),
                 ..Reservation::default()
             };
             let id = new.id().to_owned();
             let work = |controller: Arc<Self>| async move {
                 let request = ImportTemplateRequest {
-                    template: name.clone(),
+                    template: template.store_name.clone(),
                 };
                 let deadline = deadlines::transfer();
                 let facts = node.import_template(request, content, deadline).await?;
-                let registered = controller.register(&id, &name, node.name(), 0, facts).await;
+                let host = node.name();
+                let registered = controller.register(&id, &template, host, 0, facts).await;
                 registered.map(output)
             };
             controller.begin_and_carry_out(new, reservation, work).await
@@ -114,28 +128,35 @@ impl Controller {
         vm: &Vm,
         request: SnapshotVm,
     ) -> Result<StartedOperation> {
-        let kind = OperationKind::SnapshotVm;
+        let caller = requester.template_caller();
+        // What is in the memory of another tenant's VM stays with that tenant.
+        let owner = match vm.tenant == requester.tenant {
+            true => caller.own(),
+            false => &vm.tenant,
+        };
+        let template = TemplateKey::new(TemplateName::new(&request.template, caller, owner)?)?;
+        let (kind, subject) = (OperationKind::SnapshotVm, template.name.to_string());
         let record = HostRecord {
             host: vm.host.clone(),
+            store_name: template.other_store_name(),
         };
         let content = (&vm.id, &request);
-        let new = self.new_request(requester, kind, &request.template, &content, &record)?;
+        let new = self.new_request(requester, kind, &subject, &content, &record)?;
         if let Some(known) = self.repeated(&new).await? {
             return Ok(known);
         }
         let node = self.node_of(vm)?;
-        self.check_store_lacks(&node, &request.template).await?;
+        self.check_store_lacks(&node, &template.store_name).await?;
         let (controller, vm) = (Arc::clone(self), vm.clone());
         detached(async move {
-            let name = request.template.clone();
             let reservation = Reservation {
-                new_template: Some(&name),
+                new_template: Some(&template.clone()),
                 ..Reservation::default()
             };
             let id = new.id().to_owned();
             let work = |controller: Arc<Self>| async move {
-                let taken = controller.take_snapshot(&id, &vm, &request).await;
-                taken.map(output)
+                let taken = controller.take_snapshot(&id, &vm, &template, request.diff);
+                taken.await.map(output)
             };
             controller.begin_and_carry_out(new, reservation, work).await
         })
@@ -147,17 +168,17 @@ impl Controller {
         &self,
         operation: &str,
         vm: &Vm,
-        request: &SnapshotVm,
+        template: &TemplateKey,
+        diff: bool,
     ) -> Result<Template> {
         let node = self.node_of(vm)?;
-        let name = &request.template;
         let request = SnapshotVmRequest {
             vm: vm.id.clone(),
-            template: name.clone(),
-            diff: request.diff,
+            template: template.store_name.clone(),
+            diff,
         };
         let facts = node.snapshot_vm(request, deadlines::transfer()).await?;
-        self.register(operation, name, &vm.host, 0, facts).await
+        self.register(operation, template, &vm.host, 0, facts).await
     }
 
     /// Begins to copy a template to another host.
@@ -167,19 +188,25 @@ impl Controller {
         name: &str,
         host: &str,
     ) -> Result<StartedOperation> {
+        let host = self.named_node(host).await?.name().to_owned();
+        let caller = requester.template_caller();
+        let template = self.store.find_template(name, caller).await?;
+        let TemplateKey { name, store_name } = TemplateKey::of(&template);
         let record = HostRecord {
-            host: self.named_node(host).await?.name().to_owned(),
+            host,
+            store_name: Some(store_name.clone()),
         };
-        let kind = OperationKind::CopyTemplate;
-        let new = self.new_request(requester, kind, name, &record, &record)?;
-        let (controller, name) = (Arc::clone(self), name.to_owned());
+        let (kind, subject) = (OperationKind::CopyTemplate, name.to_string());
+        let content = (&subject, &record.host);
+        let new = self.new_request(requester, kind, &subject, &content, &record)?;
+        let controller = Arc::clone(self);
         detached(async move {
             let reservation = Reservation {
-                template: Some(&name.clone()),
+                template: Some(&store_name.clone()),
                 ..Reservation::default()
             };
             let work = |controller: Arc<Self>| async move {
-                controller.copy_to(&name, &record.host).await
+                controller.copy_to(&store_name, &record.host).await
             };
             controller.begin_and_carry_out(new, reservation, work).await
         })
@@ -187,10 +214,10 @@ impl Controller {
     }
 
     /// Copies a template to a host, unless it is there.
-    pub(crate) async fn copy_to(&self, name: &str, host: &str) -> Outcome {
-        let template = self.store.template(name).await?;
+    pub(crate) async fn copy_to(&self, store_name: &str, host: &str) -> Outcome {
+        let template = self.store.template(store_name).await?;
         self.ensure_template(&self.node(host)?, &template).await?;
-        self.template(name).await.map(output)
+        self.stored_template(store_name).await.map(output)
     }
 
     /// Copies a template to the host of `node`, unless it is there.
@@ -209,7 +236,7 @@ impl Controller {
             let ticket = random::hex::<32>()?;
             let admit = AdmitFetchRequest {
                 ticket: ticket.clone(),
-                template: template.name.clone(),
+                template: template.stored_as().to_owned(),
                 id: template.id.clone(),
                 host: node.name().to_owned(),
                 valid_s: TICKET_VALID_S,
@@ -221,7 +248,7 @@ impl Controller {
             let request = FetchTemplateRequest {
                 host: host.clone(),
                 address,
-                template: template.name.clone(),
+                template: template.stored_as().to_owned(),
                 id: template.id.clone(),
                 ticket: Some(ticket),
             };
@@ -239,25 +266,26 @@ impl Controller {
 
     /// Records that a host has a copy. Where the template is being removed, so is the copy.
     async fn record_copy(&self, node: &Node, template: &Template) -> Result<()> {
-        let recorded = self.store.insert_copy(&template.name, node.name()).await;
+        let stored_as = template.stored_as();
+        let recorded = self.store.insert_copy(stored_as, node.name()).await;
         let Err(error) = recorded else {
             return Ok(());
         };
         if matches!(error.kind, ErrorKind::Conflict | ErrorKind::NotFound) {
             let request = RemoveTemplateRequest {
-                template: template.name.clone(),
+                template: stored_as.to_owned(),
             };
             let removed = node.remove_template(request, deadlines::operation()).await;
             if let Err(error) = removed {
-                let (template, host) = (&template.name, node.name());
+                let (template, host) = (stored_as, node.name());
                 tracing::warn!(template, host, %error, "a copy of a removed template is left");
             }
         }
         Err(error)
     }
 
-    /// Describes a template in a host's store.
-    async fn inspect(&self, node: &Node, name: &str) -> Result<TemplateFacts> {
+    /// Describes a template in a host's store, by its name there.
+    pub(super) async fn inspect(&self, node: &Node, name: &str) -> Result<TemplateFacts> {
         let request = InspectTemplateRequest {
             template: name.to_owned(),
         };
@@ -284,13 +312,17 @@ impl Controller {
     pub(crate) async fn register(
         &self,
         operation: &str,
-        name: &str,
+        template: &TemplateKey,
         host: &str,
         standbys: u32,
         facts: TemplateFacts,
     ) -> Result<Template> {
+        let owner = &template.name.owner;
         let template = Template {
-            name: name.to_owned(),
+            name: template.name.name.clone(),
+            tenant: (owner != ADMINISTRATORS).then(|| owner.clone()),
+            visibility: template.first_visibility(),
+            store_name: template.other_store_name(),
             id: facts.id,
             parent: facts.parent,
             host: host.to_owned(),
@@ -298,6 +330,7 @@ impl Controller {
             memory_bytes: facts.memory_bytes,
             data_bytes: facts.data_bytes,
             vcpus: facts.vcpus,
+            disk_bytes: facts.disk_bytes,
             taken_ms: facts.taken_ms,
             cpu: facts.cpu,
             standbys,

@@ -7,8 +7,9 @@ use army_api::operations::OperationKind;
 use army_node_api::requests::RemoveTemplateRequest;
 use futures_util::future::join_all;
 
-use crate::operations::{Outcome, Output, Requester, StartedOperation, detached};
+use crate::operations::{Outcome, Output, Requester, StartedOperation, StoredRecord, detached};
 use crate::store::reservations::Reservation;
+use crate::store::template_names::TemplateKey;
 use crate::{Controller, Error, ErrorKind, Result, deadlines};
 
 /// How long to wait before hosts are asked again that could not remove their copies, at first.
@@ -21,24 +22,32 @@ impl Controller {
     /// use it. A host that does not answer is waited for.
     ///
     /// # Errors
+    /// [`ErrorKind::Forbidden`] where the caller does not own the template, and
     /// [`ErrorKind::Conflict`] where VMs, a tag or a copy in progress use the template.
     pub async fn remove_template(
         self: &Arc<Self>,
         requester: &Requester,
         name: &str,
     ) -> Result<StartedOperation> {
-        let kind = OperationKind::RemoveTemplate;
-        let new = self.new_request(requester, kind, name, &name, &())?;
+        let caller = requester.template_caller();
+        let template = self.store.find_template(name, caller).await?;
+        caller.check_may_change(&template)?;
+        let template = TemplateKey::of(&template);
+        let record = StoredRecord {
+            store_name: Some(template.store_name.clone()),
+        };
+        let (kind, subject) = (OperationKind::RemoveTemplate, template.name.to_string());
+        let new = self.new_request(requester, kind, &subject, &subject, &record)?;
         if let Some(known) = self.repeated(&new).await? {
             return Ok(known);
         }
-        if let Some(running) = self.store.running_operation(kind, name).await? {
+        if let Some(running) = self.store.running_operation(kind, &subject).await? {
             return Ok(self.started(&running.id));
         }
-        let (controller, name) = (Arc::clone(self), name.to_owned());
+        let controller = Arc::clone(self);
         detached(async move {
             let reservation = Reservation {
-                removal: Some(&name),
+                removal: Some(&template),
                 ..Reservation::default()
             };
             if let Some(known) = controller.begin(&new, reservation).await? {
@@ -46,13 +55,13 @@ impl Controller {
             }
             let (id, removing) = (new.id().to_owned(), Arc::clone(&controller));
             Ok(controller.carry_out(id.clone(), async move {
-                removing.remove_copies(&id, &name).await
+                removing.remove_copies(&id, &template.store_name).await
             }))
         })
         .await
     }
 
-    /// Has all hosts remove their copies of a template, again and again until that is done, and then
+    /// Has all hosts remove their copies of a template, which is named as they store it, again and again until that is done, and then
     /// removes the template.
     pub(crate) async fn remove_copies(&self, operation: &str, name: &str) -> Outcome {
         let mut pause = FIRST_PAUSE;

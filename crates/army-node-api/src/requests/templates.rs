@@ -26,6 +26,9 @@ pub struct TemplateFacts {
     pub data_bytes: u64,
     /// The number of the clones' CPUs.
     pub vcpus: u32,
+    /// The sizes of the clones' writable disks together, where the node says so.
+    #[serde(default)]
+    pub disk_bytes: Option<u64>,
     /// When the template was taken, in milliseconds since 1970.
     pub taken_ms: u64,
     /// The CPU features that clones need, where the node says so.

@@ -143,7 +143,7 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<Template> {
             }
             // The standard output is for the template, which a program may read.
             BuildEvent::Output { text, .. } => std::io::stderr().write_all(text.as_bytes())?,
-            BuildEvent::Built { template } => return Ok(template),
+            BuildEvent::Built { template } => return Ok(*template),
             BuildEvent::Failed { problem } => return Err(ClientError::Refused(problem).into()),
         }
     }

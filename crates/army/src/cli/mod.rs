@@ -58,7 +58,7 @@ enum Command {
     /// Manage hosts: list, label, drain, undrain, make join tokens, remove.
     #[command(subcommand)]
     Host(hosts::Command),
-    /// Manage templates: list, build, register, tag, copy, export, import, standbys, remove.
+    /// Manage templates: list, build, register, share, tag, copy, export, import, standbys, remove.
     #[command(subcommand)]
     Template(templates::Command),
     /// Manage VMs: create, list, inspect, change, fork, pause, resume, balloon, figures, console, snapshot, destroy.

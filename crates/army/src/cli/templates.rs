@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use army_api::client::segment;
 use army_api::templates::{
-    ChangeTemplate, CopyTemplate, ImportTemplate, RegisterTemplate, SetTag, Template,
+    ChangeTemplate, CopyTemplate, ImportTemplate, RegisterTemplate, SetTag, Template, Visibility,
 };
 use reqwest::Method;
 
@@ -16,10 +16,18 @@ use super::operations;
 use super::output::{bytes, table};
 
 /// Manage templates.
+///
+/// A template belongs to a tenant. A bare name means one of the own tenant, or else one of the
+/// administrators; TENANT/NAME means another tenant's, and /NAME one of the administrators.
 #[derive(clap::Subcommand)]
 pub(super) enum Command {
-    /// List templates.
+    /// List the templates that you can use.
     Ls,
+    /// Show a template.
+    Show {
+        /// The template, or a tag.
+        name: String,
+    },
     /// Build a template from another one, by running commands and writing files in a clone of it.
     Build(build::Args),
     /// Register a template from a host's store, where `clone snapshot` put it.
@@ -39,6 +47,24 @@ pub(super) enum Command {
         name: String,
         /// The host.
         host: String,
+    },
+    /// Let other tenants use a template, in place of those that it was shared with before.
+    Share {
+        /// The template.
+        name: String,
+        /// The tenants.
+        #[arg(required = true)]
+        tenants: Vec<String>,
+    },
+    /// Let nobody use a template but its own tenant and administrators.
+    Unshare {
+        /// The template.
+        name: String,
+    },
+    /// Let all tenants use a template; only administrators may.
+    Publish {
+        /// The template.
+        name: String,
     },
     /// Point a tag to a template; VMs can be created from a tag.
     Tag {
@@ -91,7 +117,19 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
             context.show(&templates, |templates| templates_table(templates))?;
             return Ok(ExitCode::SUCCESS);
         }
+        Command::Show { name } => client.get(&template_path(&name), &()).await?,
         Command::Build(args) => build::run(context, args).await?,
+        Command::Share { name, tenants } => {
+            let request = ChangeTemplate {
+                visibility: Some(Visibility::Shared),
+                shared_with: Some(tenants),
+                ..ChangeTemplate::default()
+            };
+            let path = template_path(&name);
+            client.send(Method::PATCH, &path, &request).await?
+        }
+        Command::Unshare { name } => set_visibility(context, &name, Visibility::Private).await?,
+        Command::Publish { name } => set_visibility(context, &name, Visibility::Public).await?,
         Command::Register {
             name,
             host,
@@ -130,18 +168,19 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
             client
                 .put_bytes(&path, &ImportTemplate { host }, body)
                 .await?;
-            client
-                .get(&format!("/v1/templates/{}", segment(&name)), &())
-                .await?
+            client.get(&template_path(&name), &()).await?
         }
         Command::Standbys { name, count } => {
-            let request = ChangeTemplate { standbys: count };
-            let path = format!("/v1/templates/{}", segment(&name));
+            let request = ChangeTemplate {
+                standbys: Some(count),
+                ..ChangeTemplate::default()
+            };
+            let path = template_path(&name);
             client.send(Method::PATCH, &path, &request).await?
         }
         Command::Rm { name } => {
-            let path = format!("/v1/templates/{}", segment(&name));
-            if let Some(operation) = client.remove(&path).await? {
+            let removed = client.remove(&template_path(&name)).await?;
+            if let Some(operation) = removed {
                 operations::show(context, &operation)?;
             }
             return Ok(ExitCode::SUCCESS);
@@ -151,12 +190,37 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
     Ok(ExitCode::SUCCESS)
 }
 
+fn template_path(name: &str) -> String {
+    format!("/v1/templates/{}", segment(name))
+}
+
+async fn set_visibility(context: &Context, name: &str, visibility: Visibility) -> Result<Template> {
+    let request = ChangeTemplate {
+        visibility: Some(visibility),
+        ..ChangeTemplate::default()
+    };
+    let client = context.client()?;
+    let path = template_path(name);
+    Ok(client.send(Method::PATCH, &path, &request).await?)
+}
+
+/// Who can use a template, in words.
+fn visible_to(template: &Template) -> String {
+    match template.visibility {
+        Visibility::Private => "private".to_owned(),
+        Visibility::Public => "public".to_owned(),
+        Visibility::Shared if template.shared_with.is_empty() => "shared".to_owned(),
+        Visibility::Shared => format!("shared: {}", template.shared_with.join(",")),
+    }
+}
+
 pub(super) fn templates_table(templates: &[Template]) -> String {
     let lines = templates.iter().map(|it| {
         vec![
-            it.name.clone(),
+            it.full_name(),
             it.id.chars().take(12).collect(),
             it.tags.join(","),
+            visible_to(it),
             it.hosts.join(","),
             bytes(it.memory_bytes),
             bytes(it.data_bytes),
@@ -165,7 +229,15 @@ pub(super) fn templates_table(templates: &[Template]) -> String {
         ]
     });
     let heads = [
-        "TEMPLATE", "ID", "TAGS", "HOSTS", "MEMORY", "DATA", "VMS", "READY",
+        "TEMPLATE",
+        "ID",
+        "TAGS",
+        "VISIBILITY",
+        "HOSTS",
+        "MEMORY",
+        "DATA",
+        "VMS",
+        "READY",
     ];
     table(&heads, lines.collect())
 }

@@ -39,6 +39,16 @@ pub(super) struct SetArgs {
     /// The CPUs of all its VMs together, or `none`.
     #[arg(long, value_parser = limit::<u32>)]
     max_cpus: Option<Limit<u32>>,
+    /// The sizes of the writable disks of all its VMs together, as in 500G, or `none`.
+    #[arg(long, value_name = "SIZE", value_parser = limit::<Bytes>)]
+    max_disk: Option<Limit<Bytes>>,
+    /// The number of templates that it may own, or `none`.
+    #[arg(long, value_parser = limit::<u32>)]
+    max_templates: Option<Limit<u32>>,
+    /// The standbys that its own templates may keep on each host together, or `none`. It is 0 for a
+    /// new tenant.
+    #[arg(long, value_parser = limit::<u32>)]
+    max_standbys: Option<Limit<u32>>,
 }
 
 /// A quota, or none.
@@ -69,6 +79,9 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
                 max_vms: args.max_vms.map(|it| it.0),
                 max_memory_bytes: args.max_memory.map(|it| it.0.map(|Bytes(bytes)| bytes)),
                 max_vcpus: args.max_cpus.map(|it| it.0),
+                max_disk_bytes: args.max_disk.map(|it| it.0.map(|Bytes(bytes)| bytes)),
+                max_templates: args.max_templates.map(|it| it.0),
+                max_standbys: args.max_standbys.map(|it| it.0),
             };
             let path = path(&args.tenant);
             vec![client.send(Method::PATCH, &path, &request).await?]
@@ -96,7 +109,25 @@ fn tenants_table(tenants: &[Tenant]) -> String {
                 used.vcpus.to_string(),
                 quotas.max_vcpus.map(|it| it.to_string()),
             ),
+            of(bytes(used.disk_bytes), quotas.max_disk_bytes.map(bytes)),
+            of(
+                used.templates.to_string(),
+                quotas.max_templates.map(|it| it.to_string()),
+            ),
+            of(
+                used.standbys.to_string(),
+                quotas.max_standbys.map(|it| it.to_string()),
+            ),
         ]
     });
-    table(&["TENANT", "VMS", "MEMORY", "CPUS"], lines.collect())
+    let heads = [
+        "TENANT",
+        "VMS",
+        "MEMORY",
+        "CPUS",
+        "DISK",
+        "TEMPLATES",
+        "STANDBYS",
+    ];
+    table(&heads, lines.collect())
 }

@@ -36,6 +36,7 @@ impl Caller {
     pub fn requester(&self, idempotency_key: Option<String>) -> Requester {
         Requester {
             tenant: self.key.tenant.clone(),
+            is_administrator: self.key.role == Role::Admin,
             key: self.key.id.clone(),
             idempotency_key,
         }

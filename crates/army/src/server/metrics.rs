@@ -74,10 +74,10 @@ pub(super) async fn metrics(State(app): State<App>, caller: Caller) -> Answer<Re
         ages.map(|(name, age)| (label("host", &name), age.as_secs()))
             .collect(),
     );
-    let templates = app.controller.templates().await?;
+    let templates = app.controller.all_templates().await?;
     let by_template = |value: &dyn Fn(&army_api::templates::Template) -> u32| {
         let templates = templates.iter();
-        let line = |it| (label("template", template_name(it)), u64::from(value(it)));
+        let line = |it| (label("template", &template_name(it)), u64::from(value(it)));
         templates.map(line).collect::<Vec<_>>()
     };
     family(
@@ -125,8 +125,8 @@ fn host_name(host: &army_api::hosts::Host) -> &str {
     &host.name
 }
 
-fn template_name(template: &army_api::templates::Template) -> &str {
-    &template.name
+fn template_name(template: &army_api::templates::Template) -> String {
+    template.full_name()
 }
 
 /// A label. The names of hosts and templates have no characters that need quoting.

@@ -42,8 +42,13 @@ pub(super) async fn inspect(
     Params(wait): Params<Wait>,
 ) -> Answer<Json<Operation>> {
     let limit = Duration::from_secs(wait.wait.unwrap_or(0).min(MAX_WAIT_S));
-    let operation = app.controller.operation(&id, caller.scope(), limit);
-    Ok(Json(described(operation.await?)))
+    let operation = app.controller.operation(&id, caller.scope(), limit).await?;
+    // A key that is restricted to some objects sees what it has requested, and nothing else.
+    if caller.key.scope.is_some() && operation.actor != caller.key.id {
+        let detail = format!("operation `{}` not found", id.escape_debug());
+        return Err(Problem::new(ProblemKind::NotFound, detail).into());
+    }
+    Ok(Json(described(operation)))
 }
 
 /// How long a request waits for its operation; `None` until it has ended. It is said by the query

@@ -13,6 +13,9 @@ const BEYOND_VM: [&str; 2] = ["/v1/vms/{vm}/fork", "/v1/vms/{vm}/snapshot"];
 /// The paths about templates.
 const TEMPLATES: [&str; 3] = ["/v1/templates", "/v1/tags", "/v1/builds"];
 
+/// The path of one operation. A key for templates sees the operations that it has requested.
+const OPERATION: &str = "/v1/operations/{id}";
+
 /// Checks that a key with this scope may be used for a request. Which VM a request is about is
 /// checked where the VM is looked up.
 pub(super) fn check(scope: &KeyScope, parts: &Parts) -> Result<(), Failure> {
@@ -37,10 +40,13 @@ fn permits(scope: &KeyScope, method: &Method, path: &str) -> bool {
                 && !BEYOND_VM.contains(&path)
         }
         KeyScope::Metrics => path == "/metrics" && method == Method::GET,
-        KeyScope::Templates => TEMPLATES.iter().any(|of| {
-            let rest = path.strip_prefix(of);
-            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-        }),
+        KeyScope::Templates => {
+            let is_about_templates = TEMPLATES.iter().any(|of| {
+                let rest = path.strip_prefix(of);
+                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+            });
+            is_about_templates || (path == OPERATION && method == Method::GET)
+        }
     }
 }
 
@@ -73,6 +79,9 @@ mod tests {
                 "/v1/templates-of-others",
                 false,
             ),
+            (&KeyScope::Templates, Method::GET, OPERATION, true),
+            (&KeyScope::Templates, Method::GET, "/v1/operations", false),
+            (&KeyScope::Metrics, Method::GET, OPERATION, false),
             (&KeyScope::Templates, Method::POST, "/v1/vms", false),
             (&KeyScope::Templates, Method::GET, "", false),
         ] {

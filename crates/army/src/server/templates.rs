@@ -1,4 +1,6 @@
-//! Templates.
+//! Templates. In paths, a template is named by its name in the caller's own tenant or among the
+//! templates of the administrators, or as `TENANT/NAME`, whose `/` is percent-encoded. How names are
+//! looked up is in `army_controller`'s `store/template_names.rs`.
 
 use std::time::Duration;
 
@@ -25,13 +27,15 @@ const REMOVAL_WAIT: Duration = Duration::from_secs(30);
 /// The most bytes of a template that are in memory while it is sent or received.
 const IN_TRANSIT: usize = 4 << 20;
 
-/// Lists all templates.
+/// Lists the templates that the caller can use: those of the own tenant, those that were shared with
+/// it, and public ones. Administrators see all.
 #[utoipa::path(get, path = "/v1/templates", responses((status = 200, body = Vec<Template>)))]
-pub(super) async fn list(State(app): State<App>, _: Caller) -> Answer<Json<Vec<Template>>> {
-    Ok(Json(app.controller.templates().await?))
+pub(super) async fn list(State(app): State<App>, caller: Caller) -> Answer<Json<Vec<Template>>> {
+    let requester = caller.requester(None);
+    Ok(Json(app.controller.templates(&requester).await?))
 }
 
-/// Registers a template that is in a host's store.
+/// Registers a template that is in a host's store, as a public template of the administrators.
 #[utoipa::path(post, path = "/v1/templates", request_body = RegisterTemplate,
     params(Wait, ("Idempotency-Key" = Option<String>, Header)),
     responses((status = 201, body = Template), (status = 202, body = Operation)))]
@@ -51,18 +55,21 @@ pub(super) async fn register(
     operations::answer(&app, started, waiting, StatusCode::CREATED).await
 }
 
-/// Returns one template.
+/// Returns one template, by its name or by a tag.
 #[utoipa::path(get, path = "/v1/templates/{name}", params(("name" = String, Path)),
     responses((status = 200, body = Template)))]
 pub(super) async fn inspect(
     State(app): State<App>,
-    _: Caller,
+    caller: Caller,
     Path(name): Path<String>,
 ) -> Answer<Json<Template>> {
-    Ok(Json(app.controller.template(&name).await?))
+    let requester = caller.requester(None);
+    Ok(Json(app.controller.template(&requester, &name).await?))
 }
 
-/// Changes the number of standbys of a template.
+/// Changes the number of standbys of a template, and who can use it.
+///
+/// Users change the templates of their own tenant. Only administrators make one public.
 #[utoipa::path(patch, path = "/v1/templates/{name}", params(("name" = String, Path)), request_body = ChangeTemplate,
     responses((status = 200, body = Template)))]
 pub(super) async fn change(
@@ -71,9 +78,10 @@ pub(super) async fn change(
     Path(name): Path<String>,
     Body(request): Body<ChangeTemplate>,
 ) -> Answer<Json<Template>> {
-    caller.may(Role::Admin)?;
-    let template = app.controller.set_standbys(&name, request.standbys).await?;
-    Ok(Json(template))
+    caller.may(Role::User)?;
+    let requester = caller.requester(None);
+    let changed = app.controller.change_template(&requester, &name, &request);
+    Ok(Json(changed.await?))
 }
 
 /// Copies a template to another host.
@@ -94,7 +102,8 @@ pub(super) async fn copy(
     operations::answer(&app, copied.await?, waiting, StatusCode::CREATED).await
 }
 
-/// Exports a template as one stream, in Army's own format, for another Army or as a backup.
+/// Exports a template as one stream, in Army's own format, for another Army or as a backup. Whoever
+/// can use a template can export it.
 #[utoipa::path(get, path = "/v1/templates/{name}/content", params(("name" = String, Path)),
     responses((status = 200, content_type = "application/octet-stream")))]
 pub(super) async fn export(
@@ -102,9 +111,10 @@ pub(super) async fn export(
     caller: Caller,
     Path(name): Path<String>,
 ) -> Answer<Response> {
-    caller.may(Role::Admin)?;
+    caller.may(Role::User)?;
     let reserved = app.budget.reserve(&caller.key.tenant, IN_TRANSIT)?;
-    let content = app.controller.export_template(&name).await?;
+    let requester = caller.requester(None);
+    let content = app.controller.export_template(&requester, &name).await?;
     let response = failure::bytes(content, ErrorKind::Internal).await?;
     Ok(response.map(|body| {
         let content = body.into_data_stream().inspect(move |_| {
@@ -116,7 +126,9 @@ pub(super) async fn export(
 
 /// Imports a template that was exported with `GET`.
 ///
-/// The content is verified, and the template appears only when it is complete.
+/// The content is verified, and the template appears only when it is complete. It belongs to the
+/// caller's tenant and is private; one of an administrator belongs to the administrators and is
+/// public.
 #[utoipa::path(put, path = "/v1/templates/{name}/content", params(("name" = String, Path),
     ImportTemplate, ("Idempotency-Key" = Option<String>, Header)),
     request_body(content_type = "application/octet-stream"),
@@ -129,7 +141,7 @@ pub(super) async fn import(
     IdempotencyKey(key): IdempotencyKey,
     request: Request,
 ) -> Answer<(StatusCode, Json<Template>)> {
-    caller.may(Role::Admin)?;
+    caller.may(Role::User)?;
     let _reserved = app.budget.reserve(&caller.key.tenant, IN_TRANSIT)?;
     let content = chunks::receive(request.into_body().into_data_stream());
     let (controller, requester) = (&app.controller, caller.requester(key));
@@ -139,7 +151,8 @@ pub(super) async fn import(
     Ok((StatusCode::CREATED, Json(operations::template(output)?)))
 }
 
-/// Creates a tag that points to a template, or moves an existing tag to it.
+/// Creates a tag that points to a template, or moves an existing tag to it. The tag belongs to the
+/// tenant of the template, whose users and administrators can move it.
 #[utoipa::path(put, path = "/v1/tags/{tag}", params(("tag" = String, Path)), request_body = SetTag,
     responses((status = 200, body = Template)))]
 pub(super) async fn tag(
@@ -148,8 +161,10 @@ pub(super) async fn tag(
     Path(tag): Path<String>,
     Body(request): Body<SetTag>,
 ) -> Answer<Json<Template>> {
-    caller.may(Role::Admin)?;
-    Ok(Json(app.controller.tag(&tag, &request.template).await?))
+    caller.may(Role::User)?;
+    let requester = caller.requester(None);
+    let tagged = app.controller.tag(&requester, &tag, &request.template);
+    Ok(Json(tagged.await?))
 }
 
 /// Removes a tag. The template that it points to is kept.
@@ -160,12 +175,14 @@ pub(super) async fn untag(
     caller: Caller,
     Path(tag): Path<String>,
 ) -> Answer<StatusCode> {
-    caller.may(Role::Admin)?;
-    app.controller.untag(&tag).await?;
+    caller.may(Role::User)?;
+    let requester = caller.requester(None);
+    app.controller.untag(&requester, &tag).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Removes a template that is not in use, also from its hosts.
+/// Removes a template that is not in use, also from its hosts. Users remove those of their own
+/// tenant.
 ///
 /// From then on it cannot be used. A host that does not respond is waited for; if that takes longer
 /// than 30 seconds, or than `wait`, the response is `202 Accepted`.
@@ -177,7 +194,7 @@ pub(super) async fn remove(
     Path(name): Path<String>,
     waiting: Waiting,
 ) -> Answer<Response> {
-    caller.may(Role::Admin)?;
+    caller.may(Role::User)?;
     let requester = caller.requester(None);
     let started = app.controller.remove_template(&requester, &name).await?;
     let waiting = waiting.or(REMOVAL_WAIT);

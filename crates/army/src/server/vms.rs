@@ -25,7 +25,8 @@ pub(super) async fn list(
     caller: Caller,
     Params(filter): Params<VmFilter>,
 ) -> Answer<Json<VmPage>> {
-    Ok(Json(app.controller.vms(&filter, caller.scope()).await?))
+    let requester = caller.requester(None);
+    Ok(Json(app.controller.vms(&filter, &requester).await?))
 }
 
 /// Creates VMs from a template.
@@ -122,6 +123,9 @@ pub(super) async fn fork(
 }
 
 /// Creates a template from a VM. The VM itself continues to run.
+///
+/// Everything in the guest's memory is in the template. It is private, but for one that an
+/// administrator makes of a VM of their own tenant.
 #[utoipa::path(post, path = "/v1/vms/{vm}/snapshot", params(("vm" = String, Path), Wait,
     ("Idempotency-Key" = Option<String>, Header)), request_body = SnapshotVm,
     responses((status = 201, body = Template), (status = 202, body = Operation)))]
@@ -133,8 +137,7 @@ pub(super) async fn snapshot(
     waiting: Waiting,
     Body(request): Body<SnapshotVm>,
 ) -> Answer<Response> {
-    // Templates are visible to all tenants, and so would be everything in the guest's memory.
-    caller.may(Role::Admin)?;
+    caller.may(Role::User)?;
     let vm = caller.vm(&app, &vm).await?;
     let requester = caller.requester(key);
     let started = app.controller.snapshot(&requester, &vm, request).await?;

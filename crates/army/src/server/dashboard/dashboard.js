@@ -85,13 +85,14 @@ async function look() {
       size(host.capacity?.available_bytes),
     ],
   })));
-  rows("templates", templates.map((it) => ({
-    id: it.name,
+  rows("templates", templates.map((it) => ({ ...it, shown: it.tenant ? `${it.tenant}/${it.name}` : it.name })).map((it) => ({
+    id: it.shown,
     cells: [
-      it.name, it.tags.join(", "), it.hosts.join(", "), size(it.memory_bytes),
+      it.shown, it.visibility, it.tags.join(", "), it.hosts.join(", "), size(it.memory_bytes),
       size(it.data_bytes), String(it.vms), `${it.ready} of ${it.standbys}`,
     ],
-    actions: () => [button("Fork", `Fork ${it.name}`, () => fork(it.name))],
+    // A bare name would mean a template of the own tenant first.
+    actions: () => [button("Fork", `Fork ${it.shown}`, () => fork(it.tenant ? it.shown : `/${it.name}`))],
   })));
   rows("vms", page.vms.map((vm) => ({
     id: vm.id,
