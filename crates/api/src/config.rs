@@ -220,6 +220,10 @@ pub struct NetConfig {
     pub vhost: Vhost,
     /// Whether the guest may reach others on the same bridge that may do so too.
     pub neighbours: bool,
+    /// Whether the guest may open connections to the host's own addresses, in mode `nat`. Otherwise
+    /// only name servers and DHCP are open there.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub reach_host: bool,
     /// Whom the guest may send to. Forks of it are held to the same.
     #[serde(skip_serializing_if = "Egress::is_full")]
     pub egress: Egress,

@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::Ipv4Network;
 use crate::config::{
     BalloonConfig, ConsoleConfig, DiskConfig, DiskFormat, Egress, NetConfig, NetMode, OnReboot,
     RateLimit, VmConfig, VsockConfig,
@@ -246,7 +247,7 @@ impl Ceilings {
             disk.rate_limit = RateLimit::narrower(disk.rate_limit, ceiling.rate_limit);
         }
         for (index, (net, ceiling)) in config.net.iter_mut().zip(&self.nets).enumerate() {
-            let egress = net.egress.intersection(&ceiling.egress);
+            let egress = net.egress.narrowed_by(&ceiling.egress);
             net.egress = egress.map_err(|error| (index, error))?;
             net.rate_limit = RateLimit::narrower(net.rate_limit, ceiling.rate_limit);
             if let Some(most) = ceiling.connections.filter(|_| net.mode == NetMode::Nat) {
@@ -268,6 +269,30 @@ impl Egress {
     ) -> Result<Self, TooManyNetworks> {
         let mut policies = policies.into_iter();
         policies.try_fold(Self::Full, |all, policy| all.intersection(policy))
+    }
+
+    /// What this policy allows within a ceiling. A ceiling only takes away, so link-local networks,
+    /// which are closed unless a policy names them, remain only where this policy names them.
+    ///
+    /// # Errors
+    /// [`TooManyNetworks`] where that cannot be written as a policy.
+    pub fn narrowed_by(&self, ceiling: &Self) -> Result<Self, TooManyNetworks> {
+        let Self::Allow(mut both) = self.intersection(ceiling)? else {
+            return match (self, ceiling) {
+                (Self::Full, Self::Full) => Ok(Self::Full),
+                _ => Ok(Self::None),
+            };
+        };
+        let own: &[Ipv4Network] = match self {
+            Self::Allow(own) => own,
+            Self::Full | Self::None => &[],
+        };
+        let names = |net: Ipv4Network| own.iter().any(|it| it.is_link_local() && it.contains(net));
+        both.retain(|net| !net.is_link_local() || names(*net));
+        match both.is_empty() {
+            true => Ok(Self::None),
+            false => Ok(Self::Allow(both)),
+        }
     }
 
     /// What both policies allow.
@@ -401,6 +426,24 @@ mod tests {
         assert_eq!((limit.bandwidth, limit.iops), (Some(Bytes(100)), Some(7)));
         let (_, limit) = narrowed(Egress::Full, Some(50));
         assert_eq!(limit.bandwidth, Some(Bytes(50)));
+    }
+
+    #[test]
+    fn a_ceiling_opens_no_link_local_addresses() {
+        let metadata = allow(&["169.254.169.254/32", "10.0.0.0/8"]);
+        let rest = allow(&["10.0.0.0/8"]);
+        for asked in [Egress::Full, allow(&["0.0.0.0/0"])] {
+            assert_eq!(asked.narrowed_by(&metadata), Ok(rest.clone()), "{asked:?}");
+            let only = allow(&["169.254.169.254/32"]);
+            assert_eq!(asked.narrowed_by(&only), Ok(Egress::None), "{asked:?}");
+        }
+        // Whoever forks may name them.
+        let named = allow(&["169.254.0.0/16"]);
+        let both = allow(&["169.254.169.254/32"]);
+        assert_eq!(named.narrowed_by(&metadata), Ok(both));
+        assert_eq!(named.narrowed_by(&Egress::Full), Ok(named.clone()));
+        assert_eq!(Egress::Full.narrowed_by(&Egress::Full), Ok(Egress::Full));
+        assert_eq!(named.narrowed_by(&Egress::None), Ok(Egress::None));
     }
 
     #[test]

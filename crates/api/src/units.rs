@@ -201,6 +201,11 @@ impl Ipv4Network {
         self.prefix
     }
 
+    /// Whether it lies within 169.254.0.0/16, the link-local addresses.
+    pub fn is_link_local(self) -> bool {
+        self.prefix >= 16 && self.address.is_link_local()
+    }
+
     /// Whether all of `other` is in it. Two networks have all of one in common or nothing.
     pub fn contains(self, other: Self) -> bool {
         self.prefix <= other.prefix

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::changes::mentioned;
+use crate::vms::NetworkPolicy;
 
 /// The quotas of a tenant. One that is absent is unlimited.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -65,11 +66,15 @@ pub struct Tenant {
     pub quotas: Quotas,
     /// What it has.
     pub used: Used,
+    /// The network policy of the tenant, within which those of its VMs are. It is absent if there is
+    /// none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkPolicy>,
 }
 
-/// A request to change the quotas of a tenant. What is not mentioned is kept, and null makes
-/// unlimited. VMs that exist are kept where a quota becomes smaller than what there is.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+/// A request to change the quotas and the network policy of a tenant. What is not mentioned is kept,
+/// and null makes unlimited. VMs that exist are kept where a quota becomes smaller than what there is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"max_vms": 20, "max_vcpus": null}))]
 pub struct ChangeTenant {
@@ -122,4 +127,13 @@ pub struct ChangeTenant {
     )]
     #[schema(value_type = Option<u32>, maximum = 1000000)]
     pub max_standbys: Option<Option<u32>>,
+    /// The network policy of the tenant. What its VMs request is narrowed to it when they are created,
+    /// forked, built from, changed or resumed; until then, VMs that exist are as they were.
+    #[serde(
+        default,
+        deserialize_with = "mentioned",
+        skip_serializing_if = "Option::is_none"
+    )]
+    #[schema(value_type = Option<NetworkPolicy>)]
+    pub network: Option<Option<NetworkPolicy>>,
 }

@@ -67,6 +67,11 @@ pub struct CreateVms {
 pub struct NetworkPolicy {
     /// The egress policy: the destinations that the guest may send to.
     pub egress: Egress,
+    /// Whether the guest may open connections to the own addresses of its host, where `egress` permits
+    /// them. The default is false: only name servers and DHCP are open there. Only administrators may
+    /// permit it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub host: bool,
 }
 
 /// An egress policy: the destinations that a guest may send to.
@@ -162,7 +167,8 @@ pub struct Vm {
     /// VM has no limited lifetime.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_ms: Option<u64>,
-    /// The network policy of the VM. It is absent if none was requested.
+    /// The network policy of the VM: what was requested, within the policy of its tenant. It is
+    /// absent if there was neither.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkPolicy>,
     /// The idle policy of the VM. It is absent if the VM has none.
@@ -171,6 +177,10 @@ pub struct Vm {
     /// How long the creation of the VM took.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fork: Option<ForkTimes>,
+    /// The addresses that the host has given the guest on the host's own network. A guest may have
+    /// others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<String>,
     /// Notices: what the host or the guest could not provide when the VM was created, as sentences
     /// for people. The VM runs nevertheless.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

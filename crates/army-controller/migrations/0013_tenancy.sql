@@ -34,6 +34,12 @@ ALTER TABLE tenants ADD COLUMN max_disk_bytes BIGINT;
 ALTER TABLE tenants ADD COLUMN max_templates BIGINT;
 ALTER TABLE tenants ADD COLUMN max_standbys BIGINT DEFAULT 0;
 
+-- The network policy within which those of the tenant's VMs are, in JSON; NULL where there is none.
+ALTER TABLE tenants ADD COLUMN network TEXT;
+
+-- The addresses that the host has given a VM, in JSON; NULL where there are none.
+ALTER TABLE vms ADD COLUMN addresses TEXT;
+
 -- What a VM counts for: the sizes of its writable disks.
 ALTER TABLE vms ADD COLUMN disk_bytes BIGINT NOT NULL DEFAULT 0;
 DROP INDEX vms_counted;

@@ -9,6 +9,7 @@ use army_api::operations::OperationKind;
 use army_api::tenants::{ChangeTenant, Tenant};
 use army_api::vms::MAX_SECONDS;
 use army_node_api::time::now_ms;
+use army_node_api::validate;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::{Instant, timeout_at};
 
@@ -97,8 +98,11 @@ impl Controller {
         self.store.tenant(name).await
     }
 
-    /// Changes the quotas of a tenant.
+    /// Changes the quotas and the network policy of a tenant.
     pub async fn change_tenant(&self, name: &str, request: &ChangeTenant) -> Result<Tenant> {
+        if let Some(Some(network)) = &request.network {
+            validate::egress(network)?;
+        }
         self.store.change_tenant(name, request).await?;
         self.store.tenant(name).await
     }

@@ -204,6 +204,8 @@ impl Check for CpuFeatures {
 impl Check for CreatedVm {
     fn check(mut self) -> Self {
         self.notices.truncate(MAX_TEXTS);
+        self.addresses.truncate(MAX_TEXTS);
+        self.addresses = self.addresses.check();
         let notices = self.notices.check();
         self.notices = notices.iter().map(|it| without_paths(it)).collect();
         self
@@ -243,6 +245,8 @@ impl Check for HostReport {
             vm.id = std::mem::take(&mut vm.id).check();
             vm.reason = vm.reason.take().check().as_deref().map(without_paths);
             vm.memory = vm.memory.check();
+            vm.addresses.truncate(MAX_TEXTS);
+            vm.addresses = std::mem::take(&mut vm.addresses).check();
         }
         self.missing_jail_layers.truncate(MAX_TEXTS);
         self.notices.truncate(MAX_TEXTS);
@@ -318,6 +322,7 @@ mod tests {
                 state: VmState::Failed,
                 reason: Some("\u{1b}[2J".repeat(1000)),
                 memory: None,
+                addresses: vec!["\n".into(); 1000],
             }],
             ready: [("t\n".to_owned(), 1)].into(),
             notices: vec!["a\0".into(); 1000],
@@ -326,6 +331,7 @@ mod tests {
         let report = report.check();
         assert_eq!(report.capacity.available_bytes, MAX_BYTES);
         assert_eq!(report.vms[0].id, "x\\0");
+        assert_eq!(report.vms[0].addresses, vec!["\\n".to_owned(); MAX_TEXTS]);
         let reason = report.vms[0].reason.as_deref().unwrap();
         assert!(reason.chars().count() <= 500 && !reason.contains('\u{1b}'));
         assert!(report.ready.contains_key("t\\n"));

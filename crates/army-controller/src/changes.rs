@@ -4,7 +4,7 @@
 //! it when it answers again; a change that a host refuses is taken back.
 
 use army_api::changes::ChangeVm;
-use army_api::vms::{MAX_SECONDS, Vm};
+use army_api::vms::{MAX_SECONDS, NetworkPolicy, Vm};
 use army_node_api::requests::{IdleChange, Lifetime, UpdateVmRequest};
 use army_node_api::time::now_ms;
 use army_node_api::{Call, validate};
@@ -26,8 +26,11 @@ impl Controller {
         check(request)?;
         let now = now_ms();
         let detail = describe(request);
+        let ceiling = self.store.tenant_network(&vm.tenant).await?;
         let changed = self.store.change_vm(&vm.id, &detail, |details| {
-            changed_details(details, request, now)
+            let (labels, mut enforced) = changed_details(details, request, now)?;
+            enforced.network = within(enforced.network, ceiling.as_ref())?;
+            Ok((labels, enforced))
         });
         if let Some((former, change)) = changed.await? {
             let node = self.node(&vm.host)?;
@@ -94,6 +97,21 @@ impl Controller {
         };
         node.update_vm(request, call).await?;
         self.store.record_applied(&change.vm, change.revision).await
+    }
+}
+
+/// The network policy of a VM within that of its tenant.
+///
+/// # Errors
+/// [`ErrorKind::InvalidRequest`] where both together are too many networks.
+pub(crate) fn within(
+    policy: Option<NetworkPolicy>,
+    ceiling: Option<&NetworkPolicy>,
+) -> Result<Option<NetworkPolicy>> {
+    match (policy, ceiling) {
+        (Some(policy), Some(ceiling)) => Ok(Some(validate::narrowed(&policy, ceiling)?)),
+        (None, Some(ceiling)) => Ok(Some(ceiling.clone())),
+        (policy, None) => Ok(policy),
     }
 }
 

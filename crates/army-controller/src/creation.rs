@@ -22,6 +22,7 @@ use army_node_api::requests::{
 };
 use army_node_api::time::now_ms;
 
+use crate::changes::within;
 use crate::operations::{Output, Requester, StartedOperation, detached, record_of_failures};
 use crate::scheduler::UNKNOWN_COST;
 use crate::store::creation::{ForkResult, LIVE_PREFIX, NewVms};
@@ -139,11 +140,13 @@ impl Controller {
         let template = self
             .with_disk_bytes(template.await?, &requester.tenant)
             .await?;
+        let ceiling = self.store.tenant_network(&requester.tenant).await?;
         let request = CreateRequest {
             origin: Origin::Template(template.stored_as().to_owned()),
             tenant: requester.tenant.clone(),
             stem: template.name.clone(),
             details: CreateVms {
+                network: within(details.network, ceiling.as_ref())?,
                 template: template.full_name(),
                 ..details
             },
@@ -169,13 +172,14 @@ impl Controller {
     ) -> Result<StartedOperation> {
         let start = Instant::now();
         self.node_of(parent)?;
+        let ceiling = self.store.tenant_network(&parent.tenant).await?;
         let details = CreateVms {
             template: format!("{LIVE_PREFIX}{}", parent.id),
             count: fork.count,
             name: fork.name.clone(),
             labels: parent.labels.clone(),
             environment: self.store.environment(&parent.id).await?,
-            network: parent.network.clone(),
+            network: within(parent.network.clone(), ceiling.as_ref())?,
             ..CreateVms::default()
         };
         check(&details)?;
@@ -283,6 +287,7 @@ impl Creation {
                 network: details.network.clone(),
                 idle: details.idle,
                 fork: None,
+                addresses: Vec::new(),
                 notices: Vec::new(),
                 memory: None,
             });

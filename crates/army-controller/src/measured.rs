@@ -90,7 +90,7 @@ impl Controller {
                         && vm.written.is_none_or(|of| has_grown(&of, &memory))
                     {
                         vm.written = Some(memory);
-                        batch.push((id.clone(), memory));
+                        batch.push((id.clone(), memory, vm.addresses.clone()));
                     }
                 }
             });

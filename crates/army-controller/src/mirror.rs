@@ -31,6 +31,8 @@ pub(crate) struct Known {
     pub(crate) creator: Option<String>,
     /// The memory that was last reported.
     pub(crate) memory: Option<VmMemory>,
+    /// The addresses that were last reported.
+    pub(crate) addresses: Vec<String>,
     /// The memory that was last written to the database.
     pub(crate) written: Option<VmMemory>,
     /// Whether the host has not applied all that was changed.
@@ -190,6 +192,10 @@ impl State {
             wanted: vm.wanted,
             creator: vm.creator,
             memory: entry.as_ref().and_then(|it| it.memory),
+            addresses: entry
+                .as_ref()
+                .map(|it| it.addresses.clone())
+                .unwrap_or_default(),
             written: entry.map_or(vm.memory, |it| it.written),
             pending: vm.pending,
             seen: 0,

@@ -259,6 +259,7 @@ fn compare(
         found += 1;
         if report.memory.is_some() {
             vm.memory = report.memory;
+            vm.addresses.clone_from(&report.addresses);
         }
         if vm.changed > last_change
             || report.state == VmState::Creating

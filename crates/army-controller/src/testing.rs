@@ -11,7 +11,7 @@ use army_api::vms::{ForkTimes, Vm, VmFilter, VmPage, VmState};
 use army_node_api::requests::VmReport;
 
 use crate::store::Store;
-use crate::store::creation::NewVms;
+use crate::store::creation::{Forked, NewVms};
 use crate::store::template_names::TemplateName;
 use crate::store::tenants::Nominal;
 use crate::store::vm_states::StateChange;
@@ -80,7 +80,11 @@ impl Records {
 
     /// Records that a VM was created, with its times and its notices.
     pub async fn record_fork(&self, id: &str, times: ForkTimes, notices: &[String]) -> Result<()> {
-        let forked = Ok((times, notices.to_vec()));
+        let forked = Ok(Forked {
+            times,
+            notices: notices.to_vec(),
+            addresses: Vec::new(),
+        });
         self.0.record_fork_results(&[(id, &forked)], None).await
     }
 
@@ -100,7 +104,8 @@ impl Records {
         let changes: Vec<_> = changes.collect();
         self.0.change_vm_states(&changes).await?;
         let measured = reports.iter();
-        let measured = measured.filter_map(|it| Some((it.id.clone(), it.memory?)));
+        let measured =
+            measured.filter_map(|it| Some((it.id.clone(), it.memory?, it.addresses.clone())));
         let measured: Vec<_> = measured.collect();
         self.0.record_memory(&measured).await
     }

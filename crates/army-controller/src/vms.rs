@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use agent_client::{Connection, Deadline};
+use army_api::changes::ChangeVm;
 use army_api::templates::Template;
 use army_api::vms::{Balloon, Vm, VmFilter, VmPage, VmState};
 use army_node_api::requests::{
@@ -11,6 +12,7 @@ use army_node_api::requests::{
 };
 
 use crate::admission::{AdmittedRequest, Refusal};
+use crate::changes::within;
 use crate::scheduler::Need;
 use crate::store::vms::VmOwner;
 use crate::{Controller, Error, ErrorKind, Node, Requester, Result, deadlines};
@@ -113,6 +115,11 @@ impl Controller {
     pub async fn resume(&self, vm: &Vm) -> Result<Vm> {
         let request = ResumeVmRequest { vm: vm.id.clone() };
         let node = self.node_of(vm)?;
+        let ceiling = self.store.tenant_network(&vm.tenant).await?;
+        if within(vm.network.clone(), ceiling.as_ref())? != vm.network {
+            // The tenant's policy has changed since. A change is always within it.
+            self.change_vm(vm, &ChangeVm::default()).await?;
+        }
         let _room = self.admit_resumption(vm).await?;
         node.resume_vm(request, deadlines::operation()).await?;
         self.record_state(vm, VmState::Running).await

@@ -23,6 +23,11 @@ use crate::requests::{
 };
 use crate::{AgentStream, Call, Error, ErrorKind, Fence, NodeApi, Reply, Result};
 
+/// The address of every VM.
+const ADDRESS: &str = "192.0.2.1";
+/// The number of requested VMs that are remembered.
+pub const SPECS: usize = 100;
+
 /// Bytes of a template that are sent in one chunk.
 const CHUNK: usize = 64 << 10;
 
@@ -54,6 +59,8 @@ struct State {
     templates: BTreeMap<String, SimulatedTemplate>,
     /// The changes of VMs that were requested, in their order.
     updates: Vec<UpdateVmRequest>,
+    /// The VMs that were requested last, in their order.
+    specs: Vec<VmSpec>,
     /// How changes of VMs are refused.
     refusal: Option<Error>,
     /// Streams to agents that wait to be connected.
@@ -141,6 +148,7 @@ impl SimulatedNode {
                 running_us: 1,
                 identity_us: 1,
                 notices: Vec::new(),
+                addresses: vec![ADDRESS.to_owned()],
             }),
             vm_cost: 0,
             vm_size: 0,
@@ -272,6 +280,11 @@ impl SimulatedNode {
         self.state().refusal = error;
     }
 
+    /// The VMs that were requested of this host, in their order: the last [`SPECS`] of them.
+    pub fn requested_specs(&self) -> Vec<VmSpec> {
+        self.state().specs.clone()
+    }
+
     /// The number of VMs that were requested of this host.
     pub fn requested_vms(&self) -> usize {
         self.state().requested
@@ -350,6 +363,7 @@ impl SimulatedNode {
             state: *vm,
             reason: state.reasons.get(id).cloned(),
             memory: memory.filter(|_| vm.is_alive()),
+            addresses: vec![ADDRESS.to_owned()],
         });
         HostReport {
             capacity,
@@ -409,7 +423,13 @@ impl SimulatedNode {
 
     async fn create(&self, vms: Vec<VmSpec>, call: Call) -> Result<CreateVmsResponse> {
         self.admit(call).await?;
-        self.state().requested += vms.len();
+        {
+            let mut state = self.state();
+            state.requested += vms.len();
+            state.specs.extend(vms.iter().cloned());
+            let more = state.specs.len().saturating_sub(SPECS);
+            state.specs.drain(..more);
+        }
         self.creations.pass().await;
         let mut state = self.state();
         let results = vms.into_iter().map(|vm| {
@@ -525,7 +545,7 @@ impl NodeApi for SimulatedNode {
     fn measure_vm(&self, request: MeasureVmRequest, call: Call) -> Reply<'_, VmFigures> {
         self.answer(call, move || {
             self.running(&request.vm).map(|()| VmFigures {
-                addresses: vec!["192.0.2.1".to_owned()],
+                addresses: vec![ADDRESS.to_owned()],
                 cpu_user_us: 1,
                 ..VmFigures::default()
             })

@@ -45,6 +45,29 @@ pub fn egress(policy: &NetworkPolicy) -> Result<HostEgress> {
     })
 }
 
+/// What a network policy permits within that of a tenant: what both permit. Link-local addresses are
+/// open only where the policy itself names them.
+///
+/// # Errors
+/// [`ErrorKind::InvalidRequest`] where a policy is invalid, or both together are too many networks.
+pub fn narrowed(policy: &NetworkPolicy, ceiling: &NetworkPolicy) -> Result<NetworkPolicy> {
+    let both = egress(policy)?.narrowed_by(&egress(ceiling)?);
+    let both = both.map_err(|error| {
+        let message = format!("the tenant's policy limits egress, too: {error}");
+        Error::new(ErrorKind::InvalidRequest, message).advise("allow fewer networks")
+    })?;
+    Ok(NetworkPolicy {
+        egress: match both {
+            HostEgress::Full => Egress::Full,
+            HostEgress::None => Egress::None,
+            HostEgress::Allow(networks) => {
+                Egress::Allow(networks.iter().map(ToString::to_string).collect())
+            }
+        },
+        host: policy.host && ceiling.host,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -54,6 +77,7 @@ mod tests {
         let allow = |networks: Vec<String>| {
             egress(&NetworkPolicy {
                 egress: Egress::Allow(networks),
+                host: false,
             })
         };
         let host = allow(vec!["10.0.0.0/8".into(), "192.0.2.7".into()]).unwrap();

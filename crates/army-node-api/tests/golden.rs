@@ -39,6 +39,7 @@ fn a_change_of_a_vm() {
         }),
         network: Some(NetworkPolicy {
             egress: Egress::Allow(vec!["10.0.0.0/8".into()]),
+            host: false,
         }),
     };
     check(

@@ -28,7 +28,7 @@ impl Node {
                 // What the template permits was not recorded. What is in force is within it.
                 None => fork::egress(&vm)?,
             };
-            fork::set_egress(&vm, &wanted, &ceiling)?;
+            fork::set_egress(&vm, &wanted, &ceiling, network.host)?;
         }
         // The idle time begins with the change.
         self.mark_used(&request.vm);

@@ -9,6 +9,7 @@ use army_api::vms::VmMemory;
 use army_node_api::requests::ConsoleOutput;
 use army_node_api::{Error, ErrorKind, Result};
 use clone_api::Client;
+use clone_host::runtime::RunningVm;
 
 use crate::Node;
 
@@ -24,11 +25,9 @@ impl Node {
         };
         // A VM that has just ended has no more of them.
         let io = fs::read_to_string(format!("/proc/{}/io", vm.process.pid)).unwrap_or_default();
-        let addresses = vm.dir.guest_network().unwrap_or_default();
-        let addresses = addresses.into_iter().filter_map(|it| it.address);
         let guest = stats.memory.guest.clone().unwrap_or_default();
         Ok(VmFigures {
-            addresses: addresses.map(|it| it.address.to_string()).collect(),
+            addresses: addresses(&vm),
             cpu_user_us: stats.cpu.user_us,
             cpu_system_us: stats.cpu.system_us,
             disk_read_bytes: io_counter(&io, "read_bytes"),
@@ -78,6 +77,13 @@ fn tail(newest_first: &[&Path], most: u64) -> io::Result<Vec<u8>> {
         all = part;
     }
     Ok(all)
+}
+
+/// The addresses that the host has given a VM's guest on the host's own network.
+pub(crate) fn addresses(vm: &RunningVm) -> Vec<String> {
+    let interfaces = vm.dir.guest_network().unwrap_or_default().into_iter();
+    let addresses = interfaces.filter_map(|it| it.address);
+    addresses.map(|it| it.address.to_string()).collect()
 }
 
 /// A line of `/proc/PID/io` (proc_pid_io(5)).

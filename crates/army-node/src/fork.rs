@@ -6,6 +6,7 @@ use army_node_api::requests::{CreatedVm, VmSpec};
 use army_node_api::{Error, ErrorKind, Result, validate};
 use clone_host::launch::fork::{self, Overrides, Source};
 
+use crate::figures::addresses;
 use crate::journal::{Entry, Stage};
 use crate::supervise::boot_ms;
 use crate::{Node, lock, vm_name};
@@ -63,6 +64,7 @@ impl Node {
         let names: Vec<String> = accepted.iter().map(|vm| vm_name(&vm.id)).collect();
         let overrides = Overrides {
             egress,
+            reach_host: Some(network.is_some_and(|it| it.host)),
             host_names: accepted.iter().map(|vm| vm.name.clone()).collect(),
             ..Overrides::default()
         };
@@ -80,6 +82,10 @@ impl Node {
                 running_us: forked.running_us,
                 identity_us: forked.identity_us.unwrap_or(0),
                 notices: forked.notices,
+                addresses: self
+                    .find(&vm.id)
+                    .map(|it| addresses(&it))
+                    .unwrap_or_default(),
             })
         });
         let mut created = created.collect::<Vec<_>>().into_iter();

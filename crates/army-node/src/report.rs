@@ -15,6 +15,7 @@ use clone_api::jail::JailStatus;
 use clone_api::{Client, ClientError};
 use clone_host::runtime::RunningVm;
 
+use crate::figures::addresses;
 use crate::journal::{Entry, Stage};
 use crate::{Node, capacity, lock};
 
@@ -51,6 +52,7 @@ impl Node {
             state: VmState::Creating,
             reason: None,
             memory: None,
+            addresses: Vec::new(),
         };
         match &entry.stage {
             Stage::Begun => {}
@@ -65,9 +67,11 @@ impl Node {
             Stage::Running => {
                 report.state = VmState::Running;
                 let ask = || ask(&self.find(&entry.id).ok()?).ok();
-                if let Some((state, memory)) = self.reports.or_ask(&entry.id, ask) {
-                    report.state = state;
+                if let Some(answer) = self.reports.or_ask(&entry.id, ask) {
+                    let memory = answer.memory;
+                    report.state = answer.state;
                     report.memory = Some(memory);
+                    report.addresses = answer.addresses;
                     capacity.promised_bytes += memory.guest_bytes;
                     capacity.private_bytes += memory.private_bytes;
                 }
@@ -85,7 +89,15 @@ fn missing_layers(jail: &JailStatus) -> Vec<MissingJailLayer> {
     missing.collect()
 }
 
-fn ask(vm: &RunningVm) -> Result<(VmState, VmMemory), ClientError> {
+/// What a VM answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Answer {
+    state: VmState,
+    memory: VmMemory,
+    addresses: Vec<String>,
+}
+
+fn ask(vm: &RunningVm) -> Result<Answer, ClientError> {
     let client = Client::new(vm.dir.control_socket()).with_timeout(ANSWER_LIMIT);
     let state = match client.info()?.state {
         Machine::Paused => VmState::Paused,
@@ -93,15 +105,16 @@ fn ask(vm: &RunningVm) -> Result<(VmState, VmMemory), ClientError> {
     };
     let memory = client.stats()?.memory;
     let guest = memory.guest.unwrap_or_default();
-    Ok((
+    Ok(Answer {
         state,
-        VmMemory {
+        memory: VmMemory {
             guest_bytes: memory.guest_bytes,
             private_bytes: memory.private_bytes,
             shared_bytes: guest.shared_bytes,
             swapped_bytes: memory.swapped_bytes,
         },
-    ))
+        addresses: addresses(vm),
+    })
 }
 
 /// The last answers of VMs.
@@ -110,7 +123,7 @@ pub(crate) struct ReportCache(Mutex<CacheState>);
 
 #[derive(Default)]
 struct CacheState {
-    vms: HashMap<String, (Instant, VmState, VmMemory)>,
+    vms: HashMap<String, (Instant, Answer)>,
     /// The number of invalidations. An answer to a question that precedes one is not kept.
     changes: u64,
 }
@@ -125,25 +138,19 @@ impl ReportCache {
 
     /// The answer of a VM, for which it is asked where the last answer is too old. `None` where it
     /// does not answer.
-    fn or_ask(
-        &self,
-        id: &str,
-        ask: impl FnOnce() -> Option<(VmState, VmMemory)>,
-    ) -> Option<(VmState, VmMemory)> {
+    fn or_ask(&self, id: &str, ask: impl FnOnce() -> Option<Answer>) -> Option<Answer> {
         let changes = {
             let state = lock(&self.0);
             match state.vms.get(id) {
-                Some((at, state, memory)) if at.elapsed() < FRESH => {
-                    return Some((*state, *memory));
-                }
+                Some((at, answer)) if at.elapsed() < FRESH => return Some(answer.clone()),
                 _ => state.changes,
             }
         };
         let answer = ask();
         let mut state = lock(&self.0);
-        match answer {
-            Some((what, memory)) if state.changes == changes => {
-                let now = (Instant::now(), what, memory);
+        match &answer {
+            Some(answer) if state.changes == changes => {
+                let now = (Instant::now(), answer.clone());
                 state.vms.insert(id.to_owned(), now);
             }
             _ => {
@@ -166,18 +173,25 @@ impl ReportCache {
 mod tests {
     use super::*;
 
-    fn answer(private_bytes: u64) -> Option<(VmState, VmMemory)> {
+    fn answer(private_bytes: u64) -> Option<Answer> {
         let memory = VmMemory {
             private_bytes,
             ..VmMemory::default()
         };
-        Some((VmState::Running, memory))
+        Some(Answer {
+            state: VmState::Running,
+            memory,
+            addresses: Vec::new(),
+        })
     }
 
     #[test]
     fn a_vm_is_asked_once_and_again_when_it_was_changed() {
         let cache = ReportCache::default();
-        let reported = |bytes| cache.or_ask("1", || answer(bytes)).unwrap().1.private_bytes;
+        let reported = |bytes| {
+            let answer = cache.or_ask("1", || answer(bytes));
+            answer.unwrap().memory.private_bytes
+        };
         assert_eq!((reported(1), reported(2)), (1, 1));
         cache.invalidate("1");
         assert_eq!((reported(3), reported(4)), (3, 3));

@@ -196,9 +196,11 @@ async fn a_list_says_of_a_vm_what_is_said_of_it_alone(server: Server) {
         expires_ms: (number > 1).then_some(1_900_000_000_000),
         network: (number > 1).then_some(NetworkPolicy {
             egress: Egress::None,
+            host: false,
         }),
         idle: None,
         fork: None,
+        addresses: Vec::new(),
         notices: Vec::new(),
         memory: None,
     };

@@ -82,9 +82,11 @@ async fn furnish(server: &Server) -> Vec<String> {
         expires_ms: Some(2),
         network: Some(army_api::vms::NetworkPolicy {
             egress: army_api::vms::Egress::Allow(vec!["10.0.0.0/8".into()]),
+            host: false,
         }),
         idle: None,
         fork: None,
+        addresses: Vec::new(),
         notices: vec!["no disk".into()],
         memory: None,
     };

@@ -12,6 +12,7 @@ use army_api::events::Event;
 use army_api::keys::{CreateKey, KeyScope, Role};
 use army_api::operations::{Operation, OperationState};
 use army_api::templates::{ImportTemplate, Template, Visibility};
+use army_api::tenants::Tenant;
 use army_api::vms::{CreatedVms, Vm, VmPage};
 use army_node_api::requests::TemplateFacts;
 use army_node_api::simulated::SimulatedNode;
@@ -437,6 +438,102 @@ async fn a_key_for_templates_sees_the_operations_that_it_has_requested(army: Arm
     assert_eq!(kind(list), ProblemKind::Forbidden);
 }
 
+/// The network policy of the VM that was requested of the host last.
+fn asked_of_host(army: &Army) -> Value {
+    let specs = army.node.requested_specs();
+    serde_json::to_value(&specs.last().unwrap().network).unwrap()
+}
+
+async fn what_reaches_the_host_is_within_the_policy_of_the_tenant(army: Army) {
+    let Army {
+        admin, red, blue, ..
+    } = &army;
+    let set = async |policy: Value| -> Tenant {
+        let body = json!({ "network": policy });
+        send(admin, Method::PATCH, "/v1/tenants/red", &body)
+            .await
+            .unwrap()
+    };
+    let create = async |client: &Client, network: Value| -> Answer<Vm> {
+        let body = json!({"template": "base", "network": network});
+        let created: CreatedVms = send(client, Method::POST, "/v1/vms", &body).await?;
+        Ok(created.vms.into_iter().next().unwrap())
+    };
+    let before = vm_of(red, "base").await.unwrap();
+    // A VM says its address at once, and in lists.
+    assert_eq!(before.addresses, ["192.0.2.1"]);
+    let page: VmPage = red.get("/v1/vms", &()).await.unwrap();
+    assert_eq!(page.vms[0].addresses, ["192.0.2.1"]);
+    assert_eq!(asked_of_host(&army), Value::Null);
+    let policy = json!({"egress": {"allow": ["10.0.0.0/8", "192.0.2.0/24"]}});
+    let tenant = set(policy.clone()).await;
+    assert_eq!(serde_json::to_value(tenant.network).unwrap(), policy);
+    // What is not asked for, and what is asked for in vain.
+    vm_of(red, "base").await.unwrap();
+    assert_eq!(asked_of_host(&army), policy);
+    create(red, json!({"egress": "full"})).await.unwrap();
+    assert_eq!(asked_of_host(&army), policy);
+    let asked = json!({"egress": {"allow": ["192.0.2.7", "198.51.100.0/24"]}});
+    let vm = create(red, asked).await.unwrap();
+    let narrow = json!({"egress": {"allow": ["192.0.2.7/32"]}});
+    assert_eq!(asked_of_host(&army), narrow);
+    assert_eq!(serde_json::to_value(vm.network).unwrap(), narrow);
+    create(red, json!({"egress": {"allow": ["198.51.100.0/24"]}}))
+        .await
+        .unwrap();
+    assert_eq!(asked_of_host(&army), json!({"egress": "none"}));
+    vm_of(blue, "base").await.unwrap();
+    assert_eq!(asked_of_host(&army), Value::Null);
+    // A VM from before gets it with its next change, its next resumption, and in its forks.
+    let path = format!("/v1/vms/{}", before.id);
+    let fork = json!({"name": "fork"});
+    let forked: Value = send(red, Method::POST, &format!("{path}/fork"), &fork)
+        .await
+        .unwrap();
+    assert_eq!(forked["vms"][0]["network"], policy);
+    assert_eq!(asked_of_host(&army), policy);
+    let changed: Value = send(red, Method::PATCH, &path, &json!({"labels": {"a": "b"}}))
+        .await
+        .unwrap();
+    assert_eq!(changed["network"], policy);
+    let last = army.node.updates().pop().unwrap();
+    assert_eq!(serde_json::to_value(last.network).unwrap(), policy);
+    let none = json!({"egress": "none"});
+    set(none.clone()).await;
+    for action in ["pause", "resume"] {
+        let path = format!("{path}/{action}");
+        let _: Vm = send(red, Method::POST, &path, &json!({})).await.unwrap();
+    }
+    let last = army.node.updates().pop().unwrap();
+    assert_eq!(serde_json::to_value(last.network).unwrap(), none);
+    let steps = json!([{"kind": "run", "command": ["true"]}]);
+    let build = json!({"template": "built", "from": "base", "steps": steps});
+    let _: Answer<Value> = send(red, Method::POST, "/v1/builds?wait=60", &build).await;
+    assert_eq!(asked_of_host(&army), none);
+    set(Value::Null).await;
+    create(red, json!({"egress": "full"})).await.unwrap();
+    assert_eq!(asked_of_host(&army), json!({"egress": "full"}));
+    // The host's own addresses and link-local ones are an administrator's to open.
+    for wrong in [
+        json!({"egress": "full", "host": true}),
+        json!({"egress": {"allow": ["169.254.169.254/32"]}}),
+    ] {
+        assert_eq!(kind(create(red, wrong).await), ProblemKind::Forbidden);
+    }
+    let open = json!({"egress": "full", "host": true});
+    create(admin, open.clone()).await.unwrap();
+    assert_eq!(asked_of_host(&army), open);
+    set(open.clone()).await;
+    vm_of(red, "base").await.unwrap();
+    assert_eq!(asked_of_host(&army), open);
+    let wrong = json!({"network": {"egress": {"allow": ["example.org"]}}});
+    let wrong = send::<Value>(admin, Method::PATCH, "/v1/tenants/red", &wrong);
+    assert_eq!(kind(wrong.await), ProblemKind::InvalidRequest);
+    let own = json!({"network": {"egress": "full"}});
+    let own = send::<Value>(red, Method::PATCH, "/v1/tenants/red", &own);
+    assert_eq!(kind(own.await), ProblemKind::Forbidden);
+}
+
 on_each_database! {
     with super::army;
     names_are_looked_up_in_the_callers_own_tenant,
@@ -446,4 +543,5 @@ on_each_database! {
     what_an_administrator_takes_of_a_tenants_vm_stays_with_the_tenant,
     events_of_templates_reach_those_who_can_use_them,
     a_key_for_templates_sees_the_operations_that_it_has_requested,
+    what_reaches_the_host_is_within_the_policy_of_the_tenant,
 }

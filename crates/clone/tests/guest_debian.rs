@@ -22,7 +22,8 @@ fn debian() -> Bench {
     File::create(&second).unwrap().set_len(64 << 20).unwrap();
     let root = format!("{},overlay=ephemeral", bench.debian().display());
     let words = [
-        "--detach", "-c", "2", "-m", "512M", "--disk", &root, "--disk", &second, "--net", "nat",
+        "--detach", "-c", "2", "-m", "512M", "--disk", &root, "--disk", &second, "--net",
+        "nat,host",
     ];
     let started = bench.boot("a", &words);
     assert!(started.status.success(), "{started:?}");

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Results;
 use crate::operations::Output;
-use crate::store::creation::ForkResult;
+use crate::store::creation::{ForkResult, Forked};
 use crate::{Error, ErrorKind, Result};
 
 /// What became of a request for VMs.
@@ -55,10 +55,11 @@ pub(super) fn answer(
     };
     for id in ids {
         match finished.remove(id) {
-            Some((mut vm, Ok((times, notices)))) => {
+            Some((mut vm, Ok(forked))) => {
                 vm.state = VmState::Running;
-                vm.fork = Some(times);
-                vm.notices = notices;
+                vm.fork = Some(forked.times);
+                vm.notices = forked.notices;
+                vm.addresses = forked.addresses;
                 created.vms.push(vm);
             }
             Some((vm, Err(error))) => created.failures.push(CreationFailure {
@@ -110,11 +111,7 @@ pub(super) fn created_vms(output: Option<Output>) -> Result<CreatedVms> {
     }
 }
 
-pub(super) fn fork_result(
-    created: CreatedVm,
-    placement_us: u64,
-    start: Instant,
-) -> (ForkTimes, Vec<String>) {
+pub(super) fn fork_result(created: CreatedVm, placement_us: u64, start: Instant) -> Forked {
     let times = ForkTimes {
         warm: created.warm,
         placement_us,
@@ -122,7 +119,11 @@ pub(super) fn fork_result(
         identity_us: created.identity_us,
         total_us: micros(start),
     };
-    (times, created.notices)
+    Forked {
+        times,
+        notices: created.notices,
+        addresses: created.addresses,
+    }
 }
 
 pub(super) fn micros(start: Instant) -> u64 {

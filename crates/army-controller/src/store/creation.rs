@@ -29,8 +29,19 @@ pub(crate) struct NewVms<'a> {
     pub(crate) nominal: Nominal,
 }
 
-/// What became of the creation of a VM: the times of its fork and its notices, or an error.
-pub(crate) type ForkResult = Result<(ForkTimes, Vec<String>)>;
+/// What became of the creation of a VM.
+pub(crate) type ForkResult = Result<Forked>;
+
+/// A VM that was created and runs.
+#[derive(Debug, Clone)]
+pub(crate) struct Forked {
+    /// How long it took.
+    pub(crate) times: ForkTimes,
+    /// What the host or the guest could not do for it.
+    pub(crate) notices: Vec<String>,
+    /// The addresses that the host has given it.
+    pub(crate) addresses: Vec<String>,
+}
 
 impl Store {
     /// Records VMs that nobody creates.
@@ -136,18 +147,23 @@ impl Change<'_> {
 
     /// Records the result of a VM's creation: its times and notices, or its error.
     async fn record_fork_result(&mut self, id: &str, made: &ForkResult) -> Result<()> {
-        let (state, reason, fork, notices) = match made {
-            Ok((times, notices)) => {
-                let notices = (!notices.is_empty())
-                    .then(|| to_json(notices))
-                    .transpose()?;
-                (VmState::Running, None, Some(to_json(times)?), notices)
-            }
-            Err(error) => (VmState::Failed, Some(error.message.clone()), None, None),
+        let list = |texts: &Vec<String>| (!texts.is_empty()).then(|| to_json(texts)).transpose();
+        let (state, reason) = match made {
+            Ok(_) => (VmState::Running, None),
+            Err(error) => (VmState::Failed, Some(error.message.clone())),
+        };
+        let (fork, notices, addresses) = match made {
+            Ok(forked) => (
+                Some(to_json(&forked.times)?),
+                list(&forked.notices)?,
+                list(&forked.addresses)?,
+            ),
+            Err(_) => (None, None, None),
         };
         // A VM that was destroyed in the meantime stays ended.
         let changed = sqlx::query(concat!(
             "UPDATE vms SET state = $1, alive = $2, reason = $3, fork = $4, notices = $5, \
+             addresses = $8, \
              environment = CASE WHEN $2 = 1 THEN environment ELSE '{}' END, \
              ended_ms = CASE WHEN $2 = 1 THEN NULL ELSE $7 END, changed = ",
             next_change!(),
@@ -160,6 +176,7 @@ impl Change<'_> {
         .bind(notices)
         .bind(id)
         .bind(stored(now_ms()))
+        .bind(addresses)
         .fetch_optional(self.connection())
         .await
         .map_err(query_failed)?;

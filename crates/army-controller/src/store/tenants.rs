@@ -1,10 +1,14 @@
 //! Tenants: their quotas, and what their VMs have.
 
 use army_api::tenants::{ChangeTenant, Quotas, Tenant, Used};
+use army_api::vms::NetworkPolicy;
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
-use super::{Change, Store, number, query_failed, readable, stored, text, unsigned};
+use super::{
+    Change, Store, number, optional_text, parse, query_failed, readable, stored, text, to_json,
+    unsigned,
+};
 use crate::{Error, ErrorKind, Result};
 
 /// What VMs count for.
@@ -23,7 +27,7 @@ macro_rules! tenants {
     ($end:literal) => {
         concat!(
             "SELECT name, max_vms, max_memory_bytes, max_vcpus, max_disk_bytes, max_templates, \
-             max_standbys, \
+             max_standbys, network, \
              (SELECT COUNT(*) FROM vms WHERE alive = 1 AND tenant = tenants.name) AS vms, \
              (SELECT CAST(COALESCE(SUM(memory_bytes), 0) AS BIGINT) FROM vms \
              WHERE alive = 1 AND tenant = tenants.name) AS memory_bytes, \
@@ -160,6 +164,24 @@ impl Change<'_> {
             it.advise("keep fewer standbys, or ask an administrator to raise the quota")
         })
     }
+
+    async fn set_tenant_network(
+        &mut self,
+        name: &str,
+        network: Option<&NetworkPolicy>,
+    ) -> Result<()> {
+        let done = sqlx::query("UPDATE tenants SET network = $1 WHERE name = $2")
+            .bind(network.map(to_json).transpose()?)
+            .bind(name)
+            .execute(self.connection())
+            .await
+            .map_err(query_failed)?;
+        if done.rows_affected() == 0 {
+            return Err(unknown(name));
+        }
+        let detail = "the network policy was changed";
+        self.event("tenant.changed", name, name, detail).await
+    }
 }
 
 impl Store {
@@ -182,6 +204,16 @@ impl Store {
         row.as_ref().map_or_else(|| Err(unknown(name)), tenant)
     }
 
+    /// The network policy of a tenant, where it has one.
+    pub(crate) async fn tenant_network(&self, name: &str) -> Result<Option<NetworkPolicy>> {
+        let row = sqlx::query("SELECT network FROM tenants WHERE name = $1")
+            .bind(name)
+            .fetch_optional(&self.pool)
+            .await
+            .map_err(query_failed)?;
+        row.as_ref().map_or(Ok(None), network)
+    }
+
     /// Whether a tenant has a quota of disk.
     pub(crate) async fn has_disk_quota(&self, name: &str) -> Result<bool> {
         let query = "SELECT name FROM tenants WHERE name = $1 AND max_disk_bytes IS NOT NULL";
@@ -193,7 +225,7 @@ impl Store {
         Ok(row.is_some())
     }
 
-    /// Changes the quotas of a tenant.
+    /// Changes the quotas and the network policy of a tenant.
     pub(crate) async fn change_tenant(&self, name: &str, request: &ChangeTenant) -> Result<()> {
         let mut change = self.change().await?;
         let count = |most: Option<Option<u32>>| most.map(|most| most.map(u64::from));
@@ -236,6 +268,9 @@ impl Store {
             }
             changed += 1;
         }
+        if let Some(network) = &request.network {
+            change.set_tenant_network(name, network.as_ref()).await?;
+        }
         if changed > 0 {
             let detail = "the quotas were changed";
             change.event("tenant.changed", name, name, detail).await?;
@@ -276,6 +311,13 @@ fn unknown(name: &str) -> Error {
         .advise("a tenant exists as soon as a key names it: army key create")
 }
 
+fn network(row: &AnyRow) -> Result<Option<NetworkPolicy>> {
+    optional_text(row, "network")?
+        .as_deref()
+        .map(parse)
+        .transpose()
+}
+
 fn tenant(row: &AnyRow) -> Result<Tenant> {
     let quota = |column: &str| -> Result<Option<u64>> {
         let value: Option<i64> = row.try_get(column).map_err(query_failed)?;
@@ -301,6 +343,7 @@ fn tenant(row: &AnyRow) -> Result<Tenant> {
             templates: count("templates")?,
             standbys: count("standbys")?,
         },
+        network: network(row)?,
     })
 }
 

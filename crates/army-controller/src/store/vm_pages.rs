@@ -70,6 +70,7 @@ pub(super) fn page_query(is_postgres: bool, conditions: &Conditions) -> String {
          'state', state, 'reason', reason, 'labels', json(labels), 'created_ms', created_ms, \
          'expires_ms', CASE WHEN expires_ms < 0 THEN 9223372036854775807 ELSE expires_ms END, \
          'network', json(network), 'idle', json(idle), 'fork', json(fork), \
+         'addresses', json(COALESCE(addresses, '[]')), \
          'notices', json(COALESCE(notices, '[]')), 'memory', json(memory)))), '[]') AS TEXT) AS page \
          FROM (SELECT * FROM vms WHERE {condition} ORDER BY number LIMIT $2) AS them"
     )

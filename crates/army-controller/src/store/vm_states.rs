@@ -93,19 +93,29 @@ impl Store {
         self.change_vm_states(&changes).await.map(drop)
     }
 
-    /// Records the measured memory of VMs. That is no event.
-    pub(crate) async fn record_memory(&self, measured: &[(String, VmMemory)]) -> Result<()> {
+    /// Records the measured memory of VMs, and their addresses, where there are any. That is no event.
+    pub(crate) async fn record_memory(
+        &self,
+        measured: &[(String, VmMemory, Vec<String>)],
+    ) -> Result<()> {
         if measured.is_empty() {
             return Ok(());
         }
         let mut change = self.change().await?;
-        for (id, memory) in measured {
-            sqlx::query("UPDATE vms SET memory = $1 WHERE id = $2 AND alive = 1")
-                .bind(to_json(memory)?)
-                .bind(id)
-                .execute(change.connection())
-                .await
-                .map_err(query_failed)?;
+        for (id, memory, addresses) in measured {
+            let addresses = (!addresses.is_empty())
+                .then(|| to_json(addresses))
+                .transpose()?;
+            sqlx::query(
+                "UPDATE vms SET memory = $1, addresses = COALESCE($3, addresses) \
+                 WHERE id = $2 AND alive = 1",
+            )
+            .bind(to_json(memory)?)
+            .bind(id)
+            .bind(addresses)
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
         }
         change.commit().await
     }

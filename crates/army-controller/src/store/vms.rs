@@ -222,6 +222,11 @@ pub(super) fn vm(row: &AnyRow) -> Result<Vm> {
         network: optional("network")?.as_deref().map(parse).transpose()?,
         idle: optional("idle")?.as_deref().map(parse).transpose()?,
         fork,
+        addresses: optional("addresses")?
+            .as_deref()
+            .map(parse)
+            .transpose()?
+            .unwrap_or_default(),
         notices: optional("notices")?
             .as_deref()
             .map(parse)

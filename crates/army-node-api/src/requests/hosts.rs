@@ -54,6 +54,9 @@ pub struct VmReport {
     pub reason: Option<String>,
     /// The memory of a VM that runs.
     pub memory: Option<VmMemory>,
+    /// The addresses that the host has given a VM that runs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<String>,
 }
 
 /// See [`NodeApi::request_renewal`](crate::NodeApi::request_renewal).

@@ -95,6 +95,9 @@ pub struct CreatedVm {
     /// What the host or the guest could not do for the VM.
     #[serde(default)]
     pub notices: Vec<String>,
+    /// The addresses that the host has given the guest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<String>,
 }
 
 /// See [`NodeApi::destroy_vm`](crate::NodeApi::destroy_vm).

@@ -5,13 +5,15 @@ use std::process::ExitCode;
 use anyhow::Result;
 use army_api::client::segment;
 use army_api::tenants::{ChangeTenant, Tenant};
+use army_api::vms::{Egress, NetworkPolicy};
 use clone_api::Bytes;
 use reqwest::Method;
 
 use super::context::Context;
 use super::output::{bytes, table};
+use super::vms::network;
 
-/// Manage tenants and their quotas.
+/// Manage tenants, their quotas and network policies.
 #[derive(clap::Subcommand)]
 pub(super) enum Command {
     /// List tenants.
@@ -21,7 +23,7 @@ pub(super) enum Command {
         /// The tenant.
         tenant: String,
     },
-    /// Change the quotas of a tenant, for VMs that are created from now on.
+    /// Change the quotas and the network policy of a tenant, for VMs that are created from now on.
     Set(SetArgs),
 }
 
@@ -49,6 +51,13 @@ pub(super) struct SetArgs {
     /// new tenant.
     #[arg(long, value_parser = limit::<u32>)]
     max_standbys: Option<Limit<u32>>,
+    /// The destinations that its VMs may send to at the most: full, none, or IPv4 networks separated
+    /// by commas; `any` for no policy.
+    #[arg(long, value_name = "WHOM")]
+    egress: Option<String>,
+    /// Let its VMs open connections to the own addresses of their hosts, where egress permits them.
+    #[arg(long, requires = "egress")]
+    open_host: bool,
 }
 
 /// A quota, or none.
@@ -75,7 +84,14 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
         Command::Ls => client.get("/v1/tenants", &()).await?,
         Command::Show { tenant } => vec![client.get(&path(&tenant), &()).await?],
         Command::Set(args) => {
+            let policy = |whom: &str| {
+                (whom != "any").then(|| NetworkPolicy {
+                    host: args.open_host,
+                    ..network(whom)
+                })
+            };
             let request = ChangeTenant {
+                network: args.egress.as_deref().map(policy),
                 max_vms: args.max_vms.map(|it| it.0),
                 max_memory_bytes: args.max_memory.map(|it| it.0.map(|Bytes(bytes)| bytes)),
                 max_vcpus: args.max_cpus.map(|it| it.0),
@@ -89,6 +105,14 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
     };
     context.show(&tenants, |tenants| tenants_table(tenants))?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn egress(policy: &NetworkPolicy) -> String {
+    match &policy.egress {
+        Egress::Full => "full".to_owned(),
+        Egress::None => "none".to_owned(),
+        Egress::Allow(networks) => networks.join(","),
+    }
 }
 
 fn tenants_table(tenants: &[Tenant]) -> String {
@@ -118,6 +142,7 @@ fn tenants_table(tenants: &[Tenant]) -> String {
                 used.standbys.to_string(),
                 quotas.max_standbys.map(|it| it.to_string()),
             ),
+            tenant.network.as_ref().map_or("any".to_owned(), egress),
         ]
     });
     let heads = [
@@ -128,6 +153,7 @@ fn tenants_table(tenants: &[Tenant]) -> String {
         "DISK",
         "TEMPLATES",
         "STANDBYS",
+        "EGRESS",
     ];
     table(&heads, lines.collect())
 }

@@ -209,13 +209,14 @@ fn idle(pause: Option<u64>, destroy: Option<u64>) -> Option<IdlePolicy> {
     pause.or(destroy.map(policy(IdleAction::Destroy)))
 }
 
-fn network(text: &str) -> NetworkPolicy {
+pub(super) fn network(text: &str) -> NetworkPolicy {
     let egress = match text {
         "full" => Egress::Full,
         "none" => Egress::None,
         networks => Egress::Allow(networks.split(',').map(str::to_owned).collect()),
     };
-    NetworkPolicy { egress }
+    let host = false;
+    NetworkPolicy { egress, host }
 }
 
 pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode> {

@@ -1,4 +1,4 @@
-//! What a caller may open of a VM's network.
+//! What a caller may open of a VM's network. (What a tenant's policy permits is up to the controller.)
 
 use army_api::keys::Role;
 use army_api::vms::{Egress, NetworkPolicy};
@@ -9,9 +9,13 @@ use super::Failure;
 use super::auth::Caller;
 
 /// Checks that a caller may ask for a network policy: only administrators open link-local addresses,
-/// where a cloud's metadata service gives away the host's credentials.
+/// where a cloud's metadata service gives away the host's credentials, and the host's own addresses.
 pub(super) fn check(caller: &Caller, network: Option<&NetworkPolicy>) -> Result<(), Failure> {
     let is_admin = caller.may(Role::Admin).is_ok();
+    if network.is_some_and(|policy| policy.host) && !is_admin {
+        let detail = "only administrators open the host's own addresses";
+        return Err(Problem::new(ProblemKind::Forbidden, detail).into());
+    }
     match network.and_then(|policy| link_local(&policy.egress)) {
         Some(network) if !is_admin => {
             let detail =
@@ -29,7 +33,7 @@ fn link_local(egress: &Egress) -> Option<&str> {
     };
     let is_link_local = |text: &&String| {
         let network: Option<Ipv4Network> = text.parse().ok();
-        network.is_some_and(|it| it.prefix() >= 16 && it.address().is_link_local())
+        network.is_some_and(Ipv4Network::is_link_local)
     };
     networks.iter().find(is_link_local).map(String::as_str)
 }

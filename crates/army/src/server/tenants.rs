@@ -1,4 +1,4 @@
-//! Tenants and their quotas.
+//! Tenants: their quotas and network policies.
 
 use army_api::keys::Role;
 use army_api::tenants::{ChangeTenant, Tenant};
@@ -30,9 +30,10 @@ pub(super) async fn inspect(
     Ok(Json(app.controller.tenant(&tenant).await?))
 }
 
-/// Changes the quotas of a tenant.
+/// Changes the quotas and the network policy of a tenant.
 ///
-/// The quotas are for VMs that are created from now on.
+/// The quotas are for VMs that are created from now on. The policy is in force for VMs that are
+/// created, forked, changed or resumed from now on.
 #[utoipa::path(patch, path = "/v1/tenants/{tenant}", params(("tenant" = String, Path)),
     request_body = ChangeTenant, responses((status = 200, body = Tenant)))]
 pub(super) async fn change(

@@ -225,6 +225,7 @@ pub fn record(id: &str, name: &str, tenant: &str) -> Vm {
         network: None,
         idle: None,
         fork: None,
+        addresses: Vec::new(),
         notices: Vec::new(),
         memory: None,
     }

@@ -76,6 +76,7 @@ fn vm(number: usize) -> Vm {
         network: None,
         idle: None,
         fork: None,
+        addresses: Vec::new(),
         notices: Vec::new(),
         memory: None,
     }
@@ -92,6 +93,7 @@ fn report(vm: &Vm) -> VmReport {
             shared_bytes: 40 << 20,
             swapped_bytes: 0,
         }),
+        addresses: Vec::new(),
     }
 }
 

@@ -49,7 +49,7 @@ pub(super) struct VmArgs {
     #[arg(long = "disk", value_name = "DISK", value_parser = disk_parser())]
     disks: Vec<DiskArg>,
     /// A network interface (can be given several times): nat, bridge=NAME or tap=NAME
-    /// [,mac=ADDRESS][,queues=N][,vhost=auto|on|off][,neighbours][,egress=full|none|NETWORK+…]
+    /// [,mac=ADDRESS][,queues=N][,vhost=auto|on|off][,neighbours][,host][,egress=full|none|NETWORK+…]
     /// [,bandwidth=SIZE][,address=ADDRESS+…][,connections=N]
     #[arg(long = "net", value_name = "NET", value_parser = net_parser())]
     nets: Vec<NetArg>,
@@ -211,6 +211,7 @@ impl NetArg {
                 ("vhost", "on") => net.vhost = Vhost::On,
                 ("vhost", "off") => net.vhost = Vhost::Off,
                 ("neighbours", "") => net.neighbours = true,
+                ("host", "") => net.reach_host = true,
                 ("egress", whom) => net.egress = egress(whom)?,
                 ("address", list) => net.addresses = addresses(list)?,
                 ("connections", count) => net.connections = Some(number("connections", count)?),
@@ -226,7 +227,7 @@ impl NetArg {
 
 fn no_net_option(option: &str) -> String {
     format!(
-        "unknown interface option `{option}`: the options are nat, bridge=NAME, tap=NAME, mac=ADDRESS, queues=N, vhost=auto|on|off, neighbours, egress=full|none|NETWORK+NETWORK…, bandwidth=SIZE, address=ADDRESS+ADDRESS…, connections=N"
+        "unknown interface option `{option}`: the options are nat, bridge=NAME, tap=NAME, mac=ADDRESS, queues=N, vhost=auto|on|off, neighbours, host, egress=full|none|NETWORK+NETWORK…, bandwidth=SIZE, address=ADDRESS+ADDRESS…, connections=N"
     )
 }
 

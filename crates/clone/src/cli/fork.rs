@@ -107,6 +107,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
             .then(|| args.nets.iter().map(|net| net.config().clone()).collect()),
         overlays: args.disks.iter().map(|d| (d.0, d.1.clone())).collect(),
         egress: None,
+        reach_host: None,
         host_names: Vec::new(),
     };
     let (source, of, snapshot) = match (&args.from, &args.template) {

@@ -31,6 +31,8 @@ const CONNECTIONS: u32 = NetConfig::DEFAULT_CONNECTIONS;
 const ATTEMPTS: u32 = 8;
 
 const LIST_TABLE: &str = "list table inet clone";
+/// The chain that keeps guests from the host, which the tables of older versions lack.
+const TO_HOST: &str = "chain to_host";
 
 /// If the table is as we made it, the notices about other rules that block guests; otherwise
 /// `None`.
@@ -38,7 +40,7 @@ pub(super) fn whole(leases: &Leases) -> Result<Option<Vec<String>>, HostNetError
     let Some(known) = leases.ruleset()? else {
         return Ok(None);
     };
-    if known.generation == generation()? {
+    if known.generation == generation()? && known.table.contains(TO_HOST) {
         return Ok(Some(known.notices));
     }
     if is_whole(leases)? {
@@ -50,7 +52,8 @@ pub(super) fn whole(leases: &Leases) -> Result<Option<Vec<String>>, HostNetError
 /// Whether the table is as we made it. Other programs' tables are not examined.
 pub(super) fn is_whole(leases: &Leases) -> Result<bool, HostNetError> {
     let known = leases.ruleset()?.map(|known| known.table);
-    Ok(known.is_some() && known == nft::list(LIST_TABLE)?)
+    let is_of_this_version = known.as_ref().is_some_and(|it| it.contains(TO_HOST));
+    Ok(is_of_this_version && known == nft::list(LIST_TABLE)?)
 }
 
 /// Makes the table again for `all` guests, and returns notices about other rules that block them.
@@ -72,24 +75,44 @@ pub(super) fn make(
     })
 }
 
-/// Sets the limit of a guest's connections, if its lease does not have the default.
+/// Lets a guest open connections to the host, or no longer, as its lease says.
+pub(super) fn set_reach_host(
+    leases: &Leases,
+    lease: &Lease,
+    all: &[Lease],
+    range: &Range,
+) -> Result<(), HostNetError> {
+    let mut script = String::new();
+    push_reach_host(&mut script, "add", lease);
+    if !lease.reach_host {
+        push_reach_host(&mut script, "delete", lease);
+    }
+    match nft::run(&script, "change what a guest may reach") {
+        Ok(()) => record(leases).map(drop),
+        Err(HostNetError::Nft { .. }) => make(leases, all, range).map(drop),
+        Err(error) => Err(error),
+    }
+}
+
+/// Sets the limit of a guest's connections, if its lease does not have the default, and lets it
+/// reach the host, if the lease says so.
 pub(super) fn admit(
     leases: &Leases,
     lease: &Lease,
     all: &[Lease],
     range: &Range,
 ) -> Result<(), HostNetError> {
-    match change_limit(leases, lease, &["add"]) {
+    match change_elements(leases, lease, &["add"]) {
         Err(HostNetError::Nft { .. }) => make(leases, all, range).map(drop),
         result => result,
     }
 }
 
-/// Removes the limits of guests that have ended.
+/// Removes what is said of guests that have ended.
 pub(super) fn dismiss(leases: &Leases, released: &[Lease]) -> Result<(), HostNetError> {
     for lease in released {
         // The element is added first, so that its deletion succeeds even if it did not exist.
-        match change_limit(leases, lease, &["add", "delete"]) {
+        match change_elements(leases, lease, &["add", "delete"]) {
             // A missing table has no limits to remove.
             Err(HostNetError::Nft { .. }) if nft::list(LIST_TABLE)?.is_none() => {}
             result => result?,
@@ -98,15 +121,19 @@ pub(super) fn dismiss(leases: &Leases, released: &[Lease]) -> Result<(), HostNet
     Ok(())
 }
 
-fn change_limit(leases: &Leases, lease: &Lease, verbs: &[&str]) -> Result<(), HostNetError> {
+/// Adds or deletes the elements of the table's sets that are about a guest.
+fn change_elements(leases: &Leases, lease: &Lease, verbs: &[&str]) -> Result<(), HostNetError> {
     let mut script = String::new();
     for verb in verbs {
         push_limit(&mut script, verb, lease);
+        if lease.reach_host {
+            push_reach_host(&mut script, verb, lease);
+        }
     }
     if script.is_empty() {
         return Ok(());
     }
-    nft::run(&script, "change a guest's limit of connections")?;
+    nft::run(&script, "change a guest's rules")?;
     record(leases).map(drop)
 }
 
@@ -152,13 +179,18 @@ fn script(leases: &[Lease], range: &Range) -> String {
     push_table(&mut script, range);
     for lease in leases {
         push_limit(&mut script, "add", lease);
+        if lease.reach_host {
+            push_reach_host(&mut script, "add", lease);
+        }
     }
     script
 }
 
 fn push_table(script: &mut String, range: &Range) {
-    // Guests may open connections to other networks and to the host. The host may open connections
-    // to guests, other networks may only answer. Frames that stay on the bridge pass these rules
+    // Guests may open connections to other networks, and those in `reach_host` to the host's own
+    // addresses, where name servers, DHCP and ICMP are open to all. (A packet has its first
+    // destination here, before other rules translate it.) The host may open connections to guests,
+    // other networks may only answer. Frames that stay on the bridge pass these rules
     // only if br_netfilter is loaded.
     let unrouted = !ROUTED_MARK;
     let _ = write!(
@@ -167,9 +199,19 @@ fn push_table(script: &mut String, range: &Range) {
   set exempt {{ type ipv4_addr; }}
   set own_limits {{ type ipv4_addr; ct count over {CONNECTIONS}; }}
   set connections {{ type ipv4_addr; size 65535; flags dynamic; }}
+  set reach_host {{ type ipv4_addr; }}
+  chain to_host {{
+    ct state established,related return
+    ip saddr @reach_host return
+    ip protocol icmp return
+    udp dport {{ 53, 67 }} return
+    tcp dport 53 return
+    drop
+  }}
   chain connections {{
     type filter hook prerouting priority mangle; policy accept;
     iifname != {BRIDGE:?} accept
+    fib daddr type {{ local, broadcast, anycast, multicast }} jump to_host
     ct state != new accept
     ip saddr @own_limits drop
     ip saddr != @exempt add @connections {{ ip saddr ct count over {CONNECTIONS} }} drop
@@ -198,6 +240,15 @@ fn push_table(script: &mut String, range: &Range) {
 }}
 "
     );
+}
+
+fn push_reach_host(script: &mut String, verb: &str, lease: &Lease) {
+    if let Some(address) = lease.address {
+        let _ = writeln!(
+            script,
+            "{verb} element inet clone reach_host {{ {address} }}"
+        );
+    }
 }
 
 fn push_limit(script: &mut String, verb: &str, lease: &Lease) {

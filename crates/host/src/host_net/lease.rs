@@ -50,6 +50,9 @@ pub(super) struct Lease {
     pub(super) connections: Option<u32>,
     /// Whether the guest may reach other guests that have this set too.
     pub(super) neighbours: bool,
+    /// Whether the guest may open connections to the host.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) reach_host: bool,
     /// The destinations that the guest may send to.
     #[serde(default, skip_serializing_if = "Egress::is_full")]
     pub(super) egress: Egress,
@@ -319,6 +322,7 @@ mod tests {
             held_to: Vec::new(),
             connections: None,
             neighbours: false,
+            reach_host: false,
             egress: Egress::Full,
             creator: Creator::this_process(),
         }

@@ -78,6 +78,9 @@ pub struct Request {
     pub queues: u16,
     /// Whether the guest may reach other guests on the same bridge that have this set too.
     pub neighbours: bool,
+    /// Whether a guest behind NAT may open connections to the host's own addresses. Otherwise only
+    /// name servers and DHCP are open there, and ICMP.
+    pub reach_host: bool,
     /// The destinations that the guest may send to; all for a tap that is not ours.
     pub egress: Egress,
     /// The only addresses that the guest may use on a bridge of the owner's; any if there are none.
@@ -148,16 +151,22 @@ impl HostNet {
         }
     }
 
-    /// Changes the destinations that the VM's guest may send to, on all of its interfaces. The
-    /// change is in force when this returns. Does nothing for a VM without interfaces.
+    /// Changes the destinations that the VM's guest may send to, and whether it may open connections
+    /// to the host, on all of its interfaces. The change is in force when this returns. Does nothing
+    /// for a VM without interfaces.
     ///
     /// # Errors
     /// [`HostNetError`]; either the old or the new destinations may then be in force.
-    pub fn restrict(&self, vm: &str, egress: &Egress) -> Result<(), HostNetError> {
+    pub fn restrict(
+        &self,
+        vm: &str,
+        egress: &Egress,
+        reach_host: bool,
+    ) -> Result<(), HostNetError> {
         if !Path::new(&self.dir).exists() {
             return Ok(());
         }
-        Site::open(&self.dir)?.restrict(vm, egress)
+        Site::open(&self.dir)?.restrict(vm, egress, reach_host)
     }
 
     /// Restores the rules that another program removed. Returns whether any were missing.

@@ -192,6 +192,7 @@ impl Site {
             held_to: request.addresses.clone(),
             connections: request.connections,
             neighbours: request.neighbours,
+            reach_host: request.reach_host,
             egress: request.egress.clone(),
             creator: Creator::this_process(),
         })
@@ -254,12 +255,26 @@ impl Site {
         Ok(true)
     }
 
-    pub(super) fn restrict(&self, vm: &str, egress: &Egress) -> Result<(), HostNetError> {
+    pub(super) fn restrict(
+        &self,
+        vm: &str,
+        egress: &Egress,
+        reach_host: bool,
+    ) -> Result<(), HostNetError> {
         let mut all = self.leases.contents()?.leases;
+        let mut changed = Vec::new();
         for lease in all.iter_mut().filter(|lease| lease.vm == vm) {
             lease.egress = egress.clone();
+            if lease.reach_host != reach_host {
+                lease.reach_host = reach_host;
+                changed.push(lease.clone());
+            }
             // A later repair guards the tap as the lease says.
             self.leases.add(lease)?;
+        }
+        for lease in changed.iter().filter(|lease| lease.address.is_some()) {
+            let range = self.leases.nat()?.ok_or(HostNetError::NoRange)?.range;
+            firewall::set_reach_host(&self.leases, lease, &all, &range)?;
         }
         for lease in all.iter().filter(|lease| lease.vm == vm) {
             let guard = self.guard_of(lease, &all)?;

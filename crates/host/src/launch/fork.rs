@@ -238,6 +238,11 @@ fn connect(config: &mut VmConfig, overrides: &Overrides) -> Result<()> {
     if let Some(egress) = &overrides.egress {
         restrict(config, egress);
     }
+    if let Some(reach_host) = overrides.reach_host {
+        for net in &mut config.net {
+            net.reach_host = reach_host;
+        }
+    }
     Ok(())
 }
 
@@ -267,6 +272,9 @@ pub struct Overrides {
     pub overlays: Vec<(usize, PathBuf)>,
     /// The destinations that the guests may send to; narrowed to the template's ceiling.
     pub egress: Option<Egress>,
+    /// Whether the guests may open connections to the host's own addresses; as `net` says where it is
+    /// not given.
+    pub reach_host: Option<bool>,
     /// The host names of the guests, one for each clone; by default the clones' names.
     pub host_names: Vec<String>,
 }
@@ -279,17 +287,33 @@ impl Overrides {
 }
 
 /// Changes the destinations that a running VM's guest may send to, on all of its interfaces: those
-/// of `egress` that `ceiling` permits, too. The change is in force when this returns.
+/// of `egress` that `ceiling` permits, too, and the host's own addresses only with `reach_host`. The
+/// change is in force when this returns.
 ///
 /// # Errors
 /// Where both together are too many networks, or the host's packet filter cannot be changed.
-pub fn set_egress(vm: &RunningVm, egress: &Egress, ceiling: &Egress) -> Result<()> {
-    let narrowed = egress.intersection(ceiling).map_err(|error| {
+pub fn set_egress(
+    vm: &RunningVm,
+    egress: &Egress,
+    ceiling: &Egress,
+    reach_host: bool,
+) -> Result<()> {
+    let narrowed = egress.narrowed_by(ceiling).map_err(|error| {
         let message = format!("the template limits egress, too: {error}");
         ApiError::new(ErrorCode::InvalidConfig, message).advise("allow fewer networks")
     })?;
-    network::restrict(&vm.dir, &narrowed)?;
-    vm.dir.change_config(|config| restrict(config, &narrowed))
+    hold(vm, &narrowed, reach_host)
+}
+
+/// Holds a VM's guest to these destinations, and records that in its description.
+fn hold(vm: &RunningVm, egress: &Egress, reach_host: bool) -> Result<()> {
+    network::restrict(&vm.dir, egress, reach_host)?;
+    vm.dir.change_config(|config| {
+        restrict(config, egress);
+        for net in &mut config.net {
+            net.reach_host = reach_host;
+        }
+    })
 }
 
 /// The destinations that a running VM's guest may send to now, on all of its interfaces.
@@ -464,9 +488,8 @@ fn adopt(
     };
     let client = Client::new(vm.dir.control_socket()).with_timeout(ADOPTION_LIMIT);
     // The limits must be in force before the guest runs.
-    let held = policy.map_or(Ok(()), |egress| {
-        network::restrict(&vm.dir, &egress)?;
-        vm.dir.change_config(|config| restrict(config, &egress))
+    let held = policy.map_or(Ok(()), |(egress, reach_host)| {
+        hold(&vm, &egress, reach_host)
     });
     let adopted = held.and_then(|()| {
         client
@@ -484,20 +507,21 @@ fn adopt(
     }
 }
 
-/// The egress policy to apply to a standby, which was made with the defaults: none, or one policy
-/// for all of its interfaces. `None` if the overrides differ per interface, which needs a VM that
-/// is started for them.
+/// The egress policy to apply to a standby, which was made with the defaults, and whether it may reach
+/// the host: none, or one policy for all of its interfaces. `None` if the overrides differ per
+/// interface, which needs a VM that is started for them.
 fn policy_of_standby(
     source: &Source,
     name: &str,
     overrides: &Overrides,
-) -> Result<Option<Option<Egress>>> {
-    if overrides.egress.is_none() {
+) -> Result<Option<Option<(Egress, bool)>>> {
+    if overrides.egress.is_none() && overrides.reach_host != Some(true) {
         return Ok(Some(None));
     }
     let nets = source.clone_config(name, overrides)?.net;
-    let policy = nets.first().map(|net| net.egress.clone());
-    let alike = nets.iter().all(|net| Some(&net.egress) == policy.as_ref());
+    let mut policies = nets.iter().map(|net| (net.egress.clone(), net.reach_host));
+    let policy = policies.next();
+    let alike = policies.all(|other| Some(&other) == policy.as_ref());
     Ok(alike.then_some(policy))
 }
 

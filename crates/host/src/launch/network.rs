@@ -62,10 +62,11 @@ pub(super) fn attach(dir: &VmDir, config: &mut VmConfig) -> Result<Attached> {
     })
 }
 
-/// Changes the destinations that a VM's guest may send to, on all of its interfaces.
-pub(super) fn restrict(dir: &VmDir, egress: &Egress) -> Result<()> {
+/// Changes the destinations that a VM's guest may send to, and whether it may open connections to the
+/// host, on all of its interfaces.
+pub(super) fn restrict(dir: &VmDir, egress: &Egress, reach_host: bool) -> Result<()> {
     HostNet::new(DEFAULT_DIR)
-        .restrict(&dir.network_key(), egress)
+        .restrict(&dir.network_key(), egress, reach_host)
         .map_err(|error| ApiError::internal(&error))
 }
 
@@ -82,6 +83,7 @@ fn request(dir: &VmDir, net: &NetConfig) -> Request {
         mac: net.mac,
         queues: net.queues.unwrap_or(1),
         neighbours: net.neighbours,
+        reach_host: net.reach_host,
         egress: net.egress.clone(),
         addresses: net.addresses.clone(),
         connections: net.connections,

@@ -29,6 +29,8 @@ fn request(vm: &str) -> Request {
         mac: None,
         queues: 1,
         neighbours: false,
+        // Most tests have the host listen.
+        reach_host: true,
         egress: Egress::Full,
         addresses: Vec::new(),
         connections: None,
@@ -256,7 +258,7 @@ fn a_guest_sends_where_it_may_and_nowhere_else() {
         };
         assert_eq!(heard(&mut held), ["elsewhere"]);
         assert_eq!(heard(&mut free), ["gateway", "elsewhere"]);
-        host.restrict("held", &Egress::None).unwrap();
+        host.restrict("held", &Egress::None, true).unwrap();
         assert_eq!(heard(&mut held), [""; 0]);
         assert_eq!(heard(&mut free), ["gateway", "elsewhere"]);
         // No table of the packet filter holds it.
@@ -266,12 +268,13 @@ fn a_guest_sends_where_it_may_and_nowhere_else() {
         host.restrict(
             "held",
             &allow(&["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"]),
+            true,
         )
         .unwrap();
         assert_eq!(heard(&mut held), ["gateway"]);
-        host.restrict("held", &Egress::Full).unwrap();
+        host.restrict("held", &Egress::Full, true).unwrap();
         assert_eq!(heard(&mut held), ["gateway", "elsewhere"]);
-        host.restrict("held", &allow(&["192.0.2.1"])).unwrap();
+        host.restrict("held", &allow(&["192.0.2.1"]), true).unwrap();
         // Who comes later under its tap's name is not held.
         let name = held.attachment.tap_name.clone();
         drop(held);
@@ -284,7 +287,7 @@ fn a_guest_sends_where_it_may_and_nowhere_else() {
             host.detach(vm).unwrap();
         }
         assert_nothing_left(dir.path());
-        host.restrict("held", &Egress::None).unwrap();
+        host.restrict("held", &Egress::None, true).unwrap();
     });
 }
 

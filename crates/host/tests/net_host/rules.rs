@@ -10,7 +10,7 @@ use clone_api::config::Egress;
 use clone_host::host_net::{BRIDGE, Request};
 
 use crate::wire::{Guest, IPV4, in_new_network, run};
-use crate::world::{WORLD, World};
+use crate::world::{UPLINK, WORLD, World};
 use crate::{guest, host, request};
 
 /// A socket of the host's that guests send to.
@@ -36,6 +36,76 @@ fn reaches(guest: &mut Guest, world: &World) -> (bool, bool) {
     };
     world.socket.send_to(b"answer", from).unwrap();
     (true, guest.hears_datagram().is_some())
+}
+
+/// Whether datagrams to ports of the host arrive, by address and port.
+fn arrive(guest: &mut Guest, to: &[(Ipv4Addr, u16)]) -> Vec<bool> {
+    let mac = guest.finds(guest.gateway()).expect("ARP is answered");
+    let mut arrived = Vec::new();
+    for &(address, port) in to {
+        let listening = UdpSocket::bind((address, port)).unwrap();
+        listening
+            .set_read_timeout(Some(Duration::from_millis(300)))
+            .unwrap();
+        guest.datagram(mac, guest.address, (address, port), b"question");
+        arrived.push(listening.recv_from(&mut [0; 16]).is_ok());
+    }
+    arrived
+}
+
+#[test]
+fn the_hosts_own_addresses_are_closed_but_for_names_unless_they_are_opened() {
+    in_new_network(|| {
+        let (host, dir) = host();
+        let world = World::new();
+        run("ip address add 198.51.100.7/32 dev lo");
+        let closed = Request {
+            reach_host: false,
+            ..request("closed")
+        };
+        let mut closed = Guest::new(host.attach(&closed).unwrap());
+        let mut open = guest(&host, "open");
+        let own = |guest: &Guest| {
+            let other = Ipv4Addr::new(198, 51, 100, 7);
+            [(guest.gateway(), 9), (UPLINK, 9), (other, 9), (other, 53)]
+        };
+        let all = own(&closed);
+        assert_eq!(arrive(&mut closed, &all), [false, false, false, true]);
+        assert_eq!(arrive(&mut open, &all), [true; 4]);
+        // The world is another matter, and a redirection to the host is no way around.
+        assert_eq!(reaches(&mut closed, &world), (true, true));
+        run("nft add table ip theirs");
+        run("nft add chain ip theirs to { type nat hook prerouting priority dstnat; }");
+        run("nft add rule ip theirs to ip daddr 198.51.100.7 udp dport 9 dnat to 192.0.2.2:9");
+        let mac = closed.finds(closed.gateway()).unwrap();
+        let redirected = (Ipv4Addr::new(198, 51, 100, 7), 9);
+        closed.datagram(mac, closed.address, redirected, b"detour");
+        assert_eq!(world.hears(), None);
+        run("nft delete table ip theirs");
+        // The host opens connections to its guests, and gets answers.
+        let asking = UdpSocket::bind((closed.gateway(), 900)).unwrap();
+        asking
+            .set_read_timeout(Some(Duration::from_secs(2)))
+            .unwrap();
+        closed.drain();
+        asking.send_to(b"question", (closed.address, 4000)).unwrap();
+        assert!(closed.hears_datagram().is_some());
+        closed.datagram(mac, closed.address, (closed.gateway(), 900), b"answer");
+        asking.recv_from(&mut [0; 16]).unwrap();
+        // It changes while the guest runs, and a repair keeps it.
+        for (reach_host, arrives) in [(true, [true; 4]), (false, [false, false, false, true])] {
+            host.restrict("closed", &Egress::Full, reach_host).unwrap();
+            assert_eq!(arrive(&mut closed, &all), arrives);
+            run("nft flush ruleset");
+            assert!(host.repair().unwrap());
+            assert_eq!(arrive(&mut closed, &all), arrives);
+            assert_eq!(arrive(&mut open, &all), [true; 4]);
+        }
+        drop((closed, open));
+        host.detach("open").unwrap();
+        host.detach("closed").unwrap();
+        crate::assert_nothing_left(dir.path());
+    });
 }
 
 #[test]
