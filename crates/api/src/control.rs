@@ -268,6 +268,26 @@ pub struct SnapshotRequest {
     /// files come after those of the memory and the state.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub kernel: bool,
+    /// The layers that the snapshot builds on. Where it is absent, a diff builds on all layers of
+    /// the VM's parent, and a saved state on none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<BaseLayers>,
+    /// Whether the guest stays paused after a snapshot that succeeded. One more file comes last,
+    /// empty as the others: the VM writes to it before the guest runs again, since what was saved
+    /// is void from then on.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stay_paused: bool,
+}
+
+/// The lowest layers of a VM's memory and disks, which a saved state builds on.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct BaseLayers {
+    /// The number of memory layers.
+    pub memory: u32,
+    /// The number of layers of each disk of the VM, in the order of the description.
+    pub disks: Vec<u32>,
 }
 
 /// What a snapshot holds, and what becomes of it.
@@ -284,6 +304,9 @@ pub enum SnapshotKind {
     /// As `diff`, for a fork that happens at once: nothing is checksummed, and the VM's parent
     /// stays the same.
     Fork,
+    /// The state of this VM itself, to which it is set back later: what changed since the layers
+    /// of [`SnapshotRequest::base`]. It is checksummed, and the VM's parent stays the same.
+    Save,
 }
 
 /// A snapshot that was taken.

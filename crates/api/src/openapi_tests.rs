@@ -129,6 +129,11 @@ fn example(type_name: &str) -> Value {
             kind: SnapshotKind::Diff,
             disks: vec![0],
             kernel: true,
+            base: Some(BaseLayers {
+                memory: 2,
+                disks: vec![1],
+            }),
+            stay_paused: true,
         }),
         "SnapshotTaken" => same(SnapshotTaken {
             memory_layer: "6f1c".into(),

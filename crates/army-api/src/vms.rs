@@ -110,6 +110,9 @@ pub struct IdlePolicy {
 pub enum IdleAction {
     /// The VM is paused. The next command resumes it.
     Pause,
+    /// The VM is suspended: its state is kept on its host's disk, and it uses no memory. The next
+    /// command wakes it.
+    Suspend,
     /// The VM is destroyed.
     Destroy,
 }
@@ -124,6 +127,9 @@ pub enum VmState {
     Running,
     /// The VM is paused: its virtual CPUs are stopped.
     Paused,
+    /// The VM is suspended: its state is kept on its host's disk, and it uses no memory. The next
+    /// command, terminal, file or forwarded port wakes it.
+    Suspended,
     /// The VM has ended: it was destroyed, its lifetime expired, or its guest shut down; `reason`
     /// tells which.
     Ended,
@@ -134,6 +140,11 @@ pub enum VmState {
 }
 
 impl VmState {
+    /// Whether the VM was last reported by its host as one that exists: running, paused or suspended.
+    pub fn is_reported(self) -> bool {
+        matches!(self, Self::Running | Self::Paused | Self::Suspended)
+    }
+
     /// Whether the VM occupies its host: it has neither ended nor failed.
     pub fn is_alive(self) -> bool {
         !matches!(self, Self::Ended | Self::Failed)

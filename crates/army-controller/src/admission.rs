@@ -10,6 +10,7 @@
 //! whose first one tries again. A request is refused at once where the measured figures leave no
 //! room, and where the queue is full.
 
+mod costs;
 mod counts;
 #[cfg(test)]
 mod tests;
@@ -25,6 +26,7 @@ use crate::error::RETRY_S;
 use crate::scheduler::{self, HostView, Need};
 use crate::{Error, ErrorKind, Result};
 
+use costs::Costs;
 use counts::Counts;
 
 /// The number of requests that may be in progress, including those that wait. Each is a task and
@@ -68,8 +70,8 @@ struct State {
     measuring: HashMap<String, Counts>,
     /// The VMs that each host's last measurement has found for the first time.
     measured: HashMap<String, Counts>,
-    /// The cost of a clone of each template, in bytes, as last measured.
-    costs: HashMap<String, u64>,
+    /// What a clone of each template costs, as measured.
+    costs: Costs,
 }
 
 /// A request that was admitted. It ends when this is dropped.
@@ -154,14 +156,14 @@ impl Admission {
         self.measured.notify_waiters();
     }
 
-    /// Records what a clone of a template costs, in bytes.
+    /// Records what clones of a template cost on a host, in bytes.
     pub(super) fn template_measured(&self, template: &str, cost_bytes: u64) {
-        self.state().costs.insert(template.to_owned(), cost_bytes);
+        self.state().costs.record(template, cost_bytes);
     }
 
     /// What a clone of a template cost when some were last measured, in bytes.
     pub(super) fn measured_cost(&self, template: &str) -> Option<u64> {
-        self.state().costs.get(template).copied()
+        self.state().costs.of(template)
     }
 
     /// Waits until a host with `cpus` processors may carry out one more request's forks.
@@ -224,7 +226,7 @@ impl State {
         let mut expected = Expected::default();
         for counts in [&self.reserved, &self.unmeasured] {
             for (template, vms) in counts.on(host) {
-                let cost = self.costs.get(template).copied().unwrap_or(vms.cost_bytes);
+                let cost = self.costs.of(template).unwrap_or(vms.cost_bytes);
                 let count = u64::from(vms.count);
                 let add = |sum: u64, each: u64| sum.saturating_add(each.saturating_mul(count));
                 expected.bytes = add(expected.bytes, cost);

@@ -18,6 +18,7 @@ const KINDS: &[(&str, Audience)] = &[
     ("vm.creating", Tenant),
     ("vm.running", Tenant),
     ("vm.paused", Tenant),
+    ("vm.suspended", Tenant),
     ("vm.ended", Tenant),
     ("vm.failed", Tenant),
     ("vm.unreachable", Tenant),

@@ -233,8 +233,9 @@ impl Controller {
         }))
     }
 
-    /// What a clone of a template, as hosts store it, costs, as measured of those that run, in bytes.
-    async fn measured_cost(&self, template: &str) -> Result<Option<u64>> {
+    /// What a clone of a template, as hosts store it, costs by what is recorded of some, in bytes. A
+    /// controller needs it as long as none of its own hosts has reported one.
+    async fn recorded_cost(&self, template: &str) -> Result<Option<u64>> {
         let measured = self.store.measured_memory(template).await?;
         let count = measured.len() as u64;
         Ok((count > 0).then(|| measured.iter().sum::<u64>() / count))
@@ -243,14 +244,14 @@ impl Controller {
     /// What a clone of a template is expected to cost, in bytes: what clones that run cost, or what
     /// others have cost before, or a guess.
     async fn cost(&self, template: &str, nominal_bytes: u64) -> Result<u64> {
-        if let Some(measured) = self.measured_cost(template).await? {
-            self.admission.template_measured(template, measured);
+        if let Some(measured) = self.admission.measured_cost(template) {
+            return Ok(measured);
         }
         let guess = match nominal_bytes {
             0 => UNKNOWN_COST,
             nominal => UNKNOWN_COST.min(nominal),
         };
-        Ok(self.admission.measured_cost(template).unwrap_or(guess))
+        Ok(self.recorded_cost(template).await?.unwrap_or(guess))
     }
 }
 

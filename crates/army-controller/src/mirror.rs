@@ -23,6 +23,8 @@ const FRESH: Duration = Duration::from_millis(50);
 pub(crate) struct Known {
     /// The number of its last change.
     pub(crate) changed: i64,
+    /// What the VM was forked from.
+    pub(crate) template: String,
     /// The state that was last recorded.
     pub(crate) state: VmState,
     /// Whether nobody has requested its deletion.
@@ -188,6 +190,7 @@ impl State {
         let host = Arc::clone(host);
         let known = Known {
             changed: vm.number,
+            template: vm.template,
             state: vm.state,
             wanted: vm.wanted,
             creator: vm.creator,

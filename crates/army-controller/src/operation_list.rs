@@ -9,6 +9,7 @@ macro_rules! for_each_operation {
             fork_vm: army_node_api::requests::ForkVmRequest => army_node_api::requests::CreateVmsResponse;
             destroy_vm: army_node_api::requests::DestroyVmRequest => ();
             pause_vm: army_node_api::requests::PauseVmRequest => ();
+            suspend_vm: army_node_api::requests::SuspendVmRequest => ();
             resume_vm: army_node_api::requests::ResumeVmRequest => ();
             update_vm: army_node_api::requests::UpdateVmRequest => ();
             balloon: army_node_api::requests::BalloonRequest => army_api::vms::Balloon;

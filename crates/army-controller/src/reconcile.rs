@@ -23,6 +23,9 @@ const CREATION: Duration = Duration::from_secs(10);
 /// How long hosts are waited for before operations of controllers that have ended are resumed.
 const FIRST_ROUND: Duration = Duration::from_secs(10);
 
+/// How many VMs of a host are looked at for what clones of their templates cost.
+const COST_SAMPLES: usize = 16;
+
 /// The controllers that create VMs.
 #[derive(Default)]
 pub(crate) struct Creators {
@@ -104,8 +107,7 @@ impl Controller {
         }
         let vms = self.mirror.with_host(host, |vms| {
             let vms = vms.iter();
-            let alive =
-                vms.filter(|(_, vm)| matches!(vm.state, VmState::Running | VmState::Paused));
+            let alive = vms.filter(|(_, vm)| vm.state.is_reported());
             alive.map(|(id, _)| id.clone()).collect::<Vec<String>>()
         });
         let vms = vms.unwrap_or_default();
@@ -157,12 +159,16 @@ impl Controller {
                 || (vm.state == VmState::Creating && self.may_be_creating(vm.creator.as_deref()))
         };
         let compared = self.mirror.with_host(host, |known| {
-            compare(known, &vms, asked.last_change, is_in_creation)
+            let compared = compare(known, &vms, asked.last_change, is_in_creation);
+            (compared, costs(known))
         });
-        let Some(compared) = compared else {
+        let Some((compared, costs)) = compared else {
             // The host is not this controller's any more.
             return Ok(Findings::default());
         };
+        for (template, cost_bytes) in costs {
+            self.admission.template_measured(&template, cost_bytes);
+        }
         let mut findings = Findings {
             unwanted: compared.unwanted,
             has_unapplied: compared.has_unapplied,
@@ -241,6 +247,20 @@ impl Controller {
 
 /// Compares a report with the VMs that are known of its host. VMs that were changed after
 /// `last_change` are left alone, and so are those that are being created.
+/// What some of a host's VMs cost on average by what they were forked from, in bytes.
+fn costs(known: &HashMap<String, Known>) -> HashMap<String, u64> {
+    let measured = known.values().filter_map(|vm| Some((vm, vm.memory?)));
+    let mut sums: HashMap<&str, (u64, u64)> = HashMap::new();
+    for (vm, memory) in measured.take(COST_SAMPLES) {
+        let (sum, count) = sums.entry(&vm.template).or_default();
+        *sum = sum.saturating_add(memory.private_bytes);
+        *count += 1;
+    }
+    let sums = sums.into_iter();
+    let averages = sums.map(|(template, (sum, count))| (template.to_owned(), sum / count));
+    averages.collect()
+}
+
 fn compare(
     known: &mut HashMap<String, Known>,
     reported: &[VmReport],

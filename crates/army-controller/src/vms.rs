@@ -9,6 +9,7 @@ use army_api::templates::Template;
 use army_api::vms::{Balloon, Vm, VmFilter, VmPage, VmState};
 use army_node_api::requests::{
     BalloonRequest, ConnectAgentRequest, DestroyVmRequest, PauseVmRequest, ResumeVmRequest,
+    SuspendVmRequest,
 };
 
 use crate::admission::{AdmittedRequest, Refusal};
@@ -65,8 +66,13 @@ impl Controller {
 
     /// Connects to the agent in a VM. The connection is for one request, which must end within
     /// `limit`; the VM counts as used while the connection lives, or what becomes of it.
+    ///
+    /// A suspended VM is woken.
     pub async fn agent(&self, vm: &Vm, limit: Duration) -> Result<Connection> {
         let node = self.node_of(vm)?;
+        if vm.state == VmState::Suspended {
+            self.resume(vm).await?;
+        }
         let request = ConnectAgentRequest { vm: vm.id.clone() };
         let deadline = deadlines::agent();
         let stream = node.connect_agent(request, deadline.into()).await?;
@@ -111,7 +117,15 @@ impl Controller {
         self.record_state(vm, VmState::Paused).await
     }
 
-    /// Resumes a paused VM.
+    /// Suspends a running or paused VM.
+    pub async fn suspend(&self, vm: &Vm) -> Result<Vm> {
+        let request = SuspendVmRequest { vm: vm.id.clone() };
+        let node = self.node_of(vm)?;
+        node.suspend_vm(request, deadlines::transfer()).await?;
+        self.record_state(vm, VmState::Suspended).await
+    }
+
+    /// Resumes a paused VM, and wakes a suspended one.
     pub async fn resume(&self, vm: &Vm) -> Result<Vm> {
         let request = ResumeVmRequest { vm: vm.id.clone() };
         let node = self.node_of(vm)?;
@@ -121,15 +135,24 @@ impl Controller {
             self.change_vm(vm, &ChangeVm::default()).await?;
         }
         let _room = self.admit_resumption(vm).await?;
-        node.resume_vm(request, deadlines::operation()).await?;
+        let deadline = match vm.state {
+            VmState::Suspended => deadlines::transfer(),
+            _ => deadlines::operation(),
+        };
+        node.resume_vm(request, deadline).await?;
         self.record_state(vm, VmState::Running).await
     }
 
-    /// Reserves the memory on a VM's host that the VM had given back while it was paused. A VM is on its
-    /// host already, so a drained host resumes it.
+    /// Reserves the memory on a VM's host that the VM had given back while it was paused or suspended. A
+    /// VM is on its host already, so a drained host resumes it.
     async fn admit_resumption(&self, vm: &Vm) -> Result<Option<AdmittedRequest>> {
-        let swapped_bytes = vm.memory.unwrap_or_default().swapped_bytes;
-        if swapped_bytes == 0 {
+        let memory = vm.memory.unwrap_or_default();
+        let missing_bytes = match vm.state {
+            // What the VM used before, as last measured.
+            VmState::Suspended => memory.private_bytes + memory.swapped_bytes,
+            _ => memory.swapped_bytes,
+        };
+        if missing_bytes == 0 {
             return Ok(None);
         }
         let origin = Template {
@@ -143,7 +166,7 @@ impl Controller {
             view.open = true;
         }
         let need = Need {
-            cost_bytes: swapped_bytes,
+            cost_bytes: missing_bytes,
             ..Need::default()
         };
         let mut admitted = self.admission.admit()?;

@@ -13,7 +13,7 @@ use crate::requests::{
     ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
     InstallCertificateRequest, MeasureVmRequest, PauseVmRequest, ReadConsoleRequest,
     RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
-    SetStandbysRequest, SnapshotVmRequest, TemplateFacts, UpdateVmRequest,
+    SetStandbysRequest, SnapshotVmRequest, SuspendVmRequest, TemplateFacts, UpdateVmRequest,
 };
 use crate::{AgentStream, Call, Result};
 
@@ -64,7 +64,11 @@ pub trait NodeApi: Send + Sync + 'static {
     /// Stops the CPUs of a running VM.
     fn pause_vm(&self, request: PauseVmRequest, call: Call) -> Reply<'_, ()>;
 
-    /// Lets the CPUs of a paused VM run again.
+    /// Suspends a running or paused VM: its state is kept on the host's disk, and it uses no memory. It
+    /// is not an error if the VM is suspended.
+    fn suspend_vm(&self, request: SuspendVmRequest, call: Call) -> Reply<'_, ()>;
+
+    /// Lets the CPUs of a paused VM run again, and wakes a suspended VM.
     fn resume_vm(&self, request: ResumeVmRequest, call: Call) -> Reply<'_, ()>;
 
     /// Changes a VM that has not ended, once for each [`revision`](UpdateVmRequest::revision). The
@@ -90,7 +94,7 @@ pub trait NodeApi: Send + Sync + 'static {
     fn snapshot_vm(&self, request: SnapshotVmRequest, call: Call) -> Reply<'_, TemplateFacts>;
 
     /// Connects to the agent in a VM. The VM counts as used while the stream or the connection that
-    /// is made of it lives, and is resumed where it was paused because it was idle.
+    /// is made of it lives, and is resumed where it was paused because it was idle or is suspended.
     fn connect_agent(&self, request: ConnectAgentRequest, call: Call) -> Reply<'_, AgentStream>;
 
     /// Describes a template in the host's store. Reading a template changes nothing, so it is answered

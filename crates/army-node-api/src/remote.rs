@@ -19,7 +19,7 @@ use crate::requests::{
     ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
     InstallCertificateRequest, MeasureVmRequest, Operation, PauseVmRequest, ReadConsoleRequest,
     RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
-    SetStandbysRequest, SnapshotVmRequest, TemplateFacts, UpdateVmRequest,
+    SetStandbysRequest, SnapshotVmRequest, SuspendVmRequest, TemplateFacts, UpdateVmRequest,
 };
 use crate::tickets::TICKET_HEADER;
 use crate::{
@@ -221,6 +221,10 @@ impl NodeApi for Remote {
     }
 
     fn pause_vm(&self, request: PauseVmRequest, call: Call) -> Reply<'_, ()> {
+        self.call(request, call)
+    }
+
+    fn suspend_vm(&self, request: SuspendVmRequest, call: Call) -> Reply<'_, ()> {
         self.call(request, call)
     }
 

@@ -46,6 +46,7 @@ pub fn router(node: Arc<dyn NodeApi>) -> Router {
         .merge(operation(<dyn NodeApi>::fork_vm))
         .merge(operation(<dyn NodeApi>::destroy_vm))
         .merge(operation(<dyn NodeApi>::pause_vm))
+        .merge(operation(<dyn NodeApi>::suspend_vm))
         .merge(operation(<dyn NodeApi>::resume_vm))
         .merge(operation(<dyn NodeApi>::update_vm))
         .merge(operation(<dyn NodeApi>::balloon))

@@ -19,7 +19,8 @@ use crate::requests::{
     ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
     InstallCertificateRequest, MeasureVmRequest, PauseVmRequest, ReadConsoleRequest,
     RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
-    SetStandbysRequest, SnapshotVmRequest, TemplateFacts, UpdateVmRequest, VmReport, VmSpec,
+    SetStandbysRequest, SnapshotVmRequest, SuspendVmRequest, TemplateFacts, UpdateVmRequest,
+    VmReport, VmSpec,
 };
 use crate::{AgentStream, Call, Error, ErrorKind, Fence, NodeApi, Reply, Result};
 
@@ -524,6 +525,10 @@ impl NodeApi for SimulatedNode {
 
     fn pause_vm(&self, request: PauseVmRequest, call: Call) -> Reply<'_, ()> {
         self.answer(call, move || self.set_vm(&request.vm, VmState::Paused))
+    }
+
+    fn suspend_vm(&self, request: SuspendVmRequest, call: Call) -> Reply<'_, ()> {
+        self.answer(call, move || self.set_vm(&request.vm, VmState::Suspended))
     }
 
     fn resume_vm(&self, request: ResumeVmRequest, call: Call) -> Reply<'_, ()> {

@@ -52,15 +52,15 @@ impl Drop for OpenConnection {
 
 impl Node {
     /// Connects to the agent in a VM. The VM counts as used while the connection lives, or what
-    /// becomes of it, and is resumed where it was paused because it was idle. The connection has
-    /// the same deadline.
+    /// becomes of it. It is resumed where it was paused because it was idle, and woken where it
+    /// is suspended. The connection has the same deadline.
     ///
     /// Waiting for the agent holds no thread. Threads are held only for looking at the VM.
     pub async fn agent(self: &Arc<Self>, id: &str, deadline: Deadline) -> Result<Connection> {
         let (node, vm_id) = (Arc::clone(self), id.to_owned());
         let begin = move || {
             let in_use = node.begin_use(&vm_id)?;
-            let vm = node.find(&vm_id)?;
+            let vm = node.find_awake(&vm_id)?;
             node.resume_idle(&vm_id, &vm)?;
             Ok((vm, in_use))
         };

@@ -14,7 +14,11 @@ impl Node {
     /// [`ErrorKind::Conflict`] where the VM has ended or is being created.
     pub fn update(&self, request: &UpdateVmRequest) -> Result<()> {
         // Two changes at the same time would leave the policy of one and the record of the other.
-        let _turn = lock(&self.changing);
+        self.turns
+            .take(&request.vm, || self.update_in_turn(request))
+    }
+
+    fn update_in_turn(&self, request: &UpdateVmRequest) -> Result<()> {
         let entry = self.journal.get(&request.vm)?;
         entry.check_changeable()?;
         if request.revision <= entry.revision {
@@ -22,13 +26,16 @@ impl Node {
         }
         if let Some(network) = &request.network {
             let wanted = validate::egress(network)?;
-            let vm = self.find(&request.vm)?;
-            let ceiling = match entry.ceiling {
-                Some(ceiling) => ceiling,
-                // What the template permits was not recorded. What is in force is within it.
-                None => fork::egress(&vm)?,
-            };
-            fork::set_egress(&vm, &wanted, &ceiling, network.host)?;
+            // The policy of a suspended VM comes into force before it goes on.
+            if !entry.suspended {
+                let vm = self.find(&request.vm)?;
+                let ceiling = match entry.ceiling {
+                    Some(ceiling) => ceiling,
+                    // What the template permits was not recorded. What is in force is within it.
+                    None => fork::egress(&vm)?,
+                };
+                fork::set_egress(&vm, &wanted, &ceiling, network.host)?;
+            }
         }
         // The idle time begins with the change.
         self.mark_used(&request.vm);

@@ -32,7 +32,7 @@ impl Node {
     /// Creates forks of a running VM, which continues to run.
     pub fn fork_vm(&self, parent: &str, vms: &[VmSpec]) -> Vec<Result<CreatedVm>> {
         let source = self
-            .find(parent)
+            .find_awake(parent)
             .and_then(|vm| Ok(Source::live(&self.runtime, &vm)?));
         match source {
             Ok((source, _)) => self.fork(&source, vms),

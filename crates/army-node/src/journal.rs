@@ -65,6 +65,9 @@ pub struct Entry {
     /// Whether the VM was paused because it was idle.
     #[serde(default)]
     pub asleep: bool,
+    /// Whether the VM is suspended, is being suspended or is being woken.
+    #[serde(default)]
+    pub suspended: bool,
 }
 
 /// A step of a VM's life.
@@ -136,6 +139,7 @@ impl Entry {
             revision: 0,
             stage: Stage::Begun,
             asleep: false,
+            suspended: false,
         }
     }
 }

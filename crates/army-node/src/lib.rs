@@ -21,7 +21,9 @@ mod report;
 mod service;
 mod standbys;
 pub mod supervise;
+mod suspend;
 mod templates;
+mod turns;
 mod watch;
 
 use std::collections::HashMap;
@@ -47,6 +49,7 @@ use report::ReportCache;
 
 pub use service::NodeService;
 use standbys::Standbys;
+use turns::Turns;
 
 /// The beginning of the names that Army's VMs have on their host.
 pub const VM_PREFIX: &str = "army-";
@@ -61,8 +64,7 @@ pub struct Node {
     /// Templates that are open to be forked, by name.
     sources: Mutex<HashMap<String, Arc<Source>>>,
     standbys: Standbys,
-    /// Held while a VM is changed.
-    changing: Mutex<()>,
+    turns: Turns,
     /// Held while a template is received.
     receiving: Mutex<()>,
     reports: ReportCache,
@@ -90,7 +92,7 @@ impl Node {
         let fence = FenceFile::open(&state)?;
         let node = Arc::new(Self {
             name,
-            changing: Mutex::default(),
+            turns: Turns::default(),
             receiving: Mutex::default(),
             standbys: Standbys::new(runtime.clone()),
             runtime,
@@ -135,12 +137,24 @@ impl Node {
                 ErrorKind::NotFound => Ok(()),
                 _ => Err(error),
             })?;
+        // What is changing the VM ends with its process, and then cannot start it again.
+        self.end_process(id)?;
+        lock(&self.usage).remove(id);
+        self.turns.take(id, || {
+            self.end_process(id)?;
+            self.remove_suspended(id)
+        })
+    }
+
+    /// Ends the process of a VM, if it has one.
+    fn end_process(&self, id: &str) -> Result<()> {
         match self.runtime.find(&vm_name(id)) {
             Ok(vm) => launch::end(&self.runtime, &vm),
             Err(error) if error.code == ErrorCode::NotFound => {}
+            // A suspended VM has no process.
+            Err(_) if self.journal.get(id).is_ok_and(|it| it.suspended) => {}
             Err(error) => return Err(error.into()),
         }
-        lock(&self.usage).remove(id);
         Ok(())
     }
 
@@ -151,9 +165,10 @@ impl Node {
         Ok(paused?)
     }
 
-    /// Lets the CPUs of a paused VM run again.
+    /// Lets the CPUs of a paused VM run again, or wakes a suspended VM.
     pub fn resume(&self, id: &str) -> Result<()> {
         self.mark_used(id);
+        self.find_awake(id)?;
         let resumed = self.client(id)?.resume();
         self.reports.invalidate(id);
         Ok(resumed?)

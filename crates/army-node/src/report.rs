@@ -64,6 +64,8 @@ impl Node {
                 report.state = VmState::Failed;
                 report.reason = Some(reason.clone());
             }
+            // It uses no memory.
+            Stage::Running if entry.suspended => report.state = VmState::Suspended,
             Stage::Running => {
                 report.state = VmState::Running;
                 let ask = || ask(&self.find(&entry.id).ok()?).ok();

@@ -17,7 +17,7 @@ use army_node_api::requests::{
     HostReport, ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest,
     MeasureVmRequest, PauseVmRequest, ReadConsoleRequest, RemoveTemplateRequest, RenewalRequest,
     RenewalResponse, ReportRequest, ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest,
-    TemplateFacts, UpdateVmRequest,
+    SuspendVmRequest, TemplateFacts, UpdateVmRequest,
 };
 use army_node_api::{
     AgentStream, Call, Deadline, Error, ErrorKind, NodeApi, Remote, Reply, Result,
@@ -186,6 +186,10 @@ impl NodeApi for NodeService {
 
     fn pause_vm(&self, request: PauseVmRequest, call: Call) -> Reply<'_, ()> {
         self.run(call, move |node| node.pause(&request.vm))
+    }
+
+    fn suspend_vm(&self, request: SuspendVmRequest, call: Call) -> Reply<'_, ()> {
+        self.run(call, move |node| node.suspend(&request.vm))
     }
 
     fn resume_vm(&self, request: ResumeVmRequest, call: Call) -> Reply<'_, ()> {

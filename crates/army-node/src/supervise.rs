@@ -64,15 +64,22 @@ impl Node {
         for entry in self.journal.all() {
             match entry.stage {
                 Stage::Begun => self.end(&entry, "the node was restarted while it was made", true),
-                Stage::Ended(_) | Stage::Failed(_) => self.end_process(&entry),
-                Stage::Running => self.mark_used(&entry.id),
+                Stage::Ended(_) | Stage::Failed(_) => self.end_what_is_left(&entry),
+                Stage::Running => {
+                    if entry.suspended {
+                        self.recover_suspended(&entry);
+                    }
+                    self.mark_used(&entry.id);
+                }
             }
         }
     }
 
     fn examine_vms(&self, watch: &mut Watch) {
         for entry in self.journal.all() {
-            if entry.stage == Stage::Running && self.is_running(&entry, watch) {
+            if entry.stage == Stage::Running && entry.suspended {
+                self.enforce_time_to_live(&entry);
+            } else if entry.stage == Stage::Running && self.is_running(&entry, watch) {
                 self.enforce(&entry);
             }
         }
@@ -95,6 +102,10 @@ impl Node {
                 true
             }
             Ok(None) | Err(_) => {
+                // The VM may have been suspended since its record was read.
+                if self.journal.get(&entry.id).is_ok_and(|now| now.suspended) {
+                    return false;
+                }
                 self.record(entry, Stage::Ended("its guest ended it".into()));
                 lock(&self.usage).remove(&entry.id);
                 false
@@ -104,10 +115,8 @@ impl Node {
 
     /// Enforces a VM's time to live and its idle policy.
     fn enforce(&self, entry: &Entry) {
-        if entry.is_expired(boot_ms(), now_ms()) {
-            return self.end_if(entry, "its time to live was over", |entry| {
-                entry.is_expired(boot_ms(), now_ms())
-            });
+        if self.enforce_time_to_live(entry) {
+            return;
         }
         let Some(policy) = entry.idle else { return };
         let idle = lock(&self.usage)
@@ -139,7 +148,25 @@ impl Node {
                 }
             }
             IdleAction::Pause => {}
+            IdleAction::Suspend => {
+                if let Err(error) = self.suspend(&entry.id) {
+                    tracing::warn!(vm = entry.id, %error, "cannot suspend an idle VM");
+                    // It is tried again after the same time.
+                    self.mark_used(&entry.id);
+                }
+            }
         }
+    }
+
+    /// Ends a VM whose time to live is over. Returns whether it is.
+    fn enforce_time_to_live(&self, entry: &Entry) -> bool {
+        let is_over = entry.is_expired(boot_ms(), now_ms());
+        if is_over {
+            self.end_if(entry, "its time to live was over", |entry| {
+                entry.is_expired(boot_ms(), now_ms())
+            });
+        }
+        is_over
     }
 
     /// Whether commands run in a VM that nobody is connected to, such as detached ones.
@@ -159,7 +186,7 @@ impl Node {
         let stage = Stage::Ended(reason.to_owned());
         match self.journal.end_if(&entry.id, stage, condition) {
             Ok(true) => {
-                self.end_process(entry);
+                self.end_what_is_left(entry);
                 lock(&self.usage).remove(&entry.id);
             }
             Ok(false) => {}
@@ -173,7 +200,7 @@ impl Node {
             false => Stage::Ended(reason.to_owned()),
         };
         self.record(entry, stage);
-        self.end_process(entry);
+        self.end_what_is_left(entry);
         lock(&self.usage).remove(&entry.id);
     }
 
@@ -183,10 +210,16 @@ impl Node {
         }
     }
 
-    /// Ends the process of a VM that has ended by the journal.
-    fn end_process(&self, entry: &Entry) {
-        if let Ok(vm) = self.runtime.find(&vm_name(&entry.id)) {
-            fork::end(&self.runtime, &vm);
+    /// Ends the process of a VM that has ended by the journal, and removes its state.
+    fn end_what_is_left(&self, entry: &Entry) {
+        let ended = self.end_process(&entry.id).and_then(|()| {
+            self.turns.take(&entry.id, || {
+                self.end_process(&entry.id)?;
+                self.remove_suspended(&entry.id)
+            })
+        });
+        if let Err(error) = ended {
+            tracing::error!(vm = entry.id, %error, "something of a VM that has ended is left");
         }
     }
 

@@ -146,7 +146,33 @@ async fn a_change_is_bounded_and_only_for_those_who_may(postgres: Option<Postgre
     assert_eq!(node.updates(), []);
 }
 
+async fn a_suspended_vm_is_listed_as_such_and_woken_by_a_command(postgres: Option<Postgres>) {
+    let (server, _node) = with_vm(postgres).await;
+    let suspend = format!("{PATH}/suspend");
+    let vm: Vm = server
+        .admin
+        .send(Method::POST, &suspend, &())
+        .await
+        .unwrap();
+    assert_eq!(vm.state, VmState::Suspended);
+    // Its host reports the same.
+    server.controller.recover().await.unwrap();
+    let listed = async |state: &str| {
+        let query = [("state", state)];
+        let page: army_api::vms::VmPage = server.admin.get("/v1/vms", &query).await.unwrap();
+        page.vms.len()
+    };
+    assert_eq!((listed("suspended").await, listed("running").await), (1, 0));
+    // The guest of a simulated host has no agent; the VM is woken nevertheless.
+    let exec = format!("{PATH}/exec");
+    let body = json!({"command": ["true"]});
+    let refused: Result<Value, ClientError> = server.admin.send(Method::POST, &exec, &body).await;
+    refused.unwrap_err();
+    assert_eq!((listed("suspended").await, listed("running").await), (0, 1));
+}
+
 on_each_database! {
+    a_suspended_vm_is_listed_as_such_and_woken_by_a_command,
     what_is_mentioned_is_changed_and_the_host_is_asked_for_it,
     a_change_of_a_vm_that_has_ended_is_a_conflict,
     a_host_that_does_not_answer_applies_the_change_later,

@@ -78,6 +78,7 @@ fn vms_are_made_used_forked_and_destroyed_through_the_api() {
         host.army(&["vm", "inspect", "idle"])["state"] == "paused"
     });
     assert_eq!(host.guest("idle", "cat /run/nonce"), "4711-nonce");
+    vms_sleep_on_disk(&host);
     // A template in use stays; then everything goes.
     assert!(!host.run(&["template", "rm", "tiny"]).status.success());
     for vm in host.army(&["vm", "ls"]).as_array().unwrap() {
@@ -103,6 +104,48 @@ fn vms_are_made_used_forked_and_destroyed_through_the_api() {
 }
 
 /// A command is started, read twice from where the first reader stopped, and ended by a signal.
+/// A suspended VM has no process and uses no memory, and whatever is asked of it wakes it.
+fn vms_sleep_on_disk(host: &Host) {
+    host.army(&[
+        "vm",
+        "create",
+        "tiny",
+        "-n",
+        "sleeper",
+        "--suspend-idle",
+        "1",
+    ]);
+    host.guest(
+        "sleeper",
+        "echo mine > /run/mine; cat /proc/sys/kernel/random/boot_id > /run/boot",
+    );
+    let is_suspended =
+        |host: &Host| host.army(&["vm", "inspect", "sleeper"])["state"] == "suspended";
+    host.wait("an idle VM's suspension", is_suspended);
+    let id = host.army(&["vm", "inspect", "sleeper"])["id"].clone();
+    let directory = format!("army-{}", id.as_str().unwrap());
+    assert!(!host.there().contains(&directory), "its process is gone");
+    let here =
+        "cat /run/nonce /run/mine; cmp /run/boot /proc/sys/kernel/random/boot_id && hostname";
+    assert_eq!(host.guest("sleeper", here), "4711-nonce\nmine\nsleeper");
+    assert!(host.there().contains(&directory));
+    // By its user's word, and a file wakes it, too.
+    host.army(&["vm", "set", "sleeper", "--no-idle"]);
+    let suspended = host.army(&["vm", "suspend", "sleeper"]);
+    assert_eq!(suspended["state"], "suspended");
+    let copy = host.dir.path().join("mine");
+    host.army(&["cp", "sleeper:/run/mine", copy.to_str().unwrap()]);
+    assert_eq!(std::fs::read_to_string(copy).unwrap(), "mine\n");
+    assert_eq!(host.army(&["vm", "inspect", "sleeper"])["state"], "running");
+    // One that is destroyed leaves nothing.
+    host.army(&["vm", "suspend", "sleeper"]);
+    host.army(&["vm", "rm", "sleeper"]);
+    let left = std::fs::read_dir(host.suspended()).unwrap();
+    let left = left.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let left: Vec<String> = left.filter(|name| !name.starts_with('.')).collect();
+    assert_eq!(left, [""; 0]);
+}
+
 fn commands_go_on_without_anybody(host: &Host) {
     let script =
         "echo one; echo apart >&2; until [ -e /run/go ]; do sleep 0.1; done; echo two; exit 5";
@@ -379,6 +422,14 @@ fn vms_outlive_the_server_and_are_its_own_again() {
         "outlived\nbefore"
     );
     assert_eq!(ids(&host), first, "the same request after a restart");
+    // A suspended VM outlives the server, too.
+    host.army(&["vm", "suspend", "v-1"]);
+    host.kill_server();
+    host.start();
+    assert_eq!(
+        host.guest("v-1", "cat /run/nonce /run/before"),
+        "outlived\nbefore"
+    );
     a_client_that_went_away_finds_its_vm_when_it_is_back(&host);
     whenever_it_is_killed_each_vm_is_there_once_or_not_at_all(&mut host);
     a_full_disk_is_told_and_harms_no_vm(&mut host);

@@ -11,12 +11,15 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod cache;
+mod dir_lock;
 pub mod host_net;
 pub mod launch;
 pub mod programs;
 pub mod runtime;
 mod scratch;
 pub mod snapshot;
+pub mod suspend;
+pub mod suspended;
 #[cfg(any(test, feature = "testing"))]
 #[doc(hidden)]
 pub mod testing;

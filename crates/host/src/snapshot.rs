@@ -47,10 +47,11 @@ pub fn take(
 ) -> Result<(Template, SnapshotTaken)> {
     let config = vm.dir.config()?;
     let known = vm.dir.parent()?;
-    let parent = known.template.as_deref().map(Template::open);
-    let parent = parent.and_then(Result::ok);
+    let base = known.base_template();
+    let parent_dir = base.as_ref().map(|base| base.template.as_path());
+    let parent = parent_dir.map(Template::open).and_then(Result::ok);
     if diff && parent.is_none() {
-        return Err(no_parent(&config.name, known.template.as_deref()));
+        return Err(no_parent(&config.name, parent_dir));
     }
     if let Some(parent) = &parent {
         // The new template takes over the parent's files, with their hashes.
@@ -96,6 +97,13 @@ pub fn take(
         },
         disks: frozen,
         kernel: parent.is_none(),
+        // The layers of a live fork or of a saved VM above its template's are part of the diff.
+        base: known
+            .base
+            .as_ref()
+            .filter(|_| diff)
+            .map(|it| it.layers.clone()),
+        ..SnapshotRequest::default()
     };
     let taken = request_snapshot(vm, &request, &files)?;
     for (index, disk) in config.disks.iter().enumerate() {
@@ -154,7 +162,7 @@ pub fn take_live(runtime: &Runtime, vm: &RunningVm) -> Result<(LiveLayers, Snaps
         .advise("run VMs to be forked with overlay=ephemeral, or take a snapshot and fork that"));
     }
     let mut parent = vm.dir.parent()?;
-    let room = room_for_live_fork(vm)?;
+    let room = room_for_state(vm)?;
     let (dir, taken) = runtime.fill_live_dir(room, |dir| fill(vm, &config, dir))?;
     // Only the caller can write to the directory.
     let written = |name: &str| {
@@ -162,8 +170,9 @@ pub fn take_live(runtime: &Runtime, vm: &RunningVm) -> Result<(LiveLayers, Snaps
         let file = File::open(&path).map_err(failed("open", &path))?;
         SharedFile::of(path, &file)
     };
-    parent.memory.push(written("memory")?);
+    parent.base = parent.base_template();
     parent.template = None;
+    parent.memory.push(written("memory")?);
     parent.locks.push(SharedFile::named(dir.lock_path()));
     for disk in taken.disks.iter().filter(|disk| disk.written) {
         let index = disk.index as usize;
@@ -193,7 +202,7 @@ fn fill(vm: &RunningVm, config: &VmConfig, dir: &LiveDir) -> Result<SnapshotTake
     let request = SnapshotRequest {
         kind: SnapshotKind::Fork,
         disks,
-        kernel: false,
+        ..SnapshotRequest::default()
     };
     request_snapshot(vm, &request, &files)
 }
@@ -202,9 +211,9 @@ fn disk_file(index: u32) -> String {
     format!("disk-{index}")
 }
 
-/// An estimate of the bytes that a live fork of `vm` writes: the memory that it does not share, and
-/// as much again as the guest may change during the copy.
-fn room_for_live_fork(vm: &RunningVm) -> Result<u64> {
+/// An estimate of the bytes that a state of `vm` takes: the memory that it does not share, and as
+/// much again as the guest may change during the copy.
+pub(crate) fn room_for_state(vm: &RunningVm) -> Result<u64> {
     let client = Client::new(vm.dir.control_socket()).with_timeout(LIMIT);
     let memory = client
         .stats()
@@ -255,7 +264,8 @@ fn keeps_writes(disk: &DiskConfig) -> bool {
     !disk.read_only && disk.overlay != Overlay::Ephemeral
 }
 
-fn scratch() -> Result<File> {
+/// A file without a name for a disk's writes, which ends with its descriptors.
+pub(crate) fn scratch() -> Result<File> {
     let dir = scratch::dir();
     clone_disk::ephemeral(dir.as_deref()).map_err(|error| ApiError::internal(&error))
 }
@@ -263,7 +273,7 @@ fn scratch() -> Result<File> {
 /// Requests a snapshot into `files` from the VM. The files may be in memory, where the VM's writes
 /// count against its own memory limit, so the limit is raised first; otherwise the VM would be
 /// killed.
-fn request_snapshot(
+pub(crate) fn request_snapshot(
     vm: &RunningVm,
     request: &SnapshotRequest,
     files: &[File],

@@ -15,7 +15,8 @@ use clone_start::error::Result;
 use clone_template::testing::{Bounds, Place, record};
 use clone_template::{Template, receive, send};
 
-use crate::launch::fork::{Overrides, Plan, Source};
+use crate::launch::Plan;
+use crate::launch::fork::{Overrides, Source};
 use crate::runtime::Runtime;
 use crate::scratch;
 
@@ -120,7 +121,7 @@ pub fn rehearse(
     name: &str,
     overrides: &Overrides,
 ) -> Result<VmConfig> {
-    let Plan { config, origin } = source.plan(name, overrides, false)?;
+    let Plan { config, origin, .. } = source.plan(name, overrides, false)?;
     let net = AttachedNet {
         queues: 0,
         mac: MacAddr([2, 0, 0, 0, 0, 1]),

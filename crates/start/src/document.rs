@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use clone_api::config::DiskFormat;
+use clone_api::control::BaseLayers;
 use clone_api::jail::RequiredJail;
 use clone_api::validate::{validate, validate_unnamed};
 use clone_api::{ApiError, ErrorCode, MacAddr, VmConfig, descriptors};
@@ -61,7 +62,15 @@ pub struct ForkSpec {
     /// Whether pages are mapped one by one, so that those that the guest touches can be recorded.
     /// Otherwise the kernel also maps the neighbours of a page that is read.
     pub observed: bool,
+    /// Set for a saved VM that goes on as the same VM: it gets no new generation id. The file is
+    /// empty until the guest runs; the VM's process marks it before the guest's first instruction
+    /// ([`RAN`]), and refuses to run a guest whose file is marked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run_once: Option<SharedFile>,
 }
+
+/// The content of [`ForkSpec::run_once`] once the guest has run.
+pub const RAN: &[u8] = b"ran\n";
 
 /// The files that snapshots and forks of a VM build on.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -79,6 +88,40 @@ pub struct Parent {
     /// has none.
     #[serde(default)]
     pub boot: Option<BootSource>,
+    /// The template that the lowest layers belong to, where those above them are a live fork's or a
+    /// saved VM's. `None` where all layers belong to `template`, or none to any template.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<BaseTemplate>,
+}
+
+/// The template that the lowest layers of a VM belong to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BaseTemplate {
+    /// The template's directory.
+    pub template: PathBuf,
+    /// The number of its layers.
+    pub layers: BaseLayers,
+}
+
+impl Parent {
+    /// The template that a state of the VM can be kept as a difference from, and how many of the
+    /// layers are the template's; `None` for a VM that was booted.
+    pub fn base_template(&self) -> Option<BaseTemplate> {
+        let whole = || {
+            let template = self.template.clone()?;
+            let layers = self.layers();
+            Some(BaseTemplate { template, layers })
+        };
+        self.base.clone().or_else(whole)
+    }
+
+    /// The number of all layers.
+    pub fn layers(&self) -> BaseLayers {
+        BaseLayers {
+            memory: self.memory.len() as u32,
+            disks: self.disks.iter().map(|it| it.layers.len() as u32).collect(),
+        }
+    }
 }
 
 /// A kernel to boot, and its initial RAM disk.
@@ -91,7 +134,7 @@ pub struct BootSource {
 }
 
 /// The files that a clone's disk shares with others, below the options in the description.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ForkDisk {
     /// The base image and its format; `None` if the lowest layer holds everything.
     pub base: Option<(SharedFile, DiskFormat)>,
@@ -264,6 +307,7 @@ mod tests {
                 prefetch: None,
                 standby: false,
                 observed: false,
+                run_once: None,
             })),
             nets: Vec::new(),
             required_jail: RequiredJail::default(),

@@ -38,6 +38,7 @@ mod verify;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -161,6 +162,7 @@ impl Template {
                 .collect::<Result<_>>()?,
             locks: vec![SharedFile::of(self.path(names::MANIFEST), &self.lock)?],
             boot: self.boot_source()?,
+            base: None,
         })
     }
 
@@ -195,6 +197,24 @@ impl Template {
     pub fn hold(&self) -> Result<File> {
         let held = self.lock.try_clone();
         held.map_err(failed("hold", self.dir()))
+    }
+
+    /// Keeps the template from being removed as long as the directory `dir` exists, which builds on
+    /// it: that of a suspended VM.
+    pub fn hold_for(&self, dir: &Path) -> Result<()> {
+        let name = dir.file_name().unwrap_or_default().to_string_lossy();
+        let name = format!("{}{name}", names::HELD);
+        let written = match self.folder.remove(&name) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => self.folder.create(&name),
+        };
+        written
+            .and_then(|mut file| {
+                file.write_all(dir.as_os_str().as_bytes())?;
+                file.sync_all()
+            })
+            .and_then(|()| self.folder.file().sync_all())
+            .map_err(failed("write", &self.path(&name)))
     }
 
     /// The record of the pages that clones touch first, if there is one. It belongs to this host,

@@ -12,8 +12,14 @@ pub(crate) const STATE: &str = "state";
 pub(crate) const KERNEL: &str = "kernel";
 pub(crate) const INITRD: &str = "initrd";
 
+/// The prefix of files that name a directory which builds on the template.
+pub(crate) const HELD: &str = "held-by-";
+
 /// Whether a template can have a file with this name.
 pub(crate) fn is_file_of_a_template(name: &str) -> bool {
+    if name.starts_with(HELD) {
+        return true;
+    }
     let memory = name.starts_with("memory-") && name.ends_with(".layer");
     let disk = name.starts_with("disk-") && (name.ends_with(".raw") || name.contains(".layer-"));
     let others = [MANIFEST, STATE, KERNEL, INITRD, PREFETCH, "prefetch.new"];

@@ -1,7 +1,9 @@
 //! The store: the directory in which templates are found by name.
 
+use std::ffi::OsString;
 use std::fs;
-use std::io;
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +12,9 @@ use clone_start::error::{Result, failed};
 use rustix::fs::FlockOperation;
 
 use super::{Template, build, folder, names, no_template};
+
+/// The size limit of a file that names a holder: that of paths, in bytes.
+const MAX_HOLDER: u64 = 4096;
 
 /// The directory of the templates that are given by name.
 #[derive(Clone, Debug)]
@@ -107,6 +112,15 @@ impl Store {
                 "end the VMs that were forked from it (`clone ls`), and its `clone template serve`",
             )
         })?;
+        if let Some(holder) = holder(&dir)? {
+            let message = format!(
+                "the template {} is in use by the suspended VM in {}",
+                dir.display(),
+                holder.display()
+            );
+            return Err(ApiError::new(ErrorCode::Conflict, message)
+                .advise("remove that VM, or resume and end it (`clone ls`)"));
+        }
         if let Some(name) = foreign_entry(&dir)? {
             let message = format!(
                 "{} holds `{name}`, which is no part of a template",
@@ -120,6 +134,29 @@ impl Store {
         fs::rename(&dir, &hidden).map_err(failed("remove", &dir))?;
         build::remove_all(&hidden)
     }
+}
+
+/// A directory that exists and builds on the template in `dir`.
+fn holder(dir: &Path) -> Result<Option<PathBuf>> {
+    for entry in fs::read_dir(dir).map_err(failed("list", dir))? {
+        let entry = entry.map_err(failed("list", dir))?;
+        if !entry
+            .file_name()
+            .as_encoded_bytes()
+            .starts_with(names::HELD.as_bytes())
+        {
+            continue;
+        }
+        let mut holder = Vec::new();
+        let read = open_plain(&entry.path())
+            .and_then(|file| file.take(MAX_HOLDER).read_to_end(&mut holder));
+        read.map_err(failed("read", &entry.path()))?;
+        let holder = PathBuf::from(OsString::from_vec(holder));
+        if holder.is_absolute() && holder.exists() {
+            return Ok(Some(holder));
+        }
+    }
+    Ok(None)
 }
 
 /// Opens the manifest of a template that is to be removed. It may be damaged, and may belong to any

@@ -16,10 +16,11 @@ use kvm_ioctls::Kvm;
 use super::console::ConsoleHub;
 use super::control::ControlServer;
 use super::dirty_tracker::DirtyTracker;
-use super::machine::machine_error;
+use super::machine::{GuestMachine, machine_error};
 use super::open::{BootFiles, OpenOrigin, Resources};
 use super::prefetch::PrefetchPages;
 use super::reboot::Reboot;
+use super::run_once::RunOnce;
 use super::snapshot::SnapshotDisk;
 use super::timeline::Timeline;
 use super::vm::{Vm, VmHandle, VmHandles};
@@ -66,13 +67,21 @@ pub(super) fn assemble(
         .boot
         .map(|files| files.kernel(&config, extra_arguments));
     let machine = match (guest.source, &mut kernel) {
-        (Source::State(state, prefetch_pages), _) => restore(
-            parts,
-            *state,
-            prefetch_pages.as_ref(),
-            events,
-            &mut timeline,
-        )?,
+        (Source::State(state, prefetch_pages), _) => {
+            let machine = restore(
+                parts,
+                *state,
+                prefetch_pages.as_ref(),
+                events,
+                &mut timeline,
+            )?;
+            // A saved VM that goes on is no new generation.
+            if guest.run_once.is_none() {
+                let generation = clone_base::random::bytes().map_err(internal)?;
+                machine.set_generation(generation).map_err(machine_error)?;
+            }
+            machine
+        }
         (Source::Boot, Ok(kernel)) => boot(parts, kernel, &config, events)?,
         // A boot opens its kernel, so this case does not occur.
         (Source::Boot, Err(missing)) => {
@@ -105,6 +114,10 @@ pub(super) fn assemble(
     let disks = disks.collect();
     timeline.watch(machine.entry_time());
     let timeline = Arc::new(Mutex::new(timeline));
+    let mut machine = GuestMachine::new(machine);
+    if let Some(mark) = guest.run_once {
+        machine.in_saved_state(mark).map_err(internal)?;
+    }
     let vm = Vm::new(machine, hub, timeline, guest.standby, guest.locks, events);
     let mut vm = vm.map_err(internal)?;
     let snapshot_source = vm.snapshot_source(dirty_tracker, disks, boot_files);
@@ -143,6 +156,7 @@ struct Guest {
     standby: bool,
     observed: bool,
     locks: Vec<File>,
+    run_once: Option<RunOnce>,
 }
 
 enum Source {
@@ -161,6 +175,7 @@ impl Guest {
                 standby: false,
                 observed: false,
                 locks: Vec::new(),
+                run_once: None,
             }),
             OpenOrigin::Fork(fork) => {
                 let layout = *fork.memory.layout();
@@ -178,6 +193,7 @@ impl Guest {
                     standby: fork.standby,
                     observed: fork.observed,
                     locks: fork.locks,
+                    run_once: fork.run_once,
                 })
             }
         }
@@ -222,8 +238,6 @@ fn restore(
             .map_err(machine_error)?;
         timeline.reach(StartStage::PreFaulted);
     }
-    let generation = clone_base::random::bytes().map_err(|error| ApiError::internal(&error))?;
-    machine.set_generation(generation).map_err(machine_error)?;
     Ok(machine)
 }
 

@@ -58,9 +58,18 @@ impl DirtyTracker {
         &self.pagemap
     }
 
-    /// The id of the layer that a diff builds on.
-    pub(super) fn parent_id(&self) -> Option<LayerId> {
-        self.parent.as_ref().map(|stack| stack.top().id())
+    /// The number of layers of the parent.
+    pub(super) fn parent_layers(&self) -> usize {
+        self.layers().len()
+    }
+
+    /// The id of the top one of the parent's lowest `base` layers.
+    pub(super) fn layer_id(&self, base: usize) -> Option<LayerId> {
+        self.layers()[..base].last().map(Layer::id)
+    }
+
+    fn layers(&self) -> &[Layer] {
+        self.parent.as_ref().map_or(&[], LayerStack::layers)
     }
 
     /// Starts tracking changes, and returns all pages that differ from the parent.
@@ -88,12 +97,18 @@ impl DirtyTracker {
         Ok(now)
     }
 
-    /// All pages that may have data: the parent's and those that changed.
-    pub(super) fn all_data(&self) -> PageSet {
-        match self.renewed {
-            true => self.changed.clone(),
-            false => self.parents_data().union(&self.changed),
+    /// The pages that may differ from the parent's lowest `base` layers: those that the layers
+    /// above them override, and those that changed since. With `base` 0, these are all pages that
+    /// may have data.
+    pub(super) fn changed_since(&self, base: usize) -> PageSet {
+        if base == 0 {
+            return match self.renewed {
+                true => self.changed.clone(),
+                false => self.parents_data().union(&self.changed),
+            };
         }
+        let above = self.layers()[base..].iter().map(Layer::pages);
+        above.fold(self.changed.clone(), |all, pages| all.union(&pages))
     }
 
     /// The pages that the parent has data for.
@@ -113,12 +128,9 @@ impl DirtyTracker {
     }
 
     /// Records a snapshot that is kept: `layer` becomes the parent of the next snapshot, on top of
-    /// the present parent or, if it is `full`, alone.
-    pub(super) fn kept(&mut self, layer: Layer, full: bool) -> Result<(), LayerError> {
-        let mut layers = match &self.parent {
-            Some(stack) if !full => stack.layers().to_vec(),
-            _ => Vec::new(),
-        };
+    /// the lowest `base` layers of the present parent.
+    pub(super) fn kept(&mut self, layer: Layer, base: usize) -> Result<(), LayerError> {
+        let mut layers = self.layers()[..base].to_vec();
         layers.push(layer);
         self.parent = Some(LayerStack::new(layers)?);
         self.changed = PageSet::new();
@@ -186,11 +198,11 @@ mod tests {
         let memory = Arc::clone(dirty_tracker.memory());
         memory.ram().write_obj(5_u64, address(2)).unwrap();
         let changed = dirty_tracker.begin().unwrap();
-        let diff = layer(&memory, dirty_tracker.parent_id(), &changed);
+        let diff = layer(&memory, dirty_tracker.layer_id(1), &changed);
         let both = LayerStack::new(vec![base, diff]).unwrap();
         let forked = GuestMemory::from_layers(&layout, &both).unwrap();
         assert_eq!(content(&forked), content(&memory));
-        let full = layer(&memory, None, &dirty_tracker.all_data());
+        let full = layer(&memory, None, &dirty_tracker.changed_since(0));
         let alone = LayerStack::new(vec![full]).unwrap();
         let forked = GuestMemory::from_layers(&layout, &alone).unwrap();
         assert_eq!(content(&forked), content(&memory));

@@ -29,6 +29,7 @@ pub mod open;
 pub mod prefetch;
 mod rate_limits;
 mod reboot;
+mod run_once;
 mod snapshot;
 mod timeline;
 mod vm;

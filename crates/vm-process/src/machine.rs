@@ -1,16 +1,71 @@
 //! The machine, shared between the event loop and snapshots, and the conversion of its errors.
 
+use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clone_api::{ApiError, ErrorCode};
 use clone_vmm::machine::{Machine, MachineError};
 use clone_vmm::vcpu::{Refusal, VcpuError};
 
+use super::run_once::RunOnce;
+
+/// The machine of a VM. Its guest is let run by [`GuestMachine::resume`] alone.
+pub(super) struct GuestMachine {
+    machine: Machine,
+    /// The mark of the saved state that the paused guest is in, to be set before it runs again.
+    saved: Option<RunOnce>,
+}
+
+impl GuestMachine {
+    /// A machine that is in no saved state.
+    pub(super) fn new(machine: Machine) -> Self {
+        Self {
+            machine,
+            saved: None,
+        }
+    }
+
+    /// Records that the paused guest is in a saved state, which is void as soon as it runs. The
+    /// state saved before is void at once: two states of one VM must never both be valid.
+    pub(super) fn in_saved_state(&mut self, mark: RunOnce) -> std::io::Result<()> {
+        match self.saved.replace(mark) {
+            Some(former) => former.mark(),
+            None => Ok(()),
+        }
+    }
+
+    /// Resumes the guest, whose saved state is void from then on.
+    pub(super) fn resume(&mut self) -> Result<(), ApiError> {
+        if let Some(mark) = &self.saved {
+            let marked = mark.mark();
+            marked.map_err(|error| {
+                ApiError::internal(&error).advise("the VM stays paused: make room on that disk")
+            })?;
+            self.saved = None;
+        }
+        self.machine.resume().map_err(machine_error)
+    }
+}
+
+impl Deref for GuestMachine {
+    type Target = Machine;
+
+    fn deref(&self) -> &Machine {
+        &self.machine
+    }
+}
+
+impl DerefMut for GuestMachine {
+    fn deref_mut(&mut self) -> &mut Machine {
+        &mut self.machine
+    }
+}
+
 /// Locked for one call at a time by the event loop's thread, and by a snapshot's for as long as it
 /// keeps the guest paused.
-pub(super) type SharedMachine = Arc<Mutex<Machine>>;
+pub(super) type SharedMachine = Arc<Mutex<GuestMachine>>;
 
-pub(super) fn locked(machine: &SharedMachine) -> MutexGuard<'_, Machine> {
+pub(super) fn locked(machine: &SharedMachine) -> MutexGuard<'_, GuestMachine> {
     // After a panic the machine may be inconsistent, but it must still be ended in order.
     machine.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -22,6 +22,7 @@ use rustix::fs::FlockOperation;
 
 use super::nets;
 use super::nets::OpenNet;
+use super::run_once::RunOnce;
 use crate::console::ConsoleLog;
 
 /// The reason why a clone of a template in an older format cannot reboot.
@@ -61,6 +62,8 @@ pub(super) struct OpenFork {
     pub(super) boot: std::result::Result<BootFiles, String>,
     /// Lock files, each locked while the VM runs.
     pub(super) locks: Vec<File>,
+    /// For a saved VM, which goes on as the same VM: the mark to set before its guest runs.
+    pub(super) run_once: Option<RunOnce>,
 }
 
 /// A kernel and its initial RAM disk, open.
@@ -203,6 +206,7 @@ fn open_fork(fork: &ForkSpec, config: &VmConfig) -> Result<OpenFork> {
             .collect(),
         standby: fork.standby,
         locks,
+        run_once: fork.run_once.as_ref().map(open_mark).transpose()?,
     };
     opened.check_fits(config)?;
     Ok(opened)
@@ -213,6 +217,17 @@ fn open_lock(shared: &SharedFile) -> Result<File> {
     rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared)
         .map_err(|error| failed("share the template of", &shared.path)(error.into()))?;
     Ok(file)
+}
+
+fn open_mark(shared: &SharedFile) -> Result<RunOnce> {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(&shared.path)
+        .map_err(failed("open", &shared.path))?;
+    shared.check(&file)?;
+    RunOnce::new(file)
 }
 
 fn read_state(shared: &SharedFile) -> Result<MachineState> {

@@ -12,18 +12,21 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::Instant;
 
-use clone_api::control::{DiskTaken, SnapshotKind, SnapshotRequest, SnapshotTaken, SnapshotTimes};
+use clone_api::control::{
+    BaseLayers, DiskTaken, SnapshotKind, SnapshotRequest, SnapshotTaken, SnapshotTimes,
+};
 use clone_api::{ApiError, ErrorCode};
 use clone_disk::{Disk, FrozenLayers};
 use clone_memory::{Checksums, LayerWriter};
 use clone_start::cpu;
 use clone_start::error::{Result, storage_failed};
-use clone_vmm::machine::{Machine, MachineState};
+use clone_vmm::machine::MachineState;
 use clone_vmm::snapshot::{self, CpuProfile};
 
 use super::dirty_tracker::DirtyTracker;
-use super::machine::{SharedMachine, locked, machine_error};
+use super::machine::{GuestMachine, SharedMachine, locked, machine_error};
 use super::open::BootFiles;
+use super::run_once::RunOnce;
 
 /// While more than this has changed, the changed pages are copied once more before the guest is
 /// paused.
@@ -64,12 +67,15 @@ struct Files {
     kernel: Option<(File, File)>,
     /// For each disk: its index, the layer for new writes, and the file for the frozen layers.
     disks: Vec<(u32, File, File)>,
+    /// The mark of the saved state that a guest stays paused in.
+    mark: Option<File>,
 }
 
 impl Files {
     fn sort(request: &SnapshotRequest, files: Vec<OwnedFd>) -> Result<Self> {
         let kernel = if request.kernel { 2 } else { 0 };
-        let wanted = 2 + kernel + 2 * request.disks.len();
+        let mark = usize::from(request.stay_paused);
+        let wanted = 2 + kernel + 2 * request.disks.len() + mark;
         if files.len() != wanted {
             let message = format!("{} files came with the request, not {wanted}", files.len());
             return Err(ApiError::new(ErrorCode::BadRequest, message));
@@ -87,11 +93,16 @@ impl Files {
         };
         let disks = request.disks.iter();
         let disks = disks.map(|&index| Ok((index, next()?, next()?)));
+        let disks = disks.collect::<Result<_>>()?;
         Ok(Self {
             memory,
             state,
             kernel,
-            disks: disks.collect::<Result<_>>()?,
+            disks,
+            mark: match request.stay_paused {
+                true => Some(next()?),
+                false => None,
+            },
         })
     }
 }
@@ -110,7 +121,8 @@ pub(super) fn take(
             return Err(ApiError::new(ErrorCode::Conflict, message).advise("try again after it"));
         }
     };
-    let files = Files::sort(request, files)?;
+    let mut files = Files::sort(request, files)?;
+    let mark = files.mark.take().map(RunOnce::new).transpose()?;
     let disks = files.disks.iter().map(|(index, ..)| *index as usize);
     for index in disks {
         if index >= snapshot_source.disks.len() {
@@ -119,11 +131,37 @@ pub(super) fn take(
         }
     }
     let was_tracked = snapshot_source.dirty_tracker.is_tracked();
-    let taken = snapshot_source.take(request.kind, files);
-    if taken.is_err() || request.kind == SnapshotKind::Fork {
+    let was_running = locked(&snapshot_source.machine).is_running();
+    let content = snapshot_source.content(request)?;
+    let taken = snapshot_source.take(&content, files);
+    if taken.is_err() || !content.becomes_parent {
         snapshot_source.dirty_tracker.not_kept(was_tracked);
     }
+    let mut machine = locked(&snapshot_source.machine);
+    match (&taken, mark) {
+        (Ok(_), Some(mark)) => machine
+            .in_saved_state(mark)
+            .map_err(|error| ApiError::internal(&error))?,
+        _ if was_running => machine.resume()?,
+        _ => {}
+    }
+    drop(machine);
     taken
+}
+
+/// What a snapshot contains, and what becomes of it.
+struct Content {
+    /// The number of the parent's memory layers that it builds on.
+    memory_base: usize,
+    /// The number of layers of each disk that it builds on.
+    disk_bases: Vec<usize>,
+    /// Whether its memory layer has checksums.
+    checksums: Checksums,
+    /// Whether it is the parent of the next snapshot.
+    becomes_parent: bool,
+    /// Whether the guest runs again as soon as everything is read. Otherwise it is resumed, or not,
+    /// when everything is written.
+    resumes_at_once: bool,
 }
 
 /// The data that is read while the guest is paused.
@@ -143,26 +181,68 @@ struct FrozenDisk {
 }
 
 impl SnapshotSource {
-    fn take(&mut self, kind: SnapshotKind, files: Files) -> Result<SnapshotTaken> {
+    /// What a request asks for.
+    fn content(&self, request: &SnapshotRequest) -> Result<Content> {
+        let all = BaseLayers {
+            memory: self.dirty_tracker.parent_layers() as u32,
+            disks: self
+                .disks
+                .iter()
+                .map(|it| it.parent_layers as u32)
+                .collect(),
+        };
+        let none = BaseLayers {
+            memory: 0,
+            disks: vec![0; self.disks.len()],
+        };
+        let fits = |base: &BaseLayers| {
+            base.memory <= all.memory
+                && base.disks.len() == all.disks.len()
+                && base
+                    .disks
+                    .iter()
+                    .zip(&all.disks)
+                    .all(|(base, all)| base <= all)
+        };
+        if !request.base.as_ref().is_none_or(fits) {
+            let message = "the VM does not have the layers that the snapshot is to build on";
+            return Err(ApiError::new(ErrorCode::BadRequest, message));
+        }
+        let base = match request.kind {
+            SnapshotKind::Full => none,
+            SnapshotKind::Fork => all,
+            SnapshotKind::Diff => request.base.clone().unwrap_or(all),
+            SnapshotKind::Save => request.base.clone().unwrap_or(none),
+        };
+        Ok(Content {
+            memory_base: base.memory as usize,
+            disk_bases: base.disks.iter().map(|it| *it as usize).collect(),
+            checksums: match request.kind {
+                SnapshotKind::Fork => Checksums::Transient,
+                SnapshotKind::Full | SnapshotKind::Diff | SnapshotKind::Save => Checksums::Yes,
+            },
+            becomes_parent: matches!(request.kind, SnapshotKind::Full | SnapshotKind::Diff),
+            resumes_at_once: !request.stay_paused,
+        })
+    }
+
+    fn take(&mut self, content: &Content, files: Files) -> Result<SnapshotTaken> {
         let mut times = SnapshotTimes::default();
         let mut watch = Stopwatch::start();
-        let full = kind == SnapshotKind::Full;
-        let parent = match full {
-            true => None,
-            false => self.dirty_tracker.parent_id(),
-        };
+        let parent = self.dirty_tracker.layer_id(content.memory_base);
         let memory = Arc::clone(self.dirty_tracker.memory());
         let mut writer =
             LayerWriter::new(files.memory, "memory", *memory.layout(), parent).map_err(no_copy)?;
-        self.copy_running(&mut writer, full)?;
+        self.copy_running(&mut writer, content.memory_base)?;
         watch.lap(&mut times.copy_us);
 
         let machine = Arc::clone(&self.machine);
         let mut machine = locked(&machine);
         let was_running = machine.is_running();
-        let paused = self.pause_and_read(&mut machine, &mut writer, files.disks, full, &mut times);
-        if was_running {
-            machine.resume().map_err(machine_error)?;
+        let paused =
+            self.pause_and_read(&mut machine, &mut writer, files.disks, content, &mut times);
+        if was_running && (paused.is_err() || content.resumes_at_once) {
+            machine.resume()?;
         }
         drop(machine);
         watch.lap(&mut times.pause_us);
@@ -174,15 +254,10 @@ impl SnapshotSource {
         let (kernel, initrd) = self.write_kernel(files.kernel)?;
         let disks: Vec<DiskTaken> = frozen.into_iter().map(export).collect::<Result<_>>()?;
         let memory_bytes = writer.data_bytes();
-        let layer = writer
-            .finish(match kind {
-                SnapshotKind::Fork => Checksums::Transient,
-                SnapshotKind::Full | SnapshotKind::Diff => Checksums::Yes,
-            })
-            .map_err(no_copy)?;
+        let layer = writer.finish(content.checksums).map_err(no_copy)?;
         let id = layer.id();
-        if kind != SnapshotKind::Fork {
-            let kept = self.dirty_tracker.kept(layer, full);
+        if content.becomes_parent {
+            let kept = self.dirty_tracker.kept(layer, content.memory_base);
             kept.map_err(|error| ApiError::internal(&error))?;
             self.keep_disks(&disks);
         }
@@ -214,12 +289,10 @@ impl SnapshotSource {
     }
 
     /// Copies pages while the guest runs, until few changed ones are left.
-    fn copy_running(&mut self, writer: &mut LayerWriter, full: bool) -> Result<()> {
+    fn copy_running(&mut self, writer: &mut LayerWriter, base: usize) -> Result<()> {
         let memory = Arc::clone(self.dirty_tracker.memory());
-        let mut pages = self.dirty_tracker.begin().map_err(no_tracking)?;
-        if full {
-            pages = self.dirty_tracker.all_data();
-        }
+        self.dirty_tracker.begin().map_err(no_tracking)?;
+        let mut pages = self.dirty_tracker.changed_since(base);
         for _ in 0..ROUNDS {
             writer.copy(&memory, &pages).map_err(no_copy)?;
             pages = self.dirty_tracker.take_changed().map_err(no_tracking)?;
@@ -232,10 +305,10 @@ impl SnapshotSource {
 
     fn pause_and_read(
         &mut self,
-        machine: &mut Machine,
+        machine: &mut GuestMachine,
         writer: &mut LayerWriter,
         disks: Vec<(u32, File, File)>,
-        full: bool,
+        content: &Content,
         times: &mut SnapshotTimes,
     ) -> Result<Paused> {
         let mut watch = Stopwatch::start();
@@ -253,22 +326,21 @@ impl SnapshotSource {
         watch.lap(&mut times.last_copy_us);
         let state = machine.save().map_err(machine_error)?;
         watch.lap(&mut times.save_us);
-        let frozen = self.freeze(disks, full)?;
+        let frozen = self.freeze(disks, &content.disk_bases)?;
         watch.lap(&mut times.freeze_us);
         Ok(Paused { state, frozen })
     }
 
     /// Freezes the disks in `wanted`, and flushes the files of the others.
-    fn freeze(&self, wanted: Vec<(u32, File, File)>, full: bool) -> Result<Vec<FrozenDisk>> {
+    fn freeze(&self, wanted: Vec<(u32, File, File)>, bases: &[usize]) -> Result<Vec<FrozenDisk>> {
         let mut frozen = Vec::with_capacity(wanted.len());
         let chosen: Vec<u32> = wanted.iter().map(|(index, ..)| *index).collect();
         for (index, new_top, export) in wanted {
-            let SnapshotDisk {
-                disk,
-                parent_layers,
-            } = &self.disks[index as usize];
-            let below = if full { 0 } else { *parent_layers };
-            let mut disk = disk.lock().unwrap_or_else(PoisonError::into_inner);
+            let below = bases[index as usize];
+            let mut disk = self.disks[index as usize]
+                .disk
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             let failed = |error| storage_failed(&error);
             if disk.layers().is_empty() {
                 let message = format!("disk {index} is written in place and cannot be frozen");

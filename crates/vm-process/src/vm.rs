@@ -17,7 +17,7 @@ use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
 use clone_start::VmDir;
 use clone_vmm::devices::balloon::Balloon;
 use clone_vmm::event_loop::EventLoop;
-use clone_vmm::machine::{Exit, ExitSignal, GuestTime, Machine};
+use clone_vmm::machine::{Exit, ExitSignal, GuestTime};
 use clone_vmm::virtio::DeviceError;
 use vmm_sys_util::epoll::EventSet;
 
@@ -25,7 +25,7 @@ use super::console::ConsoleHub;
 use super::control::{Responder, VmControl};
 use super::devices::{Handles, balloon_status};
 use super::dirty_tracker::DirtyTracker;
-use super::machine::{SharedMachine, locked, machine_error};
+use super::machine::{GuestMachine, SharedMachine, locked, machine_error};
 use super::open::BootFiles;
 use super::prefetch;
 use super::reboot::Reboot;
@@ -49,7 +49,7 @@ pub(super) struct Vm {
 
 impl Vm {
     pub(super) fn new(
-        machine: Machine,
+        machine: GuestMachine,
         hub: Arc<Mutex<ConsoleHub>>,
         timeline: SharedTimeline,
         standby: bool,
@@ -98,7 +98,7 @@ impl Vm {
 
     /// Lets the guest run its first instruction.
     pub(super) fn begin(&mut self) -> Result<(), ApiError> {
-        locked(&self.machine).resume().map_err(machine_error)?;
+        locked(&self.machine).resume()?;
         self.reach(StartStage::Resumed);
         Ok(())
     }
@@ -311,7 +311,7 @@ impl VmControl for VmHandle {
 
     fn resume(&mut self) -> Result<(), ApiError> {
         self.check_alive()?;
-        locked(&self.machine).resume().map_err(machine_error)
+        locked(&self.machine).resume()
     }
 
     fn power_button(&mut self) -> Result<(), ApiError> {
@@ -419,7 +419,7 @@ impl VmControl for VmHandle {
         paused
             .and_then(|mut paused| paused.set_time(&time))
             .map_err(machine_error)?;
-        machine.resume().map_err(machine_error)?;
+        machine.resume()?;
         timeline(&self.timeline).reach(StartStage::Resumed);
         Ok(())
     }

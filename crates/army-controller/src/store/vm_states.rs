@@ -41,6 +41,8 @@ pub(crate) struct ChangedVm {
     pub(crate) number: i64,
     /// The VM's host.
     pub(crate) host: String,
+    /// What the VM was forked from.
+    pub(crate) template: String,
     /// The state that was last recorded.
     pub(crate) state: VmState,
     /// Whether the VM has not ended.
@@ -147,7 +149,7 @@ impl Store {
     /// A page of the VMs that were changed after the change `last`, by the order of their changes.
     pub(crate) async fn vms_changed_after(&self, last: i64) -> Result<Vec<ChangedVm>> {
         let rows = sqlx::query(
-            "SELECT id, changed, host, state, alive, wanted, creator, memory, \
+            "SELECT id, changed, host, template, state, alive, wanted, creator, memory, \
              CASE WHEN applied < revision THEN 1 ELSE 0 END AS pending FROM vms \
              WHERE changed > $1 ORDER BY changed LIMIT $2",
         )
@@ -162,7 +164,7 @@ impl Store {
     /// The VMs of a host that have not ended.
     pub(crate) async fn vms_of_host(&self, host: &str) -> Result<Vec<ChangedVm>> {
         let rows = sqlx::query(
-            "SELECT id, changed, host, state, alive, wanted, creator, memory, \
+            "SELECT id, changed, host, template, state, alive, wanted, creator, memory, \
              CASE WHEN applied < revision THEN 1 ELSE 0 END AS pending FROM vms \
              WHERE host = $1 AND alive = 1",
         )
@@ -235,6 +237,7 @@ fn changed_vm(row: &AnyRow) -> Result<ChangedVm> {
         id: text(row, "id")?,
         number: number(row, "changed")?,
         host: text(row, "host")?,
+        template: text(row, "template")?,
         state: from_word(&text(row, "state")?)?,
         alive: number(row, "alive")? != 0,
         wanted: number(row, "wanted")? != 0,

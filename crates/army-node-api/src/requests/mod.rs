@@ -23,7 +23,7 @@ pub use templates::{
 pub use vms::{
     BalloonRequest, ConnectAgentRequest, CreateVmsRequest, CreateVmsResponse, CreatedVm,
     DestroyVmRequest, ForgetVmsRequest, ForkVmRequest, IdleChange, Lifetime, PauseVmRequest,
-    ResumeVmRequest, SnapshotVmRequest, UpdateVmRequest, VmSpec,
+    ResumeVmRequest, SnapshotVmRequest, SuspendVmRequest, UpdateVmRequest, VmSpec,
 };
 
 /// A request that is one JSON document and is answered by one.

@@ -12,6 +12,7 @@ super::operations! {
     DestroyVmRequest = "destroy-vm" -> ();
     PauseVmRequest = "pause-vm" -> ();
     ResumeVmRequest = "resume-vm" -> ();
+    SuspendVmRequest = "suspend-vm" -> ();
     BalloonRequest = "balloon" -> Balloon;
     SnapshotVmRequest = "snapshot-vm" -> TemplateFacts;
     ForgetVmsRequest = "forget-vms" -> ();
@@ -112,6 +113,13 @@ pub struct DestroyVmRequest {
 /// See [`NodeApi::pause_vm`](crate::NodeApi::pause_vm).
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PauseVmRequest {
+    /// The VM's id.
+    pub vm: String,
+}
+
+/// See [`NodeApi::suspend_vm`](crate::NodeApi::suspend_vm).
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SuspendVmRequest {
     /// The VM's id.
     pub vm: String,
 }

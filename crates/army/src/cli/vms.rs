@@ -50,7 +50,14 @@ pub(super) enum Command {
         /// The VM.
         vm: String,
     },
-    /// Resume a paused VM.
+    /// Suspend a VM: keep its state on disk, so that it uses no memory.
+    ///
+    /// The next command, terminal, file or forwarded port wakes it, as `army vm resume` does.
+    Suspend {
+        /// The VM.
+        vm: String,
+    },
+    /// Resume a paused or suspended VM.
     Resume {
         /// The VM.
         vm: String,
@@ -119,8 +126,11 @@ pub(super) struct CreateArgs {
     #[arg(long, value_name = "SECONDS")]
     ttl: Option<u64>,
     /// Pause a VM that was not used for this number of seconds; the next command resumes it.
-    #[arg(long, value_name = "SECONDS", conflicts_with = "destroy_idle")]
+    #[arg(long, value_name = "SECONDS", conflicts_with_all = ["suspend_idle", "destroy_idle"])]
     pause_idle: Option<u64>,
+    /// Suspend a VM that was not used for this number of seconds; the next command wakes it.
+    #[arg(long, value_name = "SECONDS", conflicts_with = "destroy_idle")]
+    suspend_idle: Option<u64>,
     /// Destroy a VM that was not used for this number of seconds.
     #[arg(long, value_name = "SECONDS")]
     destroy_idle: Option<u64>,
@@ -148,8 +158,12 @@ pub(super) struct SetArgs {
     #[arg(long)]
     no_ttl: bool,
     /// Pause the VM when it was not used for this number of seconds; the next command resumes it.
-    #[arg(long, value_name = "SECONDS", conflicts_with_all = ["destroy_idle", "no_idle"])]
+    #[arg(long, value_name = "SECONDS",
+        conflicts_with_all = ["suspend_idle", "destroy_idle", "no_idle"])]
     pause_idle: Option<u64>,
+    /// Suspend the VM when it was not used for this number of seconds; the next command wakes it.
+    #[arg(long, value_name = "SECONDS", conflicts_with_all = ["destroy_idle", "no_idle"])]
+    suspend_idle: Option<u64>,
     /// Destroy the VM when it was not used for this number of seconds.
     #[arg(long, value_name = "SECONDS", conflicts_with = "no_idle")]
     destroy_idle: Option<u64>,
@@ -170,7 +184,7 @@ impl From<SetArgs> for ChangeVm {
         let labels = labels.map(|(key, value)| (key, (!value.is_empty()).then_some(value)));
         Self {
             ttl_s: args.ttl.map(Some).or(args.no_ttl.then_some(None)),
-            idle: idle(args.pause_idle, args.destroy_idle)
+            idle: idle(args.pause_idle, args.suspend_idle, args.destroy_idle)
                 .map(Some)
                 .or(args.no_idle.then_some(None)),
             network: args.egress.as_deref().map(network),
@@ -203,10 +217,13 @@ fn state(text: &str) -> std::result::Result<VmState, String> {
     serde_json::from_value(text.into()).map_err(|error| error.to_string())
 }
 
-fn idle(pause: Option<u64>, destroy: Option<u64>) -> Option<IdlePolicy> {
+fn idle(pause: Option<u64>, suspend: Option<u64>, destroy: Option<u64>) -> Option<IdlePolicy> {
     let policy = |action| move |after_s| IdlePolicy { after_s, action };
     let pause = pause.map(policy(IdleAction::Pause));
-    pause.or(destroy.map(policy(IdleAction::Destroy)))
+    let suspend = suspend.map(policy(IdleAction::Suspend));
+    pause
+        .or(suspend)
+        .or(destroy.map(policy(IdleAction::Destroy)))
 }
 
 pub(super) fn network(text: &str) -> NetworkPolicy {
@@ -231,7 +248,7 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
                 host_labels: args.host_labels.into_iter().collect(),
                 environment: args.environment.into_iter().collect(),
                 ttl_s: args.ttl,
-                idle: idle(args.pause_idle, args.destroy_idle),
+                idle: idle(args.pause_idle, args.suspend_idle, args.destroy_idle),
                 network: args.egress.as_deref().map(network),
             };
             let key = args.idempotency_key.as_deref();
@@ -344,6 +361,15 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
                 .send(
                     Method::POST,
                     &format!("/v1/vms/{}/pause", segment(&vm)),
+                    &(),
+                )
+                .await?
+        }
+        Command::Suspend { vm } => {
+            client
+                .send(
+                    Method::POST,
+                    &format!("/v1/vms/{}/suspend", segment(&vm)),
                     &(),
                 )
                 .await?

@@ -175,6 +175,7 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(vms::list, vms::create))
         .routes(routes!(vms::inspect, vms::destroy, changes::change))
         .routes(routes!(vms::pause))
+        .routes(routes!(vms::suspend))
         .routes(routes!(vms::resume))
         .routes(routes!(vms::fork))
         .routes(routes!(vms::snapshot))

@@ -90,7 +90,21 @@ pub(super) async fn pause(
     Ok(Json(app.controller.pause(&vm).await?))
 }
 
-/// Resumes a paused VM.
+/// Suspends a VM: its state is kept on its host's disk, and it uses no memory. It goes on as the same
+/// VM when it is resumed, or when a command, terminal, file or forwarded port is requested of it.
+#[utoipa::path(post, path = "/v1/vms/{vm}/suspend", params(("vm" = String, Path)),
+    responses((status = 200, body = Vm)))]
+pub(super) async fn suspend(
+    State(app): State<App>,
+    caller: Caller,
+    Path(vm): Path<String>,
+) -> Answer<Json<Vm>> {
+    caller.may(Role::User)?;
+    let vm = caller.vm(&app, &vm).await?;
+    Ok(Json(app.controller.suspend(&vm).await?))
+}
+
+/// Resumes a paused or suspended VM.
 #[utoipa::path(post, path = "/v1/vms/{vm}/resume", params(("vm" = String, Path)),
     responses((status = 200, body = Vm)))]
 pub(super) async fn resume(

@@ -58,12 +58,18 @@ impl Host {
         command
             .env("CLONE_RUNTIME_DIR", self.dir.path().join("run"))
             .env("CLONE_TEMPLATE_DIR", self.dir.path().join("templates"))
+            .env("CLONE_SUSPENDED_DIR", self.suspended())
             .env("ARMY_STATE", self.dir.path().join("state"))
             .env("ARMY_URL", &self.url)
             .env("ARMY_KEY", &self.key)
             .env("ARMY_ALLOW_PLAIN_HTTP", "true")
             .env_remove("LD_LIBRARY_PATH")
             .stdin(Stdio::null())
+    }
+
+    /// Where its suspended VMs are.
+    pub fn suspended(&self) -> std::path::PathBuf {
+        self.dir.path().join("suspended")
     }
 
     pub fn clone(&self, words: &[&str]) {

@@ -1,4 +1,4 @@
-//! `clone ls`: lists the running VMs.
+//! `clone ls`: lists the running and the suspended VMs.
 
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -8,6 +8,7 @@ use std::time::Duration;
 use clone_api::control::VmState;
 use clone_api::{Client, VmConfig};
 use clone_host::runtime::RunningVm;
+use clone_host::suspended::SuspendedVm;
 use clone_memory::ProcessUsage;
 use clone_start::error::Result;
 use serde::Serialize;
@@ -20,7 +21,7 @@ const PATIENCE: Duration = Duration::from_millis(500);
 /// The number of VMs that are queried at once.
 const ASKERS: usize = 16;
 
-/// List the running VMs.
+/// List the running and the suspended VMs.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Print names only.
@@ -34,7 +35,9 @@ pub(super) struct Args {
 #[derive(Serialize)]
 struct Row {
     name: String,
-    pid: u32,
+    /// The VM's process; absent for a suspended VM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pid: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     vcpus: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -43,6 +46,9 @@ struct Row {
     /// pages that it changed, and the little that the VMM itself uses.
     #[serde(flatten)]
     usage: Option<Usage>,
+    /// Whether the VM is suspended.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    suspended: bool,
     /// The VM's state; absent if it was not requested, `null` if the VM did not answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     state: Option<Option<VmState>>,
@@ -56,9 +62,24 @@ struct Usage {
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
-    let running = context.runtime()?.running()?;
+    let runtime = context.runtime()?;
+    let running = runtime.running()?;
+    let mut suspended = match runtime.suspended() {
+        Ok(vms) => vms.list()?,
+        // A user without a home has none.
+        Err(_) => Vec::new(),
+    };
+    // A VM whose suspension was interrupted is paused in its process.
+    suspended.retain(|vm| {
+        !running
+            .iter()
+            .any(|it| it.dir.name() == vm.record.config.name)
+    });
+    suspended.dedup_by(|a, b| a.record.config.name == b.record.config.name);
     if args.quiet && !context.output.is_json() {
-        let names: Vec<String> = running.iter().map(|vm| vm.dir.name()).collect();
+        let names = running.iter().map(|vm| vm.dir.name());
+        let suspended = suspended.iter().map(|vm| vm.record.config.name.clone());
+        let names: Vec<String> = names.chain(suspended).collect();
         context.output.print(&names, |names| names.join("\n"));
         return Ok(ExitCode::SUCCESS);
     }
@@ -68,6 +89,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
             row.state = Some(state);
         }
     }
+    rows.extend(suspended.iter().map(suspended_row));
     context.output.print(&rows, |rows| text(rows, args.state));
     Ok(ExitCode::SUCCESS)
 }
@@ -77,7 +99,7 @@ fn row(vm: &RunningVm) -> Row {
     let config: Option<VmConfig> = vm.dir.config().ok();
     Row {
         name: vm.dir.name(),
-        pid: vm.process.pid,
+        pid: Some(vm.process.pid),
         vcpus: config.as_ref().map(|config| config.vcpus),
         memory_bytes: config.as_ref().map(|config| config.memory.0),
         usage: ProcessUsage::of(vm.process.pid).ok().map(|usage| Usage {
@@ -85,6 +107,20 @@ fn row(vm: &RunningVm) -> Row {
             shared_bytes: usage.shared,
             swapped_bytes: usage.swapped,
         }),
+        suspended: false,
+        state: None,
+    }
+}
+
+fn suspended_row(vm: &SuspendedVm) -> Row {
+    let config = &vm.record.config;
+    Row {
+        name: config.name.clone(),
+        pid: None,
+        vcpus: Some(config.vcpus),
+        memory_bytes: Some(config.memory.0),
+        usage: None,
+        suspended: true,
         state: None,
     }
 }
@@ -124,15 +160,26 @@ fn text(rows: &[Row], with_state: bool) -> String {
         let unknown = || "?".to_owned();
         let mut line = vec![
             row.name.clone(),
-            row.pid.to_string(),
+            row.pid
+                .map_or_else(|| "suspended".to_owned(), |pid| pid.to_string()),
             row.vcpus.map_or_else(unknown, |n| n.to_string()),
             row.memory_bytes.map_or_else(unknown, human_bytes),
         ];
         let usage = row.usage.as_ref();
         // Swapped memory is private as well.
         let private = usage.map(|usage| usage.private_bytes + usage.swapped_bytes);
+        let unknown = || {
+            if row.suspended {
+                "-".to_owned()
+            } else {
+                "?".to_owned()
+            }
+        };
         line.push(private.map_or_else(unknown, human_bytes));
         line.push(usage.map_or_else(unknown, |usage| human_bytes(usage.shared_bytes)));
+        if row.suspended && with_state {
+            line.push("suspended".to_owned());
+        }
         if let Some(state) = row.state {
             line.push(match state {
                 Some(VmState::Running) => "running".into(),

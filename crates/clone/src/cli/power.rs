@@ -1,12 +1,15 @@
-//! `clone pause`, `resume`, `stop`, `kill` and `rm`: change the state of VMs.
+//! `clone pause`, `suspend`, `resume`, `stop`, `kill` and `rm`: change the state of VMs.
 
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clone_api::control::VmState;
 use clone_api::{ApiError, Client, ErrorCode};
+use clone_host::launch::resume;
 use clone_host::runtime::{RunningVm, Runtime};
+use clone_host::suspend;
 use clone_start::error::Result;
+use clone_start::vm_dir::Status;
 use rustix::process::Signal;
 
 use super::output::control_error;
@@ -26,7 +29,20 @@ pub(super) struct PauseArgs {
     names: Vec<String>,
 }
 
-/// Resume a paused VM.
+/// Suspend a VM: keep its state on disk, and end its process.
+///
+/// A suspended VM uses no memory and survives a reboot of the host. `clone resume` brings back the
+/// same VM: its programs go on where they were, with the same identity and, behind NAT, the same
+/// address. What is kept of memory and of ephemeral disks is the difference to the VM's template.
+/// Network connections to the outside do not survive a long suspension.
+#[derive(Debug, clap::Args)]
+pub(super) struct SuspendArgs {
+    /// The VMs.
+    #[arg(required = true)]
+    names: Vec<String>,
+}
+
+/// Resume a paused or suspended VM.
 #[derive(Debug, clap::Args)]
 pub(super) struct ResumeArgs {
     /// The VMs.
@@ -58,8 +74,8 @@ pub(super) struct KillArgs {
 
 /// Remove the files that a VM left on this host.
 ///
-/// The files of a VM that has ended are removed automatically by the next command. With --force, a
-/// running VM is killed first.
+/// The files of a VM that has ended are removed automatically by the next command. The state of a
+/// suspended VM is lost. With --force, a running VM is killed first.
 #[derive(Debug, clap::Args)]
 pub(super) struct RmArgs {
     /// The VMs.
@@ -109,11 +125,27 @@ pub(super) fn pause(context: &Context, args: &PauseArgs) -> Result<ExitCode> {
     })
 }
 
+pub(super) fn suspend(context: &Context, args: &SuspendArgs) -> Result<ExitCode> {
+    each(context, &args.names, |runtime, name| {
+        suspend::suspend(runtime, &runtime.find(name)?).map(drop)
+    })
+}
+
 pub(super) fn resume(context: &Context, args: &ResumeArgs) -> Result<ExitCode> {
     each(context, &args.names, |runtime, name| {
-        client(&runtime.find(name)?)
-            .resume()
-            .map_err(control_error(name))
+        // A state of a VM whose process exists is that of a suspension that was interrupted: the
+        // process keeps the guest paused in it.
+        let running = runtime.find(name);
+        if running.is_err()
+            && let Some(suspended) = runtime.suspended()?.find(name)?
+        {
+            let resumed = resume::resume(runtime, &suspended, None)?;
+            for notice in &resumed.notices {
+                context.output.note(&format!("[clone: {name}: {notice}]"));
+            }
+            return Ok(());
+        }
+        client(&running?).resume().map_err(control_error(name))
     })
 }
 
@@ -173,6 +205,11 @@ pub(super) fn rm(context: &Context, args: &RmArgs) -> Result<ExitCode> {
         let swept = runtime.sweep()?;
         if swept.iter().any(|gone| gone == name) {
             return Ok(());
+        }
+        if runtime.dir(name).status()? == Status::Absent
+            && runtime.suspended()?.find(name)?.is_some()
+        {
+            return runtime.suspended()?.remove(name);
         }
         let vm = runtime.find(name)?;
         if !args.force {

@@ -49,6 +49,7 @@ impl Bench {
             .args(words)
             .env("CLONE_RUNTIME_DIR", self.dir.path())
             .env("CLONE_TEMPLATE_DIR", self.templates())
+            .env("CLONE_SUSPENDED_DIR", self.suspended())
             // Of the test runner's, and slow to search in the testbed.
             .env_remove("LD_LIBRARY_PATH")
             .stdin(Stdio::null());
@@ -80,6 +81,11 @@ impl Bench {
     /// Where its templates are.
     pub fn templates(&self) -> PathBuf {
         self.dir.path().join("templates")
+    }
+
+    /// Where its suspended VMs are.
+    pub fn suspended(&self) -> PathBuf {
+        self.dir.path().join("suspended")
     }
 
     /// Runs a script in a VM's shell, and gives what it prints.

@@ -8,6 +8,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr};
+use std::ops::RangeInclusive;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -20,7 +21,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::HostNetError;
-use super::range::{FIRST_SLOT, Range};
+use super::range::Range;
 
 /// The longest time between a VM's lease and its runtime directory showing that it runs.
 const STARTING: Duration = Duration::from_secs(120);
@@ -208,13 +209,13 @@ impl Leases {
         Ok(contents)
     }
 
-    /// The first slot that has no lease and for which `free` returns true.
+    /// The first of these slots that has no lease and for which `free` returns true.
     pub(super) fn free_slot(
         &self,
-        last: u16,
+        slots: RangeInclusive<u16>,
         mut free: impl FnMut(u16) -> Result<bool, HostNetError>,
     ) -> Result<u16, HostNetError> {
-        for slot in FIRST_SLOT..=last {
+        for slot in slots {
             let path = self.lease_path(slot);
             let taken = path.try_exists().map_err(failed("look for", &path))?;
             if !taken && free(slot)? {
@@ -333,14 +334,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let leases = Leases::lock(dir.path()).unwrap();
         for slot in [2, 3] {
-            assert_eq!(leases.free_slot(10, |_| Ok(true)).unwrap(), slot);
+            assert_eq!(leases.free_slot(2..=10, |_| Ok(true)).unwrap(), slot);
             leases.add(&lease(slot)).unwrap();
         }
         assert_eq!(leases.contents().unwrap().leases, [lease(2), lease(3)]);
         leases.remove(2).unwrap();
-        assert_eq!(leases.free_slot(10, |_| Ok(true)).unwrap(), 2);
-        assert_eq!(leases.free_slot(10, |slot| Ok(slot > 5)).unwrap(), 6);
-        leases.free_slot(3, |slot| Ok(slot > 3)).unwrap_err();
+        assert_eq!(leases.free_slot(2..=10, |_| Ok(true)).unwrap(), 2);
+        assert_eq!(leases.free_slot(2..=10, |slot| Ok(slot > 5)).unwrap(), 6);
+        leases.free_slot(2..=3, |slot| Ok(slot > 3)).unwrap_err();
     }
 
     #[test]

@@ -24,12 +24,13 @@ mod host;
 mod lease;
 mod link;
 mod range;
+mod reserved;
 mod ruleset;
 mod site;
 mod tc;
 mod watch;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
 use clone_api::MacAddr;
@@ -39,6 +40,7 @@ use clone_vmm::devices::net::Tap;
 
 pub use error::HostNetError;
 pub use range::Range;
+pub use reserved::Reserved;
 pub use watch::Watch;
 
 use lease::{Lease, Leases};
@@ -74,6 +76,9 @@ pub struct Request {
     pub connection: Connection,
     /// The guest's hardware address; `None` for one of ours.
     pub mac: Option<MacAddr>,
+    /// The address that a guest behind NAT should get, even if it is reserved; another one where it
+    /// is in use or out of range. `None` for any.
+    pub address: Option<Ipv4Addr>,
     /// Queue pairs, at least 1.
     pub queues: u16,
     /// Whether the guest may reach other guests on the same bridge that have this set too.
@@ -112,6 +117,8 @@ pub struct Attachment {
 pub struct HostNet {
     dir: PathBuf,
     range: Option<Range>,
+    /// The addresses that are given to those alone who name them.
+    reserved: Option<Reserved>,
 }
 
 impl HostNet {
@@ -121,6 +128,16 @@ impl HostNet {
         Self {
             dir: dir.into(),
             range: None,
+            reserved: None,
+        }
+    }
+
+    /// Gives no guest one of these addresses, unless the request names it.
+    #[must_use]
+    pub fn with_reserved(self, reserved: Reserved) -> Self {
+        Self {
+            reserved: Some(reserved),
+            ..self
         }
     }
 
@@ -147,7 +164,9 @@ impl HostNet {
         match &request.connection {
             Connection::Tap(name) => attach_tap(name, request),
             Connection::Bridge(name) => Site::open(&self.dir)?.attach_bridge(request, name),
-            Connection::Nat => Site::open(&self.dir)?.attach_nat(request, self.range),
+            Connection::Nat => {
+                Site::open(&self.dir)?.attach_nat(request, self.range, self.reserved.as_ref())
+            }
         }
     }
 

@@ -94,6 +94,14 @@ impl Range {
         Ipv4Addr::from_bits(self.network.to_bits() | u32::from(slot))
     }
 
+    /// The slot of the guest with this address; `None` for an address that no guest can have.
+    pub(super) fn slot_of(&self, address: Ipv4Addr) -> Option<u16> {
+        let host = address.to_bits() & !self.mask();
+        let slot = u16::try_from(host).ok()?;
+        let is_guests = (FIRST_SLOT..=self.last_slot()).contains(&slot);
+        (is_guests && self.at(slot) == address).then_some(slot)
+    }
+
     /// The last slot whose address is not the broadcast address.
     pub(super) fn last_slot(&self) -> u16 {
         // The prefix has at least 16 bits, so the host part fits 16 bits.
@@ -147,6 +155,10 @@ mod tests {
         assert_eq!(range.gateway(), Ipv4Addr::new(192, 168, 5, 1));
         assert_eq!(range.at(FIRST_SLOT), Ipv4Addr::new(192, 168, 5, 2));
         assert_eq!(range.at(range.last_slot()), Ipv4Addr::new(192, 168, 5, 254));
+        assert_eq!(range.slot_of(Ipv4Addr::new(192, 168, 5, 7)), Some(7));
+        for address in [[192, 168, 5, 1], [192, 168, 5, 255], [192, 168, 6, 7]] {
+            assert_eq!(range.slot_of(address.into()), None);
+        }
         let large = Range::new(Ipv4Addr::new(10, 213, 0, 0), 16).unwrap();
         assert_eq!(
             large.at(large.last_slot()),

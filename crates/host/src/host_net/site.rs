@@ -11,7 +11,8 @@ use super::firewall::{self, ROUTED_MARK};
 use super::guard::{Guard, Place};
 use super::lease::{Creator, Lease, Leases, Nat};
 use super::link::{self, Link, Links};
-use super::{Attachment, BRIDGE, HostNetError, Range, Request, USUAL_MTU, host, unusual};
+use super::range::FIRST_SLOT;
+use super::{Attachment, BRIDGE, HostNetError, Range, Request, Reserved, USUAL_MTU, host, unusual};
 
 /// The last slot on an owner's bridge, where no address range limits the slots.
 const LAST_SLOT: u16 = 0xfffe;
@@ -32,6 +33,8 @@ struct Bridge<'a> {
     link: Link,
     /// The range of addresses on the bridge, if we assign them.
     range: Option<Range>,
+    /// The addresses of the range that are given to those alone who name them.
+    reserved: Option<&'a Reserved>,
     mtu: u32,
 }
 
@@ -59,6 +62,7 @@ impl Site {
             name,
             link,
             range: None,
+            reserved: None,
             mtu: link.mtu.unwrap_or(USUAL_MTU),
         };
         let mut attachment = self.attach(request, bridge)?;
@@ -75,6 +79,7 @@ impl Site {
         &self,
         request: &Request,
         wanted: Option<Range>,
+        reserved: Option<&Reserved>,
     ) -> Result<Attachment, HostNetError> {
         let (range, link) = self.ensure_bridge(wanted)?;
         let attached = host::enable_forwarding().and_then(|changed| {
@@ -83,6 +88,7 @@ impl Site {
                 name: BRIDGE,
                 link,
                 range: Some(range),
+                reserved,
                 mtu: mtu.clamp(LEAST_MTU, USUAL_MTU),
             };
             let mut attachment = self.attach(request, bridge)?;
@@ -174,9 +180,24 @@ impl Site {
     fn lease(&self, request: &Request, bridge: Bridge<'_>) -> Result<Lease, HostNetError> {
         let last = bridge.range.map_or(LAST_SLOT, |range| range.last_slot());
         // An interface without a lease belongs to another program.
-        let slot = self.leases.free_slot(last, |slot| {
-            Ok(self.links.find(&Lease::tap_name(slot))?.is_none())
-        })?;
+        let has_no_tap = |slot| Ok(self.links.find(&Lease::tap_name(slot))?.is_none());
+        let wanted = request.address.zip(bridge.range);
+        let wanted = wanted.and_then(|(address, range)| range.slot_of(address));
+        let wanted = match wanted {
+            Some(slot) => self.leases.free_slot(slot..=slot, has_no_tap).ok(),
+            None => None,
+        };
+        let is_reserved = |slot| {
+            let address = bridge.range.map(|range| range.at(slot));
+            let reserved = bridge.reserved.zip(address);
+            reserved.is_some_and(|(reserved, address)| reserved.contains(address))
+        };
+        let slot = match wanted {
+            Some(slot) => slot,
+            None => self.leases.free_slot(FIRST_SLOT..=last, |slot| {
+                Ok(!is_reserved(slot) && has_no_tap(slot)?)
+            })?,
+        };
         let address = bridge.range.map(|range| range.at(slot));
         let mac = match (request.mac, address) {
             (Some(mac), _) => mac,

@@ -29,7 +29,7 @@ use clone_start::{Process, VmDir};
 use clone_template::Template;
 use serde::Serialize;
 
-use super::{identity, last_words, network, reaper, start_or_abandon};
+use super::{Plan, identity, last_words, network, reaper, start_or_abandon};
 use crate::runtime::{LiveDir, RunningVm, Runtime};
 use crate::snapshot;
 
@@ -81,6 +81,7 @@ impl Source {
                 prefetch: template.prefetch()?,
                 standby: false,
                 observed: false,
+                run_once: None,
             },
             template_id: Some(template.manifest().id.clone()),
             has_agent: content.agent_version.is_some(),
@@ -128,6 +129,7 @@ impl Source {
                 prefetch: None,
                 standby: false,
                 observed: false,
+                run_once: None,
             },
             template_id: None,
             has_agent,
@@ -163,10 +165,8 @@ impl Source {
 
     /// Decides everything about a clone before anything is made for it.
     pub(crate) fn plan(&self, name: &str, overrides: &Overrides, standby: bool) -> Result<Plan> {
-        Ok(Plan {
-            config: self.clone_config(name, overrides)?,
-            origin: self.origin(standby),
-        })
+        let config = self.clone_config(name, overrides)?;
+        Ok(Plan::new(config, self.origin(standby)))
     }
 
     fn origin(&self, standby: bool) -> Origin {
@@ -175,12 +175,6 @@ impl Source {
             ..self.spec.clone()
         }))
     }
-}
-
-/// The plan for a clone to start.
-pub(crate) struct Plan {
-    pub(crate) config: VmConfig,
-    pub(crate) origin: Origin,
 }
 
 /// The default description of a clone of `template`. Its paths are those of the template's files,
@@ -406,6 +400,7 @@ fn fork_one(
         let message = format!("invalid VM name `{}`", name.escape_debug());
         return Err(ApiError::new(ErrorCode::InvalidConfig, message));
     }
+    runtime.check_not_suspended(name)?;
     let start = Instant::now();
     let (vm, mut child) = match adopt(runtime, source, name, overrides)? {
         Some(vm) => (vm, None),
@@ -531,8 +526,8 @@ fn start_cold(
     name: &str,
     overrides: &Overrides,
 ) -> Result<(RunningVm, Option<Child>)> {
-    let Plan { config, origin } = source.plan(name, overrides, false)?;
-    let launched = start_or_abandon(runtime, config, &origin, &source.spec.parent)?;
+    let plan = source.plan(name, overrides, false)?;
+    let launched = start_or_abandon(runtime, plan, &source.spec.parent)?;
     let vm = RunningVm {
         dir: launched.dir,
         process: launched.process,
@@ -547,8 +542,8 @@ pub(super) fn start_standby(runtime: &Runtime, source: &Source) -> Result<(VmDir
         return Err(ApiError::new(ErrorCode::Internal, message));
     };
     let name = Runtime::standby_name(template_id)?;
-    let Plan { config, origin } = source.plan(&name, &Overrides::default(), true)?;
-    let launched = start_or_abandon(runtime, config, &origin, &source.spec.parent)?;
+    let plan = source.plan(&name, &Overrides::default(), true)?;
+    let launched = start_or_abandon(runtime, plan, &source.spec.parent)?;
     reaper::adopt(launched.child);
     Ok((launched.dir, launched.process))
 }

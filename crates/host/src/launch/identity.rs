@@ -49,9 +49,46 @@ fn give_within(limits: &Limits, vm: &RunningVm, name: &str) -> Result<Vec<String
         )
         .advise("make the template of a guest whose agent runs, or fork with --no-identity")
     };
+    apply(limits, vm, || identity(name, &interfaces), failed)
+}
+
+/// Sets the clock of a VM that was resumed, and the addresses of its interfaces where they are not
+/// the `former` ones. Returns notices about the parts that its guest could not apply.
+///
+/// # Errors
+/// [`ErrorCode::Unavailable`] if the agent does not answer.
+pub fn go_on(vm: &RunningVm, former: &[GuestInterface]) -> Result<Vec<String>> {
+    let interfaces = vm.dir.guest_network()?;
+    let changed = interfaces != former;
+    let update = || {
+        let (interfaces, dns) = match changed {
+            true => settings(&interfaces),
+            false => (Vec::new(), Vec::new()),
+        };
+        Ok(Identity {
+            clock_ns: clone_base::clock::unix_ns(),
+            interfaces,
+            dns,
+            ..Identity::default()
+        })
+    };
+    let failed = |error: ClientError| {
+        let message = format!("the guest's agent does not answer: {error}");
+        ApiError::new(ErrorCode::Unavailable, message)
+    };
+    apply(&LIMITS, vm, update, failed)
+}
+
+/// Sends the guest what `identity` makes, again where the connection is lost.
+fn apply(
+    limits: &Limits,
+    vm: &RunningVm,
+    identity: impl Fn() -> io::Result<Identity>,
+    failed: impl Fn(ClientError) -> ApiError,
+) -> Result<Vec<String>> {
     let end = Instant::now() + limits.greeting;
     loop {
-        let identity = identity(name, &interfaces).map_err(|error| ApiError::internal(&error))?;
+        let identity = identity().map_err(|error| ApiError::internal(&error))?;
         let greeting = Deadline::after(limits.greeting);
         let opened = Connection::open(&vm.dir.vsock_socket(), greeting);
         let given = opened.and_then(|mut connection| {
@@ -76,6 +113,21 @@ fn identity(name: &str, interfaces: &[GuestInterface]) -> io::Result<Identity> {
         .iter()
         .map(|b| format!("{b:02x}"))
         .collect();
+    let (interfaces, dns) = settings(interfaces);
+    let seed = clone_base::random::bytes::<32>()?.to_vec();
+    Ok(Identity {
+        hostname: host_name(name),
+        machine_id,
+        seed,
+        clock_ns: clone_base::clock::unix_ns(),
+        interfaces,
+        dns,
+        new_ssh_host_keys: true,
+    })
+}
+
+/// The settings of a guest's interfaces, and its name servers.
+fn settings(interfaces: &[GuestInterface]) -> (Vec<Interface>, Vec<String>) {
     let mut dns = Vec::new();
     let mut settings = Vec::new();
     for (index, interface) in interfaces.iter().enumerate() {
@@ -95,16 +147,7 @@ fn identity(name: &str, interfaces: &[GuestInterface]) -> io::Result<Identity> {
         }
         settings.push(setting);
     }
-    let seed = clone_base::random::bytes::<32>()?.to_vec();
-    Ok(Identity {
-        hostname: host_name(name),
-        machine_id,
-        seed,
-        clock_ns: clone_base::clock::unix_ns(),
-        interfaces: settings,
-        dns,
-        new_ssh_host_keys: true,
-    })
+    (settings, dns)
 }
 
 /// Converts a VM's name to a host name, which may not contain `_`.

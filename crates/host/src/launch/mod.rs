@@ -10,6 +10,7 @@ mod network;
 pub mod preflight;
 mod program;
 mod reaper;
+pub mod resume;
 pub mod standby;
 #[cfg(test)]
 mod testing;
@@ -31,6 +32,7 @@ use clone_start::SharedFile;
 use clone_start::cpu::open_kvm;
 use clone_start::document::{self, BootSource, Origin, Parent, Start};
 use clone_start::error::{Result, failed};
+use clone_start::vm_dir::GuestInterface;
 use clone_start::{Process, VmDir};
 use clone_start::{disks, invocation, report};
 
@@ -57,6 +59,7 @@ pub struct Launched {
 /// Starts the VM that `config` describes, and returns when its guest runs.
 pub fn launch(runtime: &Runtime, mut config: VmConfig) -> Result<Launched> {
     preflight::check_files(&config)?;
+    runtime.check_not_suspended(&config.name)?;
     for disk in &mut config.disks {
         disks::find_formats(disk)?;
         disks::described(disk)?;
@@ -76,19 +79,33 @@ pub fn launch(runtime: &Runtime, mut config: VmConfig) -> Result<Launched> {
         boot: Some(source.clone()),
         ..Parent::default()
     };
-    start_or_abandon(runtime, config, &Origin::Boot(source), &parent)
+    let plan = Plan::new(config, Origin::Boot(source));
+    start_or_abandon(runtime, plan, &parent)
 }
 
-/// Starts a VM whose description was checked. After a failure, everything that was set up is
-/// removed.
-fn start_or_abandon(
-    runtime: &Runtime,
-    config: VmConfig,
-    origin: &Origin,
-    parent: &Parent,
-) -> Result<Launched> {
-    let starting = runtime.create(&config)?;
-    match start(runtime, &starting, config, origin, parent) {
+/// A VM to start, whose description was checked.
+pub(crate) struct Plan {
+    pub(crate) config: VmConfig,
+    pub(crate) origin: Origin,
+    /// The interfaces that the guest has already, which keep their addresses where that is possible.
+    former_network: Vec<GuestInterface>,
+}
+
+impl Plan {
+    /// A VM whose guest has no addresses yet.
+    fn new(config: VmConfig, origin: Origin) -> Self {
+        Self {
+            config,
+            origin,
+            former_network: Vec::new(),
+        }
+    }
+}
+
+/// Starts a VM. After a failure, everything that was set up is removed.
+fn start_or_abandon(runtime: &Runtime, plan: Plan, parent: &Parent) -> Result<Launched> {
+    let starting = runtime.create(&plan.config)?;
+    match start(runtime, &starting, plan, parent) {
         Ok(launched) => Ok(launched),
         Err(error) => {
             // The next command sweeps the remains. The first error is the one to report.
@@ -103,14 +120,18 @@ fn start_or_abandon(
 fn start(
     runtime: &Runtime,
     starting: &StartingVm,
-    mut config: VmConfig,
-    origin: &Origin,
+    plan: Plan,
     parent: &Parent,
 ) -> Result<Launched> {
+    let Plan {
+        mut config,
+        origin,
+        former_network,
+    } = plan;
     // The description must exist before any host resource is set up, since the sweep after a killed
     // launcher reads it.
     starting.dir.write_config(&config)?;
-    if matches!(origin, Origin::Fork(fork) if fork.standby) {
+    if matches!(&origin, Origin::Fork(fork) if fork.standby) {
         starting.dir.write_birth_path()?;
     }
     let Attached {
@@ -118,7 +139,7 @@ fn start(
         nets,
         guest,
         mut notices,
-    } = network::attach(&starting.dir, &mut config)?;
+    } = network::attach(runtime, &starting.dir, &mut config, &former_network)?;
     let layers_dir = scratch::dir();
     if matches!(origin, Origin::Boot { .. }) && layers_dir.is_none() {
         notices.extend(layers_in_memory(&config));
@@ -128,7 +149,7 @@ fn start(
     starting.dir.write_notices(&notices)?;
     let document = Start {
         config,
-        origin: origin.clone(),
+        origin,
         nets,
         required_jail: runtime.required_jail().clone(),
         layers_dir,

@@ -1,5 +1,6 @@
 //! Sets up the host's side of a VM's network for the process that is started next.
 
+use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
 use clone_api::config::{Egress, NetConfig, NetMode};
@@ -11,6 +12,7 @@ use clone_start::vm_dir::GuestInterface;
 use clone_vmm::devices::net::Tap;
 
 use crate::host_net::{Connection, DEFAULT_DIR, HostNet, HostNetError, Request};
+use crate::runtime::Runtime;
 
 /// The interfaces of a VM after they were set up.
 pub(super) struct Attached {
@@ -28,14 +30,34 @@ pub(super) struct Attached {
 /// Sets up every interface of `config`, and fills in the addresses that we assign.
 ///
 /// After a failure, the interfaces set up so far are removed with the VM's directory.
-pub(super) fn attach(dir: &VmDir, config: &mut VmConfig) -> Result<Attached> {
-    let host = HostNet::new(DEFAULT_DIR);
+///
+/// An interface keeps its address of the `former` ones where that is free; a notice says where it
+/// is not.
+pub(super) fn attach(
+    runtime: &Runtime,
+    dir: &VmDir,
+    config: &mut VmConfig,
+    former: &[GuestInterface],
+) -> Result<Attached> {
+    let mut host = HostNet::new(DEFAULT_DIR);
+    if let Ok(suspended) = runtime.suspended() {
+        host = host.with_reserved(suspended.reserved());
+    }
     let (mut taps, mut nets, mut notices) = (Vec::new(), Vec::new(), Vec::new());
     let mut guest = Vec::new();
     for (index, net) in config.net.iter_mut().enumerate() {
+        let former = former.get(index).and_then(|it| it.address.as_ref());
+        let former = former.map(|address| address.address);
         let attachment = host
-            .attach(&request(dir, net))
+            .attach(&request(dir, net, former))
             .map_err(|error| to_api_error(index, &error))?;
+        let now = attachment.address.as_ref().map(|it| it.address);
+        if let (Some(former), Some(now)) = (former, now)
+            && former != now
+        {
+            let notice = format!("net[{index}]: the address {former} is taken; it is {now} now");
+            notices.push(notice);
+        }
         let of_this = attachment.notices.into_iter();
         notices.extend(of_this.map(|notice| format!("net[{index}]: {notice}")));
         net.mac = Some(attachment.mac);
@@ -70,7 +92,7 @@ pub(super) fn restrict(dir: &VmDir, egress: &Egress, reach_host: bool) -> Result
         .map_err(|error| ApiError::internal(&error))
 }
 
-fn request(dir: &VmDir, net: &NetConfig) -> Request {
+fn request(dir: &VmDir, net: &NetConfig, address: Option<Ipv4Addr>) -> Request {
     // Validation has checked that each mode has its name.
     let name = |name: &Option<String>| name.clone().unwrap_or_default();
     Request {
@@ -81,6 +103,7 @@ fn request(dir: &VmDir, net: &NetConfig) -> Request {
             NetMode::Tap => Connection::Tap(name(&net.tap)),
         },
         mac: net.mac,
+        address,
         queues: net.queues.unwrap_or(1),
         neighbours: net.neighbours,
         reach_host: net.reach_host,
@@ -149,7 +172,9 @@ mod tests {
             ];
             assert!(Command::new("ip").args(add).status().unwrap().success());
             let dir = VmDir::at("/nowhere".into());
-            let attached = attach(&dir, &mut on_tap("t0")).unwrap();
+            let root = tempfile::tempdir().unwrap();
+            let runtime = Runtime::at(root.path()).unwrap();
+            let attached = attach(&runtime, &dir, &mut on_tap("t0"), &[]).unwrap();
             assert_eq!((attached.taps.len(), attached.nets[0].queues), (2, 2));
             for tap in &attached.taps {
                 assert!(fcntl_getfd(tap).unwrap().contains(FdFlags::CLOEXEC));

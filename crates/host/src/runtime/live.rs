@@ -14,7 +14,8 @@ use clone_api::{ApiError, Bytes, ErrorCode};
 use clone_start::error::{Result, failed};
 use rustix::fs::{FlockOperation, flock};
 
-use super::{Runtime, lock_in};
+use super::Runtime;
+use crate::dir_lock::lock_in;
 
 /// The prefix of the names of these directories.
 const PREFIX: &str = ".live-";
@@ -105,10 +106,8 @@ impl Runtime {
         write: impl FnOnce(&LiveDir) -> Result<T>,
     ) -> Result<(LiveDir, T)> {
         let place = self.live.as_deref().unwrap_or(&self.vms);
+        check_room(place, bytes)?;
         let room = room_at(place)?;
-        if room < bytes {
-            return Err(no_room(bytes, room, place));
-        }
         let dir = LiveDir::make(place)?;
         match write(&dir) {
             Ok(written) => Ok((dir, written)),
@@ -153,7 +152,19 @@ impl Runtime {
     }
 }
 
-/// The bytes available to live forks on the file system of `place`, which need not exist yet.
+/// Refuses to write `bytes` in `place`, where there is no room for them.
+///
+/// # Errors
+/// [`ErrorCode::OutOfSpace`].
+pub(super) fn check_room(place: &Path, bytes: u64) -> Result<()> {
+    let room = room_at(place)?;
+    match room < bytes {
+        true => Err(no_room(bytes, room, place)),
+        false => Ok(()),
+    }
+}
+
+/// The bytes available to states of VMs on the file system of `place`, which need not exist yet.
 fn room_at(place: &Path) -> Result<u64> {
     let there = place.ancestors().find(|path| path.exists());
     let there = there.unwrap_or(place);
@@ -169,7 +180,7 @@ fn room_at(place: &Path) -> Result<u64> {
 
 fn no_room(bytes: u64, room: u64, place: &Path) -> ApiError {
     let message = format!(
-        "the live fork has no room: it takes about {}, and there is room for {} in {}",
+        "the state of the VM has no room: it takes about {}, and there is room for {} in {}",
         Bytes(bytes),
         Bytes(room),
         place.display()
@@ -190,20 +201,6 @@ fn remove_unused(dir: &Path) -> Result<()> {
             _ => Ok(()),
         },
     }
-}
-
-/// The directory on disk for live forks: `/var/lib/clone/live` for root, and
-/// `$XDG_DATA_HOME/clone/live` (or below `~/.local/share`) for others; none without a home.
-pub(super) fn default_live_dir() -> Option<PathBuf> {
-    let set = |name: &str| {
-        let value = std::env::var_os(name).filter(|value| !value.is_empty());
-        value.map(PathBuf::from)
-    };
-    let data = match rustix::process::geteuid().is_root() {
-        true => Some(PathBuf::from("/var/lib")),
-        false => set("XDG_DATA_HOME").or_else(|| Some(set("HOME")?.join(".local/share"))),
-    };
-    data.map(|data| data.join("clone/live"))
 }
 
 #[cfg(test)]

@@ -24,6 +24,9 @@ use clone_start::Process;
 use clone_start::error::{Result, failed};
 use clone_start::vm_dir::{Status, VmDir};
 use clone_template::Verified;
+
+use crate::dir_lock::lock_in;
+use crate::suspended::SuspendedVms;
 use rustix::fs::FlockOperation;
 
 pub use live::LiveDir;
@@ -40,6 +43,8 @@ pub struct Runtime {
     required_jail: RequiredJail,
     /// The directory for live forks; `None` where there is only the runtime directory.
     live: Option<PathBuf>,
+    /// The directory for suspended VMs; `None` for a user without a home.
+    suspended: Option<PathBuf>,
 }
 
 impl Runtime {
@@ -76,7 +81,8 @@ impl Runtime {
         check_owner(&vms)?;
         Ok(Self {
             vms,
-            live: live::default_live_dir(),
+            live: data_dir("live"),
+            suspended: suspended_dir(),
             required_jail: RequiredJail::default(),
         })
     }
@@ -132,9 +138,13 @@ impl Runtime {
             .advise("try again in a moment")),
             Status::Stale => {
                 self.sweep_one(&dir)?;
+                self.check_not_suspended(name)?;
                 Err(not_found())
             }
-            Status::Absent => Err(not_found()),
+            Status::Absent => {
+                self.check_not_suspended(name)?;
+                Err(not_found())
+            }
         }
     }
 
@@ -200,6 +210,40 @@ impl Runtime {
         Ok(StartingVm { dir, _lock: lock })
     }
 
+    /// Sets the directory for suspended VMs.
+    #[must_use]
+    pub fn with_suspended_dir(self, suspended: PathBuf) -> Self {
+        Self {
+            suspended: Some(suspended),
+            ..self
+        }
+    }
+
+    /// The suspended VMs of this user.
+    ///
+    /// # Errors
+    /// [`ErrorCode::HostUnsupported`] for a user without a home.
+    pub fn suspended(&self) -> Result<SuspendedVms> {
+        let dir = self.suspended.clone().ok_or_else(|| {
+            let message = "there is no place for suspended VMs: HOME is not set";
+            ApiError::new(ErrorCode::HostUnsupported, message)
+        })?;
+        Ok(SuspendedVms::at(dir))
+    }
+
+    /// Refuses the name of a suspended VM.
+    pub(crate) fn check_not_suspended(&self, name: &str) -> Result<()> {
+        match &self.suspended {
+            Some(dir) => SuspendedVms::at(dir.clone()).check_free(name),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses to write `bytes` to a directory on whose file system there is no room for them.
+    pub(crate) fn check_room(&self, dir: &Path, bytes: u64) -> Result<()> {
+        live::check_room(dir, bytes)
+    }
+
     /// Takes the lock under which directories are made and removed.
     fn lock(&self) -> Result<File> {
         lock_in(&self.vms)
@@ -222,18 +266,26 @@ fn check_owner(dir: &Path) -> Result<()> {
     .advise("name a directory of yours in CLONE_RUNTIME_DIR that only you can write"))
 }
 
-/// Takes the lock under which directories in `place` are made and removed.
-fn lock_in(place: &Path) -> Result<File> {
-    let path = place.join(".lock");
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(failed("open", &path))?;
-    rustix::fs::flock(&file, FlockOperation::LockExclusive)
-        .map_err(|error| failed("lock", &path)(error.into()))?;
-    Ok(file)
+/// The directory for suspended VMs: the one that `CLONE_SUSPENDED_DIR` names, or that of this
+/// program's data.
+fn suspended_dir() -> Option<PathBuf> {
+    let named = std::env::var_os("CLONE_SUSPENDED_DIR").filter(|named| !named.is_empty());
+    let named = named.and_then(|named| std::path::absolute(named).ok());
+    named.or_else(|| data_dir("suspended"))
+}
+
+/// The directory `name` of this program's data: below `/var/lib/clone` for root, and below
+/// `$XDG_DATA_HOME/clone` (or `~/.local/share/clone`) for others; `None` without a home.
+fn data_dir(name: &str) -> Option<PathBuf> {
+    let set = |name: &str| {
+        let value = std::env::var_os(name).filter(|value| !value.is_empty());
+        value.map(PathBuf::from)
+    };
+    let data = match rustix::process::geteuid().is_root() {
+        true => Some(PathBuf::from("/var/lib")),
+        false => set("XDG_DATA_HOME").or_else(|| Some(set("HOME")?.join(".local/share"))),
+    };
+    data.map(|data| data.join("clone").join(name))
 }
 
 /// A VM whose process was running when it was looked up.

@@ -8,6 +8,7 @@ use clone_start::error::{Result, failed};
 
 use super::{Runtime, Status, VmDir, standby};
 use crate::host_net::{self, HostNet};
+use crate::suspended::SuspendedVms;
 
 impl Runtime {
     /// Removes every stale directory and its host resources; returns the names of the VMs.
@@ -30,7 +31,11 @@ impl Runtime {
                 remove(&dir)?;
             }
         }
-        self.sweep_live()
+        self.sweep_live()?;
+        match &self.suspended {
+            Some(dir) => SuspendedVms::at(dir.clone()).sweep(),
+            None => Ok(()),
+        }
     }
 
     /// Removes `dir` and its host resources if it is stale; returns whether it was.

@@ -27,6 +27,7 @@ fn request(vm: &str) -> Request {
         vm: vm.to_owned(),
         connection: Connection::Nat,
         mac: None,
+        address: None,
         queues: 1,
         neighbours: false,
         // Most tests have the host listen.

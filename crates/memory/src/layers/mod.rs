@@ -195,6 +195,11 @@ impl Layer {
         &self.inner.index.extents
     }
 
+    /// All pages that the layer overrides, by data or by zeros.
+    pub fn pages(&self) -> PageSet {
+        self.extents().iter().map(|it| it.pages.clone()).collect()
+    }
+
     /// The pages for which the layer has data.
     pub fn data(&self) -> PageSet {
         self.inner.index.data()
