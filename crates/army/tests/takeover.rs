@@ -224,11 +224,11 @@ async fn a_snapshot_is_finished_where_its_host_has_it_and_undone_where_it_has_no
 
     let ended = end(&second, &taken).await;
     assert_eq!(ended.state, OperationState::Succeeded, "{ended:?}");
-    let template = controller.template("taken").await.unwrap();
+    let template = controller.template(&requester(), "taken").await.unwrap();
     assert_eq!(template.hosts, ["host-00"]);
     let ended = end(&second, &lost).await;
     assert_eq!(ended.state, OperationState::Failed, "{ended:?}");
-    let missing = controller.template("lost").await.unwrap_err();
+    let missing = controller.template(&requester(), "lost").await.unwrap_err();
     assert_eq!(missing.kind, ErrorKind::NotFound);
     // Its name is free again.
     nodes[1].transfers.release();
@@ -267,7 +267,7 @@ async fn a_removal_of_a_template_goes_on_until_no_host_has_it() {
     for node in &nodes {
         assert_eq!(node.templates(), [""; 0]);
     }
-    let missing = controller.template("t").await.unwrap_err();
+    let missing = controller.template(&requester(), "t").await.unwrap_err();
     assert_eq!(missing.kind, ErrorKind::NotFound);
     second.kill();
 }

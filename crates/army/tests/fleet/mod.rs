@@ -85,6 +85,7 @@ pub async fn wait(what: &str, limit: Duration, mut done: impl AsyncFnMut() -> bo
 pub fn requester() -> Requester {
     Requester {
         tenant: "default".into(),
+        is_administrator: true,
         ..Requester::default()
     }
 }
