@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use army_api::hosts::HostState;
+use army_api::hosts::{Host, HostState};
 use army_api::operations::OperationState;
 use army_api::vms::{CreateVms, SnapshotVm, Vm, VmState};
 use army_controller::{
@@ -82,9 +82,12 @@ async fn two(url: &str, nodes: &[Arc<SimulatedNode>]) -> (Process, Process) {
     })
     .await;
     for process in [&first, &second] {
-        wait("every host is ready", LIMIT, async || {
+        // The one that does not own a host knows its capacity when the owner has written it down.
+        wait("every host can be chosen", LIMIT, async || {
             let hosts = process.running.controller.hosts().await.unwrap();
-            hosts.iter().all(|it| it.state == HostState::Ready)
+            let is_measured = |it: &Host| it.capacity.is_some_and(|it| it.available_bytes > 0);
+            let can_be_chosen = |it: &Host| it.state == HostState::Ready && is_measured(it);
+            hosts.iter().all(can_be_chosen)
         })
         .await;
     }

@@ -86,7 +86,7 @@ impl Server {
         ];
         let admin = CreateKey::new("root", Role::Admin);
         let secret = controller.create_key(&admin).await?.secret;
-        let client = Client::new(&format!("http://{address}"), &secret)?;
+        let client = Client::new(format!("http://{address}"), &secret)?;
         Ok(Self {
             controller,
             records,
