@@ -263,17 +263,19 @@ fn burst(rig: &Rig<'_>, record: &mut Record, count: usize) -> Result<()> {
 
 /// What the answers say of their stages.
 fn stages(record: &mut Record, what: &str, vms: &[Vm]) {
-    let stages: [(&str, fn(&ForkTimes) -> u64); 4] = [
-        ("placement", |it| it.placement_us),
-        ("guest runs", |it| it.running_us),
-        ("identity", |it| it.identity_us),
-        ("all within the server", |it| it.total_us),
-    ];
-    for (stage, of) in stages {
-        let times = vms.iter().filter_map(|vm| vm.fork.as_ref());
-        let times: Vec<Duration> = times.map(|it| Duration::from_micros(of(it))).collect();
+    let times = vms.iter().filter_map(|vm| vm.fork);
+    let times: Vec<ForkTimes> = times.collect();
+    let mut add = |stage: &str, of: &dyn Fn(&ForkTimes) -> u64| {
+        let times: Vec<Duration> = times
+            .iter()
+            .map(|it| Duration::from_micros(of(it)))
+            .collect();
         record.add(Figure::ms(&format!("{what}: {stage}"), &times));
-    }
+    };
+    add("placement", &|it| it.placement_us);
+    add("guest runs", &|it| it.running_us);
+    add("identity", &|it| it.identity_us);
+    add("all within the server", &|it| it.total_us);
 }
 
 fn fared(answer: Result<CreatedVms, ClientError>, time: Duration) -> Result<Fared> {
