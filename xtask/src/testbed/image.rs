@@ -51,6 +51,7 @@ const HOST_MODULES: [&[&str]; 2] = [
         "nft_ct",
         "nft_limit",
         "nft_reject_inet",
+        "nft_fib_inet",
         "nft_meta_bridge",
         "nft_reject_bridge",
         "nft_connlimit",
