@@ -36,10 +36,10 @@ pub struct Quotas {
 pub struct Used {
     /// The number of VMs that have not ended.
     pub vms: u32,
-    /// The memory sizes of their guests together, in bytes. VMs of releases that did not record it
-    /// do not count.
+    /// The memory sizes of their guests together, in bytes, without those of suspended VMs. VMs of
+    /// releases that did not record it do not count.
     pub memory_bytes: u64,
-    /// The numbers of their CPUs together.
+    /// The numbers of their CPUs together, without those of suspended VMs.
     pub vcpus: u32,
     /// The sizes of their writable disks together, in bytes. VMs of releases that did not record it
     /// do not count.

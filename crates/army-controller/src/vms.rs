@@ -135,12 +135,19 @@ impl Controller {
             self.change_vm(vm, &ChangeVm::default()).await?;
         }
         let _room = self.admit_resumption(vm).await?;
-        let deadline = match vm.state {
-            VmState::Suspended => deadlines::transfer(),
-            _ => deadlines::operation(),
-        };
-        node.resume_vm(request, deadline).await?;
-        self.record_state(vm, VmState::Running).await
+        if vm.state != VmState::Suspended {
+            node.resume_vm(request, deadlines::operation()).await?;
+            return self.record_state(vm, VmState::Running).await;
+        }
+        self.store.begin_resumption(&vm.id).await?;
+        match node.resume_vm(request, deadlines::transfer()).await {
+            Ok(()) => self.record_state(vm, VmState::Running).await,
+            Err(error) => {
+                // Where it is not known whether the host has resumed the VM, the next report says so.
+                self.record_state(vm, VmState::Suspended).await?;
+                Err(error.into())
+            }
+        }
     }
 
     /// Reserves the memory on a VM's host that the VM had given back while it was paused or suspended. A

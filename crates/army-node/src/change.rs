@@ -45,6 +45,10 @@ impl Node {
                 entry.expires_ms = lifetime.expires_ms;
                 entry.ttl_ms = lifetime.ttl_ms;
                 *entry = entry.beginning(boot_ms());
+                if entry.suspended {
+                    // The host may be restarted meanwhile, and its clock since the start with it.
+                    entry.ends_ms = None;
+                }
             }
             if let Some(change) = request.idle {
                 entry.idle = change.policy;

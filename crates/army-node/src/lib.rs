@@ -198,6 +198,10 @@ impl Node {
             .find(&vm_name(id))
             .map_err(|error| match error.code {
                 ErrorCode::NotFound => not_running(id),
+                _ if self.journal.get(id).is_ok_and(|it| it.suspended) => {
+                    let message = "the VM is suspended: resume it first";
+                    Error::new(ErrorKind::Conflict, message)
+                }
                 _ => error.into(),
             })
     }

@@ -22,7 +22,7 @@ impl Node {
 
     /// Creates a template from a running VM, which continues to run.
     pub fn snapshot(&self, id: &str, template: &str, diff: bool) -> Result<TemplateFacts> {
-        let vm = self.find(id)?;
+        let vm = self.find_awake(id)?;
         let target = self.template_path(template)?;
         let (template, _) = clone_host::snapshot::take(&self.runtime, &vm, &target, diff)?;
         Ok(facts(&template))

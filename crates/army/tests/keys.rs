@@ -11,7 +11,7 @@ use army_api::client::{Client, ClientError};
 use army_api::keys::{CreateKey, Key, KeyScope, Role};
 use army_api::templates::Template;
 use army_api::tenants::Tenant;
-use army_api::vms::{CreatedVms, Vm, VmPage};
+use army_api::vms::{CreatedVms, Vm, VmPage, VmState};
 use army_api::{Problem, ProblemKind};
 use army_node_api::simulated::SimulatedNode;
 use futures_util::StreamExt;
@@ -216,6 +216,32 @@ async fn quotas_change_without_a_new_key_and_hold(postgres: Option<Postgres>) {
     assert_eq!(problem(unknown.await).kind, ProblemKind::NotFound);
 }
 
+async fn a_suspended_vm_counts_for_no_memory_and_is_resumed_within_the_quota(
+    postgres: Option<Postgres>,
+) {
+    let server = serve(postgres).await;
+    let user = client(&server, CreateKey::new("red", Role::User)).await;
+    let quota = json!({"max_memory_bytes": 1_u64 << 30});
+    let set = server
+        .admin
+        .send::<Tenant>(Method::PATCH, "/v1/tenants/red", &quota);
+    set.await.unwrap();
+    let first = create(&user, 1).await.unwrap().vms.remove(0);
+    problem(create(&user, 1).await);
+    let act = async |vm: &Vm, action: &str| {
+        let path = format!("/v1/vms/{}/{action}", vm.id);
+        user.send::<Vm>(Method::POST, &path, &json!({})).await
+    };
+    act(&first, "suspend").await.unwrap();
+    let tenant: Tenant = user.get("/v1/tenants/red", &()).await.unwrap();
+    assert_eq!((tenant.used.vms, tenant.used.memory_bytes), (1, 0));
+    let second = create(&user, 1).await.unwrap().vms.remove(0);
+    let refused = problem(act(&first, "resume").await);
+    assert_eq!(refused.kind, ProblemKind::QuotaExceeded);
+    act(&second, "suspend").await.unwrap();
+    assert_eq!(act(&first, "resume").await.unwrap().state, VmState::Running);
+}
+
 async fn quotas_of_disk_templates_and_standbys_hold(postgres: Option<Postgres>) {
     let server = serve(postgres).await;
     let user = client(&server, CreateKey::new("red", Role::User)).await;
@@ -283,5 +309,6 @@ on_each_database! {
     an_expired_key_is_unknown_and_ends_what_it_opened,
     a_scope_restricts_a_key_beside_its_role,
     quotas_change_without_a_new_key_and_hold,
+    a_suspended_vm_counts_for_no_memory_and_is_resumed_within_the_quota,
     quotas_of_disk_templates_and_standbys_hold,
 }

@@ -202,8 +202,7 @@ impl Template {
     /// Keeps the template from being removed as long as the directory `dir` exists, which builds on
     /// it: that of a suspended VM.
     pub fn hold_for(&self, dir: &Path) -> Result<()> {
-        let name = dir.file_name().unwrap_or_default().to_string_lossy();
-        let name = format!("{}{name}", names::HELD);
+        let name = names::held_by(dir);
         let written = match self.folder.remove(&name) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => self.folder.create(&name),
@@ -297,6 +296,17 @@ impl Template {
             let error = ApiError::internal(&error).message;
             self.refused(&format!("disk {index}: {error}"))
         })
+    }
+}
+
+/// Removes the note that the directory `holder` builds on the template in `dir`, if there is one
+/// ([`Template::hold_for`]). One that stays does not count any more when `holder` is gone.
+pub fn release(dir: &Path, holder: &Path) {
+    let note = dir.join(names::held_by(holder));
+    if let Err(error) = std::fs::remove_file(&note)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %note.display(), %error, "a note stays in a template");
     }
 }
 

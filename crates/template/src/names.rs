@@ -15,6 +15,12 @@ pub(crate) const INITRD: &str = "initrd";
 /// The prefix of files that name a directory which builds on the template.
 pub(crate) const HELD: &str = "held-by-";
 
+/// The name of the file that says that the directory `holder` builds on the template.
+pub(crate) fn held_by(holder: &Path) -> String {
+    let name = holder.file_name().unwrap_or_default();
+    format!("{HELD}{}", name.to_string_lossy())
+}
+
 /// Whether a template can have a file with this name.
 pub(crate) fn is_file_of_a_template(name: &str) -> bool {
     if name.starts_with(HELD) {

@@ -30,9 +30,9 @@ macro_rules! tenants {
              max_standbys, network, \
              (SELECT COUNT(*) FROM vms WHERE alive = 1 AND tenant = tenants.name) AS vms, \
              (SELECT CAST(COALESCE(SUM(memory_bytes), 0) AS BIGINT) FROM vms \
-             WHERE alive = 1 AND tenant = tenants.name) AS memory_bytes, \
+             WHERE alive = 1 AND tenant = tenants.name AND state <> 'suspended') AS memory_bytes, \
              (SELECT CAST(COALESCE(SUM(vcpus), 0) AS BIGINT) FROM vms \
-             WHERE alive = 1 AND tenant = tenants.name) AS vcpus, \
+             WHERE alive = 1 AND tenant = tenants.name AND state <> 'suspended') AS vcpus, \
              (SELECT CAST(COALESCE(SUM(disk_bytes), 0) AS BIGINT) FROM vms \
              WHERE alive = 1 AND tenant = tenants.name) AS disk_bytes, \
              (SELECT COUNT(*) FROM templates WHERE tenant = tenants.name) AS templates, \
@@ -55,6 +55,36 @@ impl Change<'_> {
         count: u64,
         nominal: Nominal,
     ) -> Result<()> {
+        let at_most = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
+        let added = Used {
+            vms: at_most(count),
+            memory_bytes: nominal.memory_bytes.saturating_mul(count),
+            vcpus: at_most(u64::from(nominal.vcpus).saturating_mul(count)),
+            disk_bytes: nominal.disk_bytes.saturating_mul(count),
+            ..Used::default()
+        };
+        self.check_added(name, added).await
+    }
+
+    /// Checks that a suspended VM may use its memory and CPUs again, which it does not count for while it
+    /// is suspended. It is a part of the transaction that records that it runs.
+    ///
+    /// # Errors
+    /// [`ErrorKind::QuotaExceeded`].
+    pub(super) async fn check_resumption_quotas(
+        &mut self,
+        name: &str,
+        nominal: Nominal,
+    ) -> Result<()> {
+        let added = Used {
+            memory_bytes: nominal.memory_bytes,
+            vcpus: nominal.vcpus,
+            ..Used::default()
+        };
+        self.check_added(name, added).await
+    }
+
+    async fn check_added(&mut self, name: &str, added: Used) -> Result<()> {
         // VMs are counted for those tenants only that have a quota.
         let row = sqlx::query(tenants!(
             "WHERE name = $1 AND (max_vms IS NOT NULL OR max_memory_bytes IS NOT NULL \
@@ -68,27 +98,29 @@ impl Change<'_> {
             return Ok(());
         };
         let Tenant { quotas, used, .. } = tenant(&row)?;
-        let memory = nominal.memory_bytes.saturating_mul(count);
-        let vcpus = u64::from(nominal.vcpus).saturating_mul(count);
-        let disk = nominal.disk_bytes.saturating_mul(count);
         for (what, has, adds, most) in [
-            ("VMs", used.vms.into(), count, quotas.max_vms.map(u64::from)),
+            (
+                "VMs",
+                used.vms.into(),
+                added.vms.into(),
+                quotas.max_vms.map(u64::from),
+            ),
             (
                 "bytes of memory",
                 used.memory_bytes,
-                memory,
+                added.memory_bytes,
                 quotas.max_memory_bytes,
             ),
             (
                 "CPUs",
                 used.vcpus.into(),
-                vcpus,
+                added.vcpus.into(),
                 quotas.max_vcpus.map(u64::from),
             ),
             (
                 "bytes of disk",
                 used.disk_bytes,
-                disk,
+                added.disk_bytes,
                 quotas.max_disk_bytes,
             ),
         ] {
@@ -296,7 +328,8 @@ impl Store {
 /// Checks that a tenant may have more of something: of what it has, what is requested, and the most
 /// that it may have.
 fn check_quota(tenant: &str, what: &str, (has, adds, most): (u64, u64, Option<u64>)) -> Result<()> {
-    let Some(most) = most.filter(|most| has.saturating_add(adds) > *most) else {
+    // What a tenant has already is not refused after its quota was lowered.
+    let Some(most) = most.filter(|most| adds > 0 && has.saturating_add(adds) > *most) else {
         return Ok(());
     };
     let message = format!(
@@ -347,6 +380,6 @@ fn tenant(row: &AnyRow) -> Result<Tenant> {
     })
 }
 
-fn small(number: i64) -> u32 {
+pub(super) fn small(number: i64) -> u32 {
     u32::try_from(number.max(0)).unwrap_or(u32::MAX)
 }

@@ -7,10 +7,11 @@
 use army_api::vms::{VmMemory, VmState};
 use sqlx::any::AnyRow;
 
+use super::tenants::{Nominal, small};
 use super::vms::next_change;
 use super::{
     Change, Store, from_word, number, optional_text, parse, query_failed, readable, stored, text,
-    to_json, word,
+    to_json, unsigned, word,
 };
 use crate::Result;
 use army_node_api::time::now_ms;
@@ -194,6 +195,41 @@ impl Store {
         .map_err(query_failed)?;
         change.commit().await?;
         Ok(purged.rows_affected())
+    }
+}
+
+impl Store {
+    /// Records that a suspended VM runs again, which its host is about to be asked for, where the
+    /// quotas of its tenant permit it. Does nothing for a VM in another state.
+    ///
+    /// # Errors
+    /// [`ErrorKind::QuotaExceeded`](crate::ErrorKind::QuotaExceeded).
+    pub(crate) async fn begin_resumption(&self, id: &str) -> Result<()> {
+        let mut change = self.change().await?;
+        let row = sqlx::query(
+            "SELECT tenant, memory_bytes, vcpus FROM vms WHERE id = $1 AND state = 'suspended'",
+        )
+        .bind(id)
+        .fetch_optional(change.connection())
+        .await
+        .map_err(query_failed)?;
+        if let Some(row) = row {
+            let nominal = Nominal {
+                memory_bytes: unsigned(&row, "memory_bytes")?,
+                vcpus: small(number(&row, "vcpus")?),
+                ..Nominal::default()
+            };
+            let tenant = text(&row, "tenant")?;
+            change.check_resumption_quotas(&tenant, nominal).await?;
+            let resumed = StateChange {
+                id,
+                state: VmState::Running,
+                reason: Some(""),
+                unless_changed_since: None,
+            };
+            change.change_vm_state(&resumed).await?;
+        }
+        change.commit().await
     }
 }
 

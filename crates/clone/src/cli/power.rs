@@ -240,5 +240,15 @@ fn end(runtime: &Runtime, vm: &RunningVm) -> Result<()> {
         )
         .advise("it may wait for a disk or network that does not answer: see dmesg"));
     }
-    runtime.sweep_one(&vm.dir).map(drop)
+    runtime.sweep_one(&vm.dir)?;
+    // A suspension that was interrupted has left a state of the VM, which is not wanted any more.
+    match runtime
+        .suspended()
+        .and_then(|vms| vms.remove(&vm.dir.name()))
+    {
+        Err(error) if !matches!(error.code, ErrorCode::NotFound | ErrorCode::HostUnsupported) => {
+            Err(error)
+        }
+        _ => Ok(()),
+    }
 }

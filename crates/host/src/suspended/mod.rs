@@ -88,18 +88,21 @@ impl SuspendedVms {
         Reserved::in_dir(self.root.join(ADDRESSES))
     }
 
-    /// All VMs that can be resumed, ordered by name.
+    /// All VMs that can be resumed, ordered by name. One whose record cannot be read is left out, with
+    /// a line in the log.
     ///
     /// # Errors
-    /// A directory cannot be listed, or a record cannot be read.
+    /// The directories cannot be listed.
     pub fn list(&self) -> Result<Vec<SuspendedVm>> {
         let mut found = Vec::new();
         for dir in self.dirs()? {
             if has_run(&dir) {
                 continue;
             }
-            let record = Record::read(&dir)?;
-            found.push(SuspendedVm { dir, record });
+            match Record::read(&dir) {
+                Ok(record) => found.push(SuspendedVm { dir, record }),
+                Err(error) => tracing::warn!("{}", error.message),
+            }
         }
         found.sort_by(|a: &SuspendedVm, b| {
             let key =
@@ -113,7 +116,7 @@ impl SuspendedVms {
     /// two equal states, and the later one counts.
     ///
     /// # Errors
-    /// As [`SuspendedVms::list`], for the directories of this VM.
+    /// The directories cannot be listed, or the record of this VM cannot be read.
     pub fn find(&self, name: &str) -> Result<Option<SuspendedVm>> {
         let mut latest: Option<SuspendedVm> = None;
         for dir in self.dirs_of(name)? {
@@ -151,6 +154,9 @@ impl SuspendedVms {
     /// # Errors
     /// [`ErrorCode::NotFound`] if no VM of that name is suspended.
     pub fn remove(&self, name: &str) -> Result<()> {
+        if self.dirs_of(name)?.is_empty() {
+            return Err(not_suspended(name));
+        }
         let _root = self.lock()?;
         let mut removed = false;
         for dir in self.dirs_of(name)? {
@@ -188,6 +194,10 @@ impl SuspendedVms {
     /// Removes a directory. It is renamed first, so that what is left after a kill is no state.
     fn remove_dir(&self, dir: &Path) -> Result<()> {
         self.reserved().release(dir);
+        let record = Record::read(dir).ok();
+        if let Some(template) = record.as_ref().and_then(Record::template) {
+            clone_template::release(template, dir);
+        }
         let hidden = match name_of(dir).starts_with(UNFINISHED) {
             true => dir.to_owned(),
             false => {
