@@ -63,7 +63,11 @@ pub(crate) fn apply(identity: &Identity) -> Result<Vec<String>, Refusal> {
     if identity.new_ssh_host_keys {
         ssh::renew_host_keys(Path::new(SSH_FOLDER), &mut report)?;
     }
-    run_hooks(Path::new(HOOKS), HOOKS_LIMIT, &mut report);
+    // A VM that was resumed is the same one: only its clock is set, and its network where that is new.
+    if !identity.seed.is_empty() || !identity.machine_id.is_empty() || !identity.hostname.is_empty()
+    {
+        run_hooks(Path::new(HOOKS), HOOKS_LIMIT, &mut report);
+    }
     Ok(report.into_notices())
 }
 

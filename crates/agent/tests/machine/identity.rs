@@ -187,6 +187,21 @@ fn what_is_neither_secret_nor_address_never_ends_a_fork() {
     }
 }
 
+#[test]
+fn programs_of_a_new_identity_run_for_a_clone_and_not_when_only_the_clock_is_set() {
+    let machine = Machine::boot();
+    machine.run(
+        "mkdir -p /etc/clone/identity.d; \
+         printf '#!/bin/sh\\necho ran >> /run/ran\\n' > /etc/clone/identity.d/10; \
+         chmod +x /etc/clone/identity.d/10",
+    );
+    // Namespaces share the host's clock, so it stays as it is.
+    machine.connect().set_identity(Identity::default()).unwrap();
+    assert_eq!(machine.run("cat /run/ran 2>/dev/null; true"), "");
+    identify(&machine);
+    assert_eq!(machine.run("cat /run/ran"), "ran\n");
+}
+
 fn network(interface: Interface) -> Identity {
     Identity {
         interfaces: vec![interface],
