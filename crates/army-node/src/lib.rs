@@ -137,12 +137,18 @@ impl Node {
                 ErrorKind::NotFound => Ok(()),
                 _ => Err(error),
             })?;
+        let ended = self.end_for_good(id);
+        lock(&self.usage).remove(id);
+        ended
+    }
+
+    /// Ends the process of a VM that has ended by the journal, and removes its state.
+    pub(crate) fn end_for_good(&self, id: &str) -> Result<()> {
         // What is changing the VM ends with its process, and then cannot start it again.
         self.end_process(id)?;
-        lock(&self.usage).remove(id);
         self.turns.take(id, || {
             self.end_process(id)?;
-            self.remove_suspended(id)
+            Ok(self.runtime.discard_suspended(&vm_name(id))?)
         })
     }
 

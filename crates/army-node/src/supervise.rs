@@ -212,13 +212,7 @@ impl Node {
 
     /// Ends the process of a VM that has ended by the journal, and removes its state.
     fn end_what_is_left(&self, entry: &Entry) {
-        let ended = self.end_process(&entry.id).and_then(|()| {
-            self.turns.take(&entry.id, || {
-                self.end_process(&entry.id)?;
-                self.remove_suspended(&entry.id)
-            })
-        });
-        if let Err(error) = ended {
+        if let Err(error) = self.end_for_good(&entry.id) {
             tracing::error!(vm = entry.id, %error, "something of a VM that has ended is left");
         }
     }

@@ -4,9 +4,10 @@
 //! goes on. What is in between after a kill is seen by what there is: a process, or a state on disk.
 
 use army_api::vms::NetworkPolicy;
-use army_node_api::{Error, ErrorKind, Result, validate};
+use army_node_api::{Error, Result, validate};
+use clone_api::Client;
 use clone_api::config::Egress;
-use clone_api::{Client, ErrorCode};
+use clone_host::launch::fork;
 use clone_host::launch::resume::{self, Reach};
 use clone_host::runtime::RunningVm;
 use clone_host::suspend;
@@ -117,34 +118,16 @@ impl Node {
             tracing::error!(vm = entry.id, %error, "a suspended VM is not recovered");
         }
     }
-
-    /// Removes the state of a suspended VM, if it has one.
-    pub(crate) fn remove_suspended(&self, id: &str) -> Result<()> {
-        match self
-            .runtime
-            .suspended()
-            .and_then(|vms| vms.remove(&vm_name(id)))
-        {
-            Err(error) if error.code == ErrorCode::NotFound => Ok(()),
-            Err(error) if error.code == ErrorCode::HostUnsupported => Ok(()),
-            removed => Ok(removed?),
-        }
-    }
 }
 
 /// What a network policy permits within what the VM's template permits.
 fn reach(policy: &NetworkPolicy, ceiling: Option<&Egress>) -> Result<Reach> {
     let wanted = validate::egress(policy)?;
-    let narrowed = match ceiling {
-        Some(ceiling) => wanted.narrowed_by(ceiling),
-        None => Ok(wanted),
-    };
-    let egress = narrowed.map_err(|error| {
-        let message = format!("the template limits egress, too: {error}");
-        Error::new(ErrorKind::InvalidRequest, message)
-    })?;
     Ok(Reach {
-        egress,
+        egress: match ceiling {
+            Some(ceiling) => fork::narrowed(&wanted, ceiling)?,
+            None => wanted,
+        },
         host: policy.host,
     })
 }

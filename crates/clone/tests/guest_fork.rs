@@ -9,23 +9,7 @@ use std::fs;
 use std::process::Stdio;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use guest_bench::{Bench, PATIENCE};
-
-/// A guest of two CPUs with a nonce in RAM and a counter that never stops, and its template `t`.
-fn bench_with_template() -> Bench {
-    let bench = Bench::new();
-    let started = bench.boot("base", &["--detach", "-c", "2"]);
-    assert!(started.status.success(), "{started:?}");
-    bench.wait_for_agent("base");
-    bench.guest(
-        "base",
-        "echo nonce-4711 > /run/nonce; \
-         (i=0; while :; do i=$((i+1)); echo $i > /run/count.new; mv /run/count.new /run/count; \
-         usleep 20000; done) >/dev/null 2>&1 &",
-    );
-    bench.done(&["snapshot", "base", "-o", "t"]);
-    bench
-}
+use guest_bench::{Bench, PATIENCE, bench_with_template, proves_itself};
 
 fn kill_all(bench: &Bench) {
     for vm in bench.json(&["ls", "--json"]).as_array().unwrap() {
@@ -40,22 +24,9 @@ fn kill_all(bench: &Bench) {
     assert_eq!(left, [""; 0]);
 }
 
-/// The clone's own proof of life: memory, time, system calls, floating point, both CPUs.
-fn proves_itself(bench: &Bench, name: &str) {
-    assert_eq!(bench.guest(name, "cat /run/nonce"), "nonce-4711");
-    let ticks = "a=$(cat /run/count); sleep 0.3; b=$(cat /run/count); [ $b -gt $a ] && echo on";
-    assert_eq!(bench.guest(name, ticks), "on");
-    for cpu in ["1", "2"] {
-        let here = format!("taskset {cpu} awk 'BEGIN {{ printf \"%.6f\", 2.5*2.5*2.5 }}'");
-        assert_eq!(bench.guest(name, &here), "15.625000");
-    }
-    let timers = "for i in 0 1; do taskset $((i+1)) sleep 0.01 || exit 1; done; echo fired";
-    assert_eq!(bench.guest(name, timers), "fired");
-}
-
 #[test]
 fn clones_live_and_are_themselves_cold_warm_and_live() {
-    let bench = bench_with_template();
+    let bench = bench_with_template(&[]);
     proves_itself(&bench, "base");
     bench.done(&["fork", "t", "-n", "cold", "--count", "3"]);
     let mut serve = bench.command(&["template", "serve", "t", "--standbys", "2"]);
@@ -136,7 +107,7 @@ fn time_goes_on(bench: &Bench, name: &str) {
 
 #[test]
 fn a_chain_of_differences_ten_deep_holds_every_step() {
-    let bench = bench_with_template();
+    let bench = bench_with_template(&[]);
     bench.done(&["kill", "base"]);
     let mut parent = "t".to_owned();
     for step in 0..10 {
@@ -165,7 +136,7 @@ fn a_chain_of_differences_ten_deep_holds_every_step() {
 
 #[test]
 fn a_template_in_use_stays_and_a_damaged_one_starts_nothing() {
-    let bench = bench_with_template();
+    let bench = bench_with_template(&[]);
     bench.done(&["fork", "t", "-n", "a"]);
     let refused = bench.run(&["template", "rm", "t"]);
     assert!(!refused.status.success());

@@ -9,42 +9,14 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use guest_bench::Bench;
+use guest_bench::{Bench, bench_with_template, proves_itself};
 
-/// A guest of two CPUs with a nonce in RAM and a counter that never stops, and its template `t`.
-fn bench_with_template() -> Bench {
-    let bench = Bench::new();
-    let started = bench.boot("base", &["--detach", "-c", "2", "--net", "nat"]);
-    assert!(started.status.success(), "{started:?}");
-    bench.wait_for_agent("base");
-    bench.guest(
-        "base",
-        "echo nonce-4711 > /run/nonce; \
-         (i=0; while :; do i=$((i+1)); echo $i > /run/count.new; mv /run/count.new /run/count; \
-         usleep 20000; done) >/dev/null 2>&1 &",
-    );
-    bench.done(&["snapshot", "base", "-o", "t"]);
-    bench
-}
-
-/// Memory, time, system calls, floating point, both CPUs.
-fn proves_itself(bench: &Bench, name: &str) {
-    assert_eq!(bench.guest(name, "cat /run/nonce"), "nonce-4711");
-    let ticks = "a=$(cat /run/count); sleep 0.3; b=$(cat /run/count); [ $b -gt $a ] && echo on";
-    assert_eq!(bench.guest(name, ticks), "on");
-    for cpu in ["1", "2"] {
-        let here = format!("taskset {cpu} awk 'BEGIN {{ printf \"%.6f\", 2.5*2.5*2.5 }}'");
-        assert_eq!(bench.guest(name, &here), "15.625000");
-    }
-    let timers = "for i in 0 1; do taskset $((i+1)) sleep 0.01 || exit 1; done; echo fired";
-    assert_eq!(bench.guest(name, timers), "fired");
-}
-
-/// What only the same VM can say: its boot, its names, its processes, what it wrote.
+/// What only the same VM can say: its boot, its names, what it wrote, its addresses.
 fn identity(bench: &Bench, name: &str) -> String {
     bench.guest(
         name,
-        "cat /proc/sys/kernel/random/boot_id /etc/hostname /etc/machine-id; cat /run/mine; cat /sys/class/net/eth0/address; ip -4 -o addr show eth0 | awk '{print $4}'",
+        "cat /proc/sys/kernel/random/boot_id /etc/hostname /etc/machine-id /run/mine; \
+         cat /sys/class/net/eth0/address; ip -4 -o addr show eth0 | awk '{print $4}'",
     )
 }
 
@@ -62,7 +34,7 @@ fn count(bench: &Bench, name: &str) -> u64 {
 
 #[test]
 fn a_suspended_clone_goes_on_as_the_same_vm_again_and_again() {
-    let bench = bench_with_template();
+    let bench = bench_with_template(&["--net", "nat"]);
     bench.done(&["fork", "t", "-n", "anna"]);
     bench.guest("anna", "echo only-annas > /run/mine");
     let (before, counted) = (identity(&bench, "anna"), count(&bench, "anna"));
@@ -166,7 +138,7 @@ fn what_was_booted_or_forked_live_is_suspended_with_its_disk_and_can_be_snapshot
 
 #[test]
 fn a_state_runs_once_whoever_is_killed_and_a_damaged_one_not_at_all() {
-    let bench = bench_with_template();
+    let bench = bench_with_template(&["--net", "nat"]);
     bench.done(&["fork", "t", "-n", "anna"]);
     // The command is killed at different moments: the VM is either there or suspended, never both,
     // and never lost.

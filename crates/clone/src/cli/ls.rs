@@ -157,7 +157,7 @@ fn text(rows: &[Row], with_state: bool) -> String {
     }
     let mut lines = vec![head.into_iter().map(str::to_owned).collect()];
     for row in rows {
-        let unknown = || "?".to_owned();
+        let unknown = || if row.suspended { "-" } else { "?" }.to_owned();
         let mut line = vec![
             row.name.clone(),
             row.pid
@@ -168,13 +168,6 @@ fn text(rows: &[Row], with_state: bool) -> String {
         let usage = row.usage.as_ref();
         // Swapped memory is private as well.
         let private = usage.map(|usage| usage.private_bytes + usage.swapped_bytes);
-        let unknown = || {
-            if row.suspended {
-                "-".to_owned()
-            } else {
-                "?".to_owned()
-            }
-        };
         line.push(private.map_or_else(unknown, human_bytes));
         line.push(usage.map_or_else(unknown, |usage| human_bytes(usage.shared_bytes)));
         if row.suspended && with_state {

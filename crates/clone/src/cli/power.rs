@@ -242,13 +242,5 @@ fn end(runtime: &Runtime, vm: &RunningVm) -> Result<()> {
     }
     runtime.sweep_one(&vm.dir)?;
     // A suspension that was interrupted has left a state of the VM, which is not wanted any more.
-    match runtime
-        .suspended()
-        .and_then(|vms| vms.remove(&vm.dir.name()))
-    {
-        Err(error) if !matches!(error.code, ErrorCode::NotFound | ErrorCode::HostUnsupported) => {
-            Err(error)
-        }
-        _ => Ok(()),
-    }
+    runtime.discard_suspended(&vm.dir.name())
 }

@@ -180,3 +180,32 @@ impl Drop for Bench {
         }
     }
 }
+
+/// A guest of two CPUs with a nonce in RAM and a counter that never stops, and its template `t`.
+pub fn bench_with_template(more: &[&str]) -> Bench {
+    let bench = Bench::new();
+    let started = bench.boot("base", &[&["--detach", "-c", "2"], more].concat());
+    assert!(started.status.success(), "{started:?}");
+    bench.wait_for_agent("base");
+    bench.guest(
+        "base",
+        "echo nonce-4711 > /run/nonce; \
+         (i=0; while :; do i=$((i+1)); echo $i > /run/count.new; mv /run/count.new /run/count; \
+         usleep 20000; done) >/dev/null 2>&1 &",
+    );
+    bench.done(&["snapshot", "base", "-o", "t"]);
+    bench
+}
+
+/// The proof of life of a VM of [`bench_with_template`]: memory, time, system calls, floating point, both CPUs.
+pub fn proves_itself(bench: &Bench, name: &str) {
+    assert_eq!(bench.guest(name, "cat /run/nonce"), "nonce-4711");
+    let ticks = "a=$(cat /run/count); sleep 0.3; b=$(cat /run/count); [ $b -gt $a ] && echo on";
+    assert_eq!(bench.guest(name, ticks), "on");
+    for cpu in ["1", "2"] {
+        let here = format!("taskset {cpu} awk 'BEGIN {{ printf \"%.6f\", 2.5*2.5*2.5 }}'");
+        assert_eq!(bench.guest(name, &here), "15.625000");
+    }
+    let timers = "for i in 0 1; do taskset $((i+1)) sleep 0.01 || exit 1; done; echo fired";
+    assert_eq!(bench.guest(name, timers), "fired");
+}

@@ -292,11 +292,18 @@ pub fn set_egress(
     ceiling: &Egress,
     reach_host: bool,
 ) -> Result<()> {
-    let narrowed = egress.narrowed_by(ceiling).map_err(|error| {
+    hold(vm, &narrowed(egress, ceiling)?, reach_host)
+}
+
+/// The destinations of `egress` that a template's `ceiling` permits, too.
+///
+/// # Errors
+/// Where both together are too many networks.
+pub fn narrowed(egress: &Egress, ceiling: &Egress) -> Result<Egress> {
+    egress.narrowed_by(ceiling).map_err(|error| {
         let message = format!("the template limits egress, too: {error}");
         ApiError::new(ErrorCode::InvalidConfig, message).advise("allow fewer networks")
-    })?;
-    hold(vm, &narrowed, reach_host)
+    })
 }
 
 /// Holds a VM's guest to these destinations, and records that in its description.

@@ -106,8 +106,7 @@ impl Runtime {
         write: impl FnOnce(&LiveDir) -> Result<T>,
     ) -> Result<(LiveDir, T)> {
         let place = self.live.as_deref().unwrap_or(&self.vms);
-        check_room(place, bytes)?;
-        let room = room_at(place)?;
+        let room = check_room(place, bytes)?;
         let dir = LiveDir::make(place)?;
         match write(&dir) {
             Ok(written) => Ok((dir, written)),
@@ -152,15 +151,15 @@ impl Runtime {
     }
 }
 
-/// Refuses to write `bytes` in `place`, where there is no room for them.
+/// The room in `place`, in bytes, which has to suffice for `bytes`.
 ///
 /// # Errors
 /// [`ErrorCode::OutOfSpace`].
-pub(super) fn check_room(place: &Path, bytes: u64) -> Result<()> {
+pub(super) fn check_room(place: &Path, bytes: u64) -> Result<u64> {
     let room = room_at(place)?;
     match room < bytes {
         true => Err(no_room(bytes, room, place)),
-        false => Ok(()),
+        false => Ok(room),
     }
 }
 

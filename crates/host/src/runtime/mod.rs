@@ -231,6 +231,20 @@ impl Runtime {
         Ok(SuspendedVms::at(dir))
     }
 
+    /// Removes the states of a VM that is not wanted any more, if there are any.
+    ///
+    /// # Errors
+    /// A state cannot be removed.
+    pub fn discard_suspended(&self, name: &str) -> Result<()> {
+        match &self.suspended {
+            Some(dir) => match SuspendedVms::at(dir.clone()).remove(name) {
+                Err(error) if error.code == ErrorCode::NotFound => Ok(()),
+                removed => removed,
+            },
+            None => Ok(()),
+        }
+    }
+
     /// Refuses the name of a suspended VM.
     pub(crate) fn check_not_suspended(&self, name: &str) -> Result<()> {
         match &self.suspended {
@@ -241,7 +255,7 @@ impl Runtime {
 
     /// Refuses to write `bytes` to a directory on whose file system there is no room for them.
     pub(crate) fn check_room(&self, dir: &Path, bytes: u64) -> Result<()> {
-        live::check_room(dir, bytes)
+        live::check_room(dir, bytes).map(drop)
     }
 
     /// Takes the lock under which directories are made and removed.

@@ -67,14 +67,6 @@ impl SuspendedVm {
     pub fn dir(&self) -> &Path {
         &self.dir
     }
-
-    /// The bytes on disk that the state takes.
-    pub fn disk_bytes(&self) -> u64 {
-        use std::os::unix::fs::MetadataExt as _;
-        let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
-        let sizes = entries.filter_map(|entry| Some(entry.metadata().ok()?.blocks() * 512));
-        sizes.sum()
-    }
 }
 
 impl SuspendedVms {

@@ -123,7 +123,7 @@ pub(crate) fn run(context: &Context) -> Result<Record> {
             "{} simulated hosts with {} VMs, and {} VMs that have ended, in one process with the controllers and their clients.",
             size.hosts, size.vms, size.ended
         ),
-        "Tick: processor time of the process for each second in which nothing happens, in which each host reports once, less what the simulated nodes themselves take for the reports. PostgreSQL's processes are told apart.",
+        "Tick: the processor time that the process uses in a second without requests, in which each host reports once. The time that the simulated nodes take to make the reports is subtracted. PostgreSQL's processes are measured separately.",
         "Creates: from 16 connections, each of one VM, which is destroyed then. Page: GET /v1/vms of 1,000 VMs, to the last byte, read into the client's types. Event: from before a host is drained until a subscriber over HTTP has the event; with several controllers at another one.",
     ]);
     let tokio = tokio::runtime::Runtime::new().context("cannot start a runtime")?;

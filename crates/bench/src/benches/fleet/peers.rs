@@ -2,8 +2,8 @@
 //! and then say nothing. The measuring process has no files left for them, and its threads and memory
 //! are the server's.
 //!
-//! They are told what to do by lines on standard input, and say by lines on standard output that it is
-//! done.
+//! The measuring process sends commands to this one as lines on its standard input, and reads a line
+//! from its standard output when a command is complete.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use tokio::sync::watch;
 /// How many execs are being started at a time.
 const STARTING: u32 = 100;
 
-/// What the process is told when it starts.
+/// The options of the process.
 #[derive(Args, Debug, Clone)]
 pub(crate) struct Options {
     /// The socket where agents are to be reached.
