@@ -260,14 +260,17 @@ impl GuestMemory {
 
     /// Sets the advice for all RAM, and again for each new mapping in it.
     ///
-    /// RAM is excluded from core dumps, because it is large and belongs to the guest. It also uses
-    /// no huge pages by the host's settings: with transparent huge pages set to `always`, the first
-    /// byte that a clone writes where its template has no data would cost 2 MiB.
+    /// RAM is excluded from core dumps, because it is large and belongs to the guest. A clone's RAM
+    /// also uses no huge pages: with transparent huge pages set to `always`, the first byte that a
+    /// clone writes where its template has no data would cost 2 MiB. A guest that boots follows the
+    /// host's setting, because it touches most of its memory: huge pages save it thousands of
+    /// faults.
     ///
     /// Kernels that do not know an advice lack the feature too.
     fn set_kernel_advice(&self) {
-        for advice in [Advice::LinuxDontDump, Advice::LinuxNoHugepage] {
-            let _ = self.advise(0..self.pages(), advice);
+        let _ = self.advise(0..self.pages(), Advice::LinuxDontDump);
+        if let Backing::Layers(_) = self.backing {
+            let _ = self.advise(0..self.pages(), Advice::LinuxNoHugepage);
         }
     }
 
@@ -279,20 +282,6 @@ impl GuestMemory {
             unsafe { madvise(at, len, advice) }?;
         }
         Ok(())
-    }
-
-    /// Allows the host to use huge pages, which RAM does not use by default: fewer faults and
-    /// faster translation for a long-lived guest, but memory is allocated in pieces of 2 MiB, so
-    /// this is not for clones.
-    ///
-    /// # Errors
-    /// [`MemoryError::Advise`] if the host's kernel has no transparent huge pages.
-    pub fn advise_huge_pages(&self) -> Result<(), MemoryError> {
-        let advised = self.advise(0..self.pages(), Advice::LinuxHugepage);
-        advised.map_err(|source| MemoryError::Advise {
-            what: "use huge pages for",
-            source,
-        })
     }
 
     /// Maps pages that will be read soon, without copying any: one call replaces a fault for each.
@@ -502,10 +491,16 @@ mod tests {
         flags.split_whitespace().any(|it| it == flag)
     }
 
-    fn takes_no_huge_pages(memory: &GuestMemory) -> bool {
+    fn refuses_huge_pages(memory: &GuestMemory) -> bool {
         let flags = mapping_flags(memory);
         assert!(!flags.is_empty());
-        flags.iter().all(|it| has(it, "nh") && !has(it, "hg"))
+        flags.iter().all(|it| has(it, "nh"))
+    }
+
+    fn follows_the_host(memory: &GuestMemory) -> bool {
+        let flags = mapping_flags(memory);
+        assert!(!flags.is_empty());
+        !flags.iter().any(|it| has(it, "nh") || has(it, "hg"))
     }
 
     /// RAM over a layer that has data in two of its pages.
@@ -524,25 +519,15 @@ mod tests {
     }
 
     #[test]
-    fn ram_takes_huge_pages_from_no_setting_of_the_host() {
+    fn a_clones_ram_takes_no_huge_pages_and_a_booted_guests_follows_the_host() {
         let layout = RamLayout::new(8 << 20).unwrap();
-        let booted = GuestMemory::anonymous(&layout).unwrap();
         let clone = layered(&layout);
         // The layer's data and the holes around it are mappings of their own.
         assert!(mapping_flags(&clone).len() > 2);
-        for memory in [&booted, &clone, &GuestMemory::shared(&layout).unwrap()] {
-            assert!(takes_no_huge_pages(memory));
-        }
-        for memory in [booted, clone] {
-            assert!(takes_no_huge_pages(&memory.renewed().unwrap()));
-        }
-    }
-
-    #[test]
-    fn only_who_asks_for_huge_pages_gets_them() {
-        let memory = GuestMemory::anonymous(&RamLayout::new(8 << 20).unwrap()).unwrap();
-        memory.advise_huge_pages().unwrap();
-        let flags = mapping_flags(&memory);
-        assert!(flags.iter().all(|it| has(it, "hg") && !has(it, "nh")));
+        assert!(refuses_huge_pages(&clone));
+        let booted = GuestMemory::anonymous(&layout).unwrap();
+        assert!(follows_the_host(&booted));
+        // A clone that reboots has nothing in common with its template any more.
+        assert!(follows_the_host(&clone.renewed().unwrap()));
     }
 }
