@@ -19,16 +19,19 @@ use army_node_api::simulated::SimulatedNode;
 use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt};
 use reqwest::Method;
-use rustix::process::{Resource, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
 use served::{Server, record, server_with, template};
 
-/// Commands at once: far more than the threads that the server may have. Each takes four open files
-/// here, where both of its ends are. `cargo xtask bench fleet` has 10,000.
-const COMMANDS: usize = 4000;
+/// Commands at once: far more than the threads that the server may have.
+const COMMANDS: usize = 10_000;
+/// The open files of a command here, where both of its ends are.
+const FILES_EACH: u64 = 4;
+/// The open files of everything else.
+const OWN_FILES: u64 = 500;
 /// How many commands are being started at a time.
 const STARTING: usize = 100;
 /// The threads of this process, whose server has two workers and a database: far fewer than one for
@@ -52,6 +55,7 @@ async fn with_silent_agents(count: usize) -> (Server, Vec<UnixStream>) {
     let many = SessionLimits {
         per_vm: COMMANDS,
         per_key: COMMANDS,
+        per_tenant: COMMANDS,
         ..SessionLimits::default()
     };
     let server = server_with(node, |doors| Doors {
@@ -120,13 +124,24 @@ fn memory() -> usize {
     number.parse().unwrap()
 }
 
-/// As many commands as this process may have open files for.
+/// As many of the commands as this process may have open files for: a host may permit fewer.
 fn commands() -> usize {
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    setrlimit(Resource::Nofile, limit).unwrap();
-    let files = limit.maximum.map_or(usize::MAX, |most| most as usize);
-    COMMANDS.min(files.saturating_sub(500) / 4)
+    let wanted = COMMANDS as u64 * FILES_EACH + OWN_FILES;
+    let permitted = getrlimit(Resource::Nofile).maximum;
+    let limit = |most| Rlimit {
+        current: Some(most),
+        maximum: permitted.map(|permitted| permitted.max(most)),
+    };
+    let most = match setrlimit(Resource::Nofile, limit(wanted)) {
+        Ok(()) => wanted,
+        // Only a privileged process may have more than it was given.
+        Err(_) => {
+            let most = permitted.unwrap_or(wanted);
+            setrlimit(Resource::Nofile, limit(most)).unwrap();
+            most
+        }
+    };
+    COMMANDS.min((most.saturating_sub(OWN_FILES) / FILES_EACH) as usize)
 }
 
 /// What others request meanwhile is answered: a list, a create, a VM.
