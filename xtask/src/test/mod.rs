@@ -7,9 +7,9 @@ mod guests;
 mod lane;
 mod stages;
 
-use std::process::ExitCode;
+use std::process::{ExitCode, Stdio};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 
 use crate::process::{cargo, run as run_command};
@@ -86,7 +86,12 @@ fn without_guests(scope: &Scope, stages: &mut Stages) -> Result<()> {
     stages.run("licences and sources", || {
         // Advisories need a database from the network; bans, licences and sources do not.
         let mut deny = cargo(&["deny", "--log-level", "error", "check"]);
-        run_command(deny.args(["bans", "licenses", "sources"]))
+        run_command(deny.args(["bans", "licenses", "sources"]))?;
+        // The fuzz targets are a workspace of their own, which nothing else of this run resolves.
+        let mut fuzz = cargo(&["metadata", "--locked", "--format-version", "1"]);
+        fuzz.args(["--manifest-path", "fuzz/Cargo.toml"])
+            .stdout(Stdio::null());
+        run_command(&mut fuzz).context("fuzz/Cargo.lock is not up to date")
     })?;
     stages.run("building the tests", || {
         let mut build = cargo(&["nextest", "run", "--no-run"]);
