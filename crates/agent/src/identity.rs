@@ -10,6 +10,7 @@
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -18,7 +19,7 @@ use agent_proto::messages::Identity;
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::conversation::Refusal;
-use crate::replace::replace;
+use crate::replace::{Replaced, replace};
 use crate::report::Report;
 use crate::{hosts, interfaces, machine_id, process, ssh};
 
@@ -155,13 +156,26 @@ fn renew_seed_files(report: &mut Report) {
         .into_iter()
         .filter(|it| it.is_file())
     {
-        let mut seed = [0; SEED_BYTES];
-        let renewed =
-            clone_base::random::fill(&mut seed).and_then(|()| replace(path, &seed, 0o600));
-        match renewed {
+        match renew_seed(path) {
             Ok(how) => report.replaced(path, how),
             Err(error) => report.add(format!("cannot write {}: {error}", path.display())),
         }
+    }
+}
+
+/// Writes a new seed over the old one. Half of a seed is a seed, so the file need not be replaced
+/// as a whole, which would make the file system write to its disk at once.
+fn renew_seed(path: &Path) -> io::Result<Replaced> {
+    let mut seed = [0; SEED_BYTES];
+    clone_base::random::fill(&mut seed)?;
+    let written = OpenOptions::new().write(true).open(path).and_then(|file| {
+        file.write_all_at(&seed, 0)?;
+        file.set_len(SEED_BYTES as u64)
+    });
+    match written {
+        Ok(()) => Ok(Replaced::InPlace),
+        // A read-only disk.
+        Err(_) => replace(path, &seed, 0o600),
     }
 }
 
@@ -233,6 +247,20 @@ mod tests {
             let mut report = Report::default();
             set_hostname(name, &mut report);
             assert_eq!(report.into_notices().len(), 1, "{name}");
+        }
+    }
+
+    #[test]
+    fn nothing_of_an_old_seed_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("random-seed");
+        for len in [32, SEED_BYTES, 4096] {
+            fs::write(&path, vec![7; len]).unwrap();
+            assert!(matches!(renew_seed(&path), Ok(Replaced::InPlace)));
+            let seed = fs::read(&path).unwrap();
+            assert_eq!(seed.len(), SEED_BYTES);
+            let same = seed.iter().filter(|byte| **byte == 7).count();
+            assert!(same < 32, "{same} of {SEED_BYTES} bytes are as before");
         }
     }
 
