@@ -11,9 +11,9 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod cache;
-mod dir_lock;
 pub mod host_net;
 pub mod launch;
+mod locked_dir;
 pub mod programs;
 pub mod runtime;
 mod scratch;

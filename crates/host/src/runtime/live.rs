@@ -3,7 +3,7 @@
 //! Such a directory is made on disk, and not in the runtime directory, which is in memory on most
 //! hosts: the layers of live forks would compete for it with the guests, and with the sockets of every
 //! VM. Only a user without a home has no other place. The directory is removed when no process holds
-//! a lock on its [`LIVE_LOCK`] any more.
+//! its [`LOCK`] any more.
 
 use std::fs::{self, File};
 use std::io;
@@ -12,46 +12,34 @@ use std::path::{Path, PathBuf};
 
 use clone_api::{ApiError, Bytes, ErrorCode};
 use clone_start::error::{Result, failed};
-use rustix::fs::{FlockOperation, flock};
 
 use super::Runtime;
-use crate::dir_lock::lock_in;
+use crate::locked_dir::{LOCK, LockedDir, is_unused, lock_in};
 
 /// The prefix of the names of these directories.
 const PREFIX: &str = ".live-";
-/// The file in them that their users hold a shared lock on.
-const LIVE_LOCK: &str = "lock";
 /// The fraction of a file system, one part in this many, that live forks leave free. In the runtime
 /// directory, the sockets and logs of every VM and the host's other services need that room.
 const RESERVE: u64 = 16;
 
 /// A directory that exists as long as this value or a VM holds its lock.
 #[derive(Debug)]
-pub struct LiveDir {
-    path: PathBuf,
-    _lock: File,
-}
+pub struct LiveDir(LockedDir);
 
 impl LiveDir {
     /// The directory's path.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.0.path()
     }
 
     /// The file that every user of the directory holds a shared lock on.
     pub fn lock_path(&self) -> PathBuf {
-        self.path.join(LIVE_LOCK)
+        self.path().join(LOCK)
     }
 
     /// Makes a new file in the directory.
     pub fn new_file(&self, name: &str) -> Result<File> {
-        let path = self.path.join(name);
-        File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path)
-            .map_err(failed("make", &path))
+        self.0.new_file(name)
     }
 
     fn make(place: &Path) -> Result<Self> {
@@ -60,27 +48,17 @@ impl LiveDir {
             .mode(0o700)
             .create(place)
             .map_err(failed("make", place))?;
-        // This lock keeps sweepers from seeing the directory before it is locked itself.
         let _place = lock_in(place)?;
         let random = clone_base::random::hex::<8>();
         let random = random.map_err(|error| ApiError::internal(&error))?;
-        let path = place.join(format!("{PREFIX}{random}"));
-        fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .map_err(failed("make", &path))?;
-        let lock = path.join(LIVE_LOCK);
-        let file = File::create(&lock).map_err(failed("make", &lock))?;
-        flock(&file, FlockOperation::NonBlockingLockShared)
-            .map_err(|error| failed("lock", &lock)(error.into()))?;
-        Ok(Self { path, _lock: file })
+        LockedDir::make(place.join(format!("{PREFIX}{random}"))).map(Self)
     }
 
     /// Removes the directory after a fork that failed.
     fn remove(self) {
-        if let Err(error) = fs::remove_dir_all(&self.path) {
+        if let Err(error) = fs::remove_dir_all(self.path()) {
             // The next command sweeps the directory.
-            tracing::warn!(path = %self.path.display(), %error, "a failed live fork left files");
+            tracing::warn!(path = %self.path().display(), %error, "a failed live fork left files");
         }
     }
 }
@@ -190,15 +168,12 @@ fn no_room(bytes: u64, room: u64, place: &Path) -> ApiError {
 
 /// Removes a directory if no process holds its lock.
 fn remove_unused(dir: &Path) -> Result<()> {
-    match File::open(dir.join(LIVE_LOCK)) {
-        Ok(lock) if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() => Ok(()),
-        // The lock is free, or the maker of the directory died before it made the lock file.
-        _ => match fs::remove_dir_all(dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(failed("remove", dir)(error))
-            }
-            _ => Ok(()),
-        },
+    if !is_unused(dir) {
+        return Ok(());
+    }
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("remove", dir)(error)),
+        _ => Ok(()),
     }
 }
 

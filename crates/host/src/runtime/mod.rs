@@ -25,7 +25,7 @@ use clone_start::error::{Result, failed};
 use clone_start::vm_dir::{Status, VmDir};
 use clone_template::Verified;
 
-use crate::dir_lock::lock_in;
+use crate::locked_dir::lock_in;
 use crate::suspended::SuspendedVms;
 use rustix::fs::FlockOperation;
 

@@ -26,21 +26,19 @@ use std::path::{Path, PathBuf};
 
 use clone_api::{ApiError, ErrorCode};
 use clone_start::error::{Result, failed};
-use rustix::fs::{FlockOperation, flock};
 
 pub(crate) use new_state::NewState;
 pub use record::Record;
 pub(crate) use record::{Base, disk_file, own_file};
 
-use crate::dir_lock::lock_in;
 use crate::host_net::Reserved;
+pub(crate) use crate::locked_dir::LOCK;
+use crate::locked_dir::{is_unused, lock_in};
 
 /// The prefix of directories that are not whole.
 const UNFINISHED: &str = ".new-";
 /// The directory of the addresses that are reserved.
 const ADDRESSES: &str = ".addresses";
-/// The name of the file that locks a directory.
-pub(crate) const LOCK: &str = "lock";
 /// The name of the file that is marked when the guest runs.
 pub(crate) const RAN: &str = "ran";
 /// The name of the memory layer.
@@ -176,7 +174,7 @@ impl SuspendedVms {
         let _root = self.lock()?;
         for dir in self.all_dirs()? {
             let unfinished = name_of(&dir).starts_with(UNFINISHED);
-            if (unfinished || has_run(&dir)) && is_unlocked(&dir) {
+            if (unfinished || has_run(&dir)) && is_unused(&dir) {
                 self.remove_dir(&dir)?;
             }
         }
@@ -252,15 +250,6 @@ fn name_of(dir: &Path) -> String {
 /// one: its guest must not run twice.
 fn has_run(dir: &Path) -> bool {
     fs::metadata(dir.join(RAN)).map_or(true, |meta| meta.len() > 0)
-}
-
-/// Whether no process uses the files in `dir`.
-fn is_unlocked(dir: &Path) -> bool {
-    match File::open(dir.join(LOCK)) {
-        Ok(lock) => flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok(),
-        // Whoever made the directory was killed before it made the lock.
-        Err(error) => error.kind() == io::ErrorKind::NotFound,
-    }
 }
 
 fn not_suspended(name: &str) -> ApiError {

@@ -2,24 +2,22 @@
 
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use clone_api::ApiError;
 use clone_api::config::NetMode;
 use clone_start::error::{Result, failed};
 use clone_template::Template;
-use rustix::fs::{FlockOperation, flock};
 
 use super::record::Record;
-use super::{LOCK, SuspendedVms, UNFINISHED};
+use super::{SuspendedVms, UNFINISHED};
+use crate::locked_dir::LockedDir;
 
 /// A state in a locked directory with a hidden name, which is removed unless it is finished.
 pub(crate) struct NewState<'a> {
     vms: &'a SuspendedVms,
-    dir: PathBuf,
+    dir: LockedDir,
     name: String,
-    _lock: File,
 }
 
 impl<'a> NewState<'a> {
@@ -29,42 +27,23 @@ impl<'a> NewState<'a> {
         let random = clone_base::random::hex::<4>();
         let random = random.map_err(|error| ApiError::internal(&error))?;
         let name = format!("{vm}.{random}");
-        let dir = vms.root.join(format!("{UNFINISHED}{name}"));
-        fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&dir)
-            .map_err(failed("make", &dir))?;
-        let path = dir.join(LOCK);
-        let lock = File::create(&path).map_err(failed("make", &path))?;
-        flock(&lock, FlockOperation::NonBlockingLockShared)
-            .map_err(|error| failed("lock", &path)(error.into()))?;
-        Ok(Self {
-            vms,
-            dir,
-            name,
-            _lock: lock,
-        })
+        let dir = LockedDir::make(vms.root.join(format!("{UNFINISHED}{name}")))?;
+        Ok(Self { vms, dir, name })
     }
 
     /// The directory.
     pub(crate) fn dir(&self) -> &Path {
-        &self.dir
+        self.dir.path()
     }
 
     /// Makes a new file in the directory.
     pub(crate) fn new_file(&self, name: &str) -> Result<File> {
-        let path = self.dir.join(name);
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path);
-        file.map_err(failed("make", &path))
+        self.dir.new_file(name)
     }
 
     /// Removes a file that has no content.
     pub(crate) fn drop_file(&self, name: &str) -> Result<()> {
-        let path = self.dir.join(name);
+        let path = self.dir().join(name);
         fs::remove_file(&path).map_err(failed("remove", &path))
     }
 
@@ -72,7 +51,7 @@ impl<'a> NewState<'a> {
     /// former states that were not run: those of suspensions that were interrupted after this.
     pub(crate) fn finish(self, record: &Record, template: Option<&Template>) -> Result<()> {
         let vms = self.vms;
-        record.write(&self.dir)?;
+        record.write(self.dir())?;
         let whole = vms.root.join(&self.name);
         for address in nat_addresses(record) {
             let reserved = vms.reserved();
@@ -84,7 +63,7 @@ impl<'a> NewState<'a> {
             template.hold_for(&whole)?;
         }
         let _root = vms.lock()?;
-        fs::rename(&self.dir, &whole).map_err(failed("name", &whole))?;
+        fs::rename(self.dir(), &whole).map_err(failed("name", &whole))?;
         let root = File::open(&vms.root).and_then(|root| root.sync_all());
         root.map_err(failed("write to", &vms.root))?;
         for dir in vms.dirs_of(&record.config.name)? {
@@ -99,7 +78,7 @@ impl<'a> NewState<'a> {
 impl Drop for NewState<'_> {
     fn drop(&mut self) {
         // After a success there is nothing of that name any more.
-        let _ = fs::remove_dir_all(&self.dir);
+        let _ = fs::remove_dir_all(self.dir());
     }
 }
 
