@@ -153,9 +153,10 @@ fn every_queue_of_several_is_served() {
 fn a_saved_state_comes_back_and_refuses_another_disk() {
     let rig = Rig::plain(Writes::Ephemeral(None));
     let saved = rig.device.lock().unwrap().save().unwrap();
-    let other = tempfile::tempdir().unwrap();
+    let others = tempfile::tempdir().unwrap();
     let disk = |len| {
-        let path = image(other.path(), len);
+        let other = tempfile::tempdir_in(others.path()).unwrap().keep();
+        let path = image(&other, len);
         open(
             &DiskSpec::image(path, Format::Raw, false),
             EngineKind::Blocking,
