@@ -251,14 +251,10 @@ impl HostRange<'_> {
     /// Sets these bytes to zero.
     pub(crate) fn zero(&self, bytes: Range<usize>) {
         assert!(bytes.start <= bytes.end && bytes.end <= self.len);
-        // SAFETY: in range of memory that `new`'s caller keeps mapped and writable, and that is
-        // accessed by nobody through a reference.
-        unsafe {
-            self.address
-                .add(bytes.start)
-                .cast_mut()
-                .write_bytes(0, bytes.end - bytes.start);
-        }
+        // SAFETY: in range of memory that `new`'s caller keeps mapped.
+        let start = unsafe { self.address.add(bytes.start) }.cast_mut();
+        // SAFETY: as above; the memory is writable, and nobody accesses it through a reference.
+        unsafe { start.write_bytes(0, bytes.end - bytes.start) };
     }
 
     /// Writes these bytes to a file. The kernel copies them without a slice or a buffer.
