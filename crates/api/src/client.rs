@@ -9,6 +9,9 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::checkpoints::{
+    CheckpointList, CheckpointName, CheckpointRequest, CheckpointTaken, NewCheckpoint, Rewound,
+};
 use crate::control::{
     Adoption, BalloonStatus, BalloonTarget, ConsoleInfo, SnapshotRequest, SnapshotTaken,
     TouchedPages, VmInfo, VmStats,
@@ -143,6 +146,40 @@ impl Client {
     ) -> Result<SnapshotTaken, ClientError> {
         let body = self.encode(request)?;
         let answer = self.exchange_with(Operation::Snapshot, &body, files)?;
+        self.decode(&answer)
+    }
+
+    /// Returns the checkpoints.
+    pub fn checkpoints(&self) -> Result<CheckpointList, ClientError> {
+        self.ask(Operation::Checkpoints)
+    }
+
+    /// Takes a checkpoint into `files`, as [`NewCheckpoint`] describes.
+    pub fn checkpoint(
+        &self,
+        new: &NewCheckpoint,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<CheckpointTaken, ClientError> {
+        let body = self.encode(new)?;
+        let answer = self.exchange_with(Operation::Checkpoint, &body, files)?;
+        self.decode(&answer)
+    }
+
+    /// Removes a checkpoint, and returns the others.
+    pub fn remove_checkpoint(&self, name: &CheckpointName) -> Result<CheckpointList, ClientError> {
+        let body = self.encode(&CheckpointRequest { name: name.clone() })?;
+        let answer = self.exchange(Operation::RemoveCheckpoint, &body)?;
+        self.decode(&answer)
+    }
+
+    /// Sets the VM back to a checkpoint, with `files` as [`CheckpointRequest`] describes.
+    pub fn rewind(
+        &self,
+        name: &CheckpointName,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<Rewound, ClientError> {
+        let body = self.encode(&CheckpointRequest { name: name.clone() })?;
+        let answer = self.exchange_with(Operation::Rewind, &body, files)?;
         self.decode(&answer)
     }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoints::CheckpointName;
 use crate::config::VmConfig;
 use crate::jail::{JailStatus, RequiredJail};
 
@@ -41,9 +42,22 @@ pub struct VmInfo {
     /// How complete the jail of its process is.
     #[serde(default)]
     pub jail: JailStatus,
+    /// Its last rewind, which has ended the connections to its guest; absent where there was none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rewound: Option<LastRewind>,
     /// When its start reached each of its stages, in order. Not all starts have all of them.
     #[serde(default)]
     pub timeline: Vec<StageTime>,
+}
+
+/// A rewind to a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct LastRewind {
+    /// The checkpoint.
+    pub checkpoint: CheckpointName,
+    /// When it was complete, in nanoseconds of the host's `CLOCK_MONOTONIC`.
+    pub monotonic_ns: u64,
 }
 
 /// When a start reached a stage.
@@ -299,7 +313,7 @@ pub enum SnapshotKind {
     #[default]
     Full,
     /// What changed since the template or the kept snapshot that the VM has as its parent. It
-    /// is the parent of the next one.
+    /// is the parent of the next one, unless the VM has checkpoints.
     Diff,
     /// As `diff`, for a fork that happens at once: nothing is checksummed, and the VM's parent
     /// stays the same.
@@ -330,6 +344,10 @@ pub struct SnapshotTaken {
     /// Whether an initial RAM disk was written.
     #[serde(default)]
     pub initrd: bool,
+    /// Whether the snapshot is the VM's parent now, on which the next diff builds. While the VM has
+    /// checkpoints its parent stays the same, since it may be rewound to before the snapshot.
+    #[serde(default)]
+    pub is_parent: bool,
     /// What the guest was told of its CPU.
     pub cpu: CpuFeatures,
     /// How long each stage took.

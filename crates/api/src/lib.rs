@@ -12,6 +12,7 @@
 //! This crate opens no KVM, no disk and no network: it contains only what a client needs.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod checkpoints;
 pub mod client;
 pub mod config;
 pub mod control;

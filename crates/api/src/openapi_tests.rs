@@ -8,6 +8,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
+use crate::checkpoints::{
+    CheckpointInfo, CheckpointList, CheckpointRequest, CheckpointTaken, NewCheckpoint, RewindTimes,
+    Rewound,
+};
 use crate::config::{DiskConfig, NetConfig, Overlay, RateLimit, VmConfig};
 use crate::control::*;
 use crate::error::{ApiError, ErrorCode};
@@ -54,6 +58,16 @@ fn balloon() -> BalloonStatus {
     }
 }
 
+fn checkpoint() -> CheckpointInfo {
+    CheckpointInfo {
+        name: "before-upgrade".parse().unwrap(),
+        parent: Some("fresh".parse().unwrap()),
+        created_unix_ms: 1_790_000_000_000,
+        memory_bytes: 12 << 20,
+        disk_bytes: 3 << 20,
+    }
+}
+
 /// An example of each type that a body can have.
 fn example(type_name: &str) -> Value {
     fn same<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(value: T) -> Value {
@@ -71,6 +85,10 @@ fn example(type_name: &str) -> Value {
                 stage: StartStage::Entered,
                 monotonic_ns: 86_400_000_000_000,
             }],
+            rewound: Some(LastRewind {
+                checkpoint: checkpoint().name,
+                monotonic_ns: 86_400_000_000_000,
+            }),
             jail: JailStatus {
                 missing: vec![MissingLayer {
                     layer: JailLayer::Cgroup,
@@ -147,6 +165,7 @@ fn example(type_name: &str) -> Value {
             }],
             kernel: true,
             initrd: false,
+            is_parent: true,
             cpu: CpuFeatures {
                 vendor: "AuthenticAMD".into(),
                 features: [("7.ebx".to_owned(), 0x219c_07a9)].into(),
@@ -160,6 +179,41 @@ fn example(type_name: &str) -> Value {
                 freeze_us: 100,
                 finish_us: 160_000,
                 last_copy_bytes: 1 << 20,
+            },
+        }),
+        "NewCheckpoint" => same(NewCheckpoint {
+            name: checkpoint().name,
+            has_agent: true,
+        }),
+        "CheckpointRequest" => same(CheckpointRequest {
+            name: checkpoint().name,
+        }),
+        "CheckpointTaken" => same(CheckpointTaken {
+            checkpoint: checkpoint(),
+            times: SnapshotTimes {
+                copy_us: 9_000,
+                pause_us: 2_100,
+                ..SnapshotTimes::default()
+            },
+        }),
+        "CheckpointList" => same(CheckpointList {
+            checkpoints: vec![checkpoint()],
+            present: Some(checkpoint().name),
+            used_bytes: 15 << 20,
+        }),
+        "Rewound" => same(Rewound {
+            checkpoint: checkpoint().name,
+            running: true,
+            has_agent: true,
+            dropped_bytes: 4 << 20,
+            read_bytes: 1 << 20,
+            times: RewindTimes {
+                pause_us: 3_300,
+                stop_us: 300,
+                find_us: 400,
+                memory_us: 1_500,
+                disks_us: 100,
+                restore_us: 1_000,
             },
         }),
         "OpenApi" => json!({ "openapi": "3.1.0" }),
@@ -180,6 +234,11 @@ fn schemas() -> Map<String, Value> {
     generator.subschema_for::<TouchedPages>();
     generator.subschema_for::<SnapshotRequest>();
     generator.subschema_for::<SnapshotTaken>();
+    generator.subschema_for::<NewCheckpoint>();
+    generator.subschema_for::<CheckpointRequest>();
+    generator.subschema_for::<CheckpointTaken>();
+    generator.subschema_for::<CheckpointList>();
+    generator.subschema_for::<Rewound>();
     generator.subschema_for::<ApiError>();
     let mut schemas = generator.take_definitions(true);
     schemas.insert(

@@ -46,6 +46,14 @@ pub enum Operation {
     Console,
     /// Take a snapshot.
     Snapshot,
+    /// List the checkpoints.
+    Checkpoints,
+    /// Take a checkpoint.
+    Checkpoint,
+    /// Remove a checkpoint.
+    RemoveCheckpoint,
+    /// Rewind to a checkpoint.
+    Rewind,
     /// Give a standby its name, and let it run.
     Adopt,
     /// Tell which pages the guest has touched.
@@ -184,6 +192,41 @@ pub const ROUTES: &[Route] = &[
     .takes("SnapshotRequest")
     .gives("SnapshotTaken"),
     route(
+        Operation::Checkpoints,
+        Method::Get,
+        "/v1/vm/checkpoints",
+        "getCheckpoints",
+        "The VM's checkpoints, which exist as long as its process",
+    )
+    .gives("CheckpointList"),
+    route(
+        Operation::Checkpoint,
+        Method::Post,
+        "/v1/vm/checkpoints",
+        "takeCheckpoint",
+        "Take a checkpoint into files that come with the request (SCM_RIGHTS); the VM goes on as it was",
+    )
+    .takes("NewCheckpoint")
+    .gives("CheckpointTaken"),
+    route(
+        Operation::RemoveCheckpoint,
+        Method::Post,
+        "/v1/vm/checkpoints/remove",
+        "removeCheckpoint",
+        "Remove a checkpoint; others and the VM keep what they share with it",
+    )
+    .takes("CheckpointRequest")
+    .gives("CheckpointList"),
+    route(
+        Operation::Rewind,
+        Method::Post,
+        "/v1/vm/rewind",
+        "rewind",
+        "Set the VM back to a checkpoint, in place: memory, CPUs, devices and disks; files come with the request (SCM_RIGHTS)",
+    )
+    .takes("CheckpointRequest")
+    .gives("Rewound"),
+    route(
         Operation::Adopt,
         Method::Post,
         "/v1/vm/adopt",
@@ -241,6 +284,10 @@ mod tests {
             SetBalloon,
             Console,
             Snapshot,
+            Checkpoints,
+            Checkpoint,
+            RemoveCheckpoint,
+            Rewind,
             Adopt,
             Touched,
             OpenApi,
@@ -249,7 +296,8 @@ mod tests {
             // Without a wildcard: a new operation must be added here to compile.
             match operation {
                 Info | Stats | Pause | Resume | PowerButton | Kill | GetBalloon | SetBalloon
-                | Console | Snapshot | Adopt | Touched | OpenApi => {}
+                | Console | Snapshot | Checkpoints | Checkpoint | RemoveCheckpoint | Rewind
+                | Adopt | Touched | OpenApi => {}
             }
             let count = ROUTES.iter().filter(|r| r.operation == operation).count();
             assert_eq!(count, 1, "{operation:?}");

@@ -8,6 +8,7 @@
 
 pub mod builds;
 pub mod changes;
+pub mod checkpoints;
 pub mod client;
 pub mod events;
 pub mod exec;

@@ -24,6 +24,8 @@ const KINDS: &[(&str, Audience)] = &[
     ("vm.unreachable", Tenant),
     ("vm.moved", Tenant),
     ("vm.changed", Tenant),
+    ("vm.checkpointed", Tenant),
+    ("vm.rewound", Tenant),
     ("template.registered", TenantOrEverybody),
     ("template.copied", Administrators),
     ("template.tagged", TenantOrEverybody),

@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use agent_proto::text::{MAX_TEXT, printable};
+use army_api::checkpoints::{Checkpoint, Checkpoints, Rewound};
 use army_api::figures::{MAX_CONSOLE_BYTES, VmFigures};
 use army_api::hosts::Capacity;
 use army_api::templates::CpuFeatures;
@@ -160,6 +161,43 @@ impl Check for Balloon {
             target_bytes: self.target_bytes.check(),
             actual_bytes: self.actual_bytes.check(),
             available_bytes: self.available_bytes.check(),
+        }
+    }
+}
+
+impl Check for Checkpoint {
+    fn check(self) -> Self {
+        Self {
+            name: self.name.check(),
+            parent: self.parent.check(),
+            created_ms: self.created_ms.check(),
+            memory_bytes: self.memory_bytes.check(),
+            disk_bytes: self.disk_bytes.check(),
+        }
+    }
+}
+
+impl Check for Checkpoints {
+    fn check(mut self) -> Self {
+        self.checkpoints.truncate(MAX_TEXTS);
+        Self {
+            checkpoints: self.checkpoints.check(),
+            present: self.present.check(),
+            used_bytes: self.used_bytes.check(),
+        }
+    }
+}
+
+impl Check for Rewound {
+    fn check(mut self) -> Self {
+        self.notices.truncate(MAX_TEXTS);
+        Self {
+            checkpoint: self.checkpoint.check(),
+            running: self.running,
+            pause_us: self.pause_us.check(),
+            clock_us: self.clock_us.check(),
+            memory_bytes: self.memory_bytes.check(),
+            notices: self.notices.check(),
         }
     }
 }

@@ -23,6 +23,7 @@ mod audience;
 mod border;
 mod builds;
 mod changes;
+mod checkpoints;
 mod commands;
 mod creation;
 mod deadlines;

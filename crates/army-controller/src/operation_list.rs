@@ -10,6 +10,10 @@ macro_rules! for_each_operation {
             destroy_vm: army_node_api::requests::DestroyVmRequest => ();
             pause_vm: army_node_api::requests::PauseVmRequest => ();
             suspend_vm: army_node_api::requests::SuspendVmRequest => ();
+            checkpoint_vm: army_node_api::requests::CheckpointVmRequest => army_api::checkpoints::Checkpoint;
+            list_checkpoints: army_node_api::requests::ListCheckpointsRequest => army_api::checkpoints::Checkpoints;
+            remove_checkpoint: army_node_api::requests::RemoveCheckpointRequest => army_api::checkpoints::Checkpoints;
+            rewind_vm: army_node_api::requests::RewindVmRequest => army_api::checkpoints::Rewound;
             resume_vm: army_node_api::requests::ResumeVmRequest => ();
             update_vm: army_node_api::requests::UpdateVmRequest => ();
             balloon: army_node_api::requests::BalloonRequest => army_api::vms::Balloon;

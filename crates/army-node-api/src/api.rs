@@ -2,17 +2,19 @@
 
 use std::net::SocketAddr;
 
+use army_api::checkpoints::{Checkpoint, Checkpoints, Rewound};
 use army_api::figures::VmFigures;
 use army_api::vms::Balloon;
 use futures_util::future::BoxFuture;
 
 use crate::chunks::ChunkReceiver;
 use crate::requests::{
-    AdmitFetchRequest, BalloonRequest, ConnectAgentRequest, ConsoleOutput, CreateVmsRequest,
-    CreateVmsResponse, DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest,
-    ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
-    InstallCertificateRequest, MeasureVmRequest, PauseVmRequest, ReadConsoleRequest,
-    RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
+    AdmitFetchRequest, BalloonRequest, CheckpointVmRequest, ConnectAgentRequest, ConsoleOutput,
+    CreateVmsRequest, CreateVmsResponse, DestroyVmRequest, ExportTemplateRequest,
+    FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest,
+    InspectTemplateRequest, InstallCertificateRequest, ListCheckpointsRequest, MeasureVmRequest,
+    PauseVmRequest, ReadConsoleRequest, RemoveCheckpointRequest, RemoveTemplateRequest,
+    RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest, RewindVmRequest,
     SetStandbysRequest, SnapshotVmRequest, SuspendVmRequest, TemplateFacts, UpdateVmRequest,
 };
 use crate::{AgentStream, Call, Result};
@@ -67,6 +69,27 @@ pub trait NodeApi: Send + Sync + 'static {
     /// Suspends a running or paused VM: its state is kept on the host's disk, and it uses no memory. It
     /// is not an error if the VM is suspended.
     fn suspend_vm(&self, request: SuspendVmRequest, call: Call) -> Reply<'_, ()>;
+
+    /// Takes a checkpoint of a running VM, which continues to run. Checkpoints exist as long as the VM's
+    /// process: a VM that has some is not suspended.
+    fn checkpoint_vm(&self, request: CheckpointVmRequest, call: Call) -> Reply<'_, Checkpoint>;
+
+    /// Lists the checkpoints of a VM.
+    fn list_checkpoints(
+        &self,
+        request: ListCheckpointsRequest,
+        call: Call,
+    ) -> Reply<'_, Checkpoints>;
+
+    /// Removes a checkpoint of a VM, and lists the others.
+    fn remove_checkpoint(
+        &self,
+        request: RemoveCheckpointRequest,
+        call: Call,
+    ) -> Reply<'_, Checkpoints>;
+
+    /// Sets a VM back to a checkpoint, in place. Connections to its agent end.
+    fn rewind_vm(&self, request: RewindVmRequest, call: Call) -> Reply<'_, Rewound>;
 
     /// Lets the CPUs of a paused VM run again, and wakes a suspended VM.
     fn resume_vm(&self, request: ResumeVmRequest, call: Call) -> Reply<'_, ()>;

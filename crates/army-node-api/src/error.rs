@@ -83,6 +83,9 @@ impl Error {
     }
 }
 
+/// What ends a connection to an agent.
+const LOST: &str = "the VM ended, its guest rebooted, or it was rewound to a checkpoint";
+
 impl From<ClientError> for Error {
     /// Describes a failed exchange with a guest's agent.
     fn from(error: ClientError) -> Self {
@@ -98,7 +101,10 @@ impl From<ClientError> for Error {
             ClientError::TooLong { .. } => ErrorKind::InvalidRequest,
             _ => ErrorKind::GuestUnavailable,
         };
-        Self::new(kind, error.to_string())
+        match error {
+            ClientError::Lost(_) => Self::new(kind, format!("{error} ({LOST})")),
+            error => Self::new(kind, error.to_string()),
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use agent_client::AgentSocket;
+use army_api::checkpoints::{Checkpoint, Checkpoints, Rewound};
 use army_api::figures::VmFigures;
 use army_api::vms::Balloon;
 use reqwest::redirect::Policy;
@@ -14,11 +15,12 @@ use serde::de::DeserializeOwned;
 use crate::chunks::{self, ChunkReceiver};
 use crate::cluster::Member;
 use crate::requests::{
-    AdmitFetchRequest, BalloonRequest, ConnectAgentRequest, ConsoleOutput, CreateVmsRequest,
-    CreateVmsResponse, DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest,
-    ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
-    InstallCertificateRequest, MeasureVmRequest, Operation, PauseVmRequest, ReadConsoleRequest,
-    RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
+    AdmitFetchRequest, BalloonRequest, CheckpointVmRequest, ConnectAgentRequest, ConsoleOutput,
+    CreateVmsRequest, CreateVmsResponse, DestroyVmRequest, ExportTemplateRequest,
+    FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest,
+    InspectTemplateRequest, InstallCertificateRequest, ListCheckpointsRequest, MeasureVmRequest,
+    Operation, PauseVmRequest, ReadConsoleRequest, RemoveCheckpointRequest, RemoveTemplateRequest,
+    RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest, RewindVmRequest,
     SetStandbysRequest, SnapshotVmRequest, SuspendVmRequest, TemplateFacts, UpdateVmRequest,
 };
 use crate::tickets::TICKET_HEADER;
@@ -225,6 +227,30 @@ impl NodeApi for Remote {
     }
 
     fn suspend_vm(&self, request: SuspendVmRequest, call: Call) -> Reply<'_, ()> {
+        self.call(request, call)
+    }
+
+    fn checkpoint_vm(&self, request: CheckpointVmRequest, call: Call) -> Reply<'_, Checkpoint> {
+        self.call(request, call)
+    }
+
+    fn list_checkpoints(
+        &self,
+        request: ListCheckpointsRequest,
+        call: Call,
+    ) -> Reply<'_, Checkpoints> {
+        self.call(request, call)
+    }
+
+    fn remove_checkpoint(
+        &self,
+        request: RemoveCheckpointRequest,
+        call: Call,
+    ) -> Reply<'_, Checkpoints> {
+        self.call(request, call)
+    }
+
+    fn rewind_vm(&self, request: RewindVmRequest, call: Call) -> Reply<'_, Rewound> {
         self.call(request, call)
     }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use agent_client::{AgentSocket, Transport};
+use army_api::checkpoints::{Checkpoint, Checkpoints, Rewound};
 use army_api::figures::VmFigures;
 use army_api::hosts::Capacity;
 use army_api::templates::CpuFeatures;
@@ -14,13 +15,13 @@ use tokio::sync::Semaphore;
 
 use crate::chunks::{self, ChunkReceiver};
 use crate::requests::{
-    BalloonRequest, ConnectAgentRequest, ConsoleOutput, CreateVmsRequest, CreateVmsResponse,
-    CreatedVm, DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest,
-    ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
-    InstallCertificateRequest, MeasureVmRequest, PauseVmRequest, ReadConsoleRequest,
-    RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
-    SetStandbysRequest, SnapshotVmRequest, SuspendVmRequest, TemplateFacts, UpdateVmRequest,
-    VmReport, VmSpec,
+    BalloonRequest, CheckpointVmRequest, ConnectAgentRequest, ConsoleOutput, CreateVmsRequest,
+    CreateVmsResponse, CreatedVm, DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest,
+    ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
+    InstallCertificateRequest, ListCheckpointsRequest, MeasureVmRequest, PauseVmRequest,
+    ReadConsoleRequest, RemoveCheckpointRequest, RemoveTemplateRequest, RenewalRequest,
+    RenewalResponse, ReportRequest, ResumeVmRequest, RewindVmRequest, SetStandbysRequest,
+    SnapshotVmRequest, SuspendVmRequest, TemplateFacts, UpdateVmRequest, VmReport, VmSpec,
 };
 use crate::{AgentStream, Call, Error, ErrorKind, Fence, NodeApi, Reply, Result};
 
@@ -29,6 +30,8 @@ const ADDRESS: &str = "192.0.2.1";
 /// The number of requested VMs that are remembered.
 pub const SPECS: usize = 100;
 
+/// What each checkpoint holds, in bytes.
+const CHECKPOINT_BYTES: u64 = 1 << 20;
 /// Bytes of a template that are sent in one chunk.
 const CHUNK: usize = 64 << 10;
 
@@ -82,6 +85,8 @@ struct State {
     /// The memory of each VM that runs.
     memory: Option<VmMemory>,
     reports: usize,
+    /// The checkpoints of VMs, by their ids.
+    checkpoints: HashMap<String, Checkpoints>,
 }
 
 struct SimulatedTemplate {
@@ -482,6 +487,11 @@ impl SimulatedNode {
     }
 }
 
+fn no_checkpoint(name: &str) -> Error {
+    let message = format!("the VM has no checkpoint `{}`", name.escape_debug());
+    Error::new(ErrorKind::NotFound, message)
+}
+
 fn unsupported<T>() -> Result<T> {
     let message = "a simulated node does not support this operation";
     Err(Error::new(ErrorKind::Internal, message))
@@ -529,6 +539,79 @@ impl NodeApi for SimulatedNode {
 
     fn suspend_vm(&self, request: SuspendVmRequest, call: Call) -> Reply<'_, ()> {
         self.answer(call, move || self.set_vm(&request.vm, VmState::Suspended))
+    }
+
+    fn checkpoint_vm(&self, request: CheckpointVmRequest, call: Call) -> Reply<'_, Checkpoint> {
+        self.answer(call, move || {
+            self.running(&request.vm)?;
+            let mut state = self.state();
+            let known = state.checkpoints.entry(request.vm).or_default();
+            if known.checkpoints.iter().any(|it| it.name == request.name) {
+                let message = format!("the VM has a checkpoint `{}` already", request.name);
+                return Err(Error::new(ErrorKind::Conflict, message));
+            }
+            let taken = Checkpoint {
+                name: request.name.clone(),
+                parent: known.present.replace(request.name),
+                created_ms: known.checkpoints.len() as u64,
+                memory_bytes: CHECKPOINT_BYTES,
+                disk_bytes: 0,
+            };
+            known.checkpoints.push(taken.clone());
+            known.used_bytes += CHECKPOINT_BYTES;
+            Ok(taken)
+        })
+    }
+
+    fn list_checkpoints(
+        &self,
+        request: ListCheckpointsRequest,
+        call: Call,
+    ) -> Reply<'_, Checkpoints> {
+        self.answer(call, move || {
+            let known = self.state().checkpoints.get(&request.vm).cloned();
+            Ok(known.unwrap_or_default())
+        })
+    }
+
+    fn remove_checkpoint(
+        &self,
+        request: RemoveCheckpointRequest,
+        call: Call,
+    ) -> Reply<'_, Checkpoints> {
+        self.answer(call, move || {
+            let mut state = self.state();
+            let known = state.checkpoints.entry(request.vm).or_default();
+            let before = known.checkpoints.len();
+            known.checkpoints.retain(|it| it.name != request.name);
+            match known.checkpoints.len() == before {
+                true => Err(no_checkpoint(&request.name)),
+                false => {
+                    known.used_bytes -= CHECKPOINT_BYTES;
+                    Ok(known.clone())
+                }
+            }
+        })
+    }
+
+    fn rewind_vm(&self, request: RewindVmRequest, call: Call) -> Reply<'_, Rewound> {
+        self.answer(call, move || {
+            self.running(&request.vm)?;
+            let mut state = self.state();
+            let known = state.checkpoints.entry(request.vm).or_default();
+            let name = request.checkpoint;
+            if !known.checkpoints.iter().any(|it| it.name == name) {
+                return Err(no_checkpoint(&name));
+            }
+            known.present = Some(name.clone());
+            Ok(Rewound {
+                checkpoint: name,
+                running: true,
+                pause_us: 1,
+                memory_bytes: CHECKPOINT_BYTES,
+                ..Rewound::default()
+            })
+        })
     }
 
     fn resume_vm(&self, request: ResumeVmRequest, call: Call) -> Reply<'_, ()> {

@@ -12,6 +12,7 @@
 mod agent;
 pub mod capacity;
 mod change;
+mod checkpoints;
 mod fence;
 mod figures;
 mod fork;

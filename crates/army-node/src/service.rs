@@ -8,16 +8,18 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use army_api::checkpoints::{Checkpoint, Checkpoints, Rewound};
 use army_api::figures::VmFigures;
 use army_api::vms::Balloon;
 use army_node_api::chunks::{self, ChunkReceiver};
 use army_node_api::requests::{
-    BalloonRequest, ConnectAgentRequest, ConsoleOutput, CreateVmsRequest, CreateVmsResponse,
-    DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest,
-    HostReport, ImportTemplateRequest, InspectTemplateRequest, InstallCertificateRequest,
-    MeasureVmRequest, PauseVmRequest, ReadConsoleRequest, RemoveTemplateRequest, RenewalRequest,
-    RenewalResponse, ReportRequest, ResumeVmRequest, SetStandbysRequest, SnapshotVmRequest,
-    SuspendVmRequest, TemplateFacts, UpdateVmRequest,
+    BalloonRequest, CheckpointVmRequest, ConnectAgentRequest, ConsoleOutput, CreateVmsRequest,
+    CreateVmsResponse, DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest,
+    ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
+    InstallCertificateRequest, ListCheckpointsRequest, MeasureVmRequest, PauseVmRequest,
+    ReadConsoleRequest, RemoveCheckpointRequest, RemoveTemplateRequest, RenewalRequest,
+    RenewalResponse, ReportRequest, ResumeVmRequest, RewindVmRequest, SetStandbysRequest,
+    SnapshotVmRequest, SuspendVmRequest, TemplateFacts, UpdateVmRequest,
 };
 use army_node_api::{
     AgentStream, Call, Deadline, Error, ErrorKind, NodeApi, Remote, Reply, Result,
@@ -190,6 +192,36 @@ impl NodeApi for NodeService {
 
     fn suspend_vm(&self, request: SuspendVmRequest, call: Call) -> Reply<'_, ()> {
         self.run(call, move |node| node.suspend(&request.vm))
+    }
+
+    fn checkpoint_vm(&self, request: CheckpointVmRequest, call: Call) -> Reply<'_, Checkpoint> {
+        self.run(call, move |node| {
+            node.checkpoint(&request.vm, &request.name)
+        })
+    }
+
+    fn list_checkpoints(
+        &self,
+        request: ListCheckpointsRequest,
+        call: Call,
+    ) -> Reply<'_, Checkpoints> {
+        self.run(call, move |node| node.checkpoints(&request.vm))
+    }
+
+    fn remove_checkpoint(
+        &self,
+        request: RemoveCheckpointRequest,
+        call: Call,
+    ) -> Reply<'_, Checkpoints> {
+        self.run(call, move |node| {
+            node.remove_checkpoint(&request.vm, &request.name)
+        })
+    }
+
+    fn rewind_vm(&self, request: RewindVmRequest, call: Call) -> Reply<'_, Rewound> {
+        self.run(call, move |node| {
+            node.rewind(&request.vm, &request.checkpoint)
+        })
     }
 
     fn resume_vm(&self, request: ResumeVmRequest, call: Call) -> Reply<'_, ()> {

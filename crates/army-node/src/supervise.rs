@@ -132,22 +132,9 @@ impl Node {
             IdleAction::Destroy => {
                 self.end_if(entry, "nobody used it", |now| now.idle == entry.idle);
             }
-            IdleAction::Pause if !entry.asleep => {
-                // The journal is written first: a user who connects in between resumes a VM that
-                // still runs, which does no harm.
-                let paused = self
-                    .journal
-                    .set_asleep(&entry.id, true)
-                    .and_then(|()| self.pause(&entry.id));
-                if let Err(error) = paused {
-                    tracing::warn!(vm = entry.id, %error, "cannot pause an idle VM");
-                    // The VM still runs, and pausing it is tried again in the next round.
-                    if let Err(error) = self.journal.set_asleep(&entry.id, false) {
-                        tracing::warn!(vm = entry.id, %error, "a running VM is recorded as paused");
-                    }
-                }
-            }
-            IdleAction::Pause => {}
+            IdleAction::Pause => self.pause_idle(entry),
+            // Checkpoints would end with the VM's process.
+            IdleAction::Suspend if self.has_checkpoints(&entry.id) => self.pause_idle(entry),
             IdleAction::Suspend => {
                 if let Err(error) = self.suspend(&entry.id) {
                     tracing::warn!(vm = entry.id, %error, "cannot suspend an idle VM");
@@ -156,6 +143,31 @@ impl Node {
                 }
             }
         }
+    }
+
+    /// Pauses a VM that is idle, unless it was paused for that before.
+    fn pause_idle(&self, entry: &Entry) {
+        if entry.asleep {
+            return;
+        }
+        // The journal is written first: a user who connects in between resumes a VM that still
+        // runs, which does no harm.
+        let paused = self
+            .journal
+            .set_asleep(&entry.id, true)
+            .and_then(|()| self.pause(&entry.id));
+        if let Err(error) = paused {
+            tracing::warn!(vm = entry.id, %error, "cannot pause an idle VM");
+            // The VM still runs, and pausing it is tried again in the next round.
+            if let Err(error) = self.journal.set_asleep(&entry.id, false) {
+                tracing::warn!(vm = entry.id, %error, "a running VM is recorded as paused");
+            }
+        }
+    }
+
+    fn has_checkpoints(&self, id: &str) -> bool {
+        let listed = self.checkpoints(id);
+        listed.is_ok_and(|list| !list.checkpoints.is_empty())
     }
 
     /// Ends a VM whose time to live is over. Returns whether it is.

@@ -7,6 +7,7 @@ mod served;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use army_api::checkpoints::{Checkpoint, Checkpoints, Rewound};
 use army_api::client::ClientError;
 use army_api::keys::Role;
 use army_api::vms::{Vm, VmState};
@@ -171,7 +172,68 @@ async fn a_suspended_vm_is_listed_as_such_and_woken_by_a_command(postgres: Optio
     assert_eq!((listed("suspended").await, listed("running").await), (0, 1));
 }
 
+async fn checkpoints_are_taken_listed_rewound_to_and_removed_by_those_who_may(
+    postgres: Option<Postgres>,
+) {
+    let (server, _node) = with_vm(postgres).await;
+    let path = format!("{PATH}/checkpoints");
+    let take = |name: &'static str| {
+        let (client, path) = (&server.admin, &path);
+        async move {
+            let body = json!({"name": name});
+            client.send::<Checkpoint>(Method::POST, path, &body).await
+        }
+    };
+    assert_eq!(take("one").await.unwrap().parent, None);
+    let two = take("two").await.unwrap();
+    assert_eq!(two.parent.as_deref(), Some("one"));
+    let ClientError::Refused(taken) = take("two").await.unwrap_err() else {
+        panic!("not refused");
+    };
+    assert_eq!(taken.kind, ProblemKind::Conflict);
+    let rewind = format!("{PATH}/rewind");
+    let back = json!({"checkpoint": "one"});
+    let rewound: Rewound = server
+        .admin
+        .send(Method::POST, &rewind, &back)
+        .await
+        .unwrap();
+    assert_eq!(rewound.checkpoint, "one");
+    let list: Checkpoints = server.admin.get(&path, &()).await.unwrap();
+    assert_eq!(
+        (list.checkpoints.len(), list.present.as_deref()),
+        (2, Some("one"))
+    );
+    let one = format!("{path}/one");
+    let left: Checkpoints = server.admin.send(Method::DELETE, &one, &()).await.unwrap();
+    assert_eq!(left.checkpoints.len(), 1);
+    let unknown: Result<Rewound, ClientError> =
+        server.admin.send(Method::POST, &rewind, &back).await;
+    let ClientError::Refused(unknown) = unknown.unwrap_err() else {
+        panic!("not refused");
+    };
+    assert_eq!(unknown.kind, ProblemKind::NotFound);
+    // Viewers look, and strangers do not even that.
+    let viewer = server.client("root", Role::Viewer).await;
+    let seen: Checkpoints = viewer.get(&path, &()).await.unwrap();
+    assert_eq!(seen.checkpoints, left.checkpoints);
+    let body = json!({"checkpoint": "two"});
+    let refused: Result<Rewound, ClientError> = viewer.send(Method::POST, &rewind, &body).await;
+    let ClientError::Refused(refused) = refused.unwrap_err() else {
+        panic!("not refused");
+    };
+    assert_eq!(refused.kind, ProblemKind::Forbidden);
+    let stranger = server.client("blue", Role::User).await;
+    let of_root = "/v1/vms/000000000001/checkpoints";
+    let hidden: Result<Checkpoints, ClientError> = stranger.get(of_root, &()).await;
+    let ClientError::Refused(hidden) = hidden.unwrap_err() else {
+        panic!("not refused");
+    };
+    assert_eq!(hidden.kind, ProblemKind::NotFound);
+}
+
 on_each_database! {
+    checkpoints_are_taken_listed_rewound_to_and_removed_by_those_who_may,
     a_suspended_vm_is_listed_as_such_and_woken_by_a_command,
     what_is_mentioned_is_changed_and_the_host_is_asked_for_it,
     a_change_of_a_vm_that_has_ended_is_a_conflict,

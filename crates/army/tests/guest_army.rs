@@ -79,6 +79,7 @@ fn vms_are_made_used_forked_and_destroyed_through_the_api() {
     });
     assert_eq!(host.guest("idle", "cat /run/nonce"), "4711-nonce");
     vms_sleep_on_disk(&host);
+    vms_go_back_to_checkpoints(&host);
     // A template in use stays; then everything goes.
     assert!(!host.run(&["template", "rm", "tiny"]).status.success());
     for vm in host.army(&["vm", "ls"]).as_array().unwrap() {
@@ -144,6 +145,38 @@ fn vms_sleep_on_disk(host: &Host) {
     let left = left.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let left: Vec<String> = left.filter(|name| !name.starts_with('.')).collect();
     assert_eq!(left, [""; 0]);
+}
+
+/// A VM is set back with its memory and files, is paused and not suspended while it has checkpoints,
+/// and its commands end with a reason.
+fn vms_go_back_to_checkpoints(host: &Host) {
+    host.army(&["vm", "create", "tiny", "-n", "trier"]);
+    host.guest("trier", "echo before > /run/mine");
+    let taken = host.army(&["vm", "checkpoint", "trier", "start"]);
+    assert_eq!(taken["name"], "start");
+    host.guest(
+        "trier",
+        "rm -rf /run/mine /usr; echo gone > /run/other; true",
+    );
+    let rewound = host.army(&["vm", "rewind", "trier", "start"]);
+    assert_eq!(rewound["running"], true, "{rewound}");
+    assert!(rewound["clock_us"].as_u64().is_some(), "{rewound}");
+    let here = "cat /run/nonce /run/mine; test -e /run/other || echo back; hostname";
+    assert_eq!(host.guest("trier", here), "4711-nonce\nbefore\nback\ntrier");
+    let listed = host.army(&["vm", "checkpoint", "ls", "trier"]);
+    assert_eq!(listed["present"], "start", "{listed}");
+    let refused = host.run(&["vm", "suspend", "trier"]);
+    assert!(!refused.status.success());
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(said.contains("checkpoints"), "{said}");
+    host.army(&["vm", "set", "trier", "--suspend-idle", "1"]);
+    let is_paused = |host: &Host| host.army(&["vm", "inspect", "trier"])["state"] == "paused";
+    host.wait("an idle VM with checkpoints to be paused", is_paused);
+    assert_eq!(host.guest("trier", "cat /run/mine"), "before");
+    host.army(&["vm", "set", "trier", "--no-idle"]);
+    let left = host.army(&["vm", "checkpoint", "rm", "trier", "start"]);
+    assert_eq!(left["checkpoints"], serde_json::json!([]));
+    host.army(&["vm", "rm", "trier"]);
 }
 
 fn commands_go_on_without_anybody(host: &Host) {

@@ -114,6 +114,7 @@ fn serve_control(dir: &VmDir, config: VmConfig) {
         started_unix_ms: 0,
         version: "0".into(),
         config,
+        rewound: None,
         timeline: Vec::new(),
         jail: JailStatus::default(),
     };

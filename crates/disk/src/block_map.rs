@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Blocks in a leaf.
 pub(crate) const LEAF_BLOCKS: u64 = 4096;
@@ -64,17 +65,19 @@ impl Owner {
     }
 }
 
+#[derive(Clone)]
 enum Leaf {
     Uniform(u8),
-    Mixed(Box<[u8; LEAF_BLOCKS as usize]>),
+    /// Shared with copies of the map until one of them changes it.
+    Mixed(Arc<[u8; LEAF_BLOCKS as usize]>),
 }
 
 /// A leaf of a layer file has two bits that mean nothing.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct BadLeaf;
 
-/// The merged map of a stack.
-#[derive(Default)]
+/// The merged map of a stack. A copy shares what neither changes.
+#[derive(Clone, Default)]
 pub(crate) struct BlockMap {
     leaves: BTreeMap<u64, Leaf>,
 }
@@ -142,9 +145,10 @@ impl BlockMap {
             if old == code {
                 return;
             }
-            *leaf = Leaf::Mixed(Box::new([old; LEAF_BLOCKS as usize]));
+            *leaf = Leaf::Mixed(Arc::new([old; LEAF_BLOCKS as usize]));
         }
         if let Leaf::Mixed(codes) = leaf {
+            let codes = Arc::make_mut(codes);
             codes[first as usize..(first + count) as usize].fill(code);
             if codes[0] == code && codes.iter().all(|other| *other == code) {
                 *leaf = Leaf::Uniform(code);
@@ -196,10 +200,30 @@ impl BlockMap {
             match leaf {
                 Leaf::Uniform(code) if *code == ZERO_TOP => *code = ZERO_BELOW,
                 Leaf::Uniform(_) => {}
-                Leaf::Mixed(codes) => codes
+                Leaf::Mixed(codes) if codes.contains(&ZERO_TOP) => Arc::make_mut(codes)
                     .iter_mut()
                     .filter(|code| **code == ZERO_TOP)
                     .for_each(|code| *code = ZERO_BELOW),
+                Leaf::Mixed(_) => {}
+            }
+        }
+    }
+
+    /// The layers from `first` up to the one below `top` (numbers) were merged into one, which has
+    /// the number `first`; `top` follows it.
+    pub(crate) fn merge_layers(&mut self, first: u8, top: u8) {
+        let merged = |code: u8| match code {
+            ZERO_BELOW | ZERO_TOP => code,
+            number if number == top => first + 1,
+            number if number > first => first,
+            number => number,
+        };
+        for leaf in self.leaves.values_mut() {
+            match leaf {
+                Leaf::Uniform(code) => *code = merged(*code),
+                Leaf::Mixed(codes) => Arc::make_mut(codes)
+                    .iter_mut()
+                    .for_each(|code| *code = merged(*code)),
             }
         }
     }

@@ -3,6 +3,7 @@
 //! - [`launch`]: starting VMs: from a kernel, from a template, from a running VM, ahead of need.
 //! - [`runtime`]: the runtime directories of all VMs.
 //! - [`snapshot`]: making a template of a running VM.
+//! - [`checkpoint`]: states of a running VM that it is rewound to.
 //! - [`host_net`]: taps, bridges and addresses on the host.
 //! - [`programs`]: the programs that belong to this one: a VM's process, and the agent for guests.
 //! - [`cache`]: where things are kept that can be made again.
@@ -11,6 +12,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod cache;
+pub mod checkpoint;
 pub mod host_net;
 pub mod launch;
 mod locked_dir;

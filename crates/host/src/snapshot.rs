@@ -34,7 +34,7 @@ const FIRST_LAYER: usize = 2;
 /// The room for the disks' layers of a snapshot besides its memory, in bytes.
 const ROOM_FOR_DISKS: i64 = 1 << 30;
 /// The room for the machine's state and other small files of a live fork, in bytes.
-const ROOM_FOR_STATE: u64 = 16 << 20;
+pub(crate) const ROOM_FOR_STATE: u64 = 16 << 20;
 
 /// Takes a snapshot of `vm` and makes it the template at `target`; the VM continues to run. With
 /// `diff`, the template holds only the changes since the template that the VM was forked from, or
@@ -132,7 +132,9 @@ pub fn take(
         created_unix_ms: clone_base::clock::unix_ms(),
     };
     let template = new.commit(parts, Some(&runtime.verified()))?;
-    vm.dir.write_parent(&template.parent()?)?;
+    if taken.is_parent {
+        vm.dir.write_parent(&template.parent()?)?;
+    }
     Ok((template, taken))
 }
 
@@ -299,7 +301,7 @@ pub(crate) fn request_snapshot(
 }
 
 /// The bytes that are allocated for a file.
-fn allocated(file: &File) -> u64 {
+pub(crate) fn allocated(file: &File) -> u64 {
     file.metadata().map_or(0, |meta| meta.blocks() * 512)
 }
 

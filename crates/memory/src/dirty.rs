@@ -157,6 +157,14 @@ const PRIVATE: Scan = Scan {
     protect: false,
 };
 
+/// Private pages in the host's memory. A page that the tracker had protected when it was given back
+/// to the host looks as if it were in swap, so that only these are certain to be private.
+const PRIVATE_PRESENT: Scan = Scan {
+    all_of: PAGE_IS_PRESENT,
+    any_of: 0,
+    ..PRIVATE
+};
+
 /// Properties that no private page has.
 const NOT_PRIVATE: u32 = PAGE_IS_FILE | PAGE_IS_PFNZERO;
 
@@ -215,6 +223,27 @@ const MAPPED: Scan = Scan {
 };
 
 impl GuestMemory {
+    /// Those of `pages` that may not be private, where the layers' content or zero is seen. Pages in
+    /// swap are among them.
+    ///
+    /// # Errors
+    /// [`DirtyError::Unsupported`] on an old kernel.
+    pub fn not_private(&self, pagemap: &Pagemap, pages: &PageSet) -> Result<PageSet, DirtyError> {
+        let mut private = PageSet::new();
+        for run in pages.bridged(NEARBY).runs() {
+            pagemap.scan(
+                self.layout(),
+                self.regions(),
+                run.clone(),
+                PRIVATE_PRESENT,
+                |run, _| {
+                    private.append(run);
+                },
+            )?;
+        }
+        Ok(pages.difference(&private))
+    }
+
     /// The pages of layers that were read and not written. A record for prefetching a clone's first
     /// pages contains these besides [`GuestMemory::private_pages`].
     ///
@@ -255,7 +284,7 @@ pub struct ChangeTracker {
     layout: RamLayout,
     regions: Vec<Region>,
     /// Dropping this lifts the protection.
-    _protection: WriteProtection,
+    protection: WriteProtection,
     /// Keeps the memory mapped, since other memory at its addresses must not be protected.
     _ram: GuestRam,
 }
@@ -282,7 +311,7 @@ impl ChangeTracker {
             pagemap,
             layout: *memory.layout(),
             regions: memory.regions().to_vec(),
-            _protection: protection,
+            protection,
             _ram: memory.ram().clone(),
         })
     }
@@ -318,6 +347,34 @@ impl ChangeTracker {
             self.scan(run.clone(), PRIVATE, |run, _| private.append(run))?;
         }
         Ok(touched.intersection(&private))
+    }
+
+    /// Lifts the protection of these pages, which the host is about to put back: a protected page that
+    /// is dropped would leave a mark in the page tables that looks like a page in swap. They are
+    /// reported as changed until [`ChangeTracker::take_as_unchanged`].
+    ///
+    /// # Errors
+    /// [`DirtyError::Failed`].
+    pub fn unprotect(&self, pages: &PageSet) -> Result<(), DirtyError> {
+        for run in pages.bridged(NEARBY).runs() {
+            for (_, address, len) in host_addresses(&self.layout, &self.regions, run.clone()) {
+                self.protection
+                    .lift(address..address + len as u64)
+                    .map_err(|error| failed("lift the write protection of memory", error))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the present content of these pages, which the host has just put back, as unchanged.
+    /// Nobody may write to RAM meanwhile.
+    ///
+    /// # Errors
+    /// [`DirtyError::Failed`].
+    pub fn take_as_unchanged(&self, pages: &PageSet) -> Result<(), DirtyError> {
+        let runs = pages.bridged(NEARBY);
+        let mut runs = runs.runs().iter();
+        runs.try_for_each(|run| self.scan(run.clone(), TOUCHED, |_, _| {}))
     }
 
     fn pages(&self) -> u64 {

@@ -18,6 +18,7 @@ pub mod layers;
 pub mod layout;
 mod mapping;
 pub mod pages;
+mod rewind;
 mod sys;
 
 pub use accounting::{ProcessUsage, RamUsage};
@@ -27,3 +28,4 @@ pub use layers::{Layer, LayerError, LayerId, LayerStack};
 pub use layout::RamLayout;
 pub use mapping::{GuestMemory, GuestRam, MemoryError, Region};
 pub use pages::PageSet;
+pub use rewind::{PutBack, PutBackError};

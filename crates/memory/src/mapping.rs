@@ -138,23 +138,17 @@ impl GuestMemory {
     /// # Errors
     /// [`MemoryError::Size`], [`MemoryError::NeedsFlatten`], or the host's refusal.
     pub fn from_layers(layout: &RamLayout, stack: &LayerStack) -> Result<Self, MemoryError> {
-        if stack.layout() != layout {
-            return Err(MemoryError::Size {
-                layers: stack.layout().size(),
-                ram: layout.size(),
-            });
-        }
-        if stack.needs_flatten() {
-            return Err(MemoryError::NeedsFlatten {
-                layers: stack.layers().len(),
-                mappings: stack.pieces().len(),
-            });
-        }
+        check_fits(layout, stack)?;
         let memory = Self::map(layout, Backing::Layers(stack.clone()))?;
-        let mut pieces = stack.pieces().iter();
-        pieces.try_for_each(|piece| memory.map_piece(stack, piece))?;
-        memory.set_kernel_advice();
+        memory.map_pieces(stack)?;
         Ok(memory)
+    }
+
+    fn map_pieces(&self, stack: &LayerStack) -> Result<(), MemoryError> {
+        let mut pieces = stack.pieces().iter();
+        pieces.try_for_each(|piece| self.map_piece(stack, piece))?;
+        self.set_kernel_advice();
+        Ok(())
     }
 
     fn map(layout: &RamLayout, backing: Backing) -> Result<Self, MemoryError> {
@@ -196,6 +190,25 @@ impl GuestMemory {
     /// # Errors
     /// [`MemoryError::Map`] or [`MemoryError::Advise`] if the host refuses.
     pub fn renewed(&self) -> Result<Self, MemoryError> {
+        self.renewed_as(match &self.backing {
+            Backing::Anonymous | Backing::Layers(_) => Backing::Anonymous,
+            Backing::Shared(file) => Backing::Shared(Arc::clone(file)),
+        })
+    }
+
+    /// Replaces the RAM by these layers at the same addresses, as [`GuestMemory::renewed`] does by
+    /// zero pages.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::renewed`] and [`GuestMemory::from_layers`].
+    pub fn renewed_from_layers(&self, stack: &LayerStack) -> Result<Self, MemoryError> {
+        check_fits(&self.layout, stack)?;
+        let memory = self.renewed_as(Backing::Layers(stack.clone()))?;
+        memory.map_pieces(stack)?;
+        Ok(memory)
+    }
+
+    fn renewed_as(&self, backing: Backing) -> Result<Self, MemoryError> {
         for (_, address, len) in self.host_addresses(0..self.pages()) {
             let at = ptr::with_exposed_provenance_mut(address as usize);
             match &self.backing {
@@ -225,10 +238,7 @@ impl GuestMemory {
             ram: self.ram.clone(),
             layout: self.layout,
             regions: self.regions.clone(),
-            backing: match &self.backing {
-                Backing::Anonymous | Backing::Layers(_) => Backing::Anonymous,
-                Backing::Shared(file) => Backing::Shared(Arc::clone(file)),
-            },
+            backing,
         };
         memory.set_kernel_advice();
         Ok(memory)
@@ -274,11 +284,11 @@ impl GuestMemory {
         }
     }
 
-    fn advise(&self, pages: Range<u64>, advice: Advice) -> io::Result<()> {
+    pub(crate) fn advise(&self, pages: Range<u64>, advice: Advice) -> io::Result<()> {
         for (_, address, len) in self.host_addresses(pages) {
             let at = ptr::with_exposed_provenance_mut(address as usize);
-            // SAFETY: the range lies within a mapping that `self.ram` owns; none of the advice
-            // given in this module changes content.
+            // SAFETY: the range lies within a mapping that `self.ram` owns. Advice that changes the
+            // content of pages is harmless, since all accesses to guest memory are raw.
             unsafe { madvise(at, len, advice) }?;
         }
         Ok(())
@@ -351,17 +361,33 @@ impl GuestMemory {
         host_addresses(&self.layout, &self.regions, pages)
     }
 
-    /// The same addresses for reading.
+    /// The same addresses for reading and for putting content back.
     pub(crate) fn host_ranges(
         &self,
         pages: Range<u64>,
     ) -> impl Iterator<Item = (Range<u64>, HostRange<'_>)> {
         self.host_addresses(pages).map(|(pages, address, len)| {
-            // SAFETY: within a mapping that `self.ram` owns and that is readable; the value borrows
-            // from `self`. Pages are aligned, and nobody makes references into guest memory.
+            // SAFETY: within a mapping that `self.ram` owns and that is readable and writable; the
+            // value borrows from `self`. Pages are aligned, and nobody makes references into guest memory.
             (pages, unsafe { HostRange::new(address, len) })
         })
     }
+}
+
+fn check_fits(layout: &RamLayout, stack: &LayerStack) -> Result<(), MemoryError> {
+    if stack.layout() != layout {
+        return Err(MemoryError::Size {
+            layers: stack.layout().size(),
+            ram: layout.size(),
+        });
+    }
+    if stack.needs_flatten() {
+        return Err(MemoryError::NeedsFlatten {
+            layers: stack.layers().len(),
+            mappings: stack.pieces().len(),
+        });
+    }
+    Ok(())
 }
 
 /// The addresses of pages of RAM that is mapped as `regions`: page numbers, address and bytes of

@@ -143,11 +143,39 @@ impl WriteProtection {
     }
 }
 
+impl WriteProtection {
+    /// Lifts the protection of these addresses, which are registered.
+    pub(crate) fn lift(&self, addresses: Range<u64>) -> io::Result<()> {
+        let mut lift = raw::uffdio_writeprotect {
+            range: raw::uffdio_range {
+                start: addresses.start,
+                len: addresses.end - addresses.start,
+            },
+            // Without the flag to protect.
+            mode: 0,
+        };
+        let fd = self.fd.as_raw_fd();
+        loop {
+            // SAFETY: the argument is the structure that this request reads. Lifting the protection
+            // changes no content.
+            let done = unsafe { libc::ioctl(fd, op(ioctl::UFFDIO_WRITEPROTECT), &mut lift) };
+            if done >= 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            // Another thread is changing the mappings of this process.
+            if error.raw_os_error() != Some(libc::EAGAIN) {
+                return Err(error);
+            }
+        }
+    }
+}
+
 fn op(request: u32) -> libc::Ioctl {
     libc::Ioctl::from(request)
 }
 
-/// Guest memory for reading and copying: an address range that stays mapped and readable.
+/// Guest memory for reading, copying and putting back: an address range that stays mapped and readable.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct HostRange<'a> {
     address: *const u8,
@@ -157,8 +185,8 @@ pub(crate) struct HostRange<'a> {
 
 impl HostRange<'_> {
     /// # Safety
-    /// `[address, address + len)` stays mapped and readable for as long as `'a`, `address` is
-    /// aligned to 8 bytes, and no Rust reference to the memory is alive (guest memory: all
+    /// `[address, address + len)` stays mapped, readable and writable for as long as `'a`, `address`
+    /// is aligned to 8 bytes, and no Rust reference to the memory is alive (guest memory: all
     /// accesses are raw).
     pub(crate) unsafe fn new(address: u64, len: usize) -> Self {
         let address = std::ptr::with_exposed_provenance(address as usize);
@@ -167,6 +195,11 @@ impl HostRange<'_> {
             len,
             memory: PhantomData,
         }
+    }
+
+    /// The number of bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.len
     }
 
     /// Whether these bytes, a multiple of whole words, are zero at this moment. The guest may be
@@ -183,6 +216,45 @@ impl HostRange<'_> {
             // SAFETY: as above; volatile since the guest writes this memory as it likes.
             unsafe { word.read_volatile() == 0 }
         })
+    }
+
+    /// Reads these bytes from a file. The kernel writes them without a slice or a buffer.
+    pub(crate) fn read_from(&self, bytes: Range<usize>, file: &File, at: u64) -> io::Result<()> {
+        assert!(bytes.start <= bytes.end && bytes.end <= self.len);
+        let (mut start, mut at) = (bytes.start, at);
+        while start < bytes.end {
+            // SAFETY: in range of memory that `new`'s caller keeps mapped.
+            let to = unsafe { self.address.add(start) };
+            let fd = file.as_fd().as_raw_fd();
+            // SAFETY: the kernel writes `bytes.end - start` bytes to guest memory, which is mapped,
+            // writable, and accessed by nobody through a reference.
+            let read = unsafe {
+                libc::pread(
+                    fd,
+                    to.cast_mut().cast(),
+                    bytes.end - start,
+                    at as libc::off_t,
+                )
+            };
+            match read {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                1.. => (start, at) = (start + read as usize, at + read as u64),
+                _ => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets these bytes to zero.
+    pub(crate) fn zero(&self, bytes: Range<usize>) {
+        assert!(bytes.start <= bytes.end && bytes.end <= self.len);
+        // SAFETY: in range of memory that `new`'s caller keeps mapped.
+        let start = unsafe { self.address.add(bytes.start) }.cast_mut();
+        // SAFETY: as above; the memory is writable, and nobody accesses it through a reference.
+        unsafe { start.write_bytes(0, bytes.end - bytes.start) };
     }
 
     /// Writes these bytes to a file. The kernel copies them without a slice or a buffer.

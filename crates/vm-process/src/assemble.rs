@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::sync::{Arc, Mutex};
 
+use clone_api::config::{DiskConfig, Overlay};
 use clone_api::control::StartStage;
 use clone_api::jail::JailStatus;
 use clone_api::{ApiError, ErrorCode, VmConfig};
@@ -21,7 +22,7 @@ use super::open::{BootFiles, OpenOrigin, Resources};
 use super::prefetch::PrefetchPages;
 use super::reboot::Reboot;
 use super::run_once::RunOnce;
-use super::snapshot::SnapshotDisk;
+use super::snapshot::{DiskWrites, SnapshotDisk};
 use super::timeline::Timeline;
 use super::vm::{Vm, VmHandle, VmHandles};
 use super::{devices, prefetch};
@@ -49,9 +50,8 @@ pub(super) fn assemble(
 
     let guest = Guest::from_origin(resources.origin, &config)?;
     timeline.reach(StartStage::Mapped);
-    let saved = guest.state().map(|state| state.devices.as_slice());
     let ram = guest.memory.ram().clone();
-    let devices = devices::build(&config, resources.devices, &ram, saved, events)?;
+    let devices = devices::build(&config, resources.devices, &ram, events)?;
     let time = guest.state().map(MachineState::time);
     let parts = Parts {
         kvm,
@@ -70,7 +70,7 @@ pub(super) fn assemble(
         (Source::State(state, prefetch_pages), _) => {
             let machine = restore(
                 parts,
-                *state,
+                &state,
                 prefetch_pages.as_ref(),
                 events,
                 &mut timeline,
@@ -110,6 +110,10 @@ pub(super) fn assemble(
     let disks = disks.map(|(index, disk)| SnapshotDisk {
         disk: Arc::clone(disk),
         parent_layers: guest.disk_layers.get(index).copied().unwrap_or(0),
+        writes: config
+            .disks
+            .get(index)
+            .map_or(DiskWrites::Refused, writes_of),
     });
     let disks = disks.collect();
     timeline.watch(machine.entry_time());
@@ -118,7 +122,14 @@ pub(super) fn assemble(
     if let Some(mark) = guest.run_once {
         machine.in_saved_state(mark).map_err(internal)?;
     }
-    let vm = Vm::new(machine, hub, timeline, guest.standby, guest.locks, events);
+    let vm = Vm::new(
+        machine,
+        Arc::clone(&hub),
+        timeline,
+        guest.standby,
+        guest.locks,
+        events,
+    );
     let mut vm = vm.map_err(internal)?;
     let snapshot_source = vm.snapshot_source(dirty_tracker, disks, boot_files);
     vm.on_reboot(Reboot::new(
@@ -136,6 +147,7 @@ pub(super) fn assemble(
             devices: devices.handles,
             snapshot_source,
             jail,
+            hub,
             standby: time.filter(|_| guest.standby),
         },
     );
@@ -225,7 +237,7 @@ fn boot(
 
 fn restore(
     parts: Parts,
-    state: MachineState,
+    state: &MachineState,
     prefetch_pages: Option<&PrefetchPages>,
     events: &mut EventLoop,
     timeline: &mut Timeline,
@@ -239,6 +251,15 @@ fn restore(
         timeline.reach(StartStage::PreFaulted);
     }
     Ok(machine)
+}
+
+/// Where the guest's writes to a disk go.
+fn writes_of(disk: &DiskConfig) -> DiskWrites {
+    match disk.overlay {
+        _ if disk.read_only => DiskWrites::Refused,
+        Overlay::Ephemeral => DiskWrites::Layer,
+        Overlay::None | Overlay::Kept(_) => DiskWrites::Kept,
+    }
 }
 
 fn guest_memory(config: &VmConfig) -> Result<GuestMemory> {

@@ -1,6 +1,10 @@
 //! Tracks which pages of a VM's memory differ from its parent layers: the layers of its template,
 //! or of the last snapshot of the VM that was kept.
 //!
+//! Besides, it tracks what differs from the position in the tree of checkpoints: the layers of the
+//! checkpoint that the VM has last taken or was rewound to. The parent does not change while there
+//! are checkpoints, so every checkpoint's layers can be compared with it.
+//!
 //! A clone that was never snapshotted is not tracked: its private pages are the ones that it
 //! changed. The first snapshot that is kept starts the tracking, which later snapshots continue.
 
@@ -25,7 +29,21 @@ pub(super) struct DirtyTracker {
     changed: PageSet,
     /// Whether a reboot replaced RAM by zero pages since `parent`.
     renewed: bool,
+    /// The position in the tree of checkpoints, while there are any.
+    position: Option<Position>,
 }
+
+/// The layers that the next checkpoint builds on, and what differs from them.
+struct Position {
+    /// `None` for RAM that was zero.
+    stack: Option<LayerStack>,
+    /// The pages known to have changed, besides those that the tracker has not reported yet.
+    changed: PageSet,
+}
+
+/// The most layers of checkpoints over each other. Beyond, the next one is based on the mapped
+/// layers again, and holds all that differs from them.
+const MAX_DEPTH: usize = 16;
 
 impl DirtyTracker {
     /// The tracker of a VM that has just been booted or forked.
@@ -38,6 +56,7 @@ impl DirtyTracker {
             tracker: None,
             changed: PageSet::new(),
             renewed: false,
+            position: None,
         }
     }
 
@@ -48,6 +67,12 @@ impl DirtyTracker {
         self.changed = PageSet::new();
         self.memory = memory;
         self.renewed = true;
+        if let Some(position) = &mut self.position {
+            *position = Position {
+                stack: None,
+                changed: PageSet::new(),
+            };
+        }
     }
 
     pub(super) fn memory(&self) -> &Arc<GuestMemory> {
@@ -79,6 +104,9 @@ impl DirtyTracker {
         } else {
             let tracker = ChangeTracker::new(&self.memory, self.pagemap.try_clone()?)?;
             self.changed = tracker.arm()?;
+            if let Some(position) = &mut self.position {
+                position.changed = position.changed.union(&self.changed);
+            }
             if self.renewed {
                 self.changed = self.changed.union(&self.parents_data());
             }
@@ -94,7 +122,117 @@ impl DirtyTracker {
         };
         let now = tracker.take_changed()?;
         self.changed = self.changed.union(&now);
+        if let Some(position) = &mut self.position {
+            position.changed = position.changed.union(&now);
+        }
         Ok(now)
+    }
+
+    /// Starts tracking changes for checkpoints. If there is no position yet, it is the mapped
+    /// layers.
+    ///
+    /// # Errors
+    /// Those of the host's kernel.
+    pub(super) fn begin_position(&mut self) -> Result<(), DirtyError> {
+        self.begin()?;
+        if self.position.is_none() {
+            // Pages that are written from now on are reported later.
+            self.position = Some(Position {
+                stack: self.memory.layers().cloned(),
+                changed: self.memory.private_pages(&self.pagemap)?,
+            });
+        }
+        Ok(())
+    }
+
+    /// The layers that the next checkpoint builds on, and the pages that it must hold.
+    pub(super) fn checkpoint_base(&self) -> (Vec<Layer>, PageSet) {
+        let mapped = self.memory.layers().map_or(&[][..], LayerStack::layers);
+        let Some(position) = &self.position else {
+            return (mapped.to_vec(), PageSet::new());
+        };
+        match &position.stack {
+            None => (Vec::new(), position.changed.clone()),
+            Some(stack) if stack.layers().len() < mapped.len() + MAX_DEPTH => {
+                (stack.layers().to_vec(), position.changed.clone())
+            }
+            Some(stack) => {
+                let above = stack.pages_above(mapped.len());
+                (mapped.to_vec(), position.changed.union(&above))
+            }
+        }
+    }
+
+    /// Records that the VM is at a checkpoint with these layers.
+    pub(super) fn checkpointed(&mut self, stack: LayerStack) {
+        self.position = Some(Position {
+            stack: Some(stack),
+            changed: PageSet::new(),
+        });
+    }
+
+    /// Records that there are no checkpoints any more.
+    pub(super) fn forget_position(&mut self) {
+        self.position = None;
+    }
+
+    /// The pages that may differ from `target`, whose lowest layers are the mapped ones: those that
+    /// changed, those that the position and the target have from different layers, and those of the
+    /// target that were given back to the host since (by the balloon, or as free pages).
+    ///
+    /// # Errors
+    /// Those of the host's kernel.
+    pub(super) fn differing_from(&mut self, target: &LayerStack) -> Result<PageSet, DirtyError> {
+        self.begin_position()?;
+        let mapped = self.memory.layers().map_or(0, |it| it.layers().len());
+        let above = target.pages_above(mapped);
+        let given_back = self.memory.not_private(&self.pagemap, &above)?;
+        let Some(position) = &self.position else {
+            return Ok(given_back);
+        };
+        let other_layers = target.difference(position.stack.as_ref());
+        Ok(position.changed.union(&other_layers).union(&given_back))
+    }
+
+    /// Prepares `pages` to be put back. They count as changed until [`DirtyTracker::rewound`].
+    ///
+    /// # Errors
+    /// Those of the host's kernel.
+    pub(super) fn prepare(&self, pages: &PageSet) -> Result<(), DirtyError> {
+        match &self.tracker {
+            Some(tracker) => tracker.unprotect(pages),
+            None => Ok(()),
+        }
+    }
+
+    /// Records that RAM has the content of `target`, where `put_back` are the pages that it was
+    /// given for that.
+    ///
+    /// # Errors
+    /// Those of the host's kernel. Changes are not tracked then, and RAM must be put back again.
+    pub(super) fn rewound(
+        &mut self,
+        target: LayerStack,
+        put_back: &PageSet,
+    ) -> Result<(), DirtyError> {
+        match &self.tracker {
+            Some(tracker) => tracker.take_as_unchanged(put_back)?,
+            None => {
+                let tracker = ChangeTracker::new(&self.memory, self.pagemap.try_clone()?)?;
+                tracker.arm()?;
+                self.tracker = Some(tracker);
+            }
+        }
+        self.changed = target.difference(self.parent.as_ref());
+        self.renewed = false;
+        self.checkpointed(target);
+        Ok(())
+    }
+
+    /// Records that RAM was mapped anew as `memory`, before it is put back.
+    pub(super) fn remapped(&mut self, memory: Arc<GuestMemory>) {
+        self.tracker = None;
+        self.memory = memory;
     }
 
     /// The pages that may differ from the parent's lowest `base` layers: those that the layers
@@ -139,9 +277,9 @@ impl DirtyTracker {
     }
 
     /// Records that the snapshot failed or is not kept. Tracking stops again unless it had already
-    /// run before that snapshot.
+    /// run before that snapshot, or checkpoints need it.
     pub(super) fn not_kept(&mut self, was_tracked: bool) {
-        if !was_tracked {
+        if !was_tracked && self.position.is_none() {
             self.tracker = None;
             self.changed = PageSet::new();
         }

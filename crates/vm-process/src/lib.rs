@@ -15,6 +15,8 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod assemble;
+mod checkpointing;
+mod checkpoints;
 pub mod console;
 pub mod control;
 mod descriptors;
@@ -29,6 +31,7 @@ pub mod open;
 pub mod prefetch;
 mod rate_limits;
 mod reboot;
+mod rewind;
 mod run_once;
 mod snapshot;
 mod timeline;

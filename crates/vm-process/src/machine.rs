@@ -3,9 +3,11 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use clone_api::checkpoints::CheckpointName;
+use clone_api::control::LastRewind;
 use clone_api::{ApiError, ErrorCode};
 use clone_vmm::machine::{Machine, MachineError};
-use clone_vmm::vcpu::{Refusal, VcpuError};
+use clone_vmm::vcpu::{Refusal, VcpuError, monotonic_ns};
 
 use super::run_once::RunOnce;
 
@@ -14,6 +16,17 @@ pub(super) struct GuestMachine {
     machine: Machine,
     /// The mark of the saved state that the paused guest is in, to be set before it runs again.
     saved: Option<RunOnce>,
+    /// Set while a rewind has changed a part of the VM: the guest must not run.
+    incomplete: Option<Incomplete>,
+    last_rewind: Option<LastRewind>,
+}
+
+/// A rewind that has not been completed.
+struct Incomplete {
+    /// Whether the guest ran before.
+    was_running: bool,
+    /// Why the rewind was not completed; empty while it is in progress.
+    reason: String,
 }
 
 impl GuestMachine {
@@ -22,6 +35,55 @@ impl GuestMachine {
         Self {
             machine,
             saved: None,
+            incomplete: None,
+            last_rewind: None,
+        }
+    }
+
+    /// The last rewind.
+    pub(super) fn last_rewind(&self) -> Option<LastRewind> {
+        self.last_rewind.clone()
+    }
+
+    /// Whether the guest ran before the rewind that was not completed, or runs.
+    pub(super) fn ran_before_rewind(&self) -> bool {
+        let interrupted = self.incomplete.as_ref().is_some_and(|it| it.was_running);
+        interrupted || self.machine.is_running()
+    }
+
+    /// Forbids the guest to run until a rewind is completed.
+    pub(super) fn begin_rewind(&mut self, was_running: bool) {
+        self.incomplete = Some(Incomplete {
+            was_running,
+            reason: String::new(),
+        });
+    }
+
+    /// Records why the rewind was not completed.
+    pub(super) fn fail_rewind(&mut self, reason: &str) {
+        if let Some(incomplete) = &mut self.incomplete {
+            reason.clone_into(&mut incomplete.reason);
+        }
+    }
+
+    /// Lets the guest run again, in the state of `checkpoint`.
+    pub(super) fn complete_rewind(&mut self, checkpoint: &CheckpointName) {
+        self.incomplete = None;
+        self.last_rewind = Some(LastRewind {
+            checkpoint: checkpoint.clone(),
+            monotonic_ns: monotonic_ns(),
+        });
+    }
+
+    /// Returns an error while the VM is in no state that its guest was ever in.
+    pub(super) fn check_whole(&self) -> Result<(), ApiError> {
+        match &self.incomplete {
+            None => Ok(()),
+            Some(Incomplete { reason, .. }) => {
+                let message = format!("the VM was rewound only in part: {reason}");
+                Err(ApiError::new(ErrorCode::Conflict, message)
+                    .advise("rewind it again, to the same checkpoint or another one"))
+            }
         }
     }
 
@@ -34,8 +96,10 @@ impl GuestMachine {
         }
     }
 
-    /// Resumes the guest, whose saved state is void from then on.
+    /// Resumes the guest, whose saved state is void from then on. A guest that was rewound only in
+    /// part does not run.
     pub(super) fn resume(&mut self) -> Result<(), ApiError> {
+        self.check_whole()?;
         if let Some(mark) = &self.saved {
             let marked = mark.mark();
             marked.map_err(|error| {

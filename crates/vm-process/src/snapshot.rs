@@ -9,7 +9,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Instant;
 
 use clone_api::control::{
@@ -17,12 +17,13 @@ use clone_api::control::{
 };
 use clone_api::{ApiError, ErrorCode};
 use clone_disk::{Disk, FrozenLayers};
-use clone_memory::{Checksums, LayerWriter};
+use clone_memory::{Checksums, LayerWriter, PageSet};
 use clone_start::cpu;
 use clone_start::error::{Result, storage_failed};
 use clone_vmm::machine::MachineState;
 use clone_vmm::snapshot::{self, CpuProfile};
 
+use super::checkpoints::Checkpoints;
 use super::dirty_tracker::DirtyTracker;
 use super::machine::{GuestMachine, SharedMachine, locked, machine_error};
 use super::open::BootFiles;
@@ -43,6 +44,19 @@ pub(super) struct SnapshotDisk {
     pub(super) disk: Arc<Mutex<Disk>>,
     /// The number of the disk's layers that belong to the parent.
     pub(super) parent_layers: usize,
+    /// Where the guest's writes to the disk go.
+    pub(super) writes: DiskWrites,
+}
+
+/// Where the guest's writes to a disk go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DiskWrites {
+    /// The guest only reads the disk.
+    Refused,
+    /// They go to a layer that ends with the VM.
+    Layer,
+    /// They go to a file of the owner's, which keeps them.
+    Kept,
 }
 
 /// The parts of the VM that a snapshot saves.
@@ -53,6 +67,8 @@ pub(super) struct SnapshotSource {
     pub(super) disks: Vec<SnapshotDisk>,
     /// The kernel that the VM boots when it reboots; `None` for a clone whose template has none.
     pub(super) boot: Option<BootFiles>,
+    /// The states of the VM that it can be set back to.
+    pub(super) checkpoints: Checkpoints,
 }
 
 /// The shared source. The thread that takes a snapshot holds the lock, so there is one snapshot at
@@ -107,20 +123,30 @@ impl Files {
     }
 }
 
+/// Locks the source, unless another operation has it.
+pub(super) fn lock(source: &SharedSnapshotSource) -> Result<MutexGuard<'_, SnapshotSource>> {
+    match source.try_lock() {
+        Ok(source) => Ok(source),
+        Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => {
+            let message = "a snapshot or checkpoint of this VM is being taken, or it is rewound";
+            Err(ApiError::new(ErrorCode::Conflict, message).advise("try again after it"))
+        }
+    }
+}
+
 /// Takes a snapshot. The guest continues to run even if the snapshot fails.
 pub(super) fn take(
     snapshot_source: &SharedSnapshotSource,
     request: &SnapshotRequest,
     files: Vec<OwnedFd>,
 ) -> Result<SnapshotTaken> {
-    let mut snapshot_source = match snapshot_source.try_lock() {
-        Ok(snapshot_source) => snapshot_source,
-        Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-        Err(TryLockError::WouldBlock) => {
-            let message = "a snapshot of this VM is being taken already";
-            return Err(ApiError::new(ErrorCode::Conflict, message).advise("try again after it"));
-        }
-    };
+    let mut snapshot_source = lock(snapshot_source)?;
+    if request.stay_paused && !snapshot_source.checkpoints.is_empty() {
+        let message = "the VM has checkpoints, which would be lost with its process";
+        return Err(ApiError::new(ErrorCode::Conflict, message)
+            .advise("remove them first (`clone checkpoint ls`, `clone checkpoint rm`)"));
+    }
     let mut files = Files::sort(request, files)?;
     let mark = files.mark.take().map(RunOnce::new).transpose()?;
     let disks = files.disks.iter().map(|(index, ..)| *index as usize);
@@ -221,7 +247,9 @@ impl SnapshotSource {
                 SnapshotKind::Fork => Checksums::Transient,
                 SnapshotKind::Full | SnapshotKind::Diff | SnapshotKind::Save => Checksums::Yes,
             },
-            becomes_parent: matches!(request.kind, SnapshotKind::Full | SnapshotKind::Diff),
+            // The VM may be rewound to before this snapshot, to layers that are not over it.
+            becomes_parent: matches!(request.kind, SnapshotKind::Full | SnapshotKind::Diff)
+                && self.checkpoints.is_empty(),
             resumes_at_once: !request.stay_paused,
         })
     }
@@ -233,7 +261,9 @@ impl SnapshotSource {
         let memory = Arc::clone(self.dirty_tracker.memory());
         let mut writer =
             LayerWriter::new(files.memory, "memory", *memory.layout(), parent).map_err(no_copy)?;
-        self.copy_running(&mut writer, content.memory_base)?;
+        self.dirty_tracker.begin().map_err(no_tracking)?;
+        let pages = self.dirty_tracker.changed_since(content.memory_base);
+        self.copy_running(&mut writer, pages)?;
         watch.lap(&mut times.copy_us);
 
         let machine = Arc::clone(&self.machine);
@@ -270,6 +300,7 @@ impl SnapshotSource {
             disks,
             kernel,
             initrd,
+            is_parent: content.becomes_parent,
             cpu: cpu::features_of(CpuProfile::of_saved(&state.vcpus)),
             times,
         })
@@ -288,11 +319,11 @@ impl SnapshotSource {
         Ok((true, boot.initrd.is_some()))
     }
 
-    /// Copies pages while the guest runs, until few changed ones are left.
-    fn copy_running(&mut self, writer: &mut LayerWriter, base: usize) -> Result<()> {
+    /// Copies `pages` while the guest runs, and those that change meanwhile until few of them are
+    /// left.
+    pub(super) fn copy_running(&mut self, writer: &mut LayerWriter, pages: PageSet) -> Result<()> {
         let memory = Arc::clone(self.dirty_tracker.memory());
-        self.dirty_tracker.begin().map_err(no_tracking)?;
-        let mut pages = self.dirty_tracker.changed_since(base);
+        let mut pages = pages;
         for _ in 0..ROUNDS {
             writer.copy(&memory, &pages).map_err(no_copy)?;
             pages = self.dirty_tracker.take_changed().map_err(no_tracking)?;
@@ -311,6 +342,21 @@ impl SnapshotSource {
         content: &Content,
         times: &mut SnapshotTimes,
     ) -> Result<Paused> {
+        let state = self.pause_and_save(machine, writer, times)?;
+        let mut watch = Stopwatch::start();
+        let frozen = self.freeze(disks, &content.disk_bases)?;
+        watch.lap(&mut times.freeze_us);
+        Ok(Paused { state, frozen })
+    }
+
+    /// Pauses the guest, copies the last pages that it has changed, and reads the machine's state.
+    pub(super) fn pause_and_save(
+        &mut self,
+        machine: &mut GuestMachine,
+        writer: &mut LayerWriter,
+        times: &mut SnapshotTimes,
+    ) -> Result<MachineState> {
+        machine.check_whole()?;
         let mut watch = Stopwatch::start();
         let mut machine = machine.pause().map_err(machine_error)?;
         watch.lap(&mut times.stop_us);
@@ -326,9 +372,7 @@ impl SnapshotSource {
         watch.lap(&mut times.last_copy_us);
         let state = machine.save().map_err(machine_error)?;
         watch.lap(&mut times.save_us);
-        let frozen = self.freeze(disks, &content.disk_bases)?;
-        watch.lap(&mut times.freeze_us);
-        Ok(Paused { state, frozen })
+        Ok(state)
     }
 
     /// Freezes the disks in `wanted`, and flushes the files of the others.
@@ -414,27 +458,27 @@ fn export(disk: FrozenDisk) -> Result<DiskTaken> {
     })
 }
 
-fn no_tracking(error: clone_memory::DirtyError) -> ApiError {
+pub(super) fn no_tracking(error: clone_memory::DirtyError) -> ApiError {
     ApiError::new(
         ErrorCode::HostUnsupported,
         format!("cannot find out what the guest has changed: {error}"),
     )
 }
 
-fn no_copy(error: clone_memory::LayerError) -> ApiError {
+pub(super) fn no_copy(error: clone_memory::LayerError) -> ApiError {
     storage_failed(&error).advise("make room where the snapshot goes")
 }
 
 /// Measures consecutive stages.
-struct Stopwatch(Instant);
+pub(super) struct Stopwatch(Instant);
 
 impl Stopwatch {
-    fn start() -> Self {
+    pub(super) fn start() -> Self {
         Self(Instant::now())
     }
 
     /// Stores the time since the last lap, in microseconds.
-    fn lap(&mut self, into_us: &mut u64) {
+    pub(super) fn lap(&mut self, into_us: &mut u64) {
         let now = Instant::now();
         *into_us = now.duration_since(self.0).as_micros() as u64;
         self.0 = now;

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use clone_api::checkpoints::{CheckpointList, CheckpointName, NewCheckpoint};
 use clone_api::control::{
     Adoption, BalloonStatus, ConsoleInfo, CpuStats, GuestPages, LayerPages, MemoryStats,
     SnapshotRequest, StartStage, TouchedPages, VmInfo, VmState, VmStats,
@@ -21,6 +22,7 @@ use clone_vmm::machine::{Exit, ExitSignal, GuestTime};
 use clone_vmm::virtio::DeviceError;
 use vmm_sys_util::epoll::EventSet;
 
+use super::checkpoints::Checkpoints;
 use super::console::ConsoleHub;
 use super::control::{Responder, VmControl};
 use super::devices::{Handles, balloon_status};
@@ -31,6 +33,7 @@ use super::prefetch;
 use super::reboot::Reboot;
 use super::snapshot::{self, SharedSnapshotSource, SnapshotDisk, SnapshotSource};
 use super::timeline::Timeline;
+use super::{checkpointing, rewind};
 
 /// Locked for a moment each, by the event loop's thread alone: its two owners are both on it.
 type SharedTimeline = Arc<Mutex<Timeline>>;
@@ -83,6 +86,7 @@ impl Vm {
             dirty_tracker,
             disks,
             boot,
+            checkpoints: Checkpoints::default(),
         }))
     }
 
@@ -170,6 +174,8 @@ pub(super) struct VmHandles {
     pub(super) snapshot_source: SharedSnapshotSource,
     /// The layers that the process's jail has and lacks.
     pub(super) jail: JailStatus,
+    /// The console, whose clients are told of a rewind.
+    pub(super) hub: Arc<Mutex<ConsoleHub>>,
     /// For a standby, the guest time at which its clocks continue.
     pub(super) standby: Option<GuestTime>,
 }
@@ -237,6 +243,22 @@ impl VmHandle {
         Ok(balloon_status(&balloon))
     }
 
+    /// Runs `work`, which waits for the guest or the disk, on another thread. If none can be
+    /// started, the responder in `work` is dropped, which sends the client an error.
+    fn on_thread(&self, name: &str, work: impl FnOnce() + Send + 'static) {
+        let wake = WakeAtEnd(self.exit.clone());
+        let work = move || {
+            let _wake = wake;
+            work();
+        };
+        let started = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(work);
+        if let Err(error) = started {
+            tracing::error!(%error, "no thread for a {name}");
+        }
+    }
+
     /// Returns an error unless the guest has begun to run and has not ended.
     fn check_alive(&self) -> Result<(), ApiError> {
         if self.handles.standby.is_some() {
@@ -279,6 +301,7 @@ impl VmControl for VmHandle {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             jail: self.handles.jail.clone(),
             config: self.config.clone(),
+            rewound: locked(&self.machine).last_rewind(),
             timeline: timeline(&self.timeline).stages(),
         }
     }
@@ -370,18 +393,52 @@ impl VmControl for VmHandle {
             return responder.answer::<()>(Err(error));
         }
         let snapshot_source = Arc::clone(&self.handles.snapshot_source);
-        let wake = WakeAtEnd(self.exit.clone());
-        let work = move || {
-            let _wake = wake;
+        self.on_thread("snapshot", move || {
             responder.answer(snapshot::take(&snapshot_source, &request, files));
-        };
-        // If no thread can be started, the responder is dropped, which sends the client an error.
-        let started = std::thread::Builder::new()
-            .name("snapshot".to_owned())
-            .spawn(work);
-        if let Err(error) = started {
-            tracing::error!(%error, "no thread for a snapshot");
+        });
+    }
+
+    fn checkpoints(&self) -> Result<CheckpointList, ApiError> {
+        Ok(snapshot::lock(&self.handles.snapshot_source)?
+            .checkpoints
+            .list())
+    }
+
+    fn checkpoint(&mut self, new: NewCheckpoint, files: Vec<OwnedFd>, responder: Responder) {
+        if let Err(error) = self.check_alive() {
+            return responder.answer::<()>(Err(error));
         }
+        let source = Arc::clone(&self.handles.snapshot_source);
+        self.on_thread("checkpoint", move || {
+            responder.answer(checkpointing::take(&source, &new, files));
+        });
+    }
+
+    fn remove_checkpoint(&mut self, name: &CheckpointName) -> Result<CheckpointList, ApiError> {
+        let mut source = snapshot::lock(&self.handles.snapshot_source)?;
+        source.checkpoints.remove(name)?;
+        if source.checkpoints.is_empty() {
+            source.dirty_tracker.forget_position();
+        }
+        Ok(source.checkpoints.list())
+    }
+
+    fn rewind(&mut self, name: CheckpointName, files: Vec<OwnedFd>, responder: Responder) {
+        if self.handles.standby.is_some()
+            && let Err(error) = self.check_alive()
+        {
+            return responder.answer::<()>(Err(error));
+        }
+        let source = Arc::clone(&self.handles.snapshot_source);
+        let hub = Arc::clone(&self.handles.hub);
+        self.on_thread("rewind", move || {
+            let rewound = rewind::rewind(&source, &name, files);
+            if rewound.is_ok() {
+                let mut hub = hub.lock().unwrap_or_else(PoisonError::into_inner);
+                hub.announce(&format!("the VM was rewound to the checkpoint `{name}`"));
+            }
+            responder.answer(rewound);
+        });
     }
 
     fn touched_pages(&self) -> Result<TouchedPages, ApiError> {

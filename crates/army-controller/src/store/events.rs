@@ -1,6 +1,7 @@
 //! Events. Each is recorded in the transaction of the change that it describes.
 
 use army_api::events::Event;
+use army_api::vms::Vm;
 use sqlx::AnyPool;
 use sqlx::any::AnyRow;
 use tokio::sync::broadcast;
@@ -69,6 +70,13 @@ impl Store {
     /// every event where no tenant is given.
     pub(crate) async fn events_after(&self, id: i64, tenant: Option<&str>) -> Result<Vec<Event>> {
         page(&self.pool, id, tenant).await
+    }
+
+    /// Records an event of a VM that changes nothing else in the database.
+    pub(crate) async fn record_vm_event(&self, kind: &str, vm: &Vm, detail: &str) -> Result<()> {
+        let mut change = self.change().await?;
+        change.event(kind, &vm.id, &vm.tenant, detail).await?;
+        change.commit().await
     }
 
     /// The id of the newest event; 0 where there is none.

@@ -4,6 +4,7 @@
 //! of different releases understand each other; what cannot be added in that way takes a new
 //! [`VERSION`](crate::VERSION).
 
+mod checkpoints;
 mod figures;
 mod hosts;
 mod templates;
@@ -12,6 +13,9 @@ mod vms;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub use checkpoints::{
+    CheckpointVmRequest, ListCheckpointsRequest, RemoveCheckpointRequest, RewindVmRequest,
+};
 pub use figures::{ConsoleOutput, MeasureVmRequest, ReadConsoleRequest};
 pub use hosts::{
     HostReport, InstallCertificateRequest, RenewalRequest, RenewalResponse, ReportRequest, VmReport,

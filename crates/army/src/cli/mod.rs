@@ -1,6 +1,7 @@
 //! The command line: one file for each command.
 
 mod build;
+mod checkpoints;
 mod context;
 mod controller;
 mod dev;
@@ -61,7 +62,7 @@ enum Command {
     /// Manage templates: list, build, register, share, tag, copy, export, import, standbys, remove.
     #[command(subcommand)]
     Template(templates::Command),
-    /// Manage VMs: create, list, inspect, change, fork, pause, resume, balloon, figures, console, snapshot, destroy.
+    /// Manage VMs: create, list, inspect, change, fork, pause, resume, checkpoint, rewind, balloon, figures, console, snapshot, destroy.
     #[command(subcommand)]
     Vm(vms::Command),
     /// Run a command in a VM, print its output, and exit with its exit status.

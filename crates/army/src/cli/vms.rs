@@ -17,6 +17,7 @@ use clone_api::Bytes;
 use futures_util::StreamExt;
 use reqwest::Method;
 
+use super::checkpoints::{self, CheckpointArgs, RewindArgs};
 use super::context::Context;
 use super::operations;
 use super::output::{bytes, ms, note, pair, print, table, word};
@@ -62,6 +63,15 @@ pub(super) enum Command {
         /// The VM.
         vm: String,
     },
+    /// Take a checkpoint of a VM, list its checkpoints, or remove one.
+    ///
+    /// A checkpoint is a state of the VM that `army vm rewind` sets it back to: memory, CPUs, devices
+    /// and disks. Checkpoints exist as long as the VM runs.
+    Checkpoint(CheckpointArgs),
+    /// Set a VM back to one of its checkpoints.
+    ///
+    /// What has happened since is lost. Commands and terminals of the VM end.
+    Rewind(RewindArgs),
     /// Change a VM's time to live, idle policy, network policy or labels.
     Set(SetArgs),
     /// Show a VM's balloon, or set its target size.
@@ -292,6 +302,8 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
             context.show(&vms, |vms| vms_table(vms))?;
             return Ok(ExitCode::SUCCESS);
         }
+        Command::Checkpoint(args) => return checkpoints::checkpoint(context, args).await,
+        Command::Rewind(args) => return checkpoints::rewind(context, args).await,
         Command::Balloon { vm, size } => {
             let path = format!("/v1/vms/{}/balloon", segment(&vm));
             let balloon: Balloon = match size {

@@ -11,6 +11,7 @@ mod bounds;
 mod budget;
 mod builds;
 mod changes;
+mod checkpoints;
 mod commands;
 mod dashboard;
 mod directories;
@@ -176,6 +177,9 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(vms::inspect, vms::destroy, changes::change))
         .routes(routes!(vms::pause))
         .routes(routes!(vms::suspend))
+        .routes(routes!(checkpoints::list, checkpoints::take))
+        .routes(routes!(checkpoints::remove))
+        .routes(routes!(checkpoints::rewind))
         .routes(routes!(vms::resume))
         .routes(routes!(vms::fork))
         .routes(routes!(vms::snapshot))

@@ -10,6 +10,7 @@ mod list;
 mod memory;
 mod net;
 mod place;
+mod rewind;
 
 use anyhow::Result;
 
@@ -44,6 +45,11 @@ pub(crate) const ALL: &[Bench] = &[
         name: "fork",
         about: fork::ABOUT,
         run: fork::run,
+    },
+    Bench {
+        name: "rewind",
+        about: rewind::ABOUT,
+        run: rewind::run,
     },
     Bench {
         name: "block",

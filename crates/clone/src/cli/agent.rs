@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use agent_proto::client::{ClientError, Connection, Deadline, Event, Input, Running};
 use agent_proto::messages::{ErrorCode as AgentCode, Exec, Exited, Stream, TerminalSize};
-use clone_api::{ApiError, ErrorCode};
+use clone_api::{ApiError, Client, ErrorCode};
 use clone_host::runtime::RunningVm;
 use clone_start::error::Result;
 
@@ -99,6 +99,23 @@ pub(super) fn agent_error(name: &str) -> impl Fn(ClientError) -> ApiError {
             _ => ApiError::new(ErrorCode::Internal, message),
         }
     }
+}
+
+/// Why a connection to the agent of `vm` that began at `begun_ns` was lost, where that is known: the
+/// VM was rewound, which ends what it had.
+pub(super) fn why_lost(vm: &RunningVm, begun_ns: u64) -> Option<ApiError> {
+    let info = Client::new(vm.dir.control_socket()).info().ok()?;
+    let rewound = info.rewound.filter(|it| it.monotonic_ns > begun_ns)?;
+    let (name, checkpoint) = (vm.dir.name(), rewound.checkpoint);
+    let message =
+        format!("`{name}` was rewound to the checkpoint `{checkpoint}`, which ended the command");
+    Some(ApiError::new(ErrorCode::Unavailable, message).advise("run it again"))
+}
+
+/// The present time of the host's `CLOCK_MONOTONIC`, which all processes share.
+pub(super) fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 /// The connections between this process's streams and the command's.

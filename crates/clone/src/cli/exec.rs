@@ -163,12 +163,13 @@ fn term() -> String {
 /// Runs the command until it ends; every outcome is reported and becomes an exit code.
 fn ended(context: &Context, name: &str, wait: Wait, exec: Exec, streams: Streams) -> ExitCode {
     let program = exec.command.first().cloned().unwrap_or_default();
-    let connection = context
+    let begun_ns = agent::monotonic_ns();
+    let connected = context
         .runtime()
         .and_then(|runtime| runtime.find(name))
-        .and_then(|vm| agent::connect(&vm, wait));
-    let connection = match connection {
-        Ok(connection) => connection,
+        .and_then(|vm| Ok((agent::connect(&vm, wait)?, vm)));
+    let (connection, vm) = match connected {
+        Ok(connected) => connected,
         Err(error) => return refused(context, &error, CLONE_FAILED),
     };
     let exited = if context.output.is_json() {
@@ -213,7 +214,12 @@ fn ended(context: &Context, name: &str, wait: Wait, exec: Exec, streams: Streams
                 },
                 _ => CLONE_FAILED,
             };
-            refused(context, &agent::agent_error(name)(error), code)
+            let reason = match &error {
+                ClientError::Lost(_) => agent::why_lost(&vm, begun_ns),
+                _ => None,
+            };
+            let error = reason.unwrap_or_else(|| agent::agent_error(name)(error));
+            refused(context, &error, code)
         }
     }
 }

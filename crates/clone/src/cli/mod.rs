@@ -8,6 +8,7 @@ mod agent;
 mod args;
 mod attach;
 mod balloon;
+mod checkpoint;
 mod cp;
 mod exec;
 mod exit;
@@ -70,6 +71,8 @@ enum Command {
     Kill(power::KillArgs),
     Rm(power::RmArgs),
     Balloon(balloon::Args),
+    Checkpoint(checkpoint::CheckpointArgs),
+    Rewind(checkpoint::RewindArgs),
     Snapshot(snapshot::Args),
     Fork(fork::Args),
     Template(template::Args),
@@ -132,6 +135,8 @@ fn dispatch(context: &Context, command: Command) -> Result<ExitCode> {
         Command::Kill(args) => power::kill(context, &args),
         Command::Rm(args) => power::rm(context, &args),
         Command::Balloon(args) => balloon::run(context, &args),
+        Command::Checkpoint(args) => checkpoint::checkpoint(context, &args),
+        Command::Rewind(args) => checkpoint::rewind(context, &args),
         Command::Snapshot(args) => snapshot::run(context, &args),
         Command::Fork(args) => fork::run(context, &args),
         Command::Template(args) => template::run(context, &args),

@@ -12,7 +12,33 @@ use crate::engine::{Op, Target};
 use crate::error::{DiskError, io_error};
 use crate::layer::{self, LayerHeader};
 use crate::op_kind::OpKind;
-use crate::room;
+use crate::room::{self, Room};
+
+/// A new, empty top layer, over layers that are known.
+pub struct NewTop {
+    pub(super) header: LayerHeader,
+    pub(super) file: Arc<File>,
+    pub(super) room: Option<Room>,
+}
+
+impl NewTop {
+    /// Makes the layer in `file`, over `layers` and a base image of `size` bytes.
+    pub(super) fn create(
+        file: File,
+        size: u64,
+        layers: &[LayerHeader],
+        durable: bool,
+    ) -> Result<Self, DiskError> {
+        let parent = layers.last();
+        let mut header = LayerHeader::new(size, parent.map(|parent| parent.id))?;
+        header.block_size = parent.map_or(header.block_size, |parent| parent.block_size);
+        Stack::check_next(layers, size, &header)?;
+        layer::create(&file, &header)?;
+        let file = Arc::new(file);
+        let room = room::of_layer(&file, durable)?;
+        Ok(Self { header, file, room })
+    }
+}
 
 impl Disk {
     /// The layers over the base image, lowest first; empty for a plain image.
@@ -88,26 +114,20 @@ impl Disk {
             sync.execute(&self.engine.targets()[0])
                 .map_err(io_error("make the base image durable"))?;
         }
-        let parent = self.layers().last().copied();
-        let mut header = LayerHeader::new(self.size, parent.map(|parent| parent.id))?;
-        header.block_size = parent.map_or(header.block_size, |parent| parent.block_size);
-        Stack::check_next(self.layers(), self.size, &header)?;
-        layer::create(&new_top, &header)?;
-        let new_top = Arc::new(new_top);
-        let room = room::of_layer(&new_top, durable)?;
+        let top = NewTop::create(new_top, self.size, self.layers(), durable)?;
         self.share_top();
 
         let mut targets = self.engine.targets().to_vec();
-        targets.push(Target::File(new_top));
+        targets.push(Target::File(top.file));
         self.engine.set_targets(targets);
         let stack = self
             .stack
             .get_or_insert_with(|| Stack::new(true, Vec::new(), BlockMap::default()));
         stack.map.freeze_top();
-        stack.layers.push(header);
+        stack.layers.push(top.header);
         stack.writable = true;
         stack.durable = durable;
-        stack.room = room;
+        stack.room = top.room;
         Ok(())
     }
 
@@ -119,7 +139,7 @@ impl Disk {
         }
     }
 
-    fn require_idle(&self) -> Result<(), DiskError> {
+    pub(super) fn require_idle(&self) -> Result<(), DiskError> {
         if self.is_idle() {
             return Ok(());
         }

@@ -8,6 +8,7 @@ mod change;
 mod export;
 mod flush;
 mod freeze;
+mod point;
 #[cfg(test)]
 mod power_cut;
 mod stack;
@@ -21,6 +22,8 @@ use crate::engine::{Engine, Finished, Op};
 use crate::op_kind::OpKind;
 use crate::request::{Completion, Request};
 pub use export::FrozenLayers;
+pub use freeze::NewTop;
+pub use point::DiskPoint;
 pub(crate) use stack::Stack;
 use task::{Task, Tasks, Work};
 

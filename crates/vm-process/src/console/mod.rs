@@ -171,6 +171,14 @@ impl ConsoleHub {
         }
     }
 
+    /// Tells the attached clients, and the log, what happened to the VM.
+    pub fn announce(&mut self, text: &str) {
+        self.flush();
+        // Input that was typed for the former guest is not for this one.
+        self.typed.clear();
+        self.hand_out(format!("\r\n[clone: {text}]\r\n").as_bytes());
+    }
+
     fn hand_out(&mut self, bytes: &[u8]) {
         if bytes.is_empty() {
             return;

@@ -13,7 +13,7 @@ use super::http::{self, MAX_BODY, MAX_HEAD, Parsed, Request, Response};
 /// The most bytes read in one event, so that a client that sends without end does not occupy the
 /// loop.
 const READ_AT_ONCE: usize = 16 << 10;
-/// The most files received with one request: two for each of the most disks of a VM, and two more.
+/// The most files received with one request: two for each of the most disks of a VM, and a few more.
 const MAX_FILES: usize = 64;
 /// The most bytes of answers that may wait for a client; while there are more, the client's
 /// requests wait as well.

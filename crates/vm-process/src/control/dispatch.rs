@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
+use clone_api::checkpoints::{CheckpointRequest, NewCheckpoint};
 use clone_api::control::{Adoption, BalloonTarget, SnapshotRequest};
 use clone_api::routes::{self, Operation, Route};
 use clone_api::{ApiError, ErrorCode};
@@ -91,6 +92,21 @@ fn run(
         Operation::Snapshot => {
             let wanted: SnapshotRequest = parse(body)?;
             control.snapshot(wanted, files, responder());
+            Ok(Answer::Later)
+        }
+        Operation::Checkpoints => json(&control.checkpoints()?),
+        Operation::Checkpoint => {
+            let new: NewCheckpoint = parse(body)?;
+            control.checkpoint(new, files, responder());
+            Ok(Answer::Later)
+        }
+        Operation::RemoveCheckpoint => {
+            let wanted: CheckpointRequest = parse(body)?;
+            json(&control.remove_checkpoint(&wanted.name)?)
+        }
+        Operation::Rewind => {
+            let wanted: CheckpointRequest = parse(body)?;
+            control.rewind(wanted.name, files, responder());
             Ok(Answer::Later)
         }
         Operation::Touched => json(&control.touched_pages()?),

@@ -16,6 +16,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
+use clone_api::checkpoints::{CheckpointList, CheckpointName, NewCheckpoint};
 use clone_api::control::{
     Adoption, BalloonStatus, ConsoleInfo, SnapshotRequest, TouchedPages, VmInfo, VmStats,
 };
@@ -56,6 +57,15 @@ pub trait VmControl: Send {
     fn console(&self) -> ConsoleInfo;
     /// Takes a snapshot into `files` on another thread, which answers by `responder`.
     fn snapshot(&mut self, request: SnapshotRequest, files: Vec<OwnedFd>, responder: Responder);
+    /// Returns the checkpoints.
+    fn checkpoints(&self) -> Result<CheckpointList, ApiError>;
+    /// Takes a checkpoint into `files` on another thread, which answers by `responder`.
+    fn checkpoint(&mut self, new: NewCheckpoint, files: Vec<OwnedFd>, responder: Responder);
+    /// Removes a checkpoint, and returns the others.
+    fn remove_checkpoint(&mut self, name: &CheckpointName) -> Result<CheckpointList, ApiError>;
+    /// Rewinds the VM on another thread, which answers by `responder`; `files` take the writes to
+    /// the disks afterwards.
+    fn rewind(&mut self, name: CheckpointName, files: Vec<OwnedFd>, responder: Responder);
     /// Gives a standby its name and lets its guest run, provided that its jail has the required
     /// layers.
     fn adopt(&mut self, adoption: &Adoption) -> Result<(), ApiError>;

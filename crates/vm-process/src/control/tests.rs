@@ -37,6 +37,7 @@ impl VmControl for Fake {
             version: "0".into(),
             config: VmConfig::default(),
             jail: JailStatus::default(),
+            rewound: None,
             timeline: Vec::new(),
         }
     }
@@ -85,6 +86,29 @@ impl VmControl for Fake {
                 ..Default::default()
             }));
         });
+    }
+
+    fn checkpoints(&self) -> Result<CheckpointList, ApiError> {
+        Ok(CheckpointList::default())
+    }
+
+    fn checkpoint(&mut self, _new: NewCheckpoint, _files: Vec<OwnedFd>, responder: Responder) {
+        self.note("checkpoint");
+        responder.answer(Ok(CheckpointList::default()));
+    }
+
+    fn remove_checkpoint(&mut self, _name: &CheckpointName) -> Result<CheckpointList, ApiError> {
+        self.note("remove");
+        Ok(CheckpointList::default())
+    }
+
+    fn rewind(&mut self, name: CheckpointName, files: Vec<OwnedFd>, responder: Responder) {
+        self.note("rewind");
+        let present = files.is_empty().then_some(name);
+        responder.answer(Ok(CheckpointList {
+            present,
+            ..CheckpointList::default()
+        }));
     }
 
     fn touched_pages(&self) -> Result<TouchedPages, ApiError> {

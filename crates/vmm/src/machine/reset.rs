@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 
+use clone_memory::{GuestMemory, LayerStack};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{BoardState, Machine, MachineError, PausedMachine, locked};
@@ -30,6 +31,22 @@ impl Machine {
 }
 
 impl PausedMachine<'_> {
+    /// Replaces RAM, at the same addresses, by these layers, or by zeros. Returns the new RAM.
+    ///
+    /// # Errors
+    /// Those of the host. RAM is of no use then, and this can be tried again.
+    pub fn renew_memory(
+        &mut self,
+        layers: Option<&LayerStack>,
+    ) -> Result<Arc<GuestMemory>, MachineError> {
+        let memory = match layers {
+            Some(layers) => self.memory.renewed_from_layers(layers)?,
+            None => self.memory.renewed()?,
+        };
+        self.0.memory = Arc::new(memory);
+        Ok(Arc::clone(&self.memory))
+    }
+
     /// Puts the machine back to what it was at power-on, with RAM all zero. Its reason to end is
     /// forgotten. [`Machine::boot`] and [`Machine::resume`] follow.
     ///
@@ -51,7 +68,7 @@ impl PausedMachine<'_> {
         self.power.restore(power_events);
         self.ioapic.restore(ioapic);
         self.vcpus.iter().try_for_each(Vcpu::reset)?;
-        self.0.memory = Arc::new(self.memory.renewed()?);
+        self.renew_memory(None)?;
         self.exit.clear();
         Ok(())
     }
