@@ -48,7 +48,7 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 
 pub use buffer::{Buffer, Buffers};
-pub use disk::{Disk, FrozenLayers};
+pub use disk::{Disk, FrozenExtent, FrozenLayers};
 pub use engine::EngineKind;
 pub use engine::ring::restricted_ring;
 pub use error::DiskError;

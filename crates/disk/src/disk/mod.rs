@@ -20,7 +20,7 @@ use crate::buffer::{Buffer, Buffers, invalid_input};
 use crate::engine::{Engine, Finished, Op};
 use crate::op_kind::OpKind;
 use crate::request::{Completion, Request};
-pub use export::FrozenLayers;
+pub use export::{FrozenExtent, FrozenLayers};
 pub(crate) use stack::Stack;
 use task::{Task, Tasks, Work};
 
