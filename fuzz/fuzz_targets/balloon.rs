@@ -4,7 +4,7 @@
 use std::io;
 
 use clone_fuzz::{Step, drive};
-use clone_vmm::devices::balloon::{Balloon, BalloonOffer, BalloonState, GuestRange, ReleaseRanges};
+use clone_vmm::devices::balloon::{Balloon, BalloonOffer, GuestRange, ReleaseRanges};
 
 /// Gives nothing back, but looks at what it is told to.
 struct Looks;
@@ -17,9 +17,6 @@ impl ReleaseRanges for Looks {
 }
 
 libfuzzer_sys::fuzz_target!(|steps: Vec<Step>| {
-    let state = BalloonState::fresh(BalloonOffer::default());
-    drive(
-        Balloon::new(Box::new(Looks), state).expect("a device"),
-        steps,
-    );
+    let device = Balloon::new(Box::new(Looks), BalloonOffer::default());
+    drive(device.expect("a device"), steps);
 });

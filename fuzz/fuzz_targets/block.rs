@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use clone_disk::{Disk, DiskFiles, EngineKind, Format, WriteFile};
 use clone_fuzz::{Step, drive, file};
-use clone_vmm::devices::block::{Block, BlockConfig, BlockState};
+use clone_vmm::devices::block::{Block, BlockConfig};
 
 libfuzzer_sys::fuzz_target!(|steps: Vec<Step>| {
     let files = DiskFiles {
@@ -18,7 +18,6 @@ libfuzzer_sys::fuzz_target!(|steps: Vec<Step>| {
         },
     };
     let disk = Disk::open(files, EngineKind::Uring).expect("a sound disk");
-    let state = BlockState::fresh(&BlockConfig::default());
-    let device = Block::new(Arc::new(Mutex::new(disk)), state);
+    let device = Block::new(Arc::new(Mutex::new(disk)), &BlockConfig::default());
     drive(device.expect("a device"), steps);
 });

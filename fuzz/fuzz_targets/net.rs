@@ -3,7 +3,7 @@
 
 use clone_fuzz::{Step, drive};
 use clone_vmm::devices::net::testing::SocketPort;
-use clone_vmm::devices::net::{Net, NetConfig, NetResources, NetState, Port};
+use clone_vmm::devices::net::{Net, NetConfig, NetResources, Port};
 use clone_vmm::rate_limit::RateLimits;
 
 libfuzzer_sys::fuzz_target!(|steps: Vec<Step>| {
@@ -16,6 +16,6 @@ libfuzzer_sys::fuzz_target!(|steps: Vec<Step>| {
     };
     let ports: Vec<Box<dyn Port>> = vec![Box::new(port)];
     let vhost = Vec::new();
-    let device = Net::new(NetResources { ports, vhost }, NetState::fresh(config));
+    let device = Net::new(NetResources { ports, vhost }, config);
     drive(device.expect("a device"), steps);
 });

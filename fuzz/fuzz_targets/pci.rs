@@ -6,7 +6,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use arbitrary::Arbitrary;
-use clone_vmm::devices::rng::{Rng, RngState};
+use clone_vmm::devices::rng::Rng;
 use clone_vmm::event_loop::EventLoop;
 use clone_vmm::irq::{Gsi, IrqRoutes, MsiMessage};
 use clone_vmm::pci::PciDevice;
@@ -98,7 +98,7 @@ fn width(len: u8) -> usize {
 libfuzzer_sys::fuzz_target!(|steps: Vec<Step>| {
     let ram = ram(RAM_BYTES);
     let mut events = EventLoop::new().expect("an epoll");
-    let device = Rng::new(None, RngState::fresh()).expect("a device");
+    let device = Rng::new(None).expect("a device");
     let registrar = events.reserve();
     let function = VirtioPci::new(
         Arc::new(Mutex::new(device)),

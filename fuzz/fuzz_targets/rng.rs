@@ -2,8 +2,8 @@
 #![no_main]
 
 use clone_fuzz::{Step, drive};
-use clone_vmm::devices::rng::{Rng, RngState};
+use clone_vmm::devices::rng::Rng;
 
 libfuzzer_sys::fuzz_target!(|steps: Vec<Step>| {
-    drive(Rng::new(None, RngState::fresh()).expect("a device"), steps);
+    drive(Rng::new(None).expect("a device"), steps);
 });

@@ -49,9 +49,8 @@ pub(super) fn assemble(
 
     let guest = Guest::from_origin(resources.origin, &config)?;
     timeline.reach(StartStage::Mapped);
-    let saved = guest.state().map(|state| state.devices.as_slice());
     let ram = guest.memory.ram().clone();
-    let devices = devices::build(&config, resources.devices, &ram, saved, events)?;
+    let devices = devices::build(&config, resources.devices, &ram, events)?;
     let time = guest.state().map(MachineState::time);
     let parts = Parts {
         kvm,
@@ -70,7 +69,7 @@ pub(super) fn assemble(
         (Source::State(state, prefetch_pages), _) => {
             let machine = restore(
                 parts,
-                *state,
+                &state,
                 prefetch_pages.as_ref(),
                 events,
                 &mut timeline,
@@ -225,7 +224,7 @@ fn boot(
 
 fn restore(
     parts: Parts,
-    state: MachineState,
+    state: &MachineState,
     prefetch_pages: Option<&PrefetchPages>,
     events: &mut EventLoop,
     timeline: &mut Timeline,

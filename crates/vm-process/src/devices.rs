@@ -6,17 +6,17 @@ use std::sync::{Arc, Mutex};
 
 use clone_api::config::BalloonConfig;
 use clone_api::control::{BalloonStatus, GuestMemoryStats};
-use clone_api::{ApiError, ErrorCode, VmConfig};
+use clone_api::{ApiError, VmConfig};
 use clone_disk::Disk;
 use clone_memory::GuestRam;
 use clone_start::error::Result;
-use clone_vmm::devices::balloon::{Balloon, BalloonOffer, BalloonState, DiscardRam};
+use clone_vmm::devices::balloon::{Balloon, BalloonOffer, DiscardRam};
 use clone_vmm::devices::net::NetHandle;
-use clone_vmm::devices::rng::{Rng, RngState};
-use clone_vmm::devices::vsock::{Vsock, VsockResources, VsockState};
+use clone_vmm::devices::rng::Rng;
+use clone_vmm::devices::vsock::{Vsock, VsockResources};
 use clone_vmm::event_loop::EventLoop;
 use clone_vmm::machine::DeviceSlot;
-use clone_vmm::pci::virtio_pci::{SharedVirtioDevice, VirtioPciState};
+use clone_vmm::pci::virtio_pci::SharedVirtioDevice;
 use clone_vmm::virtio::{DeviceError, VirtioDevice};
 
 use super::open::DeviceResources;
@@ -39,53 +39,38 @@ pub(super) struct Handles {
     pub(super) balloon: Option<Arc<Mutex<Balloon>>>,
 }
 
-/// Builds the devices on the resources that were opened for them, new ones or from their `saved`
-/// states, which are in the same order.
+/// Builds new devices on the resources that were opened for them.
 pub(super) fn build(
     config: &VmConfig,
     resources: DeviceResources,
     ram: &GuestRam,
-    saved: Option<&[VirtioPciState]>,
     events: &mut EventLoop,
 ) -> Result<Devices> {
-    let mut saved = saved.map(|states| states.iter().map(|state| state.device.as_slice()));
-    let mut next_saved = || match &mut saved {
-        None => Ok(None),
-        Some(states) => states.next().map(Some).ok_or_else(fewer_devices),
-    };
     let mut devices = Devices {
         slots: Vec::new(),
         handles: Handles::default(),
     };
     for (disk, files) in config.disks.iter().zip(resources.disks) {
-        let (device, opened) = disks::device(disk, files, next_saved()?)?;
+        let (device, opened) = disks::device(disk, files)?;
         devices.handles.disks.push(opened);
         devices.add(device, events);
     }
     for net in resources.nets {
-        let device = nets::device(net, next_saved()?)?;
+        let device = nets::device(net)?;
         devices.handles.nets.push(device.handle());
         devices.add(device, events);
     }
     if let Some(listener) = resources.vsock {
-        let state = match next_saved()? {
-            Some(bytes) => VsockState::decode(bytes).map_err(to_api_error)?,
-            None => VsockState::fresh(config.vsock.cid.into()),
-        };
-        let device = Vsock::new(VsockResources::new(listener), state);
+        let device = Vsock::new(VsockResources::new(listener), config.vsock.cid.into());
         devices.add(device.map_err(to_api_error)?, events);
     }
     if config.balloon.enabled {
-        let device = Arc::new(Mutex::new(balloon(&config.balloon, ram, next_saved()?)?));
+        let device = Arc::new(Mutex::new(balloon(&config.balloon, ram)?));
         devices.handles.balloon = Some(Arc::clone(&device));
         devices.add_shared(device, events);
     }
     if config.rng {
-        let state = match next_saved()? {
-            Some(bytes) => RngState::decode(bytes).map_err(to_api_error)?,
-            None => RngState::fresh(),
-        };
-        devices.add(Rng::new(None, state).map_err(to_api_error)?, events);
+        devices.add(Rng::new(None).map_err(to_api_error)?, events);
     }
     Ok(devices)
 }
@@ -94,25 +79,14 @@ fn to_api_error(error: DeviceError) -> ApiError {
     ApiError::internal(&error)
 }
 
-fn fewer_devices() -> ApiError {
-    ApiError::new(
-        ErrorCode::InvalidConfig,
-        "the snapshot has fewer devices than its description",
-    )
-}
-
-fn balloon(config: &BalloonConfig, ram: &GuestRam, saved: Option<&[u8]>) -> Result<Balloon> {
+fn balloon(config: &BalloonConfig, ram: &GuestRam) -> Result<Balloon> {
     let discard = Box::new(DiscardRam::new(ram.clone()));
-    if let Some(bytes) = saved {
-        let state = BalloonState::decode(bytes).map_err(to_api_error)?;
-        return Balloon::new(discard, state).map_err(to_api_error);
-    }
-    let state = BalloonState::fresh(BalloonOffer {
+    let offer = BalloonOffer {
         deflate_on_oom: config.deflate_on_oom,
         reporting: config.free_page_reporting,
         ..BalloonOffer::default()
-    });
-    let mut balloon = Balloon::new(discard, state).map_err(to_api_error)?;
+    };
+    let mut balloon = Balloon::new(discard, offer).map_err(to_api_error)?;
     balloon.set_target_bytes(config.size.0);
     Ok(balloon)
 }

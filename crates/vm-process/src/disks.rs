@@ -10,31 +10,20 @@ use clone_api::shape::DISK_QUEUES;
 use clone_disk::{Disk, DiskFiles, EngineKind};
 use clone_start::disks::disk_error;
 use clone_start::error::Result;
-use clone_vmm::devices::block::{Block, BlockConfig, BlockState};
+use clone_vmm::devices::block::{Block, BlockConfig};
 
 use super::rate_limits;
 
-/// Builds the device of a disk, new or from its `saved` state, and returns it with the disk behind
-/// it.
-pub(super) fn device(
-    disk: &DiskConfig,
-    files: DiskFiles,
-    saved: Option<&[u8]>,
-) -> Result<(Block, Arc<Mutex<Disk>>)> {
+/// Builds the device of a disk, and returns it with the disk behind it.
+pub(super) fn device(disk: &DiskConfig, files: DiskFiles) -> Result<(Block, Arc<Mutex<Disk>>)> {
     let opened = Disk::open(files, EngineKind::Uring).map_err(|error| disk_error(disk, &error))?;
     let opened = Arc::new(Mutex::new(opened));
-    let limits = rate_limits::limits(disk.rate_limit.as_ref());
-    let state = match saved {
-        Some(bytes) => BlockState::decode(bytes)
-            .map_err(|error| ApiError::internal(&error))?
-            .with_limits(limits),
-        None => BlockState::fresh(&BlockConfig {
-            id: serial_number(&disk.path),
-            queues: DISK_QUEUES,
-            limits,
-        }),
+    let config = BlockConfig {
+        id: serial_number(&disk.path),
+        queues: DISK_QUEUES,
+        limits: rate_limits::limits(disk.rate_limit.as_ref()),
     };
-    let device = Block::new(Arc::clone(&opened) as _, state);
+    let device = Block::new(Arc::clone(&opened) as _, &config);
     Ok((device.map_err(|error| ApiError::internal(&error))?, opened))
 }
 

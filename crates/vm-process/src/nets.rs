@@ -9,7 +9,7 @@ use clone_api::config::{NetConfig, Vhost};
 use clone_api::{ApiError, ErrorCode};
 use clone_start::document::AttachedNet;
 use clone_start::error::Result;
-use clone_vmm::devices::net::{self, Net, NetResources, NetState, Port, Tap};
+use clone_vmm::devices::net::{self, Net, NetResources, Port, Tap};
 use clone_vmm::rate_limit::RateLimits;
 
 use super::rate_limits;
@@ -68,33 +68,26 @@ pub(super) fn open(
     })
 }
 
-/// Builds the device of an interface, new or from its `saved` state, with this VM's hardware
-/// address.
-pub(super) fn device(open: OpenNet, saved: Option<&[u8]>) -> Result<Net> {
+/// Builds the device of an interface, with this VM's hardware address.
+pub(super) fn device(open: OpenNet) -> Result<Net> {
     let OpenNet {
         taps,
         vhost,
         limits,
         attached,
     } = open;
-    let state = match saved {
-        Some(bytes) => NetState::decode(bytes)
-            .map_err(|error| ApiError::internal(&error))?
-            .with_mac(attached.mac.0)
-            .with_limits(limits),
-        None => NetState::fresh(net::NetConfig {
-            mac: attached.mac.0,
-            mtu: attached.mtu,
-            queue_pairs: taps.len() as u16,
-            limits,
-        }),
+    let config = net::NetConfig {
+        mac: attached.mac.0,
+        mtu: attached.mtu,
+        queue_pairs: taps.len() as u16,
+        limits,
     };
     let ports = taps.into_iter().map(|tap| Box::new(tap) as Box<dyn Port>);
     let resources = NetResources {
         ports: ports.collect(),
         vhost,
     };
-    Net::new(resources, state).map_err(|error| ApiError::internal(&error))
+    Net::new(resources, config).map_err(|error| ApiError::internal(&error))
 }
 
 /// Opens `/dev/vhost-net` once per queue pair; returns no files where this host has none.

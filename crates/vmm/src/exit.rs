@@ -77,6 +77,16 @@ impl ExitSignal {
             .clone()
     }
 
+    /// Clears the request for a reboot, for a machine whose guest is another than the one that asked
+    /// for it. Any other reason stays.
+    pub fn clear_reboot(&self) {
+        let mut slot = self.0.reason.lock().unwrap_or_else(PoisonError::into_inner);
+        if *slot == Some(Exit::Reboot) {
+            *slot = None;
+            self.drain();
+        }
+    }
+
     /// Clears the reason, for a machine that starts again.
     pub fn clear(&self) {
         *self.0.reason.lock().unwrap_or_else(PoisonError::into_inner) = None;

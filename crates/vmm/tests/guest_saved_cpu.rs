@@ -7,10 +7,11 @@ use std::sync::Arc;
 
 use clone_memory::{GuestMemory, RamLayout};
 use clone_vmm::event_loop::EventLoop;
-use clone_vmm::machine::{Machine, MachineError, MachineState, Parts};
+use clone_vmm::machine::{Machine, MachineError, MachineState, Parts, RestoreError};
 use clone_vmm::snapshot::{CpuProfile, decode, encode};
 use clone_vmm::vcpu::{Refusal, VcpuError, VcpuState};
 use kvm_ioctls::Kvm;
+use vm_memory::{Bytes, GuestAddress};
 
 const VCPUS: u8 = 3;
 
@@ -38,7 +39,7 @@ fn saved() -> MachineState {
 
 fn restore(state: MachineState) -> Result<MachineState, MachineError> {
     let mut events = EventLoop::new().unwrap();
-    Machine::restore(parts(), state, &mut events)
+    Machine::restore(parts(), &state, &mut events)
         .map(|mut machine| machine.pause().unwrap().save().unwrap())
 }
 
@@ -63,6 +64,47 @@ fn a_machine_is_restored_twice_over_as_it_was_saved() {
         assert_eq!(before.cpuid_entries(), after.cpuid_entries());
     }
     restore(again).unwrap();
+}
+
+/// What of a CPU does not change by itself while it is paused.
+fn at_rest(state: &MachineState) -> Vec<VcpuState> {
+    let mut vcpus = state.vcpus.clone();
+    for vcpu in &mut vcpus {
+        // Counters of time.
+        vcpu.msr_values_mut().retain(|(index, _)| *index != 0x10);
+    }
+    vcpus
+}
+
+#[test]
+fn a_machine_that_has_run_is_put_back_in_place_any_number_of_times() {
+    const COUNTER: GuestAddress = GuestAddress(0x500);
+    let mut start = saved();
+    // The first CPU starts in real mode at 0:fff0: `again: inc word [0x500]; jmp again`.
+    let registers = start.vcpus[0].system_registers_mut();
+    (registers.cs.base, registers.cs.selector) = (0, 0);
+    let parts = parts();
+    let ram = parts.memory.ram().clone();
+    let code = [0xFF, 0x06, 0x00, 0x05, 0xEB, 0xFA];
+    ram.write_slice(&code, GuestAddress(0xFFF0)).unwrap();
+    let mut events = EventLoop::new().unwrap();
+    let mut machine = Machine::restore(parts, &start, &mut events).unwrap();
+    let before = at_rest(&machine.pause().unwrap().save().unwrap());
+    for _ in 0..3 {
+        ram.write_obj(0_u16, COUNTER).unwrap();
+        machine.resume().unwrap();
+        while ram.read_obj::<u16>(COUNTER).unwrap() == 0 {
+            assert_eq!(machine.exit(), None);
+            std::thread::yield_now();
+        }
+        let mut paused = machine.pause().unwrap();
+        let mut other = start.clone();
+        other.vcpus[1].cpuid_entries_mut().pop();
+        let refused = paused.restore(&other).unwrap_err();
+        assert!(matches!(refused, RestoreError::Refused(_)), "{refused}");
+        paused.restore(&start).unwrap();
+        assert_eq!(at_rest(&paused.save().unwrap()), before);
+    }
 }
 
 #[test]

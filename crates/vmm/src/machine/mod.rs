@@ -19,7 +19,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 
 pub use crate::exit::{Exit, ExitSignal};
-pub use state::{BoardState, GuestTime, MachineState, VmClock};
+pub use state::{BoardState, GuestTime, MachineState, RestoreError, VmClock};
 
 use crate::acpi::power::{self, EVENT_GENERATION, EVENT_POWER_BUTTON, PowerRegisters};
 use crate::acpi::{self, SERIAL_PIN};
@@ -153,7 +153,7 @@ pub struct Machine {
 }
 
 /// A machine that is paused, and stays so while this exists. Only a paused machine can be saved,
-/// reset, or set to another time.
+/// restored, reset, or set to another time.
 pub struct PausedMachine<'m>(&'m mut Machine);
 
 impl std::ops::Deref for PausedMachine<'_> {
@@ -171,18 +171,10 @@ fn locked(transport: &SharedTransport) -> MutexGuard<'_, VirtioPci> {
 
 impl Machine {
     /// Assembles a machine, which is paused before its first instruction. Its devices become
-    /// handlers of `events`.
+    /// handlers of `events`. [`Machine::boot`] or [`PausedMachine::restore`] gives it a guest.
     pub fn new(parts: Parts, events: &mut EventLoop) -> Result<Self, MachineError> {
-        Self::assemble(parts, BoardState::fresh(), events)
-    }
-
-    /// Assembles a machine, at boot and at restore alike.
-    fn assemble(
-        parts: Parts,
-        board: BoardState,
-        events: &mut EventLoop,
-    ) -> Result<Self, MachineError> {
         check_limits(&parts)?;
+        let board = BoardState::fresh();
         let kvm = parts.kvm;
         let exit = ExitSignal::new().map_err(MachineError::host("make an eventfd"))?;
         let vm = Arc::new(create_vm(&kvm)?);
@@ -192,7 +184,6 @@ impl Machine {
         let serial = Serial::new(board.serial, Arc::clone(&ioapic), SERIAL_PIN, parts.console);
         let serial = Arc::new(serial.map_err(MachineError::host("make the serial console"))?);
         let power = Arc::new(PowerRegisters::new(Arc::clone(&ioapic), exit.clone()));
-        power.restore(board.power_events);
         let pci = PciBus::new();
         let transports = plug(parts.devices, &pci, &irq_routes, &parts.memory, events)?;
         let buses = Arc::new(buses(&serial, &power, &ioapic, &pci));

@@ -185,6 +185,13 @@ impl ConfigSpace {
     /// Restores the registers that the guest can write. All others must be the same as in the saved
     /// state, because the guest's drivers rely on them.
     pub fn restore(&mut self, state: &ConfigState) -> Result<(), String> {
+        self.check(state)?;
+        self.registers.copy_from_slice(&state.registers);
+        Ok(())
+    }
+
+    /// Checks that a saved state differs from this function only in what a guest can write.
+    pub fn check(&self, state: &ConfigState) -> Result<(), String> {
         if state.registers.len() != CONFIG_SIZE {
             return Err(format!(
                 "configuration space of {} bytes",
@@ -199,7 +206,6 @@ impl ConfigSpace {
                 ));
             }
         }
-        self.registers.copy_from_slice(&state.registers);
         Ok(())
     }
 }

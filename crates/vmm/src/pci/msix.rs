@@ -166,8 +166,8 @@ impl MsixTable {
         }
     }
 
-    /// Restores a saved table and connects its vectors.
-    pub fn restore(&mut self, state: &MsixState) -> Result<(), String> {
+    /// Checks that a saved table has as many vectors as this one.
+    pub fn check(&self, state: &MsixState) -> Result<(), String> {
         if state.vectors.len() != self.vectors.len() {
             return Err(format!(
                 "{} MSI-X vectors when saved, {} in this machine",
@@ -175,9 +175,24 @@ impl MsixTable {
                 self.vectors.len()
             ));
         }
+        Ok(())
+    }
+
+    /// Restores a saved table and connects its vectors. The interrupts that are pending afterwards
+    /// are those of the saved state alone. Vectors that are connected as they were stay so, because
+    /// each change waits for all CPUs of the host.
+    pub fn restore(&mut self, state: &MsixState) -> Result<(), String> {
+        self.check(state)?;
         for (vector, saved) in self.vectors.iter_mut().zip(&state.vectors) {
             vector.message = saved.message;
             vector.masked = saved.masked;
+            if !vector.connected {
+                // Empty counters return EAGAIN, which is no error here.
+                let _ = vector.fd.read();
+            }
+        }
+        self.set_control(state.control);
+        for (vector, saved) in self.vectors.iter().zip(&state.vectors) {
             if saved.pending {
                 vector
                     .fd
@@ -185,7 +200,6 @@ impl MsixTable {
                     .map_err(|error| format!("cannot mark a vector: {error}"))?;
             }
         }
-        self.set_control(state.control);
         Ok(())
     }
 

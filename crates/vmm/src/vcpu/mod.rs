@@ -102,12 +102,19 @@ enum Mode {
 /// A request to a parked CPU.
 enum Job {
     Save(mpsc::Sender<Result<VcpuState, VcpuError>>),
-    Restore(Box<VcpuState>, mpsc::Sender<Result<(), VcpuError>>),
+    Check(
+        Box<VcpuState>,
+        mpsc::Sender<Result<CheckedState, VcpuError>>,
+    ),
+    Restore(CheckedState, mpsc::Sender<Result<(), VcpuError>>),
     SetTsc(u64, mpsc::Sender<Result<(), VcpuError>>),
     PreFault(Vec<Range<u64>>, mpsc::Sender<Result<(), VcpuError>>),
     Start(Entry, mpsc::Sender<Result<(), VcpuError>>),
     Reset(mpsc::Sender<Result<(), VcpuError>>),
 }
+
+/// A saved state that fits the CPU which checked it.
+pub struct CheckedState(Box<VcpuState>);
 
 struct Control {
     wanted: Mode,
@@ -211,6 +218,7 @@ impl Vcpu {
             shared: Arc::clone(&shared),
             fd,
             power_on,
+            has_run: false,
             buses: Arc::clone(&context.buses),
             entry_time: context.entry_time.clone(),
         };
@@ -249,9 +257,20 @@ impl Vcpu {
         self.job(Job::Save)
     }
 
-    /// Restores a state into a parked CPU.
-    pub fn restore(&self, state: VcpuState) -> Result<(), VcpuError> {
-        self.job(|reply| Job::Restore(Box::new(state), reply))
+    /// Checks that this parked CPU can take over `state`. Nothing is changed.
+    ///
+    /// # Errors
+    /// [`VcpuError::Refused`] or [`VcpuError::Corrupt`] where the state does not fit.
+    pub fn check(&self, state: VcpuState) -> Result<CheckedState, VcpuError> {
+        self.job(|reply| Job::Check(Box::new(state), reply))
+    }
+
+    /// Puts a parked CPU into a state that it has checked, whether the CPU has run before or not.
+    ///
+    /// # Errors
+    /// The errors of KVM. The CPU is of no use then until it is reset or restored.
+    pub fn restore(&self, state: CheckedState) -> Result<(), VcpuError> {
+        self.job(|reply| Job::Restore(state, reply))
     }
 
     /// Puts a parked CPU into the state that it had when it was new.
@@ -349,6 +368,8 @@ struct Worker {
     fd: VcpuFd,
     /// The state of the new CPU.
     power_on: VcpuState,
+    /// Whether the CPU has entered the guest, after which KVM takes no other CPUID.
+    has_run: bool,
     buses: Arc<Buses>,
     entry_time: EntryTime,
 }
@@ -402,10 +423,18 @@ impl Worker {
             Job::Save(reply) => {
                 let _ = reply.send(state::save(&self.fd, &self.shared.format));
             }
-            Job::Restore(state, reply) => {
+            Job::Check(state, reply) => {
                 let shared = &self.shared;
-                let restored =
-                    state::restore(&self.fd, shared.id, &state, &shared.format, &shared.ceiling);
+                let rules = (&*shared.format, &*shared.ceiling);
+                let checked = state::check(&self.fd, shared.id, &state, self.has_run, rules);
+                let _ = reply.send(checked.map(|()| CheckedState(state)));
+            }
+            Job::Restore(CheckedState(state), reply) => {
+                let format = &self.shared.format;
+                let restored = match self.has_run {
+                    true => state::restore_in_place(&self.fd, &state, &self.power_on, format),
+                    false => state::restore(&self.fd, &state, format),
+                };
                 let _ = reply.send(restored);
             }
             Job::SetTsc(tsc, reply) => {
@@ -427,6 +456,7 @@ impl Worker {
     /// Runs the guest until the CPU is to park, or the guest cannot run any more.
     fn run(&mut self) {
         self.entry_time.note();
+        self.has_run = true;
         let mut shortage = MemoryShortage::default();
         loop {
             let result = self.fd.run();

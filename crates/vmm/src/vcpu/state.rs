@@ -84,24 +84,52 @@ pub(crate) fn cpuid_of(vcpu: &VcpuFd) -> Result<CpuId, VcpuError> {
         .map_err(VcpuError::kvm("read CPUID"))
 }
 
-/// Puts a saved state into CPU `id`, which is as a boot made it, after checking that it does not
-/// exceed that. CPUID comes first: it decides what the others may hold (since Linux 6.13, MSRs,
-/// too).
-pub(super) fn restore(
+/// Checks, without changing anything, that a saved state can be put into CPU `id`: that it does not
+/// exceed the present CPU, and, if that `has_run`, is of the same CPU, since KVM takes no other
+/// CPUID then.
+pub(super) fn check(
     vcpu: &VcpuFd,
     id: u8,
     state: &VcpuState,
-    format: &StateFormat,
-    ceiling: &CpuCeiling,
+    has_run: bool,
+    (format, ceiling): (&StateFormat, &CpuCeiling),
 ) -> Result<(), VcpuError> {
-    let kvm = VcpuError::kvm;
-    let boot_cpuid = cpuid_of(vcpu)?;
-    ceiling.check(id, state, boot_cpuid.as_slice(), |indices| {
+    let present = cpuid_of(vcpu)?;
+    ceiling.check(id, state, present.as_slice(), |indices| {
         read_msrs(vcpu, indices)
     })?;
+    if has_run {
+        ceiling.check_same(id, state, present.as_slice())?;
+    }
+    xsave_from_words(&state.xsave, format).map(drop)
+}
+
+/// Puts a saved state that was checked into a CPU that has not run. CPUID comes first: it decides
+/// what the others may hold (since Linux 6.13, MSRs, too).
+pub(super) fn restore(
+    vcpu: &VcpuFd,
+    state: &VcpuState,
+    format: &StateFormat,
+) -> Result<(), VcpuError> {
     let cpuid = CpuId::from_entries(&state.cpuid)
         .map_err(|_| VcpuError::Corrupt("too many CPUID entries"))?;
-    vcpu.set_cpuid2(&cpuid).map_err(kvm("set CPUID"))?;
+    vcpu.set_cpuid2(&cpuid)
+        .map_err(VcpuError::kvm("set CPUID"))?;
+    set_tsc_frequency(vcpu, state.tsc_khz)?;
+    put(vcpu, state, format)
+}
+
+/// Puts a saved state that was checked into a CPU that has run.
+///
+/// The CPU is reset first, so that KVM drops what it keeps beside the registers: pending page-ready
+/// notifications of asynchronous page faults, a pending INIT or start-up, an armed timer.
+pub(super) fn restore_in_place(
+    vcpu: &VcpuFd,
+    state: &VcpuState,
+    power_on: &VcpuState,
+    format: &StateFormat,
+) -> Result<(), VcpuError> {
+    reset(vcpu, power_on, format)?;
     set_tsc_frequency(vcpu, state.tsc_khz)?;
     put(vcpu, state, format)
 }

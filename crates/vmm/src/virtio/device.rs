@@ -57,9 +57,11 @@ pub struct Activation {
 /// The transport owns the device and calls it under a lock: from vCPU threads for configuration
 /// and activation, from the event loop for everything else. No call may block for long.
 ///
-/// Life: built (from its state, at boot and at restore alike) → [`activate`] → (notify, events) …
-/// → [`pause`] ⇄ [`resume`] … → [`reset`] (back to built) or dropped.
+/// Life: built → ([`restore`] →) [`activate`] → (notify, events) … → [`pause`] ⇄ [`resume`] … →
+/// [`reset`] (back to built) or dropped. A saved state is always taken over by [`restore`], by a
+/// device that was just built and by one that was reset alike.
 ///
+/// [`restore`]: VirtioDevice::restore
 /// [`activate`]: VirtioDevice::activate
 /// [`pause`]: VirtioDevice::pause
 /// [`resume`]: VirtioDevice::resume
@@ -71,7 +73,8 @@ pub trait VirtioDevice: Send {
     /// The device id of the specification (section 5), as in 2 for block.
     fn device_type(&self) -> u32;
 
-    /// The features offered. The transport adds `VIRTIO_F_VERSION_1` and acknowledges no others.
+    /// The features offered, which only [`VirtioDevice::restore`] changes. The transport adds
+    /// `VIRTIO_F_VERSION_1` and acknowledges no others.
     fn features(&self) -> u64;
 
     /// The largest size of each queue (a power of two). The length of the list is the number of
@@ -92,8 +95,8 @@ pub trait VirtioDevice: Send {
 
     /// The driver is ready, or the device is restored: it takes the queues and starts.
     ///
-    /// At restore the device was built from its state and the queues carry their saved positions;
-    /// it must look at each queue for work that was left (a kick may have been lost).
+    /// At restore the device has taken over its state, and the queues carry their saved positions; it
+    /// must look at each queue for work that was left (a kick may have been lost).
     /// An error marks the device as broken (`DEVICE_NEEDS_RESET`).
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError>;
 
@@ -126,4 +129,20 @@ pub trait VirtioDevice: Send {
     /// The device's own state beyond its queues, as an encoded versioned value of its `state.rs`.
     /// Called while paused or before activation.
     fn save(&self) -> Result<Vec<u8>, DeviceError>;
+
+    /// Checks that this device, once idle, can take over `state`, which a device of its kind has
+    /// saved, perhaps on another host. Returns the features that it will offer then. Nothing is
+    /// changed.
+    ///
+    /// # Errors
+    /// [`DeviceError::State`] where it cannot.
+    fn check_state(&self, state: &[u8]) -> Result<u64, DeviceError>;
+
+    /// Takes over `state` in place, while idle: new, or reset. What the guest knows of the device
+    /// comes from the state; what the host decides (resources, limits, hardware addresses) stays.
+    ///
+    /// # Errors
+    /// Those of [`VirtioDevice::check_state`], before anything is changed, and
+    /// [`DeviceError::Host`].
+    fn restore(&mut self, state: &[u8]) -> Result<(), DeviceError>;
 }

@@ -65,6 +65,11 @@ impl Lifecycle {
         matches!(self.state, State::Running)
     }
 
+    /// Whether no driver uses the device.
+    pub fn is_idle(&self) -> bool {
+        matches!(self.state, State::Idle)
+    }
+
     fn set(&mut self, state: State) {
         let is_running = matches!(state, State::Running);
         self.run_state.0.store(is_running, Ordering::Release);

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use clone_disk::{Disk, DiskSpec, EngineKind, Format, Writes, ephemeral};
 use clone_memory::{GuestMemory, RamLayout};
-use clone_vmm::devices::block::{Block, BlockConfig, BlockState, SharedDisk};
+use clone_vmm::devices::block::{Block, BlockConfig, SharedDisk};
 use clone_vmm::event_loop::EventLoop;
 use clone_vmm::machine::{DeviceSlot, Exit, Kernel, Machine, Parts};
 use clone_vmm::pci::virtio_pci::SharedVirtioDevice;
@@ -56,7 +56,7 @@ fn device(disk: &SharedDisk, id: &str, queues: u16) -> SharedVirtioDevice {
         queues,
         ..BlockConfig::default()
     };
-    let block = Block::new(Arc::clone(disk), BlockState::fresh(&config)).unwrap();
+    let block = Block::new(Arc::clone(disk), &config).unwrap();
     Arc::new(Mutex::new(block))
 }
 

@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 
 use clone_disk::{Disk, DiskFiles, EngineKind, Format, WriteFile};
 use clone_memory::{GuestMemory, RamLayout};
-use clone_vmm::devices::balloon::{Balloon, BalloonOffer, BalloonState, DiscardRam};
-use clone_vmm::devices::block::{Block, BlockConfig, BlockState};
-use clone_vmm::devices::rng::{Rng, RngState};
-use clone_vmm::devices::vsock::{Vsock, VsockResources, VsockState};
+use clone_vmm::devices::balloon::{Balloon, BalloonOffer, DiscardRam};
+use clone_vmm::devices::block::{Block, BlockConfig};
+use clone_vmm::devices::rng::Rng;
+use clone_vmm::devices::vsock::{Vsock, VsockResources};
 use clone_vmm::event_loop::EventLoop;
 use clone_vmm::machine::{DeviceSlot, Kernel, Machine, Parts};
 use clone_vmm::pci::virtio_pci::SharedVirtioDevice;
@@ -110,15 +110,14 @@ pub(crate) fn with_guest(test: impl FnOnce(&Host) + Send + 'static) {
     let mut events = EventLoop::new().unwrap();
     let memory = GuestMemory::anonymous(&RamLayout::new(RAM).unwrap()).unwrap();
     let release = Box::new(DiscardRam::new(memory.ram().clone()));
-    let offer = BalloonOffer::default();
-    let balloon = Balloon::new(release, BalloonState::fresh(offer)).unwrap();
+    let balloon = Balloon::new(release, BalloonOffer::default()).unwrap();
     let balloon = Arc::new(Mutex::new(balloon));
-    let vsock = Vsock::new(VsockResources::new(listener), VsockState::fresh(3)).unwrap();
+    let vsock = Vsock::new(VsockResources::new(listener), 3).unwrap();
     let devices: Vec<SharedVirtioDevice> = vec![
         Arc::new(Mutex::new(debian_disk())),
         Arc::new(Mutex::new(vsock)),
         balloon.clone(),
-        Arc::new(Mutex::new(Rng::new(None, RngState::fresh()).unwrap())),
+        Arc::new(Mutex::new(Rng::new(None).unwrap())),
     ];
     let devices = devices.into_iter().map(|device| DeviceSlot {
         device,
@@ -188,8 +187,7 @@ fn debian_disk() -> Block {
         writes: WriteFile::Refused,
     };
     let disk = Disk::open(files, EngineKind::Worker).unwrap();
-    let state = BlockState::fresh(&BlockConfig::default());
-    Block::new(Arc::new(Mutex::new(disk)), state).unwrap()
+    Block::new(Arc::new(Mutex::new(disk)), &BlockConfig::default()).unwrap()
 }
 
 /// The tiny RAM disk of all test guests, with this test's files over it.

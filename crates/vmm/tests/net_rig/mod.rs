@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clone_vmm::devices::net::testing::{DriverQueue, WRITE};
-use clone_vmm::devices::net::{Net, NetConfig, NetResources, NetState, Port, Tap};
+use clone_vmm::devices::net::{Net, NetConfig, NetResources, Port, Tap};
 use clone_vmm::event_loop::{EventHandler, EventLoop, Registrar};
 use clone_vmm::rate_limit::RateLimits;
 use clone_vmm::virtio::testing::ram;
@@ -132,30 +132,35 @@ impl Rig {
     pub(crate) fn new(pairs: u16, vhost: Vec<File>) -> Self {
         let ram = ram(4 << 20);
         let queues = driver_queues(&ram, pairs);
-        let state = NetState::fresh(NetConfig {
-            mac: MAC,
-            mtu: None,
-            queue_pairs: pairs,
-            limits: RateLimits::default(),
-        });
         let active = activated(&queues);
-        Self::with_state(state, vhost, ram, queues, active)
+        Self::with_state(pairs, None, vhost, ram, queues, active)
     }
 
+    /// A rig whose device is new, or has taken over a `saved` state.
     fn with_state(
-        state: NetState,
+        pairs: u16,
+        saved: Option<&[u8]>,
         vhost: Vec<File>,
         ram: GuestRam,
         queues: Vec<DriverQueue>,
         active: Vec<ActiveQueue>,
     ) -> Self {
-        let taps = Tap::open("tap0", state.queue_pairs()).unwrap();
+        let taps = Tap::open("tap0", pairs).unwrap();
         let ports = taps.into_iter().map(|tap| Box::new(tap) as Box<dyn Port>);
         let resources = NetResources {
             ports: ports.collect(),
             vhost,
         };
-        let device = Net::new(resources, state).unwrap();
+        let config = NetConfig {
+            mac: MAC,
+            mtu: None,
+            queue_pairs: pairs,
+            limits: RateLimits::default(),
+        };
+        let mut device = Net::new(resources, config).unwrap();
+        if let Some(saved) = saved {
+            device.restore(saved).unwrap();
+        }
         let eventfd = |_| EventFd::new(EFD_NONBLOCK).unwrap();
         let interrupt = Arc::new(EventfdInterrupt(queues.iter().map(eventfd).collect()));
         let mut events = EventLoop::new().unwrap();
@@ -336,7 +341,7 @@ pub(crate) fn moves_between_paths(from: Vec<File>, to: Vec<File>) {
     assert_eq!((tx.next_avail, tx.next_used), (done, done));
     assert_eq!(rx.next_avail, rx.next_used);
     assert!(rx.next_avail >= 2);
-    let state = NetState::decode(&rig.device(|device| device.save()).unwrap()).unwrap();
+    let saved = rig.device(|device| device.save()).unwrap();
     let (ram, queues) = (rig.ram.clone(), std::mem::take(&mut rig.queues));
     let (sent, done) = (rig.sent, rig.done);
     drop(rig);
@@ -348,7 +353,7 @@ pub(crate) fn moves_between_paths(from: Vec<File>, to: Vec<File>) {
             kick: EventFd::new(EFD_NONBLOCK).unwrap(),
         })
         .collect();
-    let mut restored = Rig::with_state(state, to, ram, queues, active);
+    let mut restored = Rig::with_state(1, Some(&saved), to, ram, queues, active);
     (restored.sent, restored.done) = (sent, done);
     assert!(restored.sends_all(), "what was left in the queue is sent");
     assert!(restored.finds_host());

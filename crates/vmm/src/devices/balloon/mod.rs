@@ -51,6 +51,8 @@ const QUEUE_SIZE: u16 = 128;
 /// The unit of the balloon, which does not depend on the guest's page size.
 const PAGE: u64 = 4096;
 
+/// The features of the rings.
+const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 /// `VIRTIO_BALLOON_F_STATS_VQ`.
 const F_STATS: u64 = 1 << 1;
 /// `VIRTIO_BALLOON_F_DEFLATE_ON_OOM`.
@@ -78,26 +80,17 @@ pub struct Balloon {
 }
 
 impl Balloon {
-    /// Builds the device from its state, [`BalloonState::fresh`] or a decoded one. This makes a
-    /// timer.
-    pub fn new(release: Box<dyn ReleaseRanges>, state: BalloonState) -> Result<Self, DeviceError> {
+    /// Builds the device with an empty balloon. This makes a timer.
+    pub fn new(release: Box<dyn ReleaseRanges>, offer: BalloonOffer) -> Result<Self, DeviceError> {
         let timer = Timer::new().map_err(DEVICE.host_error("make its timer"))?;
-        let mut balloon = Self {
-            state,
+        Ok(Self {
+            state: BalloonState::fresh(offer),
             release,
             hints: None,
             stats: None,
             timer,
             queues: None,
-        };
-        if balloon.state.hint_command >= FIRST_HINT_ROUND {
-            // The round's requester does not exist any more, so the driver must not keep its pages
-            // back.
-            balloon.state.hint_command = HINT_DONE;
-            balloon.state.config_changed = true;
-        }
-        balloon.arm_stats()?;
-        Ok(balloon)
+        })
     }
 
     /// Asks the guest to give up `bytes` of its memory in all, rounded down to 4 KiB and held to
@@ -261,8 +254,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn features(&self) -> u64 {
-        let rings = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
-        rings | self.state.offer.features()
+        RING_FEATURES | self.state.offer.features()
     }
 
     fn queue_max_sizes(&self) -> Vec<u16> {
@@ -341,5 +333,21 @@ impl VirtioDevice for Balloon {
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
         self.state.encode()
+    }
+
+    fn check_state(&self, state: &[u8]) -> Result<u64, DeviceError> {
+        let state = BalloonState::decode(state)?;
+        Ok(RING_FEATURES | state.offer.features())
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        self.state = BalloonState::decode(state)?;
+        if self.state.hint_command >= FIRST_HINT_ROUND {
+            // The round's requester does not exist any more, so the driver must not keep its pages
+            // back.
+            self.state.hint_command = HINT_DONE;
+            self.state.config_changed = true;
+        }
+        self.arm_stats()
     }
 }

@@ -47,8 +47,7 @@ impl ReleaseRanges for Refuses {
 
 fn rig() -> (Rig<Balloon>, Notes) {
     let notes = Notes::default();
-    let state = BalloonState::fresh(BalloonOffer::default());
-    let device = Balloon::new(Box::new(notes.clone()), state).unwrap();
+    let device = Balloon::new(Box::new(notes.clone()), BalloonOffer::default()).unwrap();
     let without = 1 << VIRTIO_RING_F_EVENT_IDX;
     (Rig::new(device, ram(RAM), 64, without), notes)
 }
@@ -228,8 +227,8 @@ fn a_restored_driver_gets_back_the_pages_it_held_for_a_snapshot() {
     let round = config(&old)[2];
     hint_command(&mut old, round);
     let (bytes, queues) = old.save();
-    let state = BalloonState::decode(&bytes).unwrap();
-    let device = Balloon::new(Box::new(Notes::default()), state).unwrap();
+    let mut device = Balloon::new(Box::new(Notes::default()), BalloonOffer::default()).unwrap();
+    device.restore(&bytes).unwrap();
     let new = Rig::restored(device, &old, &queues);
     assert_eq!(config(&new)[2], HINT_DONE);
     assert_eq!(new.interrupt.config_count(), 1);
@@ -256,8 +255,8 @@ fn a_restored_balloon_goes_on_where_it_stopped() {
     old.kick(INFLATE as u16);
     assert_eq!(old.queues[INFLATE].take_used(), None, "served while paused");
     let notes = Notes::default();
-    let state = BalloonState::decode(&bytes).unwrap();
-    let device = Balloon::new(Box::new(notes.clone()), state).unwrap();
+    let mut device = Balloon::new(Box::new(notes.clone()), BalloonOffer::default()).unwrap();
+    device.restore(&bytes).unwrap();
     let mut new = Rig::restored(device, &old, &queues);
     assert_eq!(notes.take(), [(0x20_0000, 0x1000)]);
     assert_eq!(config(&new)[..2], [1024, 7]);
@@ -284,8 +283,7 @@ fn a_reset_forgets_the_driver_but_not_the_target() {
 #[test]
 fn a_driver_without_hinting_numbers_its_queues_without_a_gap() {
     let notes = Notes::default();
-    let state = BalloonState::fresh(BalloonOffer::default());
-    let device = Balloon::new(Box::new(notes.clone()), state).unwrap();
+    let device = Balloon::new(Box::new(notes.clone()), BalloonOffer::default()).unwrap();
     let mut rig = Rig::with_driver_queues(device, ram(RAM), 64, F_HINT, 4);
     assert_eq!(rig.error(), None);
     rig.queues[HINT].offer(&[(0x20_0000, 0x1000, true)]);
@@ -296,8 +294,7 @@ fn a_driver_without_hinting_numbers_its_queues_without_a_gap() {
 
 #[test]
 fn a_host_that_cannot_release_breaks_the_device_loudly() {
-    let state = BalloonState::fresh(BalloonOffer::default());
-    let device = Balloon::new(Box::new(Refuses), state).unwrap();
+    let device = Balloon::new(Box::new(Refuses), BalloonOffer::default()).unwrap();
     let mut rig = Rig::new(device, ram(RAM), 64, 0);
     offer_pages(&mut rig, INFLATE, &[0x200]);
     assert!(rig.error().unwrap().contains("release"));

@@ -84,23 +84,14 @@ pub struct Block {
 }
 
 impl Block {
-    /// A device for `disk`, new or saved. The disk of a saved state must have had the same size and
-    /// access.
+    /// A new device for `disk`.
     ///
     /// # Errors
-    /// [`DeviceError::State`] where disk and state do not fit, [`DeviceError::Host`] where there is
+    /// [`DeviceError::State`] where `config` is not possible, [`DeviceError::Host`] where there is
     /// no timer.
-    pub fn new(disk: SharedDisk, state: BlockState) -> Result<Self, DeviceError> {
-        let BlockState::V1(state) = state;
-        let seen = {
-            let disk = lock(&disk);
-            DiskProperties {
-                size: disk.size(),
-                read_only: disk.is_read_only(),
-                block_size: disk.block_size(),
-            }
-        };
-        let state = state.attach(seen)?;
+    pub fn new(disk: SharedDisk, config: &BlockConfig) -> Result<Self, DeviceError> {
+        let BlockState::V1(state) = BlockState::fresh(config);
+        let state = state.attach(properties(&disk))?;
         let limiter = RateLimiter::new(state.limits, Instant::now())
             .map_err(DEVICE.host_error("make a timer"))?;
         Ok(Self {
@@ -118,6 +109,21 @@ impl Block {
     /// The disk, for freezing it while the device is paused.
     pub fn disk(&self) -> &SharedDisk {
         &self.disk
+    }
+
+    /// The device's state when it has taken over `saved`. The disk of a saved state must have had
+    /// the same size and access.
+    fn fitted(&self, saved: &[u8]) -> Result<BlockStateV1, DeviceError> {
+        let BlockState::V1(saved) = BlockState::decode(saved)?;
+        if saved.queues != self.state.queues {
+            return Err(DEVICE.state_error(format_args!(
+                "it has {} queues, and this device has {}",
+                saved.queues, self.state.queues
+            )));
+        }
+        let saved = saved.attach(properties(&self.disk))?;
+        let limits = self.state.limits;
+        Ok(BlockStateV1 { limits, ..saved })
     }
 
     /// The descriptors that are registered in the event loop, with their tokens.
@@ -465,6 +471,16 @@ impl VirtioDevice for Block {
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
         BlockState::V1(self.state.clone()).encode()
     }
+
+    fn check_state(&self, state: &[u8]) -> Result<u64, DeviceError> {
+        self.fitted(state).map(|state| state.features())
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        self.state = self.fitted(state)?;
+        self.config = self.state.config_space();
+        Ok(())
+    }
 }
 
 impl Drop for Block {
@@ -484,6 +500,15 @@ fn status_of(error: &io::Error) -> u32 {
     match error.kind() {
         io::ErrorKind::Unsupported => VIRTIO_BLK_S_UNSUPP,
         _ => VIRTIO_BLK_S_IOERR,
+    }
+}
+
+fn properties(disk: &SharedDisk) -> DiskProperties {
+    let disk = lock(disk);
+    DiskProperties {
+        size: disk.size(),
+        read_only: disk.is_read_only(),
+        block_size: disk.block_size(),
     }
 }
 

@@ -91,13 +91,6 @@ impl BlockState {
         })
     }
 
-    /// The same state with other limits, which the host that runs the guest chooses.
-    #[must_use]
-    pub fn with_limits(self, limits: RateLimits) -> Self {
-        let Self::V1(v1) = self;
-        Self::V1(BlockStateV1 { limits, ..v1 })
-    }
-
     /// Decodes a saved state.
     ///
     /// # Errors

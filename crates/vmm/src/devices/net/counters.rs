@@ -88,6 +88,11 @@ impl Shared {
         self.link_up.load(Ordering::Acquire)
     }
 
+    /// Sets the link of an idle device, whose driver need not be told.
+    pub(super) fn restore_link(&self, up: bool) {
+        self.link_up.store(up, Ordering::Release);
+    }
+
     pub(super) fn link_changed(&self) -> &EventFd {
         &self.link_changed
     }

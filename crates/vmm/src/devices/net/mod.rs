@@ -89,13 +89,13 @@ struct Active {
 }
 
 impl Net {
-    /// A device of the given state on the given resources, at boot and at restore alike.
+    /// A new device on the given resources.
     ///
     /// # Errors
-    /// [`DeviceError::State`] where state and resources do not fit each other,
+    /// [`DeviceError::State`] where configuration and resources do not fit each other,
     /// [`DeviceError::Host`] where the kernel refuses a setting.
-    pub fn new(resources: NetResources, state: NetState) -> Result<Self, DeviceError> {
-        let NetState::V1(mut state) = state;
+    pub fn new(resources: NetResources, config: NetConfig) -> Result<Self, DeviceError> {
+        let NetState::V1(mut state) = NetState::fresh(config);
         state.check()?;
         let NetResources { ports, vhost } = resources;
         let wanted = usize::from(state.queue_pairs);
@@ -109,15 +109,10 @@ impl Net {
         if !vhost.is_empty() && state.limits != RateLimits::default() {
             return Err(DEVICE.state_error("it has rate limits, which vhost-net does not keep"));
         }
-        let offered = match state.offered {
-            Some(offered) => offered,
-            None => {
-                let segments_udp = ports[0]
-                    .set_offloads(TUN_F_CSUM | TUN_F_USO4 | TUN_F_USO6)
-                    .is_ok();
-                features::offered(state.queue_pairs, state.mtu.is_some(), segments_udp)
-            }
-        };
+        let segments_udp = ports[0]
+            .set_offloads(TUN_F_CSUM | TUN_F_USO4 | TUN_F_USO6)
+            .is_ok();
+        let offered = features::offered(state.queue_pairs, state.mtu.is_some(), segments_udp);
         state.offered = Some(offered);
         ports[0]
             .set_offloads(0)
@@ -151,6 +146,25 @@ impl Net {
     /// A handle for the link and the counters, for the rest of the process.
     pub fn handle(&self) -> NetHandle {
         NetHandle(Arc::clone(&self.shared))
+    }
+
+    /// The device's state when it has taken over `saved`. The features that the guest was offered
+    /// stay, also those that this host's taps do not have: a driver that uses them is refused by
+    /// the tap when it is activated.
+    fn fitted(&self, saved: &[u8]) -> Result<NetStateV1, DeviceError> {
+        let NetState::V1(saved) = NetState::decode(saved)?;
+        if saved.queue_pairs != self.state.queue_pairs {
+            return Err(DEVICE.state_error(format_args!(
+                "it has {} queue pairs, and this device has {}",
+                saved.queue_pairs, self.state.queue_pairs
+            )));
+        }
+        Ok(NetStateV1 {
+            mac: self.state.mac,
+            limits: self.state.limits,
+            offered: Some(saved.offered.unwrap_or(self.offered)),
+            ..saved
+        })
     }
 
     /// Whether the host kernel serves the data queues.
@@ -268,5 +282,17 @@ impl VirtioDevice for Net {
             ..self.state.clone()
         };
         NetState::V1(state).encode()
+    }
+
+    fn check_state(&self, state: &[u8]) -> Result<u64, DeviceError> {
+        let state = self.fitted(state)?;
+        Ok(state.offered.unwrap_or(self.offered))
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        self.state = self.fitted(state)?;
+        self.offered = self.state.offered.unwrap_or(self.offered);
+        self.shared.restore_link(self.state.link_up);
+        Ok(())
     }
 }

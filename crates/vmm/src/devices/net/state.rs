@@ -99,36 +99,10 @@ impl NetState {
         self.to_bytes()
     }
 
-    /// The same state with another hardware address, for a clone.
-    #[must_use]
-    pub fn with_mac(self, mac: [u8; 6]) -> Self {
-        let Self::V1(v1) = self;
-        Self::V1(NetStateV1 { mac, ..v1 })
-    }
-
-    /// The same state with other limits, which the host that runs the guest chooses.
-    #[must_use]
-    pub fn with_limits(self, limits: RateLimits) -> Self {
-        let Self::V1(v1) = self;
-        Self::V1(NetStateV1 { limits, ..v1 })
-    }
-
-    /// The hardware address in the configuration space.
-    pub fn mac(&self) -> [u8; 6] {
-        let Self::V1(v1) = self;
-        v1.mac
-    }
-
     /// Whether vhost may serve the device.
     pub fn allows_vhost(&self) -> bool {
         let Self::V1(v1) = self;
         v1.limits == RateLimits::default()
-    }
-
-    /// The number of queue pairs, and so of the taps and vhost instances that the device needs.
-    pub fn queue_pairs(&self) -> u16 {
-        let Self::V1(v1) = self;
-        v1.queue_pairs
     }
 }
 

@@ -58,7 +58,7 @@ pub struct Rng {
 
 impl Rng {
     /// Builds the device. With a `limit` this makes a timer.
-    pub fn new(limit: Option<RateLimit>, _state: RngState) -> Result<Self, DeviceError> {
+    pub fn new(limit: Option<RateLimit>) -> Result<Self, DeviceError> {
         let bucket = match limit {
             Some(limit) => {
                 let timer = Timer::new().map_err(DEVICE.host_error("make its timer"))?;
@@ -234,5 +234,13 @@ impl VirtioDevice for Rng {
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
         RngState::fresh().encode()
+    }
+
+    fn check_state(&self, state: &[u8]) -> Result<u64, DeviceError> {
+        RngState::decode(state).map(|_empty| self.features())
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        RngState::decode(state).map(drop)
     }
 }

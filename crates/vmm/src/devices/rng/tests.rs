@@ -9,7 +9,7 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 
 fn rig(limit: Option<RateLimit>) -> Rig<Rng> {
-    let device = Rng::new(limit, RngState::fresh()).unwrap();
+    let device = Rng::new(limit).unwrap();
     Rig::new(device, ram(1 << 20), 64, 1 << VIRTIO_RING_F_EVENT_IDX)
 }
 
@@ -85,7 +85,8 @@ fn a_request_that_waited_at_the_save_is_served_after_the_restore() {
     let (bytes, queues) = old.save();
     old.kick(0);
     assert!(old.queues[0].take_used().is_none(), "served while paused");
-    let device = Rng::new(None, RngState::decode(&bytes).unwrap()).unwrap();
+    let mut device = Rng::new(None).unwrap();
+    device.restore(&bytes).unwrap();
     let mut new = Rig::restored(device, &old, &queues);
     assert_eq!(new.queues[0].take_used().unwrap().1, 8);
     // The paused one goes on as well: both are alive.

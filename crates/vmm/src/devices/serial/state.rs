@@ -3,6 +3,9 @@
 
 use serde::{Deserialize, Serialize};
 
+/// The most unread input that the port keeps, in bytes.
+pub(super) const INPUT_QUEUE: usize = 64;
+
 /// The registers (as the 16550's data sheet names them) and unread input.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SerialState {
@@ -22,6 +25,17 @@ impl SerialState {
     /// The state after power-on.
     pub fn fresh() -> Self {
         vm_superio::SerialState::default().into()
+    }
+
+    /// Checks that a port can have this state, which may be a stranger's.
+    ///
+    /// # Errors
+    /// The reason, as a sentence.
+    pub fn check(&self) -> Result<(), &'static str> {
+        match self.input.len() <= INPUT_QUEUE {
+            true => Ok(()),
+            false => Err("its serial port has more input than a port keeps"),
+        }
     }
 }
 

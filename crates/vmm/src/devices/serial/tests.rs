@@ -51,6 +51,19 @@ fn input_is_taken_as_far_as_it_fits_and_draining_is_told() {
 }
 
 #[test]
+fn more_input_than_the_port_keeps_is_found_before_it_is_restored() {
+    for length in [state::INPUT_QUEUE, state::INPUT_QUEUE + 1] {
+        let state = SerialState::from(vm_superio::SerialState {
+            in_buffer: vec![b'x'; length],
+            ..Default::default()
+        });
+        let fits = state.check().is_ok();
+        assert_eq!(port(state, &Paper::default()).is_ok(), fits, "{length}");
+        assert_eq!(fits, length == state::INPUT_QUEUE);
+    }
+}
+
+#[test]
 fn unread_input_survives_a_save() {
     let serial = port(SerialState::fresh(), &Paper::default()).unwrap();
     serial.input(b"typed");

@@ -131,20 +131,17 @@ pub struct Vsock {
 }
 
 impl Vsock {
-    /// Builds the device from its state, [`VsockState::fresh`] or a decoded one.
+    /// Builds the device of a guest with this context id.
     ///
     /// This makes a timer. All other resources of the host are in `resources`.
-    pub fn new(resources: VsockResources, state: VsockState) -> Result<Self, DeviceError> {
+    pub fn new(resources: VsockResources, guest_cid: u64) -> Result<Self, DeviceError> {
+        let state = VsockState::fresh(guest_cid);
         state.check()?;
         let mux = Mux::new(resources, state.guest_cid, state.next_host_port)
             .map_err(DEVICE.host_error("set up its listener and timer"))?;
         Ok(Self {
             mux,
-            reset: if state.transport_reset {
-                TransportReset::Pending
-            } else {
-                TransportReset::Done
-            },
+            reset: TransportReset::Done,
             queues: None,
         })
     }
@@ -322,5 +319,19 @@ impl VirtioDevice for Vsock {
             transport_reset: self.queues.is_some() || self.reset != TransportReset::Done,
         }
         .encode()
+    }
+
+    fn check_state(&self, state: &[u8]) -> Result<u64, DeviceError> {
+        VsockState::decode(state).map(|_fits| self.features())
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        let state = VsockState::decode(state)?;
+        self.mux.restore(state.guest_cid, state.next_host_port);
+        self.reset = match state.transport_reset {
+            true => TransportReset::Pending,
+            false => TransportReset::Done,
+        };
+        Ok(())
     }
 }

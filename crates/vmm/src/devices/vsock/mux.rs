@@ -79,6 +79,15 @@ impl Mux {
         })
     }
 
+    /// Takes over a saved context id and port, while stopped. A port that this device has given
+    /// away since is not given again: in a guest that is put back, packets of its connections from
+    /// then could be taken for a new connection's.
+    pub(super) fn restore(&mut self, guest_cid: u64, next_host_port: u32) {
+        self.guest_cid = guest_cid;
+        let saved = HOST_PORTS | next_host_port & (HOST_PORTS - 1);
+        self.next_host_port = self.next_host_port.max(saved);
+    }
+
     pub(super) fn guest_cid(&self) -> u64 {
         self.guest_cid
     }

@@ -98,7 +98,7 @@ impl CommonConfig {
             device_feature_select: 0,
             driver_feature_select: 0,
             driver_features: 0,
-            offered: features | 1 << VIRTIO_F_VERSION_1,
+            offered: offered(features),
             status: 0,
             queue_select: 0,
             queues: queues.collect(),
@@ -288,11 +288,12 @@ impl CommonConfig {
         }
     }
 
-    pub(super) fn restore(&mut self, state: &CommonState) -> Result<(), String> {
-        if state.driver_features & !self.offered != 0 {
+    /// Checks that the registers of a device that offers `features` can have these values.
+    pub(super) fn check(&self, state: &CommonState, features: u64) -> Result<(), String> {
+        let unknown = state.driver_features & !offered(features);
+        if unknown != 0 {
             return Err(format!(
-                "the driver uses features {:#x} that this host does not offer",
-                state.driver_features & !self.offered
+                "the driver uses features {unknown:#x} that this host does not offer"
             ));
         }
         let same_queue =
@@ -302,6 +303,13 @@ impl CommonConfig {
         {
             return Err("its queues differ in number or largest size".to_owned());
         }
+        Ok(())
+    }
+
+    /// Takes over saved registers, of a device that offers `features`.
+    pub(super) fn restore(&mut self, state: &CommonState, features: u64) -> Result<(), String> {
+        self.check(state, features)?;
+        self.offered = offered(features);
         self.device_feature_select = state.device_feature_select;
         self.driver_feature_select = state.driver_feature_select;
         self.driver_features = state.driver_features;
@@ -314,6 +322,11 @@ impl CommonConfig {
             .collect();
         Ok(())
     }
+}
+
+/// The features of a device and of this transport.
+fn offered(features: u64) -> u64 {
+    features | 1 << VIRTIO_F_VERSION_1
 }
 
 fn idle(max_size: u16) -> SavedQueue {

@@ -63,8 +63,8 @@ impl PciInterrupt {
         }
     }
 
-    /// Restores the saved vectors of configuration changes and of each queue.
-    pub(super) fn restore(&self, config_vector: u16, queue_vectors: &[u16]) -> Result<(), String> {
+    /// Checks the saved vectors of configuration changes and of each queue.
+    pub(super) fn check(&self, config_vector: u16, queue_vectors: &[u16]) -> Result<(), String> {
         let known = |vector: u16| vector == NO_VECTOR || usize::from(vector) < self.fds.len();
         if !known(config_vector) || !queue_vectors.iter().all(|&vector| known(vector)) {
             return Err("a queue's interrupt vector does not exist".to_owned());
@@ -72,6 +72,12 @@ impl PciInterrupt {
         if queue_vectors.len() != self.queues.len() {
             return Err("another number of queues".to_owned());
         }
+        Ok(())
+    }
+
+    /// Restores the saved vectors of configuration changes and of each queue.
+    pub(super) fn restore(&self, config_vector: u16, queue_vectors: &[u16]) -> Result<(), String> {
+        self.check(config_vector, queue_vectors)?;
         self.set_config_vector(config_vector);
         for (queue, &vector) in (0..).zip(queue_vectors) {
             self.set_queue_vector(queue, vector);

@@ -248,6 +248,14 @@ impl VirtioPci {
         self.interrupt.signal_config();
     }
 
+    /// Stops the device and forgets its driver, so that it neither touches RAM nor interrupts. The
+    /// registers stay as they are, for [`VirtioPci::restore`] to overwrite.
+    pub fn stop(&mut self) {
+        if !self.life.is_idle() {
+            self.stop_device();
+        }
+    }
+
     fn stop_device(&mut self) {
         for kick in &self.kicks {
             // Not registered (never activated, or served by the kernel): nothing to stop.
@@ -333,23 +341,49 @@ impl VirtioPci {
         })
     }
 
-    /// Restores a saved state. The device must have been built from [`VirtioPciState::device`]. It
-    /// is paused afterwards, until [`VirtioPci::resume`].
-    pub fn restore(&mut self, state: &VirtioPciState) -> Result<(), DeviceError> {
-        let refuse = |reason| DeviceError::State {
-            device: self.name,
-            reason,
-        };
-        let device_type = Self::locked(&self.device).device_type();
+    /// Checks that transport and device can take over a saved state. Nothing is changed. Returns
+    /// the features that the device will offer.
+    ///
+    /// # Errors
+    /// The device's, and [`DeviceError::State`].
+    pub fn check(&self, state: &VirtioPciState) -> Result<u64, DeviceError> {
+        let refuse = |reason: String| self.name.state_error(reason);
+        let device = Self::locked(&self.device);
+        let device_type = device.device_type();
         if device_type != state.device_type {
             let saved = state.device_type;
             return Err(refuse(format!(
                 "it is of a device of type {saved}, not {device_type}"
             )));
         }
-        self.config.restore(&state.config).map_err(refuse)?;
-        self.common.restore(&state.common).map_err(refuse)?;
+        let features = device.check_state(&state.device)?;
+        self.config.check(&state.config).map_err(refuse)?;
         let common = &state.common;
+        self.common.check(common, features).map_err(refuse)?;
+        self.interrupt
+            .check(common.config_vector, &common.queue_vectors)
+            .map_err(refuse)?;
+        self.msix.check(&state.msix).map_err(refuse)?;
+        Ok(features)
+    }
+
+    /// Restores a saved state, of a new device or of one that has run, whose driver is forgotten.
+    /// The device is paused afterwards, until [`VirtioPci::resume`].
+    ///
+    /// # Errors
+    /// Those of [`VirtioPci::check`], before anything is changed, those of the device, and
+    /// [`DeviceError::Host`].
+    pub fn restore(&mut self, state: &VirtioPciState) -> Result<(), DeviceError> {
+        let features = self.check(state)?;
+        self.stop();
+        Self::locked(&self.device).restore(&state.device)?;
+        let refuse = |reason| DeviceError::State {
+            device: self.name,
+            reason,
+        };
+        self.config.restore(&state.config).map_err(refuse)?;
+        let common = &state.common;
+        self.common.restore(common, features).map_err(refuse)?;
         self.interrupt
             .restore(common.config_vector, &common.queue_vectors)
             .map_err(refuse)?;

@@ -10,6 +10,9 @@ struct Witness {
     events: Vec<(u32, EventSet)>,
     /// Finds a mistake of its driver when it is resumed.
     is_cheated: bool,
+    resets: usize,
+    /// Its own state, which is one byte.
+    state: u8,
 }
 
 impl VirtioDevice for Witness {
@@ -46,12 +49,25 @@ impl VirtioDevice for Witness {
             false => Ok(()),
         }
     }
-    fn reset(&mut self) {}
+    fn reset(&mut self) {
+        self.resets += 1;
+    }
     fn queues(&self) -> Vec<(u16, &Queue)> {
         Vec::new()
     }
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
-        Ok(Vec::new())
+        Ok(vec![self.state])
+    }
+    fn check_state(&self, state: &[u8]) -> Result<u64, DeviceError> {
+        match state {
+            [_] => Ok(0),
+            _ => Err(self.name().state_error("not one byte")),
+        }
+    }
+    fn restore(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        self.check_state(state)?;
+        self.state = state[0];
+        Ok(())
     }
 }
 
@@ -107,4 +123,41 @@ fn a_driver_whose_mistake_is_found_in_a_resume_breaks_its_device_only() {
     transport.resume().expect("the machine goes on");
     transport.handle_event(5, EventSet::IN);
     assert!(device.lock().unwrap().events.is_empty(), "it is broken");
+}
+
+#[test]
+fn a_device_that_has_run_is_put_back_and_forgets_its_driver() {
+    let (device, mut transport) = witness();
+    transport.stop();
+    let idle = transport.save().unwrap();
+    transport.activate();
+    device.lock().unwrap().state = 7;
+    transport.kicks[0].write(1).unwrap();
+    transport.pause().unwrap();
+    transport.restore(&idle).unwrap();
+    assert_eq!(transport.save().unwrap(), idle);
+    transport.resume().unwrap();
+    transport.handle_event(5, EventSet::IN);
+    let device = device.lock().unwrap();
+    assert_eq!((device.state, device.resets), (0, 2));
+    assert!(device.events.is_empty(), "no driver uses it");
+}
+
+#[test]
+fn a_state_that_does_not_fit_leaves_the_device_as_it_is() {
+    let (device, mut transport) = witness();
+    transport.pause().unwrap();
+    device.lock().unwrap().state = 7;
+    let fits = transport.save().unwrap();
+    let mut other_device = fits.clone();
+    other_device.device_type = 18;
+    let mut other_state = fits.clone();
+    other_state.device = vec![1, 2];
+    let mut other_vectors = fits.clone();
+    other_vectors.common.config_vector = 9;
+    for wrong in [other_device, other_state, other_vectors] {
+        assert!(transport.restore(&wrong).is_err());
+        assert_eq!(transport.save().unwrap(), fits);
+    }
+    assert_eq!(device.lock().unwrap().resets, 0);
 }

@@ -137,6 +137,22 @@ impl CpuCeiling {
         boot.check(state).map_err(refused)
     }
 
+    /// Checks that CPU `id`, whose CPUID cannot change any more, has no feature that the saved
+    /// state lacks. With [`CpuCeiling::check`] this makes the two the same CPU.
+    pub(super) fn check_same(
+        &self,
+        id: u8,
+        state: &VcpuState,
+        present: &[kvm_cpuid_entry2],
+    ) -> Result<(), VcpuError> {
+        let same = self.check_cpuid(id, present, state.cpuid());
+        same.map_err(|refusal| {
+            let reason = format!("the CPU runs already, and is another one: {refusal}");
+            let refusal = Refusal::Invalid(reason);
+            VcpuError::Refused { vcpu: id, refusal }
+        })
+    }
+
     fn check_cpuid(
         &self,
         id: u8,

@@ -14,7 +14,7 @@ fn without_flushes_agreed_on_every_write_is_kept_before_it_is_answered() {
         ..DiskSpec::image(base, Format::Raw, false)
     };
     let disk = open(&spec, EngineKind::Uring);
-    let device = Block::new(disk, BlockState::fresh(&BlockConfig::default())).unwrap();
+    let device = Block::new(disk, &BlockConfig::default()).unwrap();
     let mut rig = Rig::over(device, 0, directory);
     rig.fill(DATA, 512, 0x55);
     assert_eq!(rig.request(VIRTIO_BLK_T_OUT, 1, 512), VIRTIO_BLK_S_OK);
@@ -123,7 +123,7 @@ fn every_queue_of_several_is_served() {
         queues: 2,
         ..BlockConfig::default()
     };
-    let mut device = Block::new(disk, BlockState::fresh(&config)).unwrap();
+    let mut device = Block::new(disk, &config).unwrap();
     assert_ne!(device.features() & 1 << VIRTIO_BLK_F_MQ, 0);
     assert_eq!(device.queue_max_sizes().len(), 2);
     let ram = ram(RAM_BYTES);
@@ -153,7 +153,6 @@ fn every_queue_of_several_is_served() {
 fn a_saved_state_comes_back_and_refuses_another_disk() {
     let rig = Rig::plain(Writes::Ephemeral(None));
     let saved = rig.device.lock().unwrap().save().unwrap();
-    let state = BlockState::decode(&saved).unwrap();
     let other = tempfile::tempdir().unwrap();
     let disk = |len| {
         let path = image(other.path(), len);
@@ -162,9 +161,21 @@ fn a_saved_state_comes_back_and_refuses_another_disk() {
             EngineKind::Blocking,
         )
     };
-    assert!(Block::new(disk(1 << 20), state.clone()).is_ok());
-    let refused = Block::new(disk(1 << 19), state).err().unwrap();
+    let device = |len, queues| {
+        let config = BlockConfig {
+            id: "another".to_owned(),
+            queues,
+            ..BlockConfig::default()
+        };
+        Block::new(disk(len), &config).unwrap()
+    };
+    let mut same = device(1 << 20, 1);
+    same.restore(&saved).unwrap();
+    assert_eq!(same.save().unwrap(), saved);
+    let refused = device(1 << 19, 1).restore(&saved).unwrap_err();
     assert!(refused.to_string().contains("1048576"), "{refused}");
+    let refused = device(1 << 20, 2).check_state(&saved).unwrap_err();
+    assert!(refused.to_string().contains("2"), "{refused}");
     assert!(BlockState::decode(&[9, 9]).is_err());
 }
 

@@ -74,7 +74,7 @@ impl Rig {
             ..DiskSpec::image(path, Format::Raw, false)
         };
         let disk = open(&spec, engine);
-        let device = Block::new(disk, BlockState::fresh(config)).unwrap();
+        let device = Block::new(disk, config).unwrap();
         Self::over(device, features, directory)
     }
 

@@ -13,7 +13,7 @@ fn udp_segmentation_is_offered_where_the_tap_knows_it() {
             ports: vec![Box::new(port)],
             vhost: Vec::new(),
         };
-        let device = Net::new(resources, NetState::fresh(config(1))).unwrap();
+        let device = Net::new(resources, config(1)).unwrap();
         device.features() >> VIRTIO_NET_F_HOST_USO & 1
     };
     assert_eq!(offered(None), 1);
@@ -56,8 +56,17 @@ fn a_restored_device_goes_on_where_the_saved_one_stopped() {
     assert_eq!(positions.len(), 5);
 
     let new_mac = [2, 0, 0, 0, 0, 9];
-    let state = NetState::decode(&saved).unwrap().with_mac(new_mac);
-    let mut restored = Rig::with_state(features, 2, state);
+    let mut restored = Rig::with_config(
+        features,
+        2,
+        NetConfig {
+            mac: new_mac,
+            ..config(2)
+        },
+    );
+    restored.device(|device| device.restore(&saved).unwrap());
+    let refused = Rig::new(features, 1).device(|device| device.restore(&saved));
+    assert!(refused.is_err(), "it has one pair of queues only");
     restored.ram = rig.ram.clone();
     restored.queues = std::mem::take(&mut rig.queues);
     assert_eq!(
@@ -99,7 +108,7 @@ fn resources_that_do_not_fit_the_state_are_refused() {
         ports: vec![Box::new(port)],
         vhost: Vec::new(),
     };
-    let refusal = Net::new(resources, NetState::fresh(config(2))).err();
+    let refusal = Net::new(resources, config(2)).err();
     assert!(
         matches!(refusal, Some(DeviceError::State { .. })),
         "{refusal:?}"

@@ -8,14 +8,14 @@ fn limited() -> Rig {
         per_second: 100,
         burst: 3,
     });
-    let state = NetState::fresh(NetConfig {
+    let limited = NetConfig {
         limits: RateLimits {
             bytes: None,
             operations,
         },
         ..config(1)
-    });
-    let mut rig = Rig::with_state(MERGE, 1, state);
+    };
+    let mut rig = Rig::with_config(MERGE, 1, limited);
     rig.activate().unwrap();
     rig
 }
@@ -66,19 +66,19 @@ fn nothing_of_a_paused_device_wakes_the_event_loop() {
 #[test]
 fn a_limited_device_takes_no_vhost() {
     let (port, _wire, _settings) = SocketPort::pair().unwrap();
-    let state = NetState::fresh(NetConfig {
+    let limited = NetConfig {
         limits: RateLimits {
             bytes: Some(Rate::per_second(1000)),
             operations: None,
         },
         ..config(1)
-    });
-    assert!(!state.allows_vhost());
+    };
+    assert!(!NetState::fresh(limited).allows_vhost());
     let resources = NetResources {
         ports: vec![Box::new(port)],
         vhost: vec![File::open("/dev/null").unwrap()],
     };
-    let refusal = Net::new(resources, state).err();
+    let refusal = Net::new(resources, limited).err();
     assert!(
         matches!(refusal, Some(DeviceError::State { .. })),
         "{refusal:?}"

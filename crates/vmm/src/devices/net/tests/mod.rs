@@ -76,10 +76,10 @@ struct Rig {
 
 impl Rig {
     fn new(features: u64, pairs: u16) -> Self {
-        Self::with_state(features, pairs, NetState::fresh(config(pairs)))
+        Self::with_config(features, pairs, config(pairs))
     }
 
-    fn with_state(features: u64, pairs: u16, state: NetState) -> Self {
+    fn with_config(features: u64, pairs: u16, config: NetConfig) -> Self {
         let mut ports: Vec<Box<dyn Port>> = Vec::new();
         let (mut wires, mut settings) = (Vec::new(), Vec::new());
         for _ in 0..pairs {
@@ -89,7 +89,7 @@ impl Rig {
             settings.push(questions);
         }
         let vhost = Vec::new();
-        let device = Net::new(NetResources { ports, vhost }, state).unwrap();
+        let device = Net::new(NetResources { ports, vhost }, config).unwrap();
         let ram = ram(RAM);
         let event_idx = features >> VIRTIO_RING_F_EVENT_IDX & 1 == 1;
         let queues = (0..u64::from(pairs) * 2 + 1)

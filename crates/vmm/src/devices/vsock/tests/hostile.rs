@@ -64,7 +64,7 @@ fn an_index_that_jumps_breaks_the_device() {
 #[test]
 fn receive_buffers_without_room_break_the_device() {
     let (_dir, path, listener) = listener();
-    let device = Vsock::new(VsockResources::new(listener), VsockState::fresh(3)).unwrap();
+    let device = Vsock::new(VsockResources::new(listener), 3).unwrap();
     let mut rig = Rig::new(device, ram(1 << 20), RING, 0);
     rig.queues[RX].offer(&[(0x8_0000, HEADER_LEN as u32, true)]);
     let mut host = UnixStream::connect(path).unwrap();

@@ -157,9 +157,32 @@ fn packets_that_waited_at_the_save_are_answered_after_the_restore() {
 }
 
 #[test]
+fn a_device_that_is_put_back_ends_its_connections_and_gives_no_port_twice() {
+    let mut guest = Guest::new();
+    let (bytes, _) = guest.rig.save();
+    guest.rig.resume();
+    let (mut host, socket) = guest.connect(5);
+    guest.rig.save();
+    let saved = guest.rig.device(|shell| {
+        shell.device.reset();
+        shell.device.restore(&bytes).unwrap();
+        shell.device.save().unwrap()
+    });
+    assert!(is_closed(&mut host));
+    let saved = VsockState::decode(&saved).unwrap();
+    assert!(saved.transport_reset);
+    assert!(saved.next_host_port > socket.host_port);
+    let unchanged = guest.rig.device(|shell| {
+        assert!(shell.device.restore(&bytes[1..]).is_err());
+        shell.device.save().unwrap()
+    });
+    assert_eq!(VsockState::decode(&unchanged).unwrap(), saved);
+}
+
+#[test]
 fn a_device_that_no_driver_used_has_nothing_to_tell() {
     let (_dir, _path, listener) = listener();
-    let device = Vsock::new(VsockResources::new(listener), VsockState::fresh(7)).unwrap();
+    let device = Vsock::new(VsockResources::new(listener), 7).unwrap();
     let state = VsockState::decode(&device.save().unwrap()).unwrap();
     assert_eq!(state, VsockState::fresh(7));
     let mut config = [0xff; 10];

@@ -54,7 +54,7 @@ impl Guest {
             connector,
             limits,
         };
-        let device = Vsock::new(resources, VsockState::fresh(GUEST_CID)).unwrap();
+        let device = Vsock::new(resources, GUEST_CID).unwrap();
         // Without event indices the driver takes every interrupt: tests that count turn them on.
         let rig = Rig::new(device, ram(4 << 20), RING, 1 << VIRTIO_RING_F_EVENT_IDX);
         let mut guest = Self {
@@ -83,8 +83,8 @@ impl Guest {
     fn restore(&mut self) -> Self {
         let (bytes, queues) = self.rig.save();
         let (dir, path, listener) = listener();
-        let state = VsockState::decode(&bytes).unwrap();
-        let device = Vsock::new(VsockResources::new(listener), state).unwrap();
+        let mut device = Vsock::new(VsockResources::new(listener), GUEST_CID).unwrap();
+        device.restore(&bytes).unwrap();
         Self {
             rig: Rig::restored(device, &self.rig, &queues),
             path,
