@@ -3,6 +3,7 @@
 //! - [`launch`]: starting VMs: from a kernel, from a template, from a running VM, ahead of need.
 //! - [`runtime`]: the runtime directories of all VMs.
 //! - [`snapshot`]: making a template of a running VM.
+//! - [`migrate`]: moving a running VM to another host.
 //! - [`host_net`]: taps, bridges and addresses on the host.
 //! - [`programs`]: the programs that belong to this one: a VM's process, and the agent for guests.
 //! - [`cache`]: where things are kept that can be made again.
@@ -14,6 +15,7 @@ pub mod cache;
 mod dir_lock;
 pub mod host_net;
 pub mod launch;
+pub mod migrate;
 pub mod programs;
 pub mod runtime;
 mod scratch;

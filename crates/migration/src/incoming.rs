@@ -213,7 +213,12 @@ impl Occupied {
     fn of(memory: &GuestMemory) -> Self {
         let pages = memory.layout().size() / PAGE_SIZE;
         let mut occupied = Self(vec![0; pages.div_ceil(64) as usize]);
-        for page in layers_data(memory.layers()).runs().iter().cloned().flatten() {
+        for page in layers_data(memory.layers())
+            .runs()
+            .iter()
+            .cloned()
+            .flatten()
+        {
             occupied.set(page, true);
         }
         occupied

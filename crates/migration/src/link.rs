@@ -98,6 +98,30 @@ impl Link {
     }
 }
 
+impl io::Read for Link {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match rustix::io::read(&self.input, &mut *bytes) {
+                Ok(count) => return Ok(count),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => self.wait(&self.input, PollFlags::IN)?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+impl io::Write for Link {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = Self::write_all(self, bytes);
+        written.map(|()| bytes.len()).map_err(|(_, error)| error)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixStream;

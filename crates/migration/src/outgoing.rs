@@ -3,8 +3,8 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use clone_memory::layout::PAGE_SIZE;
 use clone_memory::GuestMemory;
+use clone_memory::layout::PAGE_SIZE;
 use vm_memory::Bytes;
 
 use crate::sent_pages::SentPages;
@@ -17,8 +17,8 @@ const WRITE_AT: usize = 256 << 10;
 const PACK_PAUSE: u32 = 15;
 /// The longest part of a disk that one record makes zero, in bytes.
 const MAX_ZERO_BLOCKS: u64 = 1 << 30;
-/// The longest time that one wait for the bandwidth limit may take.
-const MAX_WAIT: Duration = Duration::from_secs(1);
+/// The longest wait for the bandwidth limit, which is shorter than the patience of the other side.
+const MAX_WAIT: Duration = Duration::from_secs(30);
 
 /// What was sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -153,18 +153,17 @@ impl Outgoing {
             Kind::Data => {
                 self.sent.data_pages += count;
                 let at = ((first - origin) * PAGE_SIZE) as usize;
-                self.push_pages(first, count, &content[at..at + (count * PAGE_SIZE) as usize])
+                self.push_pages(
+                    first,
+                    count,
+                    &content[at..at + (count * PAGE_SIZE) as usize],
+                )
             }
         }
     }
 
     /// Sends data packed where that makes it an eighth smaller.
-    fn push_pages(
-        &mut self,
-        first: u64,
-        count: u64,
-        content: &[u8],
-    ) -> Result<(), MigrationError> {
+    fn push_pages(&mut self, first: u64, count: u64, content: &[u8]) -> Result<(), MigrationError> {
         if self.unpacked > 0 {
             self.unpacked -= 1;
             return self.push(Record::Pages { first, count }, content);
@@ -409,10 +408,10 @@ impl RateLimit {
         let now = Instant::now();
         let wait = self.free_at.saturating_duration_since(now);
         if !wait.is_zero() {
-            std::thread::sleep(wait.min(MAX_WAIT));
+            std::thread::sleep(wait);
         }
-        let nanoseconds = bytes as u128 * 1_000_000_000 / u128::from(self.bytes_per_second);
+        let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(self.bytes_per_second);
         let takes = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
-        self.free_at = self.free_at.max(now) + takes.min(MAX_WAIT * 60);
+        self.free_at = self.free_at.max(now) + takes.min(MAX_WAIT);
     }
 }

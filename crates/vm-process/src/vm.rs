@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clone_api::control::{
-    Adoption, BalloonStatus, ConsoleInfo, CpuStats, GuestPages, LayerPages, MemoryStats,
-    SnapshotRequest, StartStage, TouchedPages, VmInfo, VmState, VmStats,
+    Adoption, BalloonStatus, ConsoleInfo, CpuStats, Custody, GuestPages, LayerPages, MemoryStats,
+    MigrationRequest, MigrationStatus, SnapshotRequest, StartStage, TouchedPages, VmInfo, VmState,
+    VmStats,
 };
 use clone_api::jail::JailStatus;
 use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
@@ -26,10 +27,12 @@ use super::control::{Responder, VmControl};
 use super::devices::{Handles, balloon_status};
 use super::dirty_tracker::DirtyTracker;
 use super::machine::{GuestMachine, SharedMachine, locked, machine_error};
+use super::migrate::{self, Migration};
 use super::open::BootFiles;
 use super::prefetch;
 use super::reboot::Reboot;
 use super::snapshot::{self, SharedSnapshotSource, SnapshotDisk, SnapshotSource};
+use super::threads::work_apart;
 use super::timeline::Timeline;
 
 /// Locked for a moment each, by the event loop's thread alone: its two owners are both on it.
@@ -42,7 +45,9 @@ pub(super) struct Vm {
     hub: Arc<Mutex<ConsoleHub>>,
     exit: ExitSignal,
     reboot: Option<Reboot>,
-    standby: bool,
+    /// Whether the guest runs only when the control socket says so: a standby, and a VM that comes
+    /// from another host.
+    waits: bool,
     /// Locks on the templates and live layers that the VM uses, which keep them from being removed.
     _locks: Vec<File>,
 }
@@ -52,7 +57,7 @@ impl Vm {
         machine: GuestMachine,
         hub: Arc<Mutex<ConsoleHub>>,
         timeline: SharedTimeline,
-        standby: bool,
+        waits: bool,
         locks: Vec<File>,
         events: &mut EventLoop,
     ) -> io::Result<Self> {
@@ -66,7 +71,7 @@ impl Vm {
             hub,
             exit,
             reboot: None,
-            standby,
+            waits,
             _locks: locks,
         })
     }
@@ -91,9 +96,9 @@ impl Vm {
         self.reboot = Some(reboot);
     }
 
-    /// Whether the VM was started as a standby, which waits to be adopted.
-    pub(super) fn is_standby(&self) -> bool {
-        self.standby
+    /// Whether the guest waits for the control socket to let it run.
+    pub(super) fn waits(&self) -> bool {
+        self.waits
     }
 
     /// Lets the guest run its first instruction.
@@ -168,6 +173,8 @@ pub(super) struct VmHandles {
     pub(super) devices: Handles,
     /// The source that snapshots are taken of.
     pub(super) snapshot_source: SharedSnapshotSource,
+    /// The state of a migration.
+    pub(super) migration: Arc<Migration>,
     /// The layers that the process's jail has and lacks.
     pub(super) jail: JailStatus,
     /// For a standby, the guest time at which its clocks continue.
@@ -266,10 +273,15 @@ impl VmControl for VmHandle {
             VmState::Stopping
         } else if self.handles.standby.is_some() {
             VmState::Standby
-        } else if locked(&self.machine).is_running() {
-            VmState::Running
         } else {
-            VmState::Paused
+            let machine = locked(&self.machine);
+            match machine.custody() {
+                Custody::Incoming => VmState::Incoming,
+                Custody::Arrived => VmState::Arrived,
+                Custody::Moved if self.handles.migration.progress().is_none() => VmState::Moved,
+                _ if machine.is_running() => VmState::Running,
+                _ => VmState::Paused,
+            }
         };
         VmInfo {
             name: self.config.name.clone(),
@@ -303,6 +315,10 @@ impl VmControl for VmHandle {
 
     fn pause(&mut self) -> Result<(), ApiError> {
         self.check_alive()?;
+        if self.handles.migration.progress().is_some() {
+            let message = "the VM is being moved to another host, where it is to run";
+            return Err(ApiError::new(ErrorCode::Conflict, message));
+        }
         locked(&self.machine)
             .pause()
             .map(drop)
@@ -371,17 +387,45 @@ impl VmControl for VmHandle {
         }
         let snapshot_source = Arc::clone(&self.handles.snapshot_source);
         let wake = WakeAtEnd(self.exit.clone());
-        let work = move || {
+        work_apart("snapshot", move || {
             let _wake = wake;
             responder.answer(snapshot::take(&snapshot_source, &request, files));
-        };
-        // If no thread can be started, the responder is dropped, which sends the client an error.
-        let started = std::thread::Builder::new()
-            .name("snapshot".to_owned())
-            .spawn(work);
-        if let Err(error) = started {
-            tracing::error!(%error, "no thread for a snapshot");
+        });
+    }
+
+    fn migrate(&mut self, request: MigrationRequest, files: Vec<OwnedFd>, responder: Responder) {
+        if let Err(error) = self.check_alive() {
+            return responder.answer::<()>(Err(error));
         }
+        let snapshot_source = Arc::clone(&self.handles.snapshot_source);
+        let migration = Arc::clone(&self.handles.migration);
+        let exit = self.exit.clone();
+        migrate::send(snapshot_source, migration, request, files, responder, exit);
+    }
+
+    fn receive(&mut self, files: Vec<OwnedFd>, responder: Responder) {
+        // From here on, the stream decides what becomes of the VM, and not the launcher.
+        let _ = rustix::process::set_parent_process_death_signal(None);
+        let snapshot_source = Arc::clone(&self.handles.snapshot_source);
+        let migration = Arc::clone(&self.handles.migration);
+        let (config, exit) = (self.config.clone(), self.exit.clone());
+        migrate::receive(snapshot_source, migration, config, files, responder, exit);
+    }
+
+    fn migration(&self) -> MigrationStatus {
+        MigrationStatus {
+            custody: locked(&self.machine).custody(),
+            cpu: self.handles.migration.cpu(),
+            progress: self.handles.migration.progress(),
+        }
+    }
+
+    fn confirm_migration(&mut self) -> Result<(), ApiError> {
+        migrate::confirm(&self.handles.snapshot_source, &self.exit)
+    }
+
+    fn cancel_migration(&mut self) -> Result<(), ApiError> {
+        migrate::cancel(&self.handles.snapshot_source, &self.exit)
     }
 
     fn touched_pages(&self) -> Result<TouchedPages, ApiError> {

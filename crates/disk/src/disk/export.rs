@@ -260,7 +260,10 @@ mod tests {
         let mut parts = Vec::new();
         let read = disk.frozen(0).unwrap().read(6000, |extent, content| {
             parts.push((extent.offset, extent.len, content.first().copied()));
-            assert_eq!(content.len() as u64, if extent.has_data { extent.len } else { 0 });
+            assert_eq!(
+                content.len() as u64,
+                if extent.has_data { extent.len } else { 0 }
+            );
             Ok::<(), DiskError>(())
         });
         read.unwrap();

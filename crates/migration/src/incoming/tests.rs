@@ -71,7 +71,9 @@ fn template() -> LayerStack {
 
 fn fill(memory: &GuestMemory, page: u64, byte: u8) {
     let address = GuestAddress(page * PAGE_SIZE);
-    let written = memory.ram().write_slice(&[byte; PAGE_SIZE as usize], address);
+    let written = memory
+        .ram()
+        .write_slice(&[byte; PAGE_SIZE as usize], address);
     written.unwrap();
 }
 
@@ -197,7 +199,9 @@ fn a_source_that_keeps_the_vm_says_so_in_the_middle_of_a_round() {
 fn a_destination_that_gives_up_is_heard_with_its_reason() {
     let (ours, mut theirs) = links(Duration::from_secs(20));
     let reason = "no room\x1b[2J";
-    theirs.write_all(&Reply::Failed(reason.into()).encode()).unwrap();
+    theirs
+        .write_all(&Reply::Failed(reason.into()).encode())
+        .unwrap();
     let mut outgoing = outgoing(ours, None);
     match outgoing.settle().unwrap_err() {
         MigrationError::Refused(reason) => assert_eq!(reason, "no room [2J"),
@@ -258,10 +262,20 @@ fn hostile_streams_are_refused() {
     let part = |at| (Record::State { at, len: 600 }, &[0_u8; 600][..]);
     let packed = |body: &'static [u8]| {
         let len = body.len();
-        (Record::PackedPages { first: 0, count: 1, len }, body)
+        (
+            Record::PackedPages {
+                first: 0,
+                count: 1,
+                len,
+            },
+            body,
+        )
     };
     // One byte of data, and a copy of it that is far too long for a page.
-    let bomb = packed(&[0x1f, 7, 1, 0, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 9]);
+    let bomb = packed(&[
+        0x1f, 7, 1, 0, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255,
+        255, 9,
+    ]);
     for bytes in [
         Vec::new(),
         b"GET / HTTP/1.1\r\n\r\n and more".to_vec(),
@@ -272,7 +286,13 @@ fn hostile_streams_are_refused() {
         stream(&[packed(&[255; 9])]),
         stream(&[packed(&[0x10, 7])]),
         stream(&[bomb]),
-        stream(&[(Record::Pages { first: PAGES, count: 1 }, &[0; 4096])]),
+        stream(&[(
+            Record::Pages {
+                first: PAGES,
+                count: 1,
+            },
+            &[0; 4096],
+        )]),
         stream(&[(Record::Pages { first: 0, count: 1 }, &[0; 4000])]),
     ] {
         refused(&bytes);

@@ -16,27 +16,48 @@ fn hex(bytes: &[u8]) -> String {
 /// Every record, and the bytes by which version 1 says it.
 const RECORDS: [(Record, &str); 11] = [
     (
-        Record::Pages { first: 7, count: 64 },
+        Record::Pages {
+            first: 7,
+            count: 64,
+        },
         "010000004000000007000000000000000000000000000000",
     ),
     (
-        Record::PackedPages { first: 8, count: 2, len: 300 },
+        Record::PackedPages {
+            first: 8,
+            count: 2,
+            len: 300,
+        },
         "020000000200000008000000000000002c01000000000000",
     ),
     (
-        Record::ZeroPages { first: 0, count: 1000 },
+        Record::ZeroPages {
+            first: 0,
+            count: 1000,
+        },
         "03000000e803000000000000000000000000000000000000",
     ),
     (
-        Record::EqualPage { page: 999, other: 1 },
+        Record::EqualPage {
+            page: 999,
+            other: 1,
+        },
         "0400000001000000e7030000000000000100000000000000",
     ),
     (
-        Record::Blocks { disk: 1, offset: 4096, len: 512 },
+        Record::Blocks {
+            disk: 1,
+            offset: 4096,
+            len: 512,
+        },
         "050000000002000000100000000000000100000000000000",
     ),
     (
-        Record::ZeroBlocks { disk: 1, offset: 0, len: 1 << 20 },
+        Record::ZeroBlocks {
+            disk: 1,
+            offset: 0,
+            len: 1 << 20,
+        },
         "060000000000100000000000000000000100000000000000",
     ),
     (
@@ -51,7 +72,10 @@ const RECORDS: [(Record, &str); 11] = [
         Record::Done { records: 5 },
         "090000000000000005000000000000000000000000000000",
     ),
-    (Record::Go, "0a0000000000000000000000000000000000000000000000"),
+    (
+        Record::Go,
+        "0a0000000000000000000000000000000000000000000000",
+    ),
     (
         Record::Abort { len: 4 },
         "0b0000000400000000000000000000000000000000000000",
@@ -73,7 +97,10 @@ fn the_bytes_of_version_1_stay_as_they_are() {
         (Reply::Synced(3), "01000000000000000300000000000000"),
         (Reply::Ready, "02000000000000000000000000000000"),
         (Reply::Running, "03000000000000000000000000000000"),
-        (Reply::Failed("no".into()), "040000000200000000000000000000006e6f"),
+        (
+            Reply::Failed("no".into()),
+            "040000000200000000000000000000006e6f",
+        ),
     ] {
         assert_eq!(hex(&reply.encode()), golden);
     }
@@ -101,23 +128,74 @@ fn a_stream_for_another_machine_or_of_another_version_is_refused() {
 #[test]
 fn places_outside_of_the_machine_are_refused() {
     for record in [
-        Record::Pages { first: 937, count: 64 },
-        Record::Pages { first: u64::MAX, count: 1 },
-        Record::Pages { first: 0, count: 65 },
+        Record::Pages {
+            first: 937,
+            count: 64,
+        },
+        Record::Pages {
+            first: u64::MAX,
+            count: 1,
+        },
+        Record::Pages {
+            first: 0,
+            count: 65,
+        },
         Record::Pages { first: 0, count: 0 },
-        Record::ZeroPages { first: 1000, count: 1 },
-        Record::ZeroPages { first: 1, count: 1000 },
-        Record::EqualPage { page: 0, other: 1000 },
-        Record::PackedPages { first: 0, count: 1, len: 4097 },
-        Record::PackedPages { first: 0, count: 1, len: 0 },
+        Record::ZeroPages {
+            first: 1000,
+            count: 1,
+        },
+        Record::ZeroPages {
+            first: 1,
+            count: 1000,
+        },
+        Record::EqualPage {
+            page: 0,
+            other: 1000,
+        },
+        Record::PackedPages {
+            first: 0,
+            count: 1,
+            len: 4097,
+        },
+        Record::PackedPages {
+            first: 0,
+            count: 1,
+            len: 0,
+        },
         // Disk 0 takes no writes, and disk 2 does not exist.
-        Record::Blocks { disk: 0, offset: 0, len: 512 },
-        Record::Blocks { disk: 2, offset: 0, len: 512 },
-        Record::Blocks { disk: 1, offset: (1 << 20) - 511, len: 512 },
-        Record::Blocks { disk: 1, offset: u64::MAX, len: 512 },
-        Record::ZeroBlocks { disk: 1, offset: 1, len: 1 << 20 },
-        Record::State { at: 0, len: MAX_STATE_PART + 1 },
-        Record::Abort { len: MAX_REASON + 1 },
+        Record::Blocks {
+            disk: 0,
+            offset: 0,
+            len: 512,
+        },
+        Record::Blocks {
+            disk: 2,
+            offset: 0,
+            len: 512,
+        },
+        Record::Blocks {
+            disk: 1,
+            offset: (1 << 20) - 511,
+            len: 512,
+        },
+        Record::Blocks {
+            disk: 1,
+            offset: u64::MAX,
+            len: 512,
+        },
+        Record::ZeroBlocks {
+            disk: 1,
+            offset: 1,
+            len: 1 << 20,
+        },
+        Record::State {
+            at: 0,
+            len: MAX_STATE_PART + 1,
+        },
+        Record::Abort {
+            len: MAX_REASON + 1,
+        },
     ] {
         let decoded = Record::decode(&record.encode(), &machine());
         assert!(decoded.is_err(), "{record:?}: {decoded:?}");
