@@ -202,7 +202,8 @@ fn what_cannot_move_is_refused_with_the_reason_and_goes_on() {
     b.boot("anna", &["--detach"]);
     refused("anna", &to_b, &[], "there is a VM `anna` here already");
     b.done(&["kill", "anna"]);
-    refused("anna", "echo Welcome", &[], "nothing on the way may print");
+    let greets = "echo Welcome; cat > /dev/null";
+    refused("anna", greets, &[], "is not of a migration");
     refused("anna", "exit 7", &[], "exit status: 7");
     refused("nobody", &to_b, &[], "no VM `nobody`");
     let kept = a.path("kept.img");
