@@ -77,6 +77,10 @@ fn the_machine_knows_nothing_of_what_is_above_it() {
     never_links("clone-vmm", &above);
     never_links("clone-api", &["clone-vmm", "clone-disk", "clone-memory"]);
     never_links("clone-memory", &["kvm-ioctls", "clone-disk"]);
+    never_links(
+        "clone-migration",
+        &["kvm-ioctls", "clone-disk", "clone-api"],
+    );
     never_links("clone-base", &["serde", "libc", "clone-memory"]);
 }
 

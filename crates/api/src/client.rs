@@ -13,8 +13,9 @@ use crate::checkpoints::{
     CheckpointList, CheckpointName, CheckpointRequest, CheckpointTaken, NewCheckpoint, Rewound,
 };
 use crate::control::{
-    Adoption, BalloonStatus, BalloonTarget, ConsoleInfo, SnapshotRequest, SnapshotTaken,
-    TouchedPages, VmInfo, VmStats,
+    Adoption, BalloonStatus, BalloonTarget, ConsoleInfo, MigrationDone, MigrationReceived,
+    MigrationRequest, MigrationStatus, SnapshotRequest, SnapshotTaken, TouchedPages, VmInfo,
+    VmStats,
 };
 use crate::descriptors;
 use crate::error::ApiError;
@@ -195,6 +196,39 @@ impl Client {
     /// Returns the pages that a clone has touched since it was forked.
     pub fn touched_pages(&self) -> Result<TouchedPages, ClientError> {
         self.ask(Operation::Touched)
+    }
+
+    /// Sends the VM to another host, as [`MigrationRequest`] describes; returns when it runs there.
+    pub fn migrate(
+        &self,
+        request: &MigrationRequest,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<MigrationDone, ClientError> {
+        let body = self.encode(request)?;
+        let answer = self.exchange_with(Operation::Migrate, &body, files)?;
+        self.decode(&answer)
+    }
+
+    /// Has a VM that was started for this become the one that comes over `stream` (what to read from,
+    /// and what to write to); returns when it runs.
+    pub fn receive(&self, stream: [BorrowedFd<'_>; 2]) -> Result<MigrationReceived, ClientError> {
+        let answer = self.exchange_with(Operation::Receive, &[], &stream)?;
+        self.decode(&answer)
+    }
+
+    /// Returns whether the VM is to run in its process, and how far its migration is.
+    pub fn migration(&self) -> Result<MigrationStatus, ClientError> {
+        self.ask(Operation::Migration)
+    }
+
+    /// Says that the VM is where it was moved to.
+    pub fn confirm_migration(&self) -> Result<(), ClientError> {
+        self.tell(Operation::ConfirmMigration)
+    }
+
+    /// Says that the VM is where it was before its migration.
+    pub fn cancel_migration(&self) -> Result<(), ClientError> {
+        self.tell(Operation::CancelMigration)
     }
 
     fn tell(&self, operation: Operation) -> Result<(), ClientError> {

@@ -19,6 +19,12 @@ pub enum VmState {
     Paused,
     /// It is a clone that is ready and waits to be given its name.
     Standby,
+    /// It is on its way from another host, where it runs.
+    Incoming,
+    /// It has arrived from another host, where it may still be: it waits for the word to run.
+    Arrived,
+    /// It was given to another host, which has not said that it runs there: it waits to be told.
+    Moved,
     /// The guest has ended; the process is about to.
     Stopping,
 }
@@ -364,6 +370,105 @@ pub struct DiskTaken {
     pub parent_layers: u32,
     /// Whether its file holds a layer; where nothing was written it is empty.
     pub written: bool,
+}
+
+/// A migration of the VM to another host. The first two files that come with the request are what
+/// the VM reads from and writes to: the stream to the other host. They are followed by two empty
+/// files for each disk of the request, for what the guest writes meanwhile.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct MigrationRequest {
+    /// The lowest layers of memory and of each disk that the other host has; what is above them is
+    /// sent.
+    pub base: BaseLayers,
+    /// The disks whose writes are sent, in the order of the description. The other disks must have
+    /// the same content on both hosts.
+    pub disks: Vec<u32>,
+    /// The most bytes to send in a second while the guest runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<u64>,
+    /// The longest expected pause of the guest, in milliseconds. A guest that writes so fast that its
+    /// pause would be longer stays where it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_pause_ms: Option<u64>,
+}
+
+/// A VM that has arrived, and runs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct MigrationReceived {
+    /// The bytes that came.
+    pub bytes: u64,
+    /// The pages that came with their content.
+    pub data_pages: u64,
+}
+
+/// A VM that now runs on another host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct MigrationDone {
+    /// The bytes that were sent.
+    pub bytes: u64,
+    /// The pages that were sent with their content, each time that they were.
+    pub data_pages: u64,
+    /// The pages that were told to be zero.
+    pub zero_pages: u64,
+    /// The pages that were told to equal another one.
+    pub equal_pages: u64,
+    /// The bytes of disks that were sent.
+    pub disk_bytes: u64,
+    /// How often memory was sent while the guest ran.
+    pub rounds: u32,
+    /// From the pause of the guest here until the other host said that it runs, in microseconds.
+    pub pause_us: u64,
+    /// How long all of it took, in microseconds.
+    pub total_us: u64,
+}
+
+/// Whether the VM is to run here, and how far its migration is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct MigrationStatus {
+    /// Who may run the VM.
+    pub custody: Custody,
+    /// What the guest was told of its CPU; absent for a VM that was booted, which has what its host
+    /// has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuFeatures>,
+    /// The migration that is going on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<MigrationProgress>,
+}
+
+/// Who may run a VM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum Custody {
+    /// This process.
+    #[default]
+    Here,
+    /// The host that it comes from; not all of it is here.
+    Incoming,
+    /// The host that it came from, until this process is told that it may.
+    Arrived,
+    /// The host that it was given to, unless this process is told that it does not.
+    Moved,
+}
+
+/// How far a migration is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct MigrationProgress {
+    /// How often memory was sent so far.
+    pub round: u32,
+    /// The bytes that were sent so far.
+    pub sent_bytes: u64,
+    /// The bytes of memory that this round still has to send.
+    pub left_bytes: u64,
+    /// Whether the guest is paused for the last of it.
+    pub paused: bool,
 }
 
 /// What a guest was told of its CPU, as far as hosts differ in it.

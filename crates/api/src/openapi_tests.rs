@@ -216,6 +216,39 @@ fn example(type_name: &str) -> Value {
                 restore_us: 1_000,
             },
         }),
+        "MigrationRequest" => same(MigrationRequest {
+            base: BaseLayers {
+                memory: 1,
+                disks: vec![1],
+            },
+            disks: vec![0],
+            bytes_per_second: Some(100 << 20),
+            max_pause_ms: Some(300),
+        }),
+        "MigrationDone" => same(MigrationDone {
+            bytes: 9 << 20,
+            data_pages: 2_500,
+            zero_pages: 800,
+            equal_pages: 40,
+            disk_bytes: 1 << 20,
+            rounds: 2,
+            pause_us: 2_300,
+            total_us: 160_000,
+        }),
+        "MigrationReceived" => same(MigrationReceived {
+            bytes: 9 << 20,
+            data_pages: 2_500,
+        }),
+        "MigrationStatus" => same(MigrationStatus {
+            custody: Custody::Here,
+            cpu: None,
+            progress: Some(MigrationProgress {
+                round: 1,
+                sent_bytes: 4 << 20,
+                left_bytes: 5 << 20,
+                paused: false,
+            }),
+        }),
         "OpenApi" => json!({ "openapi": "3.1.0" }),
         other => panic!("no example of {other}: add one"),
     }
@@ -239,6 +272,10 @@ fn schemas() -> Map<String, Value> {
     generator.subschema_for::<CheckpointTaken>();
     generator.subschema_for::<CheckpointList>();
     generator.subschema_for::<Rewound>();
+    generator.subschema_for::<MigrationRequest>();
+    generator.subschema_for::<MigrationDone>();
+    generator.subschema_for::<MigrationReceived>();
+    generator.subschema_for::<MigrationStatus>();
     generator.subschema_for::<ApiError>();
     let mut schemas = generator.take_definitions(true);
     schemas.insert(

@@ -58,6 +58,16 @@ pub enum Operation {
     Adopt,
     /// Tell which pages the guest has touched.
     Touched,
+    /// Move it to another host.
+    Migrate,
+    /// Become a VM that another host sends.
+    Receive,
+    /// Tell whether it is to run here, and how far its migration is.
+    Migration,
+    /// Say that it is where it was moved to.
+    ConfirmMigration,
+    /// Say that it is where it was before.
+    CancelMigration,
     /// The document.
     OpenApi,
 }
@@ -243,6 +253,50 @@ pub const ROUTES: &[Route] = &[
     )
     .gives("TouchedPages"),
     route(
+        Operation::Migrate,
+        Method::Post,
+        "/v1/vm/migrate",
+        "migrate",
+        "Send the VM to another host over a stream that comes with the request (SCM_RIGHTS); answers \
+         when it runs there, or goes on here, and then ends this process, or not",
+    )
+    .takes("MigrationRequest")
+    .gives("MigrationDone"),
+    route(
+        Operation::Receive,
+        Method::Post,
+        "/v1/vm/receive",
+        "receive",
+        "Become the VM that another host sends over a stream that comes with the request \
+         (SCM_RIGHTS: what to read from, and what to write to); answers when it runs. Only for a \
+         VM that was started for this",
+    )
+    .gives("MigrationReceived"),
+    route(
+        Operation::Migration,
+        Method::Get,
+        "/v1/vm/migration",
+        "getMigration",
+        "Whether the VM is to run in this process, and how far its migration is",
+    )
+    .gives("MigrationStatus"),
+    route(
+        Operation::ConfirmMigration,
+        Method::Post,
+        "/v1/vm/migration/confirm",
+        "confirmMigration",
+        "Say that the VM is where it was moved to: it runs if it has arrived here, and ends here if \
+         it was given away",
+    ),
+    route(
+        Operation::CancelMigration,
+        Method::Post,
+        "/v1/vm/migration/cancel",
+        "cancelMigration",
+        "Say that the VM is where it was before: it runs if it was given away from here, and ends \
+         here if it has arrived",
+    ),
+    route(
         Operation::OpenApi,
         Method::Get,
         "/openapi.json",
@@ -290,6 +344,11 @@ mod tests {
             Rewind,
             Adopt,
             Touched,
+            Migrate,
+            Receive,
+            Migration,
+            ConfirmMigration,
+            CancelMigration,
             OpenApi,
         ];
         for operation in all {
@@ -297,7 +356,8 @@ mod tests {
             match operation {
                 Info | Stats | Pause | Resume | PowerButton | Kill | GetBalloon | SetBalloon
                 | Console | Snapshot | Checkpoints | Checkpoint | RemoveCheckpoint | Rewind
-                | Adopt | Touched | OpenApi => {}
+                | Adopt | Touched | Migrate | Receive | Migration | ConfirmMigration
+                | CancelMigration | OpenApi => {}
             }
             let count = ROUTES.iter().filter(|r| r.operation == operation).count();
             assert_eq!(count, 1, "{operation:?}");

@@ -102,7 +102,7 @@ struct Answer {
 fn ask(vm: &RunningVm) -> Result<Answer, ClientError> {
     let client = Client::new(vm.dir.control_socket()).with_timeout(ANSWER_LIMIT);
     let state = match client.info()?.state {
-        Machine::Paused => VmState::Paused,
+        Machine::Paused | Machine::Arrived | Machine::Moved => VmState::Paused,
         _ => VmState::Running,
     };
     let memory = client.stats()?.memory;

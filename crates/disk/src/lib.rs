@@ -48,7 +48,7 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 
 pub use buffer::{Buffer, Buffers};
-pub use disk::{Disk, DiskPoint, FrozenLayers, NewTop};
+pub use disk::{Disk, DiskPoint, FrozenExtent, FrozenLayers, NewTop};
 pub use engine::EngineKind;
 pub use engine::ring::restricted_ring;
 pub use error::DiskError;

@@ -4,6 +4,7 @@
 //! - [`runtime`]: the runtime directories of all VMs.
 //! - [`snapshot`]: making a template of a running VM.
 //! - [`checkpoint`]: states of a running VM that it is rewound to.
+//! - [`migrate`]: moving a running VM to another host.
 //! - [`host_net`]: taps, bridges and addresses on the host.
 //! - [`programs`]: the programs that belong to this one: a VM's process, and the agent for guests.
 //! - [`cache`]: where things are kept that can be made again.
@@ -16,6 +17,7 @@ pub mod checkpoint;
 pub mod host_net;
 pub mod launch;
 mod locked_dir;
+pub mod migrate;
 pub mod programs;
 pub mod runtime;
 mod scratch;

@@ -72,7 +72,7 @@ pub fn suspend(runtime: &Runtime, vm: &RunningVm) -> Result<Suspended> {
 
 /// The files under the state: the layers of the VM's template where it is still there, otherwise
 /// the files that the VM was booted from.
-fn base_of(config: &VmConfig, parent: &Parent) -> Result<(Base, Option<Template>)> {
+pub(crate) fn base_of(config: &VmConfig, parent: &Parent) -> Result<(Base, Option<Template>)> {
     if let Some(base) = parent.base_template() {
         let BaseTemplate { template, layers } = base;
         let template = Template::open(&template)?;

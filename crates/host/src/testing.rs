@@ -134,6 +134,7 @@ pub fn rehearse(
         origin,
         required_jail: RequiredJail::default(),
         layers_dir: scratch::dir(),
+        incoming: false,
     };
     clone_vm_process::open::rehearse(dir, start)?;
     Ok(config)

@@ -35,6 +35,10 @@ pub struct Start {
     /// The directory for disk layers whose writes end with the VM; if absent, they are in memory,
     /// within a limit.
     pub layers_dir: Option<PathBuf>,
+    /// Whether the machine is only built, and waits for the VM that another host sends: the guest is
+    /// neither booted nor continued from the snapshot, whose layers are what the VM builds on.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub incoming: bool,
 }
 
 /// The origin of a guest.
@@ -103,7 +107,30 @@ pub struct BaseTemplate {
     pub layers: BaseLayers,
 }
 
+impl BaseTemplate {
+    /// Whether the template, which has `all` layers, has these.
+    pub fn fits(&self, all: &BaseLayers) -> bool {
+        let BaseLayers { memory, disks } = &self.layers;
+        let mut both = disks.iter().zip(&all.disks);
+        *memory >= 1
+            && *memory <= all.memory
+            && disks.len() == all.disks.len()
+            && both.all(|(used, all)| used <= all)
+    }
+}
+
 impl Parent {
+    /// Leaves of a template's files the lowest layers, which a VM builds on whose own layers are
+    /// elsewhere.
+    pub fn narrow_to(&mut self, base: BaseTemplate) {
+        self.template = None;
+        self.memory.truncate(base.layers.memory as usize);
+        for (disk, layers) in self.disks.iter_mut().zip(&base.layers.disks) {
+            disk.layers.truncate(*layers as usize);
+        }
+        self.base = Some(base);
+    }
+
     /// The template that a state of the VM can be kept as a difference from, and how many of the
     /// layers are the template's; `None` for a VM that was booted.
     pub fn base_template(&self) -> Option<BaseTemplate> {
@@ -263,6 +290,7 @@ mod tests {
             }],
             required_jail: RequiredJail::complete(),
             layers_dir: None,
+            incoming: false,
         }
     }
 
@@ -312,6 +340,7 @@ mod tests {
             nets: Vec::new(),
             required_jail: RequiredJail::default(),
             layers_dir: None,
+            incoming: false,
         }
     }
 

@@ -4,20 +4,22 @@ use std::fs::File;
 use std::sync::{Arc, Mutex};
 
 use clone_api::config::{DiskConfig, Overlay};
-use clone_api::control::StartStage;
+use clone_api::control::{Custody, StartStage};
 use clone_api::jail::JailStatus;
 use clone_api::{ApiError, ErrorCode, VmConfig};
 use clone_memory::{GuestMemory, RamLayout};
-use clone_start::VmDir;
 use clone_start::error::Result;
+use clone_start::{VmDir, cpu};
 use clone_vmm::event_loop::EventLoop;
 use clone_vmm::machine::{Kernel, Machine, MachineState, Parts};
+use clone_vmm::snapshot::CpuProfile;
 use kvm_ioctls::Kvm;
 
 use super::console::ConsoleHub;
 use super::control::ControlServer;
 use super::dirty_tracker::DirtyTracker;
 use super::machine::{GuestMachine, machine_error};
+use super::migrate::Migration;
 use super::open::{BootFiles, OpenOrigin, Resources};
 use super::prefetch::PrefetchPages;
 use super::reboot::Reboot;
@@ -66,7 +68,10 @@ pub(super) fn assemble(
     let mut kernel = guest
         .boot
         .map(|files| files.kernel(&config, extra_arguments));
+    let mut cpu_features = None;
     let machine = match (guest.source, &mut kernel) {
+        // Memory, disks and state come later, into a machine that has done nothing yet.
+        _ if resources.incoming => Machine::new(parts, events).map_err(machine_error)?,
         (Source::State(state, prefetch_pages), _) => {
             let machine = restore(
                 parts,
@@ -75,6 +80,8 @@ pub(super) fn assemble(
                 events,
                 &mut timeline,
             )?;
+            let profile = CpuProfile::of_saved(&state.vcpus);
+            cpu_features = Some(cpu::features_of(profile));
             // A saved VM that goes on is no new generation.
             if guest.run_once.is_none() {
                 let generation = clone_base::random::bytes().map_err(internal)?;
@@ -118,15 +125,20 @@ pub(super) fn assemble(
     let disks = disks.collect();
     timeline.watch(machine.entry_time());
     let timeline = Arc::new(Mutex::new(timeline));
-    let mut machine = GuestMachine::new(machine);
+    let custody = match resources.incoming {
+        true => Custody::Incoming,
+        false => Custody::Here,
+    };
+    let mut machine = GuestMachine::new(machine, custody);
     if let Some(mark) = guest.run_once {
         machine.in_saved_state(mark).map_err(internal)?;
     }
+    let waits = guest.standby || resources.incoming;
     let vm = Vm::new(
         machine,
         Arc::clone(&hub),
         timeline,
-        guest.standby,
+        waits,
         guest.locks,
         events,
     );
@@ -146,6 +158,7 @@ pub(super) fn assemble(
             attached,
             devices: devices.handles,
             snapshot_source,
+            migration: Arc::new(Migration::new(cpu_features)),
             jail,
             hub,
             standby: time.filter(|_| guest.standby),

@@ -17,12 +17,10 @@ use clone_memory::{Checksums, Layer, LayerStack, LayerWriter};
 use clone_start::error::{Result, storage_failed};
 use clone_vmm::machine::MachineState;
 
+use super::capture::{Stopwatch, copy_running, no_copy, no_tracking, stop_and_copy};
 use super::checkpoints::{Checkpoint, CheckpointDisk};
 use super::machine::locked;
-use super::snapshot::{
-    DiskWrites, SharedSnapshotSource, SnapshotDisk, SnapshotSource, Stopwatch, lock, no_copy,
-    no_tracking,
-};
+use super::snapshot::{DiskWrites, SharedSnapshotSource, SnapshotDisk, SnapshotSource, exclusive};
 
 /// The most layers of a disk over those of the VM's parent. With more, they are merged into one.
 const MAX_DISK_LAYERS: usize = 16;
@@ -47,7 +45,8 @@ pub(super) fn take(
     new: &NewCheckpoint,
     files: Vec<OwnedFd>,
 ) -> Result<CheckpointTaken> {
-    let mut source = lock(source)?;
+    let mut source = exclusive(source)?;
+    locked(&source.machine).check_custody()?;
     source.checkpoints.check_new(&new.name)?;
     for (index, disk) in source.disks.iter().enumerate() {
         if disk.writes == DiskWrites::Kept {
@@ -103,13 +102,18 @@ impl SnapshotSource {
                 None => None,
             });
         }
-        self.copy_running(&mut writer, pages)?;
+        copy_running(&mut self.dirty_tracker, &mut writer, pages)?;
         watch.lap(&mut times.copy_us);
 
         let machine = Arc::clone(&self.machine);
         let mut machine = locked(&machine);
         let was_running = machine.is_running();
-        let saved = self.pause_and_save(&mut machine, &mut writer, &mut times);
+        let saved = stop_and_copy(
+            &mut machine,
+            &mut self.dirty_tracker,
+            &mut writer,
+            &mut times,
+        );
         let mut freezing = Stopwatch::start();
         let frozen = saved.and_then(|state| Ok((state, self.freeze_points(disks)?)));
         freezing.lap(&mut times.freeze_us);

@@ -15,6 +15,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod assemble;
+mod capture;
 mod checkpointing;
 mod checkpoints;
 pub mod console;
@@ -26,6 +27,7 @@ mod disks;
 mod jail;
 mod log;
 mod machine;
+mod migrate;
 mod nets;
 pub mod open;
 pub mod prefetch;
@@ -34,6 +36,7 @@ mod reboot;
 mod rewind;
 mod run_once;
 mod snapshot;
+mod threads;
 mod timeline;
 mod vm;
 
@@ -126,8 +129,8 @@ fn run(dir: VmDir) -> ExitCode {
         Ok(started) => started,
         Err(error) => return fail(error),
     };
-    // A standby still ends with its launcher, until it is adopted.
-    if !vm.is_standby() {
+    // A VM that waits for its name or its content still ends with its launcher.
+    if !vm.waits() {
         let _ = rustix::process::set_parent_process_death_signal(None);
     }
     if let Err(error) = report::ready(&jail) {
@@ -177,7 +180,7 @@ fn start_vm(
     // Everything is built: from here on, every thread needs only the calls of its list.
     jail::confine_event_loop().map_err(|error| ApiError::internal(&error))?;
     vm.reach(StartStage::Ready);
-    if !vm.is_standby() {
+    if !vm.waits() {
         vm.begin()?;
     }
     Ok((vm, jail))

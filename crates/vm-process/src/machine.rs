@@ -4,7 +4,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clone_api::checkpoints::CheckpointName;
-use clone_api::control::LastRewind;
+use clone_api::control::{Custody, LastRewind};
 use clone_api::{ApiError, ErrorCode};
 use clone_vmm::machine::{Machine, MachineError};
 use clone_vmm::vcpu::{Refusal, VcpuError, monotonic_ns};
@@ -14,6 +14,8 @@ use super::run_once::RunOnce;
 /// The machine of a VM. Its guest is let run by [`GuestMachine::resume`] alone.
 pub(super) struct GuestMachine {
     machine: Machine,
+    /// Who may run the guest.
+    custody: Custody,
     /// The mark of the saved state that the paused guest is in, to be set before it runs again.
     saved: Option<RunOnce>,
     /// Set while a rewind has changed a part of the VM: the guest must not run.
@@ -31,9 +33,10 @@ struct Incomplete {
 
 impl GuestMachine {
     /// A machine that is in no saved state.
-    pub(super) fn new(machine: Machine) -> Self {
+    pub(super) fn new(machine: Machine, custody: Custody) -> Self {
         Self {
             machine,
+            custody,
             saved: None,
             incomplete: None,
             last_rewind: None,
@@ -87,6 +90,49 @@ impl GuestMachine {
         }
     }
 
+    /// Who may run the guest.
+    pub(super) fn custody(&self) -> Custody {
+        self.custody
+    }
+
+    /// Changes who may run the guest, which is paused. A saved state of it is void at once: it must
+    /// not be valid here while the guest runs elsewhere.
+    ///
+    /// # Errors
+    /// The state cannot be marked; nothing has changed then.
+    pub(super) fn set_custody(&mut self, custody: Custody) -> std::io::Result<()> {
+        if let Some(mark) = &self.saved {
+            mark.mark()?;
+            self.saved = None;
+        }
+        self.custody = custody;
+        Ok(())
+    }
+
+    /// Refuses what only the process that may run the guest can do.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Conflict`], with advice.
+    pub(super) fn check_custody(&self) -> Result<(), ApiError> {
+        let (message, advice) = match self.custody {
+            Custody::Here => return Ok(()),
+            Custody::Incoming => (
+                "the VM is on its way from another host",
+                "wait for the migration to end",
+            ),
+            Custody::Arrived => (
+                "the VM has arrived from another host, and may still be there",
+                "look there; then let it run here (clone migrate --confirm), or not (--cancel)",
+            ),
+            Custody::Moved => (
+                "the VM was given to another host, which has not said that it runs there",
+                "look there; then end it here (clone migrate --confirm), or let it go on here \
+                 (--cancel)",
+            ),
+        };
+        Err(ApiError::new(ErrorCode::Conflict, message).advise(advice))
+    }
+
     /// Records that the paused guest is in a saved state, which is void as soon as it runs. The
     /// state saved before is void at once: two states of one VM must never both be valid.
     pub(super) fn in_saved_state(&mut self, mark: RunOnce) -> std::io::Result<()> {
@@ -96,9 +142,13 @@ impl GuestMachine {
         }
     }
 
-    /// Resumes the guest, whose saved state is void from then on. A guest that was rewound only in
-    /// part does not run.
+    /// Resumes the guest, whose saved state is void from then on.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Conflict`] for a guest that another host may run, or that was rewound only in
+    /// part, else the host's.
     pub(super) fn resume(&mut self) -> Result<(), ApiError> {
+        self.check_custody()?;
         self.check_whole()?;
         if let Some(mark) = &self.saved {
             let marked = mark.mark();

@@ -32,6 +32,8 @@ const NO_KERNEL: &str =
 /// The open host resources that a VM is built from.
 pub(super) struct Resources {
     pub(super) origin: OpenOrigin,
+    /// Whether the guest comes from another host.
+    pub(super) incoming: bool,
     pub(super) control: UnixListener,
     pub(super) console: UnixListener,
     pub(super) console_log: Option<ConsoleLog>,
@@ -145,6 +147,7 @@ pub(super) fn open(dir: &VmDir, start: Start, taps: Vec<OwnedFd>) -> Result<(VmC
     };
     let resources = Resources {
         origin,
+        incoming: start.incoming,
         control: listen(&dir.control_socket())?,
         console: listen(&dir.console_socket())?,
         console_log,

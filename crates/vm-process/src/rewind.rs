@@ -21,11 +21,10 @@ use clone_memory::{GuestMemory, LayerStack, PageSet, PutBack};
 use clone_start::error::{Result, storage_failed};
 use clone_vmm::machine::{Exit, PausedMachine};
 
+use super::capture::{Stopwatch, no_tracking};
 use super::checkpoints::Checkpoint;
 use super::machine::{GuestMachine, locked, machine_error};
-use super::snapshot::{
-    DiskWrites, SharedSnapshotSource, SnapshotSource, Stopwatch, lock, no_tracking,
-};
+use super::snapshot::{DiskWrites, SharedSnapshotSource, SnapshotSource, exclusive};
 
 /// Rewinds the VM. A guest that ran, also before an earlier rewind that failed, runs afterwards.
 ///
@@ -37,8 +36,9 @@ pub(super) fn rewind(
     name: &CheckpointName,
     files: Vec<OwnedFd>,
 ) -> Result<Rewound> {
-    let mut source = lock(source)?;
+    let mut source = exclusive(source)?;
     let source = &mut *source;
+    locked(&source.machine).check_custody()?;
     let mut tops = new_tops(source, source.checkpoints.get(name)?, files)?;
     let machine = Arc::clone(&source.machine);
     let mut machine = locked(&machine);

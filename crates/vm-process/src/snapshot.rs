@@ -10,30 +10,25 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::Instant;
 
 use clone_api::control::{
     BaseLayers, DiskTaken, SnapshotKind, SnapshotRequest, SnapshotTaken, SnapshotTimes,
 };
 use clone_api::{ApiError, ErrorCode};
 use clone_disk::{Disk, FrozenLayers};
-use clone_memory::{Checksums, LayerWriter, PageSet};
+use clone_memory::{Checksums, LayerWriter};
 use clone_start::cpu;
 use clone_start::error::{Result, storage_failed};
 use clone_vmm::machine::MachineState;
 use clone_vmm::snapshot::{self, CpuProfile};
 
+use super::capture::{Stopwatch, copy_running, no_copy, no_tracking, stop_and_copy};
 use super::checkpoints::Checkpoints;
 use super::dirty_tracker::DirtyTracker;
-use super::machine::{GuestMachine, SharedMachine, locked, machine_error};
+use super::machine::{GuestMachine, SharedMachine, locked};
 use super::open::BootFiles;
 use super::run_once::RunOnce;
 
-/// While more than this has changed, the changed pages are copied once more before the guest is
-/// paused.
-const SMALL_BYTES: u64 = 1 << 20;
-/// The most copies made while the guest runs, for a guest that writes faster than it is copied.
-const ROUNDS: usize = 4;
 /// The size of the buffer with which a kernel is copied.
 const COPY_BYTES: usize = 1 << 20;
 
@@ -123,38 +118,22 @@ impl Files {
     }
 }
 
-/// Locks the source, unless another operation has it.
-pub(super) fn lock(source: &SharedSnapshotSource) -> Result<MutexGuard<'_, SnapshotSource>> {
-    match source.try_lock() {
-        Ok(source) => Ok(source),
-        Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
-        Err(TryLockError::WouldBlock) => {
-            let message = "a snapshot or checkpoint of this VM is being taken, or it is rewound";
-            Err(ApiError::new(ErrorCode::Conflict, message).advise("try again after it"))
-        }
-    }
-}
-
 /// Takes a snapshot. The guest continues to run even if the snapshot fails.
 pub(super) fn take(
     snapshot_source: &SharedSnapshotSource,
     request: &SnapshotRequest,
     files: Vec<OwnedFd>,
 ) -> Result<SnapshotTaken> {
-    let mut snapshot_source = lock(snapshot_source)?;
-    if request.stay_paused && !snapshot_source.checkpoints.is_empty() {
-        let message = "the VM has checkpoints, which would be lost with its process";
-        return Err(ApiError::new(ErrorCode::Conflict, message)
-            .advise("remove them first (`clone checkpoint ls`, `clone checkpoint rm`)"));
+    let mut snapshot_source = exclusive(snapshot_source)?;
+    locked(&snapshot_source.machine).check_custody()?;
+    if request.stay_paused {
+        snapshot_source.check_no_checkpoints()?;
     }
     let mut files = Files::sort(request, files)?;
     let mark = files.mark.take().map(RunOnce::new).transpose()?;
     let disks = files.disks.iter().map(|(index, ..)| *index as usize);
     for index in disks {
-        if index >= snapshot_source.disks.len() {
-            let message = format!("the VM has no disk {index}");
-            return Err(ApiError::new(ErrorCode::InvalidConfig, message));
-        }
+        snapshot_source.check_disk(index)?;
     }
     let was_tracked = snapshot_source.dirty_tracker.is_tracked();
     let was_running = locked(&snapshot_source.machine).is_running();
@@ -173,6 +152,21 @@ pub(super) fn take(
     }
     drop(machine);
     taken
+}
+
+/// Takes the source for a snapshot, a checkpoint, a rewind or a migration; there is one at a time.
+pub(super) fn exclusive(
+    snapshot_source: &SharedSnapshotSource,
+) -> Result<MutexGuard<'_, SnapshotSource>> {
+    match snapshot_source.try_lock() {
+        Ok(snapshot_source) => Ok(snapshot_source),
+        Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => {
+            let message =
+                "a snapshot or checkpoint of this VM is being taken, or it is rewound or moved";
+            Err(ApiError::new(ErrorCode::Conflict, message).advise("try again after it"))
+        }
+    }
 }
 
 /// What a snapshot contains, and what becomes of it.
@@ -209,30 +203,13 @@ struct FrozenDisk {
 impl SnapshotSource {
     /// What a request asks for.
     fn content(&self, request: &SnapshotRequest) -> Result<Content> {
-        let all = BaseLayers {
-            memory: self.dirty_tracker.parent_layers() as u32,
-            disks: self
-                .disks
-                .iter()
-                .map(|it| it.parent_layers as u32)
-                .collect(),
-        };
+        let all = self.parent_layers();
         let none = BaseLayers {
             memory: 0,
             disks: vec![0; self.disks.len()],
         };
-        let fits = |base: &BaseLayers| {
-            base.memory <= all.memory
-                && base.disks.len() == all.disks.len()
-                && base
-                    .disks
-                    .iter()
-                    .zip(&all.disks)
-                    .all(|(base, all)| base <= all)
-        };
-        if !request.base.as_ref().is_none_or(fits) {
-            let message = "the VM does not have the layers that the snapshot is to build on";
-            return Err(ApiError::new(ErrorCode::BadRequest, message));
+        if let Some(base) = &request.base {
+            self.check_base(base)?;
         }
         let base = match request.kind {
             SnapshotKind::Full => none,
@@ -254,6 +231,54 @@ impl SnapshotSource {
         })
     }
 
+    /// The number of all layers of the parent.
+    fn parent_layers(&self) -> BaseLayers {
+        let disks = self.disks.iter().map(|it| it.parent_layers as u32);
+        BaseLayers {
+            memory: self.dirty_tracker.parent_layers() as u32,
+            disks: disks.collect(),
+        }
+    }
+
+    /// Refuses what would lose the checkpoints of the VM.
+    pub(super) fn check_no_checkpoints(&self) -> Result<()> {
+        match self.checkpoints.is_empty() {
+            true => Ok(()),
+            false => {
+                let message = "the VM has checkpoints, which would be lost with its process";
+                Err(ApiError::new(ErrorCode::Conflict, message)
+                    .advise("remove them first (`clone checkpoint ls`, `clone checkpoint rm`)"))
+            }
+        }
+    }
+
+    /// Refuses a disk that the VM does not have.
+    pub(super) fn check_disk(&self, index: usize) -> Result<()> {
+        match index < self.disks.len() {
+            true => Ok(()),
+            false => {
+                let message = format!("the VM has no disk {index}");
+                Err(ApiError::new(ErrorCode::InvalidConfig, message))
+            }
+        }
+    }
+
+    /// Refuses layers to build on that the parent does not have.
+    pub(super) fn check_base(&self, base: &BaseLayers) -> Result<()> {
+        let all = self.parent_layers();
+        let mut disks = base.disks.iter().zip(&all.disks);
+        let fits = base.memory <= all.memory
+            && base.disks.len() == all.disks.len()
+            && disks.all(|(base, all)| base <= all);
+        match fits {
+            true => Ok(()),
+            false => {
+                let message = "the VM does not have the layers that it is to be a difference from";
+                Err(ApiError::new(ErrorCode::BadRequest, message))
+            }
+        }
+    }
+
     fn take(&mut self, content: &Content, files: Files) -> Result<SnapshotTaken> {
         let mut times = SnapshotTimes::default();
         let mut watch = Stopwatch::start();
@@ -263,7 +288,7 @@ impl SnapshotSource {
             LayerWriter::new(files.memory, "memory", *memory.layout(), parent).map_err(no_copy)?;
         self.dirty_tracker.begin().map_err(no_tracking)?;
         let pages = self.dirty_tracker.changed_since(content.memory_base);
-        self.copy_running(&mut writer, pages)?;
+        copy_running(&mut self.dirty_tracker, &mut writer, pages)?;
         watch.lap(&mut times.copy_us);
 
         let machine = Arc::clone(&self.machine);
@@ -319,21 +344,6 @@ impl SnapshotSource {
         Ok((true, boot.initrd.is_some()))
     }
 
-    /// Copies `pages` while the guest runs, and those that change meanwhile until few of them are
-    /// left.
-    pub(super) fn copy_running(&mut self, writer: &mut LayerWriter, pages: PageSet) -> Result<()> {
-        let memory = Arc::clone(self.dirty_tracker.memory());
-        let mut pages = pages;
-        for _ in 0..ROUNDS {
-            writer.copy(&memory, &pages).map_err(no_copy)?;
-            pages = self.dirty_tracker.take_changed().map_err(no_tracking)?;
-            if pages.bytes() < SMALL_BYTES {
-                break;
-            }
-        }
-        writer.copy(&memory, &pages).map_err(no_copy)
-    }
-
     fn pause_and_read(
         &mut self,
         machine: &mut GuestMachine,
@@ -342,37 +352,11 @@ impl SnapshotSource {
         content: &Content,
         times: &mut SnapshotTimes,
     ) -> Result<Paused> {
-        let state = self.pause_and_save(machine, writer, times)?;
+        let state = stop_and_copy(machine, &mut self.dirty_tracker, writer, times)?;
         let mut watch = Stopwatch::start();
         let frozen = self.freeze(disks, &content.disk_bases)?;
         watch.lap(&mut times.freeze_us);
         Ok(Paused { state, frozen })
-    }
-
-    /// Pauses the guest, copies the last pages that it has changed, and reads the machine's state.
-    pub(super) fn pause_and_save(
-        &mut self,
-        machine: &mut GuestMachine,
-        writer: &mut LayerWriter,
-        times: &mut SnapshotTimes,
-    ) -> Result<MachineState> {
-        machine.check_whole()?;
-        let mut watch = Stopwatch::start();
-        let mut machine = machine.pause().map_err(machine_error)?;
-        watch.lap(&mut times.stop_us);
-        if machine.exit().is_some() {
-            // The guest's next step ends it, so a fork of this state would be of no use.
-            let message = "the VM is ending or rebooting";
-            return Err(ApiError::new(ErrorCode::Conflict, message).advise("try again after it"));
-        }
-        let pages = self.dirty_tracker.take_changed().map_err(no_tracking)?;
-        times.last_copy_bytes = pages.bytes();
-        let memory = self.dirty_tracker.memory();
-        writer.copy(memory, &pages).map_err(no_copy)?;
-        watch.lap(&mut times.last_copy_us);
-        let state = machine.save().map_err(machine_error)?;
-        watch.lap(&mut times.save_us);
-        Ok(state)
     }
 
     /// Freezes the disks in `wanted`, and flushes the files of the others.
@@ -381,28 +365,10 @@ impl SnapshotSource {
         let chosen: Vec<u32> = wanted.iter().map(|(index, ..)| *index).collect();
         for (index, new_top, export) in wanted {
             let below = bases[index as usize];
-            let mut disk = self.disks[index as usize]
-                .disk
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            let failed = |error| storage_failed(&error);
-            if disk.layers().is_empty() {
-                let message = format!("disk {index} is written in place and cannot be frozen");
-                return Err(ApiError::new(ErrorCode::Conflict, message)
-                    .advise("give it an overlay, or copy its file while the VM is paused"));
-            }
-            // Every layer makes reads slower, so an empty top layer is not frozen.
-            if !disk.is_top_empty() {
-                disk.freeze(new_top, false).map_err(failed)?;
-            }
-            let layers = match disk.layers().len() - 1 > below {
-                true => Some(disk.frozen(below).map_err(failed)?),
-                false => None,
-            };
             frozen.push(FrozenDisk {
                 index,
                 parent_layers: below,
-                layers,
+                layers: self.freeze_disk(index, new_top, below)?,
                 file: export,
             });
         }
@@ -414,6 +380,41 @@ impl SnapshotSource {
             }
         }
         Ok(frozen)
+    }
+
+    /// Freezes what was written to a disk of the paused guest, and returns its layers from number
+    /// `below` on; `None` if there are none.
+    pub(super) fn freeze_disk(
+        &self,
+        index: u32,
+        new_top: File,
+        below: usize,
+    ) -> Result<Option<FrozenLayers>> {
+        let mut disk = self.disks[index as usize]
+            .disk
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let failed = |error| storage_failed(&error);
+        if disk.layers().is_empty() {
+            let message = format!("disk {index} is written in place and cannot be frozen");
+            return Err(ApiError::new(ErrorCode::Conflict, message)
+                .advise("give it an overlay, or copy its file while the VM is paused"));
+        }
+        // Every layer makes reads slower, so an empty top layer is not frozen.
+        if !disk.is_top_empty() {
+            disk.freeze(new_top, false).map_err(failed)?;
+        }
+        match disk.layers().len() - 1 > below {
+            true => disk.frozen(below).map(Some).map_err(failed),
+            false => Ok(None),
+        }
+    }
+
+    /// The number of a disk's layers under the one that takes writes.
+    pub(super) fn frozen_layers(&self, index: u32) -> usize {
+        let disk = &self.disks[index as usize].disk;
+        let disk = disk.lock().unwrap_or_else(PoisonError::into_inner);
+        disk.layers().len().saturating_sub(1)
     }
 
     /// Counts the layers that were frozen of these disks as the parent's.
@@ -456,31 +457,4 @@ fn export(disk: FrozenDisk) -> Result<DiskTaken> {
         parent_layers: disk.parent_layers as u32,
         written,
     })
-}
-
-pub(super) fn no_tracking(error: clone_memory::DirtyError) -> ApiError {
-    ApiError::new(
-        ErrorCode::HostUnsupported,
-        format!("cannot find out what the guest has changed: {error}"),
-    )
-}
-
-pub(super) fn no_copy(error: clone_memory::LayerError) -> ApiError {
-    storage_failed(&error).advise("make room where the snapshot goes")
-}
-
-/// Measures consecutive stages.
-pub(super) struct Stopwatch(Instant);
-
-impl Stopwatch {
-    pub(super) fn start() -> Self {
-        Self(Instant::now())
-    }
-
-    /// Stores the time since the last lap, in microseconds.
-    pub(super) fn lap(&mut self, into_us: &mut u64) {
-        let now = Instant::now();
-        *into_us = now.duration_since(self.0).as_micros() as u64;
-        self.0 = now;
-    }
 }

@@ -10,8 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clone_api::checkpoints::{CheckpointList, CheckpointName, NewCheckpoint};
 use clone_api::control::{
-    Adoption, BalloonStatus, ConsoleInfo, CpuStats, GuestPages, LayerPages, MemoryStats,
-    SnapshotRequest, StartStage, TouchedPages, VmInfo, VmState, VmStats,
+    Adoption, BalloonStatus, ConsoleInfo, CpuStats, Custody, GuestPages, LayerPages, MemoryStats,
+    MigrationRequest, MigrationStatus, SnapshotRequest, StartStage, TouchedPages, VmInfo, VmState,
+    VmStats,
 };
 use clone_api::jail::JailStatus;
 use clone_api::{ApiError, Bytes, ErrorCode, VmConfig};
@@ -28,10 +29,12 @@ use super::control::{Responder, VmControl};
 use super::devices::{Handles, balloon_status};
 use super::dirty_tracker::DirtyTracker;
 use super::machine::{GuestMachine, SharedMachine, locked, machine_error};
+use super::migrate::{self, Migration};
 use super::open::BootFiles;
 use super::prefetch;
 use super::reboot::Reboot;
 use super::snapshot::{self, SharedSnapshotSource, SnapshotDisk, SnapshotSource};
+use super::threads::work_apart;
 use super::timeline::Timeline;
 use super::{checkpointing, rewind};
 
@@ -45,7 +48,9 @@ pub(super) struct Vm {
     hub: Arc<Mutex<ConsoleHub>>,
     exit: ExitSignal,
     reboot: Option<Reboot>,
-    standby: bool,
+    /// Whether the guest runs only when the control socket says so: a standby, and a VM that comes
+    /// from another host.
+    waits: bool,
     /// Locks on the templates and live layers that the VM uses, which keep them from being removed.
     _locks: Vec<File>,
 }
@@ -55,7 +60,7 @@ impl Vm {
         machine: GuestMachine,
         hub: Arc<Mutex<ConsoleHub>>,
         timeline: SharedTimeline,
-        standby: bool,
+        waits: bool,
         locks: Vec<File>,
         events: &mut EventLoop,
     ) -> io::Result<Self> {
@@ -69,7 +74,7 @@ impl Vm {
             hub,
             exit,
             reboot: None,
-            standby,
+            waits,
             _locks: locks,
         })
     }
@@ -95,9 +100,9 @@ impl Vm {
         self.reboot = Some(reboot);
     }
 
-    /// Whether the VM was started as a standby, which waits to be adopted.
-    pub(super) fn is_standby(&self) -> bool {
-        self.standby
+    /// Whether the guest waits for the control socket to let it run.
+    pub(super) fn waits(&self) -> bool {
+        self.waits
     }
 
     /// Lets the guest run its first instruction.
@@ -172,6 +177,8 @@ pub(super) struct VmHandles {
     pub(super) devices: Handles,
     /// The source that snapshots are taken of.
     pub(super) snapshot_source: SharedSnapshotSource,
+    /// The state of a migration.
+    pub(super) migration: Arc<Migration>,
     /// The layers that the process's jail has and lacks.
     pub(super) jail: JailStatus,
     /// The console, whose clients are told of a rewind.
@@ -247,16 +254,10 @@ impl VmHandle {
     /// started, the responder in `work` is dropped, which sends the client an error.
     fn on_thread(&self, name: &str, work: impl FnOnce() + Send + 'static) {
         let wake = WakeAtEnd(self.exit.clone());
-        let work = move || {
+        work_apart(name, move || {
             let _wake = wake;
             work();
-        };
-        let started = std::thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(work);
-        if let Err(error) = started {
-            tracing::error!(%error, "no thread for a {name}");
-        }
+        });
     }
 
     /// Returns an error unless the guest has begun to run and has not ended.
@@ -288,10 +289,15 @@ impl VmControl for VmHandle {
             VmState::Stopping
         } else if self.handles.standby.is_some() {
             VmState::Standby
-        } else if locked(&self.machine).is_running() {
-            VmState::Running
         } else {
-            VmState::Paused
+            let machine = locked(&self.machine);
+            match machine.custody() {
+                Custody::Incoming => VmState::Incoming,
+                Custody::Arrived => VmState::Arrived,
+                Custody::Moved if self.handles.migration.progress().is_none() => VmState::Moved,
+                _ if machine.is_running() => VmState::Running,
+                _ => VmState::Paused,
+            }
         };
         VmInfo {
             name: self.config.name.clone(),
@@ -326,6 +332,10 @@ impl VmControl for VmHandle {
 
     fn pause(&mut self) -> Result<(), ApiError> {
         self.check_alive()?;
+        if self.handles.migration.progress().is_some() {
+            let message = "the VM is being moved to another host, where it is to run";
+            return Err(ApiError::new(ErrorCode::Conflict, message));
+        }
         locked(&self.machine)
             .pause()
             .map(drop)
@@ -399,7 +409,7 @@ impl VmControl for VmHandle {
     }
 
     fn checkpoints(&self) -> Result<CheckpointList, ApiError> {
-        Ok(snapshot::lock(&self.handles.snapshot_source)?
+        Ok(snapshot::exclusive(&self.handles.snapshot_source)?
             .checkpoints
             .list())
     }
@@ -415,7 +425,7 @@ impl VmControl for VmHandle {
     }
 
     fn remove_checkpoint(&mut self, name: &CheckpointName) -> Result<CheckpointList, ApiError> {
-        let mut source = snapshot::lock(&self.handles.snapshot_source)?;
+        let mut source = snapshot::exclusive(&self.handles.snapshot_source)?;
         source.checkpoints.remove(name)?;
         if source.checkpoints.is_empty() {
             source.dirty_tracker.forget_position();
@@ -439,6 +449,41 @@ impl VmControl for VmHandle {
             }
             responder.answer(rewound);
         });
+    }
+
+    fn migrate(&mut self, request: MigrationRequest, files: Vec<OwnedFd>, responder: Responder) {
+        if let Err(error) = self.check_alive() {
+            return responder.answer::<()>(Err(error));
+        }
+        let snapshot_source = Arc::clone(&self.handles.snapshot_source);
+        let migration = Arc::clone(&self.handles.migration);
+        let exit = self.exit.clone();
+        migrate::send(snapshot_source, migration, request, files, responder, exit);
+    }
+
+    fn receive(&mut self, files: Vec<OwnedFd>, responder: Responder) {
+        // From here on, the stream decides what becomes of the VM, and not the launcher.
+        let _ = rustix::process::set_parent_process_death_signal(None);
+        let snapshot_source = Arc::clone(&self.handles.snapshot_source);
+        let migration = Arc::clone(&self.handles.migration);
+        let (config, exit) = (self.config.clone(), self.exit.clone());
+        migrate::receive(snapshot_source, migration, config, files, responder, exit);
+    }
+
+    fn migration(&self) -> MigrationStatus {
+        MigrationStatus {
+            custody: locked(&self.machine).custody(),
+            cpu: self.handles.migration.cpu(),
+            progress: self.handles.migration.progress(),
+        }
+    }
+
+    fn confirm_migration(&mut self) -> Result<(), ApiError> {
+        migrate::confirm(&self.handles.snapshot_source, &self.exit)
+    }
+
+    fn cancel_migration(&mut self) -> Result<(), ApiError> {
+        migrate::cancel(&self.handles.snapshot_source, &self.exit)
     }
 
     fn touched_pages(&self) -> Result<TouchedPages, ApiError> {

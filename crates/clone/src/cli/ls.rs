@@ -179,6 +179,9 @@ fn text(rows: &[Row], with_state: bool) -> String {
                 Some(VmState::Paused) => "paused".into(),
                 Some(VmState::Stopping) => "stopping".into(),
                 Some(VmState::Standby) => "standby".into(),
+                Some(VmState::Incoming) => "incoming".into(),
+                Some(VmState::Arrived) => "arrived".into(),
+                Some(VmState::Moved) => "moved".into(),
                 None => "no answer".into(),
             });
         }

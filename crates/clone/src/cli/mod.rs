@@ -16,6 +16,7 @@ mod fork;
 mod image;
 mod logs;
 mod ls;
+mod migrate;
 mod options;
 mod output;
 mod power;
@@ -67,6 +68,8 @@ enum Command {
     Pause(power::PauseArgs),
     Suspend(power::SuspendArgs),
     Resume(power::ResumeArgs),
+    // It is boxed as `Run` is.
+    Migrate(Box<migrate::Args>),
     Stop(power::StopArgs),
     Kill(power::KillArgs),
     Rm(power::RmArgs),
@@ -131,6 +134,7 @@ fn dispatch(context: &Context, command: Command) -> Result<ExitCode> {
         Command::Pause(args) => power::pause(context, &args),
         Command::Suspend(args) => power::suspend(context, &args),
         Command::Resume(args) => power::resume(context, &args),
+        Command::Migrate(args) => migrate::run(context, &args),
         Command::Stop(args) => power::stop(context, &args),
         Command::Kill(args) => power::kill(context, &args),
         Command::Rm(args) => power::rm(context, &args),

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -64,6 +65,17 @@ impl Disk {
     }
 }
 
+/// A part of a disk that frozen layers hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrozenExtent {
+    /// The offset in the disk, in bytes.
+    pub offset: u64,
+    /// The length in bytes.
+    pub len: u64,
+    /// Whether it has data; otherwise it reads as zero, whatever is below.
+    pub has_data: bool,
+}
+
 impl FrozenLayers {
     /// Merges the layers into one in `file`, an empty file, over the layers below them. The result
     /// has the id of the highest layer, whose view of the disk it holds. Nothing is synced.
@@ -71,10 +83,6 @@ impl FrozenLayers {
     /// # Errors
     /// [`DiskError::Io`], or [`DiskError::Image`] if a layer's file was damaged.
     pub fn export(self, file: &File) -> Result<LayerHeader, DiskError> {
-        let mut owners = BlockMap::default();
-        for (number, (header, layer)) in (1..).zip(&self.layers) {
-            layer::load_map(layer, header, &mut owners, number, false)?;
-        }
         let (lowest, highest) = (&self.layers[0].0, &self.layers[self.layers.len() - 1].0);
         let header = LayerHeader {
             parent: lowest.parent,
@@ -83,28 +91,92 @@ impl FrozenLayers {
         layer::create(file, &header)?;
         let mut map = BlockMap::default();
         let block_size = u64::from(header.block_size);
-        let mut block = 0;
-        while block < header.blocks() {
-            let (owner, count) = owners.run(block..header.blocks());
-            let run = block..block + count;
-            match owner {
-                Owner::Base => {}
-                Owner::Zero { .. } => map.set(run, Owner::Zero { top: true }),
-                Owner::Layer(number) => {
-                    let (from, source) = &self.layers[usize::from(number) - 1];
-                    let at = |header: &LayerHeader| header.data_offset() + block * block_size;
-                    sparse::copy_range(source, at(from), file, at(&header), count * block_size)
-                        .map_err(io_error("copy a layer's blocks"))?;
-                    map.set(run, Owner::Layer(1));
-                }
-            }
-            block += count;
-        }
+        self.walk(|run, source| {
+            let Some((from, source)) = source else {
+                map.set(run, Owner::Zero { top: true });
+                return Ok(());
+            };
+            let at = |header: &LayerHeader| header.data_offset() + run.start * block_size;
+            let len = (run.end - run.start) * block_size;
+            sparse::copy_range(source, at(from), file, at(&header), len)
+                .map_err(io_error("copy a layer's blocks"))?;
+            map.set(run, Owner::Layer(1));
+            Ok(())
+        })?;
         for index in map.leaf_indices() {
             file.write_all_at(&map.top_leaf(index, 1), LayerHeader::leaf_offset(index))
                 .map_err(io_error("write the map of a layer"))?;
         }
         Ok(header)
+    }
+
+    /// Reads all that the layers hold, in the order of the disk: calls `found` with each extent, and
+    /// with its content if it has data. An extent with data has at most `most` bytes, and none ends
+    /// beyond the disk.
+    ///
+    /// # Errors
+    /// Those of `found`, [`DiskError::Io`], or [`DiskError::Image`] if a layer's file was damaged.
+    pub fn read<E: From<DiskError>>(
+        &self,
+        most: usize,
+        mut found: impl FnMut(FrozenExtent, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let header = &self.layers[0].0;
+        let (size, block_size) = (header.virtual_size, u64::from(header.block_size));
+        let mut content = vec![0; most];
+        self.walk(|run, source| {
+            let (mut offset, end) = (run.start * block_size, size.min(run.end * block_size));
+            let Some((from, source)) = source else {
+                let extent = FrozenExtent {
+                    offset,
+                    len: end - offset,
+                    has_data: false,
+                };
+                return found(extent, &[]);
+            };
+            while offset < end {
+                let len = (end - offset).min(most as u64);
+                let part = &mut content[..len as usize];
+                source
+                    .read_exact_at(part, from.data_offset() + offset)
+                    .map_err(io_error("read a layer's blocks"))?;
+                let extent = FrozenExtent {
+                    offset,
+                    len,
+                    has_data: true,
+                };
+                found(extent, part)?;
+                offset += len;
+            }
+            Ok(())
+        })
+    }
+
+    /// Calls `found` with each run of blocks that the layers hold, ascending: with the layer that has
+    /// their data, or with `None` where they are zero.
+    fn walk<E: From<DiskError>>(
+        &self,
+        mut found: impl FnMut(Range<u64>, Option<&(LayerHeader, Arc<File>)>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut owners = BlockMap::default();
+        for (number, (header, layer)) in (1..).zip(&self.layers) {
+            layer::load_map(layer, header, &mut owners, number, false)?;
+        }
+        let blocks = self.layers[0].0.blocks();
+        let mut block = 0;
+        while block < blocks {
+            let (owner, count) = owners.run(block..blocks);
+            let run = block..block + count;
+            match owner {
+                Owner::Base => {}
+                Owner::Zero { .. } => found(run, None)?,
+                Owner::Layer(number) => {
+                    found(run, Some(&self.layers[usize::from(number) - 1]))?;
+                }
+            }
+            block += count;
+        }
+        Ok(())
     }
 }
 
@@ -173,6 +245,39 @@ mod tests {
         assert_eq!(bytes, content(&mut disk));
         let hole = rustix::fs::seek(&image, rustix::fs::SeekFrom::Data(8192));
         assert_eq!(hole, Err(rustix::io::Errno::NXIO));
+    }
+
+    #[test]
+    fn what_frozen_layers_hold_is_read_part_by_part() {
+        let mut disk = open(&base(), Vec::new());
+        disk.write_at(&[1; 3 * 4096], 4096).unwrap();
+        disk.freeze(tempfile::tempfile().unwrap(), false).unwrap();
+        disk.write_at(&[2; 4096], 8192).unwrap();
+        let (offset, len, unmap) = (SIZE - 4096, 4096, true);
+        disk.call(Request::WriteZeroes { offset, len, unmap })
+            .unwrap();
+        disk.freeze(tempfile::tempfile().unwrap(), false).unwrap();
+        let mut parts = Vec::new();
+        let read = disk.frozen(0).unwrap().read(6000, |extent, content| {
+            parts.push((extent.offset, extent.len, content.first().copied()));
+            assert_eq!(
+                content.len() as u64,
+                if extent.has_data { extent.len } else { 0 }
+            );
+            Ok::<(), DiskError>(())
+        });
+        read.unwrap();
+        let expected = [
+            (4096, 4096, Some(1)),
+            (8192, 4096, Some(2)),
+            (12288, 4096, Some(1)),
+            (SIZE - 4096, 4096, None),
+        ];
+        assert_eq!(parts, expected);
+        let stopped = disk.frozen(0).unwrap().read(4096, |_, _| {
+            Err::<(), _>(DiskError::Mismatch("enough".to_owned()))
+        });
+        stopped.unwrap_err();
     }
 
     proptest! {

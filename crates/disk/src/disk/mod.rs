@@ -21,7 +21,7 @@ use crate::buffer::{Buffer, Buffers, invalid_input};
 use crate::engine::{Engine, Finished, Op};
 use crate::op_kind::OpKind;
 use crate::request::{Completion, Request};
-pub use export::FrozenLayers;
+pub use export::{FrozenExtent, FrozenLayers};
 pub use freeze::NewTop;
 pub use point::DiskPoint;
 pub(crate) use stack::Stack;

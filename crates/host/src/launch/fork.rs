@@ -181,6 +181,12 @@ impl Source {
 /// for people who inspect a clone; the clone's process opens the files that [`Parent`] names.
 fn template_config(template: &Template, parent: &Parent) -> VmConfig {
     let mut config = template.content().shape.config();
+    set_paths(&mut config, template, parent);
+    config
+}
+
+/// Sets the paths in the description of a clone of `template` to those of its files.
+pub(super) fn set_paths(config: &mut VmConfig, template: &Template, parent: &Parent) {
     let boot = parent.boot.as_ref();
     config.kernel = match boot {
         Some(boot) => boot.kernel.path.clone(),
@@ -193,7 +199,6 @@ fn template_config(template: &Template, parent: &Parent) -> VmConfig {
             disk.format = Some(*format);
         }
     }
-    config
 }
 
 /// Connects the interfaces as the overrides request, each with an address of its own.

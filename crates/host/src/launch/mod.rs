@@ -1,9 +1,10 @@
 //! Starts a VM's process. Everything is checked first, and a start that fails leaves nothing
 //! behind.
 //!
-//! [`launch`] boots a kernel; [`fork`] makes clones of a template or of a running VM; [`standby`]
+//! [`launch`] boots a kernel; [`arriving`] waits for a VM that another host sends; [`fork`] makes clones of a template or of a running VM; [`standby`]
 //! keeps clones ready in advance.
 
+pub(crate) mod arriving;
 pub mod fork;
 pub mod identity;
 mod network;
@@ -89,6 +90,8 @@ pub(crate) struct Plan {
     pub(crate) origin: Origin,
     /// The interfaces that the guest has already, which keep their addresses where that is possible.
     former_network: Vec<GuestInterface>,
+    /// Whether the VM comes from another host.
+    incoming: bool,
 }
 
 impl Plan {
@@ -98,6 +101,7 @@ impl Plan {
             config,
             origin,
             former_network: Vec::new(),
+            incoming: false,
         }
     }
 }
@@ -127,6 +131,7 @@ fn start(
         mut config,
         origin,
         former_network,
+        incoming,
     } = plan;
     // The description must exist before any host resource is set up, since the sweep after a killed
     // launcher reads it.
@@ -153,6 +158,7 @@ fn start(
         nets,
         required_jail: runtime.required_jail().clone(),
         layers_dir,
+        incoming,
     };
     let words = invocation::words(starting.dir.path());
     let (mut child, socket) = spawn(&starting.dir, words)?;

@@ -80,6 +80,7 @@ pub fn resume(
         config,
         origin: Origin::Fork(Box::new(spec)),
         former_network: record.network.clone(),
+        incoming: false,
     };
     let launched = start_or_abandon(runtime, plan, &parent)?;
     let running = start.elapsed();

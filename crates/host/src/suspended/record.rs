@@ -131,15 +131,10 @@ impl Record {
         let mut parent = match (&self.base, template) {
             (Base::Template { layers, .. }, Some(template)) => {
                 let mut parent = template.parent()?;
-                parent.base = Some(BaseTemplate {
+                parent.narrow_to(BaseTemplate {
                     template: template.dir().to_owned(),
                     layers: layers.clone(),
                 });
-                parent.template = None;
-                parent.memory.truncate(layers.memory as usize);
-                for (disk, layers) in parent.disks.iter_mut().zip(&layers.disks) {
-                    disk.layers.truncate(*layers as usize);
-                }
                 parent
             }
             (Base::Files { disks, boot }, _) => Parent {

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use clone_api::checkpoints::{CheckpointRequest, NewCheckpoint};
-use clone_api::control::{Adoption, BalloonTarget, SnapshotRequest};
+use clone_api::control::{Adoption, BalloonTarget, MigrationRequest, SnapshotRequest};
 use clone_api::routes::{self, Operation, Route};
 use clone_api::{ApiError, ErrorCode};
 use serde::Serialize;
@@ -114,6 +114,18 @@ fn run(
             let adoption: Adoption = parse(body)?;
             control.adopt(&adoption).and(nothing)
         }
+        Operation::Migrate => {
+            let wanted: MigrationRequest = parse(body)?;
+            control.migrate(wanted, files, responder());
+            Ok(Answer::Later)
+        }
+        Operation::Receive => {
+            control.receive(files, responder());
+            Ok(Answer::Later)
+        }
+        Operation::Migration => json(&control.migration()),
+        Operation::ConfirmMigration => control.confirm_migration().and(nothing),
+        Operation::CancelMigration => control.cancel_migration().and(nothing),
         Operation::OpenApi => Ok(Answer::Now(Some(clone_api::OPENAPI.as_bytes().to_vec()))),
     }
 }

@@ -9,10 +9,19 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::http::Response;
 
+/// An answer, which goes to the connection of this id.
+pub(super) struct Answer {
+    pub(super) id: u64,
+    pub(super) response: Response,
+    /// What is done when the answer was sent, or its client is gone.
+    pub(super) then: Option<Then>,
+}
+
+type Then = Box<dyn FnOnce() + Send>;
+
 struct Shared {
-    /// The answers by connection id. Threads push answers and the event loop takes them all; each
-    /// holds the lock for that only.
-    answers: Mutex<Vec<(u64, Response)>>,
+    /// Threads push answers and the event loop takes them all; each holds the lock for that only.
+    answers: Mutex<Vec<Answer>>,
     fd: EventFd,
 }
 
@@ -53,13 +62,13 @@ impl Later {
         }
     }
 
-    /// Takes the answers given so far, with the ids of their connections.
-    pub(super) fn take(&self) -> Vec<(u64, Response)> {
+    /// Takes the answers given so far.
+    pub(super) fn take(&self) -> Vec<Answer> {
         let _ = self.shared.fd.read();
         std::mem::take(&mut *self.lock())
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<(u64, Response)>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Answer>> {
         self.shared
             .answers
             .lock()
@@ -77,27 +86,47 @@ pub struct Responder {
 
 impl Responder {
     /// Sends the answer.
-    pub fn answer<T: Serialize>(mut self, result: Result<T, ApiError>) {
+    pub fn answer<T: Serialize>(self, result: Result<T, ApiError>) {
+        self.encode(result, None);
+    }
+
+    /// Sends the answer, and calls `then` in the event loop afterwards, whether or not the client
+    /// still waits.
+    pub fn answer_last<T: Serialize>(
+        self,
+        result: Result<T, ApiError>,
+        then: impl FnOnce() + Send + 'static,
+    ) {
+        self.encode(result, Some(Box::new(then)));
+    }
+
+    fn encode<T: Serialize>(mut self, result: Result<T, ApiError>, then: Option<Then>) {
         let encoded = result.and_then(|value| {
             serde_json::to_vec(&value).map_err(|error| ApiError::internal(&error))
         });
-        self.send(match encoded {
+        let response = match encoded {
             Ok(body) => Response {
                 status: 200,
                 body: Some(body),
                 allow: None,
             },
             Err(error) => Response::error(&error),
-        });
+        };
+        self.send(response, then);
     }
 
-    fn send(&mut self, response: Response) {
+    fn send(&mut self, response: Response, then: Option<Then>) {
         self.answered = true;
+        let answer = Answer {
+            id: self.id,
+            response,
+            then,
+        };
         self.shared
             .answers
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .push((self.id, response));
+            .push(answer);
         // The counter cannot overflow: the event loop empties it.
         let _ = self.shared.fd.write(1);
     }
@@ -110,7 +139,7 @@ impl Drop for Responder {
                 clone_api::ErrorCode::Internal,
                 "the VM's process gave up in the middle; its log tells why",
             );
-            self.send(Response::error(&error));
+            self.send(Response::error(&error), None);
         }
     }
 }

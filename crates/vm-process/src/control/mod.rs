@@ -18,7 +18,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use clone_api::checkpoints::{CheckpointList, CheckpointName, NewCheckpoint};
 use clone_api::control::{
-    Adoption, BalloonStatus, ConsoleInfo, SnapshotRequest, TouchedPages, VmInfo, VmStats,
+    Adoption, BalloonStatus, ConsoleInfo, MigrationRequest, MigrationStatus, SnapshotRequest,
+    TouchedPages, VmInfo, VmStats,
 };
 use clone_api::{ApiError, Bytes};
 use clone_vmm::event_loop::{EventHandler, Registrar};
@@ -69,6 +70,17 @@ pub trait VmControl: Send {
     /// Gives a standby its name and lets its guest run, provided that its jail has the required
     /// layers.
     fn adopt(&mut self, adoption: &Adoption) -> Result<(), ApiError>;
+    /// Moves the VM over the stream in `files` on another thread, which answers by `responder`.
+    fn migrate(&mut self, request: MigrationRequest, files: Vec<OwnedFd>, responder: Responder);
+    /// Takes in the VM that comes over the stream in `files` on another thread, which answers by
+    /// `responder`.
+    fn receive(&mut self, files: Vec<OwnedFd>, responder: Responder);
+    /// Returns whether the VM is to run here, and how far its migration is.
+    fn migration(&self) -> MigrationStatus;
+    /// Lets the VM run where it was moved to, or ends it where it was before.
+    fn confirm_migration(&mut self) -> Result<(), ApiError>;
+    /// Lets the VM run where it was before its migration, or ends it where it has arrived.
+    fn cancel_migration(&mut self) -> Result<(), ApiError>;
     /// Returns the pages that the guest has touched.
     fn touched_pages(&self) -> Result<TouchedPages, ApiError>;
 }
@@ -155,13 +167,16 @@ impl ControlServer {
     /// Passes the answers of other threads to the connections that wait for them, where those still
     /// exist.
     fn answer_later(&mut self) {
-        for (id, response) in self.later.take() {
+        for later::Answer { id, response, then } in self.later.take() {
             let waits = |slot: &Option<Connection>| slot.as_ref().is_some_and(|c| c.id == id);
             if let Some(index) = self.connections.iter().position(waits)
                 && let Some(connection) = &mut self.connections[index]
             {
                 connection.complete(&response);
                 self.serve(index, EventSet::empty());
+            }
+            if let Some(then) = then {
+                then();
             }
         }
     }

@@ -111,6 +111,37 @@ impl VmControl for Fake {
         }));
     }
 
+    /// Answers from another thread with the number of files that came, and notes that it is over.
+    fn migrate(&mut self, _: MigrationRequest, files: Vec<OwnedFd>, responder: Responder) {
+        let asked = Arc::clone(&self.asked);
+        thread::spawn(move || {
+            let done = clone_api::control::MigrationDone {
+                bytes: files.len() as u64,
+                ..Default::default()
+            };
+            responder.answer_last(Ok(done), move || asked.lock().unwrap().push("over"));
+        });
+    }
+
+    fn receive(&mut self, _files: Vec<OwnedFd>, responder: Responder) {
+        self.note("receive");
+        responder.answer(Ok(clone_api::control::MigrationReceived::default()));
+    }
+
+    fn migration(&self) -> MigrationStatus {
+        MigrationStatus::default()
+    }
+
+    fn confirm_migration(&mut self) -> Result<(), ApiError> {
+        self.note("confirm");
+        Ok(())
+    }
+
+    fn cancel_migration(&mut self) -> Result<(), ApiError> {
+        self.note("cancel");
+        Ok(())
+    }
+
     fn touched_pages(&self) -> Result<TouchedPages, ApiError> {
         Ok(TouchedPages::default())
     }
@@ -274,6 +305,38 @@ fn every_route_answers_with_the_status_that_the_document_promises() {
         }
     }
     assert_eq!(served, ROUTES.len());
+}
+
+#[test]
+fn what_follows_a_last_answer_is_done_after_it_and_without_a_client_too() {
+    let bench = Bench::new();
+    let body = r#"{"base":{"memory":1,"disks":[]},"disks":[]}"#;
+    let request = format!(
+        "POST /v1/vm/migrate HTTP/1.1\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let answer = bench.exchange(request.as_bytes());
+    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+    // This client does not wait for its answer.
+    drop({
+        let mut stream = bench.connect();
+        stream.write_all(request.as_bytes()).unwrap();
+        stream
+    });
+    let over = || {
+        bench
+            .asked
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|it| **it == "over")
+            .count()
+    };
+    let end = std::time::Instant::now() + Duration::from_secs(20);
+    while over() < 2 {
+        assert!(std::time::Instant::now() < end, "{}", over());
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 #[test]

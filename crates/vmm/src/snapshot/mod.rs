@@ -22,7 +22,7 @@ use crate::vcpu::VcpuState;
 
 const MAGIC: [u8; 8] = *b"CLNSTATE";
 /// The version that is written, and the newest that is read.
-const VERSION: u32 = 1;
+pub const VERSION: u32 = 1;
 /// The largest file that is read, in bytes: 32 CPUs take less than 1 MiB.
 pub const MAX_BYTES: u64 = 16 << 20;
 const HASH_BYTES: usize = 32;
