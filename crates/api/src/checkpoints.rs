@@ -1,57 +1,12 @@
 //! The requests and answers about checkpoints: states of a running VM that it can be set back to.
 
-use std::fmt;
-
 use serde::{Deserialize, Serialize};
 
+pub use crate::checkpoint_name::CheckpointName;
 use crate::control::SnapshotTimes;
-use crate::error::{ApiError, ErrorCode};
-use crate::validate::is_valid_name;
 
 /// The most checkpoints that a VM may have at once.
 pub const MAX_CHECKPOINTS: usize = 32;
-
-/// The name of a checkpoint, by the rules for the names of VMs.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(try_from = "String")]
-pub struct CheckpointName(String);
-
-impl CheckpointName {
-    /// The name as text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl TryFrom<String> for CheckpointName {
-    type Error = ApiError;
-
-    fn try_from(name: String) -> Result<Self, ApiError> {
-        match is_valid_name(&name) {
-            true => Ok(Self(name)),
-            false => Err(ApiError::new(
-                ErrorCode::InvalidConfig,
-                format!("invalid checkpoint name `{}`", name.escape_debug()),
-            )
-            .advise("use letters, digits, `-`, `_` and `.`, a letter or digit first")),
-        }
-    }
-}
-
-impl std::str::FromStr for CheckpointName {
-    type Err = ApiError;
-
-    fn from_str(name: &str) -> Result<Self, ApiError> {
-        Self::try_from(name.to_owned())
-    }
-}
-
-impl fmt::Display for CheckpointName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
 
 /// A checkpoint to be taken.
 ///
@@ -157,22 +112,4 @@ pub struct RewindTimes {
     pub disks_us: u64,
     /// Of the pause: restoring the machine's state.
     pub restore_us: u64,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_are_checked_where_they_are_read() {
-        for good in ["a", "before-upgrade", "v1.2_x"] {
-            let json = format!("{{\"name\":\"{good}\"}}");
-            let read: CheckpointRequest = serde_json::from_str(&json).unwrap();
-            assert_eq!(read.name.as_str(), good);
-        }
-        for bad in ["", "-a", "a/b", "a b", &"x".repeat(300)] {
-            let json = format!("{{\"name\":\"{bad}\"}}");
-            assert!(serde_json::from_str::<CheckpointRequest>(&json).is_err());
-        }
-    }
 }

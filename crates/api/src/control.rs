@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoints::CheckpointName;
+use crate::checkpoint_name::CheckpointName;
 use crate::config::VmConfig;
 use crate::jail::{JailStatus, RequiredJail};
 

@@ -3,6 +3,7 @@
 //! - [`config`]: the description of a VM, the same type from flags, from a TOML file and over the
 //!   control socket; [`validate`] finds everything that is wrong with one.
 //! - [`shape`]: what of a machine a template carries to other hosts.
+//! - [`checkpoints`]: states of a running VM that it is set back to.
 //! - [`control`]: what the control socket takes and answers; [`routes`] lists its operations, and
 //!   `openapi.json` describes them to other programs (a test generates it from the types and
 //!   compares).
@@ -12,6 +13,7 @@
 //! This crate opens no KVM, no disk and no network: it contains only what a client needs.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod checkpoint_name;
 pub mod checkpoints;
 pub mod client;
 pub mod config;

@@ -157,14 +157,6 @@ const PRIVATE: Scan = Scan {
     protect: false,
 };
 
-/// Private pages in the host's memory. A page that the tracker had protected when it was given back
-/// to the host looks as if it were in swap, so that only these are certain to be private.
-const PRIVATE_PRESENT: Scan = Scan {
-    all_of: PAGE_IS_PRESENT,
-    any_of: 0,
-    ..PRIVATE
-};
-
 /// Properties that no private page has.
 const NOT_PRIVATE: u32 = PAGE_IS_FILE | PAGE_IS_PFNZERO;
 
@@ -223,27 +215,6 @@ const MAPPED: Scan = Scan {
 };
 
 impl GuestMemory {
-    /// Those of `pages` that may not be private, where the layers' content or zero is seen. Pages in
-    /// swap are among them.
-    ///
-    /// # Errors
-    /// [`DirtyError::Unsupported`] on an old kernel.
-    pub fn not_private(&self, pagemap: &Pagemap, pages: &PageSet) -> Result<PageSet, DirtyError> {
-        let mut private = PageSet::new();
-        for run in pages.bridged(NEARBY).runs() {
-            pagemap.scan(
-                self.layout(),
-                self.regions(),
-                run.clone(),
-                PRIVATE_PRESENT,
-                |run, _| {
-                    private.append(run);
-                },
-            )?;
-        }
-        Ok(pages.difference(&private))
-    }
-
     /// The pages of layers that were read and not written. A record for prefetching a clone's first
     /// pages contains these besides [`GuestMemory::private_pages`].
     ///

@@ -13,6 +13,9 @@ use crate::layout::PAGE_SIZE;
 use crate::mapping::{GuestMemory, MemoryError};
 use crate::pages::PageSet;
 
+/// Pages of one layer at most this far apart are read with one call.
+const NEARBY: u64 = 8;
+
 /// The errors of putting content back. RAM has part of it then.
 #[derive(Debug, thiserror::Error)]
 pub enum PutBackError {
@@ -90,7 +93,7 @@ impl Sources {
 
 impl GuestMemory {
     /// Gives `pages` the content that they have in `stack`, whose lowest layers must be those that
-    /// are mapped. Nobody may use these pages meanwhile.
+    /// are mapped. All other pages have that content already, and a few between may be read again. Nobody may use these pages meanwhile.
     ///
     /// # Errors
     /// [`PutBackError`]; some pages have their new content then. It can be tried again.
@@ -116,17 +119,27 @@ impl GuestMemory {
             Some(below) => below.pages_with_data(),
             None => PageSet::new(),
         };
-        let (mut drop, mut zero, mut read) = (PageSet::new(), PageSet::new(), Vec::new());
+        let (mut drop, mut zero) = (PageSet::new(), PageSet::new());
+        let mut read: Vec<(usize, Range<u64>)> = Vec::new();
+        let mut last_piece = None;
         let mut pieces = stack.pieces();
         for run in pages.runs() {
             while let Some(piece) = pieces.first() {
                 let here = run.start.max(piece.pages.start)..run.end.min(piece.pages.end);
                 if !here.is_empty() {
-                    match piece.source {
-                        Source::Layer(index) if index < mapped.len() => drop.append(here),
-                        Source::Layer(index) => read.push((index, here)),
-                        Source::Zero => zero.append(here),
+                    // Pages between have their content already, and a call less is worth more.
+                    let goes_on = last_piece == Some(piece.pages.start);
+                    match (piece.source, read.last_mut()) {
+                        (Source::Layer(index), _) if index < mapped.len() => drop.append(here),
+                        (Source::Layer(_), Some((_, last)))
+                            if goes_on && here.start - last.end <= NEARBY =>
+                        {
+                            last.end = here.end;
+                        }
+                        (Source::Layer(index), _) => read.push((index, here)),
+                        (Source::Zero, _) => zero.append(here),
                     }
+                    last_piece = Some(piece.pages.start);
                 }
                 if piece.pages.end > run.end {
                     break;

@@ -23,6 +23,7 @@ use super::migrate::Migration;
 use super::open::{BootFiles, OpenOrigin, Resources};
 use super::prefetch::PrefetchPages;
 use super::reboot::Reboot;
+use super::released::Released;
 use super::run_once::RunOnce;
 use super::snapshot::{DiskWrites, SnapshotDisk};
 use super::timeline::Timeline;
@@ -52,8 +53,9 @@ pub(super) fn assemble(
 
     let guest = Guest::from_origin(resources.origin, &config)?;
     timeline.reach(StartStage::Mapped);
-    let ram = guest.memory.ram().clone();
-    let devices = devices::build(&config, resources.devices, &ram, events)?;
+    let released = Released::default();
+    let memory = &guest.memory;
+    let devices = devices::build(&config, resources.devices, memory, &released, events)?;
     let time = guest.state().map(MachineState::time);
     let parts = Parts {
         kvm,
@@ -106,7 +108,8 @@ pub(super) fn assemble(
     let attached = console.attached();
     drop(console);
 
-    let mut dirty_tracker = DirtyTracker::new(Arc::clone(machine.memory()), resources.pagemap);
+    let memory = Arc::clone(machine.memory());
+    let mut dirty_tracker = DirtyTracker::new(memory, resources.pagemap, released);
     if guest.observed {
         // Tracked memory faults page by page, so the tracker shows exactly the pages that are
         // touched.

@@ -8,7 +8,7 @@ use clone_api::config::BalloonConfig;
 use clone_api::control::{BalloonStatus, GuestMemoryStats};
 use clone_api::{ApiError, VmConfig};
 use clone_disk::Disk;
-use clone_memory::GuestRam;
+use clone_memory::GuestMemory;
 use clone_start::error::Result;
 use clone_vmm::devices::balloon::{Balloon, BalloonOffer, DiscardRam};
 use clone_vmm::devices::net::NetHandle;
@@ -20,6 +20,7 @@ use clone_vmm::pci::virtio_pci::SharedVirtioDevice;
 use clone_vmm::virtio::{DeviceError, VirtioDevice};
 
 use super::open::DeviceResources;
+use super::released::{RecordedDiscard, Released};
 use super::{disks, nets};
 
 /// The devices, and the handles that reach them without their transports.
@@ -43,7 +44,8 @@ pub(super) struct Handles {
 pub(super) fn build(
     config: &VmConfig,
     resources: DeviceResources,
-    ram: &GuestRam,
+    memory: &GuestMemory,
+    released: &Released,
     events: &mut EventLoop,
 ) -> Result<Devices> {
     let mut devices = Devices {
@@ -65,7 +67,7 @@ pub(super) fn build(
         devices.add(device.map_err(to_api_error)?, events);
     }
     if config.balloon.enabled {
-        let device = Arc::new(Mutex::new(balloon(&config.balloon, ram)?));
+        let device = Arc::new(Mutex::new(balloon(&config.balloon, memory, released)?));
         devices.handles.balloon = Some(Arc::clone(&device));
         devices.add_shared(device, events);
     }
@@ -79,8 +81,12 @@ fn to_api_error(error: DeviceError) -> ApiError {
     ApiError::internal(&error)
 }
 
-fn balloon(config: &BalloonConfig, ram: &GuestRam) -> Result<Balloon> {
-    let discard = Box::new(DiscardRam::new(ram.clone()));
+fn balloon(config: &BalloonConfig, memory: &GuestMemory, released: &Released) -> Result<Balloon> {
+    let discard = Box::new(RecordedDiscard {
+        discard: DiscardRam::new(memory.ram().clone()),
+        released: released.clone(),
+        layout: *memory.layout(),
+    });
     let offer = BalloonOffer {
         deflate_on_oom: config.deflate_on_oom,
         reporting: config.free_page_reporting,

@@ -10,6 +10,7 @@
 
 use std::sync::Arc;
 
+use super::released::Released;
 use clone_memory::layout::PAGE_SIZE;
 use clone_memory::{
     ChangeTracker, DirtyError, GuestMemory, Layer, LayerError, LayerId, LayerStack, PageSet,
@@ -31,6 +32,8 @@ pub(super) struct DirtyTracker {
     renewed: bool,
     /// The position in the tree of checkpoints, while there are any.
     position: Option<Position>,
+    /// The pages that may not have the content of the position though nobody wrote them.
+    released: Released,
 }
 
 /// The layers that the next checkpoint builds on, and what differs from them.
@@ -47,7 +50,7 @@ const MAX_DEPTH: usize = 16;
 
 impl DirtyTracker {
     /// The tracker of a VM that has just been booted or forked.
-    pub(super) fn new(memory: Arc<GuestMemory>, pagemap: Pagemap) -> Self {
+    pub(super) fn new(memory: Arc<GuestMemory>, pagemap: Pagemap, released: Released) -> Self {
         let parent = memory.layers().cloned();
         Self {
             memory,
@@ -57,6 +60,7 @@ impl DirtyTracker {
             changed: PageSet::new(),
             renewed: false,
             position: None,
+            released,
         }
     }
 
@@ -134,6 +138,9 @@ impl DirtyTracker {
     /// # Errors
     /// Those of the host's kernel.
     pub(super) fn begin_position(&mut self) -> Result<(), DirtyError> {
+        if self.position.is_none() {
+            self.released.restart();
+        }
         self.begin()?;
         if self.position.is_none() {
             // Pages that are written from now on are reported later.
@@ -174,6 +181,7 @@ impl DirtyTracker {
     /// Records that there are no checkpoints any more.
     pub(super) fn forget_position(&mut self) {
         self.position = None;
+        self.released.stop();
     }
 
     /// The pages that may differ from `target`, whose lowest layers are the mapped ones: those that
@@ -185,8 +193,8 @@ impl DirtyTracker {
     pub(super) fn differing_from(&mut self, target: &LayerStack) -> Result<PageSet, DirtyError> {
         self.begin_position()?;
         let mapped = self.memory.layers().map_or(0, |it| it.layers().len());
-        let above = target.pages_above(mapped);
-        let given_back = self.memory.not_private(&self.pagemap, &above)?;
+        let given_back = self.released.pages();
+        let given_back = given_back.intersection(&target.pages_above(mapped));
         let Some(position) = &self.position else {
             return Ok(given_back);
         };
@@ -194,11 +202,13 @@ impl DirtyTracker {
         Ok(position.changed.union(&other_layers).union(&given_back))
     }
 
-    /// Prepares `pages` to be put back. They count as changed until [`DirtyTracker::rewound`].
+    /// Prepares `pages` to be put back. Until [`DirtyTracker::rewound`], they count as changed, and as
+    /// given back where they are dropped.
     ///
     /// # Errors
     /// Those of the host's kernel.
     pub(super) fn prepare(&self, pages: &PageSet) -> Result<(), DirtyError> {
+        self.released.add(pages);
         match &self.tracker {
             Some(tracker) => tracker.unprotect(pages),
             None => Ok(()),
@@ -226,6 +236,7 @@ impl DirtyTracker {
         self.changed = target.difference(self.parent.as_ref());
         self.renewed = false;
         self.checkpointed(target);
+        self.released.restart();
         Ok(())
     }
 
@@ -326,7 +337,11 @@ mod tests {
         let stack = LayerStack::new(vec![base.clone()]).unwrap();
         let memory = Arc::new(GuestMemory::from_layers(&layout, &stack).unwrap());
         memory.ram().write_obj(7_u64, address(4)).unwrap();
-        let mut dirty_tracker = DirtyTracker::new(Arc::clone(&memory), Pagemap::open().unwrap());
+        let mut dirty_tracker = DirtyTracker::new(
+            Arc::clone(&memory),
+            Pagemap::open().unwrap(),
+            Released::default(),
+        );
         assert_eq!(
             dirty_tracker.begin().unwrap(),
             std::iter::once(4..5).collect()

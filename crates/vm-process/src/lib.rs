@@ -33,6 +33,7 @@ pub mod open;
 pub mod prefetch;
 mod rate_limits;
 mod reboot;
+mod released;
 mod rewind;
 mod run_once;
 mod snapshot;

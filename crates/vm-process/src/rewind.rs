@@ -40,6 +40,8 @@ pub(super) fn rewind(
     let source = &mut *source;
     locked(&source.machine).check_custody()?;
     let mut tops = new_tops(source, source.checkpoints.get(name)?, files)?;
+    // Most changes are found while the guest runs, so that the pause is short.
+    source.dirty_tracker.begin_position().map_err(no_tracking)?;
     let machine = Arc::clone(&source.machine);
     let mut machine = locked(&machine);
     let runs = machine.ran_before_rewind();
@@ -115,7 +117,6 @@ impl SnapshotSource {
         let paused = machine.pause().map_err(machine_error)?;
         check_goes_on(&paused)?;
         watch.lap(&mut times.stop_us);
-        paused.check(&target.state).map_err(machine_error)?;
         let is_mapped = same(self.dirty_tracker.memory().layers(), target.mapped.as_ref());
         let pages = match is_mapped {
             true => self.dirty_tracker.differing_from(&target.memory),

@@ -432,7 +432,7 @@ impl Worker {
             Job::Restore(CheckedState(state), reply) => {
                 let format = &self.shared.format;
                 let restored = match self.has_run {
-                    true => state::restore_in_place(&self.fd, &state, &self.power_on, format),
+                    true => state::restore_in_place(&self.fd, &state, format),
                     false => state::restore(&self.fd, &state, format),
                 };
                 let _ = reply.send(restored);

@@ -15,6 +15,8 @@ use super::saved::{MSR_TSC, VcpuState};
 
 /// `IA32_TSC_DEADLINE`.
 const MSR_TSC_DEADLINE: u32 = 0x6E0;
+/// KVM's switch of asynchronous page faults.
+const MSR_KVM_ASYNC_PF_EN: u32 = 0x4B56_4D02;
 /// The number of MSRs in one call. KVM takes at most 256.
 const MSR_BATCH: usize = 128;
 
@@ -121,15 +123,20 @@ pub(super) fn restore(
 
 /// Puts a saved state that was checked into a CPU that has run.
 ///
-/// The CPU is reset first, so that KVM drops what it keeps beside the registers: pending page-ready
-/// notifications of asynchronous page faults, a pending INIT or start-up, an armed timer.
+/// What KVM keeps beside the registers is dropped first: a pending INIT or start-up, and the
+/// notifications of asynchronous page faults, which are switched off for that. The rest is replaced
+/// with the registers: a timer with the local APIC, events that are pending with the events.
 pub(super) fn restore_in_place(
     vcpu: &VcpuFd,
     state: &VcpuState,
-    power_on: &VcpuState,
     format: &StateFormat,
 ) -> Result<(), VcpuError> {
-    reset(vcpu, power_on, format)?;
+    // KVM handles a pending INIT or start-up first, so that it does not reach the CPU later.
+    vcpu.get_mp_state()
+        .map_err(VcpuError::kvm("read the MP state"))?;
+    if format.msr_indices.contains(&MSR_KVM_ASYNC_PF_EN) {
+        write_msrs(vcpu, &[(MSR_KVM_ASYNC_PF_EN, 0)])?;
+    }
     set_tsc_frequency(vcpu, state.tsc_khz)?;
     put(vcpu, state, format)
 }
