@@ -9,14 +9,14 @@ use std::time::Duration;
 
 use clap::ArgGroup;
 use clone_api::control::MigrationDone;
-use clone_api::{ApiError, Bytes, Client, ErrorCode};
+use clone_api::{ApiError, Bytes, ErrorCode};
 use clone_host::migrate::{self, Link};
 use clone_start::error::Result;
 use clone_template::Store;
 use serde::Serialize;
 
 use super::Context;
-use super::output::{control_error, human_bytes};
+use super::output::human_bytes;
 
 /// The longest time without progress until the VM's process has the stream, which sets its own.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -114,14 +114,9 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
         return receive(context);
     }
     let name = args.name.as_deref().unwrap_or_default();
-    let vm = context.runtime()?.find(name)?;
-    let client = Client::new(vm.dir.control_socket());
     if args.confirm || args.cancel {
-        let told = match args.confirm {
-            true => client.confirm_migration(),
-            false => client.cancel_migration(),
-        };
-        told.map_err(control_error(name))?;
+        let runtime = context.runtime()?;
+        migrate::tell(&runtime, &runtime.find(name)?, args.confirm)?;
         return Ok(ExitCode::SUCCESS);
     }
     let command = match (&args.to, &args.via) {

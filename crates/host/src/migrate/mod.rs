@@ -17,4 +17,4 @@ mod send;
 
 pub use clone_migration::Link;
 pub use receive::{Arrived, Policy, receive};
-pub use send::{Options, send};
+pub use send::{Options, send, tell};

@@ -18,7 +18,7 @@ use crate::snapshot;
 /// The longest time for a VM to be sent. The VM's process gives up much earlier on a connection that
 /// makes no progress.
 const LIMIT: Duration = Duration::from_secs(24 * 3600);
-/// The longest time for the process of a VM that was moved to end.
+/// The longest time for the process of a VM that is not here any more to end.
 const END_LIMIT: Duration = Duration::from_secs(30);
 
 /// How a VM is sent.
@@ -86,16 +86,48 @@ pub fn send(
     // From here on, the stream is the process's alone: it ends when the process ends it.
     drop(link);
     let done = moved.map_err(|error| unmoved(vm, error))?;
+    await_end(runtime, vm)?;
+    Ok(done)
+}
+
+/// Tells a VM where it is, after a migration whose end was not seen: where it was moved to, or where
+/// it was before. Returns when the guest runs, or when nothing is left of a VM that is not here.
+///
+/// # Errors
+/// [`ErrorCode::Conflict`] for a VM that need not be told.
+pub fn tell(runtime: &Runtime, vm: &RunningVm, is_where_it_was_moved_to: bool) -> Result<()> {
+    let client = Client::new(vm.dir.control_socket());
+    let refused = |error: ClientError| match error {
+        ClientError::Refused(refusal) => refusal,
+        other => ApiError::internal(&other),
+    };
+    let custody = client.migration().map_err(refused)?.custody;
+    let told = match is_where_it_was_moved_to {
+        true => client.confirm_migration(),
+        false => client.cancel_migration(),
+    };
+    told.map_err(refused)?;
+    let ends = match is_where_it_was_moved_to {
+        true => Custody::Moved,
+        false => Custody::Arrived,
+    };
+    match custody == ends {
+        true => await_end(runtime, vm),
+        false => Ok(()),
+    }
+}
+
+/// Waits until the process of a VM that is not here any more has ended, and removes what it left.
+fn await_end(runtime: &Runtime, vm: &RunningVm) -> Result<()> {
     if !vm.process.wait(Some(END_LIMIT))? {
         let message = format!(
-            "the VM runs on the other host, and its process {} here does not end",
+            "the VM is on the other host, and its process {} here does not end",
             vm.process.pid
         );
         return Err(ApiError::new(ErrorCode::Timeout, message)
             .advise(format!("kill it: clone kill {}", vm.dir.name())));
     }
-    runtime.sweep_one(&vm.dir)?;
-    Ok(done)
+    runtime.sweep_one(&vm.dir).map(drop)
 }
 
 /// The error for a VM that was not moved, or about which it is not known.
