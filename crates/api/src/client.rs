@@ -62,6 +62,16 @@ pub enum ClientError {
     Refused(#[from] ApiError),
 }
 
+impl From<ClientError> for ApiError {
+    /// What the VM's process answered; for a failure of the connection, an internal error.
+    fn from(error: ClientError) -> Self {
+        match error {
+            ClientError::Refused(refusal) => refusal,
+            other => Self::internal(&other),
+        }
+    }
+}
+
 /// A client of one VM's control socket.
 ///
 /// ```no_run

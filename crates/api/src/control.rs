@@ -354,7 +354,7 @@ pub struct SnapshotTaken {
     /// checkpoints its parent stays the same, since it may be rewound to before the snapshot.
     #[serde(default)]
     pub is_parent: bool,
-    /// What the guest was told of its CPU.
+    /// The CPU features that the guest sees.
     pub cpu: CpuFeatures,
     /// How long each stage took.
     pub times: SnapshotTimes,
@@ -432,8 +432,8 @@ pub struct MigrationDone {
 pub struct MigrationStatus {
     /// Who may run the VM.
     pub custody: Custody,
-    /// What the guest was told of its CPU; absent for a VM that was booted, which has what its host
-    /// has.
+    /// The CPU features that the guest sees; absent for a VM that was booted here, whose guest sees
+    /// those of the host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu: Option<CpuFeatures>,
     /// The migration that is going on.
@@ -451,9 +451,9 @@ pub enum Custody {
     Here,
     /// The host that it comes from; not all of it is here.
     Incoming,
-    /// The host that it came from, until this process is told that it may.
+    /// The source host, until a confirmation gives this process the right to run the guest.
     Arrived,
-    /// The host that it was given to, unless this process is told that it does not.
+    /// The destination host, unless a cancellation returns the right to run the guest to this process.
     Moved,
 }
 

@@ -48,12 +48,7 @@ fn bench_with_clone() -> Bench {
     let started = bench.boot("base", &words);
     assert!(started.status.success(), "{started:?}");
     bench.wait_for_agent("base");
-    bench.guest(
-        "base",
-        "echo nonce-4711 > /run/nonce; \
-         (i=0; while :; do i=$((i+1)); echo $i > /run/count.new; mv /run/count.new /run/count; \
-         usleep 20000; done) >/dev/null 2>&1 &",
-    );
+    bench.start_proof_of_life("base");
     mark(&bench, "base", "base");
     bench.done(&["snapshot", "base", "-o", "t"]);
     bench.done(&["kill", "base"]);

@@ -78,7 +78,7 @@ pub fn take(runtime: &Runtime, vm: &RunningVm, name: &CheckpointName) -> Result<
 /// # Errors
 /// Those of the VM's process, as [`ErrorCode::Conflict`] while another one is taken.
 pub fn list(vm: &RunningVm) -> Result<CheckpointList> {
-    client(vm).checkpoints().map_err(refused)
+    Ok(client(vm).checkpoints()?)
 }
 
 /// Removes a checkpoint of `vm`, and returns the others.
@@ -86,7 +86,7 @@ pub fn list(vm: &RunningVm) -> Result<CheckpointList> {
 /// # Errors
 /// [`ErrorCode::NotFound`] where there is no such checkpoint.
 pub fn remove(vm: &RunningVm, name: &CheckpointName) -> Result<CheckpointList> {
-    client(vm).remove_checkpoint(name).map_err(refused)
+    Ok(client(vm).remove_checkpoint(name)?)
 }
 
 /// Rewinds `vm` to one of its checkpoints, and sets its guest's clock.
@@ -168,12 +168,5 @@ fn with_room<T>(
         .filter(|file| clone_disk::memory_room(file) > 0);
     let kept: u64 = in_memory.map(snapshot::allocated).sum();
     allow((kept + later) as i64 - room)?;
-    done.map_err(refused)
-}
-
-fn refused(error: ClientError) -> ApiError {
-    match error {
-        ClientError::Refused(refusal) => refusal,
-        other => ApiError::internal(&other),
-    }
+    Ok(done?)
 }

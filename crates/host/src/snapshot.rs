@@ -294,10 +294,7 @@ pub(crate) fn request_snapshot(
     let layers = files.iter().skip(FIRST_LAYER).step_by(2);
     let later: u64 = layers.map(clone_disk::memory_room).sum();
     allow((written + later) as i64 - room)?;
-    taken.map_err(|error| match error {
-        ClientError::Refused(refusal) => refusal,
-        other => ApiError::internal(&other),
-    })
+    Ok(taken?)
 }
 
 /// The bytes that are allocated for a file.

@@ -1,8 +1,7 @@
 //! The destination's end of the stream. Everything that it reads may be hostile.
 
-use clone_memory::layers::{LayerStack, Source};
 use clone_memory::layout::PAGE_SIZE;
-use clone_memory::{GuestMemory, PageSet};
+use clone_memory::{GuestMemory, LayerStack};
 use vm_memory::Bytes;
 
 use crate::wire::{
@@ -213,12 +212,8 @@ impl Occupied {
     fn of(memory: &GuestMemory) -> Self {
         let pages = memory.layout().size() / PAGE_SIZE;
         let mut occupied = Self(vec![0; pages.div_ceil(64) as usize]);
-        for page in layers_data(memory.layers())
-            .runs()
-            .iter()
-            .cloned()
-            .flatten()
-        {
+        let data = memory.layers().map(LayerStack::pages_with_data);
+        for page in data.unwrap_or_default().runs().iter().cloned().flatten() {
             occupied.set(page, true);
         }
         occupied
@@ -232,14 +227,6 @@ impl Occupied {
         let word = &mut self.0[(page / 64) as usize];
         *word = *word & !(1 << (page % 64)) | u64::from(occupied) << (page % 64);
     }
-}
-
-fn layers_data(layers: Option<&LayerStack>) -> PageSet {
-    let pieces = layers.into_iter().flat_map(LayerStack::pieces);
-    pieces
-        .filter(|piece| piece.source != Source::Zero)
-        .map(|piece| piece.pages.clone())
-        .collect()
 }
 
 #[cfg(test)]

@@ -11,7 +11,6 @@
 use std::sync::Arc;
 
 use super::released::Released;
-use clone_memory::layout::PAGE_SIZE;
 use clone_memory::{
     ChangeTracker, DirtyError, GuestMemory, Layer, LayerError, LayerId, LayerStack, PageSet,
     Pagemap,
@@ -256,24 +255,15 @@ impl DirtyTracker {
                 false => self.parents_data().union(&self.changed),
             };
         }
-        let above = self.layers()[base..].iter().map(Layer::pages);
-        above.fold(self.changed.clone(), |all, pages| all.union(&pages))
+        let parent = self.parent.as_ref();
+        let above = parent.map(|stack| stack.pages_above(base));
+        self.changed.union(&above.unwrap_or_default())
     }
 
     /// The pages that the parent has data for.
     fn parents_data(&self) -> PageSet {
-        let pages = self.memory.layout().size() / PAGE_SIZE;
-        let mut zero = PageSet::new();
-        for piece in self.parent.iter().flat_map(LayerStack::pieces) {
-            if piece.source == clone_memory::layers::Source::Zero {
-                zero.append(piece.pages.clone());
-            }
-        }
-        let all: PageSet = match self.parent {
-            Some(_) => std::iter::once(0..pages).collect(),
-            None => PageSet::new(),
-        };
-        all.difference(&zero)
+        let parent = self.parent.as_ref();
+        parent.map(LayerStack::pages_with_data).unwrap_or_default()
     }
 
     /// Records a snapshot that is kept: `layer` becomes the parent of the next snapshot, on top of
@@ -305,6 +295,7 @@ impl DirtyTracker {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clone_memory::layout::PAGE_SIZE;
     use clone_memory::{Checksums, LayerWriter, RamLayout};
     use vm_memory::{Bytes, GuestAddress};
 

@@ -34,7 +34,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// their writes in a file do not travel.
 ///
 /// If the connection is lost in the instant in which the VM changes hosts, it is paused on both, and
-/// neither lets it run until it is told: look at both with `clone ls --state`, and decide with
+/// runs on neither until you decide. Look at both hosts with `clone ls --state`, and decide with
 /// --confirm (it is where it was moved to) or --cancel (it is where it was before), on both hosts.
 #[derive(Debug, clap::Args)]
 #[command(group(ArgGroup::new("what").required(true).args(["to", "via", "receive", "confirm", "cancel"])))]
@@ -85,7 +85,10 @@ impl Destination {
             // The colons of an IPv6 address are none before a port.
             Some((host, port)) if !host.contains(':') || host.ends_with(']') => {
                 let port = port.parse();
-                (host, Some(port.map_err(|_| "the port is no number")?))
+                (
+                    host,
+                    Some(port.map_err(|_| "the port must be a number from 0 to 65535")?),
+                )
             }
             _ => (rest, None),
         };

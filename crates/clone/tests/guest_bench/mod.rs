@@ -88,6 +88,17 @@ impl Bench {
         self.dir.path().join("suspended")
     }
 
+    /// Puts a nonce into the RAM of a VM and starts a counter that never stops: what
+    /// [`proves_itself`] looks for.
+    pub fn start_proof_of_life(&self, name: &str) {
+        self.guest(
+            name,
+            "echo nonce-4711 > /run/nonce; \
+             (i=0; while :; do i=$((i+1)); echo $i > /run/count.new; mv /run/count.new /run/count; \
+             usleep 20000; done) >/dev/null 2>&1 &",
+        );
+    }
+
     /// Runs a script in a VM's shell, and gives what it prints.
     pub fn guest(&self, name: &str, script: &str) -> String {
         let output = self.run(&["exec", name, "sh", "-c", script]);
@@ -187,12 +198,7 @@ pub fn bench_with_template(more: &[&str]) -> Bench {
     let started = bench.boot("base", &[&["--detach", "-c", "2"], more].concat());
     assert!(started.status.success(), "{started:?}");
     bench.wait_for_agent("base");
-    bench.guest(
-        "base",
-        "echo nonce-4711 > /run/nonce; \
-         (i=0; while :; do i=$((i+1)); echo $i > /run/count.new; mv /run/count.new /run/count; \
-         usleep 20000; done) >/dev/null 2>&1 &",
-    );
+    bench.start_proof_of_life("base");
     bench.done(&["snapshot", "base", "-o", "t"]);
     bench
 }

@@ -1,4 +1,4 @@
-//! What the source tells of a VM before it is sent, and what the destination answers.
+//! The description of a VM that the source sends ahead of it, and the destination's answer.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -35,7 +35,7 @@ pub(super) struct Offer {
     pub(super) base: OfferedBase,
     /// Whether the guest's agent answers.
     pub(super) has_agent: bool,
-    /// What the guest was told of its CPU.
+    /// The CPU features that the guest sees.
     pub(super) cpu: CpuFeatures,
     /// The memory that the VM has of its own, in bytes.
     pub(super) private_bytes: u64,

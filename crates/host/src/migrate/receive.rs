@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clone_api::control::{Custody, MigrationReceived};
 use clone_api::validate::validate;
-use clone_api::{ApiError, Client, ClientError, ErrorCode, VmConfig};
+use clone_api::{ApiError, Client, ErrorCode, VmConfig};
 use clone_migration::Link;
 use clone_start::cpu;
 use clone_start::disks;
@@ -84,19 +84,14 @@ pub fn receive(
     let ArrivingVm { vm, mut child } = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
-            // The source may be gone already; the error is told here in any case.
+            // The source may be gone already. The caller gets the error in any case.
             let _ = frame::write(&mut link, &Verdict::Refused(error.clone()));
             return Err(error);
         }
     };
     let client = Client::new(vm.dir.control_socket()).with_timeout(LIMIT);
-    let received = frame::write(&mut link, &Verdict::Accepted).and_then(|()| {
-        let received = client.receive(link.descriptors());
-        received.map_err(|error| match error {
-            ClientError::Refused(refusal) => refusal,
-            other => ApiError::internal(&other),
-        })
-    });
+    let received = frame::write(&mut link, &Verdict::Accepted)
+        .and_then(|()| Ok(client.receive(link.descriptors())?));
     // From here on, the stream is the process's alone.
     drop(link);
     match received {

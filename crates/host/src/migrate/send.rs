@@ -97,16 +97,11 @@ pub fn send(
 /// [`ErrorCode::Conflict`] for a VM that need not be told.
 pub fn tell(runtime: &Runtime, vm: &RunningVm, is_where_it_was_moved_to: bool) -> Result<()> {
     let client = Client::new(vm.dir.control_socket());
-    let refused = |error: ClientError| match error {
-        ClientError::Refused(refusal) => refusal,
-        other => ApiError::internal(&other),
-    };
-    let custody = client.migration().map_err(refused)?.custody;
-    let told = match is_where_it_was_moved_to {
+    let custody = client.migration()?.custody;
+    match is_where_it_was_moved_to {
         true => client.confirm_migration(),
         false => client.cancel_migration(),
-    };
-    told.map_err(refused)?;
+    }?;
     let ends = match is_where_it_was_moved_to {
         true => Custody::Moved,
         false => Custody::Arrived,

@@ -37,12 +37,12 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(super) struct Migration {
     /// How far the migration is that is going on. Each side holds the lock for an assignment.
     progress: Mutex<Option<MigrationProgress>>,
-    /// What the guest was told of its CPU, if it was not booted here. Locked as `progress` is.
+    /// The CPU features that the guest sees, if it was not booted here. Locked as `progress` is.
     cpu: Mutex<Option<CpuFeatures>>,
 }
 
 impl Migration {
-    /// Of a guest that was told this of its CPU; `None` for one that was booted here.
+    /// The migration state of a guest that sees these CPU features; `None` for one that was booted here.
     pub(super) fn new(cpu: Option<CpuFeatures>) -> Self {
         Self {
             progress: Mutex::default(),
