@@ -11,7 +11,6 @@ use clone_api::checkpoints::{
     CheckpointList, CheckpointName, CheckpointTaken, NewCheckpoint, Rewound,
 };
 use clone_api::config::{DiskConfig, Overlay};
-use clone_api::control::VmState;
 use clone_api::{ApiError, Client, ClientError, ErrorCode, VmConfig};
 use clone_start::cgroup;
 use clone_start::error::{Result, failed};
@@ -118,8 +117,7 @@ pub fn rewind(vm: &RunningVm, name: &CheckpointName) -> Result<Back> {
     })
 }
 
-/// Whether the guest has an agent. Asking a clone's would wake the guest, and a paused guest does
-/// not answer.
+/// Whether the guest has an agent. Asking a clone's would wake the guest.
 fn has_agent(vm: &RunningVm) -> Result<bool> {
     let base = vm.dir.parent()?.base_template();
     if let Some(base) = base
@@ -127,9 +125,7 @@ fn has_agent(vm: &RunningVm) -> Result<bool> {
     {
         return Ok(template.content().agent_version.is_some());
     }
-    let info = client(vm).info();
-    let info = info.map_err(|error| ApiError::internal(&error))?;
-    Ok(info.state == VmState::Running && snapshot::agent_version(vm).is_some())
+    Ok(snapshot::agent_version(vm).is_some())
 }
 
 /// Whether the guest's writes to the disk outlive the VM.

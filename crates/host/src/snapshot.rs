@@ -21,6 +21,7 @@ use clone_start::document::{ForkDisk, Parent};
 use clone_start::error::{Result, failed};
 use clone_template::{NewTemplate, Parts, Template};
 
+use crate::migrate;
 use crate::runtime::{LiveDir, RunningVm, Runtime};
 use crate::scratch;
 
@@ -45,6 +46,7 @@ pub fn take(
     target: &Path,
     diff: bool,
 ) -> Result<(Template, SnapshotTaken)> {
+    migrate::check_here(vm)?;
     let config = vm.dir.config()?;
     let known = vm.dir.parent()?;
     let base = known.base_template();
@@ -228,8 +230,12 @@ pub(crate) fn room_for_state(vm: &RunningVm) -> Result<u64> {
     Ok((own + own / 8).min(memory.guest_bytes) + ROOM_FOR_STATE)
 }
 
-/// The version of the agent in a guest, if it answers.
+/// The version of the agent in a guest, if it answers. A paused guest does not, and is not waited for.
 pub fn agent_version(vm: &RunningVm) -> Option<String> {
+    let info = Client::new(vm.dir.control_socket()).info().ok()?;
+    if info.state != VmState::Running {
+        return None;
+    }
     let deadline = Deadline::after(AGENT_LIMIT);
     let connection = Connection::open(&vm.dir.vsock_socket(), deadline).ok()?;
     Some(connection.hello().agent_version.clone())
