@@ -8,7 +8,7 @@ use std::fs;
 use std::process::Stdio;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use guest_bench::{Bench, PATIENCE, bench_with_template, proves_itself};
+use guest_bench::{Bench, PATIENCE, With, bench_with_template, proves_itself};
 
 /// Writes `text` to RAM and to the disk.
 fn mark(bench: &Bench, vm: &str, text: &str) {
@@ -24,8 +24,9 @@ fn marked(bench: &Bench, vm: &str) -> (String, String) {
     let disk = "dd if=/dev/vda bs=4096 skip=9 count=1 iflag=direct 2>/dev/null | tr -d ' \\0'";
     // What the page cache has of the disk is what it had at the checkpoint, and so is the disk.
     let plain = "dd if=/dev/vda bs=4096 skip=9 count=1 2>/dev/null | tr -d ' \\0'";
-    let read = format!("{disk} || {plain}");
-    (bench.guest(vm, "cat /run/mark"), bench.guest(vm, &read))
+    let both = bench.guest(vm, &format!("cat /run/mark; {disk} || {plain}"));
+    let (ram, disk) = both.split_once('\n').unwrap_or((&both, ""));
+    (ram.to_owned(), disk.to_owned())
 }
 
 fn is_at(bench: &Bench, vm: &str, text: &str) {
@@ -40,18 +41,7 @@ fn refusal(bench: &Bench, words: &[&str]) -> String {
 
 /// A clone with an ephemeral disk, of a template with two CPUs, a nonce and a counter.
 fn bench_with_clone() -> Bench {
-    let bench = Bench::new();
-    let disk = bench.path("disk.img");
-    fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
-    let disk = format!("{disk},overlay=ephemeral");
-    let words = ["--detach", "-c", "2", "--disk", &disk, "--net", "nat"];
-    let started = bench.boot("base", &words);
-    assert!(started.status.success(), "{started:?}");
-    bench.wait_for_agent("base");
-    bench.start_proof_of_life("base");
-    mark(&bench, "base", "base");
-    bench.done(&["snapshot", "base", "-o", "t"]);
-    bench.done(&["kill", "base"]);
+    let bench = bench_with_template(With::NetAndDisk);
     bench.done(&["fork", "t", "-n", "vm"]);
     bench
 }
@@ -331,7 +321,7 @@ fn a_debian_that_lost_usr_has_it_again() {
 
 #[test]
 fn a_checkpoint_of_a_template_with_a_counter_is_small() {
-    let bench = bench_with_template(&[]);
+    let bench = bench_with_template(With::Nothing);
     bench.done(&["fork", "t", "-n", "vm"]);
     bench.guest("vm", "true");
     bench.done(&["checkpoint", "vm", "first"]);

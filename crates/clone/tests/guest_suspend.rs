@@ -9,7 +9,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use guest_bench::{Bench, bench_with_template, proves_itself};
+use guest_bench::{Bench, With, bench_with_template, proves_itself};
 
 /// What only the same VM can say: its boot, its names, what it wrote, its addresses.
 fn identity(bench: &Bench, name: &str) -> String {
@@ -34,7 +34,7 @@ fn count(bench: &Bench, name: &str) -> u64 {
 
 #[test]
 fn a_suspended_clone_goes_on_as_the_same_vm_again_and_again() {
-    let bench = bench_with_template(&["--net", "nat"]);
+    let bench = bench_with_template(With::Net);
     bench.done(&["fork", "t", "-n", "anna"]);
     bench.guest("anna", "echo only-annas > /run/mine");
     let (before, counted) = (identity(&bench, "anna"), count(&bench, "anna"));
@@ -83,7 +83,6 @@ fn a_suspended_clone_goes_on_as_the_same_vm_again_and_again() {
     // The state that it was resumed from goes with it.
     bench.done(&["kill", "anna"]);
     assert_eq!(states(&bench), [] as [PathBuf; 0]);
-    bench.done(&["kill", "base"]);
     bench.done(&["template", "rm", "t"]);
 }
 
@@ -138,7 +137,7 @@ fn what_was_booted_or_forked_live_is_suspended_with_its_disk_and_can_be_snapshot
 
 #[test]
 fn a_state_runs_once_whoever_is_killed_and_a_damaged_one_not_at_all() {
-    let bench = bench_with_template(&["--net", "nat"]);
+    let bench = bench_with_template(With::Net);
     bench.done(&["fork", "t", "-n", "anna"]);
     // The command is killed at different moments: the VM is either there or suspended, never both,
     // and never lost.
@@ -198,5 +197,4 @@ fn a_state_runs_once_whoever_is_killed_and_a_damaged_one_not_at_all() {
     assert!(told.contains("damaged"), "{told}");
     bench.done(&["rm", "anna"]);
     assert_eq!(states(&bench), [] as [PathBuf; 0]);
-    bench.done(&["kill", "base"]);
 }

@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Mutex;
@@ -25,10 +26,17 @@ use crate::{host, kvm, paths, release};
 const ASSETS_VARIABLE: &str = "CLONE_TEST_ASSETS";
 /// Where they find the Debian package.
 const PACKAGE_VARIABLE: &str = "CLONE_TEST_PACKAGE";
+/// Where they keep templates that several of them use.
+const SHARED_VARIABLE: &str = "CLONE_TEST_SHARED";
+/// That folder, in memory; a test run is the only one on its host or in its testbed.
+const SHARED: &str = "/run/clone-tests";
 /// Binaries that take long, longest first: they are started first, so that none is waited for alone.
-const LONG: [&str; 8] = [
+const LONG: [&str; 11] = [
+    "guest_migrate",
+    "guest_rewind",
     "guest_cluster",
     "guest_fork_debian",
+    "guest_suspend",
     "guest_book",
     "guest_package",
     "guest_army",
@@ -123,6 +131,7 @@ impl Suite {
         let mut words: Vec<OsString> = vec!["env".into()];
         words.push(format!("{ASSETS_VARIABLE}={}", assets.display()).into());
         words.push(format!("{PACKAGE_VARIABLE}={}", self.package.display()).into());
+        words.push(format!("{SHARED_VARIABLE}={SHARED}").into());
         words.extend(["cargo-nextest", "nextest", "run", "--profile", "guest"].map(Into::into));
         words.extend(["--no-fail-fast", "--binaries-metadata"].map(Into::into));
         words.push(self.list_file.clone().into());
@@ -172,6 +181,12 @@ fn here(words: &[OsString]) -> Result<ExitCode> {
         .args(&words[1..])
         .status()
         .context("cannot start cargo-nextest")?;
+    match fs::remove_dir_all(SHARED) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(error).context(format!("cannot remove {SHARED}"));
+        }
+        _ => {}
+    }
     Ok(ExitCode::from(status.code().unwrap_or(1) as u8))
 }
 
