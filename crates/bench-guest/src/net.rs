@@ -1,8 +1,10 @@
-//! A TCP connection to the measuring program: what it takes and how fast it answers.
+//! The network to the measuring program: what a TCP connection takes and how fast it answers, and
+//! ticks, whose gaps show when a guest did not run.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpStream};
-use std::time::Instant;
+use std::net::{Shutdown, TcpStream, UdpSocket};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// What one write hands over.
 const CHUNK: usize = 128 << 10;
@@ -34,4 +36,16 @@ pub(crate) fn ping(address: &str, count: u64) -> io::Result<Vec<u64>> {
         times.push(start.elapsed().as_nanos() as u64);
     }
     Ok(times)
+}
+
+/// Sends a datagram with its number every so many microseconds. Ends only by a signal.
+pub(crate) fn tick(address: &str, microseconds: u64) -> io::Result<Vec<u64>> {
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    socket.connect(address)?;
+    for number in 0_u64.. {
+        // One that is not taken is a gap, which is what is looked for.
+        let _ = socket.send(&number.to_le_bytes());
+        thread::sleep(Duration::from_micros(microseconds));
+    }
+    Ok(Vec::new())
 }

@@ -8,6 +8,7 @@ pub(crate) mod fleet;
 mod fork;
 mod list;
 mod memory;
+mod moving;
 mod net;
 mod place;
 mod rewind;
@@ -50,6 +51,11 @@ pub(crate) const ALL: &[Bench] = &[
         name: "rewind",
         about: rewind::ABOUT,
         run: rewind::run,
+    },
+    Bench {
+        name: "move",
+        about: moving::ABOUT,
+        run: moving::run,
     },
     Bench {
         name: "block",

@@ -135,7 +135,7 @@ impl Drop for Tap {
     }
 }
 
-fn ip(words: &[&str]) -> Result<()> {
+pub(super) fn ip(words: &[&str]) -> Result<()> {
     let output = Command::new("ip").args(words).output();
     let output = output.context("cannot start `ip`")?;
     anyhow::ensure!(

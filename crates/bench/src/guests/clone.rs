@@ -106,5 +106,10 @@ fn run(context: &Context, name: &str, machine: &Machine) -> Command {
     if let Some(tap) = &machine.tap {
         command.arg("--net").arg(format!("tap={tap},vhost=on"));
     }
+    if let Some(bridge) = &machine.bridge {
+        command
+            .arg("--net")
+            .arg(format!("bridge={bridge},vhost=on"));
+    }
     command
 }

@@ -27,7 +27,7 @@ use agent_proto::messages::{Exec, Put};
 use anyhow::{Context as _, Result, anyhow, bail};
 
 pub(crate) use self::clone::CloneVm;
-pub(crate) use self::qemu::{Qemu, QemuSnapshot};
+pub(crate) use self::qemu::{Qemu, QemuMove, QemuSnapshot};
 use crate::context::Context;
 
 /// The RAM disk's first words from user space.
@@ -65,6 +65,8 @@ pub(crate) struct Machine {
     pub(crate) root: bool,
     /// A tap device that is there.
     pub(crate) tap: Option<String>,
+    /// A bridge that is there, for VMMs that make their tap themselves: ours.
+    pub(crate) bridge: Option<String>,
 }
 
 impl Machine {
@@ -79,6 +81,7 @@ impl Machine {
             disk: None,
             root: false,
             tap: None,
+            bridge: None,
         }
     }
 

@@ -1,5 +1,5 @@
 //! QEMU's `microvm`, as lean as its documentation advises, with our devices' counterparts on PCI;
-//! booted, and going on from a migration into a file (`mapped-ram`).
+//! booted, going on from a migration into a file (`mapped-ram`), and migrated to another process.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -104,6 +104,75 @@ impl<'a> QemuSnapshot<'a> {
         monitor.command("cont", json!({}))?;
         Ok((qemu, start.elapsed()))
     }
+}
+
+/// What QEMU says of a migration.
+pub(crate) struct QemuMove {
+    /// The machine at its new place.
+    pub(crate) arrived: Qemu,
+    pub(crate) downtime: Duration,
+    pub(crate) total: Duration,
+    pub(crate) bytes: u64,
+}
+
+impl QemuMove {
+    /// Starts `machine` with a monitor, so that it can be moved.
+    pub(crate) fn start(context: &Context, machine: &Machine) -> Result<Qemu> {
+        let socket = monitor_at(context, "source");
+        let _ = fs::remove_file(&socket);
+        let mut command = command(context, machine, CID);
+        add_monitor(&mut command, &socket);
+        Qemu::spawn(command, CID)
+    }
+
+    /// Moves what [`QemuMove::start`] started to a process in the network namespace `namespace`, which
+    /// has the tap of `there`.
+    pub(crate) fn run(context: &Context, there: &Machine, namespace: &str) -> Result<Self> {
+        let socket = monitor_at(context, "destination");
+        let stream = context.scratch("qemu-move.stream");
+        for path in [&socket, &stream] {
+            let _ = fs::remove_file(path);
+        }
+        // Two guests of one host cannot have the same address of vsock.
+        let cid = CID + 1;
+        let qemu = command(context, there, cid);
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", namespace]);
+        command.arg(qemu.get_program()).args(qemu.get_args());
+        for (name, value) in qemu.get_envs() {
+            command.env(name, value.unwrap_or_default());
+        }
+        add_monitor(&mut command, &socket);
+        command.args(["-incoming", "defer"]);
+        let arrived = Qemu::spawn(command, cid)?;
+        let mut destination = Monitor::open(connect_when_there(&socket)?)?;
+        let uri = json!({ "uri": format!("unix:{}", stream.display()) });
+        destination.switch_on(&["events"])?;
+        destination.command("migrate-incoming", uri.clone())?;
+        let mut source = Monitor::open(connect_when_there(&monitor_at(context, "source"))?)?;
+        source.switch_on(&["events"])?;
+        // As fast as it goes, which ours is, too.
+        source.command(
+            "migrate-set-parameters",
+            json!({ "max-bandwidth": 10_u64 << 30 }),
+        )?;
+        source.command("migrate", uri)?;
+        source.migrated()?;
+        destination.migrated()?;
+        let told = source.command("query-migrate", json!({}))?;
+        let ms = |name: &str| Duration::from_millis(told[name].as_u64().unwrap_or_default());
+        let bytes = told["ram"]["transferred"].as_u64();
+        Ok(Self {
+            arrived,
+            downtime: ms("downtime"),
+            total: ms("total-time"),
+            bytes: bytes.context("QEMU does not say what it sent")?,
+        })
+    }
+}
+
+fn monitor_at(context: &Context, side: &str) -> PathBuf {
+    context.scratch(&format!("qemu-move-{side}.qmp"))
 }
 
 fn add_monitor(command: &mut Command, socket: &Path) {

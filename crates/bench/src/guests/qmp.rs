@@ -69,8 +69,14 @@ impl Monitor {
 
     /// A migration by way of a file that has each page at its place.
     pub(super) fn prepare_migration(&mut self) -> Result<()> {
-        let on = |name: &str| json!({ "capability": name, "state": true });
-        let capabilities = json!({ "capabilities": [on("mapped-ram"), on("events")] });
+        self.switch_on(&["mapped-ram", "events"])
+    }
+
+    /// Switches capabilities of migrations on.
+    pub(super) fn switch_on(&mut self, names: &[&str]) -> Result<()> {
+        let on = |name: &&str| json!({ "capability": name, "state": true });
+        let capabilities: Vec<Value> = names.iter().map(on).collect();
+        let capabilities = json!({ "capabilities": capabilities });
         self.command("migrate-set-capabilities", capabilities)?;
         Ok(())
     }
