@@ -16,5 +16,6 @@ mod receive;
 mod send;
 
 pub use clone_migration::Link;
+pub use offer::{Needs, needs};
 pub use receive::{Arrived, Policy, receive};
 pub use send::{Options, send, tell};
