@@ -10,14 +10,15 @@ use futures_util::future::BoxFuture;
 use crate::chunks::ChunkReceiver;
 use crate::moves::ByteStream;
 use crate::requests::{
-    AcceptVmRequest, AdmitFetchRequest, BalloonRequest, CheckpointVmRequest, ConnectAgentRequest, ConsoleOutput,
-    CreateVmsRequest, CreateVmsResponse, DecideMoveRequest, DestroyVmRequest, ExpectVmRequest,
-    ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest,
-    InspectMoveRequest, InspectTemplateRequest, InstallCertificateRequest, ListCheckpointsRequest,
-    MeasureVmRequest, MoveStatus, OfferVmRequest, PauseVmRequest, ReadConsoleRequest, RemoveCheckpointRequest, RemoveTemplateRequest,
-    RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest, RewindVmRequest,
-    SendVmRequest, SentVm, SetStandbysRequest, SnapshotVmRequest, SuspendVmRequest, TemplateFacts,
-    UpdateVmRequest, VmOffer,
+    AcceptVmRequest, AdmitFetchRequest, BalloonRequest, CheckpointVmRequest, ConnectAgentRequest,
+    ConsoleOutput, CreateVmsRequest, CreateVmsResponse, DecideMoveRequest, DestroyVmRequest,
+    ExpectVmRequest, ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest,
+    HostReport, ImportTemplateRequest, InspectMoveRequest, InspectTemplateRequest,
+    InstallCertificateRequest, ListCheckpointsRequest, MeasureVmRequest, MoveStatus,
+    OfferVmRequest, PauseVmRequest, ReadConsoleRequest, RemoveCheckpointRequest,
+    RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
+    RewindVmRequest, SendVmRequest, SentVm, SetStandbysRequest, SnapshotVmRequest,
+    SuspendVmRequest, TemplateFacts, UpdateVmRequest, VmOffer,
 };
 use crate::{AgentStream, Call, Error, ErrorKind, Result};
 

@@ -18,9 +18,10 @@ use crate::moves::ByteStream;
 use crate::requests::{
     AdmitFetchRequest, BalloonRequest, CheckpointVmRequest, ConnectAgentRequest, ConsoleOutput,
     CreateVmsRequest, CreateVmsResponse, DecideMoveRequest, DestroyVmRequest, ExpectVmRequest,
-    ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest,
-    InspectMoveRequest, InspectTemplateRequest, InstallCertificateRequest, ListCheckpointsRequest,
-    MeasureVmRequest, MoveStatus, OfferVmRequest, Operation, PauseVmRequest, ReadConsoleRequest, RemoveCheckpointRequest, RemoveTemplateRequest,
+    ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport,
+    ImportTemplateRequest, InspectMoveRequest, InspectTemplateRequest, InstallCertificateRequest,
+    ListCheckpointsRequest, MeasureVmRequest, MoveStatus, OfferVmRequest, Operation,
+    PauseVmRequest, ReadConsoleRequest, RemoveCheckpointRequest, RemoveTemplateRequest,
     RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest, RewindVmRequest,
     SendVmRequest, SentVm, SetStandbysRequest, SnapshotVmRequest, SuspendVmRequest, TemplateFacts,
     UpdateVmRequest, VmOffer,

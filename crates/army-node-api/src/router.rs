@@ -23,8 +23,8 @@ use crate::cluster::tls::Peer;
 use crate::moves::carry;
 use crate::relay::relay;
 use crate::requests::{
-    AcceptVmRequest, AdmitFetchRequest, ConnectAgentRequest, ExpectVmRequest, ExportTemplateRequest,
-    ImportTemplateRequest, InspectTemplateRequest, Operation, TemplateFacts,
+    AcceptVmRequest, AdmitFetchRequest, ConnectAgentRequest, ExpectVmRequest,
+    ExportTemplateRequest, ImportTemplateRequest, InspectTemplateRequest, Operation, TemplateFacts,
 };
 use crate::tickets::{TICKET_HEADER, Tickets};
 use crate::{

@@ -186,7 +186,9 @@ impl Node {
 
     /// Records that a VM cannot be received.
     pub(crate) fn refuse_arrival(&self, id: &str, error: &Error) {
-        let refused = self.journal.advance(id, Stage::Failed(error.message.clone()));
+        let refused = self
+            .journal
+            .advance(id, Stage::Failed(error.message.clone()));
         if let Err(error) = refused {
             tracing::error!(vm = id, %error, "cannot write the journal");
         }

@@ -268,12 +268,7 @@ impl NodeApi for NodeService {
         Box::pin(self.send(request, call))
     }
 
-    fn accept_vm(
-        &self,
-        request: AcceptVmRequest,
-        stream: ByteStream,
-        call: Call,
-    ) -> Reply<'_, ()> {
+    fn accept_vm(&self, request: AcceptVmRequest, stream: ByteStream, call: Call) -> Reply<'_, ()> {
         Box::pin(self.accept(request, stream, call))
     }
 

@@ -22,8 +22,8 @@ pub use hosts::{
     HostReport, InstallCertificateRequest, RenewalRequest, RenewalResponse, ReportRequest, VmReport,
 };
 pub use moves::{
-    AcceptVmRequest, DecideMoveRequest, ExpectVmRequest, InspectMoveRequest, MoveDecision, MoveStatus,
-    OfferVmRequest, Presence, SendVmRequest, SentVm, VmOffer,
+    AcceptVmRequest, DecideMoveRequest, ExpectVmRequest, InspectMoveRequest, MoveDecision,
+    MoveStatus, OfferVmRequest, Presence, SendVmRequest, SentVm, VmOffer,
 };
 pub use templates::{
     AdmitFetchRequest, ExportTemplateRequest, FetchTemplateRequest, ImportTemplateRequest,

@@ -42,8 +42,8 @@ pub(super) struct SimulatedMoves {
     epochs: HashMap<String, u64>,
     /// Where VMs are, where that is not just here.
     presence: HashMap<String, Presence>,
-    /// The epochs for which VMs are sent, with their former states.
-    departures: HashMap<String, (u64, VmState)>,
+    /// What was requested of VMs that are sent, with their former states.
+    departures: HashMap<String, (SendVmRequest, VmState)>,
     /// The tickets and the next states of VMs that are expected.
     expected: HashMap<String, (String, VmState)>,
     /// Why VMs did not move.
@@ -151,17 +151,33 @@ impl SimulatedNode {
             }
             state.vms.insert(id.clone(), VmState::Migrating);
             state.moves.presence.insert(id.clone(), Presence::Sending);
-            let departure = (request.epoch, former);
+            let departure = (request.clone(), former);
             state.moves.departures.insert(id.clone(), departure);
         }
         self.departures.pass().await;
+        self.complete_departure(&id)
+    }
+
+    /// Completes the departure of a VM whose controller was killed: nodes go on without one.
+    ///
+    /// # Errors
+    /// Why the VM was not sent.
+    pub fn complete_departure(&self, id: &str) -> Result<SentVm> {
+        let request = self.state().moves.departures.get(id).cloned();
+        let id = id.to_owned();
+        let Some((request, _)) = request else {
+            return Err(failed("the VM is not being sent"));
+        };
         let lost = self.state().moves.faults.remove(&id);
         let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
         let peer = peers.get(&request.to).cloned();
         drop(peers);
         let peer = peer.and_then(|peer| peer.upgrade());
         let (presence, result) = match &peer {
-            None => (Presence::Here, Err(failed("the other host does not answer"))),
+            None => (
+                Presence::Here,
+                Err(failed("the other host does not answer")),
+            ),
             Some(peer) => arrive(peer, &request, lost),
         };
         let mut state = self.state();
@@ -189,7 +205,7 @@ impl SimulatedNode {
                 true => state.moves.epoch(id),
                 false => 0,
             },
-            departure: state.moves.departures.get(id).map(|it| it.0),
+            departure: state.moves.departures.get(id).map(|it| it.0.epoch),
             reason: state.moves.reasons.get(id).cloned(),
             sent_bytes: None,
         }
