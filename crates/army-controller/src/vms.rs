@@ -97,14 +97,19 @@ impl Controller {
                 Ok(connection) => return Ok(connection),
                 Err(error) => error,
             };
-            let now = self.store.vm(&vm.id).await?;
-            let moves = now.state == VmState::Migrating || now.host != vm.host;
-            if !moves || Instant::now() >= end {
-                return Err(error);
+            match self.moved_since(&vm).await? {
+                Some(now) if Instant::now() < end => vm = now,
+                _ => return Err(error),
             }
-            vm = now;
             tokio::time::sleep(MOVE_LOOK).await;
         }
+    }
+
+    /// The VM as it is now, where it has moved to another host since it was read, or is about to.
+    pub async fn moved_since(&self, vm: &Vm) -> Result<Option<Vm>> {
+        let now = self.store.vm(&vm.id).await?;
+        let moves = now.state == VmState::Migrating || now.host != vm.host;
+        Ok(moves.then_some(now))
     }
 
     async fn connect_agent(&self, vm: &Vm, limit: Duration) -> Result<Connection> {
