@@ -52,11 +52,7 @@ pub(super) async fn exec(
 
 /// Runs a command to its end. It is killed where this future is dropped, as it is when the client
 /// disconnects.
-async fn run(
-    mut running: Followed,
-    stdin: Option<String>,
-    output: &mut Output,
-) -> Answer<Ended> {
+async fn run(mut running: Followed, stdin: Option<String>, output: &mut Output) -> Answer<Ended> {
     if let Some(text) = stdin {
         running.get_mut().write(text.as_bytes());
         running.get_mut().end_input();
