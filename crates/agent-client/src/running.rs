@@ -44,7 +44,7 @@ impl Running {
             wire,
             started,
             cursors: OutputCursors::from(arrived),
-            input: PendingInput::default(),
+            input: PendingInput::after(started.input_received),
             signals: BTreeSet::new(),
             size: None,
             exited: None,
@@ -67,6 +67,20 @@ impl Running {
         if let Acknowledges::Caller(waiting) = &mut self.acknowledges {
             *waiting = Some(arrived);
         }
+    }
+
+    /// Goes on for `former`, whose connection to the same command was lost: input that the command has
+    /// not received is sent again, and so is what waited to be sent.
+    #[must_use]
+    pub fn in_place_of(mut self, former: &mut Self) -> Self {
+        let input = std::mem::take(&mut former.input);
+        self.input = PendingInput::resumed(input, self.started.input_received);
+        self.signals = std::mem::take(&mut former.signals);
+        self.size = former.size.take();
+        if matches!(former.acknowledges, Acknowledges::Caller(_)) {
+            self.acknowledges = Acknowledges::Caller(None);
+        }
+        self
     }
 
     /// How the agent names it.

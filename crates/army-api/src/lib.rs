@@ -17,6 +17,7 @@ pub mod files;
 pub mod hosts;
 pub mod keys;
 mod limits;
+pub mod moves;
 pub mod operations;
 pub mod problem;
 pub mod streams;

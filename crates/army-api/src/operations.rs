@@ -5,6 +5,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use crate::Problem;
 use crate::hosts::Host;
+use crate::moves::MovedVm;
 use crate::templates::Template;
 use crate::vms::CreatedVms;
 
@@ -41,6 +42,10 @@ pub enum OperationKind {
     CreateJoinToken,
     /// A command is started in a guest.
     StartCommand,
+    /// A VM is moved to another host.
+    MigrateVm,
+    /// All VMs of a host are moved to others.
+    EvacuateHost,
 }
 
 /// The state of an operation.
@@ -91,6 +96,9 @@ pub struct Operation {
     /// The host that the operation has changed, as it is now. It is absent in lists.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<Host>,
+    /// The VM that the operation has moved, as it is now. It is absent in lists.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moved: Option<MovedVm>,
     /// The reason that the operation failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<Problem>,

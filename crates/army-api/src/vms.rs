@@ -130,6 +130,8 @@ pub enum VmState {
     /// The VM is suspended: its state is kept on its host's disk, and it uses no memory. The next
     /// command, terminal, file or forwarded port wakes it.
     Suspended,
+    /// The VM is being moved to another host. Its guest runs, but for an instant, and can be used.
+    Migrating,
     /// The VM has ended: it was destroyed, its lifetime expired, or its guest shut down; `reason`
     /// tells which.
     Ended,

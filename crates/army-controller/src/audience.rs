@@ -23,6 +23,8 @@ const KINDS: &[(&str, Audience)] = &[
     ("vm.failed", Tenant),
     ("vm.unreachable", Tenant),
     ("vm.moved", Tenant),
+    ("vm.migrating", Tenant),
+    ("vm.stayed", Tenant),
     ("vm.changed", Tenant),
     ("vm.checkpointed", Tenant),
     ("vm.rewound", Tenant),

@@ -17,8 +17,8 @@ use army_api::templates::CpuFeatures;
 use army_api::vms::{Balloon, VmMemory};
 use army_node_api::chunks::ChunkReceiver;
 use army_node_api::requests::{
-    ConsoleOutput, CreateVmsResponse, CreatedVm, HostReport, ImportTemplateRequest,
-    RenewalResponse, TemplateFacts,
+    ConsoleOutput, CreateVmsResponse, CreatedVm, HostReport, ImportTemplateRequest, MoveStatus,
+    RenewalResponse, SentVm, TemplateFacts, VmOffer,
 };
 use army_node_api::{AgentStream, Call, Error, NodeApi, Reply, Result};
 
@@ -273,6 +273,42 @@ impl Check for TemplateFacts {
     }
 }
 
+impl Check for VmOffer {
+    fn check(self) -> Self {
+        Self {
+            template: self.template.check(),
+            template_id: self.template_id.check(),
+            private_bytes: self.private_bytes.check(),
+            cpu: self.cpu.check(),
+            // Only nodes read it.
+            ceiling: self.ceiling,
+        }
+    }
+}
+
+impl Check for SentVm {
+    fn check(self) -> Self {
+        Self {
+            bytes: self.bytes.check(),
+            pause_us: self.pause_us.check(),
+            total_us: self.total_us.check(),
+            rounds: self.rounds,
+        }
+    }
+}
+
+impl Check for MoveStatus {
+    fn check(self) -> Self {
+        Self {
+            presence: self.presence,
+            epoch: self.epoch.check(),
+            departure: self.departure.check(),
+            reason: self.reason.check().as_deref().map(without_paths),
+            sent_bytes: self.sent_bytes.check(),
+        }
+    }
+}
+
 impl Check for HostReport {
     fn check(mut self) -> Self {
         for missing in &mut self.missing_jail_layers {
@@ -283,6 +319,7 @@ impl Check for HostReport {
             vm.id = std::mem::take(&mut vm.id).check();
             vm.reason = vm.reason.take().check().as_deref().map(without_paths);
             vm.memory = vm.memory.check();
+            vm.epoch = vm.epoch.check();
             vm.addresses.truncate(MAX_TEXTS);
             vm.addresses = std::mem::take(&mut vm.addresses).check();
         }
@@ -356,6 +393,7 @@ mod tests {
                 ..Capacity::default()
             },
             vms: vec![VmReport {
+                epoch: 1,
                 id: "x\0".into(),
                 state: VmState::Failed,
                 reason: Some("\u{1b}[2J".repeat(1000)),

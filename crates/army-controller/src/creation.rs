@@ -318,6 +318,7 @@ impl Creation {
             vms: &self.vms,
             template,
             environment: &self.request.details.environment,
+            host_labels: &self.request.details.host_labels,
             operation,
             nominal: self.request.nominal,
         })

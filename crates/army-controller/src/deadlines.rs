@@ -14,6 +14,8 @@ const TRANSFER: Duration = Duration::from_secs(3600);
 const EXPORT: Duration = Duration::from_secs(24 * 3600);
 /// The limit of ending a VM in the task of its host, which tries again.
 const DESTRUCTION: Duration = Duration::from_secs(10);
+/// The limit of telling a host where a VM is that was being moved. A VM's process may have to end.
+const DECISION: Duration = Duration::from_secs(60);
 /// The limit of connecting with a guest's agent. After a fork, the agent first takes back its
 /// connections.
 const AGENT: Duration = Duration::from_secs(20);
@@ -44,6 +46,10 @@ pub(crate) fn export() -> Call {
 
 pub(crate) fn destruction() -> Call {
     after(DESTRUCTION)
+}
+
+pub(crate) fn decision() -> Call {
+    after(DECISION)
 }
 
 pub(crate) fn agent() -> Deadline {

@@ -9,14 +9,14 @@ use crate::{Controller, Result, deadlines};
 impl Controller {
     /// What a VM uses.
     pub async fn measure_vm(&self, vm: &Vm) -> Result<VmFigures> {
-        let node = self.node_of(vm)?;
+        let node = self.present_node_of(vm)?;
         let request = MeasureVmRequest { vm: vm.id.clone() };
         Ok(node.measure_vm(request, deadlines::agent().into()).await?)
     }
 
     /// The last bytes of what a VM's guest has written to its serial console.
     pub async fn console(&self, vm: &Vm, bytes: u32) -> Result<String> {
-        let node = self.node_of(vm)?;
+        let node = self.present_node_of(vm)?;
         let vm = vm.id.clone();
         let request = ReadConsoleRequest { vm, bytes };
         let output = node

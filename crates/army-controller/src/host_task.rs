@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use army_api::vms::VmState;
 use army_node_api::requests::{
-    DestroyVmRequest, ForgetVmsRequest, HostReport, ReportRequest, SetStandbysRequest,
+    DestroyVmRequest, ForgetVmsRequest, HostReport, MoveDecision, ReportRequest, SetStandbysRequest,
 };
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
@@ -59,6 +59,8 @@ enum Job {
     Standbys(String),
     /// Apply the changes of VMs that it has not applied.
     Changes,
+    /// Know that this VM is its own, after a move that has failed.
+    Keep(String),
 }
 
 struct Attempt {
@@ -189,6 +191,9 @@ impl<'a> HostTask<'a> {
             self.end(id, false);
         }
         self.forget(findings.ended);
+        for (id, epoch) in findings.undecided {
+            self.keep(id, epoch);
+        }
         if findings.has_unapplied {
             self.resend_changes();
         }
@@ -205,6 +210,9 @@ impl<'a> HostTask<'a> {
         self.attempts.retain(|job, attempt| match job {
             Job::End(id) => attempt.again.is_none() || is_due(id),
             Job::Changes => attempt.again.is_none() || findings.has_unapplied,
+            Job::Keep(id) => {
+                attempt.again.is_none() || findings.undecided.iter().any(|it| it.0 == *id)
+            }
             Job::Forget | Job::Standbys(_) => true,
         });
     }
@@ -268,6 +276,18 @@ impl<'a> HostTask<'a> {
             let deadline = deadlines::question(node.as_ref());
             let forgot = node.forget_vms(ForgetVmsRequest { vms }, deadline).await;
             Done::Job(Job::Forget, forgot.map_err(Into::into))
+        }));
+    }
+
+    /// Tells the node that a VM is its own, which did not leave it.
+    fn keep(&mut self, id: String, epoch: u64) {
+        if !self.begin(&Job::Keep(id.clone()), false) {
+            return;
+        }
+        let (controller, host) = (self.controller, self.host());
+        self.work.push(Box::pin(async move {
+            let told = controller.tell(&host, &id, epoch, MoveDecision::Here).await;
+            Done::Job(Job::Keep(id), told)
         }));
     }
 

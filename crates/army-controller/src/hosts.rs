@@ -48,7 +48,7 @@ impl Controller {
         })
     }
 
-    fn cluster(&self) -> Result<&Cluster> {
+    pub(crate) fn cluster(&self) -> Result<&Cluster> {
         self.cluster.as_ref().ok_or_else(|| {
             let message = "this server has only its own host: it was started by `army dev`";
             Error::new(ErrorKind::Conflict, message)

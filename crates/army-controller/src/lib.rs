@@ -28,6 +28,7 @@ mod commands;
 mod creation;
 mod deadlines;
 mod error;
+mod evacuation;
 mod events;
 mod fenced;
 mod figures;
@@ -39,6 +40,7 @@ mod limits;
 mod loops;
 mod measured;
 mod mirror;
+mod moves;
 mod operation_list;
 pub mod operations;
 mod purge;
@@ -81,6 +83,7 @@ use fenced::HostEpoch;
 use loops::Loops;
 use measured::Written;
 use mirror::Mirror;
+use moves::MovePermits;
 use operations::Running;
 use reconcile::Creators;
 use shards::{Connected, HostTable};
@@ -112,6 +115,7 @@ pub struct Controller {
     /// the reports of their hosts.
     admission: Arc<Admission>,
     operations: Running,
+    move_permits: MovePermits,
     limits: Limits,
     loops: Loops,
     key_uses: KeyUses,
@@ -221,6 +225,7 @@ impl Controller {
             kept_ended: purge::DEFAULT_KEPT,
             admission: Arc::default(),
             operations: Running::default(),
+            move_permits: MovePermits::default(),
             limits: Limits::default(),
             loops: Loops::default(),
             key_uses: KeyUses::default(),

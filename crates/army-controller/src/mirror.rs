@@ -39,6 +39,8 @@ pub(crate) struct Known {
     pub(crate) written: Option<VmMemory>,
     /// Whether the host has not applied all that was changed.
     pub(crate) pending: bool,
+    /// The incarnation of the VM that may run.
+    pub(crate) epoch: u64,
     /// The number of the comparison that has last found the VM in a report.
     pub(crate) seen: u64,
 }
@@ -201,6 +203,7 @@ impl State {
                 .unwrap_or_default(),
             written: entry.map_or(vm.memory, |it| it.written),
             pending: vm.pending,
+            epoch: vm.epoch,
             seen: 0,
         };
         self.placed.insert(vm.id.clone(), Arc::clone(&host));

@@ -21,6 +21,11 @@ macro_rules! for_each_operation {
             read_console: army_node_api::requests::ReadConsoleRequest => army_node_api::requests::ConsoleOutput;
             snapshot_vm: army_node_api::requests::SnapshotVmRequest => army_node_api::requests::TemplateFacts;
             connect_agent: army_node_api::requests::ConnectAgentRequest => army_node_api::AgentStream;
+            offer_vm: army_node_api::requests::OfferVmRequest => army_node_api::requests::VmOffer;
+            expect_vm: army_node_api::requests::ExpectVmRequest => ();
+            send_vm: army_node_api::requests::SendVmRequest => army_node_api::requests::SentVm;
+            inspect_move: army_node_api::requests::InspectMoveRequest => army_node_api::requests::MoveStatus;
+            decide_move: army_node_api::requests::DecideMoveRequest => ();
             inspect_template: army_node_api::requests::InspectTemplateRequest => army_node_api::requests::TemplateFacts;
             set_standbys: army_node_api::requests::SetStandbysRequest => ();
             remove_template: army_node_api::requests::RemoveTemplateRequest => ();

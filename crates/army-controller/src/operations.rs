@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use army_api::hosts::Host;
+use army_api::moves::MovedVm;
 use army_api::operations::{OperationFilter, OperationKind, OperationState};
 use army_api::templates::Template;
 use futures_util::FutureExt;
@@ -64,6 +65,8 @@ pub enum Output {
     Template(Box<Template>),
     /// A host that was changed.
     Host(Box<Host>),
+    /// A VM that was moved to another host.
+    Moved(Box<MovedVm>),
     /// What the client needs of it, as JSON: a command that was started.
     Json(String),
     /// Nothing that is still there.
@@ -315,7 +318,8 @@ impl Controller {
                 let template = self.recorded_template(&row.subject).await?;
                 Ok(Output::Template(Box::new(template)))
             }
-            OperationKind::DrainHost | OperationKind::UndrainHost => {
+            OperationKind::MigrateVm => self.recorded_move(row).await,
+            OperationKind::DrainHost | OperationKind::UndrainHost | OperationKind::EvacuateHost => {
                 Ok(Output::Host(Box::new(self.host(&row.subject).await?)))
             }
             OperationKind::StartCommand => Ok(Output::Json(row.result.clone().unwrap_or_default())),

@@ -57,6 +57,9 @@ pub(crate) struct Findings {
     pub(crate) ended: Vec<String>,
     /// Whether VMs were changed and the host has not applied that.
     pub(crate) has_unapplied: bool,
+    /// VMs of the host that it does not know to be its own, after a move that has failed, with the epochs
+    /// in which they run.
+    pub(crate) undecided: Vec<(String, u64)>,
 }
 
 /// How the VMs of a report differ from those that are known.
@@ -70,6 +73,7 @@ struct Comparison {
     /// VMs that are not known, as indices of the report.
     unknown: Vec<usize>,
     has_unapplied: bool,
+    undecided: Vec<(String, u64)>,
 }
 
 impl Controller {
@@ -172,6 +176,7 @@ impl Controller {
         let mut findings = Findings {
             unwanted: compared.unwanted,
             has_unapplied: compared.has_unapplied,
+            undecided: compared.undecided,
             ..Findings::default()
         };
         self.record_lost(compared.missing).await?;
@@ -196,10 +201,21 @@ impl Controller {
         let ids = |vms: Vec<&VmReport>| -> Vec<String> {
             vms.into_iter().map(|vm| vm.id.clone()).collect()
         };
+        // A node of a former release says no epochs.
+        let elsewhere = |vms: &[&'_ VmReport]| -> Vec<(String, u64)> {
+            let vms = vms.iter().filter(|vm| vm.epoch > 0);
+            vms.map(|vm| (vm.id.clone(), vm.epoch)).collect()
+        };
+        let (left, left_over) = (elsewhere(&alive), elsewhere(&over));
         findings.ended_but_running = self.store.ended_vms(&ids(alive)).await?;
         findings
             .ended
             .extend(self.store.ended_vms(&ids(over)).await?);
+        // What is left of VMs that were moved to other hosts.
+        let left = self.store.vms_elsewhere(host, &left).await?;
+        findings.ended_but_running.extend(left);
+        let left_over = self.store.vms_elsewhere(host, &left_over).await?;
+        findings.ended.extend(left_over);
         Ok(findings)
     }
 
@@ -281,6 +297,13 @@ fn compare(
             vm.memory = report.memory;
             vm.addresses.clone_from(&report.addresses);
         }
+        if vm.state == VmState::Migrating {
+            // Whoever moves the VM decides where it is, but not whether it is wanted.
+            if !vm.wanted && report.state.is_alive() {
+                compared.unwanted.push(report.id.clone());
+            }
+            continue;
+        }
         if vm.changed > last_change
             || report.state == VmState::Creating
             || is_in_creation(&report.id, vm)
@@ -291,6 +314,10 @@ fn compare(
         if !vm.wanted && report.state.is_alive() {
             compared.unwanted.push(report.id.clone());
         }
+        if report.state == VmState::Migrating {
+            compared.undecided.push((report.id.clone(), vm.epoch));
+            continue;
+        }
         if vm.state != report.state {
             compared.changed.push((index, vm.changed));
         }
@@ -300,6 +327,9 @@ fn compare(
     }
     for (id, vm) in known.iter().filter(|(_, vm)| vm.seen != seen) {
         if vm.changed > last_change || is_in_creation(id, vm) {
+            continue;
+        }
+        if vm.state == VmState::Migrating && vm.wanted {
             continue;
         }
         match vm.wanted {

@@ -72,6 +72,7 @@ impl Records {
             vms,
             template: None,
             environment,
+            host_labels: &BTreeMap::new(),
             operation: None,
             nominal: Nominal::default(),
         };

@@ -1,7 +1,7 @@
 //! VMs that exist: reading, ending, pausing, and reaching into their guests.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent_client::{Connection, Deadline};
 use army_api::changes::ChangeVm;
@@ -14,9 +14,15 @@ use army_node_api::requests::{
 
 use crate::admission::{AdmittedRequest, Refusal};
 use crate::changes::within;
+use crate::error::RETRY_S;
 use crate::scheduler::Need;
 use crate::store::vms::VmOwner;
 use crate::{Controller, Error, ErrorKind, Node, Requester, Result, deadlines};
+
+/// How long whoever connects to a guest waits for a VM that is between two hosts.
+const MOVE_PATIENCE: Duration = Duration::from_secs(60);
+/// How often such a VM is looked at.
+const MOVE_LOOK: Duration = Duration::from_millis(100);
 
 /// Why a VM ended that a client destroyed.
 pub(crate) const DESTROYED: &str = "destroyed";
@@ -54,8 +60,22 @@ impl Controller {
         self.store.environment(&vm.id).await
     }
 
-    /// The node of a VM that has not ended.
+    /// The node of a VM that has not ended and is not being moved, for what changes the VM.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] for other VMs.
     pub(crate) fn node_of(&self, vm: &Vm) -> Result<Node> {
+        if vm.state == VmState::Migrating {
+            let message = format!("the VM {} is being moved to another host", vm.name);
+            return Err(Error::new(ErrorKind::Conflict, message)
+                .advise("try again when it is there")
+                .retry_after(RETRY_S));
+        }
+        self.present_node_of(vm)
+    }
+
+    /// The node of a VM that has not ended, for what only looks at the VM.
+    pub(crate) fn present_node_of(&self, vm: &Vm) -> Result<Node> {
         if vm.state.is_alive() {
             return self.node(&vm.host);
         }
@@ -68,8 +88,32 @@ impl Controller {
     /// `limit`; the VM counts as used while the connection lives, or what becomes of it.
     ///
     /// A suspended VM is woken.
+    /// One that is being moved answers where it runs; in the instant in between, it is waited for.
     pub async fn agent(&self, vm: &Vm, limit: Duration) -> Result<Connection> {
-        let node = self.node_of(vm)?;
+        let end = Instant::now() + MOVE_PATIENCE;
+        let mut vm = vm.clone();
+        loop {
+            let error = match self.connect_agent(&vm, limit).await {
+                Ok(connection) => return Ok(connection),
+                Err(error) => error,
+            };
+            match self.moved_since(&vm).await? {
+                Some(now) if Instant::now() < end => vm = now,
+                _ => return Err(error),
+            }
+            tokio::time::sleep(MOVE_LOOK).await;
+        }
+    }
+
+    /// The VM as it is now, where it has moved to another host since it was read, or is about to.
+    pub async fn moved_since(&self, vm: &Vm) -> Result<Option<Vm>> {
+        let now = self.store.vm(&vm.id).await?;
+        let moves = now.state == VmState::Migrating || now.host != vm.host;
+        Ok(moves.then_some(now))
+    }
+
+    async fn connect_agent(&self, vm: &Vm, limit: Duration) -> Result<Connection> {
+        let node = self.present_node_of(vm)?;
         if vm.state == VmState::Suspended {
             self.resume(vm).await?;
         }

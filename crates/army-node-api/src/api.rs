@@ -8,16 +8,19 @@ use army_api::vms::Balloon;
 use futures_util::future::BoxFuture;
 
 use crate::chunks::ChunkReceiver;
+use crate::moves::ByteStream;
 use crate::requests::{
-    AdmitFetchRequest, BalloonRequest, CheckpointVmRequest, ConnectAgentRequest, ConsoleOutput,
-    CreateVmsRequest, CreateVmsResponse, DestroyVmRequest, ExportTemplateRequest,
-    FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest,
-    InspectTemplateRequest, InstallCertificateRequest, ListCheckpointsRequest, MeasureVmRequest,
-    PauseVmRequest, ReadConsoleRequest, RemoveCheckpointRequest, RemoveTemplateRequest,
-    RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest, RewindVmRequest,
-    SetStandbysRequest, SnapshotVmRequest, SuspendVmRequest, TemplateFacts, UpdateVmRequest,
+    AcceptVmRequest, AdmitFetchRequest, BalloonRequest, CheckpointVmRequest, ConnectAgentRequest,
+    ConsoleOutput, CreateVmsRequest, CreateVmsResponse, DecideMoveRequest, DestroyVmRequest,
+    ExpectVmRequest, ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest,
+    HostReport, ImportTemplateRequest, InspectMoveRequest, InspectTemplateRequest,
+    InstallCertificateRequest, ListCheckpointsRequest, MeasureVmRequest, MoveStatus,
+    OfferVmRequest, PauseVmRequest, ReadConsoleRequest, RemoveCheckpointRequest,
+    RemoveTemplateRequest, RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest,
+    RewindVmRequest, SendVmRequest, SentVm, SetStandbysRequest, SnapshotVmRequest,
+    SuspendVmRequest, TemplateFacts, UpdateVmRequest, VmOffer,
 };
-use crate::{AgentStream, Call, Result};
+use crate::{AgentStream, Call, Error, ErrorKind, Result};
 
 /// What an operation returns: a future, boxed so that the controller can hold nodes of several
 /// kinds.
@@ -116,6 +119,51 @@ pub trait NodeApi: Send + Sync + 'static {
     /// Creates a template from a running VM, which continues to run.
     fn snapshot_vm(&self, request: SnapshotVmRequest, call: Call) -> Reply<'_, TemplateFacts>;
 
+    /// Describes a VM for its move to another host, where it can be moved.
+    ///
+    /// A VM that cannot be moved is refused with [`Conflict`](crate::ErrorKind::Conflict) and the
+    /// reason.
+    fn offer_vm(&self, _: OfferVmRequest, _: Call) -> Reply<'_, VmOffer> {
+        cannot_move()
+    }
+
+    /// Prepares to receive a VM from another host, which shows the ticket of the request.
+    ///
+    /// The VM is in the node's journal from then on, in the epoch of the request. It is refused where
+    /// the host knows it in that epoch or a later one, or has not got its template.
+    fn expect_vm(&self, _: ExpectVmRequest, _: Call) -> Reply<'_, ()> {
+        cannot_move()
+    }
+
+    /// Sends a VM to a host that expects it, and answers when it runs there. A VM that is paused or
+    /// suspended runs meanwhile.
+    ///
+    /// The node goes on where its caller gives up. After a failure, the VM runs here, unless
+    /// [`inspect_move`](NodeApi::inspect_move) says something else.
+    fn send_vm(&self, _: SendVmRequest, _: Call) -> Reply<'_, SentVm> {
+        cannot_move()
+    }
+
+    /// Receives a VM that the node expects, over a stream from its source, and answers when the stream
+    /// is being read. Only [`router`](crate::router::router) calls it, which has checked the ticket.
+    fn accept_vm(&self, _: AcceptVmRequest, _: ByteStream, _: Call) -> Reply<'_, ()> {
+        cannot_move()
+    }
+
+    /// Says where a VM is that is being moved. It changes nothing.
+    fn inspect_move(&self, _: InspectMoveRequest, _: Call) -> Reply<'_, MoveStatus> {
+        cannot_move()
+    }
+
+    /// Decides whether a VM that was being moved is on this host. It is not an error if that is decided
+    /// already.
+    ///
+    /// It is refused with [`Conflict`](crate::ErrorKind::Conflict) where the host knows a later epoch of
+    /// the VM, where the VM is still being sent or received, or runs on the host and should not.
+    fn decide_move(&self, _: DecideMoveRequest, _: Call) -> Reply<'_, ()> {
+        cannot_move()
+    }
+
     /// Connects to the agent in a VM. The VM counts as used while the stream or the connection that
     /// is made of it lives, and is resumed where it was paused because it was idle or is suspended.
     fn connect_agent(&self, request: ConnectAgentRequest, call: Call) -> Reply<'_, AgentStream>;
@@ -171,4 +219,11 @@ pub trait NodeApi: Send + Sync + 'static {
 
     /// Installs the certificate that the node has last requested.
     fn install_certificate(&self, request: InstallCertificateRequest, call: Call) -> Reply<'_, ()>;
+}
+
+/// The answer of nodes that neither send nor receive VMs.
+fn cannot_move<T: Send + 'static>() -> Reply<'static, T> {
+    let message = "this host does not move VMs";
+    let refused = Err(Error::new(ErrorKind::Conflict, message));
+    Box::pin(std::future::ready(refused))
 }

@@ -14,6 +14,7 @@ mod call;
 pub mod chunks;
 pub mod cluster;
 mod error;
+mod moves;
 mod relay;
 pub mod remote;
 pub mod requests;
@@ -29,6 +30,7 @@ pub use agent_proto::deadline::Deadline;
 pub use api::{NodeApi, Reply};
 pub use call::{Call, Fence};
 pub use error::{Error, ErrorKind, Result};
+pub use moves::{ByteStream, carry};
 pub use remote::Remote;
 
 /// The version of the protocol between controller and node: the first part of every path. It
@@ -37,6 +39,10 @@ pub const VERSION: &str = "v2";
 
 /// The protocol that a connection to an agent is upgraded to: from then on it is the agent's own.
 const AGENT_PROTOCOL: &str = "army-agent";
+
+/// The protocol that a connection to a node is upgraded to for a VM that moves: from then on it is what
+/// the launchers and processes of both hosts say.
+const MOVE_PROTOCOL: &str = "army-move";
 
 /// The header with the host's epoch, as the caller knows it.
 const EPOCH_HEADER: &str = "army-epoch";

@@ -14,19 +14,22 @@ use serde::de::DeserializeOwned;
 
 use crate::chunks::{self, ChunkReceiver};
 use crate::cluster::Member;
+use crate::moves::ByteStream;
 use crate::requests::{
     AdmitFetchRequest, BalloonRequest, CheckpointVmRequest, ConnectAgentRequest, ConsoleOutput,
-    CreateVmsRequest, CreateVmsResponse, DestroyVmRequest, ExportTemplateRequest,
-    FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest,
-    InspectTemplateRequest, InstallCertificateRequest, ListCheckpointsRequest, MeasureVmRequest,
-    Operation, PauseVmRequest, ReadConsoleRequest, RemoveCheckpointRequest, RemoveTemplateRequest,
+    CreateVmsRequest, CreateVmsResponse, DecideMoveRequest, DestroyVmRequest, ExpectVmRequest,
+    ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport,
+    ImportTemplateRequest, InspectMoveRequest, InspectTemplateRequest, InstallCertificateRequest,
+    ListCheckpointsRequest, MeasureVmRequest, MoveStatus, OfferVmRequest, Operation,
+    PauseVmRequest, ReadConsoleRequest, RemoveCheckpointRequest, RemoveTemplateRequest,
     RenewalRequest, RenewalResponse, ReportRequest, ResumeVmRequest, RewindVmRequest,
-    SetStandbysRequest, SnapshotVmRequest, SuspendVmRequest, TemplateFacts, UpdateVmRequest,
+    SendVmRequest, SentVm, SetStandbysRequest, SnapshotVmRequest, SuspendVmRequest, TemplateFacts,
+    UpdateVmRequest, VmOffer,
 };
 use crate::tickets::TICKET_HEADER;
 use crate::{
-    AGENT_PROTOCOL, AgentStream, Call, DEADLINE_HEADER, EPOCH_HEADER, Error, ErrorKind, NodeApi,
-    Reply, Result, VERSION,
+    AGENT_PROTOCOL, AgentStream, Call, DEADLINE_HEADER, EPOCH_HEADER, Error, ErrorKind,
+    MOVE_PROTOCOL, NodeApi, Reply, Result, VERSION,
 };
 
 /// The longest time that connecting with a host may take.
@@ -171,6 +174,22 @@ impl Remote {
         Ok(chunks::receive(body))
     }
 
+    /// Opens the stream over which this node's host is sent a VM that it expects, with a ticket.
+    ///
+    /// # Errors
+    /// The node's refusal, or [`ErrorKind::HostUnreachable`].
+    pub async fn open_arrival(&self, vm: &str, ticket: &str, call: Call) -> Result<ByteStream> {
+        let request = self
+            .http
+            .get(self.url(&["arrivals", vm])?)
+            .header(header::CONNECTION, "upgrade")
+            .header(header::UPGRADE, MOVE_PROTOCOL)
+            .header(TICKET_HEADER, ticket);
+        let response = self.send(request, call).await?;
+        let upgraded = response.upgrade().await;
+        Ok(Box::new(upgraded.map_err(|error| self.lost(&error))?))
+    }
+
     async fn open_agent(&self, vm: &str, call: Call) -> Result<AgentStream> {
         let request = self
             .http
@@ -280,6 +299,26 @@ impl NodeApi for Remote {
 
     fn connect_agent(&self, request: ConnectAgentRequest, call: Call) -> Reply<'_, AgentStream> {
         Box::pin(async move { self.open_agent(&request.vm, call).await })
+    }
+
+    fn offer_vm(&self, request: OfferVmRequest, call: Call) -> Reply<'_, VmOffer> {
+        self.call(request, call)
+    }
+
+    fn expect_vm(&self, request: ExpectVmRequest, call: Call) -> Reply<'_, ()> {
+        self.call(request, call)
+    }
+
+    fn send_vm(&self, request: SendVmRequest, call: Call) -> Reply<'_, SentVm> {
+        self.call(request, call)
+    }
+
+    fn inspect_move(&self, request: InspectMoveRequest, call: Call) -> Reply<'_, MoveStatus> {
+        self.call(request, call)
+    }
+
+    fn decide_move(&self, request: DecideMoveRequest, call: Call) -> Reply<'_, ()> {
+        self.call(request, call)
     }
 
     fn inspect_template(

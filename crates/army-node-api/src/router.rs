@@ -1,7 +1,8 @@
 //! Serves a node to the controller and to other nodes: the other end of [`Remote`](crate::Remote).
 //!
-//! Only the controller may command a node. Another member of the cluster may read a template for
-//! which the controller has given it a ticket, and nobody else is heard; [`cluster::tls`](crate::cluster::tls) proves who a peer is.
+//! Only the controller may command a node. Another member of the cluster may read a template, or send a
+//! VM, for which the controller has given it a ticket, and nobody else is heard;
+//! [`cluster::tls`](crate::cluster::tls) proves who a peer is.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,19 +20,22 @@ use hyper_util::rt::TokioIo;
 use crate::chunks;
 use crate::cluster::Member;
 use crate::cluster::tls::Peer;
+use crate::moves::carry;
 use crate::relay::relay;
 use crate::requests::{
-    AdmitFetchRequest, ConnectAgentRequest, ExportTemplateRequest, ImportTemplateRequest,
-    InspectTemplateRequest, Operation, TemplateFacts,
+    AcceptVmRequest, AdmitFetchRequest, ConnectAgentRequest, ExpectVmRequest,
+    ExportTemplateRequest, ImportTemplateRequest, InspectTemplateRequest, Operation, TemplateFacts,
 };
 use crate::tickets::{TICKET_HEADER, Tickets};
 use crate::{
-    AGENT_PROTOCOL, Call, DEADLINE_HEADER, Deadline, EPOCH_HEADER, Error, ErrorKind, NodeApi,
-    Reply, Result, VERSION,
+    AGENT_PROTOCOL, Call, DEADLINE_HEADER, Deadline, EPOCH_HEADER, Error, ErrorKind, MOVE_PROTOCOL,
+    NodeApi, Reply, Result, VERSION,
 };
 
 /// The largest body of a request, except for templates.
 const MAX_BODY: usize = 16 << 20;
+/// The bytes of a VM's stream that may wait for the node.
+const STREAM_BUFFER: usize = 256 << 10;
 
 type Node = Arc<dyn NodeApi>;
 
@@ -62,11 +66,17 @@ pub fn router(node: Arc<dyn NodeApi>) -> Router {
         .merge(operation(<dyn NodeApi>::remove_template))
         .merge(operation(<dyn NodeApi>::fetch_template))
         .route(&format!("/{}", AdmitFetchRequest::NAME), post(admit_fetch))
+        .merge(operation(<dyn NodeApi>::offer_vm))
+        .route(&format!("/{}", ExpectVmRequest::NAME), post(expect_vm))
+        .merge(operation(<dyn NodeApi>::send_vm))
+        .merge(operation(<dyn NodeApi>::inspect_move))
+        .merge(operation(<dyn NodeApi>::decide_move))
         .merge(operation(<dyn NodeApi>::report))
         .merge(operation(<dyn NodeApi>::forget_vms))
         .merge(operation(<dyn NodeApi>::request_renewal))
         .merge(operation(<dyn NodeApi>::install_certificate))
         .route("/agent/{vm}", get(connect_agent))
+        .route("/arrivals/{vm}", get(accept_vm))
         .route("/content/{template}", content);
     Router::new()
         .nest(&format!("/{VERSION}"), routes)
@@ -168,11 +178,7 @@ async fn connect_agent(
     mut request: Request,
 ) -> Answer<Response> {
     check_controller(&peer)?;
-    let upgrade = request.headers().get(header::UPGRADE);
-    if upgrade.map(|it| it.as_bytes()) != Some(AGENT_PROTOCOL.as_bytes()) {
-        let message = format!("this path requires `Upgrade: {AGENT_PROTOCOL}`");
-        return Err(Error::new(ErrorKind::InvalidRequest, message).into());
-    }
+    check_upgrade(&request, AGENT_PROTOCOL)?;
     let agent = node.connect_agent(ConnectAgentRequest { vm }, call);
     let (near, greeting) = agent.await?.into_parts()?;
     let upgrade = hyper::upgrade::on(&mut request);
@@ -180,11 +186,65 @@ async fn connect_agent(
         let Ok(upgraded) = upgrade.await else { return };
         relay(TokioIo::new(upgraded), near, greeting).await;
     });
-    let headers = [
-        (header::CONNECTION, "upgrade"),
-        (header::UPGRADE, AGENT_PROTOCOL),
-    ];
-    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+    Ok(switching_to(AGENT_PROTOCOL))
+}
+
+fn check_upgrade(request: &Request, protocol: &str) -> Result<()> {
+    let upgrade = request.headers().get(header::UPGRADE);
+    if upgrade.map(|it| it.as_bytes()) == Some(protocol.as_bytes()) {
+        return Ok(());
+    }
+    let message = format!("this path requires `Upgrade: {protocol}`");
+    Err(Error::new(ErrorKind::InvalidRequest, message))
+}
+
+fn switching_to(protocol: &'static str) -> Response {
+    let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, protocol)];
+    (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
+}
+
+/// Lets a node expect a VM, and accepts the ticket with which another node may send it.
+async fn expect_vm(
+    State(node): State<Node>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Extension(tickets): Extension<Arc<Tickets>>,
+    Carried(call): Carried,
+    Json(request): Json<ExpectVmRequest>,
+) -> Answer<Json<()>> {
+    check_controller(&peer)?;
+    node.expect_vm(request.clone(), call).await?;
+    Ok(Json(tickets.expect(&request)?))
+}
+
+/// Receives a VM from another node that shows a ticket.
+async fn accept_vm(
+    State(node): State<Node>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Extension(tickets): Extension<Arc<Tickets>>,
+    Carried(call): Carried,
+    Path(vm): Path<String>,
+    mut request: Request,
+) -> Answer<Response> {
+    let Some(Member::Node(from)) = peer.member else {
+        let message = "only nodes of this cluster may send VMs";
+        return Err(Error::new(ErrorKind::PermissionDenied, message).into());
+    };
+    check_upgrade(&request, MOVE_PROTOCOL)?;
+    let ticket = request.headers().get(TICKET_HEADER);
+    let ticket = ticket.and_then(|it| it.to_str().ok());
+    tickets.redeem(ticket, &from, &vm)?;
+    // What comes out of the connection is the node's as soon as the response was sent.
+    let (near, far) = tokio::io::duplex(STREAM_BUFFER);
+    let accept = AcceptVmRequest { vm, from };
+    node.accept_vm(accept, Box::new(near), call).await?;
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        let Ok(upgraded) = upgrade.await else { return };
+        if let Err(error) = carry(Box::new(TokioIo::new(upgraded)), far).await {
+            tracing::debug!(%error, "the connection of a VM that moves has failed");
+        }
+    });
+    Ok(switching_to(MOVE_PROTOCOL))
 }
 
 /// Accepts a ticket with which another node may fetch a template.

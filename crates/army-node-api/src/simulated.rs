@@ -1,9 +1,11 @@
 //! A node without VMs, for tests and for measurements of the controller.
 
+mod moves;
+
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 
 use agent_client::{AgentSocket, Transport};
 use army_api::checkpoints::{Checkpoint, Checkpoints, Rewound};
@@ -16,14 +18,19 @@ use tokio::sync::Semaphore;
 use crate::chunks::{self, ChunkReceiver};
 use crate::requests::{
     BalloonRequest, CheckpointVmRequest, ConnectAgentRequest, ConsoleOutput, CreateVmsRequest,
-    CreateVmsResponse, CreatedVm, DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest,
-    ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
-    InstallCertificateRequest, ListCheckpointsRequest, MeasureVmRequest, PauseVmRequest,
+    CreateVmsResponse, CreatedVm, DecideMoveRequest, DestroyVmRequest, ExpectVmRequest,
+    ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport,
+    ImportTemplateRequest, InspectMoveRequest, InspectTemplateRequest, InstallCertificateRequest,
+    ListCheckpointsRequest, MeasureVmRequest, MoveStatus, OfferVmRequest, PauseVmRequest,
     ReadConsoleRequest, RemoveCheckpointRequest, RemoveTemplateRequest, RenewalRequest,
-    RenewalResponse, ReportRequest, ResumeVmRequest, RewindVmRequest, SetStandbysRequest,
-    SnapshotVmRequest, SuspendVmRequest, TemplateFacts, UpdateVmRequest, VmReport, VmSpec,
+    RenewalResponse, ReportRequest, ResumeVmRequest, RewindVmRequest, SendVmRequest, SentVm,
+    SetStandbysRequest, SnapshotVmRequest, SuspendVmRequest, TemplateFacts, UpdateVmRequest,
+    VmOffer, VmReport, VmSpec,
 };
 use crate::{AgentStream, Call, Error, ErrorKind, Fence, NodeApi, Reply, Result};
+
+pub use moves::LostWord;
+use moves::SimulatedMoves;
 
 /// The address of every VM.
 const ADDRESS: &str = "192.0.2.1";
@@ -52,8 +59,12 @@ pub struct SimulatedNode {
     /// Holds answers to requests that make templates, copy them or remove them. What they are for has
     /// been done by then.
     pub transfers: Gate,
+    /// Holds VMs that are being sent, before the other host runs them.
+    pub departures: Gate,
     address: Option<SocketAddr>,
     unreachable: AtomicBool,
+    /// The nodes that VMs are sent to, by name.
+    peers: Mutex<HashMap<String, Weak<SimulatedNode>>>,
     state: Mutex<State>,
 }
 
@@ -87,6 +98,9 @@ struct State {
     reports: usize,
     /// The checkpoints of VMs, by their ids.
     checkpoints: HashMap<String, Checkpoints>,
+    /// The templates that VMs were forked from, by their ids.
+    origins: HashMap<String, String>,
+    moves: SimulatedMoves,
 }
 
 struct SimulatedTemplate {
@@ -162,8 +176,10 @@ impl SimulatedNode {
             reports: Gate::new(true),
             fence: Fence::new(0),
             transfers: Gate::new(true),
+            departures: Gate::new(true),
             address: None,
             unreachable: AtomicBool::new(false),
+            peers: Mutex::default(),
             state: Mutex::default(),
         }
     }
@@ -201,6 +217,13 @@ impl SimulatedNode {
     #[must_use]
     pub fn with_gated_transfers(mut self) -> Self {
         self.transfers = Gate::new(false);
+        self
+    }
+
+    /// Holds VMs that are being sent until the gate releases them.
+    #[must_use]
+    pub fn with_gated_departures(mut self) -> Self {
+        self.departures = Gate::new(false);
         self
     }
 
@@ -370,6 +393,7 @@ impl SimulatedNode {
             reason: state.reasons.get(id).cloned(),
             memory: memory.filter(|_| vm.is_alive()),
             addresses: vec![ADDRESS.to_owned()],
+            epoch: state.moves.epoch(id),
         });
         HostReport {
             capacity,
@@ -427,7 +451,12 @@ impl SimulatedNode {
         })
     }
 
-    async fn create(&self, vms: Vec<VmSpec>, call: Call) -> Result<CreateVmsResponse> {
+    async fn create(
+        &self,
+        template: &str,
+        vms: Vec<VmSpec>,
+        call: Call,
+    ) -> Result<CreateVmsResponse> {
         self.admit(call).await?;
         {
             let mut state = self.state();
@@ -443,6 +472,7 @@ impl SimulatedNode {
             if !state.created.insert(vm.id.clone()) {
                 state.created_twice.push(vm.id.clone());
             }
+            state.origins.insert(vm.id.clone(), template.to_owned());
             state.vms.insert(vm.id, VmState::Running);
             Ok(created)
         });
@@ -507,11 +537,15 @@ impl NodeApi for SimulatedNode {
     }
 
     fn create_vms(&self, request: CreateVmsRequest, call: Call) -> Reply<'_, CreateVmsResponse> {
-        Box::pin(self.create(request.vms, call))
+        Box::pin(async move { self.create(&request.template, request.vms, call).await })
     }
 
     fn fork_vm(&self, request: ForkVmRequest, call: Call) -> Reply<'_, CreateVmsResponse> {
-        Box::pin(self.create(request.vms, call))
+        Box::pin(async move {
+            let origin = self.state().origins.get(&request.parent).cloned();
+            let origin = origin.unwrap_or_default();
+            self.create(&origin, request.vms, call).await
+        })
     }
 
     fn destroy_vm(&self, request: DestroyVmRequest, call: Call) -> Reply<'_, ()> {
@@ -524,8 +558,10 @@ impl NodeApi for SimulatedNode {
                 None => {}
             }
             let mut state = self.state();
+            let state = &mut *state;
             if let Some(vm) = state.vms.get_mut(&request.vm) {
                 *vm = VmState::Ended;
+                state.moves.ended(&request.vm);
                 // Reports have it, as a node's have, so that it is known where the answer is lost.
                 state.reasons.insert(request.vm, request.reason);
             }
@@ -664,6 +700,29 @@ impl NodeApi for SimulatedNode {
         })
     }
 
+    fn offer_vm(&self, request: OfferVmRequest, call: Call) -> Reply<'_, VmOffer> {
+        self.answer(call, move || self.offer(&request.vm))
+    }
+
+    fn expect_vm(&self, request: ExpectVmRequest, call: Call) -> Reply<'_, ()> {
+        self.answer(call, move || self.expect(request))
+    }
+
+    fn send_vm(&self, request: SendVmRequest, call: Call) -> Reply<'_, SentVm> {
+        Box::pin(async move {
+            self.admit(call).await?;
+            self.depart(request).await
+        })
+    }
+
+    fn inspect_move(&self, request: InspectMoveRequest, call: Call) -> Reply<'_, MoveStatus> {
+        self.answer(call, move || Ok(self.move_status(&request.vm)))
+    }
+
+    fn decide_move(&self, request: DecideMoveRequest, call: Call) -> Reply<'_, ()> {
+        self.answer(call, move || self.decide(&request))
+    }
+
     fn connect_agent(&self, _: ConnectAgentRequest, call: Call) -> Reply<'_, AgentStream> {
         self.answer(call, || match self.state().agents.pop_front() {
             Some(stream) => Ok(AgentStream::raw(stream)),
@@ -776,6 +835,7 @@ impl NodeApi for SimulatedNode {
             for id in &request.vms {
                 state.vms.remove(id);
                 state.reasons.remove(id);
+                state.moves.forget(id);
             }
             Ok(())
         })

@@ -136,9 +136,10 @@ fn check_runs(vm: &RunningVm, id: &str) -> Result<()> {
         return Err(not_running(id));
     }
     let info = Client::new(vm.dir.control_socket()).info();
-    if info.is_ok_and(|info| info.state == VmState::Paused) {
-        let message = "the VM is paused: resume it first";
-        return Err(Error::new(ErrorKind::Conflict, message));
-    }
-    Ok(())
+    let message = match info.map(|info| info.state) {
+        Ok(VmState::Paused) => "the VM is paused: resume it first",
+        Ok(VmState::Moved | VmState::Arrived) => "the VM is being moved to another host",
+        _ => return Ok(()),
+    };
+    Err(Error::new(ErrorKind::Conflict, message))
 }

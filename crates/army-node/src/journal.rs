@@ -15,7 +15,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use army_api::vms::{IdlePolicy, NetworkPolicy};
+use army_api::vms::{IdlePolicy, NetworkPolicy, VmState};
 use serde::{Deserialize, Serialize};
 
 use army_node_api::requests::VmSpec;
@@ -68,6 +68,26 @@ pub struct Entry {
     /// Whether the VM is suspended, is being suspended or is being woken.
     #[serde(default)]
     pub suspended: bool,
+    /// Where the VM is being moved to. Until the controller has decided where it is, it is not known
+    /// whether it is still here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub departure: Option<Departure>,
+    /// The state that a VM gets that is arriving from another host, if it does not just run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arrives_as: Option<VmState>,
+}
+
+/// The move of a VM to another host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Departure {
+    /// The host that the VM is moved to.
+    pub to: String,
+    /// The VM's epoch there.
+    pub epoch: u64,
+    /// The state that the VM had before.
+    pub former: VmState,
+    /// Whether the move is known to have failed, so that the VM is here.
+    pub stayed: bool,
 }
 
 /// A step of a VM's life.
@@ -76,7 +96,9 @@ pub struct Entry {
 pub enum Stage {
     /// The VM is being created.
     Begun,
-    /// The VM was created.
+    /// The VM is arriving from another host.
+    Arriving,
+    /// The VM was created, or has arrived.
     Running,
     /// The VM has ended, or is about to, for this reason.
     Ended(String),
@@ -87,7 +109,7 @@ pub enum Stage {
 impl Stage {
     /// Whether the VM may be running.
     pub fn is_alive(&self) -> bool {
-        matches!(self, Self::Begun | Self::Running)
+        matches!(self, Self::Begun | Self::Arriving | Self::Running)
     }
 }
 
@@ -111,10 +133,16 @@ impl Entry {
     /// Checks that the VM can be changed.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] where it is being created or has ended.
+    /// [`ErrorKind::Conflict`] where it is being created or moved, or has ended.
     pub fn check_changeable(&self) -> Result<()> {
         let message = match &self.stage {
-            Stage::Running => return Ok(()),
+            Stage::Running => match &self.departure {
+                None => return Ok(()),
+                Some(departure) => {
+                    format!("the VM {} is being moved to {}", self.name, departure.to)
+                }
+            },
+            Stage::Arriving => format!("the VM {} has not arrived yet", self.name),
             Stage::Begun => format!("the VM {} is being created", self.name),
             Stage::Ended(reason) | Stage::Failed(reason) => {
                 format!("the VM {} has ended: {reason}", self.name)
@@ -140,6 +168,8 @@ impl Entry {
             stage: Stage::Begun,
             asleep: false,
             suspended: false,
+            departure: None,
+            arrives_as: None,
         }
     }
 }
@@ -301,6 +331,14 @@ impl Journal {
             Err(error) => refused = Some(error),
         })?;
         refused.map_or(Ok(()), Err)
+    }
+
+    /// Changes the record of a VM that is being moved, or has arrived.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where there is none.
+    pub fn record_move(&self, id: &str, update: impl FnOnce(&mut Entry)) -> Result<()> {
+        self.change(id, update)
     }
 
     /// Records whether a VM was paused because it was idle.
@@ -510,6 +548,46 @@ mod tests {
         // The VM can be created again under the same id, and the notices remain.
         journal.begin(&entry("2", 1)).unwrap();
         assert_eq!((open().all().len(), open().notices().len()), (2, 4));
+    }
+
+    #[test]
+    fn a_vm_that_is_moved_is_recorded_on_both_hosts_and_not_changed_meanwhile() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = || Journal::open(folder.path().to_owned()).unwrap();
+        let journal = open();
+        journal.begin(&entry("1", 1)).unwrap();
+        journal.advance("1", Stage::Running).unwrap();
+        let departure = Departure {
+            to: "b".into(),
+            epoch: 2,
+            former: VmState::Paused,
+            stayed: false,
+        };
+        let begun = |entry: &mut Entry| entry.departure = Some(departure.clone());
+        journal.record_move("1", begun).unwrap();
+        let mut arriving = entry("2", 5);
+        arriving.stage = Stage::Arriving;
+        arriving.arrives_as = Some(VmState::Suspended);
+        journal.begin(&arriving).unwrap();
+        let again = open();
+        assert_eq!(again.all(), journal.all());
+        assert_eq!(again.get("1").unwrap().departure, Some(departure));
+        for (id, word) in [("1", "moved to b"), ("2", "not arrived")] {
+            let refused = again.update(id, |entry| entry.asleep = true).unwrap_err();
+            assert_eq!(refused.kind, ErrorKind::Conflict);
+            assert!(refused.message.contains(word), "{refused}");
+        }
+        // The files, as they are read for ever.
+        let golden = r#"{"version":1,"id":"3","epoch":4,"name":"a","expires_ms":null,"idle":null,
+            "stage":{"stage":"running"},
+            "departure":{"to":"b","epoch":5,"former":"suspended","stayed":true}}"#;
+        fs::write(folder.path().join("3.json"), golden).unwrap();
+        let golden = r#"{"version":1,"id":"4","epoch":4,"name":"a","expires_ms":null,"idle":null,
+            "stage":{"stage":"arriving"},"arrives_as":"paused"}"#;
+        fs::write(folder.path().join("4.json"), golden).unwrap();
+        let golden = open();
+        assert!(golden.get("3").unwrap().departure.unwrap().stayed);
+        assert_eq!(golden.get("4").unwrap().stage, Stage::Arriving);
     }
 
     #[test]

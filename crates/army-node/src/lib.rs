@@ -18,6 +18,7 @@ mod figures;
 mod fork;
 pub mod journal;
 pub mod membership;
+mod moves;
 mod report;
 mod service;
 mod standbys;
@@ -46,6 +47,7 @@ use tokio::sync::Semaphore;
 use agent::Usage;
 use fence::FenceFile;
 use journal::{Journal, Stage};
+use moves::Transfers;
 use report::ReportCache;
 
 pub use service::NodeService;
@@ -73,6 +75,8 @@ pub struct Node {
     cpu: Option<CpuFeatures>,
     /// How each VM is used, by id.
     usage: Mutex<HashMap<String, Usage>>,
+    /// The VMs that this process is sending or receiving.
+    transfers: Transfers,
     /// A permit for each thread that may look at a VM for a connection to its agent.
     looking: Semaphore,
     /// How complete the jail of VMs is on this host, once it was checked.
@@ -104,6 +108,7 @@ impl Node {
             reports: ReportCache::default(),
             cpu: host_cpu(),
             usage: Mutex::default(),
+            transfers: Transfers::default(),
             looking: Semaphore::new(agent::LOOKING),
             jail: OnceLock::new(),
         });
@@ -165,8 +170,19 @@ impl Node {
         Ok(())
     }
 
+    /// Refuses what would interfere with the move of a VM.
+    fn check_not_moving(&self, id: &str) -> Result<()> {
+        match self.journal.get(id) {
+            Ok(entry) if entry.departure.is_some() || entry.stage == Stage::Arriving => {
+                entry.check_changeable()
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Stops the CPUs of a VM.
     pub fn pause(&self, id: &str) -> Result<()> {
+        self.check_not_moving(id)?;
         let paused = self.client(id)?.pause();
         self.reports.invalidate(id);
         Ok(paused?)
@@ -174,6 +190,7 @@ impl Node {
 
     /// Lets the CPUs of a paused VM run again, or wakes a suspended VM.
     pub fn resume(&self, id: &str) -> Result<()> {
+        self.check_not_moving(id)?;
         self.mark_used(id);
         self.find_awake(id)?;
         let resumed = self.client(id)?.resume();

@@ -53,9 +53,11 @@ impl Node {
             reason: None,
             memory: None,
             addresses: Vec::new(),
+            epoch: entry.epoch,
         };
         match &entry.stage {
             Stage::Begun => {}
+            Stage::Arriving => report.state = VmState::Migrating,
             Stage::Ended(reason) => {
                 report.state = VmState::Ended;
                 report.reason = Some(reason.clone());
@@ -76,6 +78,9 @@ impl Node {
                     report.addresses = answer.addresses;
                     capacity.promised_bytes += memory.guest_bytes;
                     capacity.private_bytes += memory.private_bytes;
+                }
+                if entry.departure.is_some() {
+                    report.state = VmState::Migrating;
                 }
             }
         }

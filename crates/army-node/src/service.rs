@@ -4,6 +4,8 @@
 //! where the caller gives up: what it has done is in the journal. Streams to agents are asynchronous
 //! and hold no thread.
 
+mod moves;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,16 +15,18 @@ use army_api::figures::VmFigures;
 use army_api::vms::Balloon;
 use army_node_api::chunks::{self, ChunkReceiver};
 use army_node_api::requests::{
-    BalloonRequest, CheckpointVmRequest, ConnectAgentRequest, ConsoleOutput, CreateVmsRequest,
-    CreateVmsResponse, DestroyVmRequest, ExportTemplateRequest, FetchTemplateRequest,
-    ForgetVmsRequest, ForkVmRequest, HostReport, ImportTemplateRequest, InspectTemplateRequest,
-    InstallCertificateRequest, ListCheckpointsRequest, MeasureVmRequest, PauseVmRequest,
+    AcceptVmRequest, BalloonRequest, CheckpointVmRequest, ConnectAgentRequest, ConsoleOutput,
+    CreateVmsRequest, CreateVmsResponse, DecideMoveRequest, DestroyVmRequest, ExpectVmRequest,
+    ExportTemplateRequest, FetchTemplateRequest, ForgetVmsRequest, ForkVmRequest, HostReport,
+    ImportTemplateRequest, InspectMoveRequest, InspectTemplateRequest, InstallCertificateRequest,
+    ListCheckpointsRequest, MeasureVmRequest, MoveStatus, OfferVmRequest, PauseVmRequest,
     ReadConsoleRequest, RemoveCheckpointRequest, RemoveTemplateRequest, RenewalRequest,
-    RenewalResponse, ReportRequest, ResumeVmRequest, RewindVmRequest, SetStandbysRequest,
-    SnapshotVmRequest, SuspendVmRequest, TemplateFacts, UpdateVmRequest,
+    RenewalResponse, ReportRequest, ResumeVmRequest, RewindVmRequest, SendVmRequest, SentVm,
+    SetStandbysRequest, SnapshotVmRequest, SuspendVmRequest, TemplateFacts, UpdateVmRequest,
+    VmOffer,
 };
 use army_node_api::{
-    AgentStream, Call, Deadline, Error, ErrorKind, NodeApi, Remote, Reply, Result,
+    AgentStream, ByteStream, Call, Deadline, Error, ErrorKind, NodeApi, Remote, Reply, Result,
 };
 use rustls::ClientConfig;
 use tokio::sync::Mutex;
@@ -250,6 +254,30 @@ impl NodeApi for NodeService {
         self.run(call, move |node| {
             node.snapshot(&request.vm, &request.template, request.diff)
         })
+    }
+
+    fn offer_vm(&self, request: OfferVmRequest, call: Call) -> Reply<'_, VmOffer> {
+        self.run(call, move |node| node.offer(&request.vm))
+    }
+
+    fn expect_vm(&self, request: ExpectVmRequest, call: Call) -> Reply<'_, ()> {
+        self.run(call, move |node| node.expect(&request))
+    }
+
+    fn send_vm(&self, request: SendVmRequest, call: Call) -> Reply<'_, SentVm> {
+        Box::pin(self.send(request, call))
+    }
+
+    fn accept_vm(&self, request: AcceptVmRequest, stream: ByteStream, call: Call) -> Reply<'_, ()> {
+        Box::pin(self.accept(request, stream, call))
+    }
+
+    fn inspect_move(&self, request: InspectMoveRequest, call: Call) -> Reply<'_, MoveStatus> {
+        self.run(call, move |node| node.inspect_move(&request.vm))
+    }
+
+    fn decide_move(&self, request: DecideMoveRequest, call: Call) -> Reply<'_, ()> {
+        self.run(call, move |node| node.decide_move(&request))
     }
 
     fn connect_agent(&self, request: ConnectAgentRequest, call: Call) -> Reply<'_, AgentStream> {

@@ -64,6 +64,7 @@ impl Node {
         for entry in self.journal.all() {
             match entry.stage {
                 Stage::Begun => self.end(&entry, "the node was restarted while it was made", true),
+                Stage::Arriving => self.recover_arrival(&entry),
                 Stage::Ended(_) | Stage::Failed(_) => self.end_what_is_left(&entry),
                 Stage::Running => {
                     if entry.suspended {
@@ -77,6 +78,10 @@ impl Node {
 
     fn examine_vms(&self, watch: &mut Watch) {
         for entry in self.journal.all() {
+            // The policies of a VM that is being moved apply again when it is known where it is.
+            if entry.departure.is_some() {
+                continue;
+            }
             if entry.stage == Stage::Running && entry.suspended {
                 self.enforce_time_to_live(&entry);
             } else if entry.stage == Stage::Running && self.is_running(&entry, watch) {
@@ -102,8 +107,9 @@ impl Node {
                 true
             }
             Ok(None) | Err(_) => {
-                // The VM may have been suspended since its record was read.
-                if self.journal.get(&entry.id).is_ok_and(|now| now.suspended) {
+                // The VM may have been suspended, or sent to another host, since its record was read.
+                let now = self.journal.get(&entry.id);
+                if now.is_ok_and(|now| now.suspended || now.departure.is_some()) {
                     return false;
                 }
                 self.record(entry, Stage::Ended("its guest ended it".into()));
@@ -165,7 +171,7 @@ impl Node {
         }
     }
 
-    fn has_checkpoints(&self, id: &str) -> bool {
+    pub(crate) fn has_checkpoints(&self, id: &str) -> bool {
         let listed = self.checkpoints(id);
         listed.is_ok_and(|list| !list.checkpoints.is_empty())
     }
@@ -206,7 +212,7 @@ impl Node {
         }
     }
 
-    fn end(&self, entry: &Entry, reason: &str, failed: bool) {
+    pub(crate) fn end(&self, entry: &Entry, reason: &str, failed: bool) {
         let stage = match failed {
             true => Stage::Failed(reason.to_owned()),
             false => Stage::Ended(reason.to_owned()),

@@ -22,29 +22,31 @@ impl Node {
     /// # Errors
     /// Where the state cannot be written; the VM then runs on.
     pub fn suspend(&self, id: &str) -> Result<()> {
-        self.turns.take(id, || {
-            let entry = self.journal.get(id)?;
-            entry.check_changeable()?;
-            if entry.suspended {
-                return Ok(());
-            }
-            let vm = self.find(id)?;
-            self.journal.update(id, |entry| {
-                entry.suspended = true;
-                // The host may be restarted meanwhile, and its clock since the start with it.
-                entry.ends_ms = None;
+        self.turns.take(id, || self.suspend_in_turn(id))
+    }
+
+    pub(crate) fn suspend_in_turn(&self, id: &str) -> Result<()> {
+        let entry = self.journal.get(id)?;
+        entry.check_changeable()?;
+        if entry.suspended {
+            return Ok(());
+        }
+        let vm = self.find(id)?;
+        self.journal.update(id, |entry| {
+            entry.suspended = true;
+            // The host may be restarted meanwhile, and its clock since the start with it.
+            entry.ends_ms = None;
+        })?;
+        let suspended = suspend::suspend(&self.runtime, &vm);
+        self.reports.invalidate(id);
+        if let Err(error) = suspended {
+            self.journal.update(id, |now| {
+                now.suspended = false;
+                now.ends_ms = entry.ends_ms;
             })?;
-            let suspended = suspend::suspend(&self.runtime, &vm);
-            self.reports.invalidate(id);
-            if let Err(error) = suspended {
-                self.journal.update(id, |now| {
-                    now.suspended = false;
-                    now.ends_ms = entry.ends_ms;
-                })?;
-                return Err(error.into());
-            }
-            self.journal.set_asleep(id, false)
-        })
+            return Err(error.into());
+        }
+        self.journal.set_asleep(id, false)
     }
 
     /// The VM, which is woken where it is suspended.
@@ -63,7 +65,7 @@ impl Node {
         })
     }
 
-    fn wake(&self, entry: &Entry) -> Result<RunningVm> {
+    pub(crate) fn wake(&self, entry: &Entry) -> Result<RunningVm> {
         let name = vm_name(&entry.id);
         let running = self.find(&entry.id);
         let suspended = self.runtime.suspended()?.find(&name)?;
@@ -74,9 +76,7 @@ impl Node {
                 vm
             }
             (Err(_), Some(suspended)) => {
-                let policy = entry.network.as_ref();
-                let reach = policy.map(|policy| reach(policy, entry.ceiling.as_ref()));
-                let reach = reach.transpose()?;
+                let reach = self.reach_of(entry)?;
                 let resumed = resume::resume(&self.runtime, &suspended, reach.as_ref())?;
                 for notice in &resumed.notices {
                     tracing::warn!(vm = entry.id, "{notice}");
@@ -90,6 +90,13 @@ impl Node {
         self.mark_used(&entry.id);
         self.reports.invalidate(&entry.id);
         Ok(vm)
+    }
+
+    /// The destinations that a VM may send to, where its network policy says so.
+    pub(crate) fn reach_of(&self, entry: &Entry) -> Result<Option<Reach>> {
+        let policy = entry.network.as_ref();
+        let reach = policy.map(|policy| reach(policy, entry.ceiling.as_ref()));
+        reach.transpose()
     }
 
     /// Continues a suspension or a resumption that an earlier process of the node did not finish. A

@@ -79,6 +79,8 @@ impl Controller {
                 OperationKind::CreateVms | OperationKind::ForkVm => {
                     return self.resume_creation(&row).await;
                 }
+                OperationKind::MigrateVm => return self.resume_move(&row).await,
+                OperationKind::EvacuateHost => return self.evacuate(&row.id, &row.subject).await,
                 OperationKind::RemoveTemplate => {
                     return self.remove_copies(&row.id, &key(&row).store_name).await;
                 }
@@ -134,6 +136,8 @@ impl Controller {
             OperationKind::CreateVms
             | OperationKind::ForkVm
             | OperationKind::RemoveTemplate
+            | OperationKind::MigrateVm
+            | OperationKind::EvacuateHost
             | OperationKind::CreateKey
             | OperationKind::CreateJoinToken
             | OperationKind::StartCommand => Err(interrupted()),

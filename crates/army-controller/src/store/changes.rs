@@ -183,6 +183,8 @@ fn check_changeable(row: &AnyRow) -> Result<()> {
         format!("the VM {name} has ended: {reason}")
     } else if number(row, "wanted")? == 0 {
         format!("the VM {name} is being destroyed")
+    } else if state == VmState::Migrating {
+        format!("the VM {name} is being moved to another host: it can be changed when it is there")
     } else if state == VmState::Creating {
         format!("the VM {name} is being created: it can be changed when it runs")
     } else {

@@ -23,6 +23,8 @@ pub(crate) struct NewVms<'a> {
     pub(crate) template: Option<&'a str>,
     /// The variables that are added to the environment of their commands.
     pub(crate) environment: &'a BTreeMap<String, String>,
+    /// The labels that their host must have.
+    pub(crate) host_labels: &'a BTreeMap<String, String>,
     /// The id of the operation that creates them.
     pub(crate) operation: Option<&'a str>,
     /// What each of them counts for.
@@ -105,8 +107,8 @@ impl Change<'_> {
             sqlx::query(concat!(
                 "INSERT INTO vms (id, number, name, tenant, template, host, wanted, state, alive, \
                  labels, environment, created_ms, expires_ms, operation, network, creator, idle, \
-                 memory_bytes, vcpus, template_name, disk_bytes, changed) VALUES ($1, $2, $3, $4, $5, $6, 1, $7, 1, \
-                 $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, ",
+                 memory_bytes, vcpus, template_name, disk_bytes, host_labels, changed) VALUES ($1, $2, $3, $4, $5, $6, 1, $7, 1, \
+                 $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, ",
                 next_change!(),
                 ")"
             ))
@@ -129,6 +131,7 @@ impl Change<'_> {
             .bind(i64::from(new.nominal.vcpus))
             .bind((vm.template != template).then_some(&vm.template))
             .bind(stored(new.nominal.disk_bytes))
+            .bind(to_json(new.host_labels)?)
             .execute(self.connection())
             .await
             .map_err(|error| match is_taken(&error) {

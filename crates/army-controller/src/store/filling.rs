@@ -18,6 +18,17 @@ impl Store {
         change.commit().await
     }
 
+    /// Lets the leases of all controllers be over.
+    #[cfg(test)]
+    pub(crate) async fn expire_all_leases(&self) -> Result<()> {
+        let mut change = self.change().await?;
+        sqlx::query("UPDATE controllers SET lease_ms = 0")
+            .execute(change.connection())
+            .await
+            .map_err(query_failed)?;
+        change.commit().await
+    }
+
     /// The number of records of VMs, whether they have ended or not.
     #[cfg(test)]
     pub(crate) async fn vms_ever(&self) -> Result<i64> {

@@ -10,7 +10,7 @@ use sqlx::SqlStr;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 
 /// The name and the SQL of each step. The version of a step is its place, counted from one.
-const STEPS: [(&str, &str); 13] = [
+const STEPS: [(&str, &str); 14] = [
     ("start", include_str!("../../migrations/0001_start.sql")),
     (
         "several hosts",
@@ -36,6 +36,7 @@ const STEPS: [(&str, &str); 13] = [
         include_str!("../../migrations/0012_webhooks.sql"),
     ),
     ("tenancy", include_str!("../../migrations/0013_tenancy.sql")),
+    ("moves", include_str!("../../migrations/0014_moves.sql")),
 ];
 
 /// All steps.

@@ -14,6 +14,7 @@ pub(crate) mod keys;
 mod labels;
 pub(crate) mod leases;
 mod migrations;
+pub(crate) mod moves;
 pub(crate) mod operations;
 #[cfg(test)]
 mod plans;

@@ -3,6 +3,7 @@
 use army_node_api::time::now_ms;
 
 use super::creation::NewVms;
+use super::moves::NewMove;
 use super::operations::{End, NewOperation, OF_KEY, OperationRow, matching, told_once};
 use super::template_names::TemplateKey;
 use super::{Change, Store, query_failed, stored, text, word};
@@ -22,6 +23,8 @@ pub(crate) struct Reservation<'a> {
     pub(crate) template: Option<&'a str>,
     /// A template that is to be removed, and must not be in use.
     pub(crate) removal: Option<&'a TemplateKey>,
+    /// A VM that is to be moved to another host.
+    pub(crate) departure: Option<NewMove<'a>>,
 }
 
 /// What is known of a request when its operation is about to begin.
@@ -68,6 +71,9 @@ impl Store {
         }
         if let Some(template) = reservation.removal {
             change.begin_removal(template).await?;
+        }
+        if let Some(departure) = reservation.departure {
+            change.begin_move(departure).await?;
         }
         if let Some(vms) = reservation.vms {
             change.insert_vms(vms).await?;

@@ -56,6 +56,8 @@ pub(crate) struct ChangedVm {
     pub(crate) memory: Option<VmMemory>,
     /// Whether the host has not applied all that was changed.
     pub(crate) pending: bool,
+    /// The incarnation of the VM that may run.
+    pub(crate) epoch: u64,
 }
 
 impl Store {
@@ -150,7 +152,7 @@ impl Store {
     /// A page of the VMs that were changed after the change `last`, by the order of their changes.
     pub(crate) async fn vms_changed_after(&self, last: i64) -> Result<Vec<ChangedVm>> {
         let rows = sqlx::query(
-            "SELECT id, changed, host, template, state, alive, wanted, creator, memory, \
+            "SELECT id, changed, host, template, state, alive, wanted, creator, memory, epoch, \
              CASE WHEN applied < revision THEN 1 ELSE 0 END AS pending FROM vms \
              WHERE changed > $1 ORDER BY changed LIMIT $2",
         )
@@ -165,7 +167,7 @@ impl Store {
     /// The VMs of a host that have not ended.
     pub(crate) async fn vms_of_host(&self, host: &str) -> Result<Vec<ChangedVm>> {
         let rows = sqlx::query(
-            "SELECT id, changed, host, template, state, alive, wanted, creator, memory, \
+            "SELECT id, changed, host, template, state, alive, wanted, creator, memory, epoch, \
              CASE WHEN applied < revision THEN 1 ELSE 0 END AS pending FROM vms \
              WHERE host = $1 AND alive = 1",
         )
@@ -280,5 +282,6 @@ fn changed_vm(row: &AnyRow) -> Result<ChangedVm> {
         creator: optional_text(row, "creator")?,
         memory: memory.as_deref().map(parse).transpose()?,
         pending: number(row, "pending")? != 0,
+        epoch: unsigned(row, "epoch")?,
     })
 }

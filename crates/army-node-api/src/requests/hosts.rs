@@ -57,6 +57,9 @@ pub struct VmReport {
     /// The addresses that the host has given a VM that runs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<String>,
+    /// The incarnation of the VM on the host; 0 where the node does not say.
+    #[serde(default)]
+    pub epoch: u64,
 }
 
 /// See [`NodeApi::request_renewal`](crate::NodeApi::request_renewal).

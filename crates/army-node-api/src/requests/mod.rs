@@ -7,6 +7,7 @@
 mod checkpoints;
 mod figures;
 mod hosts;
+mod moves;
 mod templates;
 mod vms;
 
@@ -19,6 +20,10 @@ pub use checkpoints::{
 pub use figures::{ConsoleOutput, MeasureVmRequest, ReadConsoleRequest};
 pub use hosts::{
     HostReport, InstallCertificateRequest, RenewalRequest, RenewalResponse, ReportRequest, VmReport,
+};
+pub use moves::{
+    AcceptVmRequest, DecideMoveRequest, ExpectVmRequest, InspectMoveRequest, MoveDecision,
+    MoveStatus, OfferVmRequest, Presence, SendVmRequest, SentVm, VmOffer,
 };
 pub use templates::{
     AdmitFetchRequest, ExportTemplateRequest, FetchTemplateRequest, ImportTemplateRequest,

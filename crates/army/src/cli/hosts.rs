@@ -9,6 +9,7 @@ use army_api::hosts::{Capacity, ChangeHost, CreateJoinToken, Host, JoinToken};
 use reqwest::Method;
 
 use super::context::Context;
+use super::moves::{self, EvacuateArgs};
 use super::output::{bytes, pair, table, word};
 
 /// Manage hosts.
@@ -26,6 +27,10 @@ pub(super) enum Command {
         /// The host.
         name: String,
     },
+    /// Move all VMs of a host to other hosts, and place no new ones on it.
+    ///
+    /// The VMs go on running; a few are moved at a time. `army host undrain` opens the host again.
+    Evacuate(EvacuateArgs),
     /// Label a host with KEY=VALUE; KEY= removes a label. VMs can be restricted to labelled hosts.
     Label {
         /// The host.
@@ -79,6 +84,12 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
             client
                 .plain(Method::DELETE, &format!("/v1/hosts/{}", segment(&name)))
                 .await?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Evacuate(args) => {
+            if let Some(host) = moves::evacuate(context, args).await? {
+                context.show(&host, |host| hosts_table(std::slice::from_ref(host)))?;
+            }
             return Ok(ExitCode::SUCCESS);
         }
         Command::Drain { name } => (name, "drain"),

@@ -11,6 +11,7 @@ mod exec;
 mod files;
 mod hosts;
 mod keys;
+mod moves;
 mod node;
 mod open_files;
 mod operations;
@@ -56,13 +57,13 @@ enum Command {
     Controller(controller::Args),
     /// Run this host's VMs for a controller.
     Node(node::Args),
-    /// Manage hosts: list, label, drain, undrain, make join tokens, remove.
+    /// Manage hosts: list, label, drain, undrain, evacuate, make join tokens, remove.
     #[command(subcommand)]
     Host(hosts::Command),
     /// Manage templates: list, build, register, share, tag, copy, export, import, standbys, remove.
     #[command(subcommand)]
     Template(templates::Command),
-    /// Manage VMs: create, list, inspect, change, fork, pause, resume, checkpoint, rewind, balloon, figures, console, snapshot, destroy.
+    /// Manage VMs: create, list, inspect, change, fork, migrate, pause, resume, checkpoint, rewind, balloon, figures, console, snapshot, destroy.
     #[command(subcommand)]
     Vm(vms::Command),
     /// Run a command in a VM, print its output, and exit with its exit status.

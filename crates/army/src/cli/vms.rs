@@ -19,6 +19,7 @@ use reqwest::Method;
 
 use super::checkpoints::{self, CheckpointArgs, RewindArgs};
 use super::context::Context;
+use super::moves::{self, MigrateArgs};
 use super::operations;
 use super::output::{bytes, ms, note, pair, print, table, word};
 use super::templates::templates_table;
@@ -46,6 +47,11 @@ pub(super) enum Command {
         #[arg(long, short)]
         name: Option<String>,
     },
+    /// Move a VM to another host while it runs.
+    ///
+    /// Its guest is paused for an instant only. Commands and terminals go on; forwarded ports and the
+    /// guest's own connections through its host's network end.
+    Migrate(MigrateArgs),
     /// Stop a VM's CPUs.
     Pause {
         /// The VM.
@@ -303,6 +309,7 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<ExitCode>
             return Ok(ExitCode::SUCCESS);
         }
         Command::Checkpoint(args) => return checkpoints::checkpoint(context, args).await,
+        Command::Migrate(args) => return moves::migrate(context, args).await,
         Command::Rewind(args) => return checkpoints::rewind(context, args).await,
         Command::Balloon { vm, size } => {
             let path = format!("/v1/vms/{}/balloon", segment(&vm));

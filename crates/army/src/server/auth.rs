@@ -17,6 +17,7 @@ use army_controller::{Controller, Requester};
 const SUBPROTOCOL: &str = "army.key.";
 
 /// The caller of a request, who has a valid key.
+#[derive(Clone)]
 pub struct Caller {
     /// The caller's key.
     pub key: Key,

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use agent_client::{Event, Running};
+use agent_client::Event;
 use army_api::exec::{Ended, Exec, ExecResult};
 use army_api::keys::Role;
 use axum::extract::State;
@@ -11,6 +11,7 @@ use axum::response::Response;
 use super::auth::Caller;
 use super::extract::{Body, Path};
 use super::output::Output;
+use super::sessions::Followed;
 use super::{Answer, App};
 use army_controller::{Error, guest};
 
@@ -40,7 +41,9 @@ pub(super) async fn exec(
     let mut output = Output::new(app.budget.reservation(&caller.key.tenant));
     let command = async {
         let running = guest.connection.exec(exec).await.map_err(Error::from)?;
-        Ok(run(running, stdin, &mut output).await?)
+        let limit = Some(guest::with_grace(limit));
+        let running = Followed::new(&app, &caller, &vm, limit, running);
+        run(running, stdin, &mut output).await
     };
     let ended = guest.ending.unless_removed(command).await?;
     let took_us = start.elapsed().as_micros() as u64;
@@ -49,14 +52,10 @@ pub(super) async fn exec(
 
 /// Runs a command to its end. It is killed where this future is dropped, as it is when the client
 /// disconnects.
-async fn run(
-    mut running: Running,
-    stdin: Option<String>,
-    output: &mut Output,
-) -> army_controller::Result<Ended> {
+async fn run(mut running: Followed, stdin: Option<String>, output: &mut Output) -> Answer<Ended> {
     if let Some(text) = stdin {
-        running.write(text.as_bytes());
-        running.end_input();
+        running.get_mut().write(text.as_bytes());
+        running.get_mut().end_input();
     }
     loop {
         match running.next_event().await? {

@@ -70,6 +70,27 @@ pub(super) async fn undrain(
     set(&app, &caller, &name, false, waiting).await
 }
 
+/// Evacuates a host: excludes it from placement, and moves all of its VMs to other hosts, a few at a
+/// time.
+///
+/// Each VM is moved by an operation of its own. The evacuation fails if VMs stay, and says which and
+/// why; the host stays excluded from placement in any case.
+#[utoipa::path(post, path = "/v1/hosts/{name}/evacuate", params(("name" = String, Path), Wait,
+    ("Idempotency-Key" = Option<String>, Header)),
+    responses((status = 200, body = Host), (status = 202, body = Operation)))]
+pub(super) async fn evacuate(
+    State(app): State<App>,
+    caller: Caller,
+    Path(name): Path<String>,
+    IdempotencyKey(key): IdempotencyKey,
+    waiting: Waiting,
+) -> Answer<Response> {
+    caller.may(Role::Admin)?;
+    let requester = caller.requester(key);
+    let started = app.controller.evacuate_host(&requester, &name).await?;
+    operations::answer(&app, started, waiting, StatusCode::OK).await
+}
+
 async fn set(
     app: &App,
     caller: &Caller,

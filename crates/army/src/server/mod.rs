@@ -27,6 +27,7 @@ mod health;
 mod hosts;
 mod keys;
 mod metrics;
+mod moves;
 mod operations;
 mod output;
 mod ports;
@@ -163,6 +164,7 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(hosts::inspect, hosts::change, hosts::remove))
         .routes(routes!(hosts::drain))
         .routes(routes!(hosts::undrain))
+        .routes(routes!(hosts::evacuate))
         .routes(routes!(templates::list, templates::register))
         .routes(routes!(
             templates::inspect,
@@ -181,6 +183,7 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(checkpoints::remove))
         .routes(routes!(checkpoints::rewind))
         .routes(routes!(vms::resume))
+        .routes(routes!(moves::migrate))
         .routes(routes!(vms::fork))
         .routes(routes!(vms::snapshot))
         .routes(routes!(vms::balloon, vms::set_balloon))

@@ -121,6 +121,7 @@ fn finished(status: StatusCode, output: Output) -> Response {
         Output::Vms(created) => (status, Json(created_vms(created))).into_response(),
         Output::Template(template) => (status, Json(*template)).into_response(),
         Output::Host(host) => (status, Json(*host)).into_response(),
+        Output::Moved(moved) => (status, Json(*moved)).into_response(),
         Output::Json(text) => {
             let media = [(header::CONTENT_TYPE, "application/json")];
             (status, media, text).into_response()
@@ -145,12 +146,14 @@ fn described(operation: army_controller::Operation) -> Operation {
         created: None,
         template: None,
         host: None,
+        moved: None,
         problem: operation.error.map(problem),
     };
     match operation.output {
         Some(Output::Vms(created)) => described.created = Some(created_vms(created)),
         Some(Output::Template(template)) => described.template = Some(*template),
         Some(Output::Host(host)) => described.host = Some(*host),
+        Some(Output::Moved(moved)) => described.moved = Some(*moved),
         Some(Output::Json(_) | Output::Nothing) | None => {}
     }
     described

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use agent_client::Connection;
+use agent_client::{Connection, Event, Running};
 use army_api::vms::Vm;
 use army_api::{Problem, ProblemKind};
 use army_node_api::serve::Stopping;
@@ -17,7 +17,8 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use super::auth::Caller;
-use super::{Answer, App, Failure};
+use super::{AGENT_LIMIT, Answer, App, Failure};
+use army_controller::Error;
 
 /// When a request that a limit refused is worth repeating, in seconds.
 const RETRY_S: u32 = 5;
@@ -113,6 +114,91 @@ impl App {
             connection: connection.keeping(permit),
             ending,
         })
+    }
+}
+
+/// A command in a guest, which is followed to the host that its VM moves to.
+pub(super) struct Followed {
+    app: App,
+    caller: Caller,
+    vm: Vm,
+    /// How long the command may take; `None` where it may run and be silent as long as it likes.
+    limit: Option<Duration>,
+    /// Whether output is read beside the client that is attached to the command.
+    observes: bool,
+    running: Running,
+}
+
+impl Followed {
+    /// Follows a command of `vm`, which may take `limit`, or as long as it likes.
+    pub(super) fn new(
+        app: &App,
+        caller: &Caller,
+        vm: &Vm,
+        limit: Option<Duration>,
+        running: Running,
+    ) -> Self {
+        Self {
+            app: app.clone(),
+            caller: caller.clone(),
+            vm: vm.clone(),
+            limit,
+            observes: false,
+            running,
+        }
+    }
+
+    /// Lets the command be read beside the client that is attached to it.
+    pub(super) fn observing(mut self, observes: bool) -> Self {
+        self.observes = observes;
+        self
+    }
+
+    /// What happens next. Where the connection was lost because the VM has moved, the command goes on at
+    /// the VM's new host, from where its output and its input were.
+    ///
+    /// # Errors
+    /// Where the connection is lost for another reason, or cannot be made again.
+    pub(super) async fn next_event(&mut self) -> Answer<Event> {
+        loop {
+            let lost = match self.running.next_event().await {
+                Ok(event) => return Ok(event),
+                Err(lost) => lost,
+            };
+            let controller = &self.app.controller;
+            match controller.moved_since(&self.vm).await {
+                Ok(Some(now)) => self.vm = now,
+                Ok(None) | Err(_) => return Err(Error::from(lost).into()),
+            }
+            let limit = self.limit.unwrap_or(AGENT_LIMIT);
+            let guest = self.app.guest(&self.caller, &self.vm, limit).await?;
+            if let Ok(Some(now)) = controller.moved_since(&self.vm).await {
+                // It is where the connection was made to, or will be.
+                self.vm = now;
+            }
+            let id = self.running.started().id;
+            let arrived = self.running.arrived();
+            let again = match self.observes {
+                true => guest.connection.observe(id, arrived).await,
+                false => guest.connection.attach(id, arrived).await,
+            };
+            let again = again.map_err(Error::from)?.in_place_of(&mut self.running);
+            self.running = match self.limit {
+                // It has as much time from now on.
+                Some(_) => again,
+                None => again.streaming(),
+            };
+        }
+    }
+
+    /// The command.
+    pub(super) fn get(&self) -> &Running {
+        &self.running
+    }
+
+    /// The command, for its input.
+    pub(super) fn get_mut(&mut self) -> &mut Running {
+        &mut self.running
     }
 }
 

@@ -22,8 +22,7 @@ use tokio::time::timeout;
 
 use super::auth::Caller;
 use super::extract::{Params, Path, Upgrade};
-use super::failure::problem;
-use super::sessions::{Ending, Guest};
+use super::sessions::{Ending, Followed, Guest};
 use super::terminal::{INPUT_LIMIT, MAX_MESSAGE, send};
 use super::{AGENT_LIMIT, Answer, App, Failure, PING_EVERY, SILENCE};
 use army_controller::{Error, ErrorKind, guest};
@@ -99,7 +98,9 @@ pub(super) async fn attach(
         true => connection.observe(id, arrived).await,
         false => connection.attach(id, arrived).await,
     };
-    let stream = CommandStream::new(running.map_err(Error::from)?, request.acknowledge);
+    let running = running.map_err(Error::from)?;
+    let mut stream = CommandStream::new((&app, &caller, &vm), running, request.acknowledge);
+    stream.running = stream.running.observing(request.observe);
     let upgrade = upgrade
         .protocols([SUBPROTOCOL])
         .max_message_size(MAX_MESSAGE);
@@ -147,7 +148,8 @@ async fn begin(
     exec.keep_ms = guest::KEEP_MS;
     let connection = app.guest(caller, vm, AGENT_LIMIT).await?.connection;
     let running = connection.exec(exec).await.map_err(Error::from)?;
-    Ok(Some(CommandStream::new(running, acknowledge)))
+    let place = (app, caller, vm);
+    Ok(Some(CommandStream::new(place, running, acknowledge)))
 }
 
 /// The first text of a client.
@@ -165,7 +167,7 @@ async fn first_message(socket: &mut WebSocket) -> Option<String> {
 
 /// A command and its client.
 struct CommandStream {
-    running: Running,
+    running: Followed,
     /// Whether the client acknowledges output.
     acknowledges: bool,
     /// The number of bytes that were acknowledged for a client that does not.
@@ -179,9 +181,10 @@ enum Next {
 }
 
 impl CommandStream {
-    fn new(running: Running, acknowledges: bool) -> Self {
+    fn new((app, caller, vm): (&App, &Caller, &Vm), running: Running, acknowledges: bool) -> Self {
+        let running = running.streaming().acknowledged_by_caller();
         Self {
-            running: running.streaming().acknowledged_by_caller(),
+            running: Followed::new(app, caller, vm, None, running),
             acknowledges,
             acknowledged: 0,
         }
@@ -189,7 +192,7 @@ impl CommandStream {
 
     /// Serves until the command ends or its client disconnects.
     async fn serve(mut self, socket: &mut WebSocket) {
-        let started = self.running.started();
+        let started = self.running.get().started();
         let event = StreamEvent::Started {
             id: started.id,
             pid: started.pid,
@@ -203,7 +206,7 @@ impl CommandStream {
         // When the guest began to accept no input.
         let mut full_since = None;
         loop {
-            let accepts_input = self.running.accepts_input();
+            let accepts_input = self.running.get().accepts_input();
             match accepts_input {
                 true => full_since = None,
                 false => {
@@ -222,8 +225,8 @@ impl CommandStream {
                 }
                 event = self.running.next_event() => match event {
                     Ok(event) => self.pass_on(socket, event).await,
-                    Err(error) => {
-                        fail(socket, problem(error.into())).await;
+                    Err(Failure(problem)) => {
+                        fail(socket, problem).await;
                         Next::Over
                     }
                 },
@@ -276,11 +279,11 @@ impl CommandStream {
 
     /// Acknowledges what was sent, now and then.
     fn acknowledge_sent(&mut self) {
-        let arrived = self.running.arrived();
+        let arrived = self.running.get().arrived();
         let total = arrived.stdout_cursor.saturating_add(arrived.stderr_cursor);
         if total.saturating_sub(self.acknowledged) >= ACKNOWLEDGE_EVERY {
             self.acknowledged = total;
-            self.running.acknowledge(arrived);
+            self.running.get_mut().acknowledge(arrived);
         }
     }
 
@@ -289,16 +292,16 @@ impl CommandStream {
         match message {
             Message::Binary(bytes) => {
                 if let Some((&STDIN, data)) = bytes.split_first() {
-                    self.running.write(data);
+                    self.running.get_mut().write(data);
                 }
             }
             Message::Text(text) => match serde_json::from_str(text) {
-                Ok(StreamRequest::EndInput) => self.running.end_input(),
-                Ok(StreamRequest::Signal { signal }) => self.running.signal(signal),
+                Ok(StreamRequest::EndInput) => self.running.get_mut().end_input(),
+                Ok(StreamRequest::Signal { signal }) => self.running.get_mut().signal(signal),
                 Ok(StreamRequest::Acknowledge { stdout, stderr }) if self.acknowledges => {
                     // More than was sent cannot have arrived.
-                    let sent = self.running.arrived();
-                    self.running.acknowledge(Acknowledge {
+                    let sent = self.running.get().arrived();
+                    self.running.get_mut().acknowledge(Acknowledge {
                         stdout_cursor: stdout.min(sent.stdout_cursor),
                         stderr_cursor: stderr.min(sent.stderr_cursor),
                     });

@@ -84,6 +84,7 @@ fn vm(number: usize) -> Vm {
 
 fn report(vm: &Vm) -> VmReport {
     VmReport {
+        epoch: 1,
         id: vm.id.clone(),
         state: VmState::Running,
         reason: None,

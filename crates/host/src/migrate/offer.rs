@@ -157,6 +157,33 @@ pub(super) enum Verdict {
     Accepted,
 }
 
+/// What another host must have for a VM, as far as that is needed to choose one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Needs {
+    /// The name of the VM's template on this host, and its id; `None` for a VM of no template.
+    pub template: Option<(String, String)>,
+    /// The CPU features that the guest sees.
+    pub cpu: CpuFeatures,
+    /// The memory that the VM has of its own, in bytes.
+    pub private_bytes: u64,
+}
+
+/// What another host must have for a running VM.
+///
+/// # Errors
+/// [`ErrorCode::Conflict`] for a VM that cannot leave its host, with the reason.
+pub fn needs(vm: &RunningVm) -> Result<Needs> {
+    let Offered { offer, .. } = Offer::of(vm)?;
+    Ok(Needs {
+        template: match offer.base {
+            OfferedBase::Template { id, name, .. } => Some((name, id)),
+            OfferedBase::Files { .. } => None,
+        },
+        cpu: offer.cpu,
+        private_bytes: offer.private_bytes,
+    })
+}
+
 /// An offer, and the template of the VM if it has one.
 pub(super) struct Offered {
     pub(super) offer: Offer,

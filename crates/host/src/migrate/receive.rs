@@ -17,6 +17,7 @@ use clone_template::{Store, Template};
 use super::frame;
 use super::offer::{Offer, OfferedBase, Verdict, check_disks};
 use crate::launch::arriving::{self, ArrivingVm};
+use crate::launch::resume::Reach;
 use crate::runtime::{RunningVm, Runtime};
 
 /// The longest time for a VM to arrive. Its process gives up much earlier on a connection that makes
@@ -35,6 +36,8 @@ pub struct Policy {
     /// Whether it must be of a template. Otherwise it may name images and a kernel of this host, as
     /// somebody may who may run VMs here.
     pub only_templates: bool,
+    /// The destinations that its guest may send to from now on; `None` where they stay as they are.
+    pub reach: Option<Reach>,
 }
 
 impl Policy {
@@ -80,7 +83,7 @@ pub fn receive(
     let offer: Offer = frame::read(&mut link)?;
     let prepared = policy
         .check(&offer)
-        .and_then(|()| prepare(runtime, store, &mut link, &offer));
+        .and_then(|()| prepare(runtime, store, &mut link, &offer, policy.reach.as_ref()));
     let ArrivingVm { vm, mut child } = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
@@ -139,9 +142,21 @@ fn clean_up(runtime: &Runtime, vm: &RunningVm, child: &mut Child) {
 }
 
 /// Checks that the VM can run here, and starts its process.
-fn prepare(runtime: &Runtime, store: &Store, link: &mut Link, offer: &Offer) -> Result<ArrivingVm> {
+fn prepare(
+    runtime: &Runtime,
+    store: &Store,
+    link: &mut Link,
+    offer: &Offer,
+    reach: Option<&Reach>,
+) -> Result<ArrivingVm> {
     offer.formats.check()?;
     let mut config = offer.config.clone();
+    if let Some(reach) = reach {
+        for net in &mut config.net {
+            net.egress.clone_from(&reach.egress);
+            net.reach_host = reach.host;
+        }
+    }
     check_config(&config)?;
     check_disks(&config)?;
     check_name(runtime, &config.name)?;
@@ -303,6 +318,7 @@ mod tests {
         let policy = |name: &str| Policy {
             name: Some(name.to_owned()),
             only_templates: true,
+            reach: None,
         };
         Policy::default().check(&offer).unwrap();
         policy("anna").check(&offer).unwrap();
