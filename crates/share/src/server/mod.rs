@@ -131,10 +131,13 @@ impl Server {
         )
     }
 
-    /// Forgets all nodes and handles.
+    /// Forgets all nodes and handles. Their numbers are not given again.
     fn reset(&mut self) -> Result<()> {
+        let next = (self.nodes.next_number(), self.handles.next_number());
         self.nodes = Nodes::new(Rc::clone(self.nodes.root()))?;
+        self.nodes.continue_at(next.0);
         self.handles = Handles::default();
+        self.handles.continue_at(next.1);
         Ok(())
     }
 
