@@ -30,8 +30,9 @@ pub const MAX_MESSAGE: usize = 68 << 10;
 pub const HEADER: usize = 16;
 /// The most bytes of content in a message.
 pub const MAX_CONTENT: usize = MAX_MESSAGE - HEADER;
-/// The most bytes of the tables that a server saves and takes over.
-pub const MAX_TABLES: usize = 64 << 20;
+/// The most bytes of the tables that a server saves and takes over: some hundred thousand files. They
+/// are a part of a machine's state, which is bounded as well.
+pub const MAX_TABLES: usize = 6 << 20;
 
 /// What a launcher tells a server, as JSON in the first message. The server answers with a
 /// [`Report`]; then the launcher passes its end of the socket to the VM's process.

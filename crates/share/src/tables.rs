@@ -6,10 +6,13 @@
 //! otherwise. Where a file system has no times of birth, another object could have the identity of
 //! one that was removed, so everything but the root is stale there.
 
+use std::collections::HashSet;
+
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use clone_fuse::link::MAX_TABLES;
 use clone_fuse::wire::{Name, ROOT_ID};
 
 use crate::handles::{Handles, open_flags};
@@ -52,7 +55,8 @@ struct SavedHandle {
     flags: u32,
 }
 
-/// Encodes the tables.
+/// Encodes the tables. If the guest knows more files than fit, those that are not open are left out:
+/// they are stale, and the guest looks them up again by their paths.
 pub(crate) fn save(nodes: &Nodes, handles: &Handles) -> Result<Vec<u8>, Errno> {
     let saved_nodes = nodes.iter().filter_map(|(number, node)| {
         Some(SavedNode {
@@ -80,7 +84,24 @@ pub(crate) fn save(nodes: &Nodes, handles: &Handles) -> Result<Vec<u8>, Errno> {
     // The same tables give the same bytes.
     tables.nodes.sort_unstable_by_key(|node| node.number);
     tables.handles.sort_unstable_by_key(|handle| handle.number);
-    postcard::to_stdvec(&SavedTables::V1(tables)).map_err(|_| Errno::NOMEM)
+    let mut saved = SavedTables::V1(tables);
+    let bytes = encode(&saved)?;
+    if bytes.len() <= MAX_TABLES {
+        return Ok(bytes);
+    }
+    let SavedTables::V1(tables) = &mut saved;
+    let open: HashSet<u64> = tables.handles.iter().map(|handle| handle.node).collect();
+    tables
+        .nodes
+        .retain(|node| node.kind == libc::S_IFDIR || open.contains(&node.number));
+    match encode(&saved)? {
+        bytes if bytes.len() <= MAX_TABLES => Ok(bytes),
+        _ => Err(Errno::FBIG),
+    }
+}
+
+fn encode(saved: &SavedTables) -> Result<Vec<u8>, Errno> {
+    postcard::to_stdvec(saved).map_err(|_| Errno::NOMEM)
 }
 
 /// Builds tables below the root of `former` from saved ones.

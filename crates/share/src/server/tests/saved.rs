@@ -117,6 +117,28 @@ fn tables_that_were_made_by_hand_are_refused() {
     guest.lookup(ROOT_ID, "a").unwrap();
 }
 
+#[test]
+fn more_files_than_fit_are_left_out_and_open_ones_are_kept() {
+    let mut guest = Guest::new();
+    let long = "x".repeat(200);
+    let mut last = (0, 0);
+    for number in 0..30_000 {
+        let name = format!("{long}{number}");
+        guest.put(&name, "content");
+        let node = guest.lookup(ROOT_ID, &name).unwrap();
+        if number == 29_999 {
+            last = (node, guest.open(node, libc::O_RDONLY).unwrap().0);
+        }
+    }
+    let path = guest.dir.path().to_owned();
+    guest.server = taken_over(&mut guest, &path);
+    assert_eq!(guest.server.node_count(), 2);
+    let descriptor = guest.control(Kind::Descriptor, &last.1.to_le_bytes());
+    assert!(descriptor.unwrap().unwrap().file.is_some());
+    guest.ask(op::GETATTR, last.0, &[0; 16]).unwrap();
+    assert!(guest.lookup(ROOT_ID, &format!("{long}0")).is_ok());
+}
+
 proptest! {
     #[test]
     fn no_tables_make_the_server_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {

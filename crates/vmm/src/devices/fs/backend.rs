@@ -29,6 +29,8 @@ pub(super) struct Backend {
     outgoing: VecDeque<(u64, Kind, Vec<u8>)>,
     /// Since when the server takes nothing.
     blocked_since: Option<Instant>,
+    /// The room for a message, from the first one on.
+    buffer: Vec<u8>,
 }
 
 impl Backend {
@@ -37,6 +39,7 @@ impl Backend {
             socket,
             outgoing: VecDeque::new(),
             blocked_since: None,
+            buffer: Vec::new(),
         }
     }
 
@@ -89,9 +92,12 @@ impl Backend {
     ///
     /// # Errors
     /// The connection has ended, or the server said what is no reply.
-    pub(super) fn receive(&self) -> Result<Option<Received>, Errno> {
-        let mut buffer = vec![0; MAX_MESSAGE];
-        match self.receive_into(&mut buffer) {
+    pub(super) fn receive(&mut self) -> Result<Option<Received>, Errno> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.resize(MAX_MESSAGE, 0);
+        let received = self.receive_into(&mut buffer);
+        self.buffer = buffer;
+        match received {
             Ok((received, false)) => Ok(Some(received)),
             Ok((_, true)) => Err(Errno::PROTO),
             Err(Errno::AGAIN) => Ok(None),

@@ -224,7 +224,7 @@ impl Fs {
 
     /// Answers what the server has answered.
     fn receive(&mut self) -> Result<(), DeviceError> {
-        while let Some(backend) = &self.session.backend {
+        while let Some(backend) = &mut self.session.backend {
             match backend.receive() {
                 Ok(Some(received)) => self.received(received)?,
                 Ok(None) => return Ok(()),
