@@ -1,12 +1,16 @@
-//! Takes the programs that `CLONE_CARRIED` has into the library: a directory with `clone-vm` and
-//! `clone-agent`. Without it nothing is carried, and both are found where they are installed.
+//! Takes the programs that `CLONE_CARRIED` has into the library: a directory with `clone-vm`,
+//! `clone-share` and `clone-agent`. Without it nothing is carried, and they are found where they are installed.
 
 use std::env;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-const PROGRAMS: [(&str, &str); 2] = [("VM_PROCESS", "clone-vm"), ("AGENT", "clone-agent")];
+const PROGRAMS: [(&str, &str); 3] = [
+    ("VM_PROCESS", "clone-vm"),
+    ("SHARE_SERVER", "clone-share"),
+    ("AGENT", "clone-agent"),
+];
 
 fn main() -> io::Result<()> {
     println!("cargo::rerun-if-env-changed=CLONE_CARRIED");

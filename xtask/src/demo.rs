@@ -56,9 +56,20 @@ pub(crate) fn run(inside: bool) -> Result<ExitCode> {
         "-p",
         "clone-vm-process",
         "-p",
+        "clone-share",
+        "-p",
         "army",
     ];
-    let bins = ["--bin", "clone", "--bin", "clone-vm", "--bin", "army"];
+    let bins = [
+        "--bin",
+        "clone",
+        "--bin",
+        "clone-vm",
+        "--bin",
+        "clone-share",
+        "--bin",
+        "army",
+    ];
     run_command(cargo(&build).args(bins))?;
     println!("== making the guest's kernel and disk");
     fetching.wait()?;
@@ -70,6 +81,7 @@ pub(crate) fn run(inside: bool) -> Result<ExitCode> {
     let program = std::env::current_exe()?;
     let files = [
         program.clone(),
+        paths::debug_binary("clone-share").canonicalize()?,
         paths::debug_binary("clone").canonicalize()?,
         paths::debug_binary("clone-vm").canonicalize()?,
         paths::debug_binary("army").canonicalize()?,

@@ -29,15 +29,21 @@ pub(crate) fn run() -> Result<ExitCode> {
     host::install_packages()?;
     let folder = paths::target().join("release-files");
     let vm_process = static_program::vm_process("release")?;
+    let share_server = static_program::share_server("release")?;
     let agent = static_program::for_guests("clone-agent")?;
     let carried = folder.join("carried");
     install_stripped(&vm_process, &carried.join("clone-vm"))?;
+    install_stripped(&share_server, &carried.join("clone-share"))?;
     install(&agent, &carried.join("clone-agent"), 0o755)?;
     let mut build = vec!["build", "--quiet", "--release"];
     build.extend(PROGRAMS.iter().flat_map(|program| ["-p", program]));
     run_command(cargo(&build).env("CLONE_CARRIED", &carried))
         .context("cannot build the programs")?;
-    let made = make(&paths::target().join("release"), &vm_process, &folder)?;
+    let made = make(
+        &paths::target().join("release"),
+        [&vm_process, &share_server],
+        &folder,
+    )?;
     for path in made {
         println!("{}", path.display());
     }
@@ -53,31 +59,36 @@ enum Compression {
     Quick,
 }
 
-/// Makes archive and package in `folder`, of the programs in `built` and that of VMs' processes.
-fn make(built: &Path, vm_process: &Path, folder: &Path) -> Result<[PathBuf; 2]> {
-    let tree = tree(built, vm_process, folder)?;
+/// Makes archive and package in `folder`, of the programs in `built` and those of VMs' processes and
+/// shares' servers.
+fn make(built: &Path, jailed: [&Path; 2], folder: &Path) -> Result<[PathBuf; 2]> {
+    let tree = tree(built, jailed, folder)?;
     Ok([archive(&tree)?, package(&tree, folder, Compression::Full)?])
 }
 
 /// Makes a package to be tested. Whether it installs does not depend on optimisation, static
 /// linking and compression, which take minutes.
 pub(crate) fn package_to_test(built: &Path, folder: &Path) -> Result<PathBuf> {
-    let tree = tree(built, &built.join("clone-vm"), folder)?;
+    let tree = tree(
+        built,
+        [&built.join("clone-vm"), &built.join("clone-share")],
+        folder,
+    )?;
     package(&tree, folder, Compression::Quick)
 }
 
-fn tree(built: &Path, vm_process: &Path, folder: &Path) -> Result<PathBuf> {
+fn tree(built: &Path, jailed: [&Path; 2], folder: &Path) -> Result<PathBuf> {
     let agent = static_program::for_guests("clone-agent")?;
     let tree = folder.join(format!("{NAME}-{VERSION}-x86_64"));
     if tree.exists() {
         fs::remove_dir_all(&tree).context("cannot remove what was made before")?;
     }
-    lay_out(built, vm_process, &agent, &tree)?;
+    lay_out(built, jailed, &agent, &tree)?;
     Ok(tree)
 }
 
 /// The files, below `tree` as below `/usr`.
-fn lay_out(programs: &Path, vm_process: &Path, agent: &Path, tree: &Path) -> Result<()> {
+fn lay_out(programs: &Path, jailed: [&Path; 2], agent: &Path, tree: &Path) -> Result<()> {
     let pages = tree.join("share/man/man1");
     fs::create_dir_all(&pages)?;
     for program in PROGRAMS {
@@ -95,7 +106,9 @@ fn lay_out(programs: &Path, vm_process: &Path, agent: &Path, tree: &Path) -> Res
         }
     }
     install(agent, &tree.join("lib/clone/clone-agent"), 0o755)?;
-    install_stripped(vm_process, &tree.join("lib/clone/clone-vm"))?;
+    for (program, name) in jailed.into_iter().zip(["clone-vm", "clone-share"]) {
+        install_stripped(program, &tree.join("lib/clone").join(name))?;
+    }
     let workspace = paths::workspace();
     for text in TEXTS {
         let target = tree.join("share/doc").join(NAME).join(text);

@@ -20,6 +20,11 @@ pub(crate) fn vm_process(profile: &str) -> Result<PathBuf> {
     build("clone-vm-process", "clone-vm", profile)
 }
 
+/// Builds `clone-share` with a profile, and returns where it is.
+pub(crate) fn share_server(profile: &str) -> Result<PathBuf> {
+    build("clone-share", "clone-share", profile)
+}
+
 fn build(package: &str, program: &str, profile: &str) -> Result<PathBuf> {
     let mut build = cargo(&["build", "--quiet", "--profile", profile]);
     build.args(["-p", package, "--bin", program, "--target", TARGET]);

@@ -65,6 +65,17 @@ fn what_serves_a_guest_links_nothing_that_launches() {
 }
 
 #[test]
+fn what_serves_a_directory_knows_no_vm_and_what_runs_a_vm_no_directory() {
+    let share = linked("clone-share");
+    let ours = share.iter().filter(|name| name.starts_with("clone-"));
+    assert_eq!(ours.collect::<Vec<_>>(), ["clone-fuse", "clone-share"]);
+    never_links("clone-share", &["tokio", "clap", "kvm-ioctls"]);
+    for package in ["clone-vm-process", "clone", "army", "clone-host"] {
+        never_links(package, &["clone-share"]);
+    }
+}
+
+#[test]
 fn what_starts_vms_does_not_link_what_runs_as_one() {
     for package in ["clone", "army", "clone-host", "clone-template"] {
         never_links(package, &["clone-vm-process"]);

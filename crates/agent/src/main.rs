@@ -32,6 +32,7 @@ mod process;
 mod replace;
 mod report;
 mod session;
+mod shares;
 mod ssh;
 mod users;
 
@@ -86,6 +87,7 @@ fn serve(listen: &str) -> ExitCode {
     };
     if listen.starts_with("vsock:") {
         boot_network::set_up();
+        shares::mount_all();
         kernel_log::settle();
     }
     // This line on the console shows that the agent is ready.

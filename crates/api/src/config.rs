@@ -39,6 +39,9 @@ pub struct VmConfig {
     /// Network interfaces; the first is `eth0`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub net: Vec<NetConfig>,
+    /// Directories of the host that the guest mounts by virtio-fs.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<ShareConfig>,
     /// The socket device through which the host reaches the guest's agent.
     pub vsock: VsockConfig,
     /// The memory balloon.
@@ -64,6 +67,7 @@ impl Default for VmConfig {
             append: None,
             disks: Vec::new(),
             net: Vec::new(),
+            shares: Vec::new(),
             vsock: VsockConfig::default(),
             balloon: BalloonConfig::default(),
             rng: true,
@@ -92,6 +96,12 @@ impl VmConfig {
             Some(given) => given.clone(),
             None => self.made_cmdline(),
         };
+        // The guest's agent reads these; others pass over them.
+        for share in &self.shares {
+            if let Some(mount) = &share.mount {
+                line.push_str(&format!(" {MOUNT_WORD}={}:{mount}", share.tag));
+            }
+        }
         if let Some(more) = self.append.as_deref().filter(|more| !more.is_empty()) {
             if !line.is_empty() {
                 line.push(' ');
@@ -114,6 +124,41 @@ impl VmConfig {
         }
         line
     }
+}
+
+/// The parameter on the kernel's command line by which the guest's agent mounts a share:
+/// `clone.mount=TAG:/PATH`.
+pub const MOUNT_WORD: &str = "clone.mount";
+
+/// A directory of the host that the guest mounts by virtio-fs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct ShareConfig {
+    /// The directory on the host.
+    pub path: PathBuf,
+    /// The name by which the guest mounts it: letters, digits, `-`, `_` and `.`, at most 36.
+    pub tag: String,
+    /// Whether the guest may only read.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub read_only: bool,
+    /// Where the guest's agent mounts it when the guest boots; nowhere if it is not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mount: Option<String>,
+    /// The guest's user and group that the directory's owner appears as; root if it is not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub owner: Option<GuestOwner>,
+}
+
+/// A user and a group of the guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct GuestOwner {
+    /// The user's number.
+    pub user: u32,
+    /// The group's number.
+    pub group: u32,
 }
 
 /// A disk.

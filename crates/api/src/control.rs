@@ -48,6 +48,10 @@ pub struct VmInfo {
     /// How complete the jail of its process is.
     #[serde(default)]
     pub jail: JailStatus,
+    /// Why shared directories are not served any more, by their tags. Everything in them fails in
+    /// the guest.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub share_failures: BTreeMap<String, String>,
     /// Its last rewind, which has ended the connections to its guest; absent where there was none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rewound: Option<LastRewind>,

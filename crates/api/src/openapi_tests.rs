@@ -85,6 +85,7 @@ fn example(type_name: &str) -> Value {
                 stage: StartStage::Entered,
                 monotonic_ns: 86_400_000_000_000,
             }],
+            share_failures: [("src".into(), "the server has gone".into())].into(),
             rewound: Some(LastRewind {
                 checkpoint: checkpoint().name,
                 monotonic_ns: 86_400_000_000_000,

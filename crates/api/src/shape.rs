@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::Ipv4Network;
 use crate::config::{
     BalloonConfig, ConsoleConfig, DiskConfig, DiskFormat, Egress, NetConfig, NetMode, OnReboot,
-    RateLimit, VmConfig, VsockConfig,
+    RateLimit, ShareConfig, VmConfig, VsockConfig,
 };
 use crate::units::Bytes;
 
@@ -37,8 +37,20 @@ pub struct Shape {
     pub balloon: Option<BalloonShape>,
     /// Whether the machine has a source of random numbers.
     pub rng: bool,
+    /// Directories that the guest mounts by virtio-fs. Which directories these are is said by the
+    /// side that forks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<ShareShape>,
     /// What a reboot of the guest does.
     pub on_reboot: OnReboot,
+}
+
+/// A shared directory as its guest sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareShape {
+    /// The name by which the guest mounts it.
+    pub tag: String,
 }
 
 /// A disk as its guest sees it.
@@ -106,6 +118,13 @@ impl Shape {
                 free_page_reporting: config.balloon.free_page_reporting,
             }),
             rng: config.rng,
+            shares: config
+                .shares
+                .iter()
+                .map(|share| ShareShape {
+                    tag: share.tag.clone(),
+                })
+                .collect(),
             on_reboot: config.on_reboot,
         }
     }
@@ -121,6 +140,14 @@ impl Shape {
             cmdline: Some(self.cmdline.clone()),
             disks: self.disks.iter().map(DiskShape::config).collect(),
             net: self.nets.iter().map(NetShape::config).collect(),
+            shares: self
+                .shares
+                .iter()
+                .map(|share| ShareConfig {
+                    tag: share.tag.clone(),
+                    ..ShareConfig::default()
+                })
+                .collect(),
             vsock: VsockConfig {
                 enabled: self.vsock.is_some(),
                 cid: self.vsock.map_or(VsockConfig::default().cid, |it| it.cid),

@@ -11,7 +11,8 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use crate::config::{
-    DiskConfig, DiskFormat, Egress, NetConfig, NetMode, Overlay, RateLimit, Vhost, VmConfig,
+    DiskConfig, DiskFormat, Egress, NetConfig, NetMode, Overlay, RateLimit, ShareConfig, Vhost,
+    VmConfig,
 };
 use crate::shape::{Ceilings, DISK_QUEUES, Shape};
 use crate::units::Bytes;
@@ -30,8 +31,12 @@ pub const MAX_MEMORY: Bytes = Bytes::gib(32 << 10);
 pub const MAX_DISK: Bytes = Bytes::gib(64 << 10);
 /// The most pairs of queues of an interface.
 pub const MAX_QUEUE_PAIRS: u16 = 8;
-/// The most disks and interfaces together: the slots of the PCI bus that no other device uses.
+/// The most disks, interfaces and shares together: the slots of the PCI bus that no other device uses.
 pub const MAX_DEVICES: usize = 24;
+/// The most shared directories of a VM.
+pub const MAX_SHARES: usize = 8;
+/// The longest tag of a shared directory (VIRTIO 1.3, 5.11.4).
+pub const MAX_TAG: usize = 36;
 /// The longest name of a network interface on Linux.
 const MAX_INTERFACE_NAME: usize = 15;
 
@@ -100,7 +105,13 @@ pub fn validate_shape(shape: &Shape, ceilings: &Ceilings) -> Vec<Problem> {
         vsock_cid(vsock.cid, &mut problems);
     }
     cmdline(&shape.cmdline, &mut problems);
-    devices(shape.disks.len(), shape.nets.len(), &mut problems);
+    devices(
+        shape.disks.len(),
+        shape.nets.len(),
+        shape.shares.len(),
+        &mut problems,
+    );
+    tags(shape.shares.iter().map(|share| &*share.tag), &mut problems);
     for (index, disk) in shape.disks.iter().enumerate() {
         problems.check(
             disk.bytes <= MAX_DISK,
@@ -194,7 +205,61 @@ fn description(config: &VmConfig, problems: &mut Problems) {
     for (index, net) in config.net.iter().enumerate() {
         one_net(&format!("net[{index}]"), net, problems);
     }
-    devices(config.disks.len(), config.net.len(), problems);
+    devices(
+        config.disks.len(),
+        config.net.len(),
+        config.shares.len(),
+        problems,
+    );
+    tags(config.shares.iter().map(|share| &*share.tag), problems);
+    for (index, share) in config.shares.iter().enumerate() {
+        one_share(&format!("shares[{index}]"), share, problems);
+    }
+}
+
+/// Whether `tag` can be the name of a shared directory, which guests have in mount tables and on
+/// their kernel's command line.
+pub fn is_valid_tag(tag: &str) -> bool {
+    let fits = tag
+        .bytes()
+        .all(|c| c.is_ascii_alphanumeric() || b"-_.".contains(&c));
+    fits && (1..=MAX_TAG).contains(&tag.len())
+}
+
+fn tags<'a>(tags: impl Iterator<Item = &'a str>, problems: &mut Problems) {
+    let mut seen = HashSet::new();
+    for (index, tag) in tags.enumerate() {
+        problems.check(
+            is_valid_tag(tag),
+            format!("shares[{index}].tag"),
+            format!(
+                "`{}` cannot be a tag: use letters, digits, `-`, `_` and `.`, at most {MAX_TAG}",
+                tag.escape_debug()
+            ),
+        );
+        problems.check(
+            seen.insert(tag),
+            format!("shares[{index}].tag"),
+            "another share has the same tag",
+        );
+    }
+}
+
+fn one_share(field: &str, share: &ShareConfig, problems: &mut Problems) {
+    problems.check(
+        share.path.is_absolute() && share.path.to_str().is_some(),
+        format!("{field}.path"),
+        "must be the absolute path of a directory on the host, in UTF-8",
+    );
+    let is_mount = |mount: &String| {
+        let plain = |c: char| c.is_ascii_graphic() && c != '"';
+        mount.starts_with('/') && mount.len() <= 255 && mount.chars().all(plain)
+    };
+    problems.check(
+        share.mount.as_ref().is_none_or(is_mount),
+        format!("{field}.mount"),
+        "must be an absolute path of the guest without spaces, at most 255 bytes long",
+    );
 }
 
 fn machine(vcpus: u32, memory: Bytes, problems: &mut Problems) {
@@ -218,11 +283,16 @@ fn vsock_cid(cid: u32, problems: &mut Problems) {
     );
 }
 
-fn devices(disks: usize, nets: usize, problems: &mut Problems) {
+fn devices(disks: usize, nets: usize, shares: usize, problems: &mut Problems) {
     problems.check(
-        disks + nets <= MAX_DEVICES,
+        disks + nets + shares <= MAX_DEVICES,
         "disks",
-        format!("too many: at most {MAX_DEVICES} disks and interfaces together"),
+        format!("too many: at most {MAX_DEVICES} disks, interfaces and shares together"),
+    );
+    problems.check(
+        shares <= MAX_SHARES,
+        "shares",
+        format!("too many: at most {MAX_SHARES}"),
     );
 }
 

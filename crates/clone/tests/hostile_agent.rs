@@ -112,6 +112,7 @@ fn serve_control(dir: &VmDir, config: VmConfig) {
         state: VmState::Running,
         pid: 1,
         started_unix_ms: 0,
+        share_failures: Default::default(),
         version: "0".into(),
         config,
         rewound: None,

@@ -1,7 +1,7 @@
-//! The programs that belong to `clone` and `army`: `clone-vm`, the process of a VM, and
-//! `clone-agent`, which is installed in guests.
+//! The programs that belong to `clone` and `army`: `clone-vm`, the process of a VM, `clone-share`, the
+//! server of a shared directory, and `clone-agent`, which is installed in guests.
 //!
-//! Each program is taken from `../lib/clone`, where packages install it. `clone-vm` is also looked
+//! Each program is taken from `../lib/clone`, where packages install it. The first two are also looked
 //! for beside the running program, where builds put it (their agent is linked to libraries that
 //! guests need not have). If a program is in neither place, the running program writes the copy
 //! that it carries, once and under its hash, into a directory that nobody else can write to
@@ -45,6 +45,12 @@ const VM_PROCESS: Program = Program {
     carried: carried::VM_PROCESS,
 };
 
+const SHARE_SERVER: Program = Program {
+    name: "clone-share",
+    beside: true,
+    carried: carried::SHARE_SERVER,
+};
+
 const AGENT: Program = Program {
     name: "clone-agent",
     beside: false,
@@ -58,12 +64,16 @@ const AGENT: Program = Program {
 /// The program is neither installed nor carried, or cannot be written to its directory.
 pub fn vm_process() -> Result<&'static File> {
     static OPENED: OnceLock<File> = OnceLock::new();
-    if let Some(file) = OPENED.get() {
-        return Ok(file);
-    }
-    let path = VM_PROCESS.find()?;
-    let file = File::open(&path).map_err(failed("open", &path))?;
-    Ok(OPENED.get_or_init(|| file))
+    VM_PROCESS.open_once(&OPENED)
+}
+
+/// Returns the open program of shares' servers, which stays open as that of VMs' processes does.
+///
+/// # Errors
+/// The program is neither installed nor carried, or cannot be written to its directory.
+pub fn share_server() -> Result<&'static File> {
+    static OPENED: OnceLock<File> = OnceLock::new();
+    SHARE_SERVER.open_once(&OPENED)
 }
 
 /// Returns the path of the agent for guests; `None` if it is neither installed nor carried.
@@ -78,6 +88,15 @@ pub fn agent() -> Result<Option<PathBuf>> {
 }
 
 impl Program {
+    fn open_once(self, opened: &'static OnceLock<File>) -> Result<&'static File> {
+        if let Some(file) = opened.get() {
+            return Ok(file);
+        }
+        let path = self.find()?;
+        let file = File::open(&path).map_err(failed("open", &path))?;
+        Ok(opened.get_or_init(|| file))
+    }
+
     fn find(self) -> Result<PathBuf> {
         if let Some(path) = self.installed() {
             return Ok(path);

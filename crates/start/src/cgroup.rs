@@ -9,6 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use clone_api::validate::MAX_SHARES;
 use rustix::io::Errno;
 
 /// The limits of a VM's cgroup.
@@ -28,6 +29,8 @@ const OVERHEAD_BYTES: u64 = 256 << 20;
 /// The most threads besides vCPUs: the event loop, disks' workers, and the kernel's threads for
 /// vhost and io_uring.
 const OTHER_THREADS: u32 = 256;
+/// The memory of a share's server: its tables, and the page cache of directories.
+const SHARE_BYTES: u64 = 256 << 20;
 /// The time limit for the threads of an ended process to disappear.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -40,19 +43,8 @@ pub fn join(runtime_dir: &Path, limits: Limits) -> Result<(), String> {
 }
 
 fn try_join(runtime_dir: &Path, limits: Limits) -> Result<(), (&'static str, io::Error)> {
-    let parent = Path::new(PARENT);
-    let root = parent.parent().unwrap_or(parent);
+    delegated(Path::new(PARENT))?;
     let during = |action| move |error| (action, error);
-    // Version 1 of the hierarchy has no such file.
-    fs::read(root.join("cgroup.controllers")).map_err(during("find cgroup v2"))?;
-    let delegate = |dir: &Path| fs::write(dir.join("cgroup.subtree_control"), "+memory +pids");
-    delegate(root).map_err(during("use the controllers of memory and pids"))?;
-    match fs::create_dir(parent) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(("make a cgroup", error));
-        }
-        _ => delegate(parent).map_err(during("hand controllers to VMs"))?,
-    }
     let leaf = leaf(runtime_dir);
     fs::create_dir(&leaf).map_err(during("make the VM's cgroup"))?;
     // Page tables take one byte for 512: once for the process, and once for KVM.
@@ -63,6 +55,22 @@ fn try_join(runtime_dir: &Path, limits: Limits) -> Result<(), (&'static str, io:
     fs::write(leaf.join("pids.max"), threads.to_string()).map_err(during("limit its threads"))?;
     // 0 means the writing process.
     fs::write(leaf.join("cgroup.procs"), "0").map_err(during("join its cgroup"))
+}
+
+/// Makes the parent of the VMs' cgroups.
+fn delegated(parent: &Path) -> Result<(), (&'static str, io::Error)> {
+    let root = parent.parent().unwrap_or(parent);
+    let during = |action| move |error| (action, error);
+    // Version 1 of the hierarchy has no such file.
+    fs::read(root.join("cgroup.controllers")).map_err(during("find cgroup v2"))?;
+    let delegate = |dir: &Path| fs::write(dir.join("cgroup.subtree_control"), "+memory +pids");
+    delegate(root).map_err(during("use the controllers of memory and pids"))?;
+    match fs::create_dir(parent) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(("make a cgroup", error));
+        }
+        _ => delegate(parent).map_err(during("hand controllers to VMs")),
+    }
 }
 
 /// Raises the memory limit of the VM in `runtime_dir` by `bytes`, or lowers it if that is negative.
@@ -82,13 +90,46 @@ pub fn grow(runtime_dir: &Path, bytes: i64) -> io::Result<()> {
     }
 }
 
-/// Removes the cgroup of the VM in `runtime_dir`, whose process has ended.
+/// Makes a cgroup for the server of a share of the VM in `runtime_dir`, beside the VM's own.
+///
+/// # Errors
+/// The reason why this host lacks the layer, as text for the jail's status.
+pub fn make_for_share(runtime_dir: &Path, index: usize) -> Result<PathBuf, String> {
+    let leaf = share_leaf(runtime_dir, index);
+    let make = || {
+        delegated(Path::new(PARENT))?;
+        fs::create_dir(&leaf).map_err(|error| ("make the cgroup of a share", error))?;
+        let limit = |file: &str, value: String| fs::write(leaf.join(file), value);
+        limit("memory.max", SHARE_BYTES.to_string())
+            .map_err(|error| ("limit a share's memory", error))?;
+        limit("pids.max", "4".to_owned()).map_err(|error| ("limit a share's threads", error))
+    };
+    match make() {
+        Ok(()) => Ok(leaf),
+        Err((action, error)) => Err(format!("cannot {action}: {error}")),
+    }
+}
+
+fn share_leaf(runtime_dir: &Path, index: usize) -> PathBuf {
+    let mut leaf = leaf(runtime_dir).into_os_string();
+    leaf.push(format!(".share{index}"));
+    leaf.into()
+}
+
+/// Removes the cgroups of the VM in `runtime_dir`, whose process has ended, and those of its shares,
+/// whose servers end with it.
 pub fn remove(runtime_dir: &Path) -> io::Result<()> {
-    let leaf = leaf(runtime_dir);
+    for index in 0..MAX_SHARES {
+        remove_leaf(&share_leaf(runtime_dir, index))?;
+    }
+    remove_leaf(&leaf(runtime_dir))
+}
+
+fn remove_leaf(leaf: &Path) -> io::Result<()> {
     loop {
         // The events file is opened before the attempt, so that no later change is missed.
         let events = File::open(leaf.join("cgroup.events"));
-        match fs::remove_dir(&leaf) {
+        match fs::remove_dir(leaf) {
             Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
                 // The process's last threads are still ending.
                 if !changes(&events?)? {

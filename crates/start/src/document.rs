@@ -222,11 +222,12 @@ impl Start {
     }
 }
 
-/// Sends `start`, with the queues of all taps in the order of its interfaces, and nothing after it.
-pub fn send(socket: &UnixStream, start: &Start, taps: &[OwnedFd]) -> io::Result<()> {
+/// Sends `start`, and nothing after it, with these open files: the queues of all taps in the order of
+/// its interfaces, and the connections to the servers of all shares.
+pub fn send(socket: &UnixStream, start: &Start, files: &[OwnedFd]) -> io::Result<()> {
     let text = serde_json::to_vec(start)?;
-    let taps: Vec<BorrowedFd<'_>> = taps.iter().map(AsFd::as_fd).collect();
-    let sent = descriptors::send(socket, &text, &taps)?;
+    let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+    let sent = descriptors::send(socket, &text, &files)?;
     let mut rest = socket;
     rest.write_all(&text[sent..])?;
     socket.shutdown(Shutdown::Write)
@@ -241,8 +242,12 @@ pub fn receive(socket: impl AsFd) -> Result<Option<(Start, Vec<OwnedFd>)>> {
     }
     let start: Start = serde_json::from_slice(&text).map_err(|error| unreadable(&error))?;
     let queues: usize = start.nets.iter().map(|net| usize::from(net.queues)).sum();
-    if queues != files.len() {
-        let reason = format!("it names {queues} queues of taps, and {} came", files.len());
+    let shares = start.config.shares.len();
+    if queues + shares != files.len() {
+        let reason = format!(
+            "it names {queues} queues of taps and {shares} shares, and {} came",
+            files.len()
+        );
         return Err(unreadable(&reason));
     }
     Ok(Some((start, files)))

@@ -10,15 +10,17 @@ const VIRTIO_ID_BLOCK: u32 = 2;
 const VIRTIO_ID_RNG: u32 = 4;
 const VIRTIO_ID_BALLOON: u32 = 5;
 const VIRTIO_ID_VSOCK: u32 = 19;
+const VIRTIO_ID_FS: u32 = 26;
 
 /// The virtio device ids of a machine of this shape, in slot order: disks, interfaces, vsock,
-/// balloon, rng.
+/// balloon, rng, shares.
 pub fn kinds(shape: &Shape) -> Vec<u32> {
     let mut kinds = vec![VIRTIO_ID_BLOCK; shape.disks.len()];
     kinds.extend(shape.nets.iter().map(|_| VIRTIO_ID_NET));
     kinds.extend(shape.vsock.map(|_| VIRTIO_ID_VSOCK));
     kinds.extend(shape.balloon.map(|_| VIRTIO_ID_BALLOON));
     kinds.extend(shape.rng.then_some(VIRTIO_ID_RNG));
+    kinds.extend(shape.shares.iter().map(|_| VIRTIO_ID_FS));
     kinds
 }
 

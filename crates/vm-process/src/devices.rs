@@ -1,4 +1,4 @@
-//! The virtio devices of a VM, in slot order: disks, interfaces, vsock, balloon, rng. The guest's
+//! The virtio devices of a VM, in slot order: disks, interfaces, vsock, balloon, rng, shares. The guest's
 //! names (`vda`, `eth0`) depend on this order.
 
 use std::collections::BTreeMap;
@@ -11,6 +11,7 @@ use clone_disk::Disk;
 use clone_memory::GuestMemory;
 use clone_start::error::Result;
 use clone_vmm::devices::balloon::{Balloon, BalloonOffer, DiscardRam};
+use clone_vmm::devices::fs::{Fs, FsHandle};
 use clone_vmm::devices::net::NetHandle;
 use clone_vmm::devices::rng::Rng;
 use clone_vmm::devices::vsock::{Vsock, VsockResources};
@@ -38,6 +39,8 @@ pub(super) struct Handles {
     pub(super) disks: Vec<Arc<Mutex<Disk>>>,
     /// The balloon, locked by its transport and the control socket for one call at a time.
     pub(super) balloon: Option<Arc<Mutex<Balloon>>>,
+    /// The shares by their tags.
+    pub(super) shares: Vec<(String, FsHandle)>,
 }
 
 /// Builds new devices on the resources that were opened for them.
@@ -73,6 +76,12 @@ pub(super) fn build(
     }
     if config.rng {
         devices.add(Rng::new(None).map_err(to_api_error)?, events);
+    }
+    for (share, socket) in config.shares.iter().zip(resources.shares) {
+        let device = Fs::new(&share.tag, socket).map_err(to_api_error)?;
+        let handle = (share.tag.clone(), device.handle());
+        devices.handles.shares.push(handle);
+        devices.add(device, events);
     }
     Ok(devices)
 }
@@ -119,6 +128,12 @@ pub(super) fn balloon_status(balloon: &Balloon) -> BalloonStatus {
 }
 
 impl Handles {
+    /// Why shares are not served any more, by their tags.
+    pub(super) fn share_failures(&self) -> BTreeMap<String, String> {
+        let failed = |(tag, share): &(String, FsHandle)| Some((tag.clone(), share.failure()?));
+        self.shares.iter().filter_map(failed).collect()
+    }
+
     /// The counters of each device, by its name.
     pub(super) fn counters(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
         let nets = self.nets.iter().enumerate().map(|(index, net)| {

@@ -106,11 +106,17 @@ pub(super) struct DeviceResources {
     /// The open interfaces, in the order of the description.
     pub(super) nets: Vec<OpenNet>,
     pub(super) vsock: Option<UnixListener>,
+    /// The connections to the servers of the shares, in the order of the description.
+    pub(super) shares: Vec<OwnedFd>,
 }
 
-/// Opens all files that the description names, takes over the `taps` that were received with it,
-/// and makes the sockets and logs in `dir`.
-pub(super) fn open(dir: &VmDir, start: Start, taps: Vec<OwnedFd>) -> Result<(VmConfig, Resources)> {
+/// Opens all files that the description names, takes over the queues of taps and the connections to
+/// shares that were `received` with it, and makes the sockets and logs in `dir`.
+pub(super) fn open(
+    dir: &VmDir,
+    start: Start,
+    received: Vec<OwnedFd>,
+) -> Result<(VmConfig, Resources)> {
     start.check()?;
     let config = start.config;
     let shared_disks: Vec<Option<ForkDisk>> = match &start.origin {
@@ -132,7 +138,7 @@ pub(super) fn open(dir: &VmDir, start: Start, taps: Vec<OwnedFd>) -> Result<(VmC
         false => None,
     };
     let nets = config.net.iter().zip(start.nets);
-    let mut taps = taps.into_iter();
+    let mut received = received.into_iter();
     let devices = DeviceResources {
         disks: config
             .disks
@@ -141,9 +147,10 @@ pub(super) fn open(dir: &VmDir, start: Start, taps: Vec<OwnedFd>) -> Result<(VmC
             .map(|(disk, shared)| disks::open(disk, shared.as_ref(), layers_dir))
             .collect::<Result<_>>()?,
         nets: nets
-            .map(|(net, attached)| nets::open(net, attached, &mut taps))
+            .map(|(net, attached)| nets::open(net, attached, &mut received))
             .collect::<Result<_>>()?,
         vsock,
+        shares: received.collect(),
     };
     let resources = Resources {
         origin,

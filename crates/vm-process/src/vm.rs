@@ -300,6 +300,7 @@ impl VmControl for VmHandle {
             }
         };
         VmInfo {
+            share_failures: self.handles.devices.share_failures(),
             name: self.config.name.clone(),
             state,
             pid: std::process::id(),

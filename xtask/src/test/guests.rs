@@ -261,7 +261,7 @@ fn guest_binaries(list: &str) -> Result<Vec<(String, PathBuf)>> {
 
 /// What all test binaries run and boot.
 fn shared_files() -> Result<Vec<PathBuf>> {
-    let programs = ["clone", "clone-vm", "army"].map(paths::debug_binary);
+    let programs = ["clone", "clone-vm", "clone-share", "army"].map(paths::debug_binary);
     let debian = paths::assets().join("guest-debian/debian.ext4");
     let files = programs.iter().chain([&debian]);
     files

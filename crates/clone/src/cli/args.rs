@@ -2,12 +2,14 @@
 
 use std::ffi::OsStr;
 use std::net::IpAddr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
 use clone_api::config::{
-    BackingConfig, DiskConfig, DiskFormat, Egress, NetConfig, NetMode, OnReboot, Overlay, Vhost,
+    BackingConfig, DiskConfig, DiskFormat, Egress, GuestOwner, NetConfig, NetMode, OnReboot,
+    Overlay, ShareConfig, Vhost,
 };
 use clone_api::jail::RequiredJail;
 use clone_api::validate::validate;
@@ -53,6 +55,11 @@ pub(super) struct VmArgs {
     /// [,bandwidth=SIZE][,address=ADDRESS+…][,connections=N]
     #[arg(long = "net", value_name = "NET", value_parser = net_parser())]
     nets: Vec<NetArg>,
+    /// A directory of the host to share with the guest (can be given several times):
+    /// PATH=TAG[,ro][,owner=USER[.GROUP]][:/MOUNT]. The guest mounts it with `mount -t virtiofs TAG`,
+    /// and its agent at MOUNT when it boots
+    #[arg(long = "share", value_name = "SHARE", value_parser = share_parser())]
+    shares: Vec<ShareArg>,
     /// Start without a socket device: exec, shell and cp do not work.
     #[arg(long)]
     no_vsock: bool,
@@ -103,6 +110,94 @@ fn on_reboot_parser() -> impl TypedValueParser<Value = OnReboot> {
 /// `--disk`.
 #[derive(Debug, Clone)]
 struct DiskArg(DiskConfig);
+
+/// `--share`.
+#[derive(Debug, Clone)]
+pub(super) struct ShareArg(ShareConfig);
+
+impl ShareArg {
+    /// The described share.
+    pub(super) fn config(&self) -> &ShareConfig {
+        &self.0
+    }
+
+    /// Parses PATH=TAG and options, as for a VM that boots.
+    fn parse(text: &OsStr) -> std::result::Result<Self, String> {
+        let bytes = text.as_bytes();
+        let form = "write it as PATH=TAG[,ro][,owner=USER[.GROUP]][:/MOUNT]";
+        let equals = bytes.iter().position(|&byte| byte == b'=').ok_or(form)?;
+        let rest = std::str::from_utf8(&bytes[equals + 1..]).map_err(|_| form)?;
+        let (rest, mount) = match rest.split_once(':') {
+            Some((rest, mount)) => (rest, Some(mount.to_owned())),
+            None => (rest, None),
+        };
+        let mut words = rest.split(',');
+        let mut share = ShareConfig {
+            path: directory(OsStr::from_bytes(&bytes[..equals]))?,
+            tag: words.next().unwrap_or_default().to_owned(),
+            mount,
+            ..ShareConfig::default()
+        };
+        set_options(&mut share, words)?;
+        Ok(Self(share))
+    }
+
+    /// Parses TAG=PATH and options, as for a fork.
+    fn parse_for_fork(text: &OsStr) -> std::result::Result<Self, String> {
+        let form = "write it as TAG=PATH[,ro][,owner=USER[.GROUP]]";
+        let (tag, rest) = text
+            .to_str()
+            .and_then(|it| it.split_once('='))
+            .ok_or(form)?;
+        let mut words = rest.split(',');
+        let mut share = ShareConfig {
+            path: directory(OsStr::new(words.next().unwrap_or_default()))?,
+            tag: tag.to_owned(),
+            ..ShareConfig::default()
+        };
+        set_options(&mut share, words)?;
+        Ok(Self(share))
+    }
+}
+
+/// An absolute path without links, which stays the same whatever becomes of the working directory.
+fn directory(path: &OsStr) -> std::result::Result<PathBuf, String> {
+    let found = std::fs::canonicalize(path);
+    found.map_err(|error| format!("{}: {error}", path.display()))
+}
+
+fn set_options<'a>(
+    share: &mut ShareConfig,
+    words: impl Iterator<Item = &'a str>,
+) -> std::result::Result<(), String> {
+    for word in words {
+        match word.split_once('=') {
+            None if word == "ro" => share.read_only = true,
+            Some(("owner", owner)) => {
+                let (user, group) = owner.split_once('.').unwrap_or((owner, owner));
+                share.owner = Some(GuestOwner {
+                    user: number("owner", user)?,
+                    group: number("owner", group)?,
+                });
+            }
+            _ => {
+                return Err(format!(
+                    "unknown option `{word}`: use ro, owner=USER[.GROUP]"
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn share_parser() -> impl TypedValueParser<Value = ShareArg> {
+    OsStringValueParser::new().try_map(|text| ShareArg::parse(&text))
+}
+
+/// The parser of `clone fork --share`.
+pub(super) fn fork_share_parser() -> impl TypedValueParser<Value = ShareArg> {
+    OsStringValueParser::new().try_map(|text| ShareArg::parse_for_fork(&text))
+}
 
 /// `--net`.
 #[derive(Debug, Clone)]
@@ -303,6 +398,9 @@ impl VmArgs {
         }
         if !self.nets.is_empty() {
             config.net = self.nets.into_iter().map(|net| net.0).collect();
+        }
+        if !self.shares.is_empty() {
+            config.shares = self.shares.into_iter().map(|share| share.0).collect();
         }
         config.vsock.enabled &= !self.no_vsock;
         config.balloon.enabled &= !self.no_balloon;

@@ -13,7 +13,7 @@ use clone_start::error::Result;
 use clone_template::Store;
 use serde::Serialize;
 
-use super::args::{JailArgs, NetArg, net_parser};
+use super::args::{JailArgs, NetArg, ShareArg, fork_share_parser, net_parser};
 use super::output::table;
 use super::{Context, exit};
 
@@ -44,6 +44,10 @@ pub(super) struct Args {
     /// Keep a clone's writes to a disk in a file: N=FILE, where N is the disk's index (0 is vda).
     #[arg(long = "disk", value_name = "N=FILE", value_parser = kept_disk_parser())]
     disks: Vec<KeptDisk>,
+    /// The directory of a share, which each clone gets for itself: TAG=PATH[,ro][,owner=USER[.GROUP]].
+    /// Those of a template must all be given; those of a live fork are the VM's by default.
+    #[arg(long = "share", value_name = "TAG=PATH", value_parser = fork_share_parser())]
+    shares: Vec<ShareArg>,
     /// Do not give the clones an identity: they keep the template's host name, addresses and clock
     /// until these are changed in the guest.
     #[arg(long)]
@@ -106,6 +110,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode> {
         net: (!args.nets.is_empty())
             .then(|| args.nets.iter().map(|net| net.config().clone()).collect()),
         overlays: args.disks.iter().map(|d| (d.0, d.1.clone())).collect(),
+        shares: args.shares.iter().map(|it| it.config().clone()).collect(),
         egress: None,
         reach_host: None,
         host_names: Vec::new(),

@@ -22,6 +22,7 @@ mod output;
 mod power;
 mod progress;
 mod run;
+mod share;
 mod signals;
 mod snapshot;
 mod stat;
@@ -76,6 +77,7 @@ enum Command {
     Balloon(balloon::Args),
     Checkpoint(checkpoint::CheckpointArgs),
     Rewind(checkpoint::RewindArgs),
+    Share(share::ShareArgs),
     Snapshot(snapshot::Args),
     Fork(fork::Args),
     Template(template::Args),
@@ -141,6 +143,7 @@ fn dispatch(context: &Context, command: Command) -> Result<ExitCode> {
         Command::Balloon(args) => balloon::run(context, &args),
         Command::Checkpoint(args) => checkpoint::checkpoint(context, &args),
         Command::Rewind(args) => checkpoint::rewind(context, &args),
+        Command::Share(args) => share::run(context, &args),
         Command::Snapshot(args) => snapshot::run(context, &args),
         Command::Fork(args) => fork::run(context, &args),
         Command::Template(args) => template::run(context, &args),

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use clone_api::config::{Egress, NetConfig, NetMode, Overlay};
+use clone_api::config::{Egress, NetConfig, NetMode, Overlay, ShareConfig};
 use clone_api::control::SnapshotTaken;
 use clone_api::shape::Ceilings;
 use clone_api::validate::validate_unnamed;
@@ -144,6 +144,7 @@ impl Source {
         name.clone_into(&mut config.name);
         connect(&mut config, overrides)?;
         keep_writes(&mut config, overrides)?;
+        share(&mut config, overrides)?;
         self.ceilings
             .narrow(&mut config)
             .map_err(|(index, error)| {
@@ -260,6 +261,31 @@ fn keep_writes(config: &mut VmConfig, overrides: &Overrides) -> Result<()> {
     Ok(())
 }
 
+/// Gives the shares their directories. Those of a live fork are the VM's, unless others are given.
+fn share(config: &mut VmConfig, overrides: &Overrides) -> Result<()> {
+    for given in &overrides.shares {
+        let mut shares = config.shares.iter_mut();
+        let Some(share) = shares.find(|share| share.tag == given.tag) else {
+            let message = format!("there is no share `{}`", given.tag);
+            return Err(ApiError::new(ErrorCode::InvalidConfig, message).advise(
+                "a clone has its template's devices: `clone template inspect` lists them",
+            ));
+        };
+        share.path.clone_from(&given.path);
+        share.read_only = given.read_only;
+        share.owner = given.owner;
+    }
+    let mut shares = config.shares.iter();
+    match shares.find(|share| share.path.as_os_str().is_empty()) {
+        None => Ok(()),
+        Some(ShareConfig { tag, .. }) => {
+            let message = format!("the template has a share `{tag}`, and no directory for it");
+            Err(ApiError::new(ErrorCode::InvalidConfig, message)
+                .advise(format!("give it one: clone fork --share {tag}=DIRECTORY")))
+        }
+    }
+}
+
 /// The differences of clones from their source's defaults.
 #[derive(Debug, Clone, Default)]
 pub struct Overrides {
@@ -271,6 +297,8 @@ pub struct Overrides {
     pub overlays: Vec<(usize, PathBuf)>,
     /// The destinations that the guests may send to; narrowed to the template's ceiling.
     pub egress: Option<Egress>,
+    /// The directories of shares, by their tags.
+    pub shares: Vec<ShareConfig>,
     /// Whether the guests may open connections to the host's own addresses; as `net` says where it is
     /// not given.
     pub reach_host: Option<bool>,
@@ -281,7 +309,7 @@ pub struct Overrides {
 impl Overrides {
     /// Whether there are no overrides, so that a standby, which has the defaults, can be used.
     fn is_none(&self) -> bool {
-        self.net.is_none() && self.overlays.is_empty()
+        self.net.is_none() && self.overlays.is_empty() && self.shares.is_empty()
     }
 }
 

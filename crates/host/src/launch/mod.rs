@@ -12,6 +12,7 @@ pub mod preflight;
 mod program;
 mod reaper;
 pub mod resume;
+mod shares;
 pub mod standby;
 #[cfg(test)]
 mod testing;
@@ -145,6 +146,8 @@ fn start(
         guest,
         mut notices,
     } = network::attach(runtime, &starting.dir, &mut config, &former_network)?;
+    let shares = shares::start(&starting.dir, &config)?;
+    notices.extend(shares.notices);
     let layers_dir = scratch::dir();
     if matches!(origin, Origin::Boot { .. }) && layers_dir.is_none() {
         notices.extend(layers_in_memory(&config));
@@ -162,8 +165,9 @@ fn start(
     };
     let words = invocation::words(starting.dir.path());
     let (mut child, socket) = spawn(&starting.dir, words)?;
+    let files = taps.into_iter().chain(shares.sockets).collect();
     let started =
-        hand_over(starting, &document, taps, &mut child, socket).and_then(|(process, jail)| {
+        hand_over(starting, &document, files, &mut child, socket).and_then(|(process, jail)| {
             notices.extend(jail.warnings());
             starting.dir.write_notices(&notices)?;
             // The parent is written last, since it marks a standby as ready.
@@ -234,12 +238,12 @@ fn spawn(dir: &VmDir, words: [&OsStr; 3]) -> Result<(Child, UnixStream)> {
     Ok((child, ours))
 }
 
-/// Records `child` as the VM's process, sends it its description and the `taps`, and reads its
+/// Records `child` as the VM's process, sends it its description and the open `files`, and reads its
 /// report.
 fn hand_over(
     starting: &StartingVm,
     start: &Start,
-    taps: Vec<OwnedFd>,
+    files: Vec<OwnedFd>,
     child: &mut Child,
     socket: UnixStream,
 ) -> Result<(Process, JailStatus)> {
@@ -247,11 +251,11 @@ fn hand_over(
     // The process waits for its description, so it cannot have ended before it is recorded.
     let process = Process::of(child.id()).ok_or_else(|| died(child))?;
     starting.dir.write_process(process)?;
-    if document::send(&socket, start, &taps).is_err() {
+    if document::send(&socket, start, &files).is_err() {
         return Err(died(child));
     }
-    // From here on, the taps exist as long as the VM's process.
-    drop((taps, socket));
+    // From here on, the taps and the servers of shares exist as long as the VM's process.
+    drop((files, socket));
     read_report(&starting.dir, child).map(|jail| (process, jail))
 }
 

@@ -1,4 +1,4 @@
-//! The command that starts the process of a VM.
+//! The commands that start the process of a VM and the servers of its shares.
 
 use std::ffi::OsStr;
 use std::os::fd::AsRawFd;
@@ -20,19 +20,25 @@ pub(super) fn command(arguments: [&OsStr; 3]) -> Result<Command> {
     // runs.
     let program = programs::vm_process()?.as_raw_fd();
     let path = format!("/proc/self/fd/{program}");
-    Ok(bare(Path::new(&path), arguments))
+    let mut command = bare(Path::new(&path));
+    command.arg0("clone-vm").args(arguments);
+    Ok(command)
+}
+
+/// Makes a command that runs the server of a share.
+pub(super) fn share_server() -> Result<Command> {
+    let program = programs::share_server()?.as_raw_fd();
+    let mut command = bare(Path::new(&format!("/proc/self/fd/{program}")));
+    command.arg0("clone-share");
+    Ok(command)
 }
 
 /// Makes a command that gives `program` none of our environment except the variables that it reads.
-fn bare(program: &Path, arguments: [&OsStr; 3]) -> Command {
+fn bare(program: &Path) -> Command {
     let variables = VARIABLES.iter();
     let variables = variables.filter_map(|name| Some((name, std::env::var_os(name)?)));
     let mut command = Command::new(program);
-    command
-        .arg0("clone-vm")
-        .args(arguments)
-        .env_clear()
-        .envs(variables);
+    command.env_clear().envs(variables);
     command
 }
 
@@ -44,7 +50,7 @@ mod tests {
     fn the_program_is_given_no_variable_that_it_does_not_read() {
         let script = "cat /proc/$$/environ";
         let arguments = ["-c", script, "sh"].map(OsStr::new);
-        let output = bare(Path::new("/bin/sh"), arguments).output();
+        let output = bare(Path::new("/bin/sh")).args(arguments).output();
         let environment = String::from_utf8(output.unwrap().stdout).unwrap();
         let given = environment.split_terminator('\0');
         let names: Vec<_> = given.filter_map(|it| it.split('=').next()).collect();

@@ -192,6 +192,21 @@ pub(super) struct Offered {
     pub(super) layers: BaseLayers,
 }
 
+/// Refuses a VM whose guest uses directories of this host.
+fn check_shares(config: &VmConfig) -> Result<()> {
+    match config.shares.first() {
+        None => Ok(()),
+        Some(share) => {
+            let message = format!(
+                "the VM shares the directory {} with this host",
+                share.path.display()
+            );
+            Err(ApiError::new(ErrorCode::Conflict, message)
+                .advise("a VM with shared directories stays on its host"))
+        }
+    }
+}
+
 impl Offer {
     /// The offer of a running VM.
     ///
@@ -207,6 +222,7 @@ impl Offer {
         }
         let config = vm.dir.config()?;
         check_disks(&config)?;
+        check_shares(&config)?;
         let (base, template) = base_of(&config, &vm.dir.parent()?)?;
         let (base, layers) = match base {
             Base::Template { dir, id, layers } => {

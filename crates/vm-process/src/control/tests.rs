@@ -34,6 +34,7 @@ impl VmControl for Fake {
             state: VmState::Running,
             pid: 1,
             started_unix_ms: 0,
+            share_failures: Default::default(),
             version: "0".into(),
             config: VmConfig::default(),
             jail: JailStatus::default(),

@@ -24,7 +24,7 @@ const MAGIC: [u8; 8] = *b"CLNSTATE";
 /// The version that is written, and the newest that is read.
 pub const VERSION: u32 = 1;
 /// The largest file that is read, in bytes: 32 CPUs take less than 1 MiB.
-pub const MAX_BYTES: u64 = 16 << 20;
+pub const MAX_BYTES: u64 = 64 << 20;
 const HASH_BYTES: usize = 32;
 
 /// The reason for which bytes are not a machine's state.

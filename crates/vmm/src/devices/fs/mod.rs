@@ -1,0 +1,797 @@
+//! The virtio-fs device: a directory of the host that the guest mounts by its tag.
+//!
+//! The directory is another process's, the server of the share: names and attributes are asked of it
+//! over a socket (`backend`). What the guest reads from regular files and writes to them moves
+//! between the file and the guest's RAM in this process, by descriptors that the server has opened
+//! (`worker`); neither side shares the guest's memory. A server that does not answer in time or says
+//! what makes no sense is given up: requests fail with `EIO` from then on, and the VM goes on.
+//!
+//! Source: VIRTIO 1.3, 5.11; Linux, include/uapi/linux/fuse.h.
+
+mod backend;
+mod in_flight;
+mod queue;
+mod state;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use clone_fuse::link::Kind;
+use clone_fuse::wire::{InHeader, OUT_HEADER, op, out_header};
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::Queue;
+use vm_memory::Bytes;
+use vmm_sys_util::epoll::EventSet;
+
+use crate::event_loop::Registrar;
+use crate::timer::Timer;
+use crate::virtio::budget::Budget;
+use crate::virtio::{
+    Activation, DescriptorChain, DeviceError, DeviceName, GuestRam, Interrupt, RequestHandler,
+    Served, ServedQueue, Stopped, Turn, VirtioDevice,
+};
+use backend::{Backend, Received};
+use in_flight::{Files, Pending, Work};
+use queue::{FileRequest, FuseRequest, SharedFile};
+pub use state::{FsState, MAX_TAG, SavedFs};
+use worker::{Done, Job, Outcome, Workers};
+
+/// The name that errors give the device.
+const DEVICE: DeviceName = DeviceName::new("fs");
+/// The sizes of the queue for requests to forget, and of the request queue. A request of the largest
+/// size has 256 pages and a few headers.
+const QUEUE_SIZES: [u16; 2] = [64, 512];
+/// The work of one call.
+const BUDGET: Budget = Budget::new(256, 16 << 20);
+/// The most requests that the server and the workers have.
+const MAX_IN_FLIGHT: usize = 576;
+/// The most messages that wait for the server to take them.
+const MAX_QUEUED: usize = 64;
+/// The longest time that a request waits for the server.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+/// The longest time that a pause waits for the server.
+const PAUSE_LIMIT: Duration = Duration::from_secs(5);
+
+const TOKEN_SERVER: u32 = 0;
+const TOKEN_WORKERS: u32 = 1;
+const TOKEN_TIMER: u32 = 2;
+
+/// The resources of the activation.
+struct Active {
+    ram: GuestRam,
+    queues: Vec<ServedQueue>,
+    interrupt: Arc<dyn Interrupt>,
+    events: Registrar,
+}
+
+/// Why a share is not served any more; shared with those who tell people.
+#[derive(Clone, Debug, Default)]
+pub struct FsHandle(Arc<Mutex<Option<String>>>);
+
+impl FsHandle {
+    /// Why the share is not served any more; `None` while it is.
+    pub fn failure(&self) -> Option<String> {
+        // The lock is held for moments only.
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn set(&self, failure: String) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(failure);
+    }
+}
+
+/// A virtio-fs device.
+pub struct Fs {
+    tag: String,
+    config: [u8; state::CONFIG_BYTES],
+    session: Session,
+    active: Option<Active>,
+}
+
+/// What the device knows of its requests.
+struct Session {
+    /// The server; `None` after it was given up.
+    backend: Option<Backend>,
+    workers: Workers,
+    timer: Timer,
+    pending: HashMap<u64, Pending>,
+    files: Files,
+    next_tag: u64,
+    /// Whether a request waits until there are fewer.
+    held_back: bool,
+    handle: FsHandle,
+}
+
+impl Fs {
+    /// A new device for the share that the server at the other end of `socket` serves.
+    ///
+    /// # Errors
+    /// [`DeviceError::State`] for an impossible tag, [`DeviceError::Host`] where there is no timer.
+    pub fn new(tag: &str, socket: OwnedFd) -> Result<Self, DeviceError> {
+        state::check_tag(tag)?;
+        Ok(Self {
+            tag: tag.to_owned(),
+            config: state::config_space(tag),
+            session: Session {
+                backend: Some(Backend::new(socket)),
+                workers: Workers::new().map_err(DEVICE.host_error("make an eventfd"))?,
+                timer: Timer::new().map_err(DEVICE.host_error("make a timer"))?,
+                pending: HashMap::new(),
+                files: Files::default(),
+                next_tag: 0,
+                held_back: false,
+                handle: FsHandle::default(),
+            },
+            active: None,
+        })
+    }
+
+    /// A handle that tells whether the share is served.
+    pub fn handle(&self) -> FsHandle {
+        self.session.handle.clone()
+    }
+
+    fn descriptors(&self) -> Vec<(u32, RawFd)> {
+        let session = &self.session;
+        let server = session.backend.as_ref();
+        let server = server.map(|it| (TOKEN_SERVER, it.as_raw_fd()));
+        let own = [
+            (TOKEN_WORKERS, session.workers.as_raw_fd()),
+            (TOKEN_TIMER, session.timer.as_raw_fd()),
+        ];
+        server.into_iter().chain(own).collect()
+    }
+
+    fn register(&self) -> Result<(), DeviceError> {
+        let Some(active) = &self.active else {
+            return Ok(());
+        };
+        for (token, fd) in self.descriptors() {
+            let added = active.events.add(&fd, token, EventSet::IN);
+            added.map_err(DEVICE.host_error("wait for the server"))?;
+        }
+        Ok(())
+    }
+
+    fn unregister(&self) {
+        let Some(active) = &self.active else {
+            return;
+        };
+        for (_, fd) in self.descriptors() {
+            // They are missing during a pause.
+            let _ = active.events.remove(&fd);
+        }
+    }
+
+    /// Takes the requests of the queue `slot`.
+    fn serve(&mut self, slot: usize) -> Result<(), DeviceError> {
+        let mut budget = BUDGET;
+        loop {
+            let Some(active) = &mut self.active else {
+                return Ok(());
+            };
+            let mut turn = Turn::new(&mut budget);
+            let mut submission = Submission {
+                slot,
+                session: &mut self.session,
+            };
+            let stopped = active.queues[slot].take(&active.ram, &mut turn, &mut submission)?;
+            if stopped == Stopped::Blocked {
+                self.session.held_back = true;
+            }
+            let again = active.queues[slot].settle(&active.ram, stopped, &mut budget)?;
+            self.flush()?;
+            if !again {
+                return self.signal();
+            }
+        }
+    }
+
+    /// Sends what waits, and asks to be told when more can be sent.
+    fn flush(&mut self) -> Result<(), DeviceError> {
+        let Some(backend) = &mut self.session.backend else {
+            return Ok(());
+        };
+        let was_blocked = backend.blocked_since().is_some();
+        let flushed = backend.flush();
+        let is_blocked = backend.blocked_since().is_some();
+        if let Err(error) = flushed {
+            return self.give_up(&format!("the server has gone: {error}"));
+        }
+        let (Some(active), Some(backend)) = (&self.active, &self.session.backend) else {
+            return Ok(());
+        };
+        let mut interest = EventSet::IN;
+        interest.set(EventSet::OUT, is_blocked);
+        // It is not registered while the device is paused.
+        let _ = active.events.modify(backend, TOKEN_SERVER, interest);
+        match is_blocked && !was_blocked {
+            true => self.session.arm(ANSWER_LIMIT),
+            false => Ok(()),
+        }
+    }
+
+    /// Answers what the server has answered.
+    fn receive(&mut self) -> Result<(), DeviceError> {
+        while let Some(backend) = &mut self.session.backend {
+            match backend.receive() {
+                Ok(Some(received)) => self.received(received)?,
+                Ok(None) => return Ok(()),
+                Err(error) => return self.give_up(&format!("the server has failed: {error}")),
+            }
+        }
+        Ok(())
+    }
+
+    fn received(&mut self, received: Received) -> Result<(), DeviceError> {
+        let Some(pending) = self.session.pending.remove(&received.tag) else {
+            // The device was reset meanwhile.
+            return Ok(());
+        };
+        match pending.work {
+            Work::Server { opens, .. } => {
+                let handle = opens.and_then(|at| received.content.get(at..at + 8));
+                let handle = handle.and_then(|bytes| bytes.try_into().ok());
+                if let (Some(handle), Some(file)) = (handle, received.file) {
+                    let handle = u64::from_le_bytes(handle);
+                    self.session.files.insert(handle, Arc::new(file));
+                }
+                self.answer(&pending, received.error, &received.content)
+            }
+            Work::File {
+                ref request,
+                ref file,
+                ..
+            } => {
+                let (error, Some(arrived)) = (received.error, received.file) else {
+                    let error = received.error.unwrap_or(Errno::BADF);
+                    return self.answer(&pending, Some(error), &[]);
+                };
+                if error.is_some() {
+                    return self.answer(&pending, error, &[]);
+                }
+                let handle = match (file, request.other) {
+                    (Some(_), Some(other)) => other,
+                    _ => request.handle,
+                };
+                self.session.files.insert(handle, Arc::new(arrived));
+                self.resume_request(received.tag, pending)
+            }
+            // The server answers what it was not asked.
+            Work::Worker => {
+                self.session.pending.insert(received.tag, pending);
+                self.give_up("the server broke the protocol")
+            }
+        }
+    }
+
+    /// Goes on with a request on files, of which one more is open.
+    fn resume_request(&mut self, tag: u64, pending: Pending) -> Result<(), DeviceError> {
+        if let Err((pending, error)) = self.session.advance(tag, pending) {
+            self.answer(&pending, Some(error), &[])?;
+        }
+        Ok(())
+    }
+
+    /// Answers what the workers have done.
+    fn finish(&mut self) -> Result<(), DeviceError> {
+        for Done { tag, result } in self.session.workers.take_done() {
+            let Some(pending) = self.session.pending.remove(&tag) else {
+                continue;
+            };
+            match result {
+                Ok(Outcome::Filled(count)) => self.put(&pending, None, &[], count)?,
+                Ok(Outcome::Body(body)) => self.put(&pending, None, &body, 0)?,
+                Err(error) => self.put(&pending, Some(error), &[], 0)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(
+        &mut self,
+        pending: &Pending,
+        error: Option<Errno>,
+        body: &[u8],
+    ) -> Result<(), DeviceError> {
+        match error {
+            Some(error) => self.put(pending, Some(error), &[], 0),
+            None => self.put(pending, None, body, 0),
+        }
+    }
+
+    /// Writes an answer into the guest's buffers, where `filled` bytes of content are already.
+    fn put(
+        &mut self,
+        pending: &Pending,
+        error: Option<Errno>,
+        body: &[u8],
+        filled: usize,
+    ) -> Result<(), DeviceError> {
+        let Some(active) = &mut self.active else {
+            return Ok(());
+        };
+        let room: usize = pending.room.iter().map(|(_, len)| len).sum();
+        let fits = OUT_HEADER + body.len() <= room;
+        let (error, body) = match fits {
+            true => (error, body),
+            // The guest left less room than its request needs.
+            false => (Some(Errno::IO), &[][..]),
+        };
+        let header = out_header(pending.unique, error, body.len() + filled);
+        let message = [&header[..], body].concat();
+        let mut left = &message[..];
+        for &(address, len) in &pending.room {
+            let (part, rest) = left.split_at(left.len().min(len));
+            let written = active.ram.write_slice(part, address);
+            written.map_err(|_| DEVICE.driver_error("an answer's room is outside RAM"))?;
+            left = rest;
+        }
+        let written = u32::try_from(message.len() + filled).unwrap_or(u32::MAX);
+        active.queues[pending.slot].push_used(&active.ram, pending.head, written)
+    }
+
+    /// Ends the connection to a server that is dead, hangs or is hostile. All of its requests fail,
+    /// and all that come.
+    fn give_up(&mut self, reason: &str) -> Result<(), DeviceError> {
+        tracing::error!(tag = self.tag, reason, "a share is not served any more");
+        self.session.handle.set(reason.to_owned());
+        if let (Some(active), Some(backend)) = (&self.active, &self.session.backend) {
+            let _ = active.events.remove(backend);
+        }
+        self.session.backend = None;
+        self.session.files.clear();
+        let waits = |(tag, pending): (&u64, &Pending)| {
+            let waits = pending.work.waits_since().is_some();
+            waits.then_some(*tag)
+        };
+        let tags: Vec<u64> = self.session.pending.iter().filter_map(waits).collect();
+        for tag in tags {
+            if let Some(pending) = self.session.pending.remove(&tag) {
+                self.put(&pending, Some(Errno::IO), &[], 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the server up if a request waits for it for too long.
+    fn check_time(&mut self) -> Result<(), DeviceError> {
+        let taken = self.session.timer.take();
+        taken.map_err(DEVICE.host_error("read a timer"))?;
+        let Some(oldest) = self.session.oldest() else {
+            return Ok(());
+        };
+        if oldest.elapsed() >= ANSWER_LIMIT {
+            return self.give_up("the server did not answer for a minute");
+        }
+        self.session.arm(ANSWER_LIMIT - oldest.elapsed())
+    }
+
+    /// Goes on with the requests that were held back.
+    fn go_on(&mut self) -> Result<(), DeviceError> {
+        if std::mem::take(&mut self.session.held_back) {
+            let slots = self.active.as_ref().map_or(0, |active| active.queues.len());
+            (0..slots).try_for_each(|slot| self.serve(slot))?;
+        }
+        self.flush()?;
+        self.signal()
+    }
+
+    /// Waits for all requests. A server that does not answer in time is given up.
+    fn drain(&mut self) -> Result<(), DeviceError> {
+        let deadline = Instant::now() + PAUSE_LIMIT;
+        loop {
+            self.session.workers.drain();
+            self.finish()?;
+            self.flush()?;
+            self.receive()?;
+            let mut pending = self.session.pending.values();
+            let waits = pending.any(|it| it.work.waits_since().is_some());
+            let Some(backend) = self.session.backend.as_ref().filter(|_| waits) else {
+                if self.session.pending.is_empty() {
+                    return Ok(());
+                }
+                continue;
+            };
+            let mut flags = PollFlags::IN;
+            flags.set(PollFlags::OUT, backend.queued() > 0);
+            if let Err(error) = backend.wait(deadline, flags) {
+                self.give_up(&format!(
+                    "the server did not answer before a pause: {error}"
+                ))?;
+            }
+        }
+    }
+
+    fn signal(&mut self) -> Result<(), DeviceError> {
+        let Some(active) = &mut self.active else {
+            return Ok(());
+        };
+        let Active {
+            ram,
+            queues,
+            interrupt,
+            ..
+        } = active;
+        let mut queues = queues.iter_mut();
+        queues.try_for_each(|queue| queue.signal(ram, &**interrupt))
+    }
+
+    fn requeue_all(&self) -> Result<(), DeviceError> {
+        let active = self.active.iter();
+        active
+            .flat_map(|active| &active.queues)
+            .try_for_each(ServedQueue::requeue)
+    }
+
+    fn decode(&self, bytes: &[u8]) -> Result<FsState, DeviceError> {
+        let saved = FsState::decode(bytes)?;
+        match saved.tag == self.tag {
+            true => Ok(saved),
+            false => Err(DEVICE.state_error(format_args!(
+                "it is of the share `{}`, and this one is `{}`",
+                saved.tag.escape_debug(),
+                self.tag
+            ))),
+        }
+    }
+}
+
+impl Session {
+    fn new_tag(&mut self) -> u64 {
+        self.next_tag += 1;
+        self.next_tag
+    }
+
+    /// Since when the oldest request waits for the server.
+    fn oldest(&self) -> Option<Instant> {
+        let waiting = self.pending.values();
+        let waiting = waiting.filter_map(|it| it.work.waits_since());
+        let blocked = self.backend.as_ref().and_then(Backend::blocked_since);
+        waiting.chain(blocked).min()
+    }
+
+    fn arm(&self, delay: Duration) -> Result<(), DeviceError> {
+        let armed = self.timer.arm_once(delay);
+        armed.map_err(DEVICE.host_error("arm a timer"))
+    }
+
+    /// Starts a request on files, or asks the server for the file that is missing.
+    fn advance(&mut self, tag: u64, mut pending: Pending) -> Result<(), (Pending, Errno)> {
+        let Work::File {
+            request,
+            data,
+            file,
+            ..
+        } = &mut pending.work
+        else {
+            return Err((pending, Errno::IO));
+        };
+        let FileRequest {
+            handle,
+            other,
+            action,
+        } = *request;
+        if file.is_none() {
+            *file = self.files.get(handle);
+        }
+        let second: Option<Option<SharedFile>> = other.map(|other| self.files.get(other));
+        let missing = match (&*file, &second) {
+            (None, _) => Some(handle),
+            (Some(_), Some(None)) => other,
+            (Some(_), _) => None,
+        };
+        if let Some(missing) = missing {
+            let Some(backend) = &mut self.backend else {
+                return Err((pending, Errno::IO));
+            };
+            backend.push(tag, Kind::Descriptor, missing.to_le_bytes().to_vec());
+            if self.oldest().is_none() && self.arm(ANSWER_LIMIT).is_err() {
+                return Err((pending, Errno::IO));
+            }
+            self.pending.insert(tag, pending);
+            return Ok(());
+        }
+        let Some(file) = file.take() else {
+            return Err((pending, Errno::IO));
+        };
+        let job = Job {
+            tag,
+            file,
+            other: second.flatten(),
+            action,
+            data: std::mem::take(data),
+        };
+        pending.work = Work::Worker;
+        if self.workers.submit(job).is_err() {
+            return Err((pending, Errno::NOMEM));
+        }
+        self.pending.insert(tag, pending);
+        Ok(())
+    }
+}
+
+/// Passes the requests of one queue on.
+struct Submission<'a> {
+    slot: usize,
+    session: &'a mut Session,
+}
+
+impl<'m> RequestHandler<'m> for Submission<'_> {
+    fn handle(
+        &mut self,
+        queue: &mut ServedQueue,
+        chain: &mut DescriptorChain<'m>,
+    ) -> Result<Served, DeviceError> {
+        let (header, request) = queue::parse(queue, chain)?;
+        let bytes = (chain.readable_len() + chain.writable_len()) as u64;
+        match request {
+            FuseRequest::Nothing => Ok(Served::Used { written: 0, bytes }),
+            FuseRequest::Answer(error) => refuse(queue, chain, header, error),
+            FuseRequest::Server(message) => self.ask(queue, chain, header, message),
+            FuseRequest::File(request) => {
+                let Some(data) = queue::data(chain, request.action) else {
+                    return refuse(queue, chain, header, Errno::INVAL);
+                };
+                let since = Instant::now();
+                let work = Work::File {
+                    since,
+                    request,
+                    data,
+                    file: None,
+                };
+                // The content goes into the room behind this.
+                let pending = self.pending(chain, header, work, 64);
+                if self.session.backend.is_none() {
+                    return refuse(queue, chain, header, Errno::IO);
+                }
+                let tag = self.session.new_tag();
+                match self.session.advance(tag, pending) {
+                    Ok(()) => Ok(Served::Kept { bytes }),
+                    Err((_, error)) => refuse(queue, chain, header, error),
+                }
+            }
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        let queued = self.session.backend.as_ref().map_or(0, Backend::queued);
+        queued < MAX_QUEUED && self.session.pending.len() < MAX_IN_FLIGHT
+    }
+}
+
+impl Submission<'_> {
+    fn pending(
+        &self,
+        chain: &DescriptorChain<'_>,
+        header: InHeader,
+        work: Work,
+        most: usize,
+    ) -> Pending {
+        let room = chain.writer();
+        let len = room.remaining().min(most);
+        let room = room.split_at(len).map(|(front, _)| {
+            let segments = front.segments();
+            segments.map(|it| (it.address, it.slice.len())).collect()
+        });
+        Pending {
+            slot: self.slot,
+            head: chain.head(),
+            unique: header.unique,
+            room: room.unwrap_or_default(),
+            work,
+        }
+    }
+
+    /// Has the server carry a request out.
+    fn ask(
+        &mut self,
+        queue: &ServedQueue,
+        chain: &DescriptorChain<'_>,
+        header: InHeader,
+        message: Vec<u8>,
+    ) -> Result<Served, DeviceError> {
+        let bytes = message.len() as u64;
+        let is_answered = !matches!(header.opcode, op::FORGET | op::BATCH_FORGET);
+        let tag = self.session.new_tag();
+        let since = Instant::now();
+        let opens = match header.opcode {
+            op::OPEN => Some(0),
+            // Behind the entry.
+            op::CREATE | op::TMPFILE => Some(128),
+            _ => None,
+        };
+        let work = Work::Server { since, opens };
+        let pending = self.pending(chain, header, work, usize::MAX);
+        let Some(backend) = &mut self.session.backend else {
+            return match is_answered {
+                true => refuse(queue, chain, header, Errno::IO),
+                false => Ok(Served::Used { written: 0, bytes }),
+            };
+        };
+        if header.opcode == op::RELEASE
+            && let Some(handle) = message.get(40..48).and_then(|it| it.try_into().ok())
+        {
+            self.session.files.remove(u64::from_le_bytes(handle));
+        }
+        if matches!(header.opcode, op::INIT | op::DESTROY) {
+            // A new session begins, whose handles are others.
+            self.session.files.clear();
+        }
+        backend.push(tag, Kind::Guest, message);
+        if !is_answered {
+            return Ok(Served::Used { written: 0, bytes });
+        }
+        if self.session.oldest().is_none() {
+            self.session.arm(ANSWER_LIMIT)?;
+        }
+        self.session.pending.insert(tag, pending);
+        Ok(Served::Kept { bytes })
+    }
+}
+
+/// Answers a request at once.
+fn refuse(
+    queue: &ServedQueue,
+    chain: &DescriptorChain<'_>,
+    header: InHeader,
+    error: Errno,
+) -> Result<Served, DeviceError> {
+    let answer = out_header(header.unique, Some(error), 0);
+    let put = chain.writer().write_all(&answer);
+    put.map_err(|error| queue.driver_error(error))?;
+    Ok(Served::Used {
+        written: OUT_HEADER as u32,
+        bytes: 0,
+    })
+}
+
+impl VirtioDevice for Fs {
+    fn name(&self) -> DeviceName {
+        DEVICE
+    }
+
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_FS
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    fn queue_max_sizes(&self) -> Vec<u16> {
+        QUEUE_SIZES.to_vec()
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        crate::virtio::read_bytes(&self.config, offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        let event_idx = activation.features >> VIRTIO_RING_F_EVENT_IDX & 1 != 0;
+        let queues = activation.queues.into_iter();
+        self.active = Some(Active {
+            ram: activation.ram,
+            queues: queues
+                .map(|queue| ServedQueue::new(DEVICE, queue, event_idx))
+                .collect(),
+            interrupt: activation.interrupt,
+            events: activation.events,
+        });
+        self.register()?;
+        // The event loop serves the queues: a vCPU's thread may neither send nor start threads.
+        self.requeue_all()
+    }
+
+    fn notify_queue(&mut self, queue: u16) -> Result<(), DeviceError> {
+        let slot = self.active.as_ref().and_then(|active| {
+            let mut queues = active.queues.iter();
+            queues.position(|served| served.index() == queue)
+        });
+        slot.map_or(Ok(()), |slot| self.serve(slot))
+    }
+
+    fn handle_event(&mut self, token: u32, _ready: EventSet) -> Result<(), DeviceError> {
+        match token {
+            TOKEN_SERVER => {
+                self.flush()?;
+                self.receive()?;
+            }
+            TOKEN_WORKERS => self.finish()?,
+            _ => self.check_time()?,
+        }
+        self.go_on()
+    }
+
+    fn pause(&mut self) -> Result<(), DeviceError> {
+        self.drain()?;
+        self.session.held_back = false;
+        self.unregister();
+        self.signal()
+    }
+
+    fn resume(&mut self) -> Result<(), DeviceError> {
+        self.register()?;
+        self.requeue_all()
+    }
+
+    fn reset(&mut self) {
+        // Workers use the RAM. What the server still answers is for nobody.
+        self.session.workers.drain();
+        drop(self.session.workers.take_done());
+        self.unregister();
+        self.active = None;
+        self.session.pending.clear();
+        self.session.files.clear();
+        self.session.held_back = false;
+        let tag = self.session.new_tag();
+        if let Some(backend) = &mut self.session.backend {
+            // It is sent with the next request, by the event loop's thread.
+            backend.clear();
+            backend.push(tag, Kind::Reset, Vec::new());
+        }
+    }
+
+    fn queues(&self) -> Vec<(u16, &Queue)> {
+        let active = self.active.iter();
+        active
+            .flat_map(|active| &active.queues)
+            .map(ServedQueue::indexed)
+            .collect()
+    }
+
+    fn save(&self) -> Result<Vec<u8>, DeviceError> {
+        let tables = match &self.session.backend {
+            None => None,
+            Some(backend) => {
+                let saved = backend.save(self.session.next_tag + 1);
+                let host = DEVICE.host_error("save what the server of a share knows");
+                Some(saved.map_err(|error| host(error.into()))?)
+            }
+        };
+        let tag = self.tag.clone();
+        FsState { tag, tables }.encode()
+    }
+
+    fn check_state(&self, state: &[u8]) -> Result<u64, DeviceError> {
+        self.decode(state).map(|_fits| self.features())
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        let saved = self.decode(state)?;
+        let tag = self.session.new_tag();
+        let Some(backend) = &mut self.session.backend else {
+            return Ok(());
+        };
+        backend.clear();
+        let restored = backend.restore(tag, saved.tables.as_deref());
+        match restored {
+            Ok(()) => Ok(()),
+            Err(Errno::INVAL | Errno::FBIG) => {
+                Err(DEVICE.state_error("the server of the share cannot read what it knew"))
+            }
+            Err(error) => {
+                let host = DEVICE.host_error("hand the server of a share what it knew");
+                Err(host(error.into()))
+            }
+        }
+    }
+}
+
+impl Drop for Fs {
+    /// Waits for the workers, which use the RAM.
+    fn drop(&mut self) {
+        self.reset();
+    }
+}
