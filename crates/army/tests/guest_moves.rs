@@ -108,7 +108,6 @@ fn a_vm_under_load_moves_around_and_hosts_are_evacuated() {
         let moved = cluster.army(&["vm", "migrate", "mover", "--to", to]);
         assert_eq!(moved["moved"]["to"], to, "{moved}");
         assert_eq!(host_of(&cluster, "mover"), to);
-        println!("{}", moved["moved"]);
         assert_eq!(identity(&cluster, "mover"), before);
         let there = address(&cluster, "mover");
         assert!(there.starts_with("inet 10."), "{there}");
