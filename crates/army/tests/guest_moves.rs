@@ -17,7 +17,7 @@ fn cluster() -> Cluster {
     cluster.wait("hosts", |it| {
         HOSTS.iter().all(|host| it.host_is(host, "ready"))
     });
-    cluster.make_template_with("one", "4711-nonce", &["--net", "nat"]);
+    cluster.make_template("one", "4711-nonce");
     cluster.army(&["template", "register", "tiny", "--host", "one"]);
     cluster
 }
@@ -56,12 +56,6 @@ fn identity(cluster: &Cluster, vm: &str) -> String {
     )
 }
 
-/// The address of a VM's interface, as its guest has it. The hosts of this test share the file system in
-/// which addresses are given away, so a VM that moves gets another one, and its guest is told.
-fn address(cluster: &Cluster, vm: &str) -> String {
-    cluster.guest(vm, "ip -4 addr show dev eth0 | grep -o 'inet [0-9.]*'")
-}
-
 /// A command through Army that is not waited for yet.
 fn begin(cluster: &Cluster, words: &[&str]) -> Child {
     Command::new(env!("CARGO_BIN_EXE_army"))
@@ -96,7 +90,10 @@ fn a_vm_under_load_moves_around_and_hosts_are_evacuated() {
     // One command that is collected, and one with input and output as they come.
     let script =
         format!("i=0; while [ $i -lt {LINES} ]; do echo line$i; i=$((i+1)); sleep 0.2; done");
-    let collected = begin(&cluster, &["exec", "mover", "sh", "-c", &script]);
+    let collected = begin(
+        &cluster,
+        &["exec", "--timeout", "600", "mover", "sh", "-c", &script],
+    );
     let echo = "while read line; do echo got $line; done; echo end";
     let mut streamed = begin(&cluster, &["exec", "--input", "mover", "sh", "-c", echo]);
     let mut input = streamed.stdin.take().unwrap();
@@ -108,10 +105,7 @@ fn a_vm_under_load_moves_around_and_hosts_are_evacuated() {
         let moved = cluster.army(&["vm", "migrate", "mover", "--to", to]);
         assert_eq!(moved["moved"]["to"], to, "{moved}");
         assert_eq!(host_of(&cluster, "mover"), to);
-        println!("{}", moved["moved"]);
         assert_eq!(identity(&cluster, "mover"), before);
-        let there = address(&cluster, "mover");
-        assert!(there.starts_with("inet 10."), "{there}");
         assert_eq!(processes(&cluster), 1);
         assert_eq!(cluster.there(to), 1);
     }

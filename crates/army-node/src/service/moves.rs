@@ -29,7 +29,7 @@ impl NodeService {
             let begin = (Arc::clone(&node), request.clone());
             work(move || begin.0.begin_departure(&begin.1)).await?;
             let opened = open(&tls, &request).await;
-            let link = opened.and_then(|far| connect(far));
+            let link = opened.and_then(connect);
             let sent = match link {
                 Ok(link) => {
                     let (node, request) = (Arc::clone(&node), request.clone());

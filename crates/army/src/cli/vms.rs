@@ -49,7 +49,7 @@ pub(super) enum Command {
     },
     /// Move a VM to another host while it runs.
     ///
-    /// Its guest is paused for an instant only. Commands and terminals go on; forwarded ports and the
+    /// Its guest is paused for an instant only. Commands go on; terminals, forwarded ports and the
     /// guest's own connections through its host's network end.
     Migrate(MigrateArgs),
     /// Stop a VM's CPUs.

@@ -15,8 +15,8 @@ use super::{Answer, App, operations};
 /// Moves a VM to another host while it runs. Only administrators may do that.
 ///
 /// The guest goes on there after a pause of an instant, with its memory, its disks and its identity.
-/// Commands and terminals through Army go on; forwarded ports, and the guest's own connections through
-/// the host's network, end. A paused or suspended VM runs while it is moved, and is paused or suspended
+/// Commands through Army go on; terminals, forwarded ports, and the guest's own connections through the
+/// host's network, end. A paused or suspended VM runs while it is moved, and is paused or suspended
 /// again. A VM with checkpoints, or with disks that keep their writes, is not moved. Where the move
 /// fails, the VM goes on where it was.
 #[utoipa::path(post, path = "/v1/vms/{vm}/migrate", params(("vm" = String, Path), Wait,

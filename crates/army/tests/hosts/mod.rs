@@ -103,11 +103,6 @@ impl Cluster {
 
     /// Makes the template `tiny` on a host, of a guest that holds a nonce.
     pub fn make_template(&self, host: &str, nonce: &str) {
-        self.make_template_with(host, nonce, &[]);
-    }
-
-    /// The same, of a machine with more of what `clone run` gives.
-    pub fn make_template_with(&self, host: &str, nonce: &str, more: &[&str]) {
         let assets = std::env::var_os("CLONE_TEST_ASSETS")
             .expect("set CLONE_TEST_ASSETS, or run `cargo xtask test --guest`");
         let assets = PathBuf::from(assets);
@@ -119,10 +114,9 @@ impl Cluster {
             let output = self.on(host, &program).args(words).output().unwrap();
             assert!(output.status.success(), "{words:?}: {output:?}");
         };
-        let base = [
+        run(&[
             "run", "-d", "-n", "base", "-m", "128M", "-k", &kernel, "-i", &initrd,
-        ];
-        run(&[&base, more].concat());
+        ]);
         let script = format!("echo {nonce} > /run/nonce");
         run(&["exec", "--wait", "300", "base", "sh", "-c", &script]);
         run(&["snapshot", "base", "-o", "tiny"]);
