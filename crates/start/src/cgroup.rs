@@ -67,7 +67,7 @@ fn delegated(parent: &Path) -> Result<(), (&'static str, io::Error)> {
     delegate(root).map_err(during("use the controllers of memory and pids"))?;
     match fs::create_dir(parent) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(("make a cgroup", error));
+            Err(("make a cgroup", error))
         }
         _ => delegate(parent).map_err(during("hand controllers to VMs")),
     }
