@@ -37,7 +37,7 @@ fn mount_one(tag: &str, path: &str) -> io::Result<()> {
     let is_mounted = |mut fields: std::str::Split<'_, char>| {
         fields.next() == Some(tag) && fields.next() == Some(path)
     };
-    if mounts.any(|fields| is_mounted(fields)) {
+    if mounts.any(is_mounted) {
         return Ok(());
     }
     fs::create_dir_all(Path::new(path))?;

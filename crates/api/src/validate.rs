@@ -523,6 +523,33 @@ mod tests {
     }
 
     #[test]
+    fn a_share_has_a_tag_of_its_own_and_a_directory() {
+        let share = |tag: &str, path: &str, mount: Option<&str>| ShareConfig {
+            path: path.into(),
+            tag: tag.into(),
+            mount: mount.map(str::to_owned),
+            ..ShareConfig::default()
+        };
+        let problems = |shares: Vec<ShareConfig>| fields(&VmConfig { shares, ..good() });
+        let sound = share("src", "/src", Some("/mnt/src"));
+        assert_eq!(problems(vec![sound.clone()]), [""; 0]);
+        let twice = vec![sound.clone(), share("src", "/b", None)];
+        assert_eq!(problems(twice), ["shares[1].tag"]);
+        for tag in ["", "a b", "a=b", "a:b", "a,b", "\u{e9}", &"x".repeat(37)] {
+            assert_eq!(problems(vec![share(tag, "/src", None)]), ["shares[0].tag"]);
+        }
+        for path in ["", "src", "./src"] {
+            assert_eq!(problems(vec![share("a", path, None)]), ["shares[0].path"]);
+        }
+        for mount in ["mnt", "/a b", "/a\" init=/x", "/a\n", ""] {
+            let problems = problems(vec![share("a", "/a", Some(mount))]);
+            assert_eq!(problems[0], "shares[0].mount", "{mount:?}");
+        }
+        let many = (0..9).map(|number| share(&number.to_string(), "/a", None));
+        assert_eq!(problems(many.collect()), ["shares"]);
+    }
+
+    #[test]
     fn limits_of_an_interface_belong_to_a_mode() {
         let problems = |net: NetConfig| {
             let config = VmConfig {

@@ -66,9 +66,7 @@ fn delegated(parent: &Path) -> Result<(), (&'static str, io::Error)> {
     let delegate = |dir: &Path| fs::write(dir.join("cgroup.subtree_control"), "+memory +pids");
     delegate(root).map_err(during("use the controllers of memory and pids"))?;
     match fs::create_dir(parent) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(("make a cgroup", error));
-        }
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(("make a cgroup", error)),
         _ => delegate(parent).map_err(during("hand controllers to VMs")),
     }
 }

@@ -539,6 +539,34 @@ mod tests {
         DiskArg::parse(OsStr::new(text)).map(|disk| disk.0)
     }
 
+    #[test]
+    fn a_share_says_everything_in_one_word() {
+        let share = |text: &str| ShareArg::parse(OsStr::new(text)).map(|it| it.0);
+        let all = share("/usr/.=src,ro,owner=7.8:/mnt/a,b:c").unwrap();
+        assert_eq!((all.path.as_path(), &*all.tag), (Path::new("/usr"), "src"));
+        assert_eq!(all.mount.as_deref(), Some("/mnt/a,b:c"));
+        assert!(all.read_only);
+        let owner = all.owner.unwrap();
+        assert_eq!((owner.user, owner.group), (7, 8));
+        assert_eq!(share("/=a,owner=7").unwrap().owner.unwrap().group, 7);
+        for bad in [
+            "/usr",
+            "/none/such=a",
+            "/usr=a,rw",
+            "/usr=a,owner=root",
+            "=a",
+        ] {
+            share(bad).unwrap_err();
+        }
+        let fork = |text: &str| ShareArg::parse_for_fork(OsStr::new(text)).map(|it| it.0);
+        let given = fork("src=/usr,ro").unwrap();
+        assert_eq!(
+            (given.path.as_path(), given.read_only),
+            (Path::new("/usr"), true)
+        );
+        fork("src").unwrap_err();
+    }
+
     fn net(text: &str) -> std::result::Result<NetConfig, String> {
         NetArg::parse(OsStr::new(text)).map(|net| net.0)
     }

@@ -278,7 +278,7 @@ impl Fs {
 
     /// Goes on with a request on files, of which one more is open.
     fn resume_request(&mut self, tag: u64, pending: Pending) -> Result<(), DeviceError> {
-        if let Err((pending, error)) = self.session.advance(tag, pending) {
+        if let Some((pending, error)) = self.session.advance(tag, pending) {
             self.answer(&pending, Some(error), &[])?;
         }
         Ok(())
@@ -467,8 +467,9 @@ impl Session {
         armed.map_err(DEVICE.host_error("arm a timer"))
     }
 
-    /// Starts a request on files, or asks the server for the file that is missing.
-    fn advance(&mut self, tag: u64, mut pending: Pending) -> Result<(), (Pending, Errno)> {
+    /// Starts a request on files, or asks the server for the file that is missing. Returns a request
+    /// that cannot be carried out, with the error.
+    fn advance(&mut self, tag: u64, mut pending: Pending) -> Option<(Pending, Errno)> {
         let Work::File {
             request,
             data,
@@ -476,7 +477,7 @@ impl Session {
             ..
         } = &mut pending.work
         else {
-            return Err((pending, Errno::IO));
+            return Some((pending, Errno::IO));
         };
         let FileRequest {
             handle,
@@ -494,17 +495,17 @@ impl Session {
         };
         if let Some(missing) = missing {
             let Some(backend) = &mut self.backend else {
-                return Err((pending, Errno::IO));
+                return Some((pending, Errno::IO));
             };
             backend.push(tag, Kind::Descriptor, missing.to_le_bytes().to_vec());
             if self.oldest().is_none() && self.arm(ANSWER_LIMIT).is_err() {
-                return Err((pending, Errno::IO));
+                return Some((pending, Errno::IO));
             }
             self.pending.insert(tag, pending);
-            return Ok(());
+            return None;
         }
         let Some(file) = file.take() else {
-            return Err((pending, Errno::IO));
+            return Some((pending, Errno::IO));
         };
         let job = Job {
             tag,
@@ -515,10 +516,10 @@ impl Session {
         };
         pending.work = Work::Worker;
         if self.workers.submit(job).is_err() {
-            return Err((pending, Errno::NOMEM));
+            return Some((pending, Errno::NOMEM));
         }
         self.pending.insert(tag, pending);
-        Ok(())
+        None
     }
 }
 
@@ -558,8 +559,8 @@ impl<'m> RequestHandler<'m> for Submission<'_> {
                 }
                 let tag = self.session.new_tag();
                 match self.session.advance(tag, pending) {
-                    Ok(()) => Ok(Served::Kept { bytes }),
-                    Err((_, error)) => refuse(queue, chain, header, error),
+                    None => Ok(Served::Kept { bytes }),
+                    Some((_, error)) => refuse(queue, chain, header, error),
                 }
             }
         }
