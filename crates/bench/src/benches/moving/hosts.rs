@@ -49,10 +49,7 @@ impl Hosts {
     }
 
     /// Runs `work` on a thread that is on the second host, as are the processes that it starts.
-    pub(super) fn on_second<T: Send>(
-        &self,
-        work: impl FnOnce() -> Result<T> + Send,
-    ) -> Result<T> {
+    pub(super) fn on_second<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         thread::scope(|scope| {
             let on_it = scope.spawn(|| {
                 enter()?;
