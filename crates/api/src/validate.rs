@@ -543,7 +543,8 @@ mod tests {
         }
         for mount in ["mnt", "/a b", "/a\" init=/x", "/a\n", ""] {
             let problems = problems(vec![share("a", "/a", Some(mount))]);
-            assert_eq!(problems[0], "shares[0].mount", "{mount:?}");
+            let of_mount = problems.iter().any(|it| *it == "shares[0].mount");
+            assert!(of_mount, "{mount:?}: {problems:?}");
         }
         let many = (0..9).map(|number| share(&number.to_string(), "/a", None));
         assert_eq!(problems(many.collect()), ["shares"]);

@@ -13,7 +13,7 @@ use agent_proto::messages::{
     Error, FileInfo, FromAgent, Hello, Output as Printed, Started, from_agent::Kind,
 };
 use clone_api::VmConfig;
-use clone_api::control::{VmInfo, VmState};
+use clone_api::control::{MigrationStatus, VmInfo, VmState};
 use clone_api::jail::JailStatus;
 use clone_host::runtime::Runtime;
 use clone_start::Process;
@@ -120,6 +120,7 @@ fn serve_control(dir: &VmDir, config: VmConfig) {
         jail: JailStatus::default(),
     };
     let info = serde_json::to_string(&info).unwrap();
+    let migration = serde_json::to_string(&MigrationStatus::default()).unwrap();
     thread::spawn(move || {
         for stream in listener.incoming() {
             let mut stream = stream.unwrap();
@@ -131,9 +132,11 @@ fn serve_control(dir: &VmDir, config: VmConfig) {
                 }
                 request.push(byte[0]);
             }
-            let body = match request.starts_with(b"GET") {
-                true => info.as_str(),
-                false => "{}",
+            let request = String::from_utf8_lossy(&request);
+            let body = match request.split(' ').take(2).collect::<Vec<_>>()[..] {
+                ["GET", path] if path.ends_with("/migration") => migration.as_str(),
+                ["GET", _] => info.as_str(),
+                _ => "{}",
             };
             let len = body.len();
             let _ = write!(
