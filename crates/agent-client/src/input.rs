@@ -92,6 +92,7 @@ impl PendingInput {
                 false => End::Open,
                 true => End::Pending,
             },
+            is_ended: former.is_ended,
             ..Self::after(received)
         }
     }

@@ -261,7 +261,7 @@ fn value(document: &Value, schema: &Value, names: &[String], depth: u32) -> Boxe
             let least = schema["minimum"].as_i64().unwrap_or(0);
             let most = schema["maximum"].as_i64().unwrap_or(i64::MAX);
             let edges = prop::sample::select(vec![least, most, least - 1, least + 1]);
-            prop_oneof![3 => least..=most.min(20_000), 1 => edges]
+            prop_oneof![3 => least..=most.min(least.saturating_add(20_000)), 1 => edges]
                 .prop_map(Value::from)
                 .boxed()
         }
