@@ -11,18 +11,19 @@
 mod backend;
 mod in_flight;
 mod queue;
+mod session;
 mod state;
+mod submission;
 #[cfg(test)]
 mod tests;
 mod worker;
 
-use std::collections::HashMap;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use clone_fuse::link::Kind;
-use clone_fuse::wire::{InHeader, OUT_HEADER, op, out_header};
+use clone_fuse::wire::{OUT_HEADER, out_header};
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
@@ -32,17 +33,17 @@ use vm_memory::Bytes;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::event_loop::Registrar;
-use crate::timer::Timer;
 use crate::virtio::budget::Budget;
 use crate::virtio::{
-    Activation, DescriptorChain, DeviceError, DeviceName, GuestRam, Interrupt, RequestHandler,
-    Served, ServedQueue, Stopped, Turn, VirtioDevice,
+    Activation, DeviceError, DeviceName, GuestRam, Interrupt, ServedQueue, Stopped, Turn,
+    VirtioDevice,
 };
-use backend::{Backend, Received};
-use in_flight::{Files, Pending, Work};
-use queue::{FileRequest, FuseRequest, SharedFile};
+use backend::Received;
+use in_flight::{Pending, Work};
+use session::Session;
 pub use state::{FsState, MAX_TAG, SavedFs};
-use worker::{Done, Job, Outcome, Workers};
+use submission::Submission;
+use worker::{Done, Outcome};
 
 /// The name that errors give the device.
 const DEVICE: DeviceName = DeviceName::new("fs");
@@ -51,10 +52,6 @@ const DEVICE: DeviceName = DeviceName::new("fs");
 const QUEUE_SIZES: [u16; 2] = [64, 512];
 /// The work of one call.
 const BUDGET: Budget = Budget::new(256, 16 << 20);
-/// The most requests that the server and the workers have.
-const MAX_IN_FLIGHT: usize = 576;
-/// The most messages that wait for the server to take them.
-const MAX_QUEUED: usize = 64;
 /// The longest time that a request waits for the server.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// The longest time that a pause waits for the server.
@@ -99,20 +96,6 @@ pub struct Fs {
     active: Option<Active>,
 }
 
-/// What the device knows of its requests.
-struct Session {
-    /// The server; `None` after it was given up.
-    backend: Option<Backend>,
-    workers: Workers,
-    timer: Timer,
-    pending: HashMap<u64, Pending>,
-    files: Files,
-    next_tag: u64,
-    /// Whether a request waits until there are fewer.
-    held_back: bool,
-    handle: FsHandle,
-}
-
 impl Fs {
     /// A new device for the share that the server at the other end of `socket` serves.
     ///
@@ -123,16 +106,7 @@ impl Fs {
         Ok(Self {
             tag: tag.to_owned(),
             config: state::config_space(tag),
-            session: Session {
-                backend: Some(Backend::new(socket)),
-                workers: Workers::new().map_err(DEVICE.host_error("make an eventfd"))?,
-                timer: Timer::new().map_err(DEVICE.host_error("make a timer"))?,
-                pending: HashMap::new(),
-                files: Files::default(),
-                next_tag: 0,
-                held_back: false,
-                handle: FsHandle::default(),
-            },
+            session: Session::new(socket)?,
             active: None,
         })
     }
@@ -446,216 +420,6 @@ impl Fs {
             ))),
         }
     }
-}
-
-impl Session {
-    fn new_tag(&mut self) -> u64 {
-        self.next_tag += 1;
-        self.next_tag
-    }
-
-    /// Since when the oldest request waits for the server.
-    fn oldest(&self) -> Option<Instant> {
-        let waiting = self.pending.values();
-        let waiting = waiting.filter_map(|it| it.work.waits_since());
-        let blocked = self.backend.as_ref().and_then(Backend::blocked_since);
-        waiting.chain(blocked).min()
-    }
-
-    fn arm(&self, delay: Duration) -> Result<(), DeviceError> {
-        let armed = self.timer.arm_once(delay);
-        armed.map_err(DEVICE.host_error("arm a timer"))
-    }
-
-    /// Starts a request on files, or asks the server for the file that is missing. Returns a request
-    /// that cannot be carried out, with the error.
-    fn advance(&mut self, tag: u64, mut pending: Pending) -> Option<(Pending, Errno)> {
-        let Work::File {
-            request,
-            data,
-            file,
-            ..
-        } = &mut pending.work
-        else {
-            return Some((pending, Errno::IO));
-        };
-        let FileRequest {
-            handle,
-            other,
-            action,
-        } = *request;
-        if file.is_none() {
-            *file = self.files.get(handle);
-        }
-        let second: Option<Option<SharedFile>> = other.map(|other| self.files.get(other));
-        let missing = match (&*file, &second) {
-            (None, _) => Some(handle),
-            (Some(_), Some(None)) => other,
-            (Some(_), _) => None,
-        };
-        if let Some(missing) = missing {
-            let Some(backend) = &mut self.backend else {
-                return Some((pending, Errno::IO));
-            };
-            backend.push(tag, Kind::Descriptor, missing.to_le_bytes().to_vec());
-            if self.oldest().is_none() && self.arm(ANSWER_LIMIT).is_err() {
-                return Some((pending, Errno::IO));
-            }
-            self.pending.insert(tag, pending);
-            return None;
-        }
-        let Some(file) = file.take() else {
-            return Some((pending, Errno::IO));
-        };
-        let job = Job {
-            tag,
-            file,
-            other: second.flatten(),
-            action,
-            data: std::mem::take(data),
-        };
-        pending.work = Work::Worker;
-        if self.workers.submit(job).is_err() {
-            return Some((pending, Errno::NOMEM));
-        }
-        self.pending.insert(tag, pending);
-        None
-    }
-}
-
-/// Passes the requests of one queue on.
-struct Submission<'a> {
-    slot: usize,
-    session: &'a mut Session,
-}
-
-impl<'m> RequestHandler<'m> for Submission<'_> {
-    fn handle(
-        &mut self,
-        queue: &mut ServedQueue,
-        chain: &mut DescriptorChain<'m>,
-    ) -> Result<Served, DeviceError> {
-        let (header, request) = queue::parse(queue, chain)?;
-        let bytes = (chain.readable_len() + chain.writable_len()) as u64;
-        match request {
-            FuseRequest::Nothing => Ok(Served::Used { written: 0, bytes }),
-            FuseRequest::Answer(error) => refuse(queue, chain, header, error),
-            FuseRequest::Server(message) => self.ask(queue, chain, header, message),
-            FuseRequest::File(request) => {
-                let Some(data) = queue::data(chain, request.action) else {
-                    return refuse(queue, chain, header, Errno::INVAL);
-                };
-                let since = Instant::now();
-                let work = Work::File {
-                    since,
-                    request,
-                    data,
-                    file: None,
-                };
-                // The content goes into the room behind this.
-                let pending = self.pending(chain, header, work, 64);
-                if self.session.backend.is_none() {
-                    return refuse(queue, chain, header, Errno::IO);
-                }
-                let tag = self.session.new_tag();
-                match self.session.advance(tag, pending) {
-                    None => Ok(Served::Kept { bytes }),
-                    Some((_, error)) => refuse(queue, chain, header, error),
-                }
-            }
-        }
-    }
-
-    fn is_ready(&self) -> bool {
-        let queued = self.session.backend.as_ref().map_or(0, Backend::queued);
-        queued < MAX_QUEUED && self.session.pending.len() < MAX_IN_FLIGHT
-    }
-}
-
-impl Submission<'_> {
-    fn pending(
-        &self,
-        chain: &DescriptorChain<'_>,
-        header: InHeader,
-        work: Work,
-        most: usize,
-    ) -> Pending {
-        let room = chain.writer();
-        let len = room.remaining().min(most);
-        let room = room.split_at(len).map(|(front, _)| {
-            let segments = front.segments();
-            segments.map(|it| (it.address, it.slice.len())).collect()
-        });
-        Pending {
-            slot: self.slot,
-            head: chain.head(),
-            unique: header.unique,
-            room: room.unwrap_or_default(),
-            work,
-        }
-    }
-
-    /// Has the server carry a request out.
-    fn ask(
-        &mut self,
-        queue: &ServedQueue,
-        chain: &DescriptorChain<'_>,
-        header: InHeader,
-        message: Vec<u8>,
-    ) -> Result<Served, DeviceError> {
-        let bytes = message.len() as u64;
-        let is_answered = !matches!(header.opcode, op::FORGET | op::BATCH_FORGET);
-        let tag = self.session.new_tag();
-        let since = Instant::now();
-        let opens = match header.opcode {
-            op::OPEN => Some(0),
-            // Behind the entry.
-            op::CREATE | op::TMPFILE => Some(128),
-            _ => None,
-        };
-        let work = Work::Server { since, opens };
-        let pending = self.pending(chain, header, work, usize::MAX);
-        let Some(backend) = &mut self.session.backend else {
-            return match is_answered {
-                true => refuse(queue, chain, header, Errno::IO),
-                false => Ok(Served::Used { written: 0, bytes }),
-            };
-        };
-        if header.opcode == op::RELEASE
-            && let Some(handle) = message.get(40..48).and_then(|it| it.try_into().ok())
-        {
-            self.session.files.remove(u64::from_le_bytes(handle));
-        }
-        if matches!(header.opcode, op::INIT | op::DESTROY) {
-            // A new session begins, whose handles are others.
-            self.session.files.clear();
-        }
-        backend.push(tag, Kind::Guest, message);
-        if !is_answered {
-            return Ok(Served::Used { written: 0, bytes });
-        }
-        if self.session.oldest().is_none() {
-            self.session.arm(ANSWER_LIMIT)?;
-        }
-        self.session.pending.insert(tag, pending);
-        Ok(Served::Kept { bytes })
-    }
-}
-
-/// Answers a request at once.
-fn refuse(
-    queue: &ServedQueue,
-    chain: &DescriptorChain<'_>,
-    header: InHeader,
-    error: Errno,
-) -> Result<Served, DeviceError> {
-    let answer = out_header(header.unique, Some(error), 0);
-    let put = chain.writer().write_all(&answer);
-    put.map_err(|error| queue.driver_error(error))?;
-    Ok(Served::Used {
-        written: OUT_HEADER as u32,
-        bytes: 0,
-    })
 }
 
 impl VirtioDevice for Fs {

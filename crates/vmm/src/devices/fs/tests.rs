@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::thread;
 
 use clone_fuse::link;
-use clone_fuse::wire::{IN_HEADER, Output, ROOT_ID};
+use clone_fuse::wire::{IN_HEADER, Output, ROOT_ID, op};
 use clone_share::{Owner, Server, Settings};
 use tempfile::TempDir;
 use vm_memory::GuestAddress;
