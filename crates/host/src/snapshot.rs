@@ -21,7 +21,6 @@ use clone_start::document::{ForkDisk, Parent};
 use clone_start::error::{Result, failed};
 use clone_template::{NewTemplate, Parts, Template};
 
-use crate::migrate;
 use crate::runtime::{LiveDir, RunningVm, Runtime};
 use crate::scratch;
 
@@ -46,7 +45,7 @@ pub fn take(
     target: &Path,
     diff: bool,
 ) -> Result<(Template, SnapshotTaken)> {
-    migrate::check_here(vm)?;
+    vm.check_here()?;
     let config = vm.dir.config()?;
     let known = vm.dir.parent()?;
     let base = known.base_template();

@@ -69,7 +69,7 @@ fn a_description_with_another_number_of_taps_than_came_is_refused() {
     let report = report::read(child.stdout.take().unwrap()).unwrap().unwrap();
     let message = report.unwrap_err().message;
     assert!(
-        message.contains("1 queues of taps, and 0 came"),
+        message.contains("1 queues of taps and 0 shares, and 0 came"),
         "{message}"
     );
     child.wait().unwrap();

@@ -31,10 +31,11 @@ const SHARED_VARIABLE: &str = "CLONE_TEST_SHARED";
 /// That folder, in memory; a test run is the only one on its host or in its testbed.
 const SHARED: &str = "/run/clone-tests";
 /// Binaries that take long, longest first: they are started first, so that none is waited for alone.
-const LONG: [&str; 11] = [
+const LONG: [&str; 13] = [
     "guest_migrate",
     "guest_rewind",
     "guest_cluster",
+    "guest_moves",
     "guest_fork_debian",
     "guest_suspend",
     "guest_book",
@@ -42,6 +43,7 @@ const LONG: [&str; 11] = [
     "guest_army",
     "guest_debian",
     "guest_dashboard",
+    "guest_share",
     "guest_fork",
 ];
 /// Those that drive a browser.

@@ -16,7 +16,6 @@ mod receive;
 mod send;
 
 pub use clone_migration::Link;
-pub(crate) use offer::check_here;
 pub use offer::{Needs, needs};
 pub use receive::{Arrived, Policy, receive};
 pub use send::{Options, send, tell};

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use clone_api::config::Overlay;
-use clone_api::control::{BaseLayers, CpuFeatures, Custody, MigrationStatus, VmState};
+use clone_api::control::{BaseLayers, CpuFeatures, VmState};
 use clone_api::{ApiError, Client, ErrorCode, VmConfig};
 use clone_migration::wire;
 use clone_start::cpu;
@@ -215,7 +215,7 @@ impl Offer {
     pub(super) fn of(vm: &RunningVm) -> Result<Offered> {
         let client = Client::new(vm.dir.control_socket());
         let failed = |error: clone_api::ClientError| ApiError::internal(&error);
-        let status = check_here(vm)?;
+        let status = vm.check_here()?;
         if client.info().map_err(failed)?.state != VmState::Running {
             let message = "the VM is paused, and would run on the other host";
             return Err(ApiError::new(ErrorCode::Conflict, message).advise("resume it first"));
@@ -274,23 +274,6 @@ impl Offer {
             .filter(|(_, disk)| !disk.read_only)
             .map(|(index, _)| index)
             .collect()
-    }
-}
-
-/// Refuses a VM that may run on another host.
-///
-/// # Errors
-/// [`ErrorCode::Conflict`].
-pub(crate) fn check_here(vm: &RunningVm) -> Result<MigrationStatus> {
-    let status = Client::new(vm.dir.control_socket()).migration();
-    let status = status.map_err(|error| ApiError::internal(&error))?;
-    match status.custody {
-        Custody::Here => Ok(status),
-        _ => {
-            let message = "the VM is in a migration whose end is not known";
-            Err(ApiError::new(ErrorCode::Conflict, message)
-                .advise("end that first: clone migrate --confirm or --cancel"))
-        }
     }
 }
 

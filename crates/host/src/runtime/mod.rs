@@ -18,8 +18,9 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use clone_api::control::{Custody, MigrationStatus};
 use clone_api::jail::RequiredJail;
-use clone_api::{ApiError, ErrorCode, VmConfig};
+use clone_api::{ApiError, Client, ErrorCode, VmConfig};
 use clone_start::Process;
 use clone_start::error::{Result, failed};
 use clone_start::vm_dir::{Status, VmDir};
@@ -309,6 +310,25 @@ pub struct RunningVm {
     pub dir: VmDir,
     /// The VM's process.
     pub process: Process,
+}
+
+impl RunningVm {
+    /// Refuses a VM that may run on another host.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Conflict`].
+    pub(crate) fn check_here(&self) -> Result<MigrationStatus> {
+        let status = Client::new(self.dir.control_socket()).migration();
+        let status = status.map_err(|error| ApiError::internal(&error))?;
+        match status.custody {
+            Custody::Here => Ok(status),
+            _ => {
+                let message = "the VM is in a migration whose end is not known";
+                Err(ApiError::new(ErrorCode::Conflict, message)
+                    .advise("end that first: clone migrate --confirm or --cancel"))
+            }
+        }
+    }
 }
 
 /// A VM that this process is starting; its directory is locked, so it is not swept.
