@@ -7,15 +7,20 @@ use std::fs;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
+use std::time::Duration;
 
 use clone_api::config::ShareConfig;
 use clone_api::{ApiError, ErrorCode, VmConfig};
 use clone_fuse::link::{self, HEADER, MAX_MESSAGE, Report, VERSION, Wait, Welcome};
 use clone_start::error::{Result, failed};
 use clone_start::{VmDir, cgroup};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use super::{program, reaper};
+
+/// The time limit for a server to say that it is ready.
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// The started servers of a VM.
 #[derive(Debug, Default)]
@@ -52,7 +57,7 @@ fn start_one(dir: &VmDir, index: usize, share: &ShareConfig) -> Result<(OwnedFd,
         .open(&log)
         .map_err(failed("open the log", &log))?;
     let mut command = program::share_server()?;
-    let child = command
+    let mut child = command
         .current_dir("/")
         .stdin(theirs)
         .stdout(Stdio::null())
@@ -62,7 +67,12 @@ fn start_one(dir: &VmDir, index: usize, share: &ShareConfig) -> Result<(OwnedFd,
     // The command holds the other end, too; without that, its end is seen here.
     drop(command);
     let answered = agree(&ours, &welcome);
-    end_with_the_vm(child);
+    if answered.is_err() {
+        // It may hang.
+        let _ = child.kill();
+    }
+    // The server ends with its connection; nobody waits for it here.
+    reaper::adopt(child);
     answered.map(|missing| (ours, missing))
 }
 
@@ -99,9 +109,12 @@ fn agree(socket: &OwnedFd, welcome: &Welcome) -> Result<Vec<String>> {
         ApiError::new(ErrorCode::Internal, message)
     };
     let text = serde_json::to_vec(welcome).map_err(|error| ApiError::internal(&error))?;
+    let set_limit = |limit| set_socket_timeout(socket, Timeout::Recv, limit).map_err(died);
+    set_limit(Some(LIMIT))?;
     link::send(socket, &[0; HEADER], &text, None, Wait::Yes).map_err(died)?;
     let mut buffer = vec![0; MAX_MESSAGE];
     let (len, _) = link::receive(socket, &mut buffer, Wait::Yes).map_err(died)?;
+    set_limit(None)?;
     let text = buffer[..len].get(HEADER..).unwrap_or_default();
     if text.is_empty() {
         return Err(died(rustix::io::Errno::CONNRESET));
@@ -110,9 +123,4 @@ fn agree(socket: &OwnedFd, welcome: &Welcome) -> Result<Vec<String>> {
         Report::Ready { missing } => Ok(missing),
         Report::Failed { reason } => Err(ApiError::new(ErrorCode::InvalidConfig, reason)),
     }
-}
-
-/// The server ends with its connection; nobody waits for it here.
-fn end_with_the_vm(child: Child) {
-    reaper::adopt(child);
 }
