@@ -6,9 +6,9 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use agent_client::{Connection, Event, Running};
+use agent_client::{ClientError, Connection, Event, Running};
 use army_api::vms::Vm;
 use army_api::{Problem, ProblemKind};
 use army_node_api::serve::Stopping;
@@ -22,6 +22,11 @@ use army_controller::Error;
 
 /// When a request that a limit refused is worth repeating, in seconds.
 const RETRY_S: u32 = 5;
+
+/// How long after a move a lost connection is taken for one that the move has ended.
+const SETTLED: Duration = Duration::from_secs(10);
+/// The time until such a connection is made again.
+const RECONNECT_WAIT: Duration = Duration::from_millis(200);
 
 /// How many sessions there may be at a time. People who use VMs do not meet these limits.
 #[derive(Debug, Clone, Copy)]
@@ -126,6 +131,8 @@ pub(super) struct Followed {
     limit: Option<Duration>,
     /// Whether output is read beside the client that is attached to the command.
     observes: bool,
+    /// When the VM was last seen to have moved, or to be about to.
+    moved: Option<Instant>,
     running: Running,
 }
 
@@ -144,6 +151,7 @@ impl Followed {
             vm: vm.clone(),
             limit,
             observes: false,
+            moved: None,
             running,
         }
     }
@@ -161,20 +169,28 @@ impl Followed {
     /// Where the connection is lost for another reason, or cannot be made again.
     pub(super) async fn next_event(&mut self) -> Answer<Event> {
         loop {
-            let lost = match self.running.next_event().await {
+            match self.running.next_event().await {
                 Ok(event) => return Ok(event),
-                Err(lost) => lost,
-            };
-            let controller = &self.app.controller;
-            match controller.moved_since(&self.vm).await {
-                Ok(Some(now)) => self.vm = now,
-                Ok(None) | Err(_) => return Err(Error::from(lost).into()),
+                Err(lost) => self.go_on(lost).await?,
+            }
+        }
+    }
+
+    /// Connects to the command again after a connection was lost by a move of the VM. A guest that has
+    /// just arrived, or is about to leave, may end the new one, too.
+    async fn go_on(&mut self, mut lost: ClientError) -> Answer<()> {
+        loop {
+            let mut moves = self.follow().await;
+            match moves || self.has_just_moved() {
+                true => tokio::time::sleep(RECONNECT_WAIT).await,
+                false => return Err(Error::from(lost).into()),
             }
             let limit = self.limit.unwrap_or(AGENT_LIMIT);
             let guest = self.app.guest(&self.caller, &self.vm, limit).await?;
-            if let Ok(Some(now)) = controller.moved_since(&self.vm).await {
-                // It is where the connection was made to, or will be.
-                self.vm = now;
+            // It is where the connection was made to, or will be.
+            moves |= self.follow().await;
+            if moves {
+                self.moved = Some(Instant::now());
             }
             let id = self.running.started().id;
             let arrived = self.running.arrived();
@@ -182,13 +198,36 @@ impl Followed {
                 true => guest.connection.observe(id, arrived).await,
                 false => guest.connection.attach(id, arrived).await,
             };
-            let again = again.map_err(Error::from)?.in_place_of(&mut self.running);
+            let again = match again {
+                Ok(again) => again.in_place_of(&mut self.running),
+                Err(error @ ClientError::Lost(_)) => {
+                    lost = error;
+                    continue;
+                }
+                Err(error) => return Err(Error::from(error).into()),
+            };
             self.running = match self.limit {
                 // It has as much time from now on.
                 Some(_) => again,
                 None => again.streaming(),
             };
+            return Ok(());
         }
+    }
+
+    /// Looks where the VM is. Returns whether it has moved since the last look, or is about to.
+    async fn follow(&mut self) -> bool {
+        match self.app.controller.moved_since(&self.vm).await {
+            Ok(Some(now)) => {
+                self.vm = now;
+                true
+            }
+            Ok(None) | Err(_) => false,
+        }
+    }
+
+    fn has_just_moved(&self) -> bool {
+        self.moved.is_some_and(|at| at.elapsed() < SETTLED)
     }
 
     /// The command.

@@ -12,7 +12,9 @@ use rtnetlink::packet_core::{
 };
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
-use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
+use rtnetlink::packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric,
 };
@@ -80,7 +82,7 @@ impl Links {
     /// Creates a bridge that is up, with the range's first address.
     pub(super) fn create_bridge(&self, name: &str, range: &Range) -> Result<Link, HostNetError> {
         // A bridge without its own hardware address takes the one of its first port.
-        let mac = Range::mac_of(range.gateway());
+        let mac = range.gateway_mac();
         let message = LinkBridge::new(name)
             .address(mac.0.to_vec())
             .forward_delay(0)
@@ -169,6 +171,22 @@ impl Links {
                 Some(libc::EEXIST) => HostNetError::MacInUse(mac),
                 _ => failed("pin the guest's address to the tap", port)(error),
             })
+    }
+
+    /// Makes the host ask for the hardware address of `address` on `bridge` again: it may know the one
+    /// of the guest that had the address before.
+    pub(super) fn forget(&self, bridge: Link, address: Ipv4Addr) -> Result<(), HostNetError> {
+        let mut message = NeighbourMessage::default();
+        message.header.family = AddressFamily::Inet;
+        message.header.ifindex = bridge.index;
+        let destination = NeighbourAddress::Inet(address);
+        message.attributes = vec![NeighbourAttribute::Destination(destination)];
+        match self.run(self.handle.neighbours().del(message).execute()) {
+            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => {
+                Err(failed("forget the former station of", &address.to_string())(error))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Prevents packets of guests from being routed unless they passed the packet filter, which
@@ -445,7 +463,7 @@ fn failed(action: &'static str, object: &str) -> impl FnOnce(io::Error) -> HostN
     }
 }
 
-/// Makes a random hardware address for a guest on an owner's bridge.
+/// Makes a random hardware address for a guest.
 pub(super) fn random_mac() -> io::Result<MacAddr> {
     let mut random = [0; 5];
     io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut random)?;

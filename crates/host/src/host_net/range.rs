@@ -108,9 +108,10 @@ impl Range {
         (!self.mask() - 1) as u16
     }
 
-    /// The hardware address of the station at `address`.
-    pub(super) fn mac_of(address: Ipv4Addr) -> MacAddr {
-        let [a, b, c, d] = address.octets();
+    /// The hardware address of the host's own address. It is the same on all hosts with this range,
+    /// so guests that move between them need not ask for it again.
+    pub(super) fn gateway_mac(&self) -> MacAddr {
+        let [a, b, c, d] = self.gateway().octets();
         MacAddr([0x02, 0xc1, a, b, c, d])
     }
 }
@@ -180,8 +181,8 @@ mod tests {
     }
 
     #[test]
-    fn a_hardware_address_tells_the_address() {
-        let mac = Range::mac_of(Ipv4Addr::new(10, 213, 0, 2));
-        assert_eq!(mac.to_string(), "02:c1:0a:d5:00:02");
+    fn the_gateways_hardware_address_tells_its_address() {
+        let range = Range::new(Ipv4Addr::new(10, 213, 0, 0), 16).unwrap();
+        assert_eq!(range.gateway_mac().to_string(), "02:c1:0a:d5:00:01");
     }
 }

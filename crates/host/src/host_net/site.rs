@@ -199,10 +199,10 @@ impl Site {
             })?,
         };
         let address = bridge.range.map(|range| range.at(slot));
-        let mac = match (request.mac, address) {
-            (Some(mac), _) => mac,
-            (None, Some(address)) => Range::mac_of(address),
-            (None, None) => link::random_mac().map_err(HostNetError::Netlink)?,
+        // It stays with the VM wherever that moves, so it must not depend on this host's addresses.
+        let mac = match request.mac {
+            Some(mac) => mac,
+            None => link::random_mac().map_err(HostNetError::Netlink)?,
         };
         Ok(Lease {
             vm: request.vm.clone(),
@@ -238,6 +238,9 @@ impl Site {
         if all.iter().any(Lease::is_of_older_version) {
             self.guard_all(&all)?;
             firewall::remove_older()?;
+        }
+        if let Some(address) = lease.address {
+            self.links.forget(bridge.link, address)?;
         }
         let taps = Tap::open(&lease.tap(), queues)?;
         let guard = self.guard_of(lease, &all)?;

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use clone_api::config::Overlay;
-use clone_api::control::{BaseLayers, CpuFeatures, VmState};
+use clone_api::control::{BaseLayers, CpuFeatures};
 use clone_api::{ApiError, Client, ErrorCode, VmConfig};
 use clone_migration::wire;
 use clone_start::cpu;
@@ -216,10 +216,6 @@ impl Offer {
         let client = Client::new(vm.dir.control_socket());
         let failed = |error: clone_api::ClientError| ApiError::internal(&error);
         let status = vm.check_here()?;
-        if client.info().map_err(failed)?.state != VmState::Running {
-            let message = "the VM is paused, and would run on the other host";
-            return Err(ApiError::new(ErrorCode::Conflict, message).advise("resume it first"));
-        }
         let config = vm.dir.config()?;
         check_disks(&config)?;
         check_shares(&config)?;

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use clone_api::control::{Custody, MigrationDone, MigrationRequest};
+use clone_api::control::{Custody, MigrationDone, MigrationRequest, VmState};
 use clone_api::{ApiError, Client, ClientError, ErrorCode};
 use clone_migration::Link;
 use clone_start::cgroup;
@@ -46,6 +46,7 @@ pub fn send(
         template,
         layers,
     } = Offer::of(vm)?;
+    check_runs(vm)?;
     link.set_patience(frame::PATIENCE);
     frame::write(&mut link, &offer)?;
     let mut template = template;
@@ -88,6 +89,17 @@ pub fn send(
     let done = moved.map_err(|error| unmoved(vm, error))?;
     await_end(runtime, vm)?;
     Ok(done)
+}
+
+/// Refuses a VM that is paused, before anything is sent.
+fn check_runs(vm: &RunningVm) -> Result<()> {
+    match Client::new(vm.dir.control_socket()).info()?.state {
+        VmState::Running => Ok(()),
+        _ => {
+            let message = "the VM is paused, and would run on the other host";
+            Err(ApiError::new(ErrorCode::Conflict, message).advise("resume it first"))
+        }
+    }
 }
 
 /// Tells a VM where it is, after a migration whose end was not seen: where it was moved to, or where

@@ -115,6 +115,52 @@ fn a_guest_gets_an_address_and_the_host_answers_it() {
 }
 
 #[test]
+fn a_guest_of_another_host_keeps_its_hardware_address_though_its_address_is_taken() {
+    let (send, receive) = std::sync::mpsc::channel();
+    in_new_network(move || {
+        let (host, _dir) = host();
+        let there = guest(&host, "moves");
+        send.send((there.mac, there.address)).unwrap();
+    });
+    let (mac, address) = receive.recv().unwrap();
+    in_new_network(move || {
+        let (host, _dir) = host();
+        let here = guest(&host, "stays");
+        assert_eq!(here.address, address);
+        let moved = Request {
+            mac: Some(mac),
+            address: Some(address),
+            ..request("moves")
+        };
+        let mut moved = Guest::new(host.attach(&moved).unwrap());
+        assert_eq!(moved.mac, mac);
+        assert_ne!(moved.address, address);
+        let gateway = moved.gateway();
+        moved.finds(gateway).expect("the host answers");
+    });
+}
+
+#[test]
+fn the_host_forgets_who_had_an_address_before() {
+    in_new_network(|| {
+        let (host, _dir) = host();
+        let mut first = guest(&host, "first");
+        let _stays = guest(&host, "stays");
+        let gateway = first.gateway();
+        first.finds(gateway).expect("the host answers");
+        let known = || run(&format!("ip neigh show dev {BRIDGE}"));
+        assert!(known().contains(&first.mac.to_string()), "{}", known());
+        let address = first.address;
+        drop(first);
+        host.detach("first").unwrap();
+        let next = guest(&host, "next");
+        assert_eq!(next.address, address);
+        let of_next = run(&format!("ip neigh show {address} dev {BRIDGE}"));
+        assert_eq!(of_next.trim(), "");
+    });
+}
+
+#[test]
 fn forwarding_is_turned_on_once_and_said_so() {
     in_new_network(|| {
         let (host, _dir) = host();

@@ -67,7 +67,7 @@ impl Guard<'_> {
             Program::require(is(OPERATION, QUESTION)),
             Program::require_value(TARGET, &[own, range.gateway().to_bits()]),
         ]);
-        let to_host = Program::require(mac_at(DESTINATION, Range::mac_of(range.gateway())));
+        let to_host = Program::require(mac_at(DESTINATION, range.gateway_mac()));
         let destination = if self.neighbours {
             stations(Program::reject())
         } else {
@@ -107,7 +107,7 @@ impl Guard<'_> {
     /// A guest without neighbours sends to the host only, and the host does not forward to other
     /// guests.
     fn ipv4_destination(&self, range: &Range) -> Program {
-        let host = || mac_at(DESTINATION, Range::mac_of(range.gateway()));
+        let host = || mac_at(DESTINATION, range.gateway_mac());
         let mask = range.netmask().to_bits();
         let gateway = range.gateway().to_bits();
         let in_range = is(Field::WordBits(TO, mask), gateway & mask);

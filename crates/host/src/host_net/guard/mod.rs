@@ -132,7 +132,7 @@ impl Guard<'_> {
     /// host.
     fn judge_received_behind_nat(&self, address: Ipv4Addr, range: &Range) -> Program {
         let target = Field::Word(38);
-        let from_host = Program::require(mac_at(SOURCE, Range::mac_of(range.gateway())));
+        let from_host = Program::require(mac_at(SOURCE, range.gateway_mac()));
         Program::of([
             if self.neighbours {
                 Program::default()

@@ -281,7 +281,7 @@ fn link_local_addresses_are_closed_behind_nat_unless_a_policy_names_them() {
             neighbours: false,
             egress,
         };
-        let gateway = Range::mac_of(range.gateway());
+        let gateway = range.gateway_mac();
         let packet = ipv4(address, Ipv4Addr::from(to), 6, &ports(40_000, 80));
         sends(&guard, &frame(gateway, IPV4, &packet))
     };
