@@ -2,6 +2,7 @@
 #![no_main]
 
 use std::io;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -39,6 +40,8 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
         let other = stream.try_clone().expect("a descriptor");
         Link::new(stream.into(), other.into(), Duration::from_secs(5)).expect("a link")
     };
+    // Open until the end: libFuzzer's process does not ignore the signal of a write that nobody reads.
+    let end = ours.try_clone().expect("a descriptor");
     let mut sender = link(ours);
     let mut receiver = link(theirs);
     // Most inputs begin as a stream does; the rest of the fuzzer's time is better spent.
@@ -47,7 +50,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
         sender.write_all(&preamble).expect("room");
     }
     sender.write_all(bytes.get(1..).unwrap_or_default()).expect("room");
-    drop(sender);
+    end.shutdown(Shutdown::Write).expect("an end of the stream");
     let layout = RamLayout::new(PAGES * PAGE_SIZE).expect("a size of RAM");
     let memory = GuestMemory::anonymous(&layout).expect("memory");
     if let Ok(received) = receive(&mut receiver, &memory, &mut Disk, MAX_STATE) {
