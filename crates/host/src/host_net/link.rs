@@ -144,7 +144,7 @@ impl Links {
             .root_block(true);
         self.run(self.handle.link().set_port(flags.build()).execute())
             .map_err(failed("set the bridge's rules for the tap", port))?;
-        self.pin(port, link, guard.mac)?;
+        self.pin(port, link, bridge, guard.mac)?;
         // The tap is brought up last, so that no frame passes before everything is set.
         self.set(LinkUnspec::new_with_index(link.index).up().build())
             .map_err(failed("bring up the tap", port))
@@ -158,19 +158,40 @@ impl Links {
     }
 
     /// Adds a static entry to the bridge: the station `mac` is at `port`, even if the bridge has
-    /// seen it elsewhere.
-    fn pin(&self, port: &str, link: Link, mac: MacAddr) -> Result<(), HostNetError> {
-        let entry = self
-            .handle
-            .neighbours()
-            .add_bridge(link.index, &mac.0)
-            .state(NeighbourState::Noarp)
-            .flags(NeighbourFlags::Controller | NeighbourFlags::Sticky);
-        self.run(entry.execute())
-            .map_err(|error| match error.raw_os_error() {
-                Some(libc::EEXIST) => HostNetError::MacInUse(mac),
-                _ => failed("pin the guest's address to the tap", port)(error),
-            })
+    /// seen it elsewhere, as it has one that comes from another host.
+    fn pin(&self, port: &str, link: Link, bridge: Link, mac: MacAddr) -> Result<(), HostNetError> {
+        let failed = |error| failed("pin the guest's address to the tap", port)(error);
+        let entry = || {
+            self.handle
+                .neighbours()
+                .add_bridge(link.index, &mac.0)
+                .state(NeighbourState::Noarp)
+                .flags(NeighbourFlags::Controller | NeighbourFlags::Sticky)
+        };
+        match self.run(entry().execute()) {
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                match self.is_pinned(bridge, mac).map_err(failed)? {
+                    true => Err(HostNetError::MacInUse(mac)),
+                    false => self.run(entry().replace().execute()).map_err(failed),
+                }
+            }
+            added => added.map_err(failed),
+        }
+    }
+
+    /// Whether somebody has said where the station `mac` is on the bridge, which then does not learn
+    /// it from frames.
+    fn is_pinned(&self, bridge: Link, mac: MacAddr) -> io::Result<bool> {
+        let query = self.handle.neighbours().get();
+        let query = query.set_address_family(AddressFamily::Bridge).execute();
+        let entries = self.collect(query)?;
+        let mac = NeighbourAttribute::LinkLayerAddress(mac.0.to_vec());
+        let bridge = NeighbourAttribute::Controller(bridge.index);
+        Ok(entries.iter().any(|entry| {
+            let state = entry.header.state;
+            let is_static = matches!(state, NeighbourState::Noarp | NeighbourState::Permanent);
+            is_static && entry.attributes.contains(&mac) && entry.attributes.contains(&bridge)
+        }))
     }
 
     /// Makes the host ask for the hardware address of `address` on `bridge` again: it may know the one

@@ -111,6 +111,31 @@ fn a_station_cannot_be_taken_over() {
 }
 
 #[test]
+fn a_guest_that_the_bridge_has_seen_on_another_host_is_taken() {
+    in_new_network(|| {
+        make_bridge();
+        run("ip link add cable type veth peer name far");
+        run("ip link set cable master br0 up");
+        run("ip link set far up");
+        run("bridge link set dev cable state 3");
+        run("bridge fdb add 02:00:5e:00:00:07 dev cable master dynamic");
+        let (host, _dir) = host();
+        let comes = Request {
+            mac: Some(MacAddr([2, 0, 0x5e, 0, 0, 7])),
+            ..on_bridge("comes")
+        };
+        let comes = station(&host, &comes);
+        let table = run("bridge fdb show br br0");
+        let mut of_it = table
+            .lines()
+            .filter(|it| it.starts_with("02:00:5e:00:00:07"));
+        let entry = of_it.next().unwrap();
+        assert!(entry.contains(&comes.attachment.tap_name), "{table}");
+        assert_eq!(of_it.next(), None, "{table}");
+    });
+}
+
+#[test]
 fn guests_on_a_bridge_hear_each_other_only_if_both_may() {
     in_new_network(|| {
         make_bridge();
