@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use agent_proto::client::{Connection, Deadline};
 use anyhow::{Context as _, Result};
 use clone_api::Client;
+use clone_api::config::{NetConfig, NetMode};
 use clone_api::control::MigrationDone;
 use clone_host::launch::fork::{Overrides, fork};
 use clone_host::migrate::{self, Link, Options, Policy};
@@ -210,7 +211,16 @@ impl Bench<'_> {
         };
         let name = format!("moved{}", self.load.0);
         let template = ForkBench::new(self.context, &name, &machine)?;
-        let overrides = Overrides::default();
+        // A template names no bridge of its host.
+        let net = NetConfig {
+            mode: NetMode::Bridge,
+            bridge: Some(BRIDGE.to_owned()),
+            ..NetConfig::default()
+        };
+        let overrides = Overrides {
+            net: Some(vec![net]),
+            ..Overrides::default()
+        };
         let shares = std::cell::RefCell::new(Vec::new());
         self.measure(record, what, runs, |name| {
             let names = [name.to_owned()];
