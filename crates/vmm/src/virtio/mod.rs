@@ -14,6 +14,7 @@ pub mod driver;
 mod error;
 mod lifecycle;
 mod queue_state;
+mod request_queues;
 mod served_queue;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -23,6 +24,7 @@ pub use device::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 pub use error::{DeviceError, DeviceName};
 pub use lifecycle::{Lifecycle, RunState};
 pub use queue_state::SavedQueue;
+pub use request_queues::RequestQueues;
 pub use served_queue::{RequestHandler, Served, ServedQueue, Stopped, Turn};
 
 /// Guest RAM as devices see it.

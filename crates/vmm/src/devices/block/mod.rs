@@ -23,16 +23,14 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::Queue;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
 
-use crate::event_loop::Registrar;
 use crate::rate_limit::RateLimiter;
 use crate::virtio::budget::Budget;
 use crate::virtio::{
-    Activation, DescriptorChain, DeviceError, DeviceName, GuestRam, Interrupt, RequestHandler,
+    Activation, DescriptorChain, DeviceError, DeviceName, GuestRam, RequestHandler, RequestQueues,
     Served, ServedQueue, Stopped, Turn, VirtioDevice,
 };
 use in_flight::{InFlight, Pending};
@@ -60,23 +58,16 @@ const TOKEN_DISK: u32 = 1;
 /// held for one call at a time, by the event loop while the machine runs.
 pub type SharedDisk = Arc<Mutex<Disk>>;
 
-/// The resources of the activation.
-struct Active {
-    ram: GuestRam,
-    queues: Vec<ServedQueue>,
-    /// Whether the driver has flushes, so that a change may be completed before it is durable.
-    writeback: bool,
-    interrupt: Arc<dyn Interrupt>,
-    events: Registrar,
-}
-
 /// A block device.
 pub struct Block {
     disk: SharedDisk,
     state: BlockStateV1,
     config: [u8; CONFIG_BYTES],
     limiter: Option<RateLimiter>,
-    active: Option<Active>,
+    active: Option<RequestQueues>,
+    /// Whether the driver has flushes, so that a change may be completed before it is durable. It is
+    /// decided by the activation.
+    writeback: bool,
     in_flight: InFlight,
     /// Whether a request waits until the disk has fewer.
     held_back: bool,
@@ -100,6 +91,7 @@ impl Block {
             state,
             limiter,
             active: None,
+            writeback: false,
             in_flight: InFlight::default(),
             held_back: false,
             completions: Vec::new(),
@@ -135,24 +127,15 @@ impl Block {
 
     /// Registers the device's descriptors in the event loop.
     fn register(&self) -> Result<(), DeviceError> {
-        let Some(active) = &self.active else {
-            return Ok(());
-        };
-        for (token, fd) in self.descriptors() {
-            let added = active.events.add(&fd, token, EventSet::IN);
-            added.map_err(DEVICE.host_error("wait for the disk"))?;
+        match &self.active {
+            Some(active) => active.register(&self.descriptors(), "wait for the disk"),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn unregister(&self) {
-        let Some(active) = &self.active else {
-            return;
-        };
-        for (_, fd) in self.descriptors() {
-            // They were added by `register`. They are missing where that failed, and during a
-            // pause.
-            let _ = active.events.remove(&fd);
+        if let Some(active) = &self.active {
+            active.unregister(&self.descriptors());
         }
     }
 
@@ -181,7 +164,7 @@ impl Block {
             in_flight: &mut self.in_flight,
             capacity,
             id: &self.state.id,
-            writeback: active.writeback,
+            writeback: self.writeback,
         };
         let mut turn = Turn {
             budget,
@@ -269,27 +252,13 @@ impl Block {
         Ok(())
     }
 
-    /// Interrupts the guest for queues with new used buffers, where it wants that.
     fn signal(&mut self) -> Result<(), DeviceError> {
-        let Some(active) = &mut self.active else {
-            return Ok(());
-        };
-        let Active {
-            ram,
-            queues,
-            interrupt,
-            ..
-        } = active;
-        let mut queues = queues.iter_mut();
-        queues.try_for_each(|queue| queue.signal(ram, &**interrupt))
+        let mut active = self.active.iter_mut();
+        active.try_for_each(RequestQueues::signal)
     }
 
-    /// Makes the event loop come back to every queue.
     fn requeue_all(&self) -> Result<(), DeviceError> {
-        let active = self.active.iter();
-        active
-            .flat_map(|active| &active.queues)
-            .try_for_each(ServedQueue::requeue)
+        self.active.iter().try_for_each(RequestQueues::requeue_all)
     }
 
     fn slots(&self) -> std::ops::Range<usize> {
@@ -391,17 +360,8 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let event_idx = activation.features >> VIRTIO_RING_F_EVENT_IDX & 1 != 0;
-        let queues = activation.queues.into_iter();
-        self.active = Some(Active {
-            ram: activation.ram,
-            queues: queues
-                .map(|queue| ServedQueue::new(DEVICE, queue, event_idx))
-                .collect(),
-            writeback: activation.features >> VIRTIO_BLK_F_FLUSH & 1 != 0,
-            interrupt: activation.interrupt,
-            events: activation.events,
-        });
+        self.writeback = activation.features >> VIRTIO_BLK_F_FLUSH & 1 != 0;
+        self.active = Some(RequestQueues::new(DEVICE, activation));
         self.register()?;
         // The event loop serves the queues, and not the vCPU thread that runs this: the disk's
         // thread is started by the first request, and inherits its rights from the starting thread.
@@ -409,12 +369,7 @@ impl VirtioDevice for Block {
     }
 
     fn notify_queue(&mut self, queue: u16) -> Result<(), DeviceError> {
-        let slot = self.active.as_ref().and_then(|active| {
-            active
-                .queues
-                .iter()
-                .position(|served| served.index() == queue)
-        });
+        let slot = self.active.as_ref().and_then(|it| it.slot_of(queue));
         slot.map_or(Ok(()), |slot| self.serve(slot))
     }
 
@@ -461,11 +416,8 @@ impl VirtioDevice for Block {
     }
 
     fn queues(&self) -> Vec<(u16, &Queue)> {
-        self.active
-            .iter()
-            .flat_map(|active| &active.queues)
-            .map(ServedQueue::indexed)
-            .collect()
+        let active = self.active.iter();
+        active.flat_map(RequestQueues::indexed).collect()
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {

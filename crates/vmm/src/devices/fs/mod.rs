@@ -32,11 +32,9 @@ use virtio_queue::Queue;
 use vm_memory::Bytes;
 use vmm_sys_util::epoll::EventSet;
 
-use crate::event_loop::Registrar;
 use crate::virtio::budget::Budget;
 use crate::virtio::{
-    Activation, DeviceError, DeviceName, GuestRam, Interrupt, ServedQueue, Stopped, Turn,
-    VirtioDevice,
+    Activation, DeviceError, DeviceName, RequestQueues, Stopped, Turn, VirtioDevice,
 };
 use backend::Received;
 use in_flight::{Pending, Work};
@@ -60,14 +58,6 @@ const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 const TOKEN_SERVER: u32 = 0;
 const TOKEN_WORKERS: u32 = 1;
 const TOKEN_TIMER: u32 = 2;
-
-/// The resources of the activation.
-struct Active {
-    ram: GuestRam,
-    queues: Vec<ServedQueue>,
-    interrupt: Arc<dyn Interrupt>,
-    events: Registrar,
-}
 
 /// Why a share is not served any more; shared with those who tell people.
 #[derive(Clone, Debug, Default)]
@@ -93,7 +83,7 @@ pub struct Fs {
     tag: String,
     config: [u8; state::CONFIG_BYTES],
     session: Session,
-    active: Option<Active>,
+    active: Option<RequestQueues>,
 }
 
 impl Fs {
@@ -128,23 +118,15 @@ impl Fs {
     }
 
     fn register(&self) -> Result<(), DeviceError> {
-        let Some(active) = &self.active else {
-            return Ok(());
-        };
-        for (token, fd) in self.descriptors() {
-            let added = active.events.add(&fd, token, EventSet::IN);
-            added.map_err(DEVICE.host_error("wait for the server"))?;
+        match &self.active {
+            Some(active) => active.register(&self.descriptors(), "wait for the server"),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn unregister(&self) {
-        let Some(active) = &self.active else {
-            return;
-        };
-        for (_, fd) in self.descriptors() {
-            // They are missing during a pause.
-            let _ = active.events.remove(&fd);
+        if let Some(active) = &self.active {
+            active.unregister(&self.descriptors());
         }
     }
 
@@ -370,8 +352,7 @@ impl Fs {
             self.finish()?;
             self.flush()?;
             self.receive()?;
-            let mut pending = self.session.pending.values();
-            let waits = pending.any(|it| it.work.waits_since().is_some());
+            let waits = self.session.has_asked();
             let Some(backend) = self.session.backend.as_ref().filter(|_| waits) else {
                 if self.session.pending.is_empty() {
                     return Ok(());
@@ -389,24 +370,12 @@ impl Fs {
     }
 
     fn signal(&mut self) -> Result<(), DeviceError> {
-        let Some(active) = &mut self.active else {
-            return Ok(());
-        };
-        let Active {
-            ram,
-            queues,
-            interrupt,
-            ..
-        } = active;
-        let mut queues = queues.iter_mut();
-        queues.try_for_each(|queue| queue.signal(ram, &**interrupt))
+        let mut active = self.active.iter_mut();
+        active.try_for_each(RequestQueues::signal)
     }
 
     fn requeue_all(&self) -> Result<(), DeviceError> {
-        let active = self.active.iter();
-        active
-            .flat_map(|active| &active.queues)
-            .try_for_each(ServedQueue::requeue)
+        self.active.iter().try_for_each(RequestQueues::requeue_all)
     }
 
     fn decode(&self, bytes: &[u8]) -> Result<FsState, DeviceError> {
@@ -444,26 +413,14 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let event_idx = activation.features >> VIRTIO_RING_F_EVENT_IDX & 1 != 0;
-        let queues = activation.queues.into_iter();
-        self.active = Some(Active {
-            ram: activation.ram,
-            queues: queues
-                .map(|queue| ServedQueue::new(DEVICE, queue, event_idx))
-                .collect(),
-            interrupt: activation.interrupt,
-            events: activation.events,
-        });
+        self.active = Some(RequestQueues::new(DEVICE, activation));
         self.register()?;
         // The event loop serves the queues: a vCPU's thread may neither send nor start threads.
         self.requeue_all()
     }
 
     fn notify_queue(&mut self, queue: u16) -> Result<(), DeviceError> {
-        let slot = self.active.as_ref().and_then(|active| {
-            let mut queues = active.queues.iter();
-            queues.position(|served| served.index() == queue)
-        });
+        let slot = self.active.as_ref().and_then(|it| it.slot_of(queue));
         slot.map_or(Ok(()), |slot| self.serve(slot))
     }
 
@@ -510,10 +467,7 @@ impl VirtioDevice for Fs {
 
     fn queues(&self) -> Vec<(u16, &Queue)> {
         let active = self.active.iter();
-        active
-            .flat_map(|active| &active.queues)
-            .map(ServedQueue::indexed)
-            .collect()
+        active.flat_map(RequestQueues::indexed).collect()
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {

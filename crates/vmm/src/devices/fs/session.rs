@@ -56,6 +56,21 @@ impl Session {
         waiting.chain(blocked).min()
     }
 
+    /// Whether a request waits for the server's answer.
+    pub(super) fn has_asked(&self) -> bool {
+        let mut pending = self.pending.values();
+        pending.any(|it| it.work.waits_since().is_some())
+    }
+
+    /// Sets the time limit for the server, where nothing waits for it yet.
+    pub(super) fn arm_first(&self) -> Result<(), DeviceError> {
+        let is_blocked = |it: &Backend| it.blocked_since().is_some();
+        match self.has_asked() || self.backend.as_ref().is_some_and(is_blocked) {
+            true => Ok(()),
+            false => self.arm(ANSWER_LIMIT),
+        }
+    }
+
     pub(super) fn arm(&self, delay: Duration) -> Result<(), DeviceError> {
         let armed = self.timer.arm_once(delay);
         armed.map_err(DEVICE.host_error("arm a timer"))
@@ -92,7 +107,7 @@ impl Session {
                 return Some((pending, Errno::IO));
             };
             backend.push(tag, Kind::Descriptor, missing.to_le_bytes().to_vec());
-            if self.oldest().is_none() && self.arm(ANSWER_LIMIT).is_err() {
+            if self.arm_first().is_err() {
                 return Some((pending, Errno::IO));
             }
             self.pending.insert(tag, pending);
