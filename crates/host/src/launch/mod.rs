@@ -220,22 +220,27 @@ pub fn check_jail(runtime: &Runtime) -> Result<JailStatus> {
 /// input.
 fn spawn(dir: &VmDir, words: [&OsStr; 3]) -> Result<(Child, UnixStream)> {
     let (ours, theirs) = UnixStream::pair().map_err(|error| ApiError::internal(&error))?;
-    let log = dir.vmm_log();
-    let log_file = File::options()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(&log)
-        .map_err(failed("make the log", &log))?;
+    let log = open_log(dir)?;
     let mut command = program::command(words)?;
     let child = command
         .current_dir("/")
         .stdin(OwnedFd::from(theirs))
         .stdout(Stdio::piped())
-        .stderr(log_file)
+        .stderr(log)
         .spawn()
         .map_err(failed("start", Path::new(command.get_program())))?;
     Ok((child, ours))
+}
+
+/// Opens the log of a VM's processes, and makes it where there is none.
+fn open_log(dir: &VmDir) -> Result<File> {
+    let log = dir.vmm_log();
+    let opened = File::options()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(&log);
+    opened.map_err(failed("make the log", &log))
 }
 
 /// Records `child` as the VM's process, sends it its description and the open `files`, and reads its

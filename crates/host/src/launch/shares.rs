@@ -4,7 +4,6 @@
 //! ends when the VM's process closes its connection, or when this process drops it before that.
 
 use std::fs;
-use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::process::Stdio;
@@ -17,7 +16,7 @@ use clone_start::error::{Result, failed};
 use clone_start::{VmDir, cgroup};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
-use super::{program, reaper};
+use super::{open_log, program, reaper};
 
 /// The time limit for a server to say that it is ready.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -50,12 +49,7 @@ fn start_one(dir: &VmDir, index: usize, share: &ShareConfig) -> Result<(OwnedFd,
     let welcome = welcome(dir, index, share)?;
     let internal = |error: std::io::Error| ApiError::internal(&error);
     let (ours, theirs) = link::pair().map_err(internal)?;
-    let log = dir.vmm_log();
-    let log = File::options()
-        .append(true)
-        .create(true)
-        .open(&log)
-        .map_err(failed("open the log", &log))?;
+    let log = open_log(dir)?;
     let mut command = program::share_server()?;
     let mut child = command
         .current_dir("/")
