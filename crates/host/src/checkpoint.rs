@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use clone_api::checkpoints::{
     CheckpointList, CheckpointName, CheckpointTaken, NewCheckpoint, Rewound,
 };
-use clone_api::config::{DiskConfig, Overlay};
 use clone_api::{ApiError, Client, ClientError, ErrorCode, VmConfig};
 use clone_start::cgroup;
 use clone_start::error::{Result, failed};
@@ -44,7 +43,7 @@ pub struct Back {
 /// its writes; [`ErrorCode::OutOfSpace`] where the host's disk is full.
 pub fn take(runtime: &Runtime, vm: &RunningVm, name: &CheckpointName) -> Result<CheckpointTaken> {
     let config = vm.dir.config()?;
-    if let Some(index) = config.disks.iter().position(keeps_writes) {
+    if let Some(index) = config.disks.iter().position(snapshot::keeps_writes) {
         let message = format!("disk {index} of `{}` is written in place", config.name);
         return Err(ApiError::new(ErrorCode::Conflict, message)
             .advise("run VMs that are to have checkpoints with overlay=ephemeral"));
@@ -117,20 +116,10 @@ pub fn rewind(vm: &RunningVm, name: &CheckpointName) -> Result<Back> {
     })
 }
 
-/// Whether the guest has an agent. Asking a clone's would wake the guest.
 fn has_agent(vm: &RunningVm) -> Result<bool> {
     let base = vm.dir.parent()?.base_template();
-    if let Some(base) = base
-        && let Ok(template) = Template::open(&base.template)
-    {
-        return Ok(template.content().agent_version.is_some());
-    }
-    Ok(snapshot::agent_version(vm).is_some())
-}
-
-/// Whether the guest's writes to the disk outlive the VM.
-fn keeps_writes(disk: &DiskConfig) -> bool {
-    !disk.read_only && disk.overlay != Overlay::Ephemeral
+    let template = base.and_then(|base| Template::open(&base.template).ok());
+    Ok(snapshot::has_agent(vm, template.as_ref()))
 }
 
 fn written_disks(config: &VmConfig) -> usize {

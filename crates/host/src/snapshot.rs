@@ -240,6 +240,15 @@ pub fn agent_version(vm: &RunningVm) -> Option<String> {
     Some(connection.hello().agent_version.clone())
 }
 
+/// Whether the guest of `vm` has an agent. A clone has its template's, and is not asked: that would
+/// wake the guest.
+pub(crate) fn has_agent(vm: &RunningVm, template: Option<&Template>) -> bool {
+    match template {
+        Some(template) => template.content().agent_version.is_some(),
+        None => agent_version(vm).is_some(),
+    }
+}
+
 /// Adds the base and the layers below the disk's own writes.
 fn add_disk(
     new: &mut NewTemplate,
@@ -267,7 +276,7 @@ fn add_disk(
 }
 
 /// Whether the guest's writes to the disk outlive the VM.
-fn keeps_writes(disk: &DiskConfig) -> bool {
+pub(crate) fn keeps_writes(disk: &DiskConfig) -> bool {
     !disk.read_only && disk.overlay != Overlay::Ephemeral
 }
 

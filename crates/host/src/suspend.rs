@@ -44,11 +44,7 @@ pub fn suspend(runtime: &Runtime, vm: &RunningVm) -> Result<Suspended> {
     let vms = runtime.suspended()?;
     let config = vm.dir.config()?;
     let (base, template) = base_of(&config, &vm.dir.parent()?)?;
-    // Asking a clone's agent would wake the guest.
-    let has_agent = match &template {
-        Some(template) => template.content().agent_version.is_some(),
-        None => snapshot::agent_version(vm).is_some(),
-    };
+    let has_agent = snapshot::has_agent(vm, template.as_ref());
     let mut record = Record::new(config, vm.dir.guest_network()?, base, has_agent);
     let new = NewState::begin(&vms, &record.config.name)?;
     runtime.check_room(new.dir(), snapshot::room_for_state(vm)?)?;

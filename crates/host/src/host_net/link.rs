@@ -486,7 +486,5 @@ fn failed(action: &'static str, object: &str) -> impl FnOnce(io::Error) -> HostN
 
 /// Makes a random hardware address for a guest.
 pub(super) fn random_mac() -> io::Result<MacAddr> {
-    let mut random = [0; 5];
-    io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut random)?;
-    Ok(MacAddr::from_random(random))
+    clone_base::random::bytes().map(MacAddr::from_random)
 }

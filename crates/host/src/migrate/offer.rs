@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use clone_api::config::Overlay;
 use clone_api::control::{BaseLayers, CpuFeatures};
 use clone_api::{ApiError, Client, ErrorCode, VmConfig};
 use clone_migration::wire;
@@ -238,11 +237,7 @@ impl Offer {
                 (files(&config, &disks)?, layers)
             }
         };
-        // Asking a clone's agent would wake the guest, which changes pages.
-        let has_agent = match &template {
-            Some(template) => template.content().agent_version.is_some(),
-            None => snapshot::agent_version(vm).is_some(),
-        };
+        let has_agent = snapshot::has_agent(vm, template.as_ref());
         let offer = Self {
             formats: Formats::OURS,
             network: vm.dir.guest_network()?,
@@ -279,7 +274,7 @@ impl Offer {
 /// [`ErrorCode::Conflict`].
 pub(super) fn check_disks(config: &VmConfig) -> Result<()> {
     for (index, disk) in config.disks.iter().enumerate() {
-        if !disk.read_only && disk.overlay != Overlay::Ephemeral {
+        if snapshot::keeps_writes(disk) {
             let message = format!(
                 "disk {index} keeps its writes in a file of its host, which does not travel"
             );
@@ -310,7 +305,7 @@ fn files(config: &VmConfig, disks: &[ForkDisk]) -> Result<OfferedBase> {
 
 #[cfg(test)]
 mod tests {
-    use clone_api::config::DiskConfig;
+    use clone_api::config::{DiskConfig, Overlay};
 
     use super::*;
 
