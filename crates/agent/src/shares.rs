@@ -12,7 +12,8 @@ use rustix::mount::{MountFlags, mount};
 /// The name of the argument.
 const WORD: &str = "clone.mount=";
 
-/// Mounts all of them. What cannot be mounted is told on the console, since the guest works without.
+/// Mounts all of them. A share that cannot be mounted is reported on the console, and the guest goes
+/// on without it.
 pub(crate) fn mount_all() {
     let cmdline = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     for (tag, path) in wanted(&cmdline) {

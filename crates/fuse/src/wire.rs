@@ -9,6 +9,8 @@ use rustix::io::Errno;
 pub const IN_HEADER: usize = 40;
 /// The number of bytes of a reply's header.
 pub const OUT_HEADER: usize = 16;
+/// The number of bytes of `struct fuse_entry_out`, with which the reply to a created file begins.
+pub const ENTRY_BYTES: usize = 128;
 /// The node id of the share's root directory.
 pub const ROOT_ID: u64 = 1;
 /// The longest name of a directory entry, in bytes (`NAME_MAX`).

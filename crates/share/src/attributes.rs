@@ -42,9 +42,6 @@ pub(crate) fn put_alone(out: &mut Output, attributes: &Statx, owner: Owner) {
     put(out, attributes, owner);
 }
 
-/// The number of bytes of `struct fuse_entry_out`.
-pub(crate) const ENTRY_BYTES: usize = 128;
-
 /// Adds `struct fuse_entry_out` of a node.
 pub(crate) fn put_entry(out: &mut Output, node: u64, attributes: &Statx, owner: Owner) {
     out.u64(node).u64(0);

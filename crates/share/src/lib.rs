@@ -34,10 +34,10 @@ use jail::JailSpec;
 pub use owner::Owner;
 pub use server::{Answer, Server, Settings};
 
-/// The exit code of a share that could not be served; the launcher was told why.
+/// The exit code if the share could not be served. The launcher has received the reason.
 const EXIT_FAILED: u8 = 1;
 
-/// Serves the share that the launcher tells on standard input, until the VM's process has gone.
+/// Serves the share that the launcher describes on standard input, until the VM's process ends.
 pub fn main() -> ExitCode {
     if close_inherited().is_err() {
         return ExitCode::from(EXIT_FAILED);

@@ -34,7 +34,8 @@ pub(crate) struct Node {
     pub(crate) identity: Identity,
     /// The kind of the object, as in a mode.
     pub(crate) kind: u32,
-    /// How often the guest was told of the node and has not forgotten it since.
+    /// The lookup count: the number of replies that named the node to the guest, less those that the
+    /// guest has forgotten.
     pub(crate) lookups: u64,
     /// The nodes that were last seen in this one.
     children: u32,
@@ -277,7 +278,7 @@ impl Nodes {
         }
     }
 
-    /// The guest forgets that it was told of the node `count` times.
+    /// Lowers the node's lookup count by `count`, and removes the node if nothing needs it any more.
     pub(crate) fn forget(&mut self, number: u64, count: u64) {
         if let Some(node) = self.nodes.get_mut(&number) {
             node.lookups = node.lookups.saturating_sub(count);

@@ -1,4 +1,4 @@
-//! The server of a share, `clone-share`, before it serves anything: what its launcher is told.
+//! The process `clone-share` before it serves requests: what it reports to its launcher.
 #![allow(clippy::unwrap_used)]
 
 use std::fs;

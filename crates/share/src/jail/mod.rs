@@ -68,10 +68,9 @@ type Layer = Result<(), String>;
 /// # Errors
 /// A part that the host has could not be built; the share must not be served then.
 pub(crate) fn enter(spec: &JailSpec<'_>) -> Result<(Vec<String>, OwnedFd), JailError> {
-    let (mut missing, root) = enter_without_filter(spec)?;
+    let entered = enter_without_filter(spec)?;
     seccomp::apply().map_err(failed("filter its system calls"))?;
-    missing.shrink_to_fit();
-    Ok((missing, root))
+    Ok(entered)
 }
 
 fn enter_without_filter(spec: &JailSpec<'_>) -> Result<(Vec<String>, OwnedFd), JailError> {

@@ -3,13 +3,12 @@
 use std::mem::MaybeUninit;
 
 use clone_fuse::link::MAX_CONTENT;
-use clone_fuse::wire::{Input, Name, Output};
+use clone_fuse::wire::{ENTRY_BYTES, Input, Name, Output};
 use rustix::fs::{FileType, OFlags, RawDir, SeekFrom, fsync, seek};
 use rustix::io::Errno;
 
 use super::files::put_open;
 use super::{Result, Server};
-use crate::attributes::ENTRY_BYTES;
 use crate::handles;
 
 /// The bytes of `struct fuse_dirent` before the name.

@@ -2,7 +2,7 @@
 //! process.
 
 use clone_fuse::wire::{Input, Output};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 
 use super::entries::allowed_mode;
@@ -44,7 +44,8 @@ impl Server {
             true => steps::open(&directory, b".", kept | OFlags::TMPFILE, mode),
             false => {
                 let how = OFlags::from_bits_retain(flags) & (OFlags::EXCL | OFlags::TRUNC);
-                create_named(&directory, name.as_bytes(), kept | how, mode)
+                let flags = kept | how | OFlags::CREATE;
+                steps::open(&directory, name.as_bytes(), flags, mode)
             }
         }?;
         let found = steps::attributes_of(&file)?;
@@ -73,13 +74,4 @@ impl Server {
         self.handles.close(&mut self.nodes, handle)?;
         Ok(Vec::new())
     }
-}
-
-fn create_named(
-    directory: &std::os::fd::OwnedFd,
-    name: &[u8],
-    flags: OFlags,
-    mode: Mode,
-) -> Result<std::os::fd::OwnedFd> {
-    steps::open(directory, name, flags | OFlags::CREATE, mode)
 }

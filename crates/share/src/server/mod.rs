@@ -106,13 +106,12 @@ impl Server {
             Kind::Restore | Kind::RestoreEnd => {
                 let is_last = request.kind == Kind::RestoreEnd;
                 self.restore(content, is_last)
-                    .map(|result| result.map(Answer::from))
             }
             Kind::Reset => Some(self.reset().map(|()| Answer::default())),
         }
     }
 
-    fn restore(&mut self, part: &[u8], is_last: bool) -> Option<Result<Vec<u8>>> {
+    fn restore(&mut self, part: &[u8], is_last: bool) -> Option<Result> {
         if self.arriving.len() + part.len() > MAX_TABLES {
             self.arriving = Vec::new();
             return Some(Err(Errno::FBIG));
@@ -122,13 +121,12 @@ impl Server {
             return None;
         }
         let bytes = std::mem::take(&mut self.arriving);
-        Some(
-            tables::restore(&bytes, &self.nodes).map(|(nodes, handles)| {
-                self.nodes = nodes;
-                self.handles = handles;
-                Vec::new()
-            }),
-        )
+        let restored = tables::restore(&bytes, &self.nodes);
+        Some(restored.map(|(nodes, handles)| {
+            self.nodes = nodes;
+            self.handles = handles;
+            Answer::default()
+        }))
     }
 
     /// Forgets all nodes and handles. Their numbers are not given again.

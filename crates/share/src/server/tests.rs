@@ -74,7 +74,7 @@ impl Guest {
     /// Looks a name up, and returns the node.
     fn lookup(&mut self, parent: u64, name: &str) -> Result<u64> {
         let answer = self.ask(op::LOOKUP, parent, &text(name.as_bytes()))?;
-        assert_eq!(answer.content.len(), crate::attributes::ENTRY_BYTES);
+        assert_eq!(answer.content.len(), clone_fuse::wire::ENTRY_BYTES);
         Ok(Input::new(&answer.content).u64().unwrap())
     }
 
@@ -94,7 +94,7 @@ impl Guest {
         let answer = self.ask(op::CREATE, parent, &body.into_bytes())?;
         let mut input = Input::new(&answer.content);
         let node = input.u64().unwrap();
-        input.bytes(crate::attributes::ENTRY_BYTES - 8).unwrap();
+        input.bytes(clone_fuse::wire::ENTRY_BYTES - 8).unwrap();
         let handle = input.u64().unwrap();
         Ok((node, handle, answer.file.expect("a descriptor")))
     }
@@ -119,7 +119,7 @@ impl Guest {
             let mut input = Input::new(&content);
             while !input.rest().is_empty() {
                 if opcode == op::READDIRPLUS {
-                    input.bytes(crate::attributes::ENTRY_BYTES).unwrap();
+                    input.bytes(clone_fuse::wire::ENTRY_BYTES).unwrap();
                 }
                 let _inode = input.u64().unwrap();
                 offset = input.u64().unwrap();

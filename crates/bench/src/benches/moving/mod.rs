@@ -203,7 +203,7 @@ impl Bench<'_> {
         })
     }
 
-    /// Moves clones of one template, whose load has begun when it was made.
+    /// Moves clones of one template. Each begins its load by itself.
     fn clones(&self, record: &mut Record, what: &str, runs: usize) -> Result<()> {
         let machine = Machine {
             bridge: Some(BRIDGE.to_owned()),

@@ -4,10 +4,9 @@
 use std::time::Instant;
 
 use clone_fuse::link::Kind;
-use clone_fuse::wire::{InHeader, OUT_HEADER, op, out_header};
+use clone_fuse::wire::{ENTRY_BYTES, InHeader, OUT_HEADER, op, out_header};
 use rustix::io::Errno;
 
-use super::ANSWER_LIMIT;
 use super::backend::Backend;
 use super::in_flight::{Pending, Work};
 use super::queue::{self, FuseRequest};
@@ -106,7 +105,7 @@ impl Submission<'_> {
         let opens = match header.opcode {
             op::OPEN => Some(0),
             // Behind the entry.
-            op::CREATE | op::TMPFILE => Some(128),
+            op::CREATE | op::TMPFILE => Some(ENTRY_BYTES),
             _ => None,
         };
         let work = Work::Server { since, opens };
@@ -130,9 +129,7 @@ impl Submission<'_> {
         if !is_answered {
             return Ok(Served::Used { written: 0, bytes });
         }
-        if self.session.oldest().is_none() {
-            self.session.arm(ANSWER_LIMIT)?;
-        }
+        self.session.arm_first()?;
         self.session.pending.insert(tag, pending);
         Ok(Served::Kept { bytes })
     }
